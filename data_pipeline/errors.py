@@ -1,0 +1,19 @@
+"""The two errors that carry meaning: a mistake of the user's, and a verdict on the content of a sample."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message says what, where and what to do. The command line exits with 2."""
+
+
+class ContentError(Exception):
+    """Complete bytes that are no usable sample; `reason` is a short slug that is counted, such as `undecodable`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ContentError], tuple[str, str]]:
+        return ContentError, (self.reason, self.detail)
