@@ -1,0 +1,209 @@
+"""The one address grammar of weights: a stage name, RUN/STAGE@STEP, a path, s3://, hf://, open_clip://."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.errors import UserError
+
+Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
+WHICH = re.compile(r"^(?P<base>.+)@(?P<which>\d+|latest|best)$")
+STEP_FOLDER = re.compile(r"^step_(\d+)$")
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where an address leads.
+
+    kind:      checkpoint (a folder in DeepSpeed's layout), folder (safetensors inside), file, open_clip, hf.
+    path:      local path or s3:// URL; for open_clip and hf what stands after `://` (`org/name@rev`).
+    stage_dir: the folder whose resolved.yaml says what the model is (frozen.safetensors may lie there too): the
+               stage that wrote it, or the output folder of `dromos merge`.
+    step:      steps done when the checkpoint was saved; None outside checkpoints.
+    """
+
+    kind: Kind
+    path: str
+    stage_dir: Path | None = None
+    step: int | None = None
+
+
+def locate(address: str, run_dir: Path | None = None) -> Located:
+    """Resolve `address`; a bare name is a stage of `run_dir`, a bare RUN is looked up beside `run_dir`.
+
+    Without @STEP, @latest or @best a stage must have finished (result.json): nothing starts by accident from
+    half a predecessor. Raises UserError naming the stage and the command that makes it.
+    """
+    address = str(address).strip()
+    if not address:
+        raise UserError("empty address: write STAGE, RUN/STAGE[@STEP], a path, s3://, hf:// or open_clip://")
+    if "://" in address:
+        return _remote(address)
+    found = WHICH.match(address)
+    base, which = (found["base"], found["which"]) if found else (address, None)
+    literal = Path(address).expanduser()
+    if which and _is_path(address) and literal.exists():  # a path may hold an @ of its own
+        return _path(literal, None, address)
+    if not _is_path(base):
+        if run_dir is not None:
+            return _stage(Path(run_dir) / base, which, address)
+        if literal.exists():
+            return _path(literal, None, address)
+        raise UserError(
+            f"{address}: nothing there. A stage is addressed as RUN/STAGE, for example runs/demo/{base}"
+        )
+    candidates = [Path(base).expanduser()]
+    if run_dir is not None and not candidates[0].is_absolute() and base.split("/")[0] not in (".", ".."):
+        candidates.append(Path(run_dir).parent / base)
+    stages = {c.resolve(): c for c in candidates if is_stage(c)}
+    if len(stages) > 1:
+        both = " and ".join(str(c) for c in stages.values())
+        raise UserError(f"{address}: {both} are both stages; write ./{base} or an absolute path")
+    for stage in stages.values():
+        return _stage(stage, which, address)
+    for candidate in candidates:
+        if candidate.exists():
+            return _path(candidate, which, address)
+    raise _absent(candidates, address)
+
+
+def is_stage(folder: Path) -> bool:
+    """A stage folder of a run: it holds what only a stage writes, and is not the output of `dromos merge`."""
+    if not folder.is_dir() or (folder / "merge.json").exists() or (folder / "recipe.yaml").exists():
+        return False
+    marks = (folder / "resolved.yaml", folder / "result.json")
+    return any(mark.exists() for mark in marks) or any((folder / "checkpoints").glob("step_*"))
+
+
+def complete_checkpoints(stage_dir: Path) -> dict[int, Path]:
+    """Step -> folder of every complete checkpoint of a stage, in the order of steps."""
+    found = {}
+    for folder in (stage_dir / "checkpoints").glob("step_*"):
+        match = STEP_FOLDER.match(folder.name)
+        if match and (folder / "COMPLETE").exists():
+            found[int(match[1])] = folder
+    return dict(sorted(found.items()))
+
+
+def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
+    """The one of `steps` with the best evaluation in metrics.jsonl: highest mean top-1, else lowest NLL."""
+    scores: dict[int, float] = {}
+    metrics = stage_dir / "metrics.jsonl"
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        row = json.loads(line)
+        if row.get("step") in steps and (score := _score(row.get("eval"))) is not None:
+            scores[row["step"]] = score
+    if not scores:
+        raise UserError(
+            f"{address}: no complete checkpoint of {stage_dir} has an evaluation; write @STEP or @latest"
+        )
+    return max(scores, key=lambda step: (scores[step], step))
+
+
+def _score(evaluation: Any) -> float | None:
+    figures = list(_figures("", evaluation))
+    rising = [value for name, value in figures if re.search(r"top_?1$|accuracy$", name)]
+    falling = [-value for name, value in figures if re.search(r"nll$|loss$|perplexity$", name)]
+    chosen = rising or falling
+    return sum(chosen) / len(chosen) if chosen else None
+
+
+def _figures(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, dict):
+        return [figure for key, inner in value.items() for figure in _figures(f"{name}.{key}", inner)]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [(name, float(value))] if is_number else []
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or text.startswith(("~", ".")) or text.endswith(FILE_SUFFIXES)
+
+
+def _remote(address: str) -> Located:
+    scheme, rest = address.split("://", 1)
+    if not rest:
+        raise UserError(f"{address}: nothing stands after ://")
+    if scheme == "s3":
+        return Located("file" if rest.endswith(FILE_SUFFIXES) else "folder", address.rstrip("/"))
+    if scheme == "open_clip":
+        return Located("open_clip", rest)
+    if scheme == "hf":
+        return Located("hf", rest)
+    raise UserError(f"{address}: unknown scheme {scheme}://; known are s3://, hf:// and open_clip://")
+
+
+def _stage(stage: Path, which: str | None, address: str) -> Located:
+    if not is_stage(stage):
+        raise _absent([stage], address)
+    again = f"dromos run RECIPE --stage {stage.name}"
+    finished = (stage / "result.json").exists()
+    if (stage / "weights").is_dir():
+        if which and which.isdigit():
+            raise UserError(f"{address}: {stage} is a merge stage and has no steps; leave @{which} out")
+        if not finished:
+            raise UserError(f"{address}: stage {stage.name} of {stage.parent} has not finished; run: {again}")
+        return Located("folder", str(stage / "weights"), stage)
+    steps = complete_checkpoints(stage)
+    if not steps:
+        raise UserError(
+            f"{address}: stage {stage.name} of {stage.parent} has no complete checkpoint yet; run: {again}"
+        )
+    newest = max(steps)
+    if which is None and not finished:
+        raise UserError(
+            f"{address}: stage {stage.name} of {stage.parent} has not finished (newest checkpoint: step "
+            f"{newest}); run: {again}, or write @latest to take it as it is"
+        )
+    step = newest
+    if which == "best":
+        step = best_step(stage, list(steps), address)
+    elif which and which.isdigit():
+        step = int(which)
+        if step not in steps:
+            have = ", ".join(map(str, steps))
+            raise UserError(f"{address}: no complete checkpoint at step {step}; {stage} has steps {have}")
+    return Located("checkpoint", str(steps[step]), stage, step)
+
+
+def _path(path: Path, which: str | None, address: str) -> Located:
+    if is_stage(path):
+        return _stage(path, which, address)
+    if which is not None:
+        raise UserError(f"{address}: @{which} belongs to a stage of a run, and {path} is none")
+    if path.is_file():
+        return Located("file", str(path))
+    stage = path.parent.parent if path.parent.name == "checkpoints" else None
+    match = STEP_FOLDER.match(path.name)
+    if match and stage is not None:
+        if not (path / "COMPLETE").exists():
+            raise UserError(
+                f"{address}: this checkpoint is not complete (no COMPLETE in it); take another step"
+            )
+        return Located("checkpoint", str(path), stage, int(match[1]))
+    if any(path.glob("*_states.pt")):
+        return Located("checkpoint", str(path))
+    if (path / "latest").is_file():  # a foreign DeepSpeed folder: `latest` names the tag
+        tag = path / (path / "latest").read_text().strip()
+        if tag.parent == path and tag.is_dir():
+            return Located("checkpoint", str(tag))
+    if (path / "recipe.yaml").exists():
+        stages = ", ".join(sorted(p.name for p in path.iterdir() if is_stage(p))) or "none yet"
+        raise UserError(f"{address}: this is a run folder; add the stage, {path}/STAGE (stages: {stages})")
+    if path.name == "weights" and is_stage(path.parent):
+        return Located("folder", str(path), path.parent)
+    return Located("folder", str(path), path if (path / "resolved.yaml").exists() else None)
+
+
+def _absent(candidates: list[Path], address: str) -> UserError:
+    looked = " or ".join(str(c) for c in candidates)
+    stage = candidates[0].name
+    again = f"dromos run RECIPE --stage {stage}"
+    for candidate in candidates:
+        if (candidate.parent / "recipe.yaml").exists():
+            return UserError(f"{address}: stage {stage} of {candidate.parent} has not run; run: {again}")
+    return UserError(f"{address}: not found (looked for {looked}); if it is a stage, make it: {again}")

@@ -1,0 +1,197 @@
+"""Addresses: every form of the grammar, and the messages of what is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.address import complete_checkpoints, locate
+
+
+def training_stage(stage: Path, steps: tuple[int, ...], finished: bool = True) -> Path:
+    for step in steps:
+        folder = stage / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "mp_rank_00_model_states.pt").write_bytes(b"")
+        (folder / "COMPLETE").write_text("")
+    stage.mkdir(parents=True, exist_ok=True)
+    (stage / "resolved.yaml").write_text("stage: {}\n")
+    if finished:
+        (stage / "result.json").write_text("{}")
+    return stage
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """runs/flip {masked (10, 20), tuned (5)}, runs/sphinx {mix (merge), half (unfinished)}; cwd elsewhere."""
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    root = tmp_path / "runs"
+    training_stage(root / "flip/masked", (10, 20))
+    training_stage(root / "flip/tuned", (5,))
+    training_stage(root / "sphinx/half", (7,), finished=False)
+    (root / "sphinx/mix/weights").mkdir(parents=True)
+    (root / "sphinx/mix/resolved.yaml").write_text("stage: {}\n")
+    (root / "sphinx/mix/result.json").write_text("{}")
+    for run in ("flip", "sphinx"):
+        (root / run / "recipe.yaml").write_text("stages: {}\n")
+    return root
+
+
+def test_stage_name_is_a_stage_of_this_run(runs: Path) -> None:
+    found = locate("masked", runs / "flip")
+    assert (found.kind, found.step, found.stage_dir) == ("checkpoint", 20, runs / "flip/masked")
+    assert Path(found.path) == runs / "flip/masked/checkpoints/step_00000020"
+
+
+def test_stage_name_never_means_a_folder_of_the_same_name_here(runs: Path) -> None:
+    Path("nowhere").mkdir()
+    with pytest.raises(UserError, match=r"stage nowhere .*dromos run RECIPE --stage nowhere"):
+        locate("nowhere", runs / "flip")
+    assert locate("./nowhere", runs / "flip").kind == "folder"
+
+
+def test_run_is_a_path_or_a_name_beside_this_run(runs: Path) -> None:
+    beside = locate("flip/tuned", runs / "sphinx")
+    by_path = locate(str(runs / "flip/tuned"))
+    assert Path(beside.path) == Path(by_path.path) == runs / "flip/tuned/checkpoints/step_00000005"
+
+
+def test_run_that_is_both_here_and_beside_is_refused(runs: Path) -> None:
+    training_stage(Path("flip/tuned"), (1,))
+    with pytest.raises(UserError, match="both stages"):
+        locate("flip/tuned", runs / "sphinx")
+    assert locate("./flip/tuned", runs / "sphinx").step == 1
+
+
+@pytest.mark.parametrize(("which", "step"), [("@10", 10), ("@20", 20), ("@latest", 20), ("", 20)])
+def test_which_step(runs: Path, which: str, step: int) -> None:
+    assert locate("masked" + which, runs / "flip").step == step
+    assert locate(f"flip/masked{which}", runs / "sphinx").step == step
+
+
+def test_absent_step_lists_the_steps_there_are(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"step 15.*steps 10, 20"):
+        locate("masked@15", runs / "flip")
+
+
+def test_incomplete_checkpoint_does_not_count(runs: Path) -> None:
+    (runs / "flip/masked/checkpoints/step_00000020/COMPLETE").unlink()
+    (runs / "flip/masked/checkpoints/step_00000030.tmp").mkdir()
+    assert list(complete_checkpoints(runs / "flip/masked")) == [10]
+    assert locate("masked", runs / "flip").step == 10
+    with pytest.raises(UserError, match="not complete"):
+        locate(str(runs / "flip/masked/checkpoints/step_00000020"))
+
+
+def test_unfinished_stage_needs_an_explicit_step(runs: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"has not finished \(newest checkpoint: step 7\).*--stage half.*@latest"
+    ):
+        locate("half", runs / "sphinx")
+    assert locate("half@latest", runs / "sphinx").step == 7
+    assert locate("half@7", runs / "sphinx").step == 7
+
+
+@pytest.mark.parametrize(
+    ("rows", "step"),
+    [
+        (
+            [(10, {"zero_shot": {"digits": {"top1": 0.9}}}), (20, {"zero_shot": {"digits": {"top1": 0.8}}})],
+            10,
+        ),
+        ([(10, {"perplexity": {"real": {"nll": 2.0}}}), (20, {"perplexity": {"real": {"nll": 1.0}}})], 20),
+        ([(10, {"perplexity": {"real": {"nll": 2.0}}}), (15, {"perplexity": {"real": {"nll": 1.0}}})], 10),
+    ],
+)
+def test_best(runs: Path, rows: list[tuple[int, dict]], step: int) -> None:
+    lines = [json.dumps({"step": s, "eval": e}) for s, e in rows]
+    (runs / "flip/masked/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert locate("masked@best", runs / "flip").step == step
+
+
+def test_best_without_evaluation(runs: Path) -> None:
+    with pytest.raises(UserError, match="evaluation"):
+        locate("masked@best", runs / "flip")
+
+
+def test_merge_stage(runs: Path) -> None:
+    found = locate("mix", runs / "sphinx")
+    assert (found.kind, Path(found.path), found.stage_dir) == (
+        "folder",
+        runs / "sphinx/mix/weights",
+        runs / "sphinx/mix",
+    )
+    assert locate(str(runs / "sphinx/mix/weights")).stage_dir == runs / "sphinx/mix"
+    with pytest.raises(UserError, match="merge stage"):
+        locate("mix@3", runs / "sphinx")
+    (runs / "sphinx/mix/result.json").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        locate("mix", runs / "sphinx")
+
+
+def test_stage_that_has_not_run_names_the_command(runs: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"stage later of .*flip has not run; run: dromos run RECIPE --stage later"
+    ):
+        locate("flip/later", runs / "sphinx")
+
+
+def test_run_without_stage_lists_the_stages(runs: Path) -> None:
+    with pytest.raises(UserError, match="stages: masked, tuned"):
+        locate(str(runs / "flip"))
+
+
+def test_plain_paths(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    weights = tmp_path / "odd@12"
+    weights.mkdir()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    assert locate(str(tmp_path / "hf")).kind == "folder"
+    assert locate(str(file)).kind == "file"
+    assert locate(str(weights)).path == str(weights)
+    found = locate(str(runs / "flip/masked/checkpoints/step_00000010"))
+    assert (found.kind, found.step, found.stage_dir) == ("checkpoint", 10, runs / "flip/masked")
+    with pytest.raises(UserError, match="belongs to a stage"):
+        locate(str(tmp_path / "hf") + "@latest")
+
+
+def test_output_of_a_merge_is_a_folder_that_knows_its_model(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "merge.json", "resolved.yaml"):
+        (tmp_path / name).write_text("{}")
+    found = locate(str(tmp_path))
+    assert (found.kind, found.stage_dir) == ("folder", tmp_path)
+
+
+def test_foreign_deepspeed_folder(tmp_path: Path) -> None:
+    tag = tmp_path / "out/global_step4"
+    tag.mkdir(parents=True)
+    (tag / "mp_rank_00_model_states.pt").write_bytes(b"")
+    (tmp_path / "out/latest").write_text("global_step4")
+    for address in (tmp_path / "out", tag):
+        found = locate(str(address))
+        assert (found.kind, found.path, found.stage_dir) == ("checkpoint", str(tag), None)
+
+
+def test_schemes() -> None:
+    assert locate("s3://bucket/run/weights/").path == "s3://bucket/run/weights"
+    assert locate("s3://bucket/m.safetensors").kind == "file"
+    assert locate("hf://org/name@main").path == "org/name@main"
+    assert locate("open_clip://ViT-B-32/openai") == locate(" open_clip://ViT-B-32/openai ")
+    with pytest.raises(UserError, match="unknown scheme ftp"):
+        locate("ftp://x/y")
+    with pytest.raises(UserError, match="empty address"):
+        locate("")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="RUN/STAGE"):
+        locate("no_such_thing_anywhere")
+    with pytest.raises(UserError, match="not found"):
+        locate(str(tmp_path / "a/b"))
