@@ -22,7 +22,7 @@ class Located:
 
     kind:      checkpoint (a folder in DeepSpeed's layout), folder (safetensors inside), file, open_clip, hf.
     path:      local path or s3:// URL; for open_clip and hf what stands after `://` (`org/name@rev`).
-    stage_dir: the folder whose resolved.yaml says what the model is (frozen.safetensors may lie there too): the
+    stage_dir: the folder whose resolved.yaml says what the model is (frozen.safetensors may be there): the
                stage that wrote it, or the output folder of `dromos merge`.
     step:      steps done when the checkpoint was saved; None outside checkpoints.
     """
