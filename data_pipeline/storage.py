@@ -1,0 +1,286 @@
+"""Bytes in files and object stores: listing shards, range reads, writes that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import io
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from data_pipeline.errors import UserError
+
+PATTERN = re.compile(r"[{*?\[]")
+SHARD_SUFFIX = ".tar"
+EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
+
+
+def is_remote(url: str) -> bool:
+    """True for `s3://bucket/key` and every other fsspec protocol; `file://` counts as local."""
+    return "://" in url and not url.startswith("file://")
+
+
+def local_path(url: str) -> str:
+    return url.removeprefix("file://")
+
+
+def join(root: str, path: str) -> str:
+    """`path` below `root`; "/" separates on both sides."""
+    return f"{root.rstrip('/')}/{path}" if root else path
+
+
+@lru_cache(maxsize=16)
+def _filesystem_of(protocol: str, process: int) -> Any:
+    """One fsspec file system a protocol and process: its event loop does not survive a fork."""
+    import fsspec
+
+    try:
+        return fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        extra = EXTRAS.get(protocol)
+        hint = f"install it with: pip install '{extra}'" if extra else "write a local path or s3://"
+        raise UserError(f"{protocol}:// needs a package that is not there ({error}); {hint}") from None
+
+
+def filesystem(url: str) -> Any:
+    """The fsspec file system of a remote url; keys and endpoint come from the environment, as for AWS tools."""
+    return _filesystem_of(url.split("://", 1)[0], os.getpid())
+
+
+def exists(url: str) -> bool:
+    return bool(filesystem(url).exists(url)) if is_remote(url) else os.path.exists(local_path(url))
+
+
+def size(url: str) -> int:
+    """Bytes of the file. Raises FileNotFoundError."""
+    return int(filesystem(url).size(url)) if is_remote(url) else os.stat(local_path(url)).st_size
+
+
+def sizes(urls: Sequence[str]) -> dict[str, int]:
+    """Bytes of each file that exists; a remote folder is listed once instead of asked file by file."""
+    found: dict[str, int] = {}
+    for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
+        with suppress(FileNotFoundError):
+            store = filesystem(folder)
+            for entry in store.ls(folder, detail=True):
+                found[store.unstrip_protocol(entry["name"])] = entry["size"] or 0
+    for url in urls:
+        if not is_remote(url):
+            with suppress(FileNotFoundError):
+                found[url] = os.stat(local_path(url)).st_size
+    return {url: found[url] for url in urls if url in found}
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file."""
+    if is_remote(url):
+        return bytes(filesystem(url).cat_file(url))
+    with open(local_path(url), "rb") as file:
+        return file.read()
+
+
+def read_many(urls: Sequence[str]) -> dict[str, bytes]:
+    """The files that exist, whole; remote ones are fetched side by side."""
+    found: dict[str, bytes] = {}
+    remote = [url for url in urls if is_remote(url)]
+    if remote:
+        store = filesystem(remote[0])
+        for name, data in store.cat(remote, on_error="return").items():
+            if isinstance(data, FileNotFoundError):
+                continue
+            if isinstance(data, BaseException):
+                raise data
+            found[store.unstrip_protocol(name)] = data
+    for url in urls:
+        if not is_remote(url):
+            with suppress(FileNotFoundError):
+                found[url] = read_bytes(url)
+    return found
+
+
+def read_range(url: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file."""
+    if is_remote(url):
+        data = bytes(filesystem(url).cat_file(url, start=offset, end=offset + length)) if length else b""
+    else:
+        descriptor = os.open(local_path(url), os.O_RDONLY)
+        try:
+            data = read_descriptor(descriptor, offset, length)
+        finally:
+            os.close(descriptor)
+    if len(data) != length:
+        raise OSError(errno.EIO, f"asked for bytes {offset}..{offset + length}, got {len(data)}", url)
+    return data
+
+
+def read_descriptor(descriptor: int, offset: int, length: int) -> bytes:
+    """Like os.pread, but a short read goes on until the end of the file."""
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    done = len(data)
+    while parts[-1] and done < length:
+        parts.append(os.pread(descriptor, length - done, offset + done))
+        done += len(parts[-1])
+    return b"".join(parts)
+
+
+def open_bytes(url: str) -> BinaryIO:
+    """The file opened for reading."""
+    if is_remote(url):
+        return cast(BinaryIO, filesystem(url).open(url, "rb"))
+    return open(local_path(url), "rb")
+
+
+def is_pattern(path: str) -> bool:
+    """True for brace patterns ({00000..00031}) and shell patterns (*, ?, [)."""
+    return PATTERN.search(path) is not None
+
+
+def root_of(path: str) -> str:
+    """The folder that a source's shard paths are relative to: what stands before the first pattern."""
+    found = PATTERN.search(path)
+    if found:
+        return path[: found.start()].rpartition("/")[0]
+    if path.endswith(SHARD_SUFFIX):
+        return path.rpartition("/")[0]
+    return path.rstrip("/")
+
+
+def list_shards(path: str) -> list[str]:
+    """Urls of the tars of a source.
+
+    A folder gives the tars directly in it, sorted by name (not those of its subfolders: train/ and test/
+    stand side by side); a brace pattern gives what it spells, in its order, without asking whether the files are
+    there; `*` and `?` give what is there, sorted. Raises UserError if nothing is found.
+    """
+    if is_pattern(path):
+        return _expand(path)
+    if path.endswith(SHARD_SUFFIX):
+        return [path]
+    names = _folder(path)
+    shards = sorted(name for name in names if name.endswith(SHARD_SUFFIX) and not name.startswith("."))
+    if not shards:
+        raise UserError(f"{path} holds no {SHARD_SUFFIX} files{_near_miss(path, names)}")
+    return [join(path, name) for name in shards]
+
+
+def _expand(path: str) -> list[str]:
+    import braceexpand
+
+    try:
+        spelled = list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no brace pattern ({error}); write for example data/{{00000..00031}}.tar"
+        ) from None
+    shards: list[str] = []
+    for one in spelled:
+        if not re.search(r"[*?\[]", one):
+            shards.append(one)
+        elif is_remote(one):
+            store = filesystem(one)
+            shards += sorted(store.unstrip_protocol(name) for name in store.glob(one))
+        else:
+            shards += sorted(glob.glob(local_path(one)))
+    if not shards:
+        raise UserError(f"no file matches {path}; correct the pattern or make the data")
+    return shards
+
+
+def _folder(path: str) -> list[str]:
+    """Names in a folder; UserError if it is not there."""
+    try:
+        if is_remote(path):
+            store = filesystem(path)
+            store.invalidate_cache()
+            return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
+        return os.listdir(local_path(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except NotADirectoryError:
+        raise UserError(
+            f"{path} is a file, and no {SHARD_SUFFIX}; name a folder of tars or a pattern"
+        ) from None
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read: {error}") from None
+
+
+def _near_miss(path: str, names: list[str]) -> str:
+    """What stands there instead of tars, for the message."""
+    packed = [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]
+    if packed:
+        return f"; {packed[0]} is compressed: unpack it to .tar, ranges of it cannot be read"
+    if not is_remote(path):
+        below = sorted(n for n in names if glob.glob(join(glob.escape(join(local_path(path), n)), "*.tar")))
+        if below:
+            return f"; its subfolders {', '.join(below[:5])} do: name one of them"
+    return "; name a folder of tars or a pattern such as data/{00000..00031}.tar"
+
+
+@contextmanager
+def publishing(path: str) -> Iterator[BinaryIO]:
+    """A file to write that appears under `path` only when the block ends well: whole or not at all, also
+    after a power cut (written beside it, fsync, rename). An object store publishes on close by itself."""
+    if is_remote(path):
+        remote = filesystem(path).open(path, "wb")
+        try:
+            yield remote
+        except BaseException:
+            remote.discard()
+            raise
+        remote.close()
+        return
+    path = local_path(path)
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write `content`, bytes or a function that writes to a file, under `path` atomically."""
+    with publishing(os.fspath(path)) as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+
+def publish_table(path: str | os.PathLike[str], table: Any) -> None:
+    """Write a pyarrow table as parquet, atomically."""
+    import pyarrow.parquet as parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    publish(path, buffer.getvalue())
+
+
+def below(root: str, url: str) -> str:
+    """Path of `url` below `root`, with "/" separators."""
+    return (
+        str(PurePosixPath(url).relative_to(root))
+        if root and not is_remote(url)
+        else url.removeprefix(root).lstrip("/")
+    )
