@@ -20,11 +20,12 @@ class Strict(BaseModel):
 class Length(Strict):
     """A duration: `500` or `500 steps`, `51M samples`, `0.03 epochs`."""
 
-    value: float
+    value: float = Field(ge=0)
     unit: Literal["steps", "samples", "epochs"] = "steps"
 
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
+        value = int(self.value) if self.value.is_integer() else self.value
+        return f"{value!r} {self.unit}"
 
 
 def parse_length(value: Any, unit: str = "steps") -> Any:
@@ -248,10 +249,10 @@ class ZeroShot(Strict):
 
 
 class Perplexity(Strict):
-    """Mean negative log-likelihood a token on one held-out source, by way of a stream's settings."""
+    """Mean negative log-likelihood a token on one held-out source."""
 
     path: str
-    stream: str = Field(description="Stream whose image and text settings apply.")
+    stream: str | None = Field(None, description="Stream whose image and text settings apply; absent: packed text.")
 
 
 class Evaluation(Strict):

@@ -1,0 +1,171 @@
+"""The only file that imports deepspeed: one optimizer step over several losses, exact on every ZeRO stage.
+
+Quirks worked around here, each pinned by a test in tests/dist:
+- Under ZeRO-3 a parameter whose first gradient of a step comes in a later backward adds to the previous step's
+  gradient; under ZeRO-2 several backwards reduce in an order that must match over ranks. `coalesce_grad_reduction`
+  avoids both; stage 0 does not have it and lets the caller own the boundary instead.
+- ZeRO averages gradients over ranks: losses that are sums over the global batch are scaled by the world size.
+- `deepspeed.init_distributed` builds the shm_comm op with g++ and maps /dev/shm: it is switched off.
+- The default of gradient_clipping is 1.0 since 0.19; it is always written out.
+- `load_checkpoint` without a tag reads `latest`, whatever is complete: a tag is always given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+UNCLIPPED = 1e30
+"""A clipping threshold that never clips: with 0 DeepSpeed does not compute the norm either."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: ranks of the job, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def import_deepspeed() -> Any:
+    """deepspeed without its chatter and without the op that needs a compiler."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.ops
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def start(timeout_minutes: float = 30) -> Runtime:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe."""
+    deepspeed = import_deepspeed()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(key, value)
+    cuda = torch.cuda.is_available()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        rank=rank,
+        world_size=world,
+    )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return Runtime(rank, world, local, device)
+
+
+def stop() -> None:
+    """Leave the process group; safe to call twice."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, scalars, norms, biases and single learned tokens do not."""
+    matrices, others = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            wide = [side for side in parameter.shape if side > 1]
+            (matrices if len(wide) >= 2 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """A model under DeepSpeed: call it for the forward, `backward` inside `accumulate`, then `step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        zero: int,
+        dtype: str,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        clip: float,
+        runtime: Runtime,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self.zero, self.clip, self.world_size = zero, clip, runtime.world_size
+        self.device = runtime.device
+        self._norm: Tensor | float = 0.0
+        model.to(runtime.device)
+        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps)
+        if zero == 0:
+            optimizer.register_step_pre_hook(self._clip_stage_0)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": zero != 0,
+            "gradient_clipping": 0.0 if zero == 0 else (clip or UNCLIPPED),
+            "bf16": {"enabled": dtype == "bf16"},
+            "zero_optimization": {"stage": zero, "overlap_comm": False, "contiguous_gradients": True},
+            "steps_per_print": 1 << 31,
+            "wall_clock_breakdown": False,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module: nn.Module = self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, through DeepSpeed's hooks."""
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """One optimizer step's backwards; gradients are reduced once, in parameter order, at the end."""
+        if self.zero == 0:
+            yield
+            return
+        with self._engine.coalesce_grad_reduction():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss`: this rank's part of a sum over all ranks; DeepSpeed's mean over ranks is undone here."""
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float:
+        """Clip, update with learning rate `rate`, and return the gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        norm = self._norm if self.zero == 0 else self._engine.get_global_grad_norm()
+        return float(norm or 0.0)
+
+    def _clip_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or UNCLIPPED, foreach=True)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Every rank's files of DeepSpeed's own layout into `folder/tag`; collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Weights and optimizer state of `folder/tag`; collective. Frozen parameters are not in it."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")

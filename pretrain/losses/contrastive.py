@@ -1,0 +1,103 @@
+"""The exact global contrastive loss: local rows against the features of all ranks, gradient through the gather."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 1 << 24
+"""Most elements of one block of logits; more rows than fit are processed in chunks and recomputed backward."""
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate every rank's rows; backward sums the gradients of all ranks and keeps the local rows.
+
+    All-reduce and slice rather than reduce-scatter, which gloo does not have.
+    """
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.rows = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        start = rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """`[rows, ...]` of every rank as `[world * rows, ...]`, in rank order; differentiable.
+
+    Every rank must hold the same number of rows.
+    """
+    return local if world_size() == 1 else _Gather.apply(local)
+
+
+def _row_losses(
+    queries: Tensor, keys: Tensor, scale: Tensor, query_ids: Tensor, key_ids: Tensor, positives: Tensor
+) -> Tensor:
+    """`-log softmax` of each query's positive among the keys, fp32 `[rows]`; a twin of the query is no negative."""
+    logits = scale.float() * (queries.float() @ keys.float().T)
+    twins = query_ids[:, None] == key_ids[None, :]
+    twins[torch.arange(len(queries), device=queries.device), positives] = False
+    logits = logits.masked_fill(twins, float("-inf"))
+    right = logits.gather(1, positives[:, None])[:, 0]
+    return torch.logsumexp(logits, dim=1) - right
+
+
+def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Tensor, block: int = BLOCK) -> Tensor:
+    """Sum over the local rows of the symmetric InfoNCE loss, a 0-dim fp32 tensor.
+
+    `image`, `text`: L2-normalised features `[rows, width]` of this rank. `logit_scale`: the factor itself (already
+    exponentiated), one element. `sample_ids`: int64 `[rows]`; rows of the global batch that show the same sample
+    are not negatives of each other. Divide by the global batch for the mean over rows; with a mean over ranks
+    (DeepSpeed's), multiply by the world size. Log-sum-exp in fp32 (Radford et al. 2021; FLIP, Li et al. 2023).
+    """
+    rows = image.shape[0]
+    if world_size() == 1:
+        all_image, all_text, all_ids = image, text, sample_ids
+    else:
+        both = gather_rows(torch.cat([image, text], dim=1))
+        all_image, all_text = both.split([image.shape[1], text.shape[1]], dim=1)
+        parts = [torch.empty_like(sample_ids) for _ in range(world_size())]
+        dist.all_gather(parts, sample_ids.contiguous())
+        all_ids = torch.cat(parts)
+    positives = torch.arange(rows, device=image.device) + rank() * rows
+    chunk = max(1, min(rows, block // max(1, len(all_ids))))
+    total = image.new_zeros((), dtype=torch.float32)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        for queries, keys in ((image, all_text), (text, all_image)):
+            given = (queries[part], keys, logit_scale, sample_ids[part], all_ids, positives[part])
+            losses = _row_losses(*given) if chunk == rows else checkpoint(_row_losses, *given, use_reentrant=False)
+            total = total + losses.sum()
+    return total / 2
+
+
+def repeated_caption_floor(caption_keys: Tensor) -> Tensor:
+    """The least loss that repeated captions allow: mean over all rows of ln(rows in the batch with that caption).
+
+    `caption_keys`: int64 `[rows]` of this rank, equal for equal captions.
+    """
+    keys = caption_keys
+    if world_size() > 1:
+        parts = [torch.empty_like(keys) for _ in range(world_size())]
+        dist.all_gather(parts, keys.contiguous())
+        keys = torch.cat(parts)
+    counts = keys.unique(return_counts=True)[1].double()
+    return (counts * counts.log()).sum() / counts.sum()

@@ -1,0 +1,81 @@
+"""metrics.jsonl: one object a step, cut at the checkpoint on resume; and the limit on replaced samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+WINDOW = 100
+"""Steps over which the fraction of replaced samples is taken."""
+AT_LEAST = 200
+"""Samples of a source that must have been seen before its fraction counts."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop what was logged after `step`: those steps are done again."""
+    if not path.exists():
+        return
+    kept = [row for row in read(path) if row["step"] <= step]
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.replace(path)
+
+
+class Log:
+    """Appends objects to a JSON-lines file and flushes each."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a")  # noqa: SIM115  (closed by close())
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if not self.file.closed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+class TooManyBad(RuntimeError):
+    """The share of replaced samples of a source passed the recipe's limit."""
+
+
+class BadFraction:
+    """Stops a run that replaces more than `limit` of a source's samples over the last steps."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.steps: dict[str, deque[tuple[int, int]]] = {}
+
+    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> None:
+        for source, count in samples.items():
+            window = self.steps.setdefault(source, deque(maxlen=WINDOW))
+            reasons = skipped.get(source, {})
+            window.append((count, sum(reasons.values())))
+            seen, bad = sum(s for s, _ in window), sum(b for _, b in window)
+            if seen >= AT_LEAST and bad > self.limit * seen:
+                listed = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+                raise TooManyBad(
+                    f"step {step}: {bad} of the last {seen} samples of {source} were replaced, more than "
+                    f"loader.max_bad_fraction {self.limit:g} ({listed} in this step). bad_samples.jsonl names them. "
+                    f"Mend the source, or raise loader.max_bad_fraction."
+                )

@@ -1,0 +1,97 @@
+"""A language model that reads visual tokens: projector, image delimiters, and the next-token loss over captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.losses.language import next_token_nll, valid_targets
+
+
+class Projector(nn.Sequential):
+    """Linear and LayerNorm from the towers' width to the language model's (SPHINX)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden))
+
+
+class Multimodal(nn.Module):
+    """SPHINX's language model: `[start token][start_image][visual tokens][end_image][text]`.
+
+    Without `tower_width` it is a plain language model: no projector, no delimiters, no image.
+    """
+
+    def __init__(self, llm: nn.Module, tower_width: int | None) -> None:
+        super().__init__()
+        self.llm = llm
+        hidden = llm.config.hidden_size
+        self.projector: Projector | None = None
+        if tower_width is not None:
+            self.projector = Projector(tower_width, hidden)
+            std = float(getattr(llm.config, "initializer_range", 0.02))
+            self.start_image = nn.Parameter(torch.randn(1, 1, hidden) * std)
+            self.end_image = nn.Parameter(torch.randn(1, 1, hidden) * std)
+
+    def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
+        """Embeddings `[rows, length (+ visual + 2), hidden]`; visual ones stand after the start token."""
+        words = self.llm.get_input_embeddings()(tokens)
+        if features is None:
+            return words
+        assert self.projector is not None, "a batch with images needs a model with a tower"
+        rows = len(tokens)
+        # Features take the language model's dtype: fp32 features would promote the whole sequence.
+        seen = self.projector(features.to(words.dtype))
+        delimiters = self.start_image.to(words.dtype), self.end_image.to(words.dtype)
+        first, last = (part.expand(rows, -1, -1) for part in delimiters)
+        return torch.cat([words[:, :1], first, seen, last, words[:, 1:]], dim=1)
+
+    def forward(self, tokens: Tensor, used: Tensor, features: Tensor | None = None) -> Tensor:
+        """Summed negative log-likelihood of each row's tokens after the first, fp32 `[rows]`, in nats.
+
+        `tokens`: int64 `[rows, length]`; `used`: int64 `[rows]`, tokens before padding; `features`:
+        `[rows, visual, width]` of frozen towers. Padding stands last, so the causal mask hides it from every
+        token that counts.
+        """
+        hidden = self._hidden(self.embed(tokens, features))
+        prefix = 0 if features is None else features.shape[1] + 2
+        length = tokens.shape[1]
+        logits = self.llm.get_output_embeddings()(hidden[:, prefix : prefix + length - 1])
+        return next_token_nll(logits, tokens[:, 1:], valid_targets(used, length))
+
+    def next_logits(self, tokens: Tensor, features: Tensor | None = None) -> Tensor:
+        """Logits of the token after the last, `[rows, vocabulary]`; all rows are equally long."""
+        return self.llm.get_output_embeddings()(self._hidden(self.embed(tokens, features))[:, -1])
+
+    def _hidden(self, embedded: Tensor) -> Tensor:
+        out: Any = self.llm.base_model(inputs_embeds=embedded, use_cache=False)
+        return out.last_hidden_state
+
+
+def new_llm(config: dict[str, Any], vocabulary: int, specials: dict[str, int]) -> nn.Module:
+    """A language model from a transformers config, fp32, initialised by transformers from torch's generator."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"vocab_size": vocabulary, **specials, **config}
+    kind = settings.pop("model_type")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+
+
+def greedy(model: Multimodal, start: int, end: int, features: Tensor, most: int) -> list[list[int]]:
+    """The most likely caption of each row token by token, without start and end tokens."""
+    rows = len(features)
+    tokens = torch.full((rows, 1), start, dtype=torch.long, device=features.device)
+    done = torch.zeros(rows, dtype=torch.bool, device=features.device)
+    with torch.no_grad():
+        for _ in range(most):
+            following = model.next_logits(tokens, features).argmax(dim=-1)
+            following = torch.where(done, torch.full_like(following, end), following)
+            tokens = torch.cat([tokens, following[:, None]], dim=1)
+            done |= following == end
+            if bool(done.all()):
+                break
+    captions = []
+    for row in tokens[:, 1:].tolist():
+        captions.append(row[: row.index(end)] if end in row else row)
+    return captions

@@ -1,0 +1,56 @@
+"""The contract of an objective: which streams a step needs, and how their batches become losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from data_pipeline.batches import Batch
+from pretrain.recipe import TrainStage
+from pretrain.rows import Rows
+
+Forward = Callable[..., Any]
+"""The model's forward: the engine in training, the module itself elsewhere."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch's loss: `total` is this rank's part of a sum over all ranks; `parts` are named scalars of it."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What the loop knows of a training objective."""
+
+    model: nn.Module
+    """What the engine trains."""
+    streams: tuple[str, ...]
+    """Streams of every step, in the order of their backwards: a function of the recipe alone."""
+    main: str
+    """The stream whose samples measure the length of the training."""
+
+    def count(self, stream: str, batch: Batch) -> float:
+        """This rank's part of the denominator of the stream's loss."""
+
+    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+        """The loss of one micro-batch; `count` is the denominator summed over micro-batches and ranks."""
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Named tensors that this stage uses and does not train."""
+
+
+def main_stream(stage: TrainStage) -> str:
+    """The stream with images, or the only one."""
+    with_images = [name for name, stream in stage.data.items() if stream.image is not None]
+    return with_images[0] if with_images else next(iter(stage.data))
+
+
+def loss_tokens(batch: Batch) -> float:
+    """Tokens that a next-token loss counts: all but the first of each row, zero-weight rows left out."""
+    return float(np.sum((batch.used.astype(np.int64) - 1).clip(min=0) * (batch.weights > 0)))

@@ -1,0 +1,48 @@
+"""FLIP: contrastive learning of two towers from images most of whose patches are hidden (Li et al. 2023)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from data_pipeline.batches import Batch
+from data_pipeline.errors import UserError
+from pretrain.losses.contrastive import contrastive
+from pretrain.masking import keep_patches
+from pretrain.models.clip import Clip
+from pretrain.objectives.base import Forward, Loss, main_stream
+from pretrain.recipe import TrainStage
+from pretrain.rows import Rows
+
+
+class Flip:
+    """Masked images against captions; the whole global batch gives the negatives."""
+
+    def __init__(self, model: Clip, stage: TrainStage) -> None:
+        self.model = model
+        self.main = main_stream(stage)
+        self.streams = (self.main,)
+        self.mask = stage.objective.image_mask
+
+    def count(self, stream: str, batch: Batch) -> float:
+        return float(batch.stop - batch.start)
+
+    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+        keep = keep_patches(rows.keys, self.model.patches, self.mask)
+        out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
+        total = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids) / count
+        return Loss(total, {f"loss/{stream}": total.detach()})
+
+    def frozen(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+
+
+def check_micro_batch(stage: TrainStage, world_size: int) -> None:
+    """A contrastive micro-batch smaller than the rank's rows would shrink the set of negatives: refuse it."""
+    stream = main_stream(stage)
+    rows = stage.data[stream].batch // world_size
+    micro = stage.train.micro_batch
+    if micro is not None and micro < rows:
+        raise UserError(
+            f"train.micro_batch {micro} is smaller than a rank's {rows} rows of data.{stream}: the contrastive loss "
+            f"needs all of them at once. Remove train.micro_batch, use more ranks, or wait for feature caching."
+        )

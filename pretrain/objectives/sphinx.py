@@ -1,0 +1,48 @@
+"""SPHINX: in every step a batch of plain text and a batch of captioned images, one token-mean loss each (Lin et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import Batch
+from pretrain.models.multimodal import Multimodal
+from pretrain.models.visual import FrozenTower
+from pretrain.objectives.base import Forward, Loss, loss_tokens, main_stream
+from pretrain.recipe import TrainStage
+from pretrain.rows import Rows
+
+
+class Sphinx:
+    """Text streams come first, then captions: the order is the same on every rank and in every step."""
+
+    def __init__(self, model: Multimodal, tower: FrozenTower | None, stage: TrainStage) -> None:
+        self.model, self.tower = model, tower
+        text = [name for name, stream in stage.data.items() if stream.image is None]
+        captions = [name for name, stream in stage.data.items() if stream.image is not None]
+        self.streams = (*text, *captions)
+        self.main = main_stream(stage)
+        weights = stage.objective.weights or {}
+        self.weights = {name: weights.get(name, 1.0) for name in self.streams}
+
+    def count(self, stream: str, batch: Batch) -> float:
+        return loss_tokens(batch)
+
+    def features(self, rows: Rows) -> Tensor | None:
+        """Frozen visual tokens of the rows, or None for text."""
+        if rows.images is None:
+            return None
+        assert self.tower is not None, "an image stream needs model.vision"
+        with torch.no_grad():
+            return self.tower(rows.images)
+
+    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+        nll = forward(tokens=rows.tokens, used=rows.used, features=self.features(rows))
+        mean = (nll * (rows.weights > 0)).sum() / count
+        return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
+
+    def frozen(self) -> dict[str, Tensor]:
+        held = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        if self.tower is not None:
+            held |= {f"vision.0.{name}": p.detach() for name, p in self.tower.visual.state_dict().items()}
+        return held

@@ -1,0 +1,50 @@
+"""A batch on the device: what the loader's arrays become before a model sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import Batch
+from pretrain.recipe import Image
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one stream on one rank."""
+
+    images: Tensor | None
+    """float32 `[rows, 3, size, size]`, normalised."""
+    tokens: Tensor
+    """int64 `[rows, length]`."""
+    used: Tensor
+    """int64 `[rows]`, tokens before padding."""
+    weights: Tensor
+    """float32 `[rows]`; 0 for the padding rows of an evaluation."""
+    sample_ids: Tensor
+    """int64 `[rows]`, equal for the same sample."""
+    keys: Tensor
+    """int64 `[rows]`, the key of the row's randomness."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
+    """Move a batch to `device`; pixels are normalised there, from uint8."""
+    images = None
+    if batch.images is not None and image is not None:
+        mean = torch.tensor(image.mean, device=device).view(1, 3, 1, 1) * 255
+        scale = 1 / (torch.tensor(image.std, device=device).view(1, 3, 1, 1) * 255)
+        images = (torch.from_numpy(batch.images).to(device).float() - mean) * scale
+    return Rows(
+        images=images,
+        tokens=torch.from_numpy(batch.tokens.astype(np.int64)).to(device),
+        used=torch.from_numpy(batch.used.astype(np.int64)).to(device),
+        weights=torch.from_numpy(batch.weights.astype(np.float32)).to(device),
+        sample_ids=torch.from_numpy(batch.sample_ids.view(np.int64)).to(device),
+        keys=torch.from_numpy(batch.row_keys.view(np.int64)).to(device),
+    )

@@ -1,0 +1,43 @@
+"""Pure functions of the step: learning rate, and how long a stage is in steps."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.recipe import Length, Optimizer, Schedule, Train
+
+
+def to_steps(length: Length, batch: int, samples_per_epoch: int) -> float:
+    """A length in optimizer steps; `batch` and `samples_per_epoch` are those of the main stream."""
+    if length.unit == "steps":
+        return length.value
+    samples = length.value * (samples_per_epoch if length.unit == "epochs" else 1)
+    return samples / batch
+
+
+def total_steps(train: Train, batch: int, samples_per_epoch: int) -> int:
+    """Optimizer steps of a stage, rounded up to whole batches."""
+    if train.steps is not None:
+        return train.steps
+    samples = train.samples if train.samples is not None else (train.epochs or 0) * samples_per_epoch
+    return max(1, math.ceil(samples / batch - 1e-9))
+
+
+def peak_rate(optimizer: Optimizer, batch: int) -> float:
+    """`lr`, or `lr_per_256` scaled linearly with the batch (Goyal et al. 2017, as FLIP)."""
+    if optimizer.lr is not None:
+        return optimizer.lr
+    if optimizer.lr_per_256 is None:
+        raise ValueError("optimizer: write lr or lr_per_256")
+    return optimizer.lr_per_256 * batch / 256
+
+
+def learning_rate(step: int, total: int, warmup: float, peak: float, schedule: Schedule) -> float:
+    """Rate of step 0..total-1: linear from 0 over `warmup` steps, then towards `schedule.final_lr`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule.kind == "constant" or total <= warmup:
+        return peak
+    done = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+    return schedule.final_lr + (peak - schedule.final_lr) * fall
