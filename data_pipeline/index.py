@@ -16,15 +16,16 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifest import (
     FORMAT,
     INDEX_FOLDER,
+    MEMBERS,
     Manifest,
     Shard,
-    count_shards,
     make_manifest,
     open_source,
     read_index,
     read_stats,
     shard_lengths,
     stats_url,
+    tokenizer_of,
     wrong_count,
 )
 from data_pipeline.tables import PackedTable, pack_table
@@ -36,9 +37,9 @@ __all__ = ["Manifest", "Shard", "ShardReader", "build_index", "open_source"]
 def build_index(path: str) -> Manifest:
     """Walk every tar of a source once; write `ROOT/_index/`: shards.parquet and one packed file of offsets.
 
-    The offsets are written first, under a name that holds their hash; shards.parquet, which names them, appears
-    last and whole: a reader sees the old index or the new one. Raises UserError if a `_stats.json` contradicts
-    its tar.
+    The offsets are written first, under a name that holds their hash; shards.parquet, which names them,
+    appears last and whole: a reader sees the old index or the new one. Raises UserError if a `_stats.json`
+    contradicts its tar.
     """
     import pyarrow as pa
 
@@ -54,10 +55,9 @@ def build_index(path: str) -> Manifest:
             raise wrong_count(url, stats[url]["successes"], len(table), stats_url(url))
         blocks.append(pack_table(table))
         counts.append(len(table))
-    _, _, tokenizer = count_shards(urls) if stats else ([], "tar", None)
-    manifest = make_manifest(
-        os.path.basename(root) or root, root, urls, lengths, counts, "manifest", tokenizer
-    )
+    tokenizer = tokenizer_of(stats)
+    name = os.path.basename(root) or root
+    manifest = make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer)
     content = b"".join(blocks)
     members = f"members-{xxhash.xxh64_hexdigest(content)}.bin"
     ends = np.cumsum([len(block) for block in blocks], dtype=np.int64)
@@ -81,7 +81,7 @@ def _remove_old(folder: str, keep: str) -> None:
     """Offsets of an earlier index; a reader that has them mapped keeps them."""
     if not storage.is_remote(folder):
         for name in os.listdir(folder):
-            if re.fullmatch(r"members-[0-9a-f]{16}\.bin", name) and name != keep:
+            if re.fullmatch(MEMBERS, name) and name != keep:
                 os.unlink(os.path.join(folder, name))
 
 

@@ -1,4 +1,4 @@
-"""What a source is: its shards and how many samples each holds, from an index, statistics files or the tars."""
+"""What a source is: its shards and how many samples each holds, by an index, statistics or the tars."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX_FOLDER = "_index"
 FORMAT = "1"
+MEMBERS = r"members-[0-9a-f]{16}\.bin"
 PREPARE_HINT = (
     "`dromos data prepare RECIPE` makes the data of a recipe that says how "
     "(the demo's: dromos data prepare configs/demo/flip.yaml); else correct the path"
@@ -78,8 +79,8 @@ def open_source(name: str, path: str) -> Manifest:
     """Shards and counts of a folder, a brace pattern or one tar.
 
     Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else
-    from the headers of the tars. Raises UserError, naming the source and the path, if there is nothing there, a
-    shard is missing, or the index is older than the shards.
+    from the headers of the tars. Raises UserError, naming the source and the path, if there is nothing there,
+    a shard is missing, or the index is older than the shards.
     """
     try:
         urls = storage.list_shards(path)
@@ -133,19 +134,22 @@ def shard_lengths(urls: Sequence[str], path: str) -> dict[str, int]:
 
 
 def count_shards(urls: Sequence[str]) -> tuple[list[int], Literal["stats", "tar"], str | None]:
-    """Counts of the shards, who counted, and the tokenizer of packed text (all shards must agree)."""
+    """Counts of the shards, who counted, and the tokenizer of packed text."""
     stats = read_stats(urls)
-    counts: list[int] = []
-    for url in urls:
-        counts.append(stats[url]["successes"] if url in stats else len(member_table(url)))
-    named = {one["tokenizer"]: url for url, one in stats.items() if one.get("tokenizer")}
+    counts = [stats[url]["successes"] if url in stats else len(member_table(url)) for url in urls]
+    return counts, "stats" if len(stats) == len(urls) else "tar", tokenizer_of(stats)
+
+
+def tokenizer_of(stats: dict[str, dict[str, Any]]) -> str | None:
+    """Fingerprint of the tokenizer that packed the shards; UserError if they disagree."""
+    named = {str(one["tokenizer"]): url for url, one in stats.items() if one.get("tokenizer")}
     if len(named) > 1:
         first, second = list(named.items())[:2]
         raise UserError(
             f"shards were packed with different tokenizers: {first[1]} with {first[0]}, "
             f"{second[1]} with {second[0]}; pack them all again with one"
         )
-    return counts, "stats" if len(stats) == len(urls) else "tar", next(iter(named), None)
+    return next(iter(named), None)
 
 
 def stats_url(shard: str) -> str:
@@ -187,6 +191,8 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
         table = parquet.read_table(io.BytesIO(storage.read_bytes(url)))
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         members = metadata["members"]
+        if not re.fullmatch(MEMBERS, members):
+            raise KeyError(members)
     except (pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{url} is no index ({error}); run: dromos data index {root}") from None
     if metadata.get("dromos_index") != FORMAT:

@@ -49,7 +49,7 @@ def _filesystem_of(protocol: str, process: int) -> Any:
 
 
 def filesystem(url: str) -> Any:
-    """The fsspec file system of a remote url; keys and endpoint come from the environment, as for AWS tools."""
+    """The fsspec file system of a remote url; keys and endpoint come from the environment, as AWS has it."""
     return _filesystem_of(url.split("://", 1)[0], os.getpid())
 
 
@@ -158,8 +158,8 @@ def list_shards(path: str) -> list[str]:
     """Urls of the tars of a source.
 
     A folder gives the tars directly in it, sorted by name (not those of its subfolders: train/ and test/
-    stand side by side); a brace pattern gives what it spells, in its order, without asking whether the files are
-    there; `*` and `?` give what is there, sorted. Raises UserError if nothing is found.
+    stand side by side); a brace pattern gives what it spells, in its order, without asking whether the files
+    are there; `*` and `?` give what is there, sorted. Raises UserError if nothing is found.
     """
     if is_pattern(path):
         return _expand(path)
