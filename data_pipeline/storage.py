@@ -165,11 +165,16 @@ def list_shards(path: str) -> list[str]:
         return _expand(path)
     if path.endswith(SHARD_SUFFIX):
         return [path]
+    return list_files(path, SHARD_SUFFIX)
+
+
+def list_files(path: str, suffix: str) -> list[str]:
+    """Urls of a folder's files that end in `suffix`, sorted by name. Raises UserError if there are none."""
     names = _folder(path)
-    shards = sorted(name for name in names if name.endswith(SHARD_SUFFIX) and not name.startswith("."))
-    if not shards:
-        raise UserError(f"{path} holds no {SHARD_SUFFIX} files{_near_miss(path, names)}")
-    return [join(path, name) for name in shards]
+    files = sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
+    if not files:
+        raise UserError(f"{path} holds no {suffix} files{_near_miss(path, names, suffix)}")
+    return [join(path, name) for name in files]
 
 
 def _expand(path: str) -> list[str]:
@@ -206,23 +211,24 @@ def _folder(path: str) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except NotADirectoryError:
-        raise UserError(
-            f"{path} is a file, and no {SHARD_SUFFIX}; name a folder of tars or a pattern"
-        ) from None
+        raise UserError(f"{path} is a file, not a folder; name a folder, or a pattern of tars") from None
     except PermissionError as error:
         raise UserError(f"{path} may not be read: {error}") from None
 
 
-def _near_miss(path: str, names: list[str]) -> str:
-    """What stands there instead of tars, for the message."""
+def _near_miss(path: str, names: list[str], suffix: str) -> str:
+    """What stands there instead of the files looked for, for the message."""
     packed = [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]
-    if packed:
+    if packed and suffix == SHARD_SUFFIX:
         return f"; {packed[0]} is compressed: unpack it to .tar, ranges of it cannot be read"
     if not is_remote(path):
-        below = sorted(n for n in names if glob.glob(join(glob.escape(join(local_path(path), n)), "*.tar")))
+        inside = {n: glob.escape(join(local_path(path), n)) for n in names}
+        below = sorted(n for n, folder in inside.items() if glob.glob(join(folder, f"*{suffix}")))
         if below:
             return f"; its subfolders {', '.join(below[:5])} do: name one of them"
-    return "; name a folder of tars or a pattern such as data/{00000..00031}.tar"
+    if suffix == SHARD_SUFFIX:
+        return "; name a folder of tars or a pattern such as data/{00000..00031}.tar"
+    return "; name a folder that does"
 
 
 @contextmanager
