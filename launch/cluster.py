@@ -1,0 +1,102 @@
+"""The cluster file: where jobs of a Slurm or Ray cluster go and what they may use, as typed YAML."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from data_pipeline.errors import UserError
+from pretrain.yaml_file import load_yaml
+
+
+class Cluster(BaseModel):
+    """What both kinds of cluster need to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpus_per_node: int = Field(0, ge=0, description="GPUs asked for on each node; 0 asks for none.")
+    cpus_per_rank: int = Field(1, ge=1, description="CPU cores of one rank, its loader workers included.")
+    python: str | None = Field(None, description="Python on the nodes; default: the one that submits.")
+    workdir: str | None = Field(None, description="Working directory on the nodes; default: the present one.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment of every rank. No secrets.")
+
+
+class SlurmCluster(Cluster):
+    """Options of the sbatch script."""
+
+    kind: Literal["slurm"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(
+        None, description="Time limit as Slurm writes it: minutes, 12:00:00 or 2-00:00:00."
+    )
+    signal_lead: int = Field(
+        300,
+        ge=10,
+        description="Seconds before the time limit at which ranks save and stop: a step and a save.",
+    )
+    requeue: bool = Field(True, description="Queue the job again when it had to stop before it was done.")
+    max_requeues: int = Field(1000, ge=0, description="A job that was queued again this often stays stopped.")
+    setup: list[str] = Field(
+        default_factory=list, description="Shell lines before the first stage: module load."
+    )
+    extra: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Further sbatch options: exclusive: true, constraint: a100, mem: 0."
+    )
+
+
+class RayCluster(Cluster):
+    """Where a Ray cluster takes jobs. A token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, not from here."""
+
+    kind: Literal["ray"] = "ray"
+    address: str | None = Field(
+        None, description="Of the job API, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS."
+    )
+    gcs_address: str | None = Field(
+        None,
+        description="HEAD:6379, for ranks started with --on local whose loader reads through this cluster.",
+    )
+    stop_seconds: int = Field(600, ge=1, description="What a stopped job gets to save before it is killed.")
+
+
+AnyCluster = Annotated[SlurmCluster | RayCluster, Field(discriminator="kind")]
+KINDS: dict[str, type[SlurmCluster] | type[RayCluster]] = {"slurm": SlurmCluster, "ray": RayCluster}
+
+
+def parse_cluster(values: dict[str, Any], where: str = "cluster") -> SlurmCluster | RayCluster:
+    """Check `values`; UserError names the key, what is wrong, and the nearest key that exists."""
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise UserError(
+            f"{where}: kind: {kind!r} is none of {', '.join(KINDS)}; write for example `kind: slurm`"
+        )
+    try:
+        return TypeAdapter(AnyCluster).validate_python(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item, where, KINDS[kind]) for item in error.errors())) from None
+
+
+def load_cluster(path: str | None, kind: str) -> SlurmCluster | RayCluster:
+    """Read the cluster file of a job that runs on `kind`; without a file, the defaults."""
+    if path is None:
+        return KINDS[kind].model_validate({})
+    if not Path(path).is_file():
+        raise UserError(f"--cluster {path}: no such file; configs/cluster/{kind}.yaml is an example")
+    cluster = parse_cluster(load_yaml(path).values, path)
+    if cluster.kind != kind:
+        raise UserError(f"--cluster {path}: describes a {cluster.kind} cluster, and the job runs --on {kind}")
+    return cluster
+
+
+def _explain(item: Any, where: str, model: type[BaseModel]) -> str:
+    keys = [str(part) for part in item["loc"] if part not in KINDS]
+    name = ".".join(keys)
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {name}: {item['msg']} (got {item['input']!r})"
+    near = difflib.get_close_matches(keys[-1], model.model_fields, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(model.model_fields)}"
+    return f"{where}: unknown key {name}; {advice}"

@@ -1,0 +1,110 @@
+"""What can be seen to go wrong before anything is written, and which stages are done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from launch.job import Job, StageJob
+from pretrain.address import locate
+from pretrain.identity import check_run_folder, read_record
+from pretrain.lengths import total_steps
+from pretrain.recipe import Recipe, TrainStage
+from pretrain.recipe_checks import addresses, world_size_check
+from pretrain.recipe_load import stage_record
+
+LENGTHS = ("steps", "samples", "epochs")
+
+
+def stage_steps(stage: TrainStage) -> int | None:
+    """Optimizer steps of a stage, where the recipe alone tells; None for a length in epochs."""
+    return None if stage.train.epochs is not None else total_steps(stage)
+
+
+def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
+    """True if the result.json of a stage reaches the recipe's length. `folder` is the run folder."""
+    path = folder / stage.name / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:
+        raise UserError(f"{path} is not JSON; delete it to run the stage again") from None
+    if stage.kind == "merge":
+        return True
+    if stage.steps is not None:
+        return int(result.get("step", 0)) >= stage.steps
+    finished, wanted = read_record(folder / stage.name), stage_record(recipe, stage.name)
+    return finished is not None and _length(finished) == _length(wanted)
+
+
+def _length(record: dict) -> dict[str, float]:
+    train = record["stage"].get("train") or {}
+    return {unit: train[unit] for unit in LENGTHS if train.get(unit) is not None}
+
+
+def check_ranks(recipe: Recipe, job: Job) -> None:
+    """Every stream's batch must split evenly over the ranks."""
+    for name, stage in _training(recipe, job):
+        try:
+            world_size_check(stage, job.world_size)
+        except UserError as error:
+            raise UserError(f"{job.recipe}: stage {name}: {error}") from None
+
+
+def check_folder(recipe: Recipe, job: Job) -> None:
+    """The run folder must be this recipe's, and its checkpoints of this many ranks where training goes on."""
+    for stage in job.stages:
+        done = is_done(job.folder, stage, recipe)
+        check_run_folder(job.folder, recipe, stage.name, None if done else job.world_size)
+
+
+def check_sources(recipe: Recipe, job: Job) -> None:
+    """Every source of the stages to run must have tars."""
+    paths: dict[str, str] = {}
+    for stage, resolved in _training(recipe, job):
+        for name, stream in resolved.data.items():
+            for source, spec in stream.sources.items():
+                paths.setdefault(spec.path, f"stage {stage}: data.{name}.sources.{source}")
+    for path, key in paths.items():
+        try:
+            storage.list_shards(path)
+        except UserError as error:
+            advice = f"\nmake it with: dromos data prepare {job.recipe}" if recipe.prepare else ""
+            raise UserError(f"{job.recipe}: {key}: {error}{advice}") from None
+
+
+def check_predecessors(recipe: Recipe, job: Job) -> None:
+    """Weights must be there, or come from a stage that this job runs before."""
+    made: set[Path] = set()
+    for stage in job.stages:
+        for key, address in addresses(recipe.stages[stage.name]):
+            if not _candidates(address, job.folder) & made:
+                try:
+                    locate(address, job.folder)
+                except UserError as error:
+                    where = f"{job.recipe}: stage {stage.name}: {'.'.join(key)}"
+                    raise UserError(f"{where}: {_with_recipe(str(error), address, recipe, job)}") from None
+        made.add((job.folder / stage.name).resolve())
+
+
+def _training(recipe: Recipe, job: Job) -> list[tuple[str, TrainStage]]:
+    found = ((stage.name, recipe.stages[stage.name]) for stage in job.stages)
+    return [(name, stage) for name, stage in found if isinstance(stage, TrainStage)]
+
+
+def _candidates(address: str, folder: Path) -> set[Path]:
+    """Stage folders of this machine that the address may mean."""
+    base = address.partition("@")[0]
+    if "://" in address:
+        return set()
+    ways = [folder / base] if "/" not in base else [Path(base), folder.parent / base]
+    return {way.resolve() for way in ways}
+
+
+def _with_recipe(message: str, address: str, recipe: Recipe, job: Job) -> str:
+    """The command that makes a stage of this very recipe can be written out."""
+    own = address.partition("@")[0] in recipe.stages
+    return message.replace("dromos run RECIPE", f"dromos run {job.recipe}") if own else message
