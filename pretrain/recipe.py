@@ -38,7 +38,9 @@ def parse_length(value: Any, unit: str = "steps") -> Any:
         return Length(value=float(value), unit=unit)  # type: ignore[arg-type]
     found = LENGTH.match(str(value))
     if not found:
-        raise ValueError(f"{value!r} is no length; write for example '1000 steps', '51M samples', '0.5 epochs'")
+        raise ValueError(
+            f"{value!r} is no length; write for example '1000 steps', '51M samples', '0.5 epochs'"
+        )
     number, scale, word = found.groups()
     name = {"step": "steps", "sample": "samples", "epoch": "epochs"}.get(word or "", word or unit)
     return Length(value=float(number) * SCALE[scale], unit=name)  # type: ignore[arg-type]
@@ -61,7 +63,9 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 class Run(Strict):
     """What the run is called and where it writes."""
 
-    name: str = Field("run", description="Name of the run; the run folder is runs/NAME unless dir says otherwise.")
+    name: str = Field(
+        "run", description="Name of the run; the run folder is runs/NAME unless dir says otherwise."
+    )
     dir: str | None = Field(None, description="The run folder itself, relative to the working directory.")
     seed: int = Field(0, ge=0, description="Seed of order, crops, masks and initial weights.")
     accept_change: bool = Field(False, description="Continue although the data or its mixture changed.")
@@ -85,10 +89,16 @@ class Image(Strict):
     """How an image becomes pixels."""
 
     size: int = Field(224, gt=0, description="Side of the square fed to the tower, in pixels.")
-    crop: tuple[float, float] = Field((1.0, 1.0), description="Range of the crop's area, as a share of the image.")
+    crop: tuple[float, float] = Field(
+        (1.0, 1.0), description="Range of the crop's area, as a share of the image."
+    )
     flip: bool = Field(False, description="Mirror half of the images, left to right.")
-    mean: tuple[float, float, float] = Field((0.48145466, 0.4578275, 0.40821073), description="Of RGB in 0..1.")
-    std: tuple[float, float, float] = Field((0.26862954, 0.26130258, 0.27577711), description="Of RGB in 0..1.")
+    mean: tuple[float, float, float] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="Of RGB in 0..1."
+    )
+    std: tuple[float, float, float] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="Of RGB in 0..1."
+    )
 
 
 class Text(Strict):
@@ -105,9 +115,13 @@ class Stream(Strict):
         default_factory=dict, description="Name -> path or {path, weight, repeat, cap, max_epochs}."
     )
     batch: int = Field(256, gt=0, description="Rows of the global batch, over all ranks.")
-    lanes: int | None = Field(None, gt=0, description="Fixed fractions of the rows; default: largest divisor of batch up to 1024.")
+    lanes: int | None = Field(
+        None, gt=0, description="Fixed fractions of the rows; default: largest divisor of batch up to 1024."
+    )
     order_as: str | None = Field(None, description="Stage whose order, crops and masks this stream shares.")
-    length: int | None = Field(None, gt=1, description="Tokens of a packed text sequence; only for text streams.")
+    length: int | None = Field(
+        None, gt=1, description="Tokens of a packed text sequence; only for text streams."
+    )
     image: Image | None = Field(None, description="Absent in a text stream.")
     text: Text | None = Field(None, description="Absent in a text stream, which is packed beforehand.")
 
@@ -116,7 +130,9 @@ class Vision(Strict):
     """A vision tower: trained here (width, layers, ... or arch) or taken from elsewhere (init)."""
 
     arch: str | None = Field(None, description="open_clip://ARCH: the tower's shape from open_clip.")
-    init: str | None = Field(None, description="Address of trained weights: flip/tuned, a path, open_clip://ARCH/TAG.")
+    init: str | None = Field(
+        None, description="Address of trained weights: flip/tuned, a path, open_clip://ARCH/TAG."
+    )
     join: Literal["channel", "sequence"] = Field("channel", description="How several towers are joined.")
     part: str | None = Field(None, description="Part of the checkpoint to use, for example qformer.")
     width: int | None = Field(None, gt=0)
@@ -124,7 +140,9 @@ class Vision(Strict):
     head_width: int = Field(64, gt=0)
     patch: int | None = Field(None, gt=0, description="Side of a patch in pixels.")
     mlp_ratio: float = 4.0
-    positions: Literal["learnable", "sincos"] = Field("learnable", description="sincos: fixed 2-D sine and cosine.")
+    positions: Literal["learnable", "sincos"] = Field(
+        "learnable", description="sincos: fixed 2-D sine and cosine."
+    )
     pool: Literal["tok", "avg"] = Field("tok", description="Class token, or the mean over patches.")
 
 
@@ -141,7 +159,9 @@ class Llm(Strict):
     """The language model: from an address, or new from a transformers config."""
 
     init: str | None = Field(None, description="Address of weights: hf://ORG/NAME, a folder, RUN/STAGE.")
-    config: dict[str, Any] | None = Field(None, description="transformers config with model_type, for a new model.")
+    config: dict[str, Any] | None = Field(
+        None, description="transformers config with model_type, for a new model."
+    )
     tokenizer: str | None = Field(None, description="Folder or file with a tokenizer.json.")
 
 
@@ -171,10 +191,11 @@ class Model(Strict):
 class Objective(Strict):
     """What the losses are."""
 
-    kind: Literal["flip", "sphinx"]
+    kind: Literal["flip", "sphinx", "instruct"]
     image_mask: float = Field(0.0, ge=0, lt=1, description="Share of patches that the tower does not see.")
     text_mask: float = Field(0.0, ge=0, lt=1, description="Share of caption tokens that are dropped.")
     weights: dict[str, float] | None = Field(None, description="Weight of each stream's token-mean loss.")
+    template: str | None = Field(None, description="How dialogues become text, for example vicuna.")
 
 
 class Optimizer(Strict):
@@ -182,11 +203,15 @@ class Optimizer(Strict):
 
     kind: Literal["adamw"] = "adamw"
     lr: float | None = Field(None, gt=0, description="Peak learning rate.")
-    lr_per_256: float | None = Field(None, gt=0, description="Peak learning rate for a batch of 256, scaled linearly.")
+    lr_per_256: float | None = Field(
+        None, gt=0, description="Peak learning rate for a batch of 256, scaled linearly."
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 switches clipping off.")
+    clip: float = Field(
+        1.0, ge=0, description="Global gradient norm is clipped to this; 0 switches clipping off."
+    )
 
     @model_validator(mode="after")
     def _one_rate(self) -> Optimizer:
@@ -209,7 +234,9 @@ class Train(Strict):
     steps: Count | None = Field(None, gt=0)
     samples: Count | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
-    micro_batch: int | None = Field(None, gt=0, description="Rows of a rank that pass at once; absent: all of them.")
+    micro_batch: int | None = Field(
+        None, gt=0, description="Rows of a rank that pass at once; absent: all of them."
+    )
     hours: float | None = Field(None, gt=0, description="Save and stop (exit code 75) after this many hours.")
 
 
@@ -229,7 +256,9 @@ class Loader(Strict):
 
     backend: Literal["local", "ray"] = "local"
     workers: int = Field(2, ge=0, description="Processes a rank; 0 reads inside the rank.")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="More replaced samples than this stop the run.")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="More replaced samples than this stop the run."
+    )
 
 
 class Checkpoint(Strict):
@@ -243,7 +272,9 @@ class ZeroShot(Strict):
     """Zero-shot classification of one labelled source."""
 
     path: str
-    classes: dict[str, str] = Field(description="Label as it stands in the json member -> name in the prompt.")
+    classes: dict[str, str] = Field(
+        default_factory=dict, description="Label as it stands in the json member -> name in the prompt."
+    )
     templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
     label: str = Field("label", description="Key of the json member that holds the label.")
 
@@ -252,7 +283,10 @@ class Perplexity(Strict):
     """Mean negative log-likelihood a token on one held-out source."""
 
     path: str
-    stream: str | None = Field(None, description="Stream whose image and text settings apply; absent: packed text.")
+    stream: str | None = Field(
+        None, description="Stream whose image and text settings apply; absent: packed text."
+    )
+    length: int | None = Field(None, gt=1, description="Tokens of a packed sequence; only without stream.")
 
 
 class Evaluation(Strict):
@@ -260,7 +294,7 @@ class Evaluation(Strict):
 
     every: Duration | None = Field(None, description="Absent: only at the end of the stage.")
     batch: int = Field(256, gt=0)
-    zero_shot: dict[str, ZeroShot] = Field(default_factory=dict)
+    zero_shot: dict[str, Annotated[ZeroShot, BeforeValidator(parse_source)]] = Field(default_factory=dict)
     perplexity: dict[str, Perplexity] = Field(default_factory=dict)
 
 
@@ -269,7 +303,9 @@ class TrainStage(Strict):
 
     kind: Literal["train"] = "train"
     init: str | None = Field(None, description="Address whose weights start this stage, nothing else.")
-    continue_: str | None = Field(None, alias="continue", description="Address that this stage continues entirely.")
+    continue_: str | None = Field(
+        None, alias="continue", description="Address that this stage continues entirely."
+    )
     data: dict[str, Stream] = Field(default_factory=dict)
     model: Model = Field(default_factory=Model)
     objective: Objective
@@ -297,5 +333,7 @@ class Recipe(Strict):
     """A recipe with every stage resolved: `run` and `prepare` belong to the run, the rest to its stages."""
 
     run: Run = Field(default_factory=Run)
-    prepare: Literal["demo"] | None = Field(None, description="What `dromos data prepare` makes for this recipe.")
+    prepare: Literal["demo"] | None = Field(
+        None, description="What `dromos data prepare` makes for this recipe."
+    )
     stages: dict[str, Annotated[TrainStage | MergeStage, Field(discriminator="kind")]]

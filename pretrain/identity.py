@@ -1,0 +1,187 @@
+"""Whose run folder is this: the keys that must match on resume, and what is said when they do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.lengths import length_steps
+from pretrain.recipe import Recipe, parse_length
+from pretrain.recipe_load import stage_record
+
+# The rest of a stage (loader, checkpoint, eval, train.micro_batch, other engine keys) may change.
+IDENTITY: tuple[tuple[str, ...], ...] = (
+    ("run", "seed"),
+    ("stage", "kind"),
+    ("stage", "init"),
+    ("stage", "continue"),
+    ("stage", "data"),
+    ("stage", "model"),
+    ("stage", "objective"),
+    ("stage", "optimizer"),
+    ("stage", "schedule"),
+    ("stage", "engine", "dtype"),
+    ("stage", "method"),
+    ("stage", "inputs"),
+    ("stage", "only"),
+    ("stage", "copy_rest"),
+)
+UNITS = ("steps", "samples", "epochs")
+ABSENT = "(absent)"
+
+
+def compare_identity(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences in identity keys between two resolved.yaml contents, as `KEY: OLD -> NEW`.
+
+    With run.accept_change in `new`, the data may differ (never its batch). A length may grow, not shrink.
+    """
+    accept = bool((new.get("run") or {}).get("accept_change"))
+    found: list[str] = []
+    for key in IDENTITY:
+        for path, was, now in _differences(_get(old, key), _get(new, key), key):
+            if not (accept and path[:2] == ("stage", "data") and path[-1] != "batch"):
+                found.append(f"{_name(path)}: {_show(was)} -> {_show(now)}")
+    return found + _shrunk(old, new)
+
+
+def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed in the keys that may change, for the log of the run."""
+    changed = [
+        item
+        for item in _differences(old.get("stage"), new.get("stage"), ("stage",))
+        if not _is_identity(item[0])
+    ]
+    return [f"{_name(path)}: {_show(was)} -> {_show(now)}" for path, was, now in changed]
+
+
+def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size: int | None = None) -> None:
+    """UserError when the folder belongs to another recipe, or cannot be resumed like this yet.
+
+    Reads only; a folder that does not exist, or a stage that has not started, is nobody's.
+    """
+    folder = Path(run_dir)
+    old, new = read_record(folder / stage), stage_record(recipe, stage)
+    if old is None:
+        _check_neighbours(folder, recipe)
+        return
+    differences = compare_identity(old, new)
+    if differences:
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise UserError(
+            f"{folder / stage} was made by another recipe; it had -> this one has:\n{lines}\n"
+            f"choose another folder (run.dir=NEW), restore these keys, or delete {folder / stage}"
+        )
+    _check_resumable(folder / stage, old, new, world_size)
+
+
+def read_record(stage_dir: Path) -> dict[str, Any] | None:
+    """The stage's resolved.yaml, or None when the stage has not started."""
+    path = stage_dir / "resolved.yaml"
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read: {error}; delete {stage_dir} to start the stage again"
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
+        raise UserError(
+            f"{path}: is not what a run writes there; delete {stage_dir} to start the stage again"
+        )
+    return record
+
+
+def _check_neighbours(folder: Path, recipe: Recipe) -> None:
+    """A new stage beside stages of a run with another name or seed would mix two runs."""
+    for path in sorted(folder.glob("*/resolved.yaml")):
+        record = read_record(path.parent) or {}
+        run = record.get("run") or {}
+        for key, mine in (("name", recipe.run.name), ("seed", recipe.run.seed)):
+            if run.get(key) != mine:
+                raise UserError(
+                    f"{folder} holds stage {path.parent.name!r} of another run: "
+                    f"run.{key} is {run.get(key)!r} there and {mine!r} here; "
+                    "choose another folder (run.dir=NEW)"
+                )
+
+
+def _check_resumable(
+    stage_dir: Path, old: dict[str, Any], new: dict[str, Any], world_size: int | None
+) -> None:
+    """Once there is a checkpoint, ZeRO stage and world size stay, until checkpoints can be converted."""
+    newest = max((path.parent for path in stage_dir.glob("checkpoints/step_*/COMPLETE")), default=None)
+    if newest is None:
+        return
+    try:
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        state = {}
+    saved_zero = _get(old, ("stage", "engine", "zero"))
+    zero = _get(new, ("stage", "engine", "zero"))
+    if saved_zero != zero:
+        raise UserError(
+            f"{newest} was saved with engine.zero={saved_zero}; changing it to {zero} on resume "
+            f"is not available yet: go on with {saved_zero}, or start a stage with init: {stage_dir}"
+        )
+    saved = state.get("world_size")
+    if world_size is not None and saved is not None and saved != world_size:
+        raise UserError(
+            f"{newest} was saved by {saved} ranks; resuming with {world_size} is not available yet: "
+            f"go on with {saved} ranks, or start a stage with init: {stage_dir}"
+        )
+
+
+def _shrunk(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    was, now = _length(old), _length(new)
+    if was is None or now is None or was == now:
+        return []
+    batches = {name: stream.get("batch") for name, stream in (_get(old, ("stage", "data")) or {}).items()}
+    same_unit = was.rpartition(" ")[2] == now.rpartition(" ")[2]
+    lengths = [parse_length(was), parse_length(now)]
+    if same_unit:
+        shorter = lengths[1].value < lengths[0].value
+    elif "epochs" in (lengths[0].unit, lengths[1].unit) or len(batches) != 1:
+        return [f"train: {was} -> {now} (cannot tell which is longer)"]
+    else:
+        steps = [length_steps(length, next(iter(batches.values()))) for length in lengths]
+        shorter = steps[1] < steps[0]
+    return [f"train: {was} -> {now} (a length may grow, not shrink)"] if shorter else []
+
+
+def _length(record: dict[str, Any]) -> str | None:
+    train = _get(record, ("stage", "train")) or {}
+    return next((f"{train[unit]!r} {unit}" for unit in UNITS if train.get(unit) is not None), None)
+
+
+def _is_identity(path: tuple[str, ...]) -> bool:
+    return any(path[: len(key)] == key for key in IDENTITY)
+
+
+def _get(record: Any, key: tuple[str, ...]) -> Any:
+    for part in key:
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def _differences(old: Any, new: Any, at: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any, Any]]:
+    """Paths at which two plain values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [item for key in keys for item in _differences(old.get(key), new.get(key), (*at, str(key)))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [item for index, (was, now) in pairs for item in _differences(was, now, (*at, str(index)))]
+    return [] if old == new else [(at, old, new)]
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path[1:] if path[0] == "stage" else path)
+
+
+def _show(value: Any) -> str:
+    return ABSENT if value is None else json.dumps(value, ensure_ascii=False, default=str)

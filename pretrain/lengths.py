@@ -1,0 +1,61 @@
+"""Lengths in steps: how long a stage trains, and when its warm-up, evaluations and checkpoints fall."""
+
+from __future__ import annotations
+
+import math
+
+from data_pipeline.errors import UserError
+from pretrain.recipe import Length, TrainStage
+
+
+def main_stream(stage: TrainStage) -> str:
+    """The stream that samples and epochs count: the first one with images, else the first one."""
+    with_images = [name for name, stream in stage.data.items() if stream.image is not None]
+    return (with_images or list(stage.data))[0]
+
+
+def train_length(stage: TrainStage) -> Length:
+    """`train.steps|samples|epochs` as one Length."""
+    train = stage.train
+    if train.steps is not None:
+        return Length(value=float(train.steps), unit="steps")
+    if train.samples is not None:
+        return Length(value=float(train.samples), unit="samples")
+    if train.epochs is not None:
+        return Length(value=train.epochs, unit="epochs")
+    raise UserError("train: write exactly one of steps, samples, epochs")
+
+
+def length_steps(length: Length, batch: int, samples_per_epoch: int | None = None) -> int:
+    """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
+    if length.unit == "steps":
+        return math.ceil(length.value)
+    if length.unit == "samples":
+        return -(-round(length.value) // batch)
+    if samples_per_epoch is None:
+        raise UserError(
+            f"{length}: how long an epoch is, is known only once the sources are open; write steps or samples"
+        )
+    return -(-round(length.value * samples_per_epoch) // batch)
+
+
+def total_steps(stage: TrainStage, samples_per_epoch: int | None = None) -> int:
+    """Steps of the whole stage; samples and epochs are those of its main stream."""
+    return max(1, length_steps(train_length(stage), stage.data[main_stream(stage)].batch, samples_per_epoch))
+
+
+def warns(stage: TrainStage) -> list[str]:
+    """What is allowed but hardly meant."""
+    warmup, length = stage.schedule.warmup, train_length(stage)
+    batch = stage.data[main_stream(stage)].batch
+    # One epoch cancels out of the comparison when both are in epochs, and is unknown when one is.
+    epoch = 10**9 if warmup.unit == length.unit == "epochs" else None
+    if "epochs" in (warmup.unit, length.unit) and epoch is None:
+        return []
+    steps, total = length_steps(warmup, batch, epoch), length_steps(length, batch, epoch)
+    if steps <= total:
+        return []
+    return [
+        f"schedule.warmup ({warmup}) is longer than the training ({length}): "
+        "the learning rate never reaches its peak; set schedule.warmup as well"
+    ]

@@ -1,0 +1,77 @@
+"""What the schema knows and this version has not built: one table; a feature that is built loses its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pretrain.recipe import Recipe, TrainStage, Vision
+from pretrain.yaml_file import Key
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A key that is refused by name where `used` says so."""
+
+    key: Key
+    used: Callable[[TrainStage], bool]
+    words: str
+
+
+def _towers(stage: TrainStage) -> list[Vision]:
+    return stage.model.vision or []
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        ("engine", "offload"), lambda s: s.engine.offload is not None, "offloading the optimizer to the CPU"
+    ),
+    Feature(("engine", "compile"), lambda s: s.engine.compile, "torch.compile"),
+    Feature(
+        ("engine", "activation_checkpointing"),
+        lambda s: s.engine.activation_checkpointing,
+        "recomputing activations in the backward pass",
+    ),
+    Feature(
+        ("objective", "kind"), lambda s: s.objective.kind == "instruct", "instruction tuning on dialogues"
+    ),
+    Feature(("objective", "template"), lambda s: s.objective.template is not None, "a dialogue template"),
+    Feature(("objective", "text_mask"), lambda s: s.objective.text_mask > 0, "masking caption tokens"),
+    Feature(("model", "vision"), lambda s: len(_towers(s)) > 1, "more than one vision tower"),
+    Feature(
+        ("model", "vision"),
+        lambda s: any(t.join == "sequence" for t in _towers(s)),
+        "joining towers along the sequence",
+    ),
+    Feature(
+        ("model", "vision"),
+        lambda s: any(t.part is not None for t in _towers(s)),
+        "taking a part of a checkpoint as tower",
+    ),
+    Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
+    Feature(
+        ("data",),
+        lambda s: (
+            s.objective.kind == "sphinx" and any(not (d.length or d.image or d.text) for d in s.data.values())
+        ),
+        "a stream whose image size and tokenizer follow from the model (write data.STREAM.image and .text, "
+        "or data.STREAM.length for packed text)",
+    ),
+    Feature(
+        ("eval", "zero_shot"),
+        lambda s: any(not task.classes for task in s.eval.zero_shot.values()),
+        "zero-shot evaluation without a list of classes (write eval.zero_shot.NAME.classes)",
+    ),
+)
+
+
+def missing_features(stage: TrainStage) -> list[tuple[Key, str]]:
+    """Keys and words of what a training stage asks for and this version cannot do."""
+    return [(feature.key, feature.words) for feature in FEATURES if feature.used(stage)]
+
+
+def missing_in_run(recipe: Recipe) -> list[tuple[Key, str]]:
+    """The same for the keys of the run section."""
+    if recipe.run.accept_change:
+        return [(("accept_change",), "continuing on changed data")]
+    return []

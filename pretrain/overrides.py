@@ -1,0 +1,183 @@
+"""How maps are laid over each other: stages over the defaults, and KEY=VALUE overrides over the stages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.recipe import Length, TrainStage, parse_length
+from pretrain.schema_errors import hint
+from pretrain.yaml_file import Key, parse_scalar
+
+# Where one of these is written, the others that stood there before give way.
+EXCLUSIVE: dict[Key, tuple[str, ...]] = {
+    ("train",): ("steps", "samples", "epochs"),
+    ("optimizer",): ("lr", "lr_per_256"),
+    (): ("init", "continue"),
+}
+SECTIONS = tuple(info.alias or name for name, info in TrainStage.model_fields.items())
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (nearest: x)` or nothing, for the end of a message."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def merge_maps(base: dict[str, Any], over: dict[str, Any], at: Key = ()) -> dict[str, Any]:
+    """`over` laid on `base`: maps merge, lists and scalars replace, null removes."""
+    result = dict(base)
+    give_way(result, over, at)
+    for key, value in over.items():
+        old = result.get(key)
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict):
+            result[key] = merge_maps(old if isinstance(old, dict) else {}, value, (*at, key))
+        else:
+            result[key] = deepcopy(value)
+    return result
+
+
+def give_way(base: dict[str, Any], over: dict[str, Any], at: Key) -> None:
+    """Remove from `base` what a member of the same exclusive group in `over` replaces."""
+    group = EXCLUSIVE.get(at, ())
+    if any(over.get(name) is not None for name in group):
+        for name in group:
+            base.pop(name, None)
+
+
+def normalise(stage: dict[str, Any]) -> dict[str, Any]:
+    """Write the short forms out: `train: 500 steps`, and a null section that inherits nothing."""
+    train = stage.get("train")
+    if train is None or isinstance(train, dict):
+        return stage
+    try:
+        length = parse_length(train)
+    except ValueError:
+        return stage  # the schema says what is wrong with it
+    if not isinstance(length, Length):
+        return stage
+    value: int | float = int(length.value) if length.value.is_integer() else length.value
+    return {**stage, "train": {length.unit: value}}
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `KEY=VALUE` of the command line; without a stage it holds for every selected training stage."""
+
+    text: str
+    stage: str | None
+    key: Key
+    value: Any
+
+
+def parse_override(text: str, stages: Iterable[str]) -> Override:
+    """`tuned.train.steps=5` -> Override; UserError when it is no KEY=VALUE or names nothing that exists."""
+    stages = list(stages)
+    name, equals, raw = text.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key):
+        raise UserError(
+            f"override {text!r}: write KEY=VALUE, for example train.steps=500 or {stages[0]}.train.steps=500"
+        )
+    try:
+        value = parse_scalar(raw)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise UserError(
+            f"override {text!r}: the value is not YAML: {problem}; quote it for the shell"
+        ) from None
+    if key[0] in stages:
+        if len(key) == 1:
+            raise UserError(f"override {text!r}: names a stage but no key in it; write {key[0]}.KEY=VALUE")
+        return Override(text, key[0], key[1:], value)
+    if key[0] == "stages":
+        raise UserError(
+            f"override {text!r}: write STAGE.KEY=VALUE without `stages.`; the stages are {', '.join(stages)}"
+        )
+    if key[0] == "run" or key[0] in SECTIONS:
+        return Override(text, None, key, value)
+    near = hint(TrainStage, key[:1], [*SECTIONS, "run", *stages])
+    raise UserError(
+        f"override {text!r}: {key[0]!r} is neither a section of a recipe nor a stage of this one{near}"
+    )
+
+
+def set_key(stage: dict[str, Any], override: Override) -> None:
+    """Set one key of a raw section in place: the value replaces what stood there; null removes."""
+    *parents, last = override.key
+    node: Any = stage
+    for depth, name in enumerate(parents):
+        if override.value is None and isinstance(node, dict) and node.get(name) is None:
+            return  # nothing to remove, and an empty section would not be nothing
+        node = _descend(node, name, override.key[:depth], override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = override.value
+        return
+    give_way(node, {last: override.value}, tuple(parents))
+    if override.value is None:
+        node.pop(last, None)
+    else:
+        node[last] = deepcopy(override.value)
+
+
+def _descend(node: Any, name: str, at: Key, override: Override) -> Any:
+    """The map or list under `name`, made where there is none; short forms are written out on the way."""
+    if isinstance(node, list):
+        inner = node[_index(node, name, override)]
+        if not isinstance(inner, dict | list):
+            raise UserError(
+                f"override {override.text!r}: {'.'.join((*at, name))} holds {inner!r}, not a section"
+            )
+        return inner
+    inner = node.get(name)
+    if inner is None:
+        inner = node[name] = {}
+    elif isinstance(inner, str) and at and at[-1] == "sources":
+        inner = node[name] = {"path": inner}
+    elif isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict):
+        following = override.key[len(at) + 1]
+        inner = inner if following.isdigit() else inner[0]  # `model.vision.width` where there is one tower
+    elif not isinstance(inner, dict | list):
+        raise UserError(f"override {override.text!r}: {'.'.join((*at, name))} holds {inner!r}, not a section")
+    return inner
+
+
+def _index(items: list[Any], name: str, override: Override) -> int:
+    if name.isdigit() and int(name) < len(items):
+        return int(name)
+    raise UserError(
+        f"override {override.text!r}: {name!r} is no element of a list of {len(items)}; "
+        f"write a number from 0 to {len(items) - 1}"
+    )
+
+
+def targets(override: Override, stages: dict[str, dict[str, Any]], selected: Sequence[str]) -> list[str]:
+    """The stages that an override sets; UserError when it would set none."""
+    training = [name for name, stage in stages.items() if stage.get("kind", "train") == "train"]
+    if override.stage is None and override.key[0] == "loader":
+        return training
+    chosen = [override.stage] if override.stage else [name for name in selected if name in training]
+    if not chosen:
+        raise UserError(
+            f"override {override.text!r}: no training stage is selected; "
+            f"write STAGE.KEY=VALUE for one of {', '.join(stages)}"
+        )
+    if override.key[0] != "data" or len(override.key) < 3:
+        return chosen
+    # A stage that has removed a stream is not given half of it back.
+    with_stream = [name for name in chosen if override.key[1] in (stages[name].get("data") or {})]
+    if not with_stream:
+        known = sorted({stream for name in chosen for stream in (stages[name].get("data") or {})})
+        raise UserError(
+            f"override {override.text!r}: there is no stream {override.key[1]!r} in {', '.join(chosen)}"
+            f"{nearest(override.key[1], known)}; streams: {', '.join(known) or 'none'}"
+        )
+    return with_stream

@@ -1,0 +1,278 @@
+"""What the schema cannot say of a recipe: rules between fields, stages, and batch and world size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from pretrain.not_yet import missing_features, missing_in_run
+from pretrain.overrides import nearest
+from pretrain.recipe import MergeStage, Recipe, Stream, TrainStage
+from pretrain.yaml_file import Key
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one key of one stage (`run`: of the run section)."""
+
+    stage: str
+    key: Key
+    text: str
+
+
+def unavailable(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> list[Problem]:
+    """The features a stage asks for that are not built yet."""
+    found = [Problem("run", key, f"{words} is not available yet") for key, words in missing_in_run(recipe)]
+    if isinstance(stage, TrainStage):
+        found += [
+            Problem(name, key, f"{words} is not available yet") for key, words in missing_features(stage)
+        ]
+    return found
+
+
+def check_stages(recipe: Recipe) -> list[Problem]:
+    """Rules between stages: whatever is named exists, earlier in the file."""
+    problems: list[Problem] = []
+    run_name = recipe.run.name
+    if recipe.run.dir is None and (not run_name or run_name in (".", "..") or re.search(r"[/\\]", run_name)):
+        problems.append(
+            Problem("run", ("name",), f"{run_name!r} is no name for the folder runs/NAME; write run.dir")
+        )
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        for key, address in addresses(stage):
+            problems += _check_address(name, key, address, earlier, list(recipe.stages))
+        if isinstance(stage, TrainStage):
+            problems += _check_predecessors(name, stage, recipe)
+        earlier.append(name)
+    return problems
+
+
+def addresses(stage: TrainStage | MergeStage) -> Iterator[tuple[Key, str]]:
+    """Every address that a stage reads weights from, with its key."""
+    if isinstance(stage, MergeStage):
+        for address in stage.inputs:
+            yield ("inputs", address), address
+        if stage.copy_rest is not None:
+            yield ("copy_rest",), stage.copy_rest
+        return
+    if stage.init is not None:
+        yield ("init",), stage.init
+    if stage.continue_ is not None:
+        yield ("continue",), stage.continue_
+    for index, tower in enumerate(stage.model.vision or []):
+        if tower.init is not None:
+            yield ("model", "vision", str(index), "init"), tower.init
+    if stage.model.llm is not None and stage.model.llm.init is not None:
+        yield ("model", "llm", "init"), stage.model.llm.init
+
+
+def predecessors(stage: TrainStage | MergeStage, names: Iterable[str]) -> list[str]:
+    """The stages of the same recipe that must be complete before this one starts."""
+    known = list(names)
+    found = [stage_name(address) for _, address in addresses(stage)]
+    return list(dict.fromkeys(name for name in found if name in known))
+
+
+def stage_name(address: str) -> str:
+    """`masked@500` -> `masked`; other addresses as they are."""
+    return address if "://" in address or "/" in address else address.partition("@")[0]
+
+
+def _check_address(name: str, key: Key, address: str, earlier: list[str], names: list[str]) -> list[Problem]:
+    bare = stage_name(address)
+    if not address.strip():
+        return [Problem(name, key, "is empty; write a stage, RUN/STAGE, a path or a URL")]
+    if "://" in address or "/" in address or bare in earlier:
+        return []
+    if bare == name:
+        return [Problem(name, key, "a stage cannot start from itself")]
+    if bare in names:
+        return [Problem(name, key, f"stage {bare!r} stands after {name!r} in the file; move it above")]
+    if Path(address).exists():
+        return []
+    known = f"; the stages before it are {', '.join(earlier)}" if earlier else ""
+    text = f"{address!r} is no stage of this recipe{nearest(bare, earlier) or known}"
+    return [Problem(name, key, f"{text}; for another run write RUN/STAGE")]
+
+
+def _check_predecessors(name: str, stage: TrainStage, recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    if stage.init is not None and stage.continue_ is not None:
+        problems.append(
+            Problem(name, ("continue",), "write init (weights only) or continue (everything), not both")
+        )
+    source = stage_name(stage.continue_) if stage.continue_ else None
+    if source in recipe.stages and isinstance(recipe.stages[source], MergeStage):
+        problems.append(
+            Problem(
+                name, ("continue",), f"{source!r} is a merge, which has no optimizer; write init: {source}"
+            )
+        )
+    for stream_name, stream in stage.data.items():
+        if stream.order_as is None:
+            continue
+        key, other = ("data", stream_name, "order_as"), recipe.stages.get(stream.order_as)
+        if other is None or stream.order_as == name:
+            others = [known for known in recipe.stages if known != name]
+            text = f"{stream.order_as!r} is no other stage of this recipe{nearest(stream.order_as, others)}"
+            problems.append(Problem(name, key, text))
+        elif not isinstance(other, TrainStage) or stream_name not in other.data:
+            problems.append(Problem(name, key, f"stage {stream.order_as!r} has no stream {stream_name!r}"))
+    return problems
+
+
+def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> list[Problem]:
+    """Rules inside one stage."""
+    if isinstance(stage, MergeStage):
+        merging = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
+        return [Problem(name, key, text) for key, text in merging]
+    found = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
+    if stage.objective.kind in OBJECTIVES:
+        found += [*_check_streams(stage), *OBJECTIVES[stage.objective.kind](stage)]
+    return [Problem(name, key, text) for key, text in found]
+
+
+def _check_merge(stage: MergeStage) -> Iterator[tuple[Key, str]]:
+    if stage.only is not None:
+        try:
+            re.compile(stage.only)
+        except re.error as error:
+            yield ("only",), f"{stage.only!r} is no regular expression: {error}"
+
+
+def _check_training(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    written = [name for name in ("steps", "samples", "epochs") if getattr(stage.train, name) is not None]
+    if len(written) != 1:
+        yield ("train",), f"write exactly one of steps, samples, epochs; here: {', '.join(written) or 'none'}"
+    if stage.optimizer.lr is None and stage.optimizer.lr_per_256 is None:
+        yield ("optimizer",), "has no learning rate; write optimizer.lr or optimizer.lr_per_256"
+    if stage.checkpoint.every.value == 0:
+        yield ("checkpoint", "every"), "must be longer than 0"
+    for part in stage.model.freeze:
+        if part not in ("vision", "text", "llm"):
+            yield ("model", "freeze"), f"{part!r} is none of vision, text, llm"
+
+
+def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    if not stage.data:
+        yield ("data",), "has no stream; write data.STREAM with sources and batch"
+    for name, stream in stage.data.items():
+        at = ("data", name)
+        if not stream.sources:
+            yield (*at, "sources"), "names no source; write sources: {NAME: PATH}"
+        if stream.lanes is not None and stream.batch % stream.lanes:
+            near = ", ".join(map(str, nearest_divisors(stream.batch, stream.lanes)))
+            yield (
+                (*at, "lanes"),
+                f"a batch of {stream.batch} cannot be cut into {stream.lanes} lanes; nearest: {near}",
+            )
+        if stream.image is not None:
+            low, high = stream.image.crop
+            if not 0 < low <= high <= 1:
+                yield (
+                    (*at, "image", "crop"),
+                    f"[{low}, {high}] is no range of shares; write 0 < LOW <= HIGH <= 1",
+                )
+            patches = [tower.patch for tower in stage.model.vision or [] if tower.patch]
+            if any(stream.image.size % patch for patch in patches):
+                yield (
+                    (*at, "image", "size"),
+                    f"{stream.image.size} is no multiple of the patch ({patches[0]} pixels)",
+                )
+    for name in stage.objective.weights or {}:
+        if name not in stage.data:
+            yield ("objective", "weights", name), f"is no stream of this stage{nearest(name, stage.data)}"
+
+
+def _check_pair(name: str, stream: Stream) -> Iterator[tuple[Key, str]]:
+    if stream.length is not None:
+        yield ("data", name, "length"), "is for packed text; a stream of images has image and text.length"
+    for part in ("image", "text"):
+        if getattr(stream, part) is None:
+            yield ("data", name, part), "is missing; a stream of image and caption needs image and text"
+
+
+def _check_flip(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    if len(stage.data) > 1:
+        yield (
+            ("data",),
+            f"flip takes exactly one stream, of images with captions; here: {', '.join(stage.data)}",
+        )
+    for name, stream in stage.data.items():
+        yield from _check_pair(name, stream)
+    if not stage.model.vision:
+        yield ("model", "vision"), "is missing; flip trains a vision tower"
+    if stage.model.llm is not None:
+        yield ("model", "llm"), "has no place in flip; the text tower is model.text"
+    if stage.objective.weights:
+        yield ("objective", "weights"), "flip has one loss, so there is nothing to weigh"
+
+
+def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    llm, images = stage.model.llm, False
+    for name, stream in stage.data.items():
+        if stream.image is not None or stream.text is not None:
+            images = True
+            yield from _check_pair(name, stream)
+    if llm is None or (llm.init is None) == (llm.config is None):
+        yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
+    if images and not stage.model.vision:
+        yield ("model", "vision"), "is missing; a stream of images needs a vision tower"
+    if stage.model.text is not None:
+        yield ("model", "text"), "has no place in sphinx; the language model is model.llm"
+    if stage.objective.image_mask > 0:
+        yield ("objective", "image_mask"), "belongs to flip; sphinx sees every patch"
+
+
+OBJECTIVES = {"flip": _check_flip, "sphinx": _check_sphinx}
+
+
+def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    figures = stage.eval
+    if figures.every is not None and figures.every.value == 0:
+        yield ("eval", "every"), "must be longer than 0; leave it out to evaluate at the end only"
+    if figures.zero_shot and stage.objective.kind != "flip":
+        yield ("eval", "zero_shot"), "needs the two towers of flip"
+
+
+def _check_perplexity(stage: TrainStage | MergeStage, recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """A stage without the stream skips the figure; a stream that no stage has is a slip of the pen."""
+    training = [other for other in recipe.stages.values() if isinstance(other, TrainStage)]
+    streams = {name for other in training for name in other.data}
+    for task, figure in stage.eval.perplexity.items():
+        if figure.stream is not None and figure.stream not in streams:
+            text = f"no stage has a stream {figure.stream!r}{nearest(figure.stream, streams)}"
+            yield ("eval", "perplexity", task, "stream"), text
+
+
+def nearest_divisors(number: int, near: int) -> list[int]:
+    """The divisors of `number` next to `near`, below and above."""
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    below = [value for value in divisors if value < near][-1:]
+    return below + [value for value in divisors if value > near][:1]
+
+
+def world_size_check(stage: TrainStage, world_size: int) -> None:
+    """UserError when a batch cannot be cut into equal rows a rank, or flip's rows would be cut further."""
+    for name, stream in stage.data.items():
+        if stream.batch % world_size:
+            below = stream.batch // world_size * world_size
+            near = [value for value in (below, below + world_size) if value > 0]
+            ranks = ", ".join(map(str, nearest_divisors(stream.batch, world_size)))
+            raise UserError(
+                f"data.{name}.batch: {stream.batch} rows cannot be shared evenly by {world_size} ranks; "
+                f"nearest batch: {' or '.join(map(str, near))} (data.{name}.batch={near[-1]}); "
+                f"nearest number of ranks: {ranks}"
+            )
+        rows = stream.batch // world_size
+        micro = stage.train.micro_batch
+        if stage.objective.kind == "flip" and micro is not None and micro < rows:
+            raise UserError(
+                f"train.micro_batch: {micro} is smaller than a rank's {rows} rows of {name}; "
+                "the contrastive loss needs all rows at once until feature caching is available: "
+                f"leave train.micro_batch out, or use at least {-(-stream.batch // micro)} ranks"
+            )

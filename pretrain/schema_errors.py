@@ -1,0 +1,129 @@
+"""Turns pydantic's errors into one line that a person can act on, with the nearest key that exists."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from pretrain.yaml_file import Key
+
+WORDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "dict_type": "a map",
+    "model_type": "a section (a map of keys)",
+    "model_attributes_type": "a section (a map of keys)",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
+
+
+def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
+    """What is wrong with the value at `key` below `model`; without place or file."""
+    kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return f"unknown key{hint(model, key)}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(context.get("error", error["msg"]))
+    if kind == "literal_error":
+        options = [
+            str(option).strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")
+        ]
+        found = difflib.get_close_matches(str(value), options, n=1)
+        return f"{value!r} is none of {', '.join(options)}" + (
+            f"; did you mean {found[0]!r}?" if found else ""
+        )
+    if kind in WORDS:
+        return f"must be {WORDS[kind]}, not {value!r}"
+    text = error["msg"]
+    for start, plain in (("Input should be ", "must be "), ("Dictionary should have", "must have")):
+        if text.startswith(start):
+            text = plain + text.removeprefix(start)
+    return f"{text}, not {value!r}" if isinstance(value, str | int | float | list | tuple) else text
+
+
+def hint(model: type[BaseModel], key: Key, allowed: Iterable[str] | None = None) -> str:
+    """`; did you mean ...?` for an unknown key: a sibling first, then the same word elsewhere."""
+    siblings = fields_below(model, key[:-1]) if allowed is None else sorted(allowed)
+    found = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.7)
+    if found:
+        return f"; did you mean {found[0]!r}?"
+    elsewhere = [path for path in dotted(model) if path.rpartition(".")[2] == key[-1]]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere[:3])}?"
+    found = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.4)
+    if found:
+        return f"; did you mean {found[0]!r}? The keys here are {', '.join(siblings)}"
+    return f"; the keys here are {', '.join(siblings)}" if siblings else ""
+
+
+def fields_below(model: type[BaseModel], key: Key) -> list[str]:
+    """Names of the fields of the section at `key`; empty when it is no section."""
+    annotation: Any = model
+    for part in key:
+        annotation = _step(annotation, part)
+    found = _model(annotation)
+    return [name for name, _ in _fields(found)] if found else []
+
+
+def dotted(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, `data.STREAM.image.size` and so on."""
+    for name, annotation in _fields(model):
+        yield prefix + name
+        inner, holder = annotation, ""
+        if get_origin(_bare(inner)) is dict:
+            inner, holder = get_args(_bare(inner))[1], {"data": "STREAM."}.get(name, "NAME.")
+        found = _model(inner)
+        if found is not None:
+            yield from dotted(found, f"{prefix}{name}.{holder}")
+
+
+def _fields(model: type[BaseModel]) -> list[tuple[str, Any]]:
+    return [(info.alias or name, info.annotation) for name, info in model.model_fields.items()]
+
+
+def _bare(annotation: Any) -> Any:
+    """The annotation without Annotated and without `| None`."""
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation = get_args(annotation)[0]
+        elif origin in (Union, types.UnionType):
+            rest = [item for item in get_args(annotation) if item is not type(None)]
+            if len(rest) != 1:
+                return annotation
+            annotation = rest[0]
+        else:
+            return annotation
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    bare = _bare(annotation)
+    if get_origin(bare) is list:
+        bare = _bare(get_args(bare)[0])
+    return bare if isinstance(bare, type) and issubclass(bare, BaseModel) else None
+
+
+def _step(annotation: Any, part: str) -> Any:
+    bare = _bare(annotation)
+    if get_origin(bare) is dict:
+        return get_args(bare)[1]
+    if get_origin(bare) is list:
+        bare = _bare(get_args(bare)[0])
+        if part.isdigit():
+            return bare
+    if isinstance(bare, type) and issubclass(bare, BaseModel):
+        return dict(_fields(bare)).get(part)
+    return None
