@@ -1,0 +1,102 @@
+"""How a stream's slots are dealt to its sources: a cycle of integer weights in golden-stride order, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import gcd, lcm
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+LIMIT = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
+
+
+def exact(number: float) -> Fraction:
+    """The fraction a decimal stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
+    fraction = Fraction(str(number))
+    return fraction if fraction.denominator <= 10**9 else fraction.limit_denominator(10**9)
+
+
+def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:
+    """Smallest integers in the proportions of `shares` (> 0), whose sum is the length of the cycle.
+
+    A cycle over 2**31 slots (weights with no common measure) is rounded to 2**31 by largest remainders: an error below
+    one sample in two thousand million. Raises UserError for a share so small that it gets no slot.
+    """
+    whole = lcm(*(share.denominator for share in shares))
+    weights = [int(share * whole) for share in shares]
+    divisor = gcd(*weights)
+    weights = [weight // divisor for weight in weights]
+    if sum(weights) > LIMIT:
+        total = sum(weights)
+        floors = [weight * LIMIT // total for weight in weights]
+        by_remainder = sorted(range(len(weights)), key=lambda k: (-(weights[k] * LIMIT % total), k))
+        for k in by_remainder[: LIMIT - sum(floors)]:
+            floors[k] += 1
+        weights = floors
+    for name, weight in zip(names, weights, strict=True):
+        if weight == 0:
+            raise UserError(
+                f"source {name!r}: its share is below one slot in {LIMIT}; raise its weight or remove it"
+            )
+    return tuple(weights)
+
+
+def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
+    """Sum over t in [0, n) of floor((a t + b) / m), exactly, for every b >= 0; 0 <= a < m <= 2**31, n <= m, b < 2 m.
+
+    Euclid's algorithm on (m, a), which all elements share, so that it takes some 44 steps at most (the sum of the
+    lattice points under a line; Graham, Knuth, Patashnik, Concrete Mathematics, 3.5).
+    """
+    b = b.astype(np.int64)
+    count = np.full_like(b, n)
+    total = np.zeros_like(b)
+    while count.any():
+        total += count * (count - 1) // 2 * (a // m) + count * (b // m)
+        a, b = a % m, b % m
+        top = a * count + b
+        count, b = top // m, top % m
+        m, a = a, m
+    return total
+
+
+class Cycle:
+    """Slots of every lane: slot q of lane i goes to the source whose interval holds (q g + i C / L) mod C.
+
+    C is the sum of the integer weights, each source owns an interval as long as its weight, and the stride g is next to
+    C / golden ratio and coprime to C: each lane deals exactly `weight` slots to a source in any C successive ones, and
+    the lanes, each in another phase, do so together in every step.
+    """
+
+    def __init__(self, weights: Sequence[int], lanes: int) -> None:
+        divisor = gcd(*weights)
+        self.weights = np.array([weight // divisor for weight in weights], np.int64)
+        self.edges = np.concatenate([[0], np.cumsum(self.weights)])
+        self.length = int(self.edges[-1])
+        self.lanes = lanes
+        self.stride = (self.length * GOLDEN) >> 64
+        while gcd(self.stride, self.length) != 1:
+            self.stride += 1
+
+    def sources(self, lane: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        """Source of each slot; `lane` and `slot` broadcast. A source of weight 0 gets none."""
+        where = (slot % self.length * self.stride + self._phase(lane)) % self.length
+        return np.searchsorted(self.edges, where, "right") - 1
+
+    def consumed(self, lane: np.ndarray, slots: int) -> np.ndarray:
+        """Slots that each source gets in the first `slots` of each lane: int64 [sources, lanes], without counting."""
+        cycles, rest = divmod(slots, self.length)
+        phase = self._phase(lane)
+        inner = self.edges[1:-1, None]
+        points = floor_sums(
+            rest, self.length, self.stride, np.concatenate([phase[None], phase + self.length - inner])
+        )
+        below = points[0] - points[1:] + rest
+        ends = np.zeros((1, lane.size), np.int64)
+        return np.diff(np.concatenate([ends, below, ends + rest]), axis=0) + cycles * self.weights[:, None]
+
+    def _phase(self, lane: np.ndarray) -> np.ndarray:
+        return lane * self.length // self.lanes
