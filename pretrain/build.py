@@ -12,10 +12,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.text import Tokenizer, load_tokenizer
 from pretrain.address import locate
+from pretrain.lengths import main_stream
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.multimodal import Multimodal, new_llm
 from pretrain.models.visual import FrozenTower
-from pretrain.objectives.base import Objective, main_stream
+from pretrain.objectives.base import Objective
 from pretrain.objectives.flip import Flip
 from pretrain.objectives.sphinx import Sphinx
 from pretrain.recipe import TrainStage, Vision
@@ -46,11 +47,15 @@ def stage_tokenizer(stage: TrainStage) -> Tokenizer:
         return load_tokenizer(stage.model.llm.tokenizer)
     text = stage.data[main_stream(stage)].text
     if text is None:
-        raise UserError("model.llm.tokenizer is missing: the stage has no stream that names a tokenizer either")
+        raise UserError(
+            "model.llm.tokenizer is missing: the stage has no stream that names a tokenizer either"
+        )
     return load_tokenizer(text.tokenizer)
 
 
-def build_tower(tower: Vision, run_dir: Path | None, frozen: Path | None) -> tuple[FrozenTower, dict[str, Any]]:
+def build_tower(
+    tower: Vision, run_dir: Path | None, frozen: Path | None
+) -> tuple[FrozenTower, dict[str, Any]]:
     """A frozen tower and the description it can be built from again.
 
     Weights come from `frozen` (a stage's frozen.safetensors) where it exists: what an address means may have
@@ -59,7 +64,9 @@ def build_tower(tower: Vision, run_dir: Path | None, frozen: Path | None) -> tup
     tensors, described = read_frozen(frozen) if frozen is not None else ({}, {})
     if described:
         clip = Clip(described["clip"])
-        own = {name.removeprefix("vision.0."): t for name, t in tensors.items() if name.startswith("vision.0.")}
+        own = {
+            name.removeprefix("vision.0."): t for name, t in tensors.items() if name.startswith("vision.0.")
+        }
         clip.visual.load_state_dict(own)
         return FrozenTower(clip.visual), described
     if tower.init is None:
@@ -68,7 +75,9 @@ def build_tower(tower: Vision, run_dir: Path | None, frozen: Path | None) -> tup
     if located.kind == "open_clip":
         raise UserError(f"model.vision.init: {tower.init}: towers from open_clip are not available yet")
     if located.stage_dir is None:
-        raise UserError(f"model.vision.init: {tower.init} is no stage of a run; towers from elsewhere come later")
+        raise UserError(
+            f"model.vision.init: {tower.init} is no stage of a run; towers from elsewhere come later"
+        )
     _, trained = read_stage(located.stage_dir)
     stream = trained.data[main_stream(trained)]
     if stream.image is None or stream.text is None:
@@ -105,12 +114,18 @@ def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen:
         if llm is None or llm.config is None:
             raise UserError("model.llm.config is missing: the sphinx objective needs a language model")
         refuse_dropout(llm.config)
-        specials = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+        specials = {
+            "bos_token_id": tokenizer.start_id,
+            "eos_token_id": tokenizer.end_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
         tower = None
         if stage.model.vision:
             tower, described = build_tower(stage.model.vision[0], run_dir, frozen)
         torch.manual_seed(key64(f"{seed}/{name}/weights") & ((1 << 63) - 1))
-        model = Multimodal(new_llm(llm.config, tokenizer.vocab_size, specials), tower.width if tower else None)
+        model = Multimodal(
+            new_llm(llm.config, tokenizer.vocab_size, specials), tower.width if tower else None
+        )
         objective = Sphinx(model, tower, stage)
     for part in stage.model.freeze:
         freeze(objective, part)

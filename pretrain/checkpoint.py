@@ -1,4 +1,4 @@
-"""The checkpoint protocol: every rank's files in step_X.tmp, hashes, COMPLETE, rename, `latest`; newest complete one wins."""
+"""The checkpoint protocol: files in step_X.tmp, hashes, COMPLETE, rename, `latest`; the newest complete one wins."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def _everyone(value: Any) -> list[Any]:
     return values
 
 
-def save(folder: Path, step: int, state: dict[str, Any], write: Callable[[Path, str], None], keep: int) -> Path:
+def save(
+    folder: Path, step: int, state: dict[str, Any], write: Callable[[Path, str], None], keep: int
+) -> Path:
     """Write one checkpoint so that a kill at any instant leaves the previous one or this one; collective.
 
     `write(folder, tag)` puts every rank's files into `folder/tag`. Each rank flushes and hashes its share of them.
@@ -106,5 +108,7 @@ def verify(path: Path) -> dict[str, Any]:
                 f"Remove the folder {path.name} to resume from the checkpoint before it."
             )
         if _hash(file)["xxh64"] != entry["xxh64"]:
-            raise UserError(f"checkpoint {path}: {name} is damaged (hash differs). Remove {path.name} and run again.")
+            raise UserError(
+                f"checkpoint {path}: {name} is damaged (hash differs). Remove {path.name} and run again."
+            )
     return json.loads((path / "state.json").read_text())

@@ -1,26 +1,10 @@
-"""Pure functions of the step: learning rate, and how long a stage is in steps."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 
-from pretrain.recipe import Length, Optimizer, Schedule, Train
-
-
-def to_steps(length: Length, batch: int, samples_per_epoch: int) -> float:
-    """A length in optimizer steps; `batch` and `samples_per_epoch` are those of the main stream."""
-    if length.unit == "steps":
-        return length.value
-    samples = length.value * (samples_per_epoch if length.unit == "epochs" else 1)
-    return samples / batch
-
-
-def total_steps(train: Train, batch: int, samples_per_epoch: int) -> int:
-    """Optimizer steps of a stage, rounded up to whole batches."""
-    if train.steps is not None:
-        return train.steps
-    samples = train.samples if train.samples is not None else (train.epochs or 0) * samples_per_epoch
-    return max(1, math.ceil(samples / batch - 1e-9))
+from pretrain.recipe import Optimizer, Schedule
 
 
 def peak_rate(optimizer: Optimizer, batch: int) -> float:

@@ -1,0 +1,1 @@
+"""Held-out figures of a model: zero-shot classification and negative log-likelihood a token."""

@@ -83,11 +83,15 @@ def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
     if not tower.arch:
         missing = [k for k in ("width", "layers", "patch_size") if k not in config]
         if missing:
-            raise UserError(f"model.vision: write arch, or width, layers and patch (missing: {', '.join(missing)})")
+            raise UserError(
+                f"model.vision: write arch, or width, layers and patch (missing: {', '.join(missing)})"
+            )
         config["head_width"] = tower.head_width
         config["mlp_ratio"] = tower.mlp_ratio
     if image_size % int(config.get("patch_size", 16)):
-        raise UserError(f"model.vision.patch {config['patch_size']} does not divide the image size {image_size}")
+        raise UserError(
+            f"model.vision.patch {config['patch_size']} does not divide the image size {image_size}"
+        )
     config["image_size"] = image_size
     config["pool_type"] = tower.pool
     if tower.positions == "sincos":
@@ -123,5 +127,10 @@ def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) ->
 
 def open_clip_config(config: dict[str, Any], image: Image) -> dict[str, Any]:
     """The content of `open_clip_config.json` for an exported folder."""
-    shown = {"mean": list(image.mean), "std": list(image.std), "interpolation": "bicubic", "resize_mode": "shortest"}
+    shown = {
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     return {"model_cfg": config, "preprocess_cfg": {"size": image.size, "mode": "RGB", **shown}}

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from data_pipeline.batches import Batch
-from pretrain.recipe import TrainStage
 from pretrain.rows import Rows
 
 Forward = Callable[..., Any]
@@ -43,12 +42,6 @@ class Objective(Protocol):
 
     def frozen(self) -> dict[str, Tensor]:
         """Named tensors that this stage uses and does not train."""
-
-
-def main_stream(stage: TrainStage) -> str:
-    """The stream with images, or the only one."""
-    with_images = [name for name, stream in stage.data.items() if stream.image is not None]
-    return with_images[0] if with_images else next(iter(stage.data))
 
 
 def loss_tokens(batch: Batch) -> float:

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from data_pipeline.batches import Batch
 from data_pipeline.errors import UserError
+from pretrain.lengths import main_stream
 from pretrain.losses.contrastive import contrastive
 from pretrain.masking import keep_patches
 from pretrain.models.clip import Clip
-from pretrain.objectives.base import Forward, Loss, main_stream
+from pretrain.objectives.base import Forward, Loss
 from pretrain.recipe import TrainStage
 from pretrain.rows import Rows
 

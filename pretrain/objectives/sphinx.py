@@ -1,4 +1,4 @@
-"""SPHINX: in every step a batch of plain text and a batch of captioned images, one token-mean loss each (Lin et al. 2023)."""
+"""SPHINX (Lin et al. 2023): in every step plain text and captioned images, one token-mean loss each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches import Batch
+from pretrain.lengths import main_stream
 from pretrain.models.multimodal import Multimodal
 from pretrain.models.visual import FrozenTower
-from pretrain.objectives.base import Forward, Loss, loss_tokens, main_stream
+from pretrain.objectives.base import Forward, Loss, loss_tokens
 from pretrain.recipe import TrainStage
 from pretrain.rows import Rows
 

@@ -1,0 +1,39 @@
+"""Mean negative log-likelihood a token of a held-out source, in nats."""
+
+from __future__ import annotations
+
+import torch
+
+from data_pipeline.evaluation import EvaluationMaker
+from pretrain.engine import Runtime
+from pretrain.evaluate.data import passes, shuffled_images, summed
+from pretrain.objectives.base import Forward, loss_tokens
+from pretrain.objectives.sphinx import Sphinx
+from pretrain.recipe import Perplexity, Stream
+from pretrain.streams import evaluation_spec
+
+
+def token_nll(
+    objective: Sphinx,
+    forward: Forward,
+    wanted: Perplexity,
+    stream: Stream | None,
+    batch: int,
+    runtime: Runtime,
+    shuffle: bool = False,
+) -> float:
+    """Sum of the tokens' negative log-likelihoods over their number, all ranks together.
+
+    `shuffle` gives every caption another sample's image: what the text alone explains.
+    """
+    spec = evaluation_spec("held_out", wanted, stream, batch)
+    image = stream.image if stream is not None else None
+    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    with torch.no_grad():
+        for rows, made in passes(EvaluationMaker(spec), spec, image, runtime):
+            shown = shuffled_images(rows) if shuffle else rows
+            nll = forward(tokens=rows.tokens, used=rows.used, features=objective.features(shown))
+            total[0] += (nll.double() * (rows.weights > 0)).sum()
+            total[1] += loss_tokens(made)
+    nats, tokens = summed(total).tolist()
+    return nats / max(tokens, 1.0)

@@ -1,0 +1,60 @@
+"""All held-out figures that a stage asks for, in training or on weights at an address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data_pipeline.text import Tokenizer
+from pretrain.engine import Runtime
+from pretrain.evaluate.perplexity import token_nll
+from pretrain.evaluate.zero_shot import classify
+from pretrain.lengths import main_stream
+from pretrain.objectives.base import Forward
+from pretrain.objectives.flip import Flip
+from pretrain.recipe import Evaluation, TrainStage
+
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def evaluate(
+    objective: Any,
+    forward: Forward,
+    stage: TrainStage,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    wanted: Evaluation | None = None,
+    shuffle: bool = False,
+) -> dict[str, Any]:
+    """`{"zero_shot": {name: {...}}, "perplexity": {name: nll}, "perplexity_shuffled": {name: nll}}`.
+
+    Caption figures are left out for a model without a tower. `shuffle` adds the captions' figures with the
+    images shuffled between samples.
+    """
+    wanted = wanted or stage.eval
+    figures: dict[str, Any] = {}
+    if isinstance(objective, Flip):
+        stream = stage.data[main_stream(stage)]
+        for name, task in wanted.zero_shot.items():
+            found = classify(forward, task, stream, tokenizer, wanted.batch, runtime)
+            figures.setdefault("zero_shot", {})[name] = found
+        return figures
+    for name, held in wanted.perplexity.items():
+        settings = stage.data.get(held.stream) if held.stream else None
+        if held.stream and (settings is None or objective.tower is None):
+            continue
+        nll = token_nll(objective, forward, held, settings, wanted.batch, runtime)
+        figures.setdefault("perplexity", {})[name] = nll
+        if shuffle and settings is not None:
+            mixed = token_nll(objective, forward, held, settings, wanted.batch, runtime, shuffle=True)
+            figures.setdefault("perplexity_shuffled", {})[name] = mixed
+    return figures
+
+
+def flat(figures: dict[str, Any]) -> dict[str, float]:
+    """Scalars by name for metrics.jsonl: `zero_shot/digits/top1`, `perplexity/text/nll`."""
+    scalars = {f"zero_shot/{k}/top1": v["top1"] for k, v in figures.get("zero_shot", {}).items()}
+    for key in ("perplexity", "perplexity_shuffled"):
+        scalars |= {f"{key}/{name}/nll": nll for name, nll in figures.get(key, {}).items()}
+    return scalars

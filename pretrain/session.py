@@ -1,0 +1,189 @@
+"""A stage set up for training on this rank: checked, built, resumed; and closed whatever happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import UserError
+from pretrain import checkpoint, metrics
+from pretrain.build import build, stage_tokenizer
+from pretrain.engine import Engine, start
+from pretrain.engine import stop as leave
+from pretrain.evaluate.suite import evaluate, flat
+from pretrain.identity import check_run_folder
+from pretrain.lengths import length_steps, total_steps
+from pretrain.lock import FolderLock
+from pretrain.objectives.flip import check_micro_batch
+from pretrain.recipe import Length, TrainStage
+from pretrain.recipe_checks import world_size_check
+from pretrain.recipe_load import load_recipe, run_dir, stage_record
+from pretrain.schedule import peak_rate
+from pretrain.signals import StopFlag
+from pretrain.streams import stage_specs
+from pretrain.trainer import Plan, Trainer, write_result
+from pretrain.weights import load_into, read_frozen, read_state, write_frozen
+
+
+class Session:
+    """Owns everything that one rank opens for one stage."""
+
+    def __init__(self, recipe_path: str, name: str, overrides: Sequence[str], flag: StopFlag) -> None:
+        self.lock: FolderLock | None = None
+        self.trainer: Trainer | None = None
+        self.name = name
+        self.recipe = load_recipe(recipe_path, list(overrides), name)
+        stage = self.recipe.stages[name]
+        if not isinstance(stage, TrainStage):
+            raise UserError(
+                f"stage {name} is a merge, not a training: dromos run {recipe_path} --stage {name}"
+            )
+        self.stage = stage
+        self.run_dir = run_dir(self.recipe)
+        self.folder = self.run_dir / name
+        self.seed = self.recipe.run.seed
+        self.flag = flag
+        if stage.engine.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.runtime = start()
+        world_size_check(stage, self.runtime.world_size)
+        if stage.objective.kind == "flip":
+            check_micro_batch(stage, self.runtime.world_size)
+        check_run_folder(self.run_dir, self.recipe, name, self.runtime.world_size)
+        if self.runtime.rank == 0:
+            self.lock = FolderLock(self.folder)
+
+    def train(self) -> bool:
+        """True when the stage is at its end, False when it saved because it was asked to stop."""
+        stage, runtime = self.stage, self.runtime
+        began = time.monotonic()
+        frozen_path = self.folder / "frozen.safetensors"
+        done = checkpoint.complete_steps(self.folder / "checkpoints")
+        resume = done[-1] if done else None
+        kept = frozen_path if resume is not None else None
+        objective, described = build(stage, self.name, self.seed, self.run_dir, kept)
+        specs = stage_specs(stage, self.seed, self.name, objective.streams)
+        makers = {spec.name: BatchMaker(spec) for spec in specs}
+        plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
+        self.load_weights(objective, resume, frozen_path)
+        engine = Engine(
+            objective.model,
+            stage.engine.zero,
+            stage.engine.dtype,
+            stage.optimizer.betas,
+            stage.optimizer.eps,
+            stage.optimizer.weight_decay,
+            stage.optimizer.clip,
+            runtime,
+        )
+        first = 0
+        if resume is not None:
+            first = self.resume(engine, makers, resume)
+        elif runtime.rank == 0:
+            self.begin(objective, described, frozen_path)
+        tokenizer = stage_tokenizer(stage)
+
+        def figures() -> dict[str, Any]:
+            engine.train(False)
+            return flat(evaluate(objective, engine, stage, tokenizer, runtime))
+
+        def order_state(step: int) -> dict[str, Any]:
+            return {name: maker.state(step) for name, maker in makers.items()}
+
+        loader = self.loader(specs)
+        self.trainer = Trainer(
+            stage, self.folder, objective, engine, loader, plan, runtime, self.flag, order_state, figures
+        )
+        finished = self.trainer.run(first) if first < plan.total else True
+        if finished and runtime.rank == 0:
+            rows = metrics.read(self.folder / "metrics.jsonl")
+            last = rows[-1].get("eval", {}) if rows else {}
+            write_result(self.folder, plan.total, time.monotonic() - began, last)
+        return finished
+
+    def plan(self, samples_per_epoch: int, batch: int) -> Plan:
+        stage = self.stage
+
+        def steps(length: Length) -> int:
+            return length_steps(length, batch, samples_per_epoch)
+
+        return Plan(
+            total=total_steps(stage, samples_per_epoch),
+            warmup=steps(stage.schedule.warmup),
+            peak_rate=peak_rate(stage.optimizer, batch),
+            save_every=max(1, steps(stage.checkpoint.every)),
+            evaluate_every=max(1, steps(stage.eval.every)) if stage.eval.every is not None else None,
+            hours=stage.train.hours,
+        )
+
+    def load_weights(self, objective: Any, resume: int | None, frozen: Path) -> None:
+        """`init` gives weights to a new stage; a resumed one takes its frozen tensors from its own folder."""
+        if resume is not None:
+            tensors, _ = read_frozen(frozen)
+            own = dict(objective.model.named_parameters())
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    if name in own:
+                        own[name].copy_(tensor)
+        elif self.stage.init is not None:
+            loaded = load_into(objective.model, read_state(self.stage.init, self.run_dir), self.stage.init)
+            if self.runtime.rank == 0 and loaded.new:
+                new = sorted({name.split(".")[0] for name in loaded.new})
+                print(f"dromos: init {self.stage.init}: newly initialised: {', '.join(new)}", flush=True)
+
+    def begin(self, objective: Any, described: dict[str, Any], frozen: Path) -> None:
+        """What a new stage writes before its first step."""
+        record = stage_record(self.recipe, self.name)
+        partial = self.folder / "resolved.tmp"
+        partial.write_text(yaml.safe_dump(record, sort_keys=False))
+        partial.replace(self.folder / "resolved.yaml")
+        tensors = objective.frozen()
+        if tensors:
+            write_frozen(frozen, tensors, described)
+        for name in ("metrics.jsonl", "bad_samples.jsonl", "result.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def resume(self, engine: Engine, makers: dict[str, BatchMaker], step: int) -> int:
+        """Load the newest complete checkpoint and cut the logs at its step."""
+        path = self.folder / "checkpoints" / checkpoint.tag_of(step)
+        state = checkpoint.verify(path)
+        for name, maker in makers.items():
+            maker.check_state(state["order"][name])
+        engine.load(path.parent, path.name)
+        if self.runtime.rank == 0:
+            metrics.cut(self.folder / "metrics.jsonl", step)
+            metrics.cut(self.folder / "bad_samples.jsonl", step)
+            record = self.folder / "resolved.yaml"
+            record.write_text(yaml.safe_dump(stage_record(self.recipe, self.name), sort_keys=False))
+            print(f"dromos: {self.name} goes on after step {step}", flush=True)
+        return step
+
+    def loader(self, specs: list[Any]) -> Any:
+        settings = self.stage.loader
+        given = (
+            specs,
+            self.runtime.rank,
+            self.runtime.world_size,
+            settings.workers,
+            self.stage.train.micro_batch,
+        )
+        if settings.backend == "ray":
+            from data_pipeline.ray_serve import RayLoader
+
+            return RayLoader(*given)
+        from data_pipeline.loader import LocalLoader
+
+        return LocalLoader(*given)
+
+    def close(self) -> None:
+        if self.trainer is not None:
+            self.trainer.close()
+        if self.lock is not None:
+            self.lock.release()
+        leave()

@@ -1,0 +1,45 @@
+"""From a recipe's `data` section to the stream specifications that the data pipeline serves."""
+
+from __future__ import annotations
+
+from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.decode import ImageSpec
+from data_pipeline.order import stream_seed
+from pretrain.recipe import Perplexity, Stream, TrainStage, ZeroShot
+
+
+def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:
+    """One stream of a stage; `order_as` lends it another stage's order, crops and masks."""
+    return StreamSpec(
+        name=name,
+        seed=stream_seed(run_seed, stream.order_as or stage, name),
+        sources={key: SourceSpec(**source.model_dump()) for key, source in stream.sources.items()},
+        batch=stream.batch,
+        lanes=stream.lanes,
+        image=ImageSpec(stream.image.size, stream.image.crop, stream.image.flip) if stream.image else None,
+        text=TextSpec(stream.text.tokenizer, stream.text.length) if stream.text else None,
+        length=stream.length,
+    )
+
+
+def stage_specs(stage: TrainStage, run_seed: int, name: str, streams: tuple[str, ...]) -> list[StreamSpec]:
+    """Specifications of the streams that the objective consumes, in its order."""
+    return [stream_spec(key, stage.data[key], run_seed, name) for key in streams]
+
+
+def evaluation_spec(
+    name: str, wanted: Perplexity | ZeroShot, stream: Stream | None, batch: int
+) -> StreamSpec:
+    """One held-out source read once in manifest order, with a training stream's image and text settings."""
+    image = stream.image if stream is not None else None
+    text = stream.text if stream is not None else None
+    return StreamSpec(
+        name=name,
+        seed=0,
+        sources={name: SourceSpec(path=wanted.path)},
+        batch=batch,
+        lanes=None,
+        image=ImageSpec(image.size) if image else None,
+        text=TextSpec(text.tokenizer, text.length) if text else None,
+        length=getattr(wanted, "length", None) if stream is None else stream.length,
+    )

@@ -1,0 +1,34 @@
+"""One rank of one training stage: what the launcher, srun and Ray start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from data_pipeline.errors import UserError
+
+DONE, FAILED, USER, AGAIN = 0, 1, 2, 75
+
+
+def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
+    """Train `stage_name` to its end, resuming by itself; returns the exit code (0, 2, 75 or 1)."""
+    from pretrain.signals import StopFlag
+
+    stop = StopFlag()  # before the slow imports: a signal during them must not be lost
+    from pretrain.metrics import TooManyBad
+    from pretrain.session import Session
+    from pretrain.trainer import NonFinite
+
+    session: Session | None = None
+    try:
+        session = Session(recipe_path, stage_name, overrides, stop)
+        return DONE if session.train() else AGAIN
+    except UserError as error:
+        print(f"dromos: {error}", file=sys.stderr, flush=True)
+        return USER
+    except (NonFinite, TooManyBad) as error:
+        print(f"dromos: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    finally:
+        if session is not None:
+            session.close()

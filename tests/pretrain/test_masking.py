@@ -1,0 +1,55 @@
+"""Masks against the data pipeline's own hash, their sizes, and their values pinned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import hashing
+from pretrain.masking import hash64, keep_patches, patches_kept
+
+KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)
+
+
+@given(KEYS, st.integers(0, 2**31), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_the_torch_hash_has_the_bits_of_the_numpy_hash(keys: list[int], a: int, b: int) -> None:
+    unsigned = np.array(keys, np.uint64)
+    expected = hashing.hash64(unsigned, a, b)
+    found = hash64(torch.from_numpy(unsigned.view(np.int64)), a, b)
+    assert found.numpy().view(np.uint64).tolist() == np.atleast_1d(expected).tolist()
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 32), (0.75, 16), (0.9, 6)])
+def test_kept_patches_are_the_least_noisy_by_brute_force(ratio: float, kept: int) -> None:
+    keys = torch.arange(7, dtype=torch.int64) * 7919
+    found = keep_patches(keys, 64, ratio)
+    assert found is not None
+    assert patches_kept(64, ratio) == kept
+    for row, key in enumerate(keys.tolist()):
+        noise = {p: int(hash64(torch.tensor([key]), 3, p)[0]) for p in range(64)}
+        expected = sorted(sorted(noise, key=lambda p: noise[p])[:kept])
+        assert found[row].tolist() == expected
+
+
+def test_a_mask_depends_on_its_row_alone() -> None:
+    keys = torch.arange(32, dtype=torch.int64) << 40
+    whole = keep_patches(keys, 64, 0.5)
+    parts = [keep_patches(keys[start : start + 8], 64, 0.5) for start in range(0, 32, 8)]
+    assert whole is not None
+    assert torch.equal(whole, torch.cat([part for part in parts if part is not None]))
+    assert len({tuple(row) for row in whole.tolist()}) == 32
+
+
+def test_every_patch_is_kept_about_as_often() -> None:
+    keys = torch.arange(4000, dtype=torch.int64)
+    counts = torch.bincount(keep_patches(keys, 64, 0.5).flatten(), minlength=64)
+    assert counts.float().mean() == 2000
+    assert (counts - 2000).abs().max() < 5 * (4000 * 0.25) ** 0.5
+
+
+def test_no_mask_keeps_everything() -> None:
+    assert keep_patches(torch.arange(3), 64, 0.0) is None
