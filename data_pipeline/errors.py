@@ -17,3 +17,7 @@ class ContentError(Exception):
 
     def __reduce__(self) -> tuple[type[ContentError], tuple[str, str]]:
         return ContentError, (self.reason, self.detail)
+
+
+class ReadError(OSError):
+    """Bytes could not be had after several tries. The data is never changed for it: the run stops and can go on."""

@@ -50,7 +50,7 @@ class SlurmCluster(Cluster):
 
 
 class RayCluster(Cluster):
-    """Where a Ray cluster takes jobs. A token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, not from here."""
+    """Where a Ray cluster takes jobs. Tokens come from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN alone."""
 
     kind: Literal["ray"] = "ray"
     address: str | None = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -15,8 +14,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from data_pipeline.storage import publish
 
 PACKAGES = [
     "dromos",
@@ -66,12 +63,6 @@ def capture(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "source": _source(),
         "environment": {name: value for name, value in shown.items() if not SECRET.search(name)},
     }
-
-
-def save_environment(folder: Path) -> None:
-    """Write RUN/env.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    publish(folder / "env.json", (json.dumps(capture(), indent=2) + "\n").encode())
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 def die_with(parent: int, number: int = signal.SIGKILL) -> None:
     """Have the kernel send signal `number` to this process when process `parent` is gone.
 
-    The setting survives exec. The parent is checked afterwards: had it died before the call, nothing would come.
+    The setting survives exec. The parent is checked afterwards: had it died before, nothing would come.
     The kernel watches the *thread* that started us, so start guarded processes from a thread that stays.
     """
     libc = ctypes.CDLL(None, use_errno=True)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.storage import publish
-
 Where = Literal["local", "slurm", "ray"]
 
 
@@ -81,13 +79,6 @@ class Job:
         values = json.loads(text)
         stages = tuple(StageJob(**stage) for stage in values.pop("stages"))
         return cls(stages=stages, overrides=tuple(values.pop("overrides")), **values)
-
-    def save(self) -> Path:
-        """Write RUN/job.json."""
-        path = self.folder / "job.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        publish(path, self.to_json().encode())
-        return path
 
 
 def load_job(path: str | Path) -> Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch import progress
-from launch.environment import core_count, save_environment
+from launch.environment import core_count
 from launch.job import Job, StageJob
 from launch.preflight import is_done
 from launch.ranks import (
@@ -26,6 +26,7 @@ from launch.ranks import (
     free_port,
     supervise,
 )
+from launch.run_folder import open_run
 from pretrain.recipe import Recipe
 
 RankCommand = Callable[[str], list[str]]
@@ -75,8 +76,7 @@ def run(job: Job, recipe: Recipe, console: Console, rank_command: RankCommand | 
             say(console, f"{stage.name}: done ({job.run_dir}/{stage.name})")
     if not todo:
         return DONE
-    job.save()
-    save_environment(job.folder)
+    open_run(job, recipe)
     with ExitStack() as stack:
         environ = dict(os.environ)
         if any(stage.loader == "ray" for stage in todo):

@@ -1,4 +1,4 @@
-"""Progress of a stage, read from its metrics.jsonl: a live bar in a terminal, now and then a line elsewhere."""
+"""Progress of a stage, read from its metrics.jsonl: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN_SECONDS = 10.0
 
 
 class Tail:
-    """New objects of a JSON-lines file that another process appends to, cuts on resume, or has yet to make."""
+    """New rows of a JSON-lines file that another process appends to, cuts on resume, or has not made yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -155,7 +155,7 @@ def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> 
 
 
 def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
-    """The rank to blame: of those seen at once, one that a signal killed (its peers lost their connection)."""
+    """The rank to blame: of those seen at once, one that a signal killed, as its peers only lost it."""
     fine = {DONE, GO_ON} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
     bad = sorted(rank for rank, code in codes.items() if code not in fine)
     return min(bad, key=lambda rank: (codes[rank] > 0, rank), default=None)

@@ -41,16 +41,21 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
     return content["name"], TrainStage.model_validate(stage)
 
 
-def stage_tokenizer(stage: TrainStage) -> Tokenizer:
+def tokenizer_name(stage: TrainStage) -> str:
     """The one tokenizer of a stage: the language model's, else the main stream's."""
     if stage.model.llm is not None and stage.model.llm.tokenizer:
-        return load_tokenizer(stage.model.llm.tokenizer)
+        return stage.model.llm.tokenizer
     text = stage.data[main_stream(stage)].text
     if text is None:
         raise UserError(
             "model.llm.tokenizer is missing: the stage has no stream that names a tokenizer either"
         )
-    return load_tokenizer(text.tokenizer)
+    return text.tokenizer
+
+
+def stage_tokenizer(stage: TrainStage) -> Tokenizer:
+    """The tokenizer that `tokenizer_name` names."""
+    return load_tokenizer(tokenizer_name(stage))
 
 
 def build_tower(

@@ -57,7 +57,12 @@ def start(timeout_minutes: float = 30) -> Runtime:
     deepspeed = import_deepspeed()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+    for key, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+    ):
         os.environ.setdefault(key, value)
     cuda = torch.cuda.is_available()
     deepspeed.init_distributed(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from pretrain.build import load_trained, stage_tokenizer
+from pretrain.build import load_trained, stage_tokenizer, tokenizer_name
 from pretrain.lengths import main_stream
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip
@@ -51,18 +51,23 @@ def export(address: str, format: str, out: str | Path) -> Path:
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: t.detach().contiguous().clone() for name, t in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def _tokenizer(stage: TrainStage, folder: Path, end: bool) -> None:
     """The tokenizer's files; `end`: whether encoding adds the end token, as a contrastive text tower wants it."""
     tokenizer = stage_tokenizer(stage)
-    source = getattr(tokenizer, "folder", None)
-    if source is None:
+    source = Path(tokenizer_name(stage))
+    if not source.exists():  # clip-bpe: open_clip brings its own
         return
+    source = source if source.is_dir() else source.parent
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, folder / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     words = {entry["id"]: entry["content"] for entry in content["added_tokens"]}

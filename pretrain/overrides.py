@@ -159,8 +159,13 @@ def _index(items: list[Any], name: str, override: Override) -> int:
     )
 
 
-def targets(override: Override, stages: dict[str, dict[str, Any]], selected: Sequence[str]) -> list[str]:
-    """The stages that an override sets; UserError when it would set none."""
+def targets(
+    override: Override, stages: dict[str, dict[str, Any]], selected: Sequence[str], strict: bool = True
+) -> list[str]:
+    """The stages that an override sets; UserError when it would set none.
+
+    Not strict is the view of one rank of a chain, which is handed the overrides of every stage.
+    """
     training = [name for name, stage in stages.items() if stage.get("kind", "train") == "train"]
     if override.stage is None and override.key[0] == "loader":
         return training
@@ -173,11 +178,12 @@ def targets(override: Override, stages: dict[str, dict[str, Any]], selected: Seq
     if override.key[0] != "data" or len(override.key) < 3:
         return chosen
     # A stage that has removed a stream is not given half of it back.
-    with_stream = [name for name in chosen if override.key[1] in (stages[name].get("data") or {})]
-    if not with_stream:
+    having = [name for name in training if override.key[1] in (stages[name].get("data") or {})]
+    found = [name for name in chosen if name in having]
+    if not found and (strict or not having):
         known = sorted({stream for name in chosen for stream in (stages[name].get("data") or {})})
         raise UserError(
             f"override {override.text!r}: there is no stream {override.key[1]!r} in {', '.join(chosen)}"
             f"{nearest(override.key[1], known)}; streams: {', '.join(known) or 'none'}"
         )
-    return with_stream
+    return found

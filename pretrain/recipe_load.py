@@ -189,7 +189,7 @@ def apply_override(draft: Draft, override: Override, selected: Sequence[str], st
         raise UserError(
             f"override {override.text!r}: run.* belongs to the whole run; write it without the stage"
         )
-    for name in targets(override, draft.stages, selected):
+    for name in targets(override, draft.stages, selected, strict):
         set_key(draft.stages[name], override)
         draft.stages[name] = normalise(draft.stages[name])
         draft.set_by[name, override.key] = override.text

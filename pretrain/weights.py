@@ -55,11 +55,14 @@ def load_into(model: nn.Module, state: dict[str, Tensor], address: str) -> Loade
     wrong = [
         f"{name}: {tuple(state[name].shape)} in the weights, {tuple(own[name].shape)} in the model"
         for name in shared
-        if state[name].numel() != own[name].numel() or state[name].squeeze().shape != own[name].squeeze().shape
+        if state[name].numel() != own[name].numel()
+        or state[name].squeeze().shape != own[name].squeeze().shape
     ]
     new = [name for name in dict(model.named_parameters()) if name not in state]
     known = {name.split(".")[0] for name in shared}
-    wrong += [f"{name}: missing in the weights" for name in new if name.split(".")[0] in known and "." in name]
+    wrong += [
+        f"{name}: missing in the weights" for name in new if name.split(".")[0] in known and "." in name
+    ]
     if not shared:
         wrong.append("no tensor of the model is in the weights")
     if wrong:

@@ -60,7 +60,9 @@ def _row_losses(
     return torch.logsumexp(logits, dim=1) - right
 
 
-def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Tensor, block: int = BLOCK) -> Tensor:
+def contrastive(
+    image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Tensor, block: int = BLOCK
+) -> Tensor:
     """Sum over the local rows of the symmetric InfoNCE loss, a 0-dim fp32 tensor.
 
     `image`, `text`: L2-normalised features `[rows, width]` of this rank. `logit_scale`: the factor itself (already
@@ -84,7 +86,9 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Te
         part = slice(start, min(start + chunk, rows))
         for queries, keys in ((image, all_text), (text, all_image)):
             given = (queries[part], keys, logit_scale, sample_ids[part], all_ids, positives[part])
-            losses = _row_losses(*given) if chunk == rows else checkpoint(_row_losses, *given, use_reentrant=False)
+            losses = (
+                _row_losses(*given) if chunk == rows else checkpoint(_row_losses, *given, use_reentrant=False)
+            )
             total = total + losses.sum()
     return total / 2
 

@@ -1,0 +1,132 @@
+"""Safetensors without torch: a checked header, tensors as views of a mapped file, and a byte-deterministic layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+
+# In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
+# BF16 and the 8-bit floats have no numpy type and travel as their bits.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
+}  # fmt: skip
+ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
+MAX_HEADER = 100_000_000
+
+Info = tuple[str, tuple[int, ...]]
+"""dtype as safetensors spells it, and shape"""
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+class SafetensorsFile:
+    """One file, mapped; reading a tensor touches only its own pages.
+
+    Raises UserError naming the file for anything that is not a well-formed safetensors file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, self.size - 8):
+                raise self._broken(f"its header would be {length} bytes in a file of {self.size}")
+            raw = file.read(length)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._base = 8 + length
+        self.metadata, self._entries = self._parse(raw)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def info(self, name: str) -> Info:
+        dtype, shape, _ = self._entries[name]
+        return dtype, shape
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flat tensor: a read-only view in the storage type (BF16: its bits, uint16)."""
+        dtype, _, offset = self._entries[name]
+        kind = DTYPES[dtype]
+        return np.frombuffer(self._map, kind, stop - start, self._base + offset + start * kind.itemsize)
+
+    def _broken(self, why: str) -> UserError:
+        return UserError(
+            f"{self.path}: not a safetensors file: {why}; it may be truncated, fetch or write it again"
+        )
+
+    def _parse(self, raw: bytes) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int]]]:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            keys = dict(pairs)
+            if len(keys) != len(pairs):
+                raise ValueError("a name stands twice in the header")
+            return keys
+
+        try:
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise self._broken(str(error)) from None
+        if not isinstance(header, dict):
+            raise self._broken("its header is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        entries = {name: self._entry(name, entry) for name, entry in header.items()}
+        at = 0
+        for name, (dtype, shape, offset) in sorted(entries.items(), key=lambda item: (item[1][2], item[0])):
+            length = elements(shape) * DTYPES[dtype].itemsize
+            if length and offset != at:
+                raise self._broken(f"{name} starts at byte {offset}, the tensor before it ends at {at}")
+            at = max(at, offset + length)
+        if self._base + at != self.size:
+            raise self._broken(f"its tensors end at byte {self._base + at}, the file at {self.size}")
+        return metadata if isinstance(metadata, dict) else {}, entries
+
+    def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], int]:
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise self._broken(f"{name}: an entry needs dtype, shape and two data_offsets") from None
+        if dtype not in DTYPES:
+            raise self._broken(f"{name}: unknown dtype {dtype!r}")
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise self._broken(
+                f"{name}: shape and offsets are whole numbers from 0 on, not {shape}, {begin}, {end}"
+            )
+        if end - begin != elements(shape) * DTYPES[dtype].itemsize:
+            raise self._broken(f"{name}: {dtype} of shape {list(shape)} does not take {end - begin} bytes")
+        return dtype, shape, begin
+
+
+def layout(tensors: Mapping[str, Info], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Header bytes (length prefix included) of a file with these tensors, and each one's place in the file in bytes.
+
+    Widest dtype first, then by name, as the reference implementation does: every tensor is aligned to its type, and
+    the same tensors always give the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    offsets: dict[str, int] = {}
+    for name in sorted(tensors, key=lambda name: (-ORDER[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        length = elements(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + length]}
+        offsets[name] = at
+        at += length
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: base + offset for name, offset in offsets.items()}

@@ -1,0 +1,265 @@
+"""DeepSpeed ZeRO 0-3 checkpoints read in place: a tensor is a few pieces of the ranks' mapped fp32 master shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from pretrain.merge.methods import narrow
+from pretrain.merge.safetensors_io import Info, elements
+from pretrain.merge.torch_zip import Stub, Tensor, TorchFile
+
+OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flat parameter are `shard`'s from element `offset` on."""
+
+    start: int
+    stop: int
+    shard: Tensor
+    offset: int
+
+
+class ZeroShards:
+    """The weights of one checkpoint folder: fp32 masters where the stage keeps them, else the module's own tensors.
+
+    `tied` maps the name of a weight that is stored under another one to that one; `frozen` are the names of
+    parameters that did not train, where the checkpoint holds them at all. Raises UserError for a folder that is
+    incomplete, tensor-parallel, or not DeepSpeed's.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        models = self._ranks(MODEL)
+        optimizers = self._ranks(OPTIMIZER)
+        if not models:
+            raise UserError(f"{self.folder}: no DeepSpeed checkpoint here (no *_model_states.pt)")
+        self._opened = [TorchFile(path) for path in models]
+        state = self._opened[0].content
+        if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
+            raise UserError(f"{models[0]}: not a DeepSpeed model file (it holds no `module`)")
+        self.files = [*models, *optimizers]
+        self._entries: dict[str, tuple[Info, tuple[Piece, ...]]] = {}
+        self.tied: dict[str, str] = {}
+        self.frozen: frozenset[str] = frozenset()
+        shapes = state.get("param_shapes")
+        if optimizers and shapes:
+            self._sharded(optimizers, [_shapes(group, models[0]) for group in shapes], state)
+        else:
+            self._plain(state)
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def info(self, name: str) -> Info:
+        return self._entries[name][0]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flat tensor in its storage type; a view where one piece covers them."""
+        parts = []
+        for piece in self._entries[name][1]:
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                shift = piece.offset - piece.start
+                parts.append(piece.shard.read(low + shift, high + shift))
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return self._entries[name][1][0].shard.read(0, 0)
+        return np.concatenate(parts)
+
+    def _ranks(self, pattern: re.Pattern[str]) -> list[Path]:
+        """Files of one kind in the order of ranks."""
+        found: dict[int, Path] = {}
+        for path in self.folder.iterdir():
+            if match := pattern.match(path.name):
+                if int(match[2]) > 0:
+                    raise UserError(f"{path}: tensor- and pipeline-parallel checkpoints cannot be read")
+                found[int(match[1] or 0)] = path
+        if sorted(found) != list(range(len(found))):
+            raise UserError(
+                f"{self.folder}: files of ranks {sorted(found)} are there, one in between is missing"
+            )
+        return [found[rank] for rank in sorted(found)]
+
+    def _plain(self, state: dict[str, Any]) -> None:
+        """No ZeRO: the module's tensors; in bf16 the fp32 masters of DeepSpeed's wrapper replace what they round to."""
+        for name, tensor in state["module"].items():
+            if isinstance(tensor, Tensor):
+                self._add(name, tensor)
+        self._find_ties()
+        optimizer = state.get("optimizer")
+        groups = optimizer.get("fp32_groups") if isinstance(optimizer, dict) else None
+        for group in groups if isinstance(groups, list) else []:
+            self._take_masters([master for master in group if isinstance(master, Tensor)])
+
+    def _find_ties(self) -> None:
+        seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
+        for name, (_, pieces) in list(self._entries.items()):
+            shard = pieces[0].shard
+            if shard.numel == 0:
+                continue
+            first = seen.setdefault((shard.storage.offset, shard.offset, shard.shape), name)
+            if first != name:
+                self.tied[name] = first
+                del self._entries[name]
+
+    def _take_masters(self, masters: Sequence[Tensor]) -> None:
+        """Give each master the first name, in the module's order, whose tensor it rounds to.
+
+        The wrapper stores them without names. A wrong pick needs two tensors with all bits equal after rounding,
+        and then errs by less than that rounding.
+        """
+        for master in masters:
+            values = master.read(0, master.numel)
+            for name, (info, _) in self._entries.items():
+                if info[0] in ("BF16", "F16") and info[1] == master.shape:
+                    stored = self.read(name, 0, master.numel)
+                    if np.array_equal(narrow(values, info[0]).view(np.uint16), stored.view(np.uint16)):
+                        self._add(name, master)
+                        break
+
+    def _sharded(
+        self, optimizers: list[Path], groups: list[dict[str, tuple[int, ...]]], state: dict[str, Any]
+    ) -> None:
+        self._opened += [TorchFile(path) for path in optimizers]
+        states = [_optimizer_state(file) for file in self._opened[-len(optimizers) :]]
+        world = _world_size(states[0])
+        if world is not None and world != len(optimizers):
+            raise UserError(
+                f"{self.folder}: {world} ranks wrote this checkpoint, the optimizer files of {len(optimizers)} are here"
+            )
+        if "fp32_flat_groups" in states[0]:
+            self._stage_3([_tensors(s, "fp32_flat_groups", optimizers) for s in states], groups)
+        else:
+            partitions = [_tensors(s, "single_partition_of_fp32_groups", optimizers) for s in states]
+            self._stage_1_and_2(partitions, groups, states[0].get("param_alignment_paddings"))
+        self._add_module(state)
+
+    def _stage_1_and_2(
+        self, partitions: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]], paddings: Any
+    ) -> None:
+        """Each group is one flat vector cut over the ranks; its parameters follow each other in `param_shapes` order."""
+        if any(len(rank) != len(groups) for rank in partitions):
+            raise UserError(
+                f"{self.folder}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors"
+            )
+        for number, group in enumerate(groups):
+            vector = [rank[number] for rank in partitions]
+            at = 0
+            for place, (name, shape) in enumerate(group.items()):
+                self._entries[name] = ("F32", shape), tuple(_cut(vector, at, elements(shape)))
+                at += elements(shape) + (paddings[number][place] if paddings else 0)
+            self._check_length(at, sum(shard.numel for shard in vector), slack=2 * len(partitions))
+
+    def _stage_3(self, flat: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]]) -> None:
+        """Every parameter is cut over all ranks, padded to equal parts, which lie at the same place in each rank."""
+        at = 0
+        for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+            count = elements(shape)
+            part = -(-count // len(flat))
+            pieces: list[Piece] = []
+            for rank, vectors in enumerate(flat):
+                start = rank * part
+                length = max(0, min(part, count - start))
+                pieces += [
+                    Piece(start + p.start, start + p.stop, p.shard, p.offset)
+                    for p in _cut(vectors, at, length)
+                ]
+            self._entries[name] = ("F32", shape), tuple(pieces)
+            at += part
+        self._check_length(at, sum(shard.numel for shard in flat[0]), slack=0)
+
+    def _check_length(self, used: int, available: int, slack: int) -> None:
+        if not available - slack <= used <= available + slack:
+            raise UserError(
+                f"{self.folder}: the parameters take {used} elements, the shards hold {available}; files of "
+                "different checkpoints are mixed here"
+            )
+
+    def _add_module(self, state: dict[str, Any]) -> None:
+        """What the shards do not hold: buffers and frozen parameters; ties."""
+        shared = state.get("shared_params") or {}
+        self.tied = {alias: name for alias, name in shared.items() if name in self._entries}
+        buffers = set(state.get("buffer_names") or ())
+        fragments = [
+            file.content.get("frozen_param_fragments") or {}
+            for file in self._opened
+            if "module" in file.content
+        ]
+        frozen_shapes = state.get("frozen_param_shapes") or {}
+        for name, shape in frozen_shapes.items():
+            parts = [rank[name] for rank in fragments if isinstance(rank.get(name), Tensor)]
+            if parts:
+                self._entries[name] = (
+                    (parts[0].dtype, tuple(shape)),
+                    tuple(_cut(parts, 0, elements(tuple(shape)))),
+                )
+        for name, tensor in state["module"].items():
+            if (
+                isinstance(tensor, Tensor)
+                and name not in self._entries
+                and name not in self.tied
+                and (name in buffers or tensor.numel)
+            ):
+                self._add(name, tensor)
+        owned = set(state["module"]) - buffers
+        masters = {name for group in state["param_shapes"] for name in group}
+        self.frozen = frozenset((set(frozen_shapes) | (owned - masters)) & set(self._entries))
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self._entries[name] = (tensor.dtype, tensor.shape), (Piece(0, tensor.numel, tensor, 0),)
+
+
+def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
+    """`count` elements from `at` on of the vectors laid end to end."""
+    base = 0
+    for vector in vectors:
+        low, high = max(at, base), min(at + count, base + vector.numel)
+        if low < high or (count == 0 and vector is vectors[0]):
+            yield Piece(low - at, high - at, vector, low - base) if count else Piece(0, 0, vector, 0)
+        base += vector.numel
+    if at + count > base:
+        raise UserError(
+            f"{vectors[0].storage.file.path}: the shards end before the parameters do; a file is truncated"
+        )
+
+
+def _shapes(group: Any, path: Path) -> dict[str, tuple[int, ...]]:
+    if not isinstance(group, dict):
+        raise UserError(f"{path}: its param_shapes are no list of groups")
+    return {name: tuple(shape) for name, shape in group.items()}
+
+
+def _optimizer_state(file: TorchFile) -> dict[str, Any]:
+    content = file.content
+    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{file.path}: not a DeepSpeed optimizer file (it holds no `optimizer_state_dict`)")
+    return state
+
+
+def _tensors(state: dict[str, Any], key: str, paths: Sequence[Path]) -> list[Tensor]:
+    found = state.get(key)
+    vectors = [v for v in found if isinstance(v, Tensor)] if isinstance(found, list) else []
+    if not vectors or any(v.dtype != "F32" for v in vectors):
+        raise UserError(f"{paths[0].parent}: the optimizer files hold no fp32 masters ({key})")
+    return vectors
+
+
+def _world_size(state: dict[str, Any]) -> int | None:
+    count = state.get("partition_count")
+    if isinstance(count, list | tuple):
+        count = max(count)
+    if isinstance(count, Stub):
+        count = count.args[0] if count.args else None
+    return count if isinstance(count, int) else None
