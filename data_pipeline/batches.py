@@ -1,0 +1,162 @@
+"""Any batch of a stream from (specification, step, rows) alone; unusable samples are replaced and counted."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline import digest
+from data_pipeline.errors import ContentError
+from data_pipeline.manifest import Manifest, open_source
+from data_pipeline.order import Refs, SourceCounts, StreamOrder, row_keys, sample_ids
+from data_pipeline.rows import Row, RowMaker, Verdict
+from data_pipeline.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.text import Tokenizer, load_tokenizer
+
+__all__ = ["Batch", "BatchMaker", "ImageSpec", "SourceSpec", "StreamSpec", "TextSpec", "open_sources"]
+
+# 8 tries within the shard, 8 within the whole source: if all fail, the source is broken rather than unlucky.
+ATTEMPTS = 16
+
+
+def open_sources(spec: StreamSpec) -> dict[str, Manifest]:
+    """Source name -> manifest, in the order of the mixture. Raises UserError."""
+    return {name: open_source(name, source.path) for name, source in spec.sources.items()}
+
+
+@dataclass
+class Served:
+    """What a row got: a sample, and the verdicts on those that came before it."""
+
+    shard: int
+    index: int
+    row: Row
+    verdicts: list[Verdict]
+
+
+class BatchMaker:
+    """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
+
+    `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        manifests: Mapping[str, Manifest] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.spec = spec
+        self.manifests = dict(open_sources(spec) if manifests is None else manifests)
+        self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
+        self.names = list(spec.sources)
+        counts = [
+            SourceCounts(
+                name,
+                self.manifests[name].counts,
+                weight=source.weight,
+                repeat=source.repeat,
+                cap=source.cap,
+                max_epochs=source.max_epochs,
+            )
+            for name, source in spec.sources.items()
+        ]
+        self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed)
+        self._rows = RowMaker(spec, self.manifests, self.tokenizer)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Source name -> fingerprint of its manifest."""
+        return {name: self.manifests[name].fingerprint for name in self.names}
+
+    def check(self) -> None:
+        """Raise UserError if a source's first samples are all unusable, before anything is written."""
+        for name in self.names:
+            self._rows.check(name)
+
+    def make(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the global batch of `step` (counted from 0).
+
+        order_digest covers what was assigned: attempt 0, with crop () and caption -1, as the assignment is
+        known without reading; batch_digest covers what was served. Raises UserError, ReadError.
+        """
+        refs = self.order.refs(step, start, stop)
+        batch = self._rows.empty(step, start, stop)
+        keys = self._row_keys(refs, refs.shard, refs.index, np.zeros(stop - start, np.int64))
+        shards, indices = refs.shard.copy(), refs.index.copy()
+        attempts = np.zeros(stop - start, np.int64)
+        skipped: dict[str, Counter[str]] = defaultdict(Counter)
+        for i in range(stop - start):
+            served = self._serve(refs, i, int(keys[i]))
+            shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.verdicts)
+            for shard, index, verdict in served.verdicts:
+                source = self.names[refs.source[i]]
+                skipped[source][verdict.reason] += 1
+                place = {"step": step, "row": int(refs.row[i])}
+                batch.bad.append(place | self._rows.bad(source, shard, index, verdict))
+            self._rows.put(batch, i, served.row)
+            self._add_digests(batch, refs, i, served)
+        batch.row_keys[:] = self._row_keys(refs, shards, indices, attempts)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            if rows.any():
+                batch.sample_ids[rows] = sample_ids(name, shards[rows], indices[rows])
+                batch.samples[name] = int(rows.sum())
+        batch.skipped = {source: dict(reasons) for source, reasons in skipped.items()}
+        return batch
+
+    def close(self) -> None:
+        """Close the files that are open for reading."""
+        self._rows.close()
+
+    def _serve(self, refs: Refs, i: int, key: int) -> Served:
+        """The sample assigned to row i, or the first usable one of those that replace it."""
+        number, epoch = int(refs.source[i]), int(refs.epoch[i])
+        name = self.names[number]
+        shard, index = int(refs.shard[i]), int(refs.index[i])
+        verdicts: list[Verdict] = []
+        for attempt in range(1, ATTEMPTS + 2):
+            try:
+                return Served(shard, index, self._rows.make(name, shard, index, key, train=True), verdicts)
+            except ContentError as verdict:
+                verdicts.append((shard, index, verdict))
+            shard, index = self.order.replacement(
+                number, int(refs.shard[i]), int(refs.index[i]), epoch, attempt
+            )
+            place = (np.asarray(number) for number in (shard, index, epoch))
+            key = int(row_keys(self.spec.seed, name, *place, attempt))
+        raise self._rows.unusable(name, verdicts)
+
+    def _row_keys(
+        self, refs: Refs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray
+    ) -> np.ndarray:
+        keys = np.zeros(len(shards), np.uint64)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            if rows.any():
+                keys[rows] = row_keys(
+                    self.spec.seed, name, shards[rows], indices[rows], refs.epoch[rows], attempts[rows]
+                )
+        return keys
+
+    def _add_digests(self, batch: Batch, refs: Refs, i: int, served: Served) -> None:
+        name = self.names[refs.source[i]]
+        shards = self.manifests[name].shards
+        row, epoch, shard, index = (int(a[i]) for a in (refs.row, refs.epoch, refs.shard, refs.index))
+        assigned = digest.row_digest(self.spec.name, row, name, shards[shard].path, index, 0, epoch, (), -1)
+        given = digest.row_digest(
+            self.spec.name,
+            row,
+            name,
+            shards[served.shard].path,
+            served.index,
+            len(served.verdicts),
+            epoch,
+            served.row.crop,
+            served.row.choice,
+        )
+        batch.order_digest = digest.add(batch.order_digest, assigned)
+        batch.batch_digest = digest.add(batch.batch_digest, given)

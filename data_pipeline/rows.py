@@ -1,0 +1,186 @@
+"""One sample to one row: bytes read (with retries), then decoded and tokenised, or judged unusable."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.decode import decode_image
+from data_pipeline.errors import ContentError, ReadError, UserError
+from data_pipeline.index import ShardReader
+from data_pipeline.manifest import Manifest
+from data_pipeline.spec import Batch, StreamSpec
+from data_pipeline.text import Tokenizer, caption_row, json_member, pick_caption
+
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+# Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
+RETRY_AFTER = (0.1, 1.0, 4.0)
+
+
+@dataclass
+class Row:
+    """A decoded sample: uint8 [3, size, size] or None, int32 [length], and what was chosen to get there."""
+
+    image: np.ndarray | None
+    tokens: np.ndarray
+    used: int
+    crop: tuple[int, ...]
+    choice: int
+    meta: dict[str, Any] | None = None
+
+
+# (shard, index in the shard, what is wrong with the sample)
+Verdict = tuple[int, int, ContentError]
+
+
+class RowMaker:
+    """Makes rows of one stream. Holds open files, so each process has its own."""
+
+    def __init__(self, spec: StreamSpec, manifests: dict[str, Manifest], tokenizer: Tokenizer | None) -> None:
+        self.spec = spec
+        self.manifests = manifests
+        self.tokenizer = tokenizer
+        self._readers = {name: ShardReader(manifest) for name, manifest in manifests.items()}
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row; 0 in a stream of images alone."""
+        if self.spec.text is not None:
+            return self.spec.text.length
+        return (self.spec.length or 0) if self.spec.packed else 0
+
+    def make(self, source: str, shard: int, index: int, key: int, train: bool) -> Row:
+        """Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had."""
+        sample_key, members = self._read(source, shard, index)
+        if self.spec.packed:
+            return Row(None, self._packed(members, source, shard, sample_key), self.length, (), -1)
+        image: np.ndarray | None = None
+        crop: tuple[int, ...] = ()
+        if self.spec.image is not None:
+            image, crop = decode_image(_image_member(members), self.spec.image, key, train)
+        tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
+        if self.spec.text is not None:
+            assert self.tokenizer is not None
+            caption, choice = pick_caption(members, key if train else None)
+            tokens, used = caption_row(self.tokenizer, caption, self.spec.text.length)
+        row = Row(image, tokens, used, crop, choice)
+        if not train:
+            row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
+        return row
+
+    def url(self, source: str, shard: int) -> str:
+        return self.manifests[source].url(shard)
+
+    def key_of(self, source: str, shard: int, index: int) -> str:
+        return self._readers[source].locate(shard, index).key
+
+    def empty(self, step: int, start: int, stop: int) -> Batch:
+        """A batch of rows [start, stop) without content."""
+        rows, size = stop - start, self.spec.image.size if self.spec.image else 0
+        return Batch(
+            stream=self.spec.name,
+            step=step,
+            start=start,
+            stop=stop,
+            images=np.zeros((rows, 3, size, size), np.uint8) if self.spec.image else None,
+            tokens=np.zeros((rows, self.length), np.int32),
+            used=np.zeros(rows, np.int32),
+            weights=np.ones(rows, np.float32),
+            sample_ids=np.zeros(rows, np.uint64),
+            row_keys=np.zeros(rows, np.uint64),
+        )
+
+    def put(self, batch: Batch, i: int, row: Row) -> None:
+        """Row number i of the batch."""
+        if batch.images is not None and row.image is not None:
+            batch.images[i] = row.image
+        batch.tokens[i] = row.tokens
+        batch.used[i] = row.used
+
+    def check(self, source: str) -> None:
+        """Raise UserError if none of the source's first samples is usable, before a step is taken."""
+        counts = self.manifests[source].counts
+        shard = int(np.flatnonzero(counts)[0])
+        verdicts: list[Verdict] = []
+        for index in range(min(8, int(counts[shard]))):
+            try:
+                self.make(source, shard, index, 0, train=True)
+                return
+            except ContentError as verdict:
+                verdicts.append((shard, index, verdict))
+        raise self.unusable(source, verdicts)
+
+    def unusable(self, source: str, verdicts: list[Verdict]) -> UserError:
+        """The error for a source of which several samples in a row are unusable: names the first of them."""
+        shard, index, verdict = verdicts[0]
+        reasons = sorted({v.reason for _, _, v in verdicts})
+        if self.spec.packed:
+            expected = f"npy with {self.length} packed tokens"
+        else:
+            wanted = [f"an image ({', '.join(IMAGE_MEMBERS)})"] if self.spec.image else []
+            wanted += ["a caption (txt, or caption in json)"] if self.spec.text else []
+            expected = " and ".join(wanted)
+        return UserError(
+            f"data.{self.spec.name}.sources.{source}: all {len(verdicts)} samples tried are unusable "
+            f"({', '.join(reasons)}). First {self.url(source, shard)}, sample "
+            f"{self.key_of(source, shard, index)!r}: {verdict}. Expected of every sample: {expected}. "
+            "Correct the source's path or make its tars again"
+        )
+
+    def bad(self, source: str, shard: int, index: int, verdict: ContentError) -> dict[str, Any]:
+        """A line of bad_samples.jsonl."""
+        return {
+            "source": source,
+            "url": self.url(source, shard),
+            "key": self.key_of(source, shard, index),
+            "reason": verdict.reason,
+            "detail": verdict.detail,
+        }
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _read(self, source: str, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        reader = self._readers[source]
+        for wait in (*RETRY_AFTER, None):
+            try:
+                return reader.read(shard, index)
+            except OSError as error:
+                if wait is None:
+                    raise ReadError(
+                        f"source {source!r}: {self.url(source, shard)}, sample {index}: not readable "
+                        f"after {len(RETRY_AFTER) + 1} tries: {error}. Nothing was replaced; run again once "
+                        "it can be read"
+                    ) from error
+                reader.close()
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _packed(self, members: dict[str, bytes], source: str, shard: int, key: str) -> np.ndarray:
+        if "npy" not in members:
+            raise ContentError("missing tokens", f"members: {', '.join(members) or 'none'}")
+        try:
+            tokens = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
+        except (ValueError, EOFError, OSError, SyntaxError) as error:
+            raise ContentError("undecodable", str(error)) from error
+        if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
+            what = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
+        elif len(tokens) != self.length:
+            what = f"{len(tokens)} tokens, data.{self.spec.name}.length is {self.length}; make them agree"
+        else:
+            return tokens.astype(np.int32)
+        raise UserError(
+            f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {what}"
+        )
+
+
+def _image_member(members: dict[str, bytes]) -> bytes:
+    for extension in IMAGE_MEMBERS:
+        if extension in members:
+            return members[extension]
+    raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")

@@ -1,0 +1,91 @@
+"""What a stream is and what a batch holds: plain data that travels between ranks, workers and actors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.decode import ImageSpec
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One dataset of a mixture: a folder or pattern of tars, and how much of it."""
+
+    path: str
+    weight: float | None = None
+    repeat: float | None = None
+    cap: int | None = None
+    max_epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How a caption becomes tokens: `clip-bpe` or the path of a tokenizer.json, and the row's length."""
+
+    tokenizer: str
+    length: int
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A named mixture of sources and its global batch; seed comes from `order.stream_seed`.
+
+    With `image` or `text` a sample is an image and a caption. With neither it is a packed sequence of
+    `length` tokens, made offline.
+    """
+
+    name: str
+    seed: int
+    sources: Mapping[str, SourceSpec]
+    batch: int
+    lanes: int | None = None
+    image: ImageSpec | None = None
+    text: TextSpec | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError(f"data.{self.name}.sources: no source is named")
+        if self.packed and self.length is None:
+            raise UserError(f"data.{self.name}: needs image and text, or the length of its packed sequences")
+
+    @property
+    def packed(self) -> bool:
+        return self.image is None and self.text is None
+
+
+@dataclass
+class Batch:
+    """Rows [start, stop) of one stream's global batch of one step.
+
+    images: uint8 [rows, 3, size, size], or None in a text stream
+    tokens: int32 [rows, length]; used: int32 [rows], tokens that are not padding
+    weights: float32 [rows], 0 for rows that must not count (the padding of an evaluation)
+    sample_ids: uint64 [rows], the same for a sample in every epoch
+    row_keys: uint64 [rows], from which a row's masks are drawn
+    samples: rows served, by source; skipped: samples replaced, by source and reason; bad: each of those
+    batch_digest, order_digest: sums mod 2^64 over these rows of what was served, and of what was assigned
+    meta: key, caption and json member of each row; only in evaluation
+    """
+
+    stream: str
+    step: int
+    start: int
+    stop: int
+    images: np.ndarray | None
+    tokens: np.ndarray
+    used: np.ndarray
+    weights: np.ndarray
+    sample_ids: np.ndarray
+    row_keys: np.ndarray
+    samples: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    batch_digest: int = 0
+    order_digest: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    meta: list[dict[str, Any]] | None = None

@@ -1,0 +1,237 @@
+"""Captions to rows of tokens: tokenizers behind one small protocol, and the choice of a sample's caption."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from data_pipeline.errors import ContentError, UserError
+from data_pipeline.hashing import Purpose, hash64
+
+CLIP_BPE = "clip-bpe"
+# Looked for, in this order, where no tokenizer_config.json names the special tokens.
+COMMON = {
+    "start": (
+        "<|start|>",
+        "<s>",
+        "<bos>",
+        "<|begin_of_text|>",
+        "<|startoftext|>",
+        "<start_of_text>",
+        "[CLS]",
+    ),
+    "end": ("<|end|>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<end_of_text>", "[SEP]"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]"),
+}
+FIELDS = {"start": "bos_token", "end": "eos_token", "pad": "pad_token"}
+
+
+class Tokenizer(Protocol):
+    """What the pipeline needs of a tokenizer; picklable, so that workers need not read its file."""
+
+    vocab_size: int
+    start_id: int
+    end_id: int
+    pad_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens; text that spells a special token stays text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        ...
+
+
+class JsonTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, text: str, start_id: int, end_id: int, pad_id: int) -> None:
+        import tokenizers
+
+        self._text = text
+        self._inner = tokenizers.Tokenizer.from_str(text)
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        # A caption from the web must not be able to write an end token.
+        self._inner.encode_special_tokens = True
+        self.vocab_size: int = self._inner.get_vocab_size(with_added_tokens=True)
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        self.fingerprint = xxhash.xxh64_hexdigest(f"{start_id} {end_id} {pad_id}\n{text}".encode())
+
+    def __reduce__(self) -> tuple[type[JsonTokenizer], tuple[str, int, int, int]]:
+        return type(self), (self._text, self.start_id, self.end_id, self.pad_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair encoding: open_clip's vocabulary and cleaning, without importing it and torch."""
+
+    vocab_size = 49408
+    start_id = 49406
+    end_id = 49407
+    pad_id = 0
+
+    def __init__(self) -> None:
+        vocabulary = _open_clip_file("bpe_simple_vocab_16e6.txt.gz")
+        self._inner = _clip_bpe(vocabulary)
+        self.fingerprint = xxhash.xxh64_hexdigest(b"clip-bpe\n" + vocabulary)
+
+    def __reduce__(self) -> tuple[type[ClipTokenizer], tuple[()]]:
+        return ClipTokenizer, ()
+
+    def encode(self, text: str) -> list[int]:
+        import ftfy
+
+        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return self._inner.encode(" ".join(cleaned.split()).lower(), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        kept = [int(i) for i in ids if int(i) not in (self.start_id, self.end_id)]
+        return self._inner.decode(kept, skip_special_tokens=False).replace("</w>", " ").strip()
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(name: str) -> Tokenizer:
+    """`clip-bpe`, or a tokenizer.json, or the folder that holds one. Raises UserError if there is none."""
+    if name == CLIP_BPE:
+        return ClipTokenizer()
+    path = Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"text.tokenizer: {name}: no tokenizer.json there. Write `{CLIP_BPE}`, or a folder or file with "
+            "a tokenizer.json; the demo's is made by `dromos data prepare configs/demo/flip.yaml`"
+        )
+    text = file.read_text(encoding="utf-8")
+    try:
+        vocabulary = _vocabulary(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"text.tokenizer: {file} is not a tokenizer.json: {error}") from error
+    return JsonTokenizer(text, *_special_ids(file, vocabulary))
+
+
+def caption_row(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
+    """int32 [length]: start, caption (cut to length - 2), end, padding; and how many are not padding."""
+    ids = tokenizer.encode(caption)[: length - 2]
+    row = np.full(length, tokenizer.pad_id, dtype=np.int32)
+    used = len(ids) + 2
+    row[:used] = [tokenizer.start_id, *ids, tokenizer.end_id]
+    return row, used
+
+
+def pick_caption(members: dict[str, bytes], key: int | None) -> tuple[str, int]:
+    """Caption of a sample and its number among the sample's captions.
+
+    The `txt` member; else `caption` in the `json` member, a string or a list of strings of which `key`
+    chooses one (the first, if key is None). Raises ContentError `missing caption` if all are blank or absent.
+    """
+    if "txt" in members:
+        captions: list[Any] = [members["txt"].decode("utf-8", "replace")]
+    else:
+        found = json_member(members).get("caption")
+        captions = found if isinstance(found, list) else [found]
+    usable = [(text, i) for i, text in enumerate(captions) if isinstance(text, str) and text.strip()]
+    if not usable:
+        raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
+    chosen = 0
+    if key is not None and len(usable) > 1:
+        chosen = int(hash64(np.uint64(key), Purpose.CAPTION)) * len(usable) >> 64
+    text, choice = usable[chosen]
+    # A lone surrogate is legal in JSON but not in UTF-8.
+    return text.encode("utf-8", "replace").decode("utf-8").strip(), choice
+
+
+def json_member(members: dict[str, bytes]) -> dict[str, Any]:
+    """The parsed `json` member, empty if there is none. Raises ContentError `bad json`."""
+    if "json" not in members:
+        return {}
+    try:
+        value = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise ContentError("bad json", str(error)) from error
+    if not isinstance(value, dict):
+        raise ContentError("bad json", f"a {type(value).__name__} where an object is expected")
+    return value
+
+
+def _vocabulary(text: str) -> dict[str, int]:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+
+
+def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]:
+    """Start, end, pad: as tokenizer_config.json beside the file says, else by common names.
+
+    As GPT-2 does, a missing start token is the end token; as Llama's users do, so is a missing pad token.
+    """
+    config_file = file.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    ids: dict[str, int | None] = {}
+    for role, field in FIELDS.items():
+        named = config.get(field)
+        named = named.get("content") if isinstance(named, dict) else named
+        if named is not None and named not in vocabulary:
+            raise UserError(f"{config_file}: {field} {named!r} is not in the vocabulary of {file}")
+        names = (named,) if field in config else COMMON[role]
+        ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
+    end = ids["end"]
+    if end is None:
+        raise UserError(f"{file}: no end token; name it as eos_token in {config_file}")
+    return (end if ids["start"] is None else ids["start"], end, end if ids["pad"] is None else ids["pad"])
+
+
+def _open_clip_file(name: str) -> bytes:
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "text.tokenizer: clip-bpe needs open_clip's vocabulary; install it: pip install 'dromos[train]'"
+        )
+    return (Path(next(iter(spec.submodule_search_locations))) / name).read_bytes()
+
+
+def _clip_bpe(vocabulary_gz: bytes) -> Any:
+    """The `tokenizers` equal of open_clip's SimpleTokenizer, which is slower by far and imports torch."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+
+    lines = gzip.decompress(vocabulary_gz).decode("utf-8").split("\n")
+    merges = [(a, b) for a, b in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
+    letters = _byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    words += ["<start_of_text>", "<end_of_text>"]
+    model = models.BPE(
+        vocab={word: i for i, word in enumerate(words)}, merges=merges, end_of_word_suffix="</w>"
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's 256 printable stand-ins for bytes, in the order in which CLIP's vocabulary numbers them."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))]
