@@ -96,12 +96,14 @@ def prepare(root: Path = DEFAULT_ROOT, settings: Settings | None = None) -> dict
     with _lock(root):
         if is_ready(root, settings):
             return {**_report(_stamp(root), root), "made": False}
-        storage.publish(root / STAMP, json.dumps({"state": "being made"}).encode())
-        for part in PARTS:
-            shutil.rmtree(root / part, ignore_errors=True)
+        if not (root / STAMP).exists():
+            storage.publish(root / STAMP, json.dumps({"state": "being made"}).encode())
         started = time.perf_counter()
         seconds: dict[str, float] = {}
-        counts = {name: _timed(seconds, name, make, root, settings) for name, make in MAKERS.items()}
+        staging = root / ".making"
+        shutil.rmtree(staging, ignore_errors=True)
+        counts = {name: _timed(seconds, name, make, staging, settings) for name, make in MAKERS.items()}
+        _swap(staging, root)
         stamp = {
             "version": settings.version(),
             "settings": asdict(settings),
@@ -116,6 +118,20 @@ def prepare(root: Path = DEFAULT_ROOT, settings: Settings | None = None) -> dict
         }
         storage.publish(root / STAMP, json.dumps(stamp, indent=2).encode())
         return {**_report(stamp, root), "made": True}
+
+
+def _swap(staging: Path, root: Path) -> None:
+    """Put the new parts in the place of the old ones, in an instant: a run may be reading them."""
+    storage.publish(root / STAMP, json.dumps({"state": "being replaced"}).encode())
+    old = root / ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    old.mkdir()
+    for part in PARTS:
+        if (root / part).exists():
+            os.rename(root / part, old / part)
+        os.rename(staging / part, root / part)
+    shutil.rmtree(old)
+    staging.rmdir()
 
 
 def _timed(

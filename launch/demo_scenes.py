@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import xxhash
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
 T = TypeVar("T")
 
