@@ -48,6 +48,27 @@ FEATURES: tuple[Feature, ...] = (
         lambda s: any(t.part is not None for t in _towers(s)),
         "taking a part of a checkpoint as tower",
     ),
+    Feature(
+        ("model", "vision"),
+        lambda s: s.objective.kind == "flip" and any(t.init for t in _towers(s)),
+        "a flip tower from elsewhere (write `init:` for the weights of the whole stage)",
+    ),
+    Feature(
+        ("model", "vision"),
+        lambda s: s.objective.kind != "flip" and any("://" in (t.init or "") for t in _towers(s)),
+        "a tower that no run of ours has trained (write model.vision.init: RUN/STAGE)",
+    ),
+    Feature(
+        ("model", "freeze"),
+        lambda s: s.objective.kind == "sphinx" and bool(_towers(s)) and "vision" not in s.model.freeze,
+        "training the vision tower of sphinx (write model.freeze: [vision])",
+    ),
+    Feature(
+        ("model", "llm", "init"),
+        lambda s: s.model.llm is not None and s.model.llm.init is not None,
+        "a language model from elsewhere (write model.llm.config for a new one)",
+    ),
+    Feature(("continue",), lambda s: s.continue_ is not None, "continuing another stage with its optimizer"),
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
         ("data",),

@@ -222,6 +222,12 @@ def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
     if images and not stage.model.vision:
         yield ("model", "vision"), "is missing; a stream of images needs a vision tower"
+    for index, tower in enumerate(stage.model.vision or []):
+        if tower.init is None:
+            yield (
+                ("model", "vision", str(index), "init"),
+                "is missing; sphinx takes towers that are trained already",
+            )
     if stage.model.text is not None:
         yield ("model", "text"), "has no place in sphinx; the language model is model.llm"
     if stage.objective.image_mask > 0:

@@ -1,0 +1,78 @@
+"""`dromos data index|show|prepare`: what a source is, and the data that a recipe of the repository needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from launch.commands import group
+
+app = group("Index, show and prepare sources of tars.")
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SRC...", help="Folders or patterns such as data/{00000..00031}.tar.")
+]
+
+
+@app.command()
+def index(sources: Sources) -> None:
+    """Index sources: count and locate every sample.
+
+    Reads every tar once and writes shards.parquet and the packed offsets beside them. Training needs no index;
+    with one it starts faster and checks more.
+
+    \b
+    Example:
+      dromos data index data/demo/digits/train
+    """
+    from data_pipeline.index import build_index
+
+    for path in sources:
+        manifest = build_index(path)
+        typer.echo(
+            f"{path}: {len(manifest.shards)} shards, {int(manifest.counts.sum())} samples, {manifest.fingerprint}"
+        )
+
+
+@app.command()
+def show(
+    sources: Sources,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=0, help="Samples to print of each.")] = 3,
+) -> None:
+    """Show sources: shards, samples, first members.
+
+    \b
+    Example:
+      dromos data show data/demo/digits/train
+    """
+    from data_pipeline.show import show as describe
+
+    for path in sources:
+        typer.echo(describe(path, samples))
+
+
+@app.command()
+def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]) -> None:
+    """Make the data that a recipe needs.
+
+    For recipes that say how (`prepare: demo`). What is there already and complete is left alone. Paths are
+    relative to the working directory.
+
+    \b
+    Example:
+      dromos data prepare configs/demo/flip.yaml
+    """
+    from data_pipeline.errors import UserError
+    from pretrain.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, runnable=False)
+    if loaded.prepare is None:
+        raise UserError(
+            f"{recipe}: has no `prepare:`, so its data is not made here; its sources are the paths in `data`"
+        )
+    from launch.demo_data import prepare as make
+
+    made = make()
+    word = "made" if made["made"] else "is there already, complete:"
+    typer.echo(f"{made['root']}: {word} {made['files']} files, {made['bytes'] / 1e6:.1f} MB")

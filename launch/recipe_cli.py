@@ -1,0 +1,140 @@
+"""`dromos recipe show|check`: what a recipe comes down to, and whether it can run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.errors import UserError
+from launch.commands import USER, group
+
+if TYPE_CHECKING:
+    from pretrain.recipe import MergeStage, Recipe, TrainStage
+
+app = group("Show or check a recipe; nothing runs.")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, as for `dromos run`.", show_default=False),
+]
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", metavar="S,...", help="Only these stages; overrides apply to them."),
+    ] = None,
+) -> None:
+    """Print a recipe as it resolves.
+
+    Every stage with every key, the defaults and overrides laid in. What is printed is itself a recipe.
+
+    \b
+    Examples:
+      dromos recipe show configs/demo/flip.yaml
+      dromos recipe show configs/demo/flip.yaml --stage tuned optimizer.lr=1e-4
+    """
+    from pretrain.recipe_load import as_plain, dump_plain, load_recipe, select
+
+    loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
+    plain = as_plain(loaded)
+    wanted = select(stage, list(loaded.stages), recipe)
+    plain["stages"] = {name: plain["stages"][name] for name in wanted}
+    typer.echo(dump_plain(plain), nl=False)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe before it costs anything.
+
+    Keys, values, the rules between them, and whether the sources are there. Prints a line a stage. A missing
+    source is a warning: it may be on another machine, or yet to be made.
+
+    \b
+    Example:
+      dromos recipe check configs/demo/flip.yaml
+
+    Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
+    """
+    from pretrain.recipe import TrainStage
+    from pretrain.recipe_checks import unavailable
+    from pretrain.recipe_load import load_recipe, warns
+
+    loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
+    ready = True
+    for name, stage in loaded.stages.items():
+        missing = list(
+            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unavailable(name, stage, loaded))
+        )
+        typer.echo(f"{name}: {describe(stage)}" + ("" if missing else "  ok"))
+        for text in missing:
+            typer.echo(f"  {text}")
+            ready = False
+        for text in warns(stage) if isinstance(stage, TrainStage) else []:
+            typer.echo(f"  warning: {text}")
+    for text in missing_sources(loaded):
+        typer.echo(f"warning: {text}", err=True)
+    if loaded.prepare and missing_sources(loaded):
+        typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
+    if not ready:
+        typer.echo(f"{recipe}: well-formed, but it asks for what is not available yet", err=True)
+        raise typer.Exit(USER)
+
+
+def describe(stage: TrainStage | MergeStage) -> str:
+    """A stage in one line."""
+    from pretrain.lengths import train_length
+    from pretrain.recipe import MergeStage
+
+    if isinstance(stage, MergeStage):
+        terms = " + ".join(f"{weight:g} x {address}" for address, weight in stage.inputs.items())
+        return f"merge ({stage.method}) {terms}"
+    streams = "; ".join(
+        f"{name}: {stream.batch} rows of {', '.join(stream.sources)}" for name, stream in stage.data.items()
+    )
+    start = f", from {stage.init or stage.continue_}" if stage.init or stage.continue_ else ""
+    return f"{stage.objective.kind} for {train_length(stage)}{start}; {streams}"
+
+
+def missing_sources(recipe: Recipe) -> list[str]:
+    """Local sources that are not there, each with the key that names it first."""
+    from data_pipeline.storage import is_remote, list_shards
+    from pretrain.recipe import TrainStage
+
+    paths: dict[str, str] = {}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, TrainStage):
+            for stream_name, stream in stage.data.items():
+                for source_name, source in stream.sources.items():
+                    paths.setdefault(source.path, f"{name}.data.{stream_name}.sources.{source_name}")
+        for key, tasks in (("zero_shot", stage.eval.zero_shot), ("perplexity", stage.eval.perplexity)):
+            for task_name, task in tasks.items():
+                paths.setdefault(task.path, f"{name}.eval.{key}.{task_name}.path")
+    problems = []
+    for path, key in paths.items():
+        if is_remote(path):
+            continue
+        try:
+            list_shards(path)
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def only_training_stage(path: str) -> str:
+    """The one training stage of a recipe; UserError that lists them when there are several."""
+    from pretrain.recipe import TrainStage
+    from pretrain.recipe_load import load_recipe
+
+    recipe = load_recipe(path, runnable=False)
+    names = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)]
+    if len(names) != 1:
+        raise UserError(
+            f"{path}: has {len(names)} training stages; write --stage with one of {', '.join(names)}"
+        )
+    return names[0]

@@ -1,0 +1,107 @@
+"""What a run folder says of its run: each stage's state, step and figures, without starting anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of a run folder. steps: the length, where the recipe alone tells it."""
+
+    name: str
+    state: str  # done, started or waiting
+    step: int
+    steps: int | None
+    loss: float | None
+    checkpoint: int | None
+
+    def line(self) -> str:
+        of = f"/{self.steps}" if self.steps else ""
+        parts = [
+            f"{self.name:<16} {self.state:<8} step {self.step}{of}"
+            if self.step
+            else f"{self.name:<16} {self.state}"
+        ]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.checkpoint is not None and self.state != "done":
+            parts.append(f"newest checkpoint {self.checkpoint}")
+        return "  ".join(parts)
+
+
+def run_status(run: str | Path) -> list[StageStatus]:
+    """The stages of a run in the recipe's order; UserError when the folder is no run."""
+    folder = Path(run)
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        nested = sorted(str(item.parent) for item in folder.glob("*/recipe.yaml"))
+        hint = f"; the runs in it are {', '.join(nested)}" if nested else "; `dromos list FOLDER` finds runs"
+        raise UserError(f"{folder}: is no run folder (no recipe.yaml){hint}")
+    try:
+        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not what a run writes there: {error}") from None
+    return [_stage(folder / name, name, content) for name, content in stages.items()]
+
+
+def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:
+    result = _json(folder / "result.json")
+    last = last_row(folder / "metrics.jsonl")
+    done = [
+        int(path.parent.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*/COMPLETE")
+    ]
+    step = int((result or last).get("step") or 0)
+    state = "done" if result else "started" if folder.is_dir() else "waiting"
+    steps = (content.get("train") or {}).get("steps")
+    return StageStatus(name, state, step, steps, last.get("loss"), max(done, default=None))
+
+
+def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:
+    """The last whole line of a JSON-lines file; {} when there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - tail))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # being written
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:
+    """Run folders at most `depth` levels below `folder`, sorted."""
+    root = Path(folder)
+    if (root / "recipe.yaml").exists():
+        return [root]
+    if depth == 0 or not root.is_dir():
+        return []
+    children = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [run for child in children for run in find_runs(child, depth - 1)]
+
+
+def summary(run: Path) -> str:
+    """One line for `dromos list`."""
+    stages = run_status(run)
+    return f"{run}: " + ", ".join(f"{stage.name} {stage.state}" for stage in stages)
