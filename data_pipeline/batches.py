@@ -126,9 +126,12 @@ class BatchMaker:
             shard, index = self.order.replacement(
                 number, int(refs.shard[i]), int(refs.index[i]), epoch, attempt
             )
-            place = (np.asarray(number) for number in (shard, index, epoch))
-            key = int(row_keys(self.spec.seed, name, *place, attempt))
+            key = self._row_key(name, shard, index, epoch, attempt)
         raise self._rows.unusable(name, verdicts)
+
+    def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> int:
+        place = np.array([[shard], [index], [epoch]])
+        return int(row_keys(self.spec.seed, name, place[0], place[1], place[2], attempt)[0])
 
     def _row_keys(
         self, refs: Refs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,21 +19,28 @@ __all__ = ["Loader", "LocalLoader", "micro_batches", "rows_of"]
 class Loader:
     """What local and Ray loaders share. A step's batches do not depend on who makes them, nor on what came before.
 
-    Opening it reads one sample of every source: a source without images ends here in a UserError, not in step 1.
-    makers: stream -> BatchMaker, for its order, manifests and tokenizer
+    Opening it reads one sample of every source, so that a source without images ends here in a UserError.
+    makers: stream -> BatchMaker, for its order, manifests and tokenizer; handed in, no source is opened twice
     wait_seconds: how long the caller waited for the step that was yielded last
     """
 
     def __init__(
-        self, specs: Sequence[StreamSpec], rank: int, world_size: int, micro_batch: int | None = None
+        self,
+        specs: Sequence[StreamSpec],
+        rank: int,
+        world_size: int,
+        workers: int,
+        micro_batch: int | None = None,
+        makers: Mapping[str, BatchMaker] | None = None,
     ) -> None:
         check_ranks(specs, world_size)
         self.specs = list(specs)
         self.rank = rank
         self.world_size = world_size
+        self.workers = workers
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
-        self.makers = {spec.name: BatchMaker(spec) for spec in self.specs}
+        self.makers = dict(makers or {spec.name: BatchMaker(spec) for spec in self.specs})
         for maker in self.makers.values():
             maker.check()
         self._pool: Pool = self._open()
@@ -80,18 +87,7 @@ class Loader:
 
 
 class LocalLoader(Loader):
-    """Batches made on this machine: by `workers` processes two steps ahead, or with 0 by a thread one step ahead."""
-
-    def __init__(
-        self,
-        specs: Sequence[StreamSpec],
-        rank: int,
-        world_size: int,
-        workers: int,
-        micro_batch: int | None = None,
-    ) -> None:
-        self.workers = workers
-        super().__init__(specs, rank, world_size, micro_batch)
+    """Batches made on this machine: by `workers` processes two steps ahead, or with 0 by a thread, one ahead."""
 
     def _open(self) -> Pool:
         return ProcessPool(self.setups, self.workers) if self.workers else ThreadPool(self.makers)

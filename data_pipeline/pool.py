@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -129,7 +129,7 @@ class ProcessPool:
         with self._changed:
             self._changed.wait_for(lambda: ticket in self._done or self._failure or self._closing)
             if ticket not in self._done:
-                raise RuntimeError("the loader is closed") from self._failure
+                raise RuntimeError(str(self._failure or "the loader is closed")) from self._failure
             self._wanted.discard(ticket)
             found = self._done.pop(ticket)
         if isinstance(found, Exception):
@@ -188,15 +188,17 @@ class ProcessPool:
                 send(worker.channel, (ticket, item))
 
     def _collect(self) -> None:
-        channels = {worker.channel: worker for worker in self._workers}
-        ready, _, _ = select.select([self._bell, *channels], [], [])
-        for channel in ready:
-            if channel is self._bell:
+        with selectors.PollSelector() as selector:  # select() fails beyond 1024 open files
+            selector.register(self._bell, selectors.EVENT_READ)
+            for worker in self._workers:
+                selector.register(worker.channel, selectors.EVENT_READ, worker)
+            ready = [key.data for key, _ in selector.select()]
+        for worker in ready:
+            if worker is None:
                 self._bell.recv(4096)
                 continue
-            worker = channels[channel]
             try:
-                ticket, found = receive(channel)
+                ticket, found = receive(worker.channel)
             except (EOFError, ConnectionError):
                 self._bury(worker)
                 continue

@@ -1,0 +1,175 @@
+"""Steps of a rank whose batches are made by Ray actors, spread over the nodes of a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import UserError
+from data_pipeline.loader import Loader
+from data_pipeline.pool import DEATHS, Pool
+from data_pipeline.spec import Batch
+from data_pipeline.work import Item, Setup
+from data_pipeline.worker import portable
+
+
+class Maker:
+    """The actor: makes batches as a local worker does. Errors are returned, since Ray would rename them."""
+
+    def __init__(self, setups: Sequence[Setup]) -> None:
+        self._setups = {setup.spec.name: setup for setup in setups}
+        self._makers: dict[str, BatchMaker] = {}
+
+    def make(self, item: Item) -> Batch | Exception:
+        try:
+            if item.stream not in self._makers:
+                self._makers[item.stream] = self._setups[item.stream].maker()
+            return self._makers[item.stream].make(item.step, item.start, item.stop)
+        except Exception as error:
+            return portable(error)
+
+    def place(self) -> tuple[str, int]:
+        """Node and process of this actor."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+@dataclass
+class _Asked:
+    item: Item
+    actor: int
+    reference: Any
+    deaths: int = 0
+
+
+class RayPool:
+    """Actors that take turns; one that dies, with its node or alone, is replaced and its items are made again."""
+
+    ahead = 2
+
+    def __init__(self, setups: Sequence[Setup], actors: int, first: int) -> None:
+        """`first` says at which node to begin, so that ranks begin at different ones."""
+        self._ray = _connect()
+        self._setups = self._ray.put(list(setups))
+        self._hired = first
+        self._actors = [self._hire() for _ in range(max(1, actors))]
+        self._asked: dict[int, _Asked] = {}
+        self._next = 0
+
+    def submit(self, item: Item) -> int:
+        ticket, self._next = self._next, self._next + 1
+        actor = ticket % len(self._actors)
+        self._asked[ticket] = _Asked(item, actor, self._actors[actor].make.remote(item))
+        return ticket
+
+    def result(self, ticket: int) -> Batch:
+        asked = self._asked[ticket]
+        while True:
+            try:
+                found = self._ray.get(asked.reference)
+                break
+            except self._ray.exceptions.RayTaskError:
+                raise
+            except self._ray.exceptions.RayError as error:
+                asked.deaths += 1
+                if asked.deaths >= DEATHS:
+                    raise RuntimeError(
+                        f"{asked.item} could not be made by {DEATHS} Ray actors in turn; the last error: {error}"
+                    ) from error
+                self._replace(asked.actor)
+        del self._asked[ticket]
+        if isinstance(found, Exception):
+            raise found
+        return _writable(found)
+
+    def cancel(self) -> None:
+        for asked in self._asked.values():
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.cancel(asked.reference)
+        self._asked.clear()
+
+    def close(self) -> None:
+        self.cancel()
+        for actor in self._actors:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.kill(actor)
+        self._actors.clear()
+
+    def places(self) -> list[tuple[str, int]]:
+        """(node, process) of every actor."""
+        found: list[tuple[str, int]] = self._ray.get([actor.place.remote() for actor in self._actors])
+        return found
+
+    def _hire(self) -> Any:
+        # No CPU of its own: so an actor fits beside ranks that have taken them all. But Ray's SPREAD puts actors
+        # that ask for nothing on one node, hence nodes in turn; soft: elsewhere if that node is gone.
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        nodes = sorted(node["NodeID"] for node in alive if node["Resources"].get("CPU")) or [
+            alive[0]["NodeID"]
+        ]
+        strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=True)
+        self._hired += 1
+        maker = self._ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=strategy)(Maker)
+        return maker.remote(self._setups)
+
+    def _replace(self, number: int) -> None:
+        """A new actor for a dead one, and everything that the dead one had not handed over asked again."""
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(self._actors[number])
+        self._actors[number] = self._hire()
+        for asked in self._asked.values():
+            if asked.actor == number:
+                asked.reference = self._actors[number].make.remote(asked.item)
+
+
+class RayLoader(Loader):
+    """LocalLoader's interface and batches, bit for bit; `workers` actors a rank, on the cluster at RAY_ADDRESS.
+
+    The nodes need dromos installed and a path to the shards; manifests and tokenizer travel with the actors.
+    """
+
+    def _open(self) -> Pool:
+        return RayPool(self.setups, self.workers, first=self.rank * max(1, self.workers))
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """(node id, process id) of every actor."""
+        assert isinstance(self._pool, RayPool)
+        return self._pool.places()
+
+
+def _connect() -> Any:
+    """The ray module, connected: to this process's cluster, else to RAY_ADDRESS, else to one on this machine."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("loader.backend: ray needs Ray; install it: pip install 'dromos[ray]'") from None
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f"loader.backend: ray: no Ray cluster at {address} ({error}). Set RAY_ADDRESS, or start one with "
+                "`ray start --head`, or run with --on ray, or choose loader.backend: local"
+            ) from error
+    return ray
+
+
+def _writable(batch: Batch) -> Batch:
+    """Arrays of its own: Ray's lie in the shared object store, may not be written, and would keep it full."""
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, np.ndarray):
+            setattr(batch, field.name, value.copy())
+    return batch

@@ -1,0 +1,110 @@
+"""The exact loader for anyone's training loop: an endless iterator whose position is one small dictionary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from data_pipeline.decode import ImageSpec
+from data_pipeline.errors import UserError
+from data_pipeline.loader import LocalLoader
+from data_pipeline.order import StreamOrder, stream_seed
+from data_pipeline.spec import Batch, SourceSpec, StreamSpec, TextSpec
+
+
+class Stream:
+    """Batches of webdataset tars, in an order that is a function of the arguments alone.
+
+    The same arguments give the same global batches on any number of ranks and workers: rank r of W gets rows
+    [r batch/W, (r+1) batch/W). Each epoch visits every sample exactly once. An unusable sample is replaced,
+    deterministically, and counted in `batch.skipped`.
+
+        stream = Stream("data/train", batch=256, image=ImageSpec(224), text=TextSpec("clip-bpe", 77))
+        for batch in stream:                     # never ends, unless every source has max_epochs
+            step(batch.images, batch.tokens)     # uint8 [rows, 3, 224, 224], int32 [rows, 77]
+            saved = stream.state()               # JSON; another process goes on with stream.resume(saved)
+
+    Parameters: `sources` is a folder or pattern of tars, or name -> path or SourceSpec for a mixture; `batch` is the
+    global batch; without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a
+    member `npy`). `workers` processes decode; 0 decodes in a thread of this process. Use it as a context manager, or
+    call close(). Raises UserError for what cannot work, before the first batch where it can be known.
+    """
+
+    def __init__(
+        self,
+        sources: str | Mapping[str, str | SourceSpec],
+        batch: int,
+        *,
+        image: ImageSpec | None = None,
+        text: TextSpec | None = None,
+        length: int | None = None,
+        seed: int = 0,
+        name: str = "stream",
+        lanes: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> None:
+        named = {"source": sources} if isinstance(sources, str) else sources
+        specs = {
+            key: value if isinstance(value, SourceSpec) else SourceSpec(value) for key, value in named.items()
+        }
+        self.name = name
+        self._loader = LocalLoader(
+            [StreamSpec(name, stream_seed(seed, "stream", name), specs, batch, lanes, image, text, length)],
+            rank,
+            world_size,
+            workers,
+        )
+        self._maker = self._loader.makers[name]
+        self._step = 0
+        self._steps: Iterator[dict[str, list[Batch]]] | None = None
+
+    @property
+    def step(self) -> int:
+        """Batches served so far, counted over resumes."""
+        return self._step
+
+    @property
+    def order(self) -> StreamOrder:
+        """Which sample stands where: `samples_per_epoch()`, `refs(step)`."""
+        return self._maker.order
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._steps is None:
+            last = self.order.last_step
+            self._steps = self._loader.steps(self._step, sys.maxsize if last is None else last)
+        batch = next(self._steps)[self.name][0]
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last batch served, as JSON; valid for any world size and number of workers."""
+        return {"stream": self.name, **self.order.state(self._step, self._maker.fingerprints)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises UserError, naming both values, if the data or mixture changed."""
+        if state.get("stream") != self.name:
+            raise UserError(f"the state is of stream {state.get('stream')!r}; this one is {self.name!r}")
+        self.order.check_state(state, self._maker.fingerprints)
+        if self._steps is not None:
+            self._steps.close()  # type: ignore[attr-defined]  # a generator
+            self._steps = None
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
