@@ -47,6 +47,7 @@ class SafetensorsFile:
             if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, self.size - 8):
                 raise self._broken(f"its header would be {length} bytes in a file of {self.size}")
             raw = file.read(length)
+            self.header = prefix + raw
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._base = 8 + length
         self.metadata, self._entries = self._parse(raw)

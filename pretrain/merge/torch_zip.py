@@ -103,7 +103,7 @@ class Stub:
 
 
 class Function:
-    """A callable that a pickle may name, closed to the pickle's BUILD, which would set attributes of a plain function."""
+    """A callable that a pickle may name; closed to BUILD, which would set attributes of a plain function."""
 
     __slots__ = ("_run",)
 

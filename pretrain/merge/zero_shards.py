@@ -148,7 +148,7 @@ class ZeroShards:
     def _stage_1_and_2(
         self, partitions: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]], paddings: Any
     ) -> None:
-        """Each group is one flat vector cut over the ranks; its parameters follow each other in `param_shapes` order."""
+        """A group is one flat vector cut over the ranks; its parameters follow each other as in `param_shapes`."""
         if any(len(rank) != len(groups) for rank in partitions):
             raise UserError(
                 f"{self.folder}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors"

@@ -1,0 +1,205 @@
+"""One merge from addresses to a published folder: open, plan, write, record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.address import locate
+from pretrain.merge.plan import OUTPUT, Plan, Planner, check_dtype, resolve_weights
+from pretrain.merge.sources import FROZEN, WeightSource, open_weights
+from pretrain.merge.writer import CHUNK, Progress, digests, link_or_copy, new_folder, write_tensors
+
+RECORD = "merge.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The inputs of a merge, and after them the source of the rest where it is not one of them."""
+
+    sources: list[WeightSource]
+    inputs: int
+    rest: int | None
+
+
+def open_inputs(inputs: Sequence[str], copy_rest: str | None, run_dir: Path | None) -> Opened:
+    """Open every address; `copy_rest` may be one of the inputs, their letter (A, B, ...), or another address."""
+    if len(inputs) < 2:
+        raise UserError(f"a merge takes two inputs or more, here is {len(inputs)}")
+    sources = [open_weights(address, run_dir) for address in inputs]
+    if copy_rest is None:
+        return Opened(sources, len(inputs), None)
+    if copy_rest in inputs:
+        return Opened(sources, len(inputs), list(inputs).index(copy_rest))
+    if len(copy_rest) == 1 and 0 <= ord(copy_rest) - ord("A") < len(inputs):
+        return Opened(sources, len(inputs), ord(copy_rest) - ord("A"))
+    return Opened([*sources, open_weights(copy_rest, run_dir)], len(inputs), len(inputs))
+
+
+def plan(
+    inputs: Sequence[str],
+    *,
+    beta: float | None = None,
+    weights: Sequence[float] | None = None,
+    only: str | None = None,
+    copy_rest: str | None = None,
+    dtype: str | None = None,
+    run_dir: Path | None = None,
+) -> Plan:
+    """What `merge` with the same arguments would do; writes nothing."""
+    resolved = resolve_weights(len(inputs), beta, weights)
+    opened = open_inputs(inputs, copy_rest, run_dir)
+    return make_planner(opened, [resolved], only, dtype).plan(resolved)
+
+
+def merge(
+    inputs: Sequence[str],
+    out: Path | str,
+    *,
+    beta: float | None = None,
+    weights: Sequence[float] | None = None,
+    only: str | None = None,
+    copy_rest: str | None = None,
+    dtype: str | None = None,
+    run_dir: Path | None = None,
+    chunk: int = CHUNK,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """theta = sum of weight x input, streamed into the folder `out`, which appears only when it is complete.
+
+    inputs:    two or more addresses (pretrain.address).
+    beta:      of two inputs, the weight of the first: theta = beta * A + (1 - beta) * B.
+    weights:   one share for each input, divided by their sum.
+    only:      regular expression, found anywhere in the names of the tensors to mix.
+    copy_rest: the input (address or letter) that every other tensor comes from.
+    dtype:     bf16, fp16 or fp32 for the mixed tensors; default: that of the inputs.
+
+    Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
+    """
+    resolved = resolve_weights(len(inputs), beta, weights)
+    opened = open_inputs(inputs, copy_rest, run_dir)
+    made = make_planner(opened, [resolved], only, dtype).plan(resolved)
+    return execute([made], opened, [Path(out)], chunk, threads, progress)[0]
+
+
+def make_planner(
+    opened: Opened, weights: Sequence[Sequence[float]], only: str | None, dtype: str | None
+) -> Planner:
+    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in weights)]
+    return Planner(
+        opened.sources, opened.inputs, only=only, rest=opened.rest, active=active, dtype=check_dtype(dtype)
+    )
+
+
+def execute(
+    plans: Sequence[Plan],
+    opened: Opened,
+    folders: Sequence[Path],
+    chunk: int = CHUNK,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Carry out plans that differ in their weights alone, in one pass; what is complete already is not done again."""
+    from contextlib import ExitStack
+
+    hashes = [source.hashes() for source in opened.sources]
+    keys = [plan.key(hashes) for plan in plans]
+    records = [existing(folder, key) for folder, key in zip(folders, keys, strict=True)]
+    todo = [i for i, record in enumerate(records) if record is None]
+    needed = sum(plans[i].size for i in todo)
+    with ExitStack() as stack:
+        partial = {i: stack.enter_context(new_folder(folders[i], needed)) for i in todo}
+        if todo:
+            paths = [partial[i] / OUTPUT for i in todo]
+            write_tensors([plans[i] for i in todo], opened.sources, paths, chunk, threads, progress)
+        for i in todo:
+            record = _record(plans[i], opened, hashes, keys[i], partial[i] / OUTPUT)
+            _add_companions(plans[i], partial[i])
+            (partial[i] / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            records[i] = record
+    return [record for record in records if record is not None]
+
+
+def existing(folder: Path, key: str) -> dict[str, Any] | None:
+    """The record of a complete output of the same plan; None where there is no output yet."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    record = folder / RECORD
+    if not record.is_file():
+        raise UserError(
+            f"{folder} exists and is not the output of a merge; choose another --out, or remove it"
+        )
+    content = json.loads(record.read_text())
+    if content.get("plan") != key:
+        raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
+    return content
+
+
+def _record(
+    plan: Plan, opened: Opened, hashes: list[dict[str, str]], key: str, output: Path
+) -> dict[str, Any]:
+    size, tensors = digests(output)
+    inputs = [
+        {
+            "address": source.address,
+            "path": source.located.path,
+            "step": source.located.step,
+            "weight": plan.weights[i] if i < opened.inputs else None,
+            "xxh64": files,
+        }
+        for i, (source, files) in enumerate(zip(opened.sources, hashes, strict=True))
+    ]
+    return {
+        "plan": key,
+        "method": "linear",
+        "theta": "sum of weight x input; each product rounded, added in this order, rounded once to the output type",
+        "inputs": inputs,
+        "only": plan.only,
+        "copy_rest": opened.sources[plan.rest].address if plan.rest is not None else None,
+        "mixed": sum(job.why == "mixed" for job in plan.jobs),
+        "copied": {job.name: job.why for job in plan.jobs if job.why != "mixed"},
+        "left_out": list(plan.left_out),
+        "tied": plan.tied,
+        "frozen": FROZEN if plan.frozen else None,
+        "output": {OUTPUT: size},
+        "tensors": tensors,
+        "dromos": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return version("dromos")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _add_companions(plan: Plan, folder: Path) -> None:
+    """Config, tokenizer, frozen tensors, and the stage that says what the model is."""
+    for name, path in plan.companions.items():
+        shutil.copyfile(path, folder / name)
+    if plan.frozen is not None:
+        link_or_copy(plan.frozen, folder / FROZEN)
+    if plan.stage_dir is not None and (stage := model_stage(plan.stage_dir)) is not None:
+        shutil.copyfile(stage / "resolved.yaml", folder / "resolved.yaml")
+
+
+def model_stage(stage_dir: Path) -> Path | None:
+    """The folder of the training stage whose model these weights have: a merge has that of its parent."""
+    path = stage_dir / "resolved.yaml"
+    if not path.is_file():
+        return None
+    stage = yaml.safe_load(path.read_text())["stage"]
+    if stage.get("kind") != "merge":
+        return stage_dir
+    parent = locate(stage.get("copy_rest") or next(iter(stage["inputs"])), stage_dir.parent)
+    return model_stage(parent.stage_dir) if parent.stage_dir is not None else None
