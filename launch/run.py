@@ -31,7 +31,7 @@ def run(
     wait: bool = False,
 ) -> int:
     """Run the stages of a recipe in order; the exit code is 0, 2, 75 or 1. Raises UserError."""
-    recipe = load_recipe(recipe_path, list(overrides), list(stages) if stages else None)
+    recipe = load_recipe(recipe_path, list(overrides), list(stages) if stages else None, strict=True)
     job = make_job(recipe, recipe_path, on, stages, nodes, ranks_per_node, cluster_file, overrides)
     preflight.check_ranks(recipe, job)
     console = Console()

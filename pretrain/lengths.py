@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from data_pipeline.errors import UserError
 from pretrain.recipe import Length, TrainStage
@@ -28,15 +29,16 @@ def train_length(stage: TrainStage) -> Length:
 
 def length_steps(length: Length, batch: int, samples_per_epoch: int | None = None) -> int:
     """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
+    value = Fraction(repr(length.value))  # 0.1 epochs of 30 samples are 3 samples, not 3.0000000000000004
     if length.unit == "steps":
-        return math.ceil(length.value)
+        return math.ceil(value)
     if length.unit == "samples":
-        return -(-round(length.value) // batch)
+        return math.ceil(value / batch)
     if samples_per_epoch is None:
         raise UserError(
             f"{length}: how long an epoch is, is known only once the sources are open; write steps or samples"
         )
-    return -(-round(length.value * samples_per_epoch) // batch)
+    return math.ceil(value * samples_per_epoch / batch)
 
 
 def total_steps(stage: TrainStage, samples_per_epoch: int | None = None) -> int:

@@ -138,12 +138,14 @@ def _descend(node: Any, name: str, at: Key, override: Override) -> Any:
             )
         return inner
     inner = node.get(name)
+    following = override.key[len(at) + 1]
+    if (*at, name) == ("model", "vision") and isinstance(inner, dict) and following.isdigit():
+        inner = node[name] = [inner]  # one tower may be written without the list
     if inner is None:
         inner = node[name] = {}
     elif isinstance(inner, str) and at and at[-1] == "sources":
         inner = node[name] = {"path": inner}
     elif isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict):
-        following = override.key[len(at) + 1]
         inner = inner if following.isdigit() else inner[0]  # `model.vision.width` where there is one tower
     elif not isinstance(inner, dict | list):
         raise UserError(f"override {override.text!r}: {'.'.join((*at, name))} holds {inner!r}, not a section")

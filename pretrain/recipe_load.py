@@ -67,11 +67,16 @@ class Draft:
     set_by: dict[tuple[str, Key], str] = field(default_factory=dict)  # (stage or "run", key) -> override
 
     def where(self, stage: str, key: Key) -> str:
-        """`recipe.yaml:12: stages.tuned.train.steps`, or the override that set the key."""
+        """`recipe.yaml:12: stages.tuned.train.steps`, or the override that set (or removed) the key."""
+        for (by_stage, by_key), text in self.set_by.items():
+            if by_stage == stage and by_key[:-1] == key:
+                return f"override {text!r}: {'.'.join(key)}"
         for length in range(len(key), 0, -1):
             part = key[:length]
-            text = self.set_by.get((stage, part)) or self.set_by.get((stage, _without_numbers(part)))
-            if text is not None:
+            found = [
+                text for (by, by_key), text in self.set_by.items() if by == stage and _same(by_key, part)
+            ]
+            for text in found:
                 return f"override {text!r}: {'.'.join(('run', *key) if stage == 'run' else key)}"
             for prefix in (("run",),) if stage == "run" else (("stages", stage), ()):
                 line = self.document.line((*prefix, *part))
@@ -82,8 +87,10 @@ class Draft:
         return f"{self.document.path}{f':{line}' if line else ''}: {'.'.join((*prefix, *key))}"
 
 
-def _without_numbers(key: Key) -> Key:
-    return tuple(part for part in key if not part.isdigit())
+def _same(one: Key, other: Key) -> bool:
+    """Equal, or equal but for the places in lists: `model.vision.width` is `model.vision.0.width`."""
+    names = [tuple(part for part in key if not part.isdigit()) for key in (one, other)]
+    return one == other or names[0] == names[1]
 
 
 def load_recipe(

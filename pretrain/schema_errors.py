@@ -28,13 +28,19 @@ WORDS = {
 }
 
 
+SECTIONS_NEEDED: dict[Key, str] = {
+    ("train",): "; write exactly one of steps, samples, epochs, for example train: {steps: 1000}",
+    ("objective",): "; write for example objective: {kind: flip}",
+}
+
+
 def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
     """What is wrong with the value at `key` below `model`; without place or file."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
     if kind == "extra_forbidden":
         return f"unknown key{hint(model, key)}"
     if kind == "missing":
-        return "is missing"
+        return "is missing" + SECTIONS_NEEDED.get(key, "")
     if kind == "value_error":
         return str(context.get("error", error["msg"]))
     if kind == "literal_error":
