@@ -132,6 +132,7 @@ class StreamOrder:
             "fingerprints": dict(fingerprints or {}),
             "samples": {source.name: source.samples for source in self.sources},
             "weights": dict(zip(names, self.weights, strict=True)),
+            "max_epochs": {name: str(limit) for name, limit in zip(names, self._limits, strict=True)},
             "consumed_per_lane": 0,
             "base": dict.fromkeys(names, 0),
         }
@@ -157,7 +158,7 @@ class StreamOrder:
                     before.get(name, "no such source"),
                     after.get(name, "no such source"),
                 )
-                for key in ("fingerprints", "samples", "weights")
+                for key in ("fingerprints", "samples", "weights", "max_epochs")
                 for before, after in [(segments[-1][key], now["segments"][0][key])]
                 if before and after
                 for name in sorted({*before, *after})

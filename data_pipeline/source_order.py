@@ -11,6 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import START, U64, hash64, key64, permute
 
 WINDOW = 16  # runs shuffled together, sample by sample
+SHORT = 4  # a lane's piece of fewer windows is one window
 TRIES = 8  # replacements taken from the bad sample's own shard
 
 
@@ -42,11 +43,13 @@ class Place(NamedTuple):
 class SourceOrder:
     """Samples laid end to end, cut into runs of neighbours, permuted by (seed, epoch), cut into one piece a lane.
 
-    In epoch e lane i walks piece (i + e) mod L of the permuted runs; pieces end at floor(j N / L), so an epoch visits
-    every sample exactly once. Inside a piece, windows of 16 runs are shuffled sample by sample, on a grid that starts
-    elsewhere in each piece. A source smaller than L windows is not cut: its draws, counted over all lanes, walk one
-    piece. The run grid is the same in every epoch, so that a run can be kept in a cache; the short run at the source's
-    end takes any place in the permutation.
+    In epoch e lane i walks piece (i + e) mod L of the permuted runs; pieces end at floor(j N / L), so an epoch
+    visits every sample exactly once. Inside a piece, windows of 16 runs are shuffled sample by sample, on a grid that
+    starts elsewhere in each piece. A piece of fewer than 4 windows is one window: with 2 million samples of one-topic
+    shards in batches of 65536, windows of 16 runs gave 4.1 times the topic variance of independent draws, whole pieces
+    0.95 times. A source smaller than L windows is not cut: its draws, counted over all lanes, walk one permutation of
+    its samples. The grid of runs is the same in every epoch, so that a run can be kept in a cache; the short run at
+    the source's end takes any place in the permutation.
     """
 
     def __init__(self, name: str, counts: np.ndarray, lanes: int, seed: int) -> None:
@@ -60,10 +63,12 @@ class SourceOrder:
         self.samples = int(self.first[-1])
         if not self.samples:
             raise UserError(f"source {name!r}: its {counts.size} shards hold no samples; check its path")
-        self.run = run_length(self.samples)
-        self.full_runs, self.tail = divmod(self.samples, self.run)
-        self.interleaved = self.samples < lanes * WINDOW * self.run
+        run = run_length(self.samples)
+        self.interleaved = self.samples < lanes * WINDOW * run
         self.pieces = 1 if self.interleaved else lanes
+        self.run = 1 if self.interleaved else run
+        self.full_runs, self.tail = divmod(self.samples, self.run)
+        self.windows = self.samples >= SHORT * self.pieces * WINDOW * self.run
         self.key = int(hash64(seed, key64(name)))
 
     def refs(self, lane: np.ndarray, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,6 +100,8 @@ class SourceOrder:
 
         No attempt names the bad sample itself, and attempts in one shard differ from each other.
         """
+        if attempt < 1:
+            raise ValueError(f"attempt {attempt}: the first replacement of a sample is attempt 1")
         neighbours = int(self.first[shard + 1] - self.first[shard]) - 1
         bad = int(self.first[shard]) + index
         if attempt <= min(TRIES, neighbours):
@@ -120,14 +127,22 @@ class SourceOrder:
         return Place(unrolled - lane, piece, start, stop, start + walked - unrolled * n // pieces)
 
     def _shuffle(self, place: Place, short: np.ndarray) -> np.ndarray:
-        """Positions after the shuffle inside their windows, which are clipped at the piece's ends."""
-        phase = (place.piece.astype(U64) * U64(START) >> U64(60)).astype(
-            np.int64
-        )  # golden steps over the 16 runs
-        first = (self._rank(place.position, short) + phase) // WINDOW * WINDOW - phase
-        low = np.maximum(place.start, self._run_start(first, short))
-        high = np.minimum(place.stop, self._run_start(first + WINDOW, short))
+        """Positions after the shuffle inside their windows."""
+        low, high = place.start, place.stop
+        if self.windows:
+            low, high = self._window(place, short)
         return low + permute(place.position - low, high - low, hash64(self.key, place.epoch, Use.WINDOW, low))
+
+    def _window(self, place: Place, short: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of each position's window; what the grid cuts off at a piece's ends joins the next full window."""
+        golden = place.piece.astype(U64) * U64(START)
+        phase = (golden >> U64(60)).astype(np.int64)  # the 16 runs of a window in golden steps
+        first = (self._rank(place.start, short) + phase) // WINDOW + 1
+        last = (self._rank(place.stop - 1, short) + phase) // WINDOW - 1
+        window = np.clip((self._rank(place.position, short) + phase) // WINDOW, first, last)
+        low = np.where(window == first, place.start, self._run_start(window * WINDOW - phase, short))
+        high = np.where(window == last, place.stop, self._run_start((window + 1) * WINDOW - phase, short))
+        return low, high
 
     def _sample(self, position: np.ndarray, short: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Sample of the source at each position of its epoch; `short` is the rank of the short run there."""
