@@ -1,0 +1,75 @@
+"""One rank that trains a list of recipes one after the other in one process group; started by the parity tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.batches import Batch, BatchMaker
+from data_pipeline.loader import micro_batches, rows_of
+from pretrain.build import build
+from pretrain.engine import Engine, start, stop
+from pretrain.lengths import main_stream
+from pretrain.recipe import TrainStage
+from pretrain.recipe_load import load_recipe, run_dir
+from pretrain.signals import StopFlag
+from pretrain.streams import stage_specs
+from pretrain.trainer import Plan, Trainer
+
+
+class InProcess:
+    """Batches made where they are used."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, makers: dict[str, BatchMaker], rank: int, world: int, micro: int | None) -> None:
+        self.makers, self.rank, self.world, self.micro = makers, rank, world, micro
+
+    def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
+        for step in range(first, last):
+            made = {}
+            for name, maker in self.makers.items():
+                mine = rows_of(self.rank, self.world, maker.spec.batch)
+                made[name] = [maker.make(step, *part) for part in micro_batches(*mine, self.micro)]
+            yield made
+
+    def close(self) -> None:
+        pass
+
+
+def main(jobs: list[dict]) -> None:
+    """Each job: recipe, zero, out (a folder for metrics.jsonl), overrides."""
+    runtime = start()
+    flag = StopFlag()
+    for job in jobs:
+        recipe = load_recipe(job["recipe"], [f"engine.zero={job['zero']}", *job.get("overrides", [])])
+        (name, stage), *_ = recipe.stages.items()
+        assert isinstance(stage, TrainStage)
+        objective, _ = build(stage, name, recipe.run.seed, run_dir(recipe))
+        specs = stage_specs(stage, recipe.run.seed, name, objective.streams)
+        makers = {spec.name: BatchMaker(spec) for spec in specs}
+        given = stage.optimizer
+        engine = Engine(
+            objective.model, stage.engine.zero, stage.engine.dtype, given.betas, given.eps, given.weight_decay,
+            given.clip, runtime,
+        )  # fmt: skip
+        total = stage.train.steps or 1
+        plan = Plan(total, stage.schedule.warmup.value, given.lr or 0.0, 1 << 30, None, None)
+        loader = InProcess(makers, runtime.rank, runtime.world_size, stage.train.micro_batch)
+        trainer = Trainer(
+            stage, Path(job["out"]), objective, engine, loader, plan, runtime, flag, lambda step: {}, dict
+        )
+        trainer.save = lambda step: None  # type: ignore[method-assign]
+        began = time.time()
+        trainer.run(0)
+        trainer.close()
+        if runtime.rank == 0:
+            print(job["out"], main_stream(stage), round(time.time() - began, 2), flush=True)
+    stop()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,54 @@
+"""The independent truth: a stage trained by one process with torch alone, whole global batches, no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data_pipeline.batches import BatchMaker
+from pretrain.build import build
+from pretrain.objectives.base import loss_tokens
+from pretrain.recipe import TrainStage
+from pretrain.rows import to_device
+from pretrain.schedule import learning_rate
+from pretrain.streams import stage_specs
+
+
+def groups(model: torch.nn.Module, decay: float) -> list[dict]:
+    """Weight decay on tensors with two or more sides longer than one, written out again."""
+    wide = [p for p in model.parameters() if p.requires_grad and sum(side > 1 for side in p.shape) >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and sum(side > 1 for side in p.shape) < 2]
+    return [{"params": wide, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def plain_losses(stage: TrainStage, name: str, seed: int, run_dir: Path, steps: int) -> list[dict[str, float]]:
+    """Losses and gradient norms of `steps` steps, in the words of metrics.jsonl."""
+    objective, _ = build(stage, name, seed, run_dir)
+    model = objective.model
+    model.train()
+    settings = stage.optimizer
+    optimizer = torch.optim.AdamW(
+        groups(model, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps
+    )
+    makers = {spec.name: BatchMaker(spec) for spec in stage_specs(stage, seed, name, objective.streams)}
+    rows = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        row: dict[str, float] = {"loss": 0.0}
+        for stream in objective.streams:
+            size = stage.data[stream].batch
+            batch = makers[stream].make(step, 0, size)
+            count = float(size) if stage.objective.kind == "flip" else loss_tokens(batch)
+            made = to_device(batch, stage.data[stream].image, torch.device("cpu"))
+            loss = objective.loss(model, stream, made, count)
+            loss.total.backward()
+            row["loss"] += float(loss.total.detach())
+            row |= {key: float(value) for key, value in loss.parts.items()}
+        trained = [p for p in model.parameters() if p.grad is not None]
+        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip or 1e30))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, stage.schedule.warmup.value, settings.lr or 0.0, stage.schedule)
+        optimizer.step()
+        rows.append(row)
+    return rows
