@@ -1,0 +1,155 @@
+"""Whose run folder is this: identity keys are refused with both values, free keys pass, lengths may grow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.identity import check_run_folder, compare_free, compare_identity
+from pretrain.recipe import Recipe
+from pretrain.recipe_load import dump, load_recipe, stage_record
+from tests.pretrain.test_recipe import FLIP, write
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(write(folder, FLIP), overrides, runnable=False)
+
+
+def record(folder: Path, *overrides: str, stage: str = "masked") -> dict[str, Any]:
+    return stage_record(recipe(folder, *overrides), stage)
+
+
+def begin(run: Path, loaded: Recipe, stage: str = "masked", checkpoint: dict[str, Any] | None = None) -> None:
+    """What a stage that has begun leaves in its folder."""
+    (run / stage).mkdir(parents=True)
+    (run / stage / "resolved.yaml").write_text(dump(loaded, stage))
+    if checkpoint is not None:
+        folder = run / stage / "checkpoints" / "step_00000005"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(checkpoint))
+        (folder / "COMPLETE").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("run.seed=4", "run.seed"),
+        ("data.pairs.batch=32", "data.pairs.batch"),
+        ("data.pairs.image.crop=[1, 1]", "data.pairs.image.crop.0"),
+        ("data.pairs.sources.digits=elsewhere", "data.pairs.sources.digits.path"),
+        ("data.pairs.sources.scenes.weight=3", "data.pairs.sources.scenes.weight"),
+        ("model.text.width=32", "model.text.width"),
+        ("model.vision.layers=4", "model.vision.0.layers"),
+        ("objective.image_mask=0.75", "objective.image_mask"),
+        ("optimizer.lr=2e-3", "optimizer.lr"),
+        ("optimizer.betas=[0.9, 0.999]", "optimizer.betas.1"),
+        ("schedule.warmup=11", "schedule.warmup"),
+        ("engine.dtype=bf16", "engine.dtype"),
+        ("masked.init=./weights", "init"),
+    ],
+)
+def test_an_identity_key_must_match(override: str, key: str, tmp_path: Path) -> None:
+    differences = compare_identity(record(tmp_path), record(tmp_path, override))
+    assert [line.split(": ")[0] for line in differences] == [key]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loader.workers=0",
+        "loader.backend=ray",
+        "train.micro_batch=64",
+        "train.hours=1",
+        "checkpoint.every=7",
+        "checkpoint.keep=1",
+        "eval.every=3",
+        "engine.deterministic=true",
+        "engine.zero=3",
+        "run.name=other",
+        "run.dir=elsewhere",
+    ],
+)
+def test_a_free_key_may_change(override: str, tmp_path: Path) -> None:
+    old, new = record(tmp_path), record(tmp_path, override)
+    assert compare_identity(old, new) == []
+    if not override.startswith("run."):
+        assert [line.split(": ")[0] for line in compare_free(old, new)] == [override.split("=")[0]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fine"),
+    [
+        ("train.steps=100", "train.steps=101", True),
+        ("train.steps=100", "train.steps=99", False),
+        ("train.steps=100", "train.samples=6400", True),  # a batch is 64
+        ("train.steps=100", "train.samples=6336", False),
+        ("train.epochs=1", "train.epochs=1.5", True),
+        ("train.epochs=1", "train.epochs=0.5", False),
+        ("train.epochs=1", "train.steps=1000", False),
+    ],
+)
+def test_a_length_may_grow(old: str, new: str, fine: bool, tmp_path: Path) -> None:
+    differences = compare_identity(record(tmp_path, old), record(tmp_path, new))
+    assert (differences == []) is fine
+    assert all(line.startswith("train: ") for line in differences)
+
+
+def test_accept_change_frees_the_data_but_not_the_batch(tmp_path: Path) -> None:
+    old = record(tmp_path)
+    accept = "run.accept_change=true"
+    assert compare_identity(old, record(tmp_path, accept, "data.pairs.sources.digits=elsewhere")) == []
+    assert compare_identity(old, record(tmp_path, accept, "data.pairs.batch=32")) != []
+
+
+def test_a_folder_of_nobody_is_fine(tmp_path: Path) -> None:
+    check_run_folder(tmp_path / "absent", recipe(tmp_path), "masked", 2)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_folder_of_another_recipe_shows_the_difference_and_stays_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, recipe(tmp_path))
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    check_run_folder(run, recipe(tmp_path), "masked", 2)
+    with pytest.raises(UserError) as caught:
+        check_run_folder(run, recipe(tmp_path, "run.seed=4", "objective.image_mask=0.75"), "masked", 2)
+    message = str(caught.value)
+    for words in (str(run / "masked"), "run.seed: 3 -> 4", "objective.image_mask: 0.5 -> 0.75", "run.dir"):
+        assert words in message
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_a_new_stage_beside_another_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, recipe(tmp_path))
+    check_run_folder(run, recipe(tmp_path), "tuned")
+    for override, words in (("run.name=other", "run.name"), ("run.seed=4", "run.seed")):
+        with pytest.raises(UserError, match=words):
+            check_run_folder(run, recipe(tmp_path, override), "tuned")
+
+
+def test_world_size_and_zero_stay_once_there_is_a_checkpoint(tmp_path: Path) -> None:
+    loaded, other = recipe(tmp_path), recipe(tmp_path, "engine.zero=3")
+    fresh = tmp_path / "fresh"
+    begin(fresh, loaded)
+    check_run_folder(fresh, other, "masked", 4)
+    saved = tmp_path / "saved"
+    begin(saved, loaded, checkpoint={"world_size": 2})
+    check_run_folder(saved, loaded, "masked", 2)
+    with pytest.raises(UserError, match=r"saved by 2 ranks; resuming with 4 is not available yet"):
+        check_run_folder(saved, loaded, "masked", 4)
+    with pytest.raises(UserError, match=r"engine\.zero=1; changing it to 3 on resume is not available yet"):
+        check_run_folder(saved, other, "masked", 2)
+
+
+def test_a_broken_record_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, recipe(tmp_path))
+    for content in ("stage: [", "nothing", "stage: 5"):
+        (run / "masked" / "resolved.yaml").write_text(content)
+        with pytest.raises(UserError, match=r"resolved\.yaml.*delete"):
+            check_run_folder(run, recipe(tmp_path), "masked")
