@@ -86,8 +86,9 @@ def read_record(stage_dir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "problem", None) or error
         raise UserError(
-            f"{path}: cannot be read: {error}; delete {stage_dir} to start the stage again"
+            f"{path}: cannot be read: {problem}; delete {stage_dir} to start the stage again"
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
         raise UserError(
