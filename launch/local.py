@@ -82,7 +82,7 @@ def run(job: Job, recipe: Recipe, console: Console, rank_command: RankCommand | 
         if any(stage.loader == "ray" for stage in todo):
             from launch.ray_head import ray_for_job
 
-            environ |= stack.enter_context(ray_for_job(job, console))
+            environ |= stack.enter_context(ray_for_job(job, recipe, environ))
         for stage in todo:
             if stage.kind == "merge":
                 code = merge(job, stage, recipe, console)

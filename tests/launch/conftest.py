@@ -1,0 +1,18 @@
+"""Ends the launchers that a failed test has left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.launch.helpers import Launcher
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_left() -> Iterator[None]:
+    yield
+    while Launcher.started:
+        process = Launcher.started.pop()
+        process.kill()
+        process.wait()

@@ -1,0 +1,68 @@
+"""The Ray that a local job starts for its loader: up before the ranks, and gone with the launcher however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch import ray_head
+from launch.run import make_job
+from pretrain.recipe_load import load_recipe
+from tests.launch.helpers import Launcher, alive, wait_for, write_recipe
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + "loader: {backend: ray, workers: 2}\n")
+    return path
+
+
+def processes_of(token: str) -> list[int]:
+    """Processes that were started with the job's Ray token in their environment: ranks, Ray, its workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and token.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.mark.parametrize("ending", ["done", "failed", "stopped", "killed"])
+def test_ray_ends_with_the_job(recipe: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    env = {"done": {"STANDIN_STEPS": "3"}, "failed": {"STANDIN_FAIL": "0:1"}}.get(ending, {})
+    launcher = Launcher(recipe, "masked", STANDIN_RAY="1", **env)
+    report = launcher.rank("masked", 0)
+    token = report["env"]["RAY_AUTH_TOKEN_PATH"]
+    if ending in ("stopped", "killed"):
+        assert alive(report["ray_actor"])
+        assert report["ray_actor"] in processes_of(token)
+        launcher.process.send_signal(signal.SIGTERM if ending == "stopped" else signal.SIGKILL)
+    code, output = launcher.end()
+    assert code == {"done": 0, "failed": 1, "stopped": 75, "killed": -9}[ending], output
+    patience = 20 if ending == "killed" else 1
+    wait_for(lambda: not processes_of(token) and not alive(report["ray_actor"]), "Ray to end", patience)
+    wait_for(lambda: not Path(token).parent.exists(), "Ray's folder to go", patience)
+
+
+def test_a_named_cluster_is_used(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    job = make_job(loaded, str(recipe))
+    with ray_head.ray_for_job(job, loaded, {"RAY_ADDRESS": "head:6379"}) as env:
+        assert env == {"RAY_ADDRESS": "head:6379"}
+
+
+def test_loader_actors_fit_on_two_cores(recipe: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe, ["loader.workers=16"])
+    job = make_job(loaded, str(recipe), ranks_per_node=4)
+    flags = ray_head.start_command(tmp_path, 1234, job, loaded)
+    cpus = next(int(flag.partition("=")[2]) for flag in flags if flag.startswith("--num-cpus"))
+    assert cpus >= max(64, len(os.sched_getaffinity(0)))
