@@ -241,6 +241,7 @@ def publishing(path: str) -> Iterator[BinaryIO]:
             yield remote
         except BaseException:
             remote.discard()
+            remote.closed = True  # else the garbage collector closes it, which would publish
             raise
         remote.close()
         return

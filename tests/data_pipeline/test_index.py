@@ -1,0 +1,257 @@
+"""Counts by index, statistics and headers; the reader against webdataset; everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.index import ShardReader, build_index, open_source
+from data_pipeline.tables import PackedTable, pack_table
+from data_pipeline.tar import Sample, TarWriter
+from tests.data_pipeline.s3_server import s3_server
+
+COUNTS = [5, 0, 3, 7]
+
+
+def fill(root: str, counts: list[int] = COUNTS, stats: bool = False, **extra: object) -> str:
+    for shard, count in enumerate(counts):
+        with TarWriter(f"{root}/{shard:05d}.tar") as tar:
+            for index in range(count):
+                key = f"{shard:05d}{index:04d}"
+                tar.write(key, {"txt": key.encode(), "jpg": bytes([index]) * (100 * index), "seg.png": b"s"})
+        if stats:
+            content = {"count": count + 1, "successes": count, "failed_to_download": 1, **extra}
+            storage.publish(f"{root}/{shard:05d}_stats.json", json.dumps(content).encode())
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return fill(str(tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as bucket:
+        yield bucket
+
+
+def everything(root: str) -> list[tuple[str, dict[str, bytes]]]:
+    manifest = open_source("a", root)
+    reader = ShardReader(manifest)
+    try:
+        return [reader.read(s, i) for s, count in enumerate(manifest.counts) for i in range(count)]
+    finally:
+        reader.close()
+
+
+def by_webdataset(root: str) -> list[tuple[str, dict[str, bytes]]]:
+    shards = [str(p) for p in sorted(Path(root).glob("*.tar"))]
+    found = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in found]
+
+
+def test_three_ways_to_count_agree(root: str) -> None:
+    by_tar = open_source("a", root)
+    fill(root, stats=True)
+    by_stats = open_source("a", root)
+    built = build_index(root)
+    by_index = open_source("a", root)
+    assert [m.counted_by for m in (by_tar, by_stats, built, by_index)] == [
+        "tar",
+        "stats",
+        "manifest",
+        "manifest",
+    ]
+    assert len({m.fingerprint for m in (by_tar, by_stats, built, by_index)}) == 1
+    for manifest in (by_tar, by_stats, built, by_index):
+        assert manifest.counts.tolist() == COUNTS
+        assert manifest.counts.dtype == np.int64
+        assert [s.path for s in manifest.shards] == [f"{n:05d}.tar" for n in range(4)]
+        assert [s.size for s in manifest.shards] == [os.path.getsize(f"{root}/{n:05d}.tar") for n in range(4)]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_reader_reads_what_webdataset_reads(root: str, indexed: bool) -> None:
+    if indexed:
+        build_index(root)
+    found = everything(root)
+    assert found == by_webdataset(root)
+    assert len(found) == sum(COUNTS)
+
+
+def test_the_fingerprint_is_of_the_content_not_the_place(root: str, tmp_path: Path) -> None:
+    here = open_source("a", root).fingerprint
+    shutil.move(root, tmp_path / "moved")
+    moved = str(tmp_path / "moved")
+    assert open_source("other name", moved).fingerprint == here
+    assert open_source("a", moved + "/{00000..00003}.tar").fingerprint == here
+    assert open_source("a", moved + "/{00000..00002}.tar").fingerprint != here
+    assert open_source("a", moved + "/{00001,00000,00002,00003}.tar").fingerprint != here
+    fill(moved, [5, 0, 3, 8])
+    assert open_source("a", moved).fingerprint != here
+
+
+def test_the_tokenizer_is_part_of_the_fingerprint(root: str) -> None:
+    prints = set()
+    for tokenizer in ("aaaa", "bbbb"):
+        fill(root, stats=True, tokenizer=tokenizer)
+        assert open_source("a", root).tokenizer == tokenizer
+        before = open_source("a", root).fingerprint
+        build_index(root)
+        assert open_source("a", root).fingerprint == before
+        assert open_source("a", root).tokenizer == tokenizer
+        shutil.rmtree(f"{root}/_index")
+        prints.add(before)
+    assert len(prints) == 2
+    storage.publish(f"{root}/00000_stats.json", json.dumps({"successes": 5, "tokenizer": "aaaa"}).encode())
+    with pytest.raises(UserError, match="different tokenizers"):
+        open_source("a", root)
+
+
+def test_few_tables_and_files_are_kept(root: str) -> None:
+    manifest = open_source("a", root)
+    reader = ShardReader(manifest, tables=1, files=1)
+    whole = by_webdataset(root)
+    starts = np.concatenate([[0], np.cumsum(COUNTS)])
+    for shard, index in [(0, 4), (3, 6), (0, 0), (2, 2), (3, 0)]:
+        assert reader.read(shard, index) == whole[starts[shard] + index]
+        assert len(os.listdir("/proc/self/fd")) < 200
+    assert len(reader._tables) == len(reader._files) == 1
+    reader.close()
+
+
+@pytest.mark.parametrize("promised", [2, 9])
+def test_wrong_statistics_name_shard_and_both_counts(root: str, promised: int) -> None:
+    fill(root, stats=True)
+    storage.publish(f"{root}/00002_stats.json", json.dumps({"count": 9, "successes": promised}).encode())
+    reader = ShardReader(open_source("a", root))
+    reader.read(0, 0)
+    message = rf"00002\.tar holds 3 samples, but .*00002_stats\.json says {promised}"
+    with pytest.raises(UserError, match=message):
+        reader.read(2, 0)
+    with pytest.raises(UserError, match=message):
+        build_index(root)
+    assert not os.path.exists(f"{root}/_index")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"successes": "3"}', b'{"successes": -1}', b'{"successes": true}']
+)
+def test_statistics_that_are_none_are_named(root: str, content: bytes) -> None:
+    storage.publish(f"{root}/00002_stats.json", content)
+    with pytest.raises(UserError, match=r"source 'pairs'.*00002_stats\.json.*remove"):
+        open_source("pairs", root)
+
+
+def test_a_truncated_tar_is_named(root: str) -> None:
+    path = Path(root) / "00003.tar"
+    path.write_bytes(path.read_bytes()[:4000])
+    for call in (lambda: open_source("pairs", root), lambda: build_index(root)):
+        with pytest.raises(UserError, match=r"00003\.tar is cut off"):
+            call()
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, root: str) -> None:
+    with pytest.raises(UserError, match=r"source 'digits': .*nowhere does not exist.*dromos data prepare"):
+        open_source("digits", str(tmp_path / "nowhere"))
+    with pytest.raises(
+        UserError, match=r"source 'digits': .*nowhere\.tar does not exist.*dromos data prepare"
+    ):
+        open_source("digits", str(tmp_path / "nowhere.tar"))
+    with pytest.raises(UserError, match=r"2 of the 6 shards of .* missing, the first is .*00004\.tar"):
+        open_source("digits", root + "/{00000..00005}.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"source 'digits': .*empty holds no \.tar files"):
+        open_source("digits", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="hold no samples"):
+        open_source("digits", fill(str(tmp_path / "hollow"), [0, 0]))
+
+
+def test_an_index_older_than_the_shards_is_refused(root: str) -> None:
+    build_index(root)
+    fill(root, [5, 0, 3, 6])
+    with pytest.raises(
+        UserError, match=r"00003\.tar has \d+ bytes, \d+ when it was indexed; run: dromos data index"
+    ):
+        open_source("a", root)
+    assert build_index(root).samples == 14
+    fill(root, [5, 0, 3, 6, 1])
+    with pytest.raises(UserError, match=r"00004\.tar is newer than the index.*run: dromos data index"):
+        open_source("a", root)
+    build_index(root)
+    assert everything(root) == by_webdataset(root)
+    assert len(os.listdir(f"{root}/_index")) == 2  # the offsets of earlier indexes are gone
+
+
+def test_part_of_an_indexed_folder(root: str) -> None:
+    build_index(root)
+    manifest = open_source("a", root + "/{00003,00000}.tar")
+    assert manifest.counts.tolist() == [7, 5]
+    assert ShardReader(manifest).read(0, 6)[0] == "000030006"
+
+
+@pytest.mark.parametrize("damage", [b"no parquet", b""])
+def test_a_damaged_index_is_named(root: str, damage: bytes) -> None:
+    build_index(root)
+    storage.publish(f"{root}/_index/shards.parquet", damage)
+    with pytest.raises(UserError, match=r"shards\.parquet is no index.*run: dromos data index"):
+        open_source("a", root)
+
+
+def test_an_index_cannot_point_elsewhere(root: str) -> None:
+    import pyarrow as pa
+
+    build_index(root)
+    table = pa.table({"path": ["00000.tar"]}, metadata={"dromos_index": "1", "members": "../../etc/passwd"})
+    storage.publish_table(f"{root}/_index/shards.parquet", table)
+    with pytest.raises(UserError, match="is no index"):
+        open_source("a", root)
+
+
+def test_a_shard_that_shrank_while_it_was_read_is_named(root: str) -> None:
+    reader = ShardReader(open_source("a", root))
+    reader.read(3, 0)
+    os.truncate(f"{root}/00003.tar", 1024)
+    with pytest.raises(UserError, match=r"00003\.tar is shorter than it was"):
+        reader.read(3, 6)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_same_from_s3(s3: str, tmp_path: Path, indexed: bool) -> None:
+    local = fill(str(tmp_path / "source"))
+    remote = fill(f"{s3}/{tmp_path.name}", stats=not indexed)
+    if indexed:
+        build_index(remote)
+    manifest = open_source("a", remote)
+    assert manifest.counted_by == ("manifest" if indexed else "stats")
+    assert manifest.fingerprint == open_source("a", local).fingerprint
+    assert everything(remote) == by_webdataset(local)
+    assert open_source("a", remote + "/{00000..00003}.tar").fingerprint == manifest.fingerprint
+
+
+names = st.text(st.characters(blacklist_characters="\0/"), min_size=1, max_size=12)
+places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.builds(Sample, names, st.dictionaries(names, places, max_size=4)), max_size=12))
+def test_a_packed_table_is_the_list_it_was_made_of(table: list[Sample]) -> None:
+    before, after = bytes(8), bytes(8)
+    block = np.frombuffer(before + pack_table(table) + after, np.uint8)[8:-8]
+    packed = PackedTable(block)
+    assert list(packed) == table
+    assert packed[1:] == table[1:]
+    with pytest.raises(IndexError):
+        packed[len(table)]
