@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Annotated
 
 import typer
 
-from launch import data_cli, recipe_cli
+from launch import data_cli, merge_cli, recipe_cli
 from launch.commands import group
 
 app = group(
@@ -118,8 +116,7 @@ def train(
 
 app.add_typer(recipe_cli.app, name="recipe")
 app.add_typer(data_cli.app, name="data")
-if importlib.util.find_spec("launch.merge_cli"):
-    importlib.import_module("launch.merge_cli").register(app)
+merge_cli.register(app)
 
 
 @app.command(name="eval")
@@ -141,7 +138,7 @@ def evaluate(
     """
     import json
 
-    from pretrain.evaluate.suite import evaluate_weights
+    from pretrain.evaluate.weights import evaluate_weights
 
     typer.echo(json.dumps(evaluate_weights(weights, shuffle), indent=2))
 
@@ -204,7 +201,7 @@ def status(run: RunFolder) -> None:
 
 @app.command(name="list")
 def list_runs(
-    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where to look.")] = "runs",
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to look.")] = "runs",
 ) -> None:
     """List the runs below a folder.
 

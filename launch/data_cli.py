@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from launch.commands import group
+from launch.commands import USER, group
 
 app = group("Index, show and prepare sources of tars.")
 
 Sources = Annotated[
-    list[str], typer.Argument(metavar="SRC...", help="Folders or patterns such as data/{00000..00031}.tar.")
+    list[str], typer.Argument(metavar="SRC", help="Folders or patterns such as data/{00000..00031}.tar.")
 ]
 
 
@@ -38,18 +39,35 @@ def index(sources: Sources) -> None:
 @app.command()
 def show(
     sources: Sources,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=0, help="Samples to print of each.")] = 3,
+    samples: Annotated[int, typer.Option("--samples", min=0, metavar="N", help="Samples to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show sources: shards, samples, first members.
+    """Show sources: shards, samples, first captions.
+
+    Also who counted the samples, which members they have, and what is wrong with the tars. RefinedWeb's parquet
+    folders are shown too.
 
     \b
-    Example:
+    Examples:
       dromos data show data/demo/digits/train
-    """
-    from data_pipeline.show import show as describe
+      dromos data show 's3://corpus/laion400m/{00000..41407}.tar' --json
 
-    for path in sources:
-        typer.echo(describe(path, samples))
+    Exit codes: 0, or 2 when something is wrong with a source.
+    """
+    from data_pipeline.show import describe
+
+    described = [describe(path, first=samples) for path in sources]
+    if as_json:
+        typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        from data_pipeline.show import render
+
+        for about in described:
+            Console().print(render(about))
+    if any(about["problems"] for about in described):
+        raise typer.Exit(USER)
 
 
 @app.command()
