@@ -15,7 +15,7 @@ from data_pipeline.storage import publish
 from pretrain.merge.plan import Plan, resolve_weights
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.sources import WeightSource, open_weights
-from pretrain.merge.tool import Opened, execute, make_planner, open_inputs
+from pretrain.merge.tool import Opened, execute, prepare
 from pretrain.merge.writer import CHUNK, Progress, combine_range
 
 
@@ -72,12 +72,26 @@ def sweep(
     """
     if not betas:
         raise UserError("a sweep needs betas")
-    folders = [Path(out) / name for name in folder_names(betas)]
     plans, opened = plan_sweep(a, b, betas, only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)
+    return write_sweep(plans, opened, betas, Path(out), chunk, threads, progress)
+
+
+def write_sweep(
+    plans: Sequence[Plan],
+    opened: Opened,
+    betas: Sequence[float],
+    out: Path,
+    chunk: int = CHUNK,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[float, Path]:
+    """Carry out the plans of `plan_sweep`, one a beta."""
+    folders = [out / name for name in folder_names(betas)]
     execute(plans, opened, folders, chunk, threads, progress)
-    record = {"theta": "beta * A + (1 - beta) * B", "A": a, "B": b, "only": only, "copy_rest": copy_rest}
     listed = [{"beta": beta, "folder": path.name} for beta, path in zip(betas, folders, strict=True)]
-    publish(Path(out) / "sweep.json", (json.dumps({**record, "betas": listed}, indent=1) + "\n").encode())
+    a, b = plans[0].addresses[:2]
+    record = {"theta": "beta * A + (1 - beta) * B", "A": a, "B": b, "betas": listed}
+    publish(out / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
     return dict(zip(betas, folders, strict=True))
 
 
@@ -93,9 +107,7 @@ def plan_sweep(
 ) -> tuple[list[Plan], Opened]:
     """One plan a beta, all with the same tensors in the same places."""
     weights = [resolve_weights(2, beta, None) for beta in betas]
-    opened = open_inputs([a, b], copy_rest, run_dir)
-    planner = make_planner(opened, weights, only, dtype)
-    return [planner.plan(row) for row in weights], opened
+    return prepare([a, b], weights, only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)
 
 
 class Interpolated(Mapping[str, np.ndarray]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,24 @@ def open_inputs(inputs: Sequence[str], copy_rest: str | None, run_dir: Path | No
     return Opened([*sources, open_weights(copy_rest, run_dir)], len(inputs), len(inputs))
 
 
+def prepare(
+    inputs: Sequence[str],
+    weights: Sequence[Sequence[float]],
+    *,
+    only: str | None = None,
+    copy_rest: str | None = None,
+    dtype: str | None = None,
+    run_dir: Path | None = None,
+) -> tuple[list[Plan], Opened]:
+    """One plan a row of resolved weights, all with the same tensors in the same places, and what they read."""
+    opened = open_inputs(inputs, copy_rest, run_dir)
+    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in weights)]
+    planner = Planner(
+        opened.sources, opened.inputs, only=only, rest=opened.rest, active=active, dtype=check_dtype(dtype)
+    )
+    return [planner.plan(row) for row in weights], opened
+
+
 def plan(
     inputs: Sequence[str],
     *,
@@ -56,8 +75,7 @@ def plan(
 ) -> Plan:
     """What `merge` with the same arguments would do; writes nothing."""
     resolved = resolve_weights(len(inputs), beta, weights)
-    opened = open_inputs(inputs, copy_rest, run_dir)
-    return make_planner(opened, [resolved], only, dtype).plan(resolved)
+    return prepare(inputs, [resolved], only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)[0][0]
 
 
 def merge(
@@ -86,18 +104,8 @@ def merge(
     Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
     """
     resolved = resolve_weights(len(inputs), beta, weights)
-    opened = open_inputs(inputs, copy_rest, run_dir)
-    made = make_planner(opened, [resolved], only, dtype).plan(resolved)
-    return execute([made], opened, [Path(out)], chunk, threads, progress)[0]
-
-
-def make_planner(
-    opened: Opened, weights: Sequence[Sequence[float]], only: str | None, dtype: str | None
-) -> Planner:
-    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in weights)]
-    return Planner(
-        opened.sources, opened.inputs, only=only, rest=opened.rest, active=active, dtype=check_dtype(dtype)
-    )
+    plans, opened = prepare(inputs, [resolved], only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)
+    return execute(plans, opened, [Path(out)], chunk, threads, progress)[0]
 
 
 def execute(
@@ -109,8 +117,6 @@ def execute(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Carry out plans that differ in their weights alone, in one pass; what is complete already is not done again."""
-    from contextlib import ExitStack
-
     hashes = [source.hashes() for source in opened.sources]
     keys = [plan.key(hashes) for plan in plans]
     records = [existing(folder, key) for folder, key in zip(folders, keys, strict=True)]

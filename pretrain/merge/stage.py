@@ -1,0 +1,74 @@
+"""A merge stage of a recipe: weights/, frozen tensors, resolved.yaml, figures, and result.json last."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.storage import publish
+from pretrain.identity import check_run_folder
+from pretrain.lock import FolderLock
+from pretrain.merge.plan import resolve_weights
+from pretrain.merge.sources import FROZEN
+from pretrain.merge.tool import execute, prepare
+from pretrain.merge.writer import Progress, link_or_copy
+from pretrain.recipe import Evaluation, MergeStage, Recipe
+from pretrain.recipe_load import dump_plain, stage_record
+
+
+def run_merge_stage(
+    recipe: Recipe, name: str, run_dir: Path | str, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Carry out stage `name` in `run_dir/name`; returns the content of its result.json.
+
+    A finished stage is left alone, a killed one goes on. Raises UserError, before anything is written, when a
+    parent has not finished or the parents do not fit each other.
+    """
+    stage = recipe.stages[name]
+    if not isinstance(stage, MergeStage):
+        raise UserError(f"stage {name} is a training, not a merge")
+    run_dir = Path(run_dir)
+    folder = run_dir / name
+    check_run_folder(run_dir, recipe, name)
+    if (folder / "result.json").is_file():
+        return json.loads((folder / "result.json").read_text())
+    began = time.monotonic()
+    weights = resolve_weights(len(stage.inputs), None, list(stage.inputs.values()))
+    inputs = list(stage.inputs)
+    (plan,), opened = prepare(inputs, [weights], only=stage.only, copy_rest=stage.copy_rest, run_dir=run_dir)
+    lock = FolderLock(folder)
+    try:
+        record = dump_plain(stage_record(recipe, name))
+        publish(folder / "resolved.yaml", record.encode())
+        # What describes the model lies in the stage's folder, where a training stage has it too.
+        merged = execute(
+            [replace(plan, frozen=None, stage_dir=None)], opened, [folder / "weights"], progress=progress
+        )
+        if plan.frozen is not None:
+            link_or_copy(plan.frozen, folder / FROZEN)
+        result = {
+            "step": 0,
+            "eval": _figures(folder, stage.eval),
+            "plan": merged[0]["plan"],
+            "weights": dict(zip(stage.inputs, weights, strict=True)),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        publish(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    finally:
+        lock.release()
+    return result
+
+
+def _figures(folder: Path, wanted: Evaluation) -> dict[str, float]:
+    """Held-out figures of the merged weights, by the names that a training stage gives them."""
+    if not wanted.zero_shot and not wanted.perplexity:
+        return {}
+    from pretrain.build import load_trained, stage_tokenizer
+    from pretrain.evaluate.suite import ALONE, evaluate, flat
+
+    objective, trained = load_trained(str(folder / "weights"))
+    return flat(evaluate(objective, objective.model, trained, stage_tokenizer(trained), ALONE, wanted))
