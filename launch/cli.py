@@ -179,9 +179,10 @@ def report(run: RunFolder) -> None:
       dromos report runs/demo/flip
     """
     from launch.status import run_status
-    from pretrain.report import write
 
     run_status(run)
+    from pretrain.report import write
+
     typer.echo(f"written: {write(run)}")
 
 
