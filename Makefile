@@ -1,0 +1,49 @@
+# Everything that a clone needs: `make demo`, `make test`, `make check`, `make bench`.
+# A Debian machine with git, make and python3-venv is enough.
+PYTHON ?= python3
+VENV := .venv
+MADE := $(VENV)/made
+# MADE is written last: an environment without it is half-made.
+RUN := $(VENV)/bin/python
+PYTEST ?= $(RUN) -m pytest
+
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean $(VENV)
+
+help:
+	@echo "make demo    the whole story on two cores, in minutes: runs/demo/report.html"
+	@echo "make test    the test suite"
+	@echo "make check   lint, format, types, imports"
+	@echo "make bench   benchmarks beside peers"
+
+demo: $(VENV)
+	$(RUN) -m launch.demo
+
+test: $(VENV)
+	$(PYTEST) $(ARGS)
+
+check: $(VENV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(PYTEST) -q tests/test_imports.py
+
+bench: $(VENV)
+	$(RUN) -m benchmarks $(ARGS)
+
+$(VENV): $(MADE)
+
+# A complete environment is brought up to date in place; one that an interruption left is made anew.
+$(MADE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@if [ -e $(MADE) ]; then rm $(MADE); else $(PYTHON) -m venv --clear $(VENV); fi
+	$(RUN) -m pip install --quiet -c constraints.txt uv
+	$(RUN) -m uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[all,dev]'
+	@touch $(MADE)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
