@@ -105,11 +105,15 @@ class ClipTokenizer:
         return self._inner.decode(kept, skip_special_tokens=False).replace("</w>", " ").strip()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1)
+def _clip_tokenizer() -> ClipTokenizer:
+    return ClipTokenizer()
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """`clip-bpe`, or a tokenizer.json, or the folder that holds one. Raises UserError if there is none."""
     if name == CLIP_BPE:
-        return ClipTokenizer()
+        return _clip_tokenizer()
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

@@ -1,0 +1,220 @@
+"""Batches against the tars read by tarfile and Pillow, against any split over ranks, and against an epoch counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import digest
+from data_pipeline.batches import BatchMaker
+from data_pipeline.decode import ImageSpec, choose_crop
+from data_pipeline.errors import UserError
+from data_pipeline.evaluation import EvaluationMaker
+from data_pipeline.hashing import Purpose, hash64
+from data_pipeline.order import row_keys, sample_ids
+from data_pipeline.spec import Batch, SourceSpec, StreamSpec
+from tests.data_pipeline.samples import LENGTH, SIZE, WORDS, members, pairs, write_packed, write_source
+
+ARRAYS = ("images", "tokens", "used", "weights", "sample_ids", "row_keys")
+
+
+def read_tar(path: Path) -> list[dict[str, bytes]]:
+    """Samples of a tar by the standard library."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            file = tar.extractfile(member)
+            assert file is not None
+            samples.setdefault(key, {})[extension] = file.read()
+    return list(samples.values())
+
+
+def joined(parts: list[Batch], name: str) -> np.ndarray:
+    return np.concatenate([getattr(part, name) for part in parts])
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StreamSpec]:
+    root = tmp_path_factory.mktemp("mixture")
+    spec = pairs(
+        root,
+        batch=12,
+        first=write_source(root / "first", [5, 9, 4]),
+        second=SourceSpec(str(write_source(root / "second", [7])), repeat=2),
+    )
+    return root, spec
+
+
+def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec]) -> None:
+    root, spec = mixture
+    maker = BatchMaker(spec)
+    words = {word: i + 4 for i, word in enumerate(WORDS)}
+    for step in (0, 3):
+        batch = maker.make(step, 0, 12)
+        refs = maker.order.refs(step)
+        served = assigned = 0
+        for i in range(12):
+            name = ("first", "second")[refs.source[i]]
+            shard, index, epoch = (int(a[i]) for a in (refs.shard, refs.index, refs.epoch))
+            sample = read_tar(root / name / f"{shard:05d}.tar")[index]
+            key = row_keys(spec.seed, name, *(np.array([v]) for v in (shard, index, epoch)), 0)[0]
+            image = Image.open(io.BytesIO(sample["png"]))
+            x, y, w, h = choose_crop(*image.size, spec.image, int(key), True)
+            mirrored = int(hash64(key, Purpose.FLIP)) & 1
+            image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            pixels = np.asarray(image)[:, ::-1] if mirrored else np.asarray(image)
+            np.testing.assert_array_equal(batch.images[i], pixels.transpose(2, 0, 1))
+            caption = sample["txt"].decode().split()[: LENGTH - 2]
+            tokens = [1, *(words[word] if word in words else 3 for word in caption), 2]
+            assert batch.tokens[i].tolist() == tokens + [0] * (LENGTH - len(tokens))
+            assert batch.used[i] == len(tokens)
+            assert batch.row_keys[i] == key
+            assert batch.sample_ids[i] == sample_ids(name, np.array([shard]), np.array([index]))[0]
+            place = ("pairs", i, name, f"{shard:05d}.tar", index, 0, epoch)
+            served += digest.row_digest(*place, (x, y, w, h, mirrored), 0)
+            assigned += digest.row_digest(*place, (), -1)
+        assert (batch.batch_digest, batch.order_digest) == (served % 2**64, assigned % 2**64)
+        assert batch.samples == {
+            name: int((refs.source == k).sum()) for k, name in enumerate(("first", "second"))
+        }
+        assert batch.skipped == {}
+        assert (batch.weights == 1).all()
+
+
+@pytest.mark.parametrize("cuts", [(0, 6, 12), (0, 3, 6, 9, 12), (0, 1, 2, 12), tuple(range(13))])
+def test_any_split_over_ranks_is_the_same_batch(
+    mixture: tuple[Path, StreamSpec], cuts: tuple[int, ...]
+) -> None:
+    whole = BatchMaker(mixture[1])
+    # Every slice by a maker of its own, and steps out of order: no state may leak in.
+    for step in (4, 0, 2):
+        parts = [
+            BatchMaker(mixture[1]).make(step, a, b) for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+        want = whole.make(step, 0, 12)
+        for name in ARRAYS:
+            np.testing.assert_array_equal(joined(parts, name), getattr(want, name))
+        for name in ("batch_digest", "order_digest"):
+            assert sum(getattr(part, name) for part in parts) % 2**64 == getattr(want, name)
+        for source in want.samples:
+            assert sum(part.samples.get(source, 0) for part in parts) == want.samples[source]
+
+
+def test_an_epoch_serves_every_sample_once(tmp_path: Path) -> None:
+    spec = pairs(tmp_path, batch=6, only=write_source(tmp_path / "only", [5, 9, 4]))
+    maker = BatchMaker(spec)
+    ids = np.concatenate([maker.make(step, 0, 6).sample_ids for step in range(6)])
+    shards, indices = np.repeat([0, 1, 2], [5, 9, 4]), np.concatenate([np.arange(n) for n in (5, 9, 4)])
+    every = np.sort(sample_ids("only", shards, indices))
+    np.testing.assert_array_equal(np.sort(ids[:18]), every)
+    np.testing.assert_array_equal(np.sort(ids[18:]), every)
+    assert (ids[:18] != ids[18:]).any()
+
+
+def test_seed_changes_order_and_crops(mixture: tuple[Path, StreamSpec]) -> None:
+    spec = mixture[1]
+    one, other = (BatchMaker(dataclasses.replace(spec, seed=s)).make(0, 0, 12) for s in (1, 2))
+    assert one.order_digest != other.order_digest
+    assert (one.sample_ids != other.sample_ids).any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_packed_text(tmp_path: Path, dtype: type) -> None:
+    source = write_packed(tmp_path / "packed", [4, 3], dtype=dtype)
+    spec = StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=7, length=LENGTH)
+    maker = BatchMaker(spec)
+    batch = maker.make(0, 0, 7)
+    refs = maker.order.refs(0)
+    np.testing.assert_array_equal(batch.tokens, np.repeat((refs.shard * 1000 + refs.index)[:, None], LENGTH, 1))
+    assert batch.tokens.dtype == np.int32
+    assert batch.images is None
+    assert (batch.used == LENGTH).all()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"length": LENGTH + 1}, rf"00000\.tar.*9 tokens, data\.text\.length is {LENGTH}"),
+        ({"dtype": np.int64}, r"00000\.tar.*int64 \[8\]; packed text is uint16 or uint32"),
+    ],
+)
+def test_packed_text_of_another_shape_is_named(tmp_path: Path, written: dict, message: str) -> None:
+    source = write_packed(tmp_path / "packed", [4], **written)
+    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
+    for attempt in (maker.check, lambda: maker.make(0, 0, 2)):
+        with pytest.raises(UserError, match=message):
+            attempt()
+
+
+def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    np.save(out, np.array([print] * LENGTH, dtype=object), allow_pickle=True)
+    source = write_source(tmp_path / "packed", [1], {(0, 0): {"npy": out.getvalue()}})
+    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
+    with pytest.raises(UserError, match="undecodable.*allow_pickle"):
+        maker.check()
+
+
+def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.x: needs image and text, or the length"):
+        StreamSpec("x", 0, {"a": SourceSpec("p")}, batch=2)
+    with pytest.raises(UserError, match=r"data\.x\.sources: no source"):
+        StreamSpec("x", 0, {}, batch=2, length=4)
+
+
+def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "held_out", [5, 2, 4])
+    spec = dataclasses.replace(pairs(tmp_path, batch=4, held_out=source), image=ImageSpec(SIZE))
+    maker = EvaluationMaker(spec)
+    assert (len(maker), maker.samples) == (3, 11)
+    batches = [maker.make(number, 0, 4) for number in range(3)]
+    places = [(shard, index) for shard, count in enumerate([5, 2, 4]) for index in range(count)]
+    meta = [row for batch in batches for row in batch.meta]
+    for i, (shard, index) in enumerate(places):
+        sample = members(shard, index)
+        assert meta[i]["key"] == f"{shard:05d}{index:04d}"
+        assert meta[i]["caption"] == sample["txt"].decode()
+        assert meta[i]["json"] == json.loads(sample["json"])
+        image = Image.open(io.BytesIO(sample["png"])).crop((2, 0, 22, 20))
+        want = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(batches[i // 4].images[i % 4], want)
+    assert joined(batches, "weights").tolist() == [1.0] * 11 + [0.0]
+    assert meta[11] == {"key": None, "caption": None, "json": {}}
+    assert len(np.unique(joined(batches, "sample_ids")[:11])) == 11
+    # Ranks, also of uneven size, see slices of the same batch.
+    for cuts in ((0, 2, 4), (0, 1, 4)):
+        parts = [EvaluationMaker(spec).make(2, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        for name in ARRAYS:
+            np.testing.assert_array_equal(joined(parts, name), getattr(batches[2], name))
+        assert sum(part.batch_digest for part in parts) % 2**64 == batches[2].batch_digest
+
+
+def test_an_unusable_sample_has_no_weight_in_evaluation(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "held_out", [4], {(0, 2): {"png": b"broken", "txt": b"a"}})
+    batch = EvaluationMaker(pairs(tmp_path, batch=4, held_out=source)).make(0, 0, 4)
+    assert batch.weights.tolist() == [1, 1, 0, 1]
+    assert batch.skipped == {"held_out": {"undecodable": 1}}
+    assert batch.samples == {"held_out": 3}
+    assert batch.bad[0]["key"] == "000000002"
+
+
+def test_evaluation_takes_one_source(mixture: tuple[Path, StreamSpec]) -> None:
+    with pytest.raises(UserError, match="one source is expected, not first, second"):
+        EvaluationMaker(mixture[1])
+
+
+def test_images_alone_need_no_captions(tmp_path: Path) -> None:
+    bare = {(0, i): {"png": members(0, i)["png"]} for i in range(3)}
+    source = write_source(tmp_path / "bare", [3], bare)
+    spec = dataclasses.replace(pairs(tmp_path, batch=3, bare=source), text=None)
+    batch = BatchMaker(spec).make(0, 0, 3)
+    assert batch.tokens.shape == (3, 0)
+    assert batch.images.any(axis=(1, 2, 3)).all()
