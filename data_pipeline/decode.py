@@ -6,11 +6,15 @@ import io
 import math
 from dataclasses import dataclass
 from itertools import accumulate, repeat
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.errors import ContentError
 from data_pipeline.hashing import Purpose, hash64
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MAX_PIXELS = 25_000_000
 # What the web serves; nothing that starts another program (EPS).
@@ -144,7 +148,7 @@ def _decode_any(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found:
     return pixels, (x, y, x + w, y + h), crop
 
 
-def _as_rgb(image) -> np.ndarray:  # type: ignore[no-untyped-def]  # PIL.Image.Image, imported lazily
+def _as_rgb(image: PIL.Image.Image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith("I;16") or image.mode == "I":

@@ -1,0 +1,160 @@
+"""The walls of the house: which package may import which, and how large and how safe a file may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data_pipeline", "pretrain", "launch")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_LINES = 400
+
+# Imports point down: launch -> pretrain -> data_pipeline.
+FORBIDDEN = {"data_pipeline": {"pretrain", "launch"}, "pretrain": {"launch"}, "launch": set()}
+# Modules that a process must not load by importing us: workers and light commands start without them.
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "open_clip", "sklearn", "matplotlib"}
+# The restricted unpickler of checkpoints, and messages between a loader and workers that it has started itself.
+UNPICKLERS = {"pretrain/merge/torch_zip.py", "data_pipeline/worker.py"}
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Full names of imported modules, `from a import b` as `a` and `a.b`."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def at_import_time(path: Path) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: outside functions and `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [tree(path)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with the dotted name of what is called."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_there_are_files_to_look_at() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
+
+
+@each_file
+def test_imports_point_down(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    assert not tops(imported(ast.walk(tree(path)))) & (FORBIDDEN[package] | {"tests", "benchmarks"})
+
+
+@each_file
+def test_only_the_engine_imports_deepspeed(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() != "pretrain/engine.py":
+        assert "deepspeed" not in tops(imported(ast.walk(tree(path))))
+
+
+@each_file
+def test_the_data_pipeline_knows_no_models_and_no_process_groups(path: Path) -> None:
+    if path.relative_to(ROOT).parts[0] == "data_pipeline":
+        names = imported(ast.walk(tree(path)))
+        assert not {name for name in names if name.startswith(("torch.distributed", "torch.nn"))}
+        assert not tops(imported(at_import_time(path))) & HEAVY
+
+
+def test_what_the_commands_import_first_is_light() -> None:
+    """Follows imports at module level from launch/cli.py; test_cli.py asks a real process the same."""
+    waiting, seen = [ROOT / "launch" / "cli.py"], set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        names = imported(at_import_time(path))
+        assert not tops(names) & HEAVY, path
+        candidates = [(ROOT / name.replace(".", "/")).with_suffix(".py") for name in names]
+        waiting += [candidate for candidate in candidates if candidate in FILES]
+    assert len(seen) > 3
+
+
+@each_file
+def test_every_file_says_in_one_sentence_what_it_is_for_and_stays_small(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < MAX_LINES, f"{len(lines)} lines: split it"
+    if lines:
+        sentence = (ast.get_docstring(tree(path)) or "").partition("\n")[0]
+        assert sentence.endswith("."), "the first line of the file is one whole sentence"
+
+
+@each_file
+def test_nothing_is_run_by_a_shell_or_read_from_a_pickle(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    if name not in UNPICKLERS:
+        assert not tops(imported(ast.walk(tree(path)))) & {
+            "pickle",
+            "cloudpickle",
+            "dill",
+            "shelve",
+            "marshal",
+        }
+    for called, call in calls(path):
+        words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        where = f"{name}:{call.lineno}"
+        assert words.get("shell", "False") == "False", f"{where}: shell=True"
+        assert called not in (
+            "os.system",
+            "os.popen",
+            "eval",
+            "exec",
+            "yaml.unsafe_load",
+            "yaml.full_load",
+        ), where
+        if called.endswith(("torch.load", "np.load", "numpy.load")):
+            assert words.get("weights_only") == "True" or words.get("allow_pickle", "False") == "False", where
+        if called == "torch.load":
+            assert words.get("weights_only") == "True", f"{where}: torch.load reads pickles"
+        if called == "yaml.load":
+            assert words.get("Loader") == "_Loader", f"{where}: only our SafeLoader"
+
+
+@each_file
+def test_every_signature_is_typed(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        bare = [
+            item.arg
+            for item in arguments
+            if item.annotation is None and item.arg not in ("self", "cls", "ctx")
+        ]
+        where = f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        assert not bare, f"{where}: no type on {', '.join(bare)}"
+        assert node.returns is not None, f"{where}: no return type"
