@@ -136,20 +136,30 @@ def test_a_source_ends_after_its_max_epochs_and_the_others_go_on() -> None:
         assert np.array_equal(again.refs(step, 3, 29).index, refs[step].index[3:29])
 
 
-def test_a_source_cut_into_lanes_has_all_its_passes_before_it_ends() -> None:
-    sources = [source("cut", 700, weight=2, max_epochs=2), source("other", 900, weight=5, max_epochs=1)]
+@pytest.mark.parametrize("weights", [(2, 5), (1, 6), (3, 10), (1, 12), (5, 3), (7, 16)])
+def test_sources_cut_into_lanes_have_all_their_passes_before_they_end(weights: tuple[int, int]) -> None:
+    sizes, passes = (701, 903), (2, 1)
+    names = ("a", "b")
+    sources = [
+        source(*s, weight=w, max_epochs=p) for *s, w, p in zip(names, sizes, weights, passes, strict=True)
+    ]
     order = StreamOrder(sources, 12, 4, 3)
-    assert not order.sources[0].interleaved
+    assert not any(one.interleaved for one in order.sources)
     assert order.last_step == max(order.ends.values())
     refs = [order.refs(step) for step in range(order.last_step)]
-    for k, (samples, passes) in enumerate([(700, 2), (900, 1)]):
+    for k in (0, 1):
         visits = Counter(
             (int(e), int(i))
             for r in refs
             for s, e, i in zip(r.source, r.epoch, r.index, strict=True)
             if s == k
         )
-        assert all(visits[e, i] == 1 for e in range(passes) for i in range(samples))
-        assert len(visits) - passes * samples < 12 + 4 * 4
+        assert all(visits[e, i] == 1 for e in range(passes[k]) for i in range(sizes[k]))
+        assert len(visits) - passes[k] * sizes[k] < 12 + 4 * 4
     with pytest.raises(UserError, match=f"after {order.last_step} steps"):
         order.refs(order.last_step)
+
+
+def test_a_stream_of_whole_batches_ends_with_its_last_sample() -> None:
+    order = StreamOrder([source("a", 64, max_epochs=2)], 32, 8, 0)
+    assert (order.ends, order.last_step) == ({"a": 4}, 4)

@@ -34,8 +34,17 @@ def manifests(draw: Any, most: int = 60) -> np.ndarray:
 def mixtures(draw: Any) -> list[SourceCounts]:
     number = draw(st.integers(1, 4))
     weighted = draw(st.booleans())
-    weights = [draw(st.sampled_from([0.1, 0.25, 1, 2, 3, 0.3])) if weighted else None for _ in range(number)]
-    return [SourceCounts(f"s{k}", draw(manifests()), weight=weight) for k, weight in enumerate(weights)]
+    cut = np.array(
+        [0, 201, 1, 200] if draw(st.booleans()) else [], np.int64
+    )  # large enough for lanes of its own
+    return [
+        SourceCounts(
+            name=f"s{k}",
+            counts=np.concatenate([draw(manifests()), cut]),
+            weight=draw(st.sampled_from([0.1, 0.25, 1, 2, 3, 0.3])) if weighted else None,
+        )
+        for k in range(number)
+    ]
 
 
 def tuples(refs: Refs) -> list[tuple[int, ...]]:
@@ -203,6 +212,13 @@ def test_topics_of_a_batch_are_spread_as_the_design_asks(shards: int, steps: lis
     rows = np.stack([np.bincount(order.refs(step).shard, minlength=shards) for step in steps])
     mean = batch / shards
     assert ((rows - mean) ** 2).mean() / (mean * (1 - 1 / shards)) <= most
+
+
+def test_a_source_smaller_than_its_lanes_windows_is_not_read_run_after_run() -> None:
+    order = StreamOrder([SourceCounts("a", np.full(200, 1000))], 4096, 2048, 1)
+    assert order.sources[0].interleaved
+    rows = np.stack([np.bincount(order.refs(step).shard, minlength=200) for step in (0, 20, 40)])
+    assert ((rows - 4096 / 200) ** 2).mean() / (4096 / 200) <= 1.5
 
 
 @settings(max_examples=25, deadline=None)
