@@ -1,0 +1,337 @@
+"""The loader: the same steps for any ranks and workers, workers that die or fail, and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import ImageSpec, SourceSpec, Stream, TextSpec, UserError, pool
+from data_pipeline.batches import BatchMaker
+from data_pipeline.loader import Loader, LocalLoader, micro_batches, rows_of
+from data_pipeline.spec import Batch, StreamSpec
+from data_pipeline.work import Item
+from tests.data_pipeline.samples import LENGTH, SIZE, pairs, write_packed, write_source, write_tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
+    """A stream of pairs and one of text, with batches that 1, 2 and 4 ranks share."""
+    root = tmp_path_factory.mktemp("loader")
+    packed = write_packed(root / "packed", [9, 6])
+    return [
+        pairs(root, batch=8, first=write_source(root / "first", [5, 9]), second=write_source(root / "second", [4])),
+        StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=4, length=LENGTH),
+    ]
+
+
+@pytest.fixture(scope="module")
+def truth(specs: list[StreamSpec]) -> list[dict[str, Batch]]:
+    """Whole global batches, one maker call each."""
+    makers = {spec.name: BatchMaker(spec) for spec in specs}
+    return [
+        {name: maker.make(step, 0, maker.spec.batch) for name, maker in makers.items()} for step in range(STEPS)
+    ]
+
+
+def check(steps: list[list[dict[str, list[Batch]]]], truth: list[dict[str, Batch]]) -> None:
+    """`steps` by rank, then step, against the whole batches."""
+    for number, want in enumerate(truth):
+        for name, whole in want.items():
+            parts = [batch for rank in steps for batch in rank[number][name]]
+            assert [(part.start, part.stop) for part in parts][0][0] == 0
+            assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+            assert all(part.step == number for part in parts)
+            for field in ("tokens", "used", "row_keys", "sample_ids", *(["images"] if name == "pairs" else [])):
+                found = np.concatenate([getattr(part, field) for part in parts])
+                np.testing.assert_array_equal(found, getattr(whole, field))
+            for field in ("batch_digest", "order_digest"):
+                assert sum(getattr(part, field) for part in parts) % 2**64 == getattr(whole, field)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "workers", "micro_batch"),
+    [(1, 0, None), (1, 1, None), (1, 2, 3), (2, 0, 1), (2, 2, None), (4, 0, 2), (4, 1, 100)],
+)
+def test_ranks_workers_and_micro_batches_do_not_change_a_step(
+    specs: list[StreamSpec], truth: list[dict[str, Batch]], world_size: int, workers: int, micro_batch: int | None
+) -> None:
+    steps = []
+    for rank in range(world_size):
+        with LocalLoader(specs, rank, world_size, workers, micro_batch) as loader:
+            steps.append(list(loader.steps(0, STEPS)))
+    check(steps, truth)
+
+
+def test_a_resumed_loader_goes_on(specs: list[StreamSpec], truth: list[dict[str, Batch]]) -> None:
+    with LocalLoader(specs, 0, 1, 2) as loader:
+        for _ in loader.steps(0, STEPS):
+            break
+        assert [step["text"][0].step for step in loader.steps(4, STEPS)] == [4, 5]
+        check([list(loader.steps(0, STEPS))], truth)
+    assert loader.wait_seconds > 0
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(
+    specs: list[StreamSpec], truth: list[dict[str, Batch]]
+) -> None:
+    with LocalLoader(specs, 0, 1, 2, micro_batch=2) as loader:
+        before = loader.worker_pids
+        steps = []
+        for number, step in enumerate(loader.steps(0, STEPS)):
+            steps.append(step)
+            if number in (0, 2, 3):
+                for pid in loader.worker_pids[: 1 + number % 2]:
+                    os.kill(pid, signal.SIGKILL)
+        check([steps], truth)
+        wait_until(lambda: len(loader.worker_pids) == 2)
+        assert not set(before) & set(loader.worker_pids)
+
+
+def test_signals_of_the_job_do_not_end_workers(specs: list[StreamSpec], truth: list[dict[str, Batch]]) -> None:
+    """Ctrl-C and Slurm's warning reach every process; the rank must still get its batches to save at a boundary."""
+    with LocalLoader(specs, 0, 1, 1) as loader:
+        wait_until(lambda: len(loader.worker_pids) == 1)
+        pids = loader.worker_pids
+        steps = []
+        for step in loader.steps(0, STEPS):
+            steps.append(step)
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(pids[0], name)
+        check([steps], truth)
+        assert loader.worker_pids == pids
+
+
+def test_a_signal_while_a_worker_starts_does_not_end_it(specs: list[StreamSpec]) -> None:
+    with LocalLoader(specs, 0, 1, 1) as loader:
+        wait_until(lambda: len(loader.worker_pids) == 1)
+        pids = loader.worker_pids
+        for _ in range(40):
+            os.kill(pids[0], signal.SIGINT)
+            time.sleep(0.01)
+        next(loader.steps(0, 1))
+        assert loader.worker_pids == pids
+
+
+def test_workers_import_no_torch(specs: list[StreamSpec]) -> None:
+    import torch  # noqa: F401  # the parent has it, as a trainer does
+
+    with LocalLoader(specs, 0, 1, 1) as loader:
+        next(loader.steps(0, 1))
+        maps = Path(f"/proc/{loader.worker_pids[0]}/maps").read_text()
+    assert "multiarray" in maps
+    assert "libtorch" not in maps
+
+
+def test_a_users_mistake_in_a_worker_keeps_its_type(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a", [4, 4])
+    (source / "00001_stats.json").write_text(json.dumps({"successes": 5}))
+    with LocalLoader([pairs(tmp_path, batch=9, a=source)], 0, 1, 1) as loader:
+        with pytest.raises(UserError, match=r"00001\.tar holds 4 samples, but .* 5") as error:
+            list(loader.steps(0, 2))
+        assert "in a worker of the loader" in error.value.__notes__[0]
+
+
+def test_an_error_comes_at_its_step_and_not_before(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a", [4])
+    spec = pairs(tmp_path, batch=2, a=SourceSpec(str(source), max_epochs=1))
+    for workers in (0, 1):
+        with LocalLoader([spec], 0, 1, workers) as loader:
+            steps = loader.steps(0, 9)
+            assert [next(steps)["pairs"][0].step for _ in range(2)] == [0, 1]
+            with pytest.raises(UserError, match="over"):
+                next(steps)
+
+
+def test_workers_that_cannot_start_are_an_error(
+    specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with LocalLoader(specs, 0, 1, 2) as loader, pytest.raises(RuntimeError, match="exit code 1"):
+        next(loader.steps(0, 1))
+
+
+def test_an_item_that_kills_its_workers_is_an_error(specs: list[StreamSpec]) -> None:
+    with LocalLoader(specs, 0, 1, 1) as loader:
+        assert isinstance(loader._pool, pool.ProcessPool)
+        steps = loader.steps(0, 2)
+        next(steps)
+        big = dataclasses.replace(specs[0], batch=1 << 22, lanes=1)
+        setup = dataclasses.replace(loader.setups[0], spec=big)
+        loader._pool._setups = [setup]
+        os.kill(loader.worker_pids[0], signal.SIGKILL)
+        ticket = loader._pool.submit(Item("pairs", 0, 0, 1 << 22))
+
+        def kill() -> bool:
+            for worker in loader._pool._workers:
+                if worker.held:
+                    os.kill(worker.process.pid, signal.SIGKILL)
+            return ticket in loader._pool._done
+
+        wait_until(kill, pause=0.1)
+        with pytest.raises(RuntimeError, match=r"stop=4194304\) ended 3 workers .*SIGKILL.*loader\.workers"):
+            loader._pool.result(ticket)
+
+
+def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
+    asked: list[Item] = []
+
+    class Recording(pool.ThreadPool):
+        ahead = 2
+
+        def submit(self, item: Item) -> int:
+            asked.append(item)
+            return super().submit(item)
+
+    class Recorded(Loader):
+        def _open(self) -> pool.Pool:
+            return Recording(self.makers)
+
+    with Recorded(specs, 0, 1, 0) as loader:
+        for number, _ in enumerate(loader.steps(0, 9)):
+            assert max(item.step for item in asked) == min(number + 2, 8)
+    assert asked == [Item(s.name, step, 0, s.batch) for step in range(9) for s in specs]
+    assert (pool.ThreadPool.ahead, pool.ProcessPool.ahead) == (1, 2)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30, pause: float = 0.02) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come true in time"
+        time.sleep(pause)
+
+
+def test_close_leaves_no_process(specs: list[StreamSpec]) -> None:
+    loader = LocalLoader(specs, 0, 1, 2)
+    next(loader.steps(0, 9))
+    pids = loader.worker_pids
+    assert len(pids) == 2
+    loader.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(loader.steps(0, 1))
+
+
+SCRIPT = """
+import json, sys, time
+from data_pipeline.loader import LocalLoader
+from data_pipeline.spec import SourceSpec, StreamSpec
+loader = LocalLoader([StreamSpec("text", 4, {"t": SourceSpec(sys.argv[1])}, batch=4, length=%d)], 0, 1, 2)
+next(loader.steps(0, 5))
+print(json.dumps(loader.worker_pids), flush=True)
+if sys.argv[2] == "stay":
+    time.sleep(60)
+""" % LENGTH
+
+
+@pytest.mark.parametrize("way", ["stay", "leave"])
+def test_workers_end_with_their_parent(tmp_path: Path, way: str) -> None:
+    """A kill -9 of the rank, or its normal end without close()."""
+    source = write_packed(tmp_path / "packed", [6])
+    script = tmp_path / "rank.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, str(script), str(source), way], stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        pids = json.loads(rank.stdout.readline())
+        if way == "stay":
+            assert all(alive(pid) for pid in pids)
+            rank.kill()
+        rank.wait(20)
+        wait_until(lambda: not any(alive(pid) for pid in pids), 10)
+
+
+def test_rows_of_ranks_tile_the_batch() -> None:
+    for batch, world_size in ((12, 1), (12, 4), (64, 16)):
+        rows = [rows_of(rank, world_size, batch) for rank in range(world_size)]
+        assert [row for start, stop in rows for row in range(start, stop)] == list(range(batch))
+    assert micro_batches(4, 11, 3) == [(4, 7), (7, 10), (10, 11)]
+    assert micro_batches(4, 11, None) == micro_batches(4, 11, 100) == [(4, 11)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "nearest"), [(10, 4, "8 or 12"), (11, 4, "12 or 8"), (9, 4, "8 or 12"), (3, 4, "4")]
+)
+def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch: int, world_size: int, nearest: str) -> None:
+    with pytest.raises(UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest that can: {nearest}$"):
+        rows_of(0, world_size, batch)
+
+
+def test_the_stream_of_an_uneven_batch_is_named(specs: list[StreamSpec]) -> None:
+    with pytest.raises(UserError, match=r"data\.text\.batch: a batch of 4 rows"):
+        LocalLoader(specs, 0, 8, 0)
+
+
+def open_stream(root: Path, **options: object) -> Stream:
+    if not (root / "a").exists():
+        write_source(root / "a", [5, 6])
+        write_tokenizer(root / "tokenizer")
+    settings: dict = {"batch": 4, "seed": 9, "image": ImageSpec(SIZE), **options}
+    return Stream(str(root / "a"), text=TextSpec(str(root / "tokenizer"), LENGTH), **settings)
+
+
+def test_stream_resumes_on_another_world_size(tmp_path: Path) -> None:
+    with open_stream(tmp_path) as stream:
+        want = [next(stream) for _ in range(8)]
+    with open_stream(tmp_path, workers=1) as stream:
+        for batch in stream:
+            assert batch.batch_digest == want[batch.step].batch_digest
+            if stream.step == 3:
+                break
+        saved = json.loads(json.dumps(stream.state()))
+        assert next(stream).step == 3
+        stream.resume(saved)
+        assert next(stream).step == 3
+    halves = [open_stream(tmp_path, rank=rank, world_size=2) for rank in (0, 1)]
+    for stream in halves:
+        stream.resume(saved)
+    for step in range(3, 8):
+        parts = [next(stream) for stream in halves]
+        tokens = np.concatenate([part.tokens for part in parts])
+        np.testing.assert_array_equal(tokens, want[step].tokens)
+        assert sum(part.batch_digest for part in parts) % 2**64 == want[step].batch_digest
+    for stream in halves:
+        stream.close()
+
+
+def test_stream_refuses_a_state_of_other_data(tmp_path: Path) -> None:
+    with open_stream(tmp_path) as stream:
+        saved = stream.state()
+        with pytest.raises(UserError, match="'other'"):
+            stream.resume({**saved, "stream": "other"})
+    with open_stream(tmp_path, seed=10) as stream, pytest.raises(UserError, match="seed was"):
+        stream.resume(saved)
+    write_source(tmp_path / "a", [5, 7])
+    with open_stream(tmp_path) as stream, pytest.raises(UserError, match="fingerprint"):
+        stream.resume(saved)
+
+
+def test_stream_ends_when_its_sources_do(tmp_path: Path) -> None:
+    source = write_packed(tmp_path / "packed", [8])
+    with Stream({"t": SourceSpec(str(source), max_epochs=2)}, 4, length=LENGTH) as stream:
+        ids = np.concatenate([batch.sample_ids for batch in stream])
+    assert len(ids) == 16
+    np.testing.assert_array_equal(np.unique(ids, return_counts=True)[1], [2] * 8)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, data_pipeline; sys.exit(any(m in sys.modules for m in ('numpy', 'torch', 'pyarrow')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
