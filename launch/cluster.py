@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from data_pipeline.errors import UserError
 from pretrain.yaml_file import load_yaml
@@ -24,6 +24,13 @@ class Cluster(BaseModel):
     env: dict[str, str] = Field(default_factory=dict, description="Environment of every rank. No secrets.")
 
 
+def quoted(value: Any) -> Any:
+    """YAML reads an unquoted 12:00:00 as 43200, which Slurm would take for minutes."""
+    if isinstance(value, int):
+        raise ValueError('write the time limit in quotes, for example time: "12:00:00"')
+    return value
+
+
 class SlurmCluster(Cluster):
     """Options of the sbatch script."""
 
@@ -31,7 +38,7 @@ class SlurmCluster(Cluster):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(
+    time: Annotated[str | None, BeforeValidator(quoted)] = Field(
         None, description="Time limit as Slurm writes it: minutes, 12:00:00 or 2-00:00:00."
     )
     signal_lead: int = Field(

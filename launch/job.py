@@ -41,19 +41,26 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     cluster: Mapping[str, Any] = field(default_factory=dict)
     cluster_file: str | None = None
+    job_id: str | None = None
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks_per_node
 
     @property
+    def copy_of_recipe(self) -> str:
+        return f"{self.run_dir}/recipe.yaml"
+
+    @property
     def folder(self) -> Path:
         return Path(self.workdir) / self.run_dir
 
     def train_command(self, stage: str) -> list[str]:
-        """What one rank of a training stage executes."""
-        command = [self.python, "-m", "launch.cli", "train", self.recipe, "--stage", stage]
-        return [*command, *self.overrides]
+        """What one rank of a training stage executes. A submitted job reads the run's own recipe.yaml, which has the
+        overrides in it and which later edits of the user's file do not reach."""
+        if self.on != "local":
+            return [self.python, "-m", "launch.cli", "train", self.copy_of_recipe, "--stage", stage]
+        return [self.python, "-m", "launch.cli", "train", self.recipe, "--stage", stage, *self.overrides]
 
     def go_on_command(self) -> list[str]:
         """What a person types to continue this job."""

@@ -18,9 +18,13 @@ from pretrain.recipe_load import stage_record
 LENGTHS = ("steps", "samples", "epochs")
 
 
-def stage_steps(stage: TrainStage) -> int | None:
-    """Optimizer steps of a stage, where the recipe alone tells; None for a length in epochs."""
-    return None if stage.train.epochs is not None else total_steps(stage)
+def stage_job(recipe: Recipe, name: str) -> StageJob:
+    """What a launcher needs to know of a stage; steps only where the recipe alone tells them."""
+    stage = recipe.stages[name]
+    if not isinstance(stage, TrainStage):
+        return StageJob(name, "merge")
+    steps = None if stage.train.epochs is not None else total_steps(stage)
+    return StageJob(name, "train", steps, stage.loader.backend)
 
 
 def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:

@@ -1,34 +1,20 @@
-"""The ranks of one training stage on this machine: started together, watched, stopped together."""
+"""The ranks of one training stage: watched together, stopped together, and judged by their exit codes."""
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from launch.guard import guarded
+from launch.process import Rank, RankProcess
 
 DONE, USER_ERROR, GO_ON, FAILED = 0, 2, 75, 1
-POLL_SECONDS = 0.05
+LOST = 1000  # in place of an exit code, where the machine or actor that would know it is gone
 LAST_WORDS_SECONDS = 3.0
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What one rank executes; its output is appended to `log`."""
-
-    command: Sequence[str]
-    env: Mapping[str, str]
-    log: Path
 
 
 @dataclass(frozen=True)
@@ -65,100 +51,91 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-class Group:
-    """Running ranks. Each has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone,
-    and dies with the launcher, whatever becomes of that."""
+class Group(Protocol):
+    """Running ranks, wherever they run."""
+
+    size: int
+    poll_seconds: float
+
+    def codes(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended; -N where signal N killed the rank."""
+
+    def send(self, number: int) -> None:
+        """Pass a signal to every rank that still runs."""
+
+    def kill(self) -> None:
+        """End every rank that still runs."""
+
+    def tail(self, rank: int) -> str:
+        """The last lines that a rank wrote since this group started it."""
+
+
+class LocalGroup:
+    """Ranks that are children of this process."""
+
+    poll_seconds = 0.05
 
     def __init__(self, ranks: Sequence[Rank]) -> None:
-        self.ranks = ranks
-        self.offsets: list[int] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.size = len(ranks)
+        self.processes: list[RankProcess] = []
         try:
             for rank in ranks:
-                self._start(rank)
+                self.processes.append(RankProcess(rank))
         except BaseException:
             self.kill()
             raise
 
-    def _start(self, rank: Rank) -> None:
-        rank.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(rank.log, "ab") as log:
-            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
-            log.flush()
-            self.offsets.append(log.tell())
-            process = subprocess.Popen(
-                guarded(list(rank.command)),
-                env=dict(rank.env),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.processes.append(process)
-
     def codes(self) -> dict[int, int]:
-        """Exit codes of the ranks that have ended; -N where signal N killed the rank."""
         polled = {number: process.poll() for number, process in enumerate(self.processes)}
         return {number: code for number, code in polled.items() if code is not None}
 
-    def send(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send(number)
 
     def kill(self) -> None:
-        """End every rank that still runs, and what it left in its session."""
         for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+            process.kill()
 
-    def tail(self, rank: int, lines: int = 30) -> str:
-        """The last lines that a rank wrote since this group started it."""
-        with open(self.ranks[rank].log, "rb") as log:
-            log.seek(self.offsets[rank])
-            text = log.read()[-65536:].decode(errors="replace")
-        return "\n".join(text.rstrip().splitlines()[-lines:])
+    def tail(self, rank: int) -> str:
+        return self.processes[rank].tail()
 
 
 def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> Outcome:
-    """Wait until all ranks have ended. `tick(stopping)` is called about twenty times a second.
+    """Wait until all ranks have ended; `tick(stopping)` is called at every look at them.
 
     The first stop signal is passed on as SIGTERM, and the ranks get the time a save takes; the second kills.
     A rank that fails takes the others with it, after a moment for their own last words.
     """
-    asked, deadline = False, None
+    asked, ended = False, False
     failed: int | None = None
+    deadline: float | None = None
     try:
-        while True:
+        while not ended:
             codes = group.codes()
             tick(asked)
             if stop.count and not asked:
                 asked = True
                 group.send(signal.SIGTERM)
-            if failed is None and (failed := first_failure(codes, asked)) is not None:
+            failed = failed if failed is not None else first_failure(codes, asked)
+            # A rank that had not begun when it was stopped would be waited for by its peers.
+            unbegun = asked and -signal.SIGTERM in codes.values()
+            if deadline is None and (failed is not None or unbegun):
                 deadline = time.monotonic() + LAST_WORDS_SECONDS
-            if deadline is None and asked and any(code == -signal.SIGTERM for code in codes.values()):
-                deadline = (
-                    time.monotonic() + LAST_WORDS_SECONDS
-                )  # it had not begun; its peers would wait for it
-            if len(codes) == len(group.processes):
+            ended = len(codes) == group.size
+            if ended or stop.count > 1 or (deadline is not None and time.monotonic() > deadline):
                 break
-            if stop.count > 1 or (deadline is not None and time.monotonic() > deadline):
-                break
-            time.sleep(POLL_SECONDS)
+            time.sleep(group.poll_seconds)
     finally:
-        finished = len(group.codes()) == len(group.processes)
         group.kill()
-    return judge(group.codes(), failed, asked, killed=not finished and stop.count > 1)
+    return judge(group.codes(), failed, asked, killed=not ended and stop.count > 1)
 
 
 def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
-    """The rank to blame: of those seen at once, one that a signal killed, as its peers only lost it."""
+    """The rank to blame: of those seen at once, one that was killed or lost, as its peers only lost it."""
     fine = {DONE, GO_ON} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
     bad = sorted(rank for rank, code in codes.items() if code not in fine)
-    return min(bad, key=lambda rank: (codes[rank] > 0, rank), default=None)
+    return min(bad, key=lambda rank: (0 < codes[rank] < LOST, rank), default=None)
 
 
 def judge(codes: Mapping[int, int], failed: int | None, stopping: bool, killed: bool) -> Outcome:
@@ -174,14 +151,9 @@ def judge(codes: Mapping[int, int], failed: int | None, stopping: bool, killed: 
 
 def describe_exit(code: int) -> str:
     """`exit code 1`, or the signal's name with its usual cause."""
+    if code == LOST:
+        return "the loss of its node or Ray actor"
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     return f"{name} (often: out of memory)" if name == "SIGKILL" else name
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

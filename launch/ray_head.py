@@ -20,7 +20,7 @@ from data_pipeline.errors import UserError
 from launch.environment import core_count
 from launch.guard import guarded
 from launch.job import Job
-from launch.ranks import free_port
+from launch.process import free_port
 from pretrain.recipe import Recipe, TrainStage
 
 START_SECONDS = 90

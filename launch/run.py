@@ -12,8 +12,8 @@ from data_pipeline.errors import UserError
 from launch import preflight
 from launch.cluster import RayCluster, SlurmCluster, load_cluster
 from launch.environment import gpu_count
-from launch.job import Job, StageJob, Where
-from pretrain.recipe import Recipe, TrainStage
+from launch.job import Job, Where
+from pretrain.recipe import Recipe
 from pretrain.recipe_load import load_recipe, run_dir
 
 DOORS = ("local", "slurm", "ray")
@@ -97,7 +97,7 @@ def make_job(
         recipe=recipe_path,
         run_dir=str(run_dir(recipe)),
         name=recipe.run.name,
-        stages=tuple(_stage(recipe, name) for name in selected),
+        stages=tuple(preflight.stage_job(recipe, name) for name in selected),
         overrides=tuple(overrides),
         on=where,
         nodes=nodes or 1,
@@ -122,10 +122,3 @@ def _cluster(where: Where, cluster_file: str | None) -> SlurmCluster | RayCluste
     if where == "local":
         return load_cluster(cluster_file, "ray") if cluster_file else None
     return load_cluster(cluster_file, where)
-
-
-def _stage(recipe: Recipe, name: str) -> StageJob:
-    stage = recipe.stages[name]
-    if isinstance(stage, TrainStage):
-        return StageJob(name, "train", preflight.stage_steps(stage), stage.loader.backend)
-    return StageJob(name, "merge")
