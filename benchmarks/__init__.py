@@ -1,0 +1,1 @@
+"""Benchmarks beside peers, both in one run: `make bench`."""
