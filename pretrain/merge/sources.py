@@ -24,7 +24,7 @@ COMPANIONS = (
     "processor_config.json", "chat_template*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 
 
 class Reader(Protocol):

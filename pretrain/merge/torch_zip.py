@@ -165,6 +165,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): Function(_latin1),  # how protocol 2 spells bytes
     ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
     ("torch", "Size"): Function(_size),
     ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild),
     ("torch._utils", "_rebuild_tensor_v3"): Function(_rebuild_v3),

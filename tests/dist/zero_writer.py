@@ -1,15 +1,19 @@
-"""One rank that writes small DeepSpeed checkpoints for tests/dist/test_zero_shards.py: every ZeRO stage and dtype.
+"""One rank that writes small DeepSpeed checkpoints, and DeepSpeed's own reading of them, for test_zero_shards.py.
 
-Started as `python -m tests.dist.zero_writer OUT SEED` with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set; writes
-OUT/zero{0,1,2,3}_{fp32,bf16}/step, and on rank 0 the parameters as the engine holds them, OUT/NAME/live.npz.
+Started as `python -m tests.dist.zero_writer OUT SEED NAME...` with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set.
+A NAME is zero{0,1,2,3}_{fp32,bf16}, with `_all` when frozen parameters are saved too. Writes OUT/NAME/step and, on
+rank 0, OUT/NAME/reference.npz: every parameter and buffer in fp32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +26,7 @@ class Odd(nn.Module):
         self.embed = nn.Embedding(7, 5)
         self.body = nn.Linear(5, 3)
         self.norm = nn.LayerNorm(3)
+        self.second_norm = nn.LayerNorm(3)
         self.frozen = nn.Linear(3, 11)
         self.frozen.requires_grad_(False)
         self.up = nn.Linear(11, 5, bias=False)
@@ -33,31 +38,29 @@ class Odd(nn.Module):
         self.register_buffer("scratch", torch.zeros(4), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.norm(self.body(self.embed(tokens))) + self.running.to(self.body.weight.dtype)
+        hidden = self.norm(self.body(self.embed(tokens)))
+        hidden = self.second_norm(hidden + self.running.to(hidden.dtype))
         return self.head(self.up(self.frozen(hidden))) * self.scale
 
 
-def write(out: Path, stage: int, dtype: str, seed: int) -> None:
-    """Train three steps and save as pretrain/engine.py does; the step counter is in client_state as there."""
-    import deepspeed
-
+def write(deepspeed: Any, out: Path, stage: int, dtype: str, all_parameters: bool, seed: int) -> None:
+    """Three steps of training, then a save as pretrain/engine.py does it."""
     torch.manual_seed(seed)
     model = Odd()
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     config = {
-        "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 4 // world,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
+        "steps_per_print": 1 << 31,
         "bf16": {"enabled": dtype == "bf16"},
     }
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    names = {id(p): n for n, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     tokens = torch.arange(4 * 6).reshape(4, 6) % 7
     for _ in range(3):
@@ -66,21 +69,48 @@ def write(out: Path, stage: int, dtype: str, seed: int) -> None:
         engine.backward(loss)
         engine.step()
     engine.save_checkpoint(
-        str(out), tag="step", client_state={"ours": {"step": 3}}, save_latest=False, exclude_frozen_parameters=True
+        str(out), tag="step", save_latest=False, exclude_frozen_parameters=not all_parameters
     )
+    if rank == 0:
+        np.savez(out / "reference.npz", **reference(engine, out, stage, all_parameters, names))
+
+
+def reference(
+    engine: Any, out: Path, stage: int, all_parameters: bool, names: dict[int, str]
+) -> dict[str, Any]:
+    """Stage 1 to 3: what DeepSpeed's zero_to_fp32 makes of the files; stage 0: the live parameters and masters."""
+    if stage == 0:
+        state = {n: t for n, t in engine.module.state_dict().items() if not n.startswith("frozen.")}
+        wrapper = engine.optimizer
+        if hasattr(wrapper, "fp32_groups"):
+            for params, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                state |= {names[id(p)]: m for p, m in zip(params, masters, strict=True)}
+            state["head.weight"] = state["embed.weight"]
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with (
+            open(os.devnull, "w") as void,
+            contextlib.redirect_stdout(void),
+            contextlib.redirect_stderr(void),
+        ):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(out), tag="step")
+        if all_parameters and stage == 1:  # zero_to_fp32 forgets them: the module holds them
+            state |= {n: t for n, t in engine.module.state_dict().items() if n.startswith("frozen.")}
+    return {n: (t.float() if t.is_floating_point() else t).detach().numpy() for n, t in state.items()}
 
 
 def main() -> None:
-    out, seed = Path(sys.argv[1]), int(sys.argv[2])
-    names = sys.argv[3:]
+    out, seed, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     import deepspeed
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     for name in names:
-        stage, dtype = name.removeprefix("zero").split("_")
-        write(out / name, int(stage), dtype, seed)
+        stage, dtype, *rest = name.removeprefix("zero").split("_")
+        write(deepspeed, out / name, int(stage), dtype, rest == ["all"], seed)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

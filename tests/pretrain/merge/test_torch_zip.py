@@ -1,0 +1,214 @@
+"""Files of torch.save read without torch: the same values as torch, and hostile pickles that must not run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.merge import torch_zip
+from pretrain.merge.torch_zip import Tensor, TorchFile
+
+torch = pytest.importorskip("torch")
+
+
+def archive(
+    path: Path, pickled: bytes, storages: dict[str, bytes] | None = None, compress: bool = False
+) -> Path:
+    kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/byteorder", "little")
+        for key, data in (storages or {}).items():
+            file.writestr(f"archive/data/{key}", data)
+    return path
+
+
+def test_values_are_torch_s(tmp_path: Path) -> None:
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    content = {
+        "plain": base,
+        "view": base[1:3],
+        "transposed": base.t(),
+        "strided": base[:, ::2],
+        "expanded": base[:1].expand(3, 6),
+        "half": torch.randn(5).half(),
+        "bf16": torch.randn(3, 2).bfloat16(),
+        "double": torch.randn(2, dtype=torch.float64),
+        "long": torch.tensor([1, -(2**50)]),
+        "u16": torch.tensor([1, 65535], dtype=torch.uint16),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    torch.save(OrderedDict(content), tmp_path / "x.pt")
+    read = TorchFile(tmp_path / "x.pt").content
+    assert list(read) == list(content)
+    for name, expected in content.items():
+        got = read[name]
+        assert isinstance(got, Tensor)
+        assert got.shape == tuple(expected.shape)
+        flat = expected.detach().reshape(-1).contiguous()
+        wanted = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+        assert got.read(0, got.numel).tobytes() == wanted.tobytes(), name
+        if got.numel > 2:
+            assert got.read(1, got.numel - 1).tobytes() == wanted[1:-1].tobytes(), name
+
+
+def test_training_state_with_optimizer_and_random_state(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {
+        "module": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": (torch.get_rng_state(), np.random.default_rng(0).bit_generator.state, np.arange(3)),
+        "scalar": np.float64(2.0),
+        "dtype": torch.bfloat16,
+        "raw": b"\x00\xff",
+        "names": {"a", "b"},
+    }
+    torch.save(state, tmp_path / "x.pt")
+    read = TorchFile(tmp_path / "x.pt").content
+    weight = read["module"]["weight"]
+    np.testing.assert_array_equal(weight.read(0, 6), model.weight.detach().numpy().ravel())
+    assert (read["dtype"], read["raw"], read["names"]) == ("BF16", b"\x00\xff", {"a", "b"})
+
+
+class Evil:
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def touch_by(function: str, path: Path) -> Any:
+    target = str(path)
+    return {
+        "os.system": Evil(os.system, f"touch {target}"),
+        "builtins.eval": Evil(eval, f"open({target!r}, 'w').close()"),
+        "builtins.exec": Evil(exec, f"open({target!r}, 'w').close()"),
+        "io.open": Evil(open, target, "w"),
+        "builtins.getattr": Evil(getattr, "text", "upper"),
+        "operator.attrgetter": Evil(__import__("operator").attrgetter, "system"),
+        "torch.load": Evil(torch.load, target),
+    }[function]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.exec",
+        "io.open",
+        "builtins.getattr",
+        "operator.attrgetter",
+        "torch.load",
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_with_code_is_refused_by_name_and_does_not_run(
+    tmp_path: Path, function: str, protocol: int
+) -> None:
+    witness = tmp_path / "it_ran"
+    hostile = {"module": OrderedDict(a=1), "evil": touch_by(function, witness)}
+    path = archive(tmp_path / "evil.pt", pickle.dumps(hostile, protocol))
+    wanted = function.rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"evil\.pt: refused: .*\.{wanted}"):
+        TorchFile(path)
+    assert not witness.exists()
+
+
+def test_the_witness_would_have_been_written(tmp_path: Path) -> None:
+    witness = tmp_path / "it_ran"
+    pickle.loads(pickle.dumps(touch_by("builtins.exec", witness)))
+    assert witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        # BUILD on an allowed function would set attributes of the interpreter's own objects.
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x03\x00\x00\x00abcK\x01ub.", "state of its own"),
+        (b"\x80\x02cdeepspeed.os\nsystem\nX\x02\x00\x00\x00ls\x85R.", None),  # a stub, not a module
+        (b"\x80\x04\x8c\x0bcollections\x94\x8c\x14OrderedDict.fromkeys\x94\x93.", "OrderedDict.fromkeys"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "not callable"),
+        (b"\x80\x02X\x03\x00\x00\x00abcQ.", "refused"),
+        (b"\x80\x02\x82\x01.", "extension"),
+        (b"\x80\x02cbuiltins\nset\n(K\x01K\x02K\x03tR.", "refused"),
+    ],
+)
+def test_crafted_opcodes(tmp_path: Path, code: bytes, why: str | None) -> None:
+    path = archive(tmp_path / "x.pt", code)
+    if why is None:
+        assert isinstance(TorchFile(path).content, torch_zip.Stub)
+    else:
+        with pytest.raises(UserError, match=why):
+            TorchFile(path)
+    assert not hasattr(torch_zip._rebuild, "abc")
+
+
+def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], offset: int, count: int) -> bytes:
+    """The pickle of one tensor over a FloatStorage of `count` elements, honest or not."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return ("storage", torch.FloatStorage, "0", "cpu", count) if isinstance(obj, Marker) else None
+
+    class Marker:
+        pass
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(
+        {"t": Evil(torch._utils._rebuild_tensor_v2, Marker(), offset, shape, stride, False, OrderedDict())}
+    )
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "offset", "count"),
+    [
+        ((5,), (1,), 0, 4),
+        ((2,), (1,), 3, 4),
+        ((2, 2), (100, 1), 0, 4),
+        ((4,), (-1,), 3, 4),
+        ((4,), (1,), 0, 400),
+    ],
+)
+def test_a_tensor_beyond_its_storage_is_refused(
+    tmp_path: Path, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, count: int
+) -> None:
+    honest = archive(
+        tmp_path / "good.pt", tensor_pickle((4,), (1,), 0, 4), {"0": np.arange(4, dtype="<f4").tobytes()}
+    )
+    np.testing.assert_array_equal(TorchFile(honest).content["t"].read(0, 4), [0, 1, 2, 3])
+    path = archive(tmp_path / "x.pt", tensor_pickle(shape, stride, offset, count), {"0": bytes(16)})
+    with pytest.raises(UserError, match="refused"):
+        TorchFile(path)
+
+
+def test_files_that_are_no_archives(tmp_path: Path) -> None:
+    good = tmp_path / "good.pt"
+    torch.save({"a": torch.ones(1000)}, good)
+    legacy = tmp_path / "legacy.pt"
+    torch.save({"a": torch.ones(3)}, legacy, _use_new_zipfile_serialization=False)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    archive(tmp_path / "packed.pt", tensor_pickle((4,), (1,), 0, 4), {"0": bytes(16)}, compress=True)
+    for name in ("legacy.pt", "cut.pt", "empty.pt", "packed.pt"):
+        with pytest.raises(UserError, match=name):
+            TorchFile(tmp_path / name)
+    with pytest.raises(UserError, match="not found"):
+        TorchFile(tmp_path / "absent.pt")
