@@ -67,6 +67,7 @@ class RayCluster(Cluster):
         None,
         description="HEAD:6379, for ranks started with --on local whose loader reads through this cluster.",
     )
+    start_seconds: int = Field(600, ge=1, description="How long a job waits for its nodes to be free.")
     stop_seconds: int = Field(600, ge=1, description="What a stopped job gets to save before it is killed.")
 
 

@@ -75,7 +75,6 @@ def start_command(folder: Path, port: int, job: Job, recipe: Recipe) -> list[str
     """`ray start` with nothing at a well-known port, no dashboard, and a store of a few batches."""
     stages = [recipe.stages[stage.name] for stage in job.stages if stage.loader == "ray"]
     training = [stage for stage in stages if isinstance(stage, TrainStage)]
-    actors = max((stage.loader.workers * job.world_size for stage in training), default=0)
     ports = {
         name: free_port()
         for name in (
@@ -92,8 +91,7 @@ def start_command(folder: Path, port: int, job: Job, recipe: Recipe) -> list[str
         **ports,
         "node-ip-address": "127.0.0.1",
         "include-dashboard": "false",
-        # Actors are this job's loader workers; as many as the recipe asks for must fit, on two cores as well.
-        "num-cpus": max(core_count(), actors + 1),
+        "num-cpus": core_count(),
         "num-gpus": 0,
         "object-store-memory": store_bytes(training),
         "temp-dir": folder / "s",

@@ -47,9 +47,9 @@ def run(
 
         return slurm.submit(job, recipe, console, wait)
     if job.on == "ray":
-        from launch import ray
+        from launch.ray import submit
 
-        return ray.submit(job, recipe, console, wait)
+        return submit(job, recipe, console, wait)
     from launch import local
 
     return local.run(job, recipe, console)
@@ -62,9 +62,9 @@ def render(job: Job) -> str:
 
         return slurm.render(job)
     if job.on == "ray":
-        from launch import ray
+        from launch.ray import render as render_ray
 
-        return ray.render(job)
+        return render_ray(job)
     from launch import local
 
     return local.render(job)

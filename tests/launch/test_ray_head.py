@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -58,11 +57,3 @@ def test_a_named_cluster_is_used(recipe: Path) -> None:
     job = make_job(loaded, str(recipe))
     with ray_head.ray_for_job(job, loaded, {"RAY_ADDRESS": "head:6379"}) as env:
         assert env == {"RAY_ADDRESS": "head:6379"}
-
-
-def test_loader_actors_fit_on_two_cores(recipe: Path, tmp_path: Path) -> None:
-    loaded = load_recipe(recipe, ["loader.workers=16"])
-    job = make_job(loaded, str(recipe), ranks_per_node=4)
-    flags = ray_head.start_command(tmp_path, 1234, job, loaded)
-    cpus = next(int(flag.partition("=")[2]) for flag in flags if flag.startswith("--num-cpus"))
-    assert cpus >= max(64, len(os.sched_getaffinity(0)))

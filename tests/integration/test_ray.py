@@ -1,0 +1,153 @@
+"""The Ray door on a cluster of two nodes: the FLIP demo through the job API, stopped, gone on, a rank killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.process import free_port
+from tests.integration.conftest import STEPS, Demo
+
+pytestmark = pytest.mark.integration
+STORE = 100 * 2**20
+
+
+class RayCluster:
+    """Where the job API of a running cluster is, and the environment that a person would use it from."""
+
+    def __init__(self, address: str, env: dict[str, str], file: Path) -> None:
+        self.address, self.env, self.file = address, env, str(file)
+
+    def client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.address)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Two nodes of one CPU each, with the job API and token authentication."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
+    from ray.cluster_utils import Cluster
+
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # socket paths may have 107 characters
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text("a" * 64)
+    patch = pytest.MonkeyPatch()
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }.items():
+        patch.setenv(name, value)
+    patch.delenv("RAY_ADDRESS", raising=False)
+    port = free_port()
+    head = {"num_cpus": 1, "object_store_memory": STORE, "temp_dir": str(folder / "s")}
+    nodes = Cluster(
+        initialize_head=True, head_node_args={**head, "include_dashboard": True, "dashboard_port": port}
+    )
+    try:
+        nodes.add_node(num_cpus=1, object_store_memory=STORE)
+        file = folder / "cluster.yaml"
+        file.write_text(f"kind: ray\naddress: http://127.0.0.1:{port}\nstop_seconds: 120\n")
+        yield RayCluster(f"http://127.0.0.1:{port}", dict(os.environ), file)
+    finally:
+        nodes.shutdown()
+        patch.undo()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until(true: Callable[[], object], seconds: float, explain: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.2)
+
+
+def rank_process(rank: int, run: str) -> int | None:
+    """The process of a rank: `dromos train` of this run with RANK=rank."""
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if b"launch.cli\0train" not in command or f"runs/{run}/".encode() not in command:
+                continue
+            if f"\0RANK={rank}\0".encode() in b"\0" + (entry / "environ").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue
+    return None
+
+
+def test_two_nodes_through_a_stop_equal_local(
+    demo: Demo, local: list[dict[str, Any]], cluster: RayCluster
+) -> None:
+    """Ray actors make the batches until the job is stopped; it goes on with local workers, and nothing shows."""
+    flags = ("--on", "ray", "--nodes", "2", "--cluster", cluster.file)
+    code, output = demo.run("ray", *flags, "loader.backend=ray", env=cluster.env)
+    assert code == 0, output
+    job = re.search(r"submitted job (\S+)", output)
+    assert job, output
+    client = cluster.client()
+
+    def logs() -> str:
+        return f"{client.get_job_status(job[1])}\n{client.get_job_logs(job[1])}\n{demo.logs('ray')}"
+
+    wait_until(lambda: demo.steps("ray") >= 5, 150, logs)
+    client.stop_job(job[1])
+    wait_until(lambda: client.get_job_status(job[1]).is_terminal(), 60, logs)
+    assert client.get_job_status(job[1]).value == "STOPPED", logs()
+    stopped = demo.steps("ray")
+    assert 5 <= stopped < STEPS
+    assert (demo.stage("ray") / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists(), logs()
+    code, output = demo.run("ray", *flags, "--wait", env=cluster.env)
+    assert code == 0, output + demo.logs("ray")
+    assert "succeeded" in output
+    assert "goes on after step" in (demo.stage("ray") / "logs" / "rank_0.log").read_text()
+    assert demo.rows("ray") == local
+
+
+def test_a_killed_rank_is_named_and_fails_the_job(demo: Demo, cluster: RayCluster) -> None:
+    flags = ("--on", "ray", "--nodes", "2", "--cluster", cluster.file, "--wait")
+    process = demo.start(demo.command("killed", *flags), cluster.env)
+    wait_until(lambda: demo.steps("killed") >= 1, 150, lambda: demo.logs("killed"))
+    victim, other = rank_process(1, "killed"), rank_process(0, "killed")
+    assert victim
+    assert other
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "rank 1 of 2 ended with SIGKILL" in output
+    assert "failed" in output
+    wait_until(lambda: not Path(f"/proc/{other}").exists(), 20, lambda: "rank 0 outlived its job")
+
+
+def test_a_local_job_with_no_cluster_named_has_a_ray_of_its_own(
+    demo: Demo, local: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = {path.name for path in Path(tempfile.gettempdir()).glob("dromos-ray-*")}
+    code, output = demo.run("own-ray", "--ranks-per-node", "2", "loader.backend=ray")
+    assert code == 0, output + demo.logs("own-ray")
+    assert demo.rows("own-ray") == local
+    assert {path.name for path in Path(tempfile.gettempdir()).glob("dromos-ray-*")} == before
+
+
+def test_a_job_that_does_not_fit_says_what_it_waits_for(
+    demo: Demo, cluster: RayCluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"kind: ray\naddress: {cluster.address}\nstart_seconds: 3\n")
+    flags = ("--on", "ray", "--nodes", "4", "--cluster", str(path), "--wait")
+    code, output = demo.run("misfit", *flags, env=cluster.env)
+    assert code == 2, output
+    assert "4 node(s) with 1 CPU each were not free within 3 s; the cluster has 1 CPU; 1 CPU" in output

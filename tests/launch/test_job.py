@@ -1,0 +1,152 @@
+"""Jobs as data: round trip, defaults, what is refused before anything is written, and the dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UserError
+from launch import environment
+from launch.cluster import load_cluster, parse_cluster
+from launch.job import Job, StageJob
+from launch.run import make_job, render, run
+from pretrain.recipe_load import load_recipe
+from tests.launch.helpers import write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def job_of(recipe: Path, *overrides: str, **flags: object) -> Job:
+    return make_job(load_recipe(recipe, overrides), str(recipe), overrides=overrides, **flags)  # type: ignore[arg-type]
+
+
+def test_json_round_trip(recipe: Path) -> None:
+    for on, file in (("local", None), ("slurm", "slurm"), ("ray", "ray")):
+        cluster = str(ROOT / "configs" / "cluster" / f"{file}.yaml") if file else None
+        job = job_of(recipe, "train.steps=7", on=on, cluster_file=cluster)
+        assert Job.from_json(job.to_json()) == job
+
+
+def test_stages_carry_their_length_in_steps(recipe: Path) -> None:
+    steps = StageJob("masked", "train", 20), StageJob("tuned", "train", 10)
+    assert job_of(recipe).stages == steps
+    assert job_of(recipe, stages=["tuned", "masked"]).stages == steps  # the file's order, not the flag's
+    recipe.write_text(recipe.read_text().replace("train: {steps: 20}", "train: {samples: 81}"))
+    assert job_of(recipe).stages[0].steps == 11  # 81 samples in batches of 8
+    recipe.write_text(recipe.read_text().replace("train: {samples: 81}", "train: {epochs: 2}"))
+    assert job_of(recipe).stages[0].steps is None  # only the data tells
+
+
+def test_ranks_default_to_one_a_gpu(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert job_of(recipe).ranks_per_node == 3
+    assert job_of(recipe, ranks_per_node=2).ranks_per_node == 2
+    with pytest.raises(UserError, match="--ranks-per-node 4: a node has 3 GPUs"):
+        job_of(recipe, ranks_per_node=4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert job_of(recipe).ranks_per_node == 1
+
+
+def test_the_command_that_goes_on_can_be_pasted(recipe: Path) -> None:
+    file = str(ROOT / "configs" / "cluster" / "slurm.yaml")
+    job = job_of(recipe, "run.name=a b", on="slurm", nodes=3, ranks_per_node=8, cluster_file=file)
+    flags = f"--on slurm --stage masked,tuned --nodes 3 --ranks-per-node 8 --cluster {file}"
+    assert job.go_on() == f"dromos run {recipe} {flags} 'run.name=a b'"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"on": "moon"}, "--on moon: is none of local, slurm, ray"),
+        ({"nodes": 2}, "--nodes 2: several nodes need --on slurm or --on ray"),
+        ({"ranks_per_node": 0}, "--ranks-per-node 0: at least 1"),
+        ({"ranks_per_node": 3}, r"8 rows cannot be shared evenly by 3 ranks; nearest batch: 6 or 9"),
+        ({"stages": ["tuned"]}, r"stage tuned: init: .*dromos run .*small.yaml --stage masked"),
+        ({"stages": ["tunde"]}, "tuned"),
+        ({"cluster_file": "nowhere.yaml", "on": "slurm"}, "--cluster nowhere.yaml: no such file"),
+        ({"overrides": ["train.stesp=3"]}, "steps"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(recipe: Path, flags: dict, words: str) -> None:
+    before = sorted(recipe.parent.rglob("*"))
+    with pytest.raises(UserError, match=words):
+        run(str(recipe), **{"ranks_per_node": 1, **flags})
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_a_folder_without_tars_is_named(recipe: Path) -> None:
+    (recipe.parent / "data" / "00000.tar").unlink()
+    with pytest.raises(UserError, match=r"data\.pairs\.sources\.digits: .*data"):
+        run(str(recipe), ranks_per_node=1)
+    recipe.write_text("prepare: demo\n" + recipe.read_text())
+    with pytest.raises(UserError, match=r"make it with: dromos data prepare .*small.yaml"):
+        run(str(recipe), ranks_per_node=1)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe: Path) -> None:
+    from pretrain.recipe_load import dump
+
+    loaded = load_recipe(recipe)
+    stage = recipe.parent / "run" / "masked"
+    stage.mkdir(parents=True)
+    (stage / "resolved.yaml").write_text(dump(loaded, "masked"))
+    (stage / "result.json").write_text('{"step": 20}')
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.001 -> 0.002"):
+        run(str(recipe), ranks_per_node=1, stages=["masked"], overrides=["optimizer.lr=2e-3"])
+    assert run(str(recipe), ranks_per_node=1, stages=["masked"]) == 0  # its own: done
+
+
+@pytest.mark.parametrize("on", ["local", "slurm", "ray"])
+def test_dry_run_prints_what_would_run_and_writes_nothing(
+    recipe: Path, on: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(recipe.parent.rglob("*"))
+    assert run(str(recipe), on=on, ranks_per_node=2, dry_run=True, overrides=["train.steps=3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == render(job_of(recipe, "train.steps=3", on=on, ranks_per_node=2))
+    assert "-m launch.cli train" in printed or "-m launch.ray_driver" in printed
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["slurm", "ray"])
+def test_example_cluster_files_are_right(kind: str) -> None:
+    assert load_cluster(str(ROOT / "configs" / "cluster" / f"{kind}.yaml"), kind).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kind": "slurm", "partion": "gpu"}, "cluster: unknown key partion; did you mean partition?"),
+        ({"kind": "ray", "colour": 1}, "cluster: unknown key colour; known keys: gpus_per_node"),
+        ({"kind": "slurm", "gpus_per_node": -1}, "cluster: gpus_per_node: .* greater than or equal to 0"),
+        ({"kind": "slurm", "time": 43200}, 'write the time limit in quotes, for example time: "12:00:00"'),
+        ({"partition": "gpu"}, "kind: None is none of slurm, ray"),
+    ],
+)
+def test_a_wrong_cluster_file_is_told(values: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_cluster(values)
+
+
+def test_a_cluster_file_of_the_other_kind_is_refused() -> None:
+    path = str(ROOT / "configs" / "cluster" / "ray.yaml")
+    with pytest.raises(UserError, match="describes a ray cluster, and the job runs --on slurm"):
+        load_cluster(path, "slurm")
+
+
+def test_captured_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    text = json.dumps(environment.capture())
+    assert '"OMP_NUM_THREADS": "3"' in text
+    assert "hush" not in text
+    assert '"torch": "' in text
