@@ -6,10 +6,12 @@ import errno
 import fcntl
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -20,7 +22,7 @@ from pretrain.merge.plan import OUTPUT, Plan
 from pretrain.merge.safetensors_io import DTYPES, SafetensorsFile, elements
 from pretrain.merge.sources import WeightSource
 
-CHUNK = 1 << 18  # elements: a chunk and its temporaries stay in the second-level cache
+CHUNK = 1 << 16  # elements: a chunk and its temporaries stay in the second-level cache
 Progress = Callable[[int], None]
 
 
@@ -48,17 +50,27 @@ def write_tensors(
             if progress is not None:
                 progress(written)
 
-        pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1))
-        try:
-            for _ in pool.map(work, _chunks(plans[0], chunk)):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
+        _spread(work, _chunks(plans[0], chunk), threads or min(4, os.cpu_count() or 1))
         for file in files:
             os.fsync(file)
     finally:
         for file in files:
             os.close(file)
+
+
+def _spread(work: Callable[[Any], None], items: Iterator[Any], threads: int) -> None:
+    """Call `work` on every item from several threads, a few ahead at a time: the list of chunks may be long."""
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[None]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 4 * threads:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _chunks(plan: Plan, chunk: int) -> Iterator[tuple[int, int, int]]:
