@@ -132,7 +132,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found |
 
 def _decode_any(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found:
     """Pillow: every other format, odd JPEGs, and the verdict on broken ones."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -142,6 +142,10 @@ def _decode_any(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found:
         raise ContentError("too many pixels", str(error)) from error
     except (ContentError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its own text holds an address, different on every run
+        raise ContentError(
+            "undecodable", f"none of {', '.join(FORMATS)}; begins with {data[:12]!r}"
+        ) from error
     except Exception as error:  # whatever a decoder raises on complete bytes is a verdict on them
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
     x, y, w, h = crop = choose_crop(pixels.shape[1], pixels.shape[0], spec, key, train)

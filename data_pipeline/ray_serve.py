@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -109,15 +111,16 @@ class RayPool:
         return found
 
     def _hire(self) -> Any:
-        # No CPU of its own: so an actor fits beside ranks that have taken them all. But Ray's SPREAD puts actors
-        # that ask for nothing on one node, hence nodes in turn; soft: elsewhere if that node is gone.
+        # No CPU of its own: so an actor fits beside ranks that have taken them all. But Ray's SPREAD, and now and
+        # then a soft affinity, puts actors that ask for nothing on one node; hence each node in turn, by name. If
+        # that node is gone, the actor dies unborn and its replacement goes to the next.
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         alive = [node for node in self._ray.nodes() if node["Alive"]]
         nodes = sorted(node["NodeID"] for node in alive if node["Resources"].get("CPU")) or [
             alive[0]["NodeID"]
         ]
-        strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=True)
+        strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=False)
         self._hired += 1
         maker = self._ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=strategy)(Maker)
         return maker.remote(self._setups)
@@ -156,6 +159,7 @@ def _connect() -> Any:
         raise UserError("loader.backend: ray needs Ray; install it: pip install 'dromos[ray]'") from None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError) as error:
@@ -163,6 +167,9 @@ def _connect() -> Any:
                 f"loader.backend: ray: no Ray cluster at {address} ({error}). Set RAY_ADDRESS, or start one with "
                 "`ray start --head`, or run with --on ray, or choose loader.backend: local"
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            # ray.init ends the process on SIGTERM; a rank means to save first.
+            signal.signal(signal.SIGTERM, on_sigterm)
     return ray
 
 

@@ -96,7 +96,9 @@ def test_crops_are_uniform_in_area_and_log_ratio() -> None:
     """On a square image with area up to one half every draw fits, so the draws show the stated distributions."""
     side = 4000
     spec = ImageSpec(8, (0.2, 0.5))
-    boxes = np.array([choose_crop(side, side, spec, key * 0x9E3779B97F4A7C15 % 2**64, True) for key in range(2000)])
+    boxes = np.array(
+        [choose_crop(side, side, spec, key * 0x9E3779B97F4A7C15 % 2**64, True) for key in range(2000)]
+    )
     x, y, w, h = boxes.T.astype(float)
     uniform = np.linspace(0, 1, 2000)
     area = (w * h / side**2 - 0.2) / 0.3
@@ -149,7 +151,10 @@ def test_every_mode_becomes_rgb() -> None:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(99))]
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(bytes(99)),
+    ]
     framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
@@ -172,6 +177,15 @@ def test_a_bomb_is_refused_by_its_header(data: bytes) -> None:
 
 GOOD_JPEG = encode(pixels(0, 0, 64, 64), "JPEG")
 GOOD_PNG = encode(pixels(0, 0, 64, 64))
+
+
+def test_a_verdict_reads_the_same_on_every_run() -> None:
+    details = set()
+    for _ in range(2):
+        with pytest.raises(ContentError) as verdict:
+            decode_image(b"<html>404</html>", ImageSpec(8), 0, train=True)
+        details.add(verdict.value.detail)
+    assert details == {"none of JPEG, PNG, WEBP, GIF, BMP; begins with b'<html>404</h'"}
 
 
 @pytest.mark.parametrize(

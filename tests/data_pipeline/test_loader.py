@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,12 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
     root = tmp_path_factory.mktemp("loader")
     packed = write_packed(root / "packed", [9, 6])
     return [
-        pairs(root, batch=8, first=write_source(root / "first", [5, 9]), second=write_source(root / "second", [4])),
+        pairs(
+            root,
+            batch=8,
+            first=write_source(root / "first", [5, 9]),
+            second=write_source(root / "second", [4]),
+        ),
         StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=4, length=LENGTH),
     ]
 
@@ -41,7 +47,8 @@ def truth(specs: list[StreamSpec]) -> list[dict[str, Batch]]:
     """Whole global batches, one maker call each."""
     makers = {spec.name: BatchMaker(spec) for spec in specs}
     return [
-        {name: maker.make(step, 0, maker.spec.batch) for name, maker in makers.items()} for step in range(STEPS)
+        {name: maker.make(step, 0, maker.spec.batch) for name, maker in makers.items()}
+        for step in range(STEPS)
     ]
 
 
@@ -50,10 +57,16 @@ def check(steps: list[list[dict[str, list[Batch]]]], truth: list[dict[str, Batch
     for number, want in enumerate(truth):
         for name, whole in want.items():
             parts = [batch for rank in steps for batch in rank[number][name]]
-            assert [(part.start, part.stop) for part in parts][0][0] == 0
-            assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+            assert parts[0].start == 0
+            assert all(a.stop == b.start for a, b in pairwise(parts))
             assert all(part.step == number for part in parts)
-            for field in ("tokens", "used", "row_keys", "sample_ids", *(["images"] if name == "pairs" else [])):
+            for field in (
+                "tokens",
+                "used",
+                "row_keys",
+                "sample_ids",
+                *(["images"] if name == "pairs" else []),
+            ):
                 found = np.concatenate([getattr(part, field) for part in parts])
                 np.testing.assert_array_equal(found, getattr(whole, field))
             for field in ("batch_digest", "order_digest"):
@@ -65,7 +78,11 @@ def check(steps: list[list[dict[str, list[Batch]]]], truth: list[dict[str, Batch
     [(1, 0, None), (1, 1, None), (1, 2, 3), (2, 0, 1), (2, 2, None), (4, 0, 2), (4, 1, 100)],
 )
 def test_ranks_workers_and_micro_batches_do_not_change_a_step(
-    specs: list[StreamSpec], truth: list[dict[str, Batch]], world_size: int, workers: int, micro_batch: int | None
+    specs: list[StreamSpec],
+    truth: list[dict[str, Batch]],
+    world_size: int,
+    workers: int,
+    micro_batch: int | None,
 ) -> None:
     steps = []
     for rank in range(world_size):
@@ -99,7 +116,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
         assert not set(before) & set(loader.worker_pids)
 
 
-def test_signals_of_the_job_do_not_end_workers(specs: list[StreamSpec], truth: list[dict[str, Batch]]) -> None:
+def test_signals_of_the_job_do_not_end_workers(
+    specs: list[StreamSpec], truth: list[dict[str, Batch]]
+) -> None:
     """Ctrl-C and Slurm's warning reach every process; the rank must still get its batches to save at a boundary."""
     with LocalLoader(specs, 0, 1, 1) as loader:
         wait_until(lambda: len(loader.worker_pids) == 1)
@@ -231,16 +250,16 @@ def test_close_leaves_no_process(specs: list[StreamSpec]) -> None:
         next(loader.steps(0, 1))
 
 
-SCRIPT = """
+SCRIPT = f"""
 import json, sys, time
 from data_pipeline.loader import LocalLoader
 from data_pipeline.spec import SourceSpec, StreamSpec
-loader = LocalLoader([StreamSpec("text", 4, {"t": SourceSpec(sys.argv[1])}, batch=4, length=%d)], 0, 1, 2)
+loader = LocalLoader([StreamSpec("text", 4, {{"t": SourceSpec(sys.argv[1])}}, batch=4, length={LENGTH})], 0, 1, 2)
 next(loader.steps(0, 5))
 print(json.dumps(loader.worker_pids), flush=True)
 if sys.argv[2] == "stay":
     time.sleep(60)
-""" % LENGTH
+"""
 
 
 @pytest.mark.parametrize("way", ["stay", "leave"])
@@ -268,10 +287,13 @@ def test_rows_of_ranks_tile_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "world_size", "nearest"), [(10, 4, "8 or 12"), (11, 4, "12 or 8"), (9, 4, "8 or 12"), (3, 4, "4")]
+    ("batch", "world_size", "nearest"),
+    [(10, 4, "8 or 12"), (11, 4, "12 or 8"), (9, 4, "8 or 12"), (3, 4, "4")],
 )
 def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch: int, world_size: int, nearest: str) -> None:
-    with pytest.raises(UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest that can: {nearest}$"):
+    with pytest.raises(
+        UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest that can: {nearest}$"
+    ):
         rows_of(0, world_size, batch)
 
 

@@ -44,7 +44,11 @@ def test_clip_rows_are_open_clips(shared) -> None:
         np.testing.assert_array_equal(rows, peer(captions, context_length=length).numpy())
     for caption in captions:
         assert ours.decode(ours.encode(caption)) == peer.decode(peer.encode(caption)).strip()
-    assert (ours.vocab_size, ours.start_id, ours.end_id) == (peer.vocab_size, peer.sot_token_id, peer.eot_token_id)
+    assert (ours.vocab_size, ours.start_id, ours.end_id) == (
+        peer.vocab_size,
+        peer.sot_token_id,
+        peer.eot_token_id,
+    )
 
 
 def test_clip_tokens_need_no_torch() -> None:
@@ -132,7 +136,7 @@ def test_missing_and_wrong_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*no tokenizer\.json.*dromos data prepare"):
         load_tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         load_tokenizer(str(tmp_path))
     folder = write_tokenizer(tmp_path / "wrong")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</nope>"}')

@@ -74,14 +74,16 @@ def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> N
 
 
 def test_order_digest_is_blind_to_content_and_batch_digest_is_not(spec: StreamSpec, tmp_path: Path) -> None:
-    clean = dataclasses.replace(spec, sources={"mixed": SourceSpec(str(write_source(tmp_path / "m", COUNTS)))})
+    clean = dataclasses.replace(
+        spec, sources={"mixed": SourceSpec(str(write_source(tmp_path / "m", COUNTS)))}
+    )
     differs = 0
     for step in range(STEPS):
         bad, good = BatchMaker(spec).make(step, 0, BATCH), BatchMaker(clean).make(step, 0, BATCH)
         assert bad.order_digest == good.order_digest
         assert (bad.batch_digest != good.batch_digest) == bool(bad.skipped)
         differs += bool(bad.skipped)
-    assert 0 < differs
+    assert differs > 0
 
 
 def totals(batches: list[Batch]) -> tuple[int, int, Counter[str], set[tuple[int, str]]]:
@@ -124,7 +126,9 @@ def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
 def test_a_packed_stream_on_pairs_says_what_it_expects(tmp_path: Path) -> None:
     source = write_source(tmp_path / "pairs", [3])
     spec = StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=2, length=LENGTH)
-    with pytest.raises(UserError, match=r"missing tokens.*Expected of every sample: npy with 8 packed tokens"):
+    with pytest.raises(
+        UserError, match=r"missing tokens.*Expected of every sample: npy with 8 packed tokens"
+    ):
         BatchMaker(spec).check()
 
 
@@ -165,7 +169,9 @@ def test_lasting_io_errors_stop_with_the_url(
 
     maker = BatchMaker(spec)
     monkeypatch.setattr(ShardReader, "read", broken)
-    with pytest.raises(ReadError, match=r"mixed/0000\d\.tar, sample \d+: not readable after 3 tries.*reset by peer"):
+    with pytest.raises(
+        ReadError, match=r"mixed/0000\d\.tar, sample \d+: not readable after 3 tries.*reset by peer"
+    ):
         maker.make(0, 0, BATCH)
 
 
