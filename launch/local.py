@@ -65,7 +65,7 @@ def run(job: Job, recipe: Recipe, console: Console, rank_command: RankCommand | 
         if any(stage.loader == "ray" for stage in todo):
             from launch.ray_head import ray_for_job
 
-            environ |= stack.enter_context(ray_for_job(job, recipe, environ))
+            environ |= stack.enter_context(ray_for_job(job, environ))
 
         def start(stage: StageJob) -> LocalGroup:
             return LocalGroup(

@@ -62,6 +62,8 @@ def render(job: Job) -> str:
         setup=cluster.setup,
         python=shlex.quote(job.python),
         recipe=job.copy_of_recipe,
+        run_folder=str(job.folder),
+        own_ray=_own_ray(job, cluster) if any(stage.loader == "ray" for stage in job.stages) else None,
         stages=[_stage(job, stage, cluster) for stage in job.stages],
     )
 
@@ -132,6 +134,20 @@ def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
     }
 
 
+def _own_ray(job: Job, cluster: SlurmCluster) -> str:
+    """The step that keeps one Ray node on each node, beside the ranks."""
+    srun = {
+        "nodes": job.nodes,
+        "ntasks": job.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": cluster.cpus_per_rank,
+        "output": f"{_pattern(job.folder)}/ray-%j-%t.log",
+        "open-mode": "append",
+    }
+    flags = [f"--{name}={value}" for name, value in srun.items()]
+    return shlex.join(["srun", "--overlap", *flags, job.python, "-m", "launch.ray_node", "run"])
+
+
 def _pattern(path: Path) -> str:
     """A path in which Slurm is to expand nothing."""
     return str(path).replace("%", "%%")
@@ -148,11 +164,6 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     if shutil.which("sbatch") is None:
         raise UserError(
             "--on slurm: there is no sbatch on this machine; submit from a login node, or see --dry-run"
-        )
-    if any(stage.loader == "ray" for stage in job.stages) and "RAY_ADDRESS" not in {**os.environ, **job.env}:
-        raise UserError(
-            "loader.backend: ray in a Slurm job needs the address of a Ray cluster: set RAY_ADDRESS, in the "
-            "environment or under env: in the cluster file; or read with loader.backend=local"
         )
     open_run(job, recipe)
     script = job.folder / "job.sbatch"

@@ -44,6 +44,10 @@ def node_address(shown: str) -> str:
     return found[1]
 
 
+def node_address_of(name: str) -> str:
+    return node_address(_scontrol("show", "node", name))
+
+
 def ports(job_id: int) -> list[int]:
     """Ports to try, in order: other for another job, so that jobs that share a node rarely meet."""
     return [FIRST_PORT + (job_id + attempt * 997) % PORTS for attempt in range(TRIES)]
@@ -66,7 +70,7 @@ def first_free(candidates: list[int]) -> int:
 def meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
     """Address of the job's first node, which is the one that runs the batch script, and a free port on it."""
     names = _scontrol("show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
-    return node_address(_scontrol("show", "node", names[0])), first_free(ports(int(environ["SLURM_JOB_ID"])))
+    return node_address_of(names[0]), first_free(ports(int(environ["SLURM_JOB_ID"])))
 
 
 def _scontrol(*arguments: str) -> str:

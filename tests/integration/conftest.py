@@ -48,7 +48,7 @@ class Demo:
 
     def run(self, run: str, *flags: str, env: dict[str, str] | None = None) -> tuple[int, str]:
         process = self.start(self.command(run, *flags), env)
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def stage(self, run: str) -> Path:
@@ -76,7 +76,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         (folder / "data").symlink_to(ROOT / "data")
     else:
         prepare = [sys.executable, "-m", "launch.cli", "data", "prepare", str(RECIPE)]
-        subprocess.run(prepare, cwd=folder, check=True, timeout=280)
+        subprocess.run(prepare, cwd=folder, check=True, timeout=600)
     return Demo(folder)
 
 

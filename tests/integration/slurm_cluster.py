@@ -136,7 +136,20 @@ class SlurmCluster:
             f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(found)
         )
 
+    def end_jobs(self) -> None:
+        """slurmstepd outlives slurmd, and tasks with it."""
+        jobs = self.command("squeue", "--noheader", "--format=%i", check=False).stdout.split()
+        for flags in (["--signal=KILL", "--full"], []):
+            for job in jobs:
+                self.command("scancel", *flags, job, check=False)
+        deadline = time.monotonic() + 15
+        while jobs and time.monotonic() < deadline:
+            jobs = self.command("squeue", "--noheader", "--format=%i", check=False).stdout.split()
+            time.sleep(0.2)
+
     def stop(self) -> None:
+        if self.daemons:
+            self.end_jobs()
         for process in reversed(self.daemons):
             process.terminate()
         for process in self.daemons:

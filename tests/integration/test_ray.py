@@ -17,7 +17,7 @@ import pytest
 from launch.process import free_port
 from tests.integration.conftest import STEPS, Demo
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 STORE = 100 * 2**20
 
 
@@ -102,7 +102,7 @@ def test_two_nodes_through_a_stop_equal_local(
     def logs() -> str:
         return f"{client.get_job_status(job[1])}\n{client.get_job_logs(job[1])}\n{demo.logs('ray')}"
 
-    wait_until(lambda: demo.steps("ray") >= 5, 150, logs)
+    wait_until(lambda: demo.steps("ray") >= 5, 240, logs)
     client.stop_job(job[1])
     wait_until(lambda: client.get_job_status(job[1]).is_terminal(), 60, logs)
     assert client.get_job_status(job[1]).value == "STOPPED", logs()
@@ -119,7 +119,7 @@ def test_two_nodes_through_a_stop_equal_local(
 def test_a_killed_rank_is_named_and_fails_the_job(demo: Demo, cluster: RayCluster) -> None:
     flags = ("--on", "ray", "--nodes", "2", "--cluster", cluster.file, "--wait")
     process = demo.start(demo.command("killed", *flags), cluster.env)
-    wait_until(lambda: demo.steps("killed") >= 1, 150, lambda: demo.logs("killed"))
+    wait_until(lambda: demo.steps("killed") >= 1, 240, lambda: demo.logs("killed"))
     victim, other = rank_process(1, "killed"), rank_process(0, "killed")
     assert victim
     assert other

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.conftest import STEPS, Demo
 from tests.integration.slurm_cluster import SlurmCluster, missing_programs
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +65,21 @@ def test_two_nodes_through_a_signal_equal_local(
     def logs() -> str:
         return f"{state(slurm, job)}\n{demo.logs('slurm')}\n{slurm.logs()}"
 
-    wait_until(lambda: demo.steps("slurm") >= 5, 120, logs)
+    wait_until(lambda: demo.steps("slurm") >= 5, 240, logs)
     slurm.command("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: state(slurm, job) == "PENDING", 60, logs)
     stopped = demo.steps("slurm")
     assert 5 <= stopped < STEPS, logs()
     assert (demo.stage("slurm") / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists()
-    slurm.command(
-        "scontrol", "update", f"jobid={job}", "starttime=now"
-    )  # Slurm holds what it requeued for 2 min
-    wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 180, logs)
+    # Slurm holds what it queued again for two minutes; but slurmd takes a start within a second of the end for the
+    # run that it has just killed.
+    time.sleep(3)
+    slurm.command("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 300, logs)
     assert state(slurm, job) == "COMPLETED", logs()
     assert "goes on after step" in (demo.stage("slurm") / "logs" / "rank_0.log").read_text()
     assert demo.rows("slurm") == local
-    nodes = {name: (demo.stage("slurm") / "logs" / f"{name}.log").exists() for name in ("rank_0", "rank_1")}
-    assert all(nodes.values())
+    assert (demo.stage("slurm") / "logs" / "rank_1.log").exists()
 
 
 def test_wait_reports_the_end_and_a_done_stage_is_not_run_again(
@@ -105,7 +105,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(
     def logs() -> str:
         return f"{state(slurm, job)}\n{demo.logs('cancelled')}"
 
-    wait_until(lambda: demo.steps("cancelled") >= 2, 120, logs)
+    wait_until(lambda: demo.steps("cancelled") >= 2, 240, logs)
     slurm.command("scancel", job)
     wait_until(lambda: not slurm.command("squeue", "--noheader").stdout.strip(), 60, logs)
     assert state(slurm, job) == "CANCELLED", logs()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,14 @@ def test_captured_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -
     assert '"OMP_NUM_THREADS": "3"' in text
     assert "hush" not in text
     assert '"torch": "' in text
+
+
+@pytest.mark.parametrize("on", ["local", "slurm", "ray"])
+def test_the_launcher_is_light(recipe: Path, on: str) -> None:
+    code = (
+        "import sys; from launch.run import run; "
+        f"run({str(recipe)!r}, on={on!r}, ranks_per_node=2, dry_run=True); import launch.local, launch.slurm; "
+        "print([name for name in ('torch', 'ray', 'deepspeed', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -53,7 +53,6 @@ def test_ray_ends_with_the_job(recipe: Path, ending: str, monkeypatch: pytest.Mo
 
 
 def test_a_named_cluster_is_used(recipe: Path) -> None:
-    loaded = load_recipe(recipe)
-    job = make_job(loaded, str(recipe))
-    with ray_head.ray_for_job(job, loaded, {"RAY_ADDRESS": "head:6379"}) as env:
+    job = make_job(load_recipe(recipe), str(recipe))
+    with ray_head.ray_for_job(job, {"RAY_ADDRESS": "head:6379"}) as env:
         assert env == {"RAY_ADDRESS": "head:6379"}

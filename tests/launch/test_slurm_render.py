@@ -98,6 +98,14 @@ def test_whatever_stands_in_a_name_reaches_the_rank_as_it_is(tmp_path: Path) -> 
     assert not list(tmp_path.rglob("pwned"))
 
 
+def test_a_loader_on_ray_gets_a_ray_of_the_job() -> None:
+    assert "ray" not in render(JOB)
+    script = render(replace(JOB, stages=(StageJob("masked", "train", 5, "ray"),)))
+    assert "srun --overlap --nodes=2 --ntasks=2" in script
+    assert 'if [ -z "${RAY_ADDRESS:-}" ]; then' in script
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+
+
 def test_sbatch_options_that_cannot_be_quoted_are_refused() -> None:
     with pytest.raises(UserError, match="--job-name="):
         render(replace(JOB, name='fl"ip'))
