@@ -68,7 +68,6 @@ FEATURES: tuple[Feature, ...] = (
         lambda s: s.model.llm is not None and s.model.llm.init is not None,
         "a language model from elsewhere (write model.llm.config for a new one)",
     ),
-    Feature(("continue",), lambda s: s.continue_ is not None, "continuing another stage with its optimizer"),
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
         ("data",),

@@ -28,6 +28,8 @@ class Rows:
     """int64 `[rows]`, equal for the same sample."""
     keys: Tensor
     """int64 `[rows]`, the key of the row's randomness."""
+    longest: int
+    """Tokens of the longest row: columns from here on are padding."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -47,4 +49,5 @@ def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
         weights=torch.from_numpy(batch.weights.astype(np.float32)).to(device),
         sample_ids=torch.from_numpy(batch.sample_ids.view(np.int64)).to(device),
         keys=torch.from_numpy(batch.row_keys.view(np.int64)).to(device),
+        longest=max(2, int(batch.used.max(initial=0))),
     )

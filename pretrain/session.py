@@ -12,9 +12,11 @@ import yaml
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
-from pretrain import checkpoint, metrics
+from pretrain import metrics
 from pretrain.build import build, stage_tokenizer
-from pretrain.engine import Engine, start
+from pretrain.continuing import Start, check_length, find_start, same_order
+from pretrain.engine import Engine
+from pretrain.engine import start as join
 from pretrain.engine import stop as leave
 from pretrain.evaluate.suite import evaluate, flat
 from pretrain.identity import check_run_folder
@@ -51,7 +53,7 @@ class Session:
         self.flag = flag
         if stage.engine.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.runtime = start()
+        self.runtime = join()
         world_size_check(stage, self.runtime.world_size)
         if stage.objective.kind == "flip":
             check_micro_batch(stage, self.runtime.world_size)
@@ -64,14 +66,17 @@ class Session:
         stage, runtime = self.stage, self.runtime
         began = time.monotonic()
         frozen_path = self.folder / "frozen.safetensors"
-        done = checkpoint.complete_steps(self.folder / "checkpoints")
-        resume = done[-1] if done else None
-        kept = frozen_path if resume is not None else None
+        start = find_start(stage, self.folder, runtime.world_size)
+        kept = start.frozen if start is not None else None
         objective, described = build(stage, self.name, self.seed, self.run_dir, kept)
         specs = stage_specs(stage, self.seed, self.name, objective.streams)
+        if start is not None and stage.continue_ is not None:
+            specs = same_order(specs, start.state["order"], stage.continue_)
         makers = {spec.name: BatchMaker(spec) for spec in specs}
         plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
-        self.load_weights(objective, resume, frozen_path)
+        if start is not None:
+            check_length(start, stage, self.folder, plan.total)
+        self.load_weights(objective, start)
         engine = Engine(
             objective.model,
             stage.engine.zero,
@@ -82,11 +87,14 @@ class Session:
             stage.optimizer.clip,
             runtime,
         )
-        first = 0
-        if resume is not None:
-            first = self.resume(engine, makers, resume)
-        elif runtime.rank == 0:
-            self.begin(objective, described, frozen_path)
+        if start is not None:
+            self.resume(engine, makers, start)
+        if runtime.rank == 0:
+            if start is None or start.checkpoint.parent.parent != self.folder:
+                self.begin(objective, described, frozen_path)
+            else:
+                self.go_on(start.step)
+        first = start.step if start is not None else 0
         tokenizer = stage_tokenizer(stage)
 
         def figures() -> dict[str, Any]:
@@ -94,7 +102,7 @@ class Session:
             return flat(evaluate(objective, engine, stage, tokenizer, runtime))
 
         def order_state(step: int) -> dict[str, Any]:
-            return {name: maker.state(step) for name, maker in makers.items()}
+            return {name: maker.order.state(step, maker.fingerprints) for name, maker in makers.items()}
 
         loader = self.loader(specs)
         self.trainer = Trainer(
@@ -122,10 +130,10 @@ class Session:
             hours=stage.train.hours,
         )
 
-    def load_weights(self, objective: Any, resume: int | None, frozen: Path) -> None:
-        """`init` gives weights to a new stage; a resumed one takes its frozen tensors from its own folder."""
-        if resume is not None:
-            tensors, _ = read_frozen(frozen)
+    def load_weights(self, objective: Any, start: Start | None) -> None:
+        """`init` gives weights to a new stage; one that goes on takes the frozen tensors beside its checkpoint."""
+        if start is not None:
+            tensors, _ = read_frozen(start.frozen)
             own = dict(objective.model.named_parameters())
             with torch.no_grad():
                 for name, tensor in tensors.items():
@@ -149,20 +157,19 @@ class Session:
         for name in ("metrics.jsonl", "bad_samples.jsonl", "result.json"):
             (self.folder / name).unlink(missing_ok=True)
 
-    def resume(self, engine: Engine, makers: dict[str, BatchMaker], step: int) -> int:
-        """Load the newest complete checkpoint and cut the logs at its step."""
-        path = self.folder / "checkpoints" / checkpoint.tag_of(step)
-        state = checkpoint.verify(path)
+    def resume(self, engine: Engine, makers: dict[str, BatchMaker], start: Start) -> None:
+        """Load a checkpoint whose data are those of now."""
         for name, maker in makers.items():
-            maker.check_state(state["order"][name])
-        engine.load(path.parent, path.name)
-        if self.runtime.rank == 0:
-            metrics.cut(self.folder / "metrics.jsonl", step)
-            metrics.cut(self.folder / "bad_samples.jsonl", step)
-            record = self.folder / "resolved.yaml"
-            record.write_text(yaml.safe_dump(stage_record(self.recipe, self.name), sort_keys=False))
-            print(f"dromos: {self.name} goes on after step {step}", flush=True)
-        return step
+            maker.order.check_state(start.state["order"][name], maker.fingerprints)
+        engine.load(start.checkpoint.parent, start.checkpoint.name)
+
+    def go_on(self, step: int) -> None:
+        """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
+        metrics.cut(self.folder / "metrics.jsonl", step)
+        metrics.cut(self.folder / "bad_samples.jsonl", step)
+        record = self.folder / "resolved.yaml"
+        record.write_text(yaml.safe_dump(stage_record(self.recipe, self.name), sort_keys=False))
+        print(f"dromos: {self.name} goes on after step {step}", flush=True)
 
     def loader(self, specs: list[Any]) -> Any:
         settings = self.stage.loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -39,4 +40,4 @@ def shuffled_images(rows: Rows) -> Rows:
     real = int((rows.weights > 0).sum())
     order = torch.arange(len(rows), device=rows.tokens.device)
     order[:real] = torch.roll(order[:real], 1)
-    return Rows(rows.images[order], rows.tokens, rows.used, rows.weights, rows.sample_ids, rows.keys)
+    return replace(rows, images=rows.images[order])

@@ -32,7 +32,7 @@ def token_nll(
     with torch.no_grad():
         for rows, made in passes(EvaluationMaker(spec), spec, image, runtime):
             shown = shuffled_images(rows) if shuffle else rows
-            nll = forward(tokens=rows.tokens, used=rows.used, features=objective.features(shown))
+            nll = objective.token_nll(forward, shown)
             total[0] += (nll.double() * (rows.weights > 0)).sum()
             total[1] += loss_tokens(made)
     nats, tokens = summed(total).tolist()

@@ -37,8 +37,12 @@ class Sphinx:
         with torch.no_grad():
             return self.tower(rows.images)
 
+    def token_nll(self, forward: Forward, rows: Rows) -> Tensor:
+        """Summed negative log-likelihood of each row, `[rows]`; columns that are padding in every row are left out."""
+        return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, features=self.features(rows))
+
     def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
-        nll = forward(tokens=rows.tokens, used=rows.used, features=self.features(rows))
+        nll = self.token_nll(forward, rows)
         mean = (nll * (rows.weights > 0)).sum() / count
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
 

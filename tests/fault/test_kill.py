@@ -1,0 +1,123 @@
+"""kill -9 of a training at three kinds of instants: the log ends up as that of the undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+pytestmark = pytest.mark.dist
+STEPS = 24
+
+
+def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli", "run", str(recipe), "--ranks-per-node", "2", *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(recipe: Path, *overrides: str) -> None:
+    process = start(recipe, *overrides)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+
+
+def kill_when(recipe: Path, seen: Callable[[], bool]) -> None:
+    """Start the training and kill its launcher with SIGKILL at the first moment `seen` holds."""
+    process = start(recipe)
+    deadline = time.monotonic() + 200
+    while not seen():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "never saw the moment to kill at"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    wait_until_gone(str(recipe))
+
+
+def wait_until_gone(word: str) -> None:
+    """No rank may outlive its launcher: every process that names the recipe must be gone in seconds."""
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid, line in command_lines() if word in line]:
+        assert time.monotonic() < deadline, f"still alive after the launcher was killed: {alive}"
+        time.sleep(0.05)
+
+
+def command_lines() -> list[tuple[int, str]]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if line:
+                found.append((int(entry.name), line))
+    return found
+
+
+def metrics(stage: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row.pop("time")
+    return rows
+
+
+def logged(stage: Path) -> int:
+    """Steps of the last whole line."""
+    path = stage / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
+    tiny.make_data(tmp_path)
+    flip = tiny.write_recipe(tmp_path / "flip.yaml", tiny.flip_recipe(tmp_path, train={"steps": 1}))
+    finish(flip)
+    changes = {
+        "train": {"steps": STEPS}, "engine": {"zero": 2}, "loader": {"workers": 1},
+        "eval": {"every": 8, "batch": 8, "perplexity": {
+            "text": {"path": str(tmp_path / "text"), "length": tiny.LENGTH},
+            "pairs": {"path": str(tmp_path / "pairs"), "stream": "captions"}}},
+    }  # fmt: skip
+    undisturbed = tiny.sphinx_recipe(tmp_path, **changes)
+    finish(tiny.write_recipe(tmp_path / "undisturbed.yaml", undisturbed))
+    disturbed = undisturbed | {"run": undisturbed["run"] | {"name": "killed", "dir": str(tmp_path / "runs/killed")}}
+    recipe = tiny.write_recipe(tmp_path / "killed.yaml", disturbed)
+    stage = tmp_path / "runs" / "killed" / "main"
+
+    kill_when(recipe, lambda: logged(stage) >= 7)  # the log is ahead of the newest checkpoint
+    assert newest(stage) == 5
+
+    kill_when(recipe, lambda: (stage / "checkpoints" / "step_00000010.tmp").exists())  # inside a save
+    assert newest(stage) in (5, 10)
+
+    seen: list[float] = []
+
+    def later() -> bool:
+        if logged(stage) >= 12 and not seen:
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] > 0.02  # somewhere between two lines
+
+    kill_when(recipe, later)
+    finish(recipe)
+    assert metrics(stage) == metrics(tmp_path / "runs" / "sphinx" / "main")
+    assert json.loads((stage / "result.json").read_text())["step"] == STEPS
+
+
+def newest(stage: Path) -> int:
+    complete = [p.parent.name for p in (stage / "checkpoints").glob("step_*/COMPLETE")]
+    return max((int(name.removeprefix("step_")) for name in complete), default=0)
