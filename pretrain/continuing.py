@@ -1,0 +1,73 @@
+"""`continue: X`: a stage that takes over everything of another one: weights, optimizer, step count, data position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.spec import StreamSpec
+from pretrain import checkpoint
+from pretrain.address import locate
+from pretrain.recipe import TrainStage
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training goes on: a complete checkpoint, its state.json, and the frozen tensors beside it."""
+
+    checkpoint: Path
+    step: int
+    state: dict[str, Any]
+    frozen: Path
+
+
+def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None:
+    """The newest complete checkpoint of the stage's own `folder`, else of the stage that it continues.
+
+    None for a stage that begins at step 0. Raises UserError for an address without optimizer state, or one that
+    was trained with another world size or ZeRO stage.
+    """
+    own = checkpoint.complete_steps(folder / "checkpoints")
+    if own:
+        path = folder / "checkpoints" / checkpoint.tag_of(own[-1])
+        return Start(path, own[-1], checkpoint.verify(path), folder / "frozen.safetensors")
+    if stage.continue_ is None:
+        return None
+    found = locate(stage.continue_, folder.parent)
+    if found.kind != "checkpoint" or found.stage_dir is None or found.step is None:
+        raise UserError(
+            f"continue: {stage.continue_}: is no stage that was trained here, so there is no optimizer state to go on "
+            f"with; take its weights alone with init: {stage.continue_}"
+        )
+    path = Path(found.path)
+    state = checkpoint.verify(path)
+    for key, now in (("world_size", world_size), ("zero", stage.engine.zero)):
+        if state.get(key) != now:
+            raise UserError(
+                f"continue: {stage.continue_}: {path} was saved with {key} {state.get(key)}, this is {now}; "
+                "changing it is not available yet: use the same, or take the weights alone with "
+                f"init: {stage.continue_}"
+            )
+    return Start(path, found.step, state, found.stage_dir / "frozen.safetensors")
+
+
+def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> None:
+    """UserError when a stage that continues another one would have nothing left to do."""
+    if start.checkpoint.parent.parent != folder and start.step >= total:
+        raise UserError(
+            f"continue: {stage.continue_}: is at step {start.step} already, and this stage ends at step {total}; steps "
+            f"count from the beginning of {stage.continue_}, so write a longer train"
+        )
+
+
+def same_order(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:
+    """The streams with the seeds of the checkpoint's order: the data goes on where the other stage left it."""
+    if {spec.name for spec in specs} != set(order):
+        raise UserError(
+            f"continue: {address}: it was trained on the streams {', '.join(sorted(order))}, this stage has "
+            f"{', '.join(sorted(spec.name for spec in specs))}; take the weights alone with init: {address}"
+        )
+    return [replace(spec, seed=int(order[spec.name]["seed"], 16)) for spec in specs]

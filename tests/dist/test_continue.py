@@ -1,0 +1,79 @@
+"""`continue: X` takes everything: the continued training is the uninterrupted one, in order, optimizer and schedule."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from data_pipeline.spec import SourceSpec, StreamSpec
+from pretrain.continuing import check_length, find_start, same_order
+from pretrain.recipe import TrainStage
+from pretrain.recipe_load import load_recipe
+from tests import tiny
+
+pytestmark = pytest.mark.dist
+
+
+def run(recipe: Path, stages: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "run",
+        str(recipe),
+        "--ranks-per-node",
+        "1",
+        "--stage",
+        stages,
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def rows(stage: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+
+
+def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    tiny.make_data(tmp_path)
+    stages = {
+        "whole": {},
+        "rest": {"continue": "whole@4", "train": {"steps": 6}},
+        "longer": {"continue": "rest"},
+    }
+    schedule = {"kind": "constant", "warmup": 3}
+    sections = tiny.flip_recipe(
+        tmp_path, train={"steps": 8}, schedule=schedule, checkpoint={"every": 2, "keep": 9}, stages=stages
+    )
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", sections)
+    folder = tmp_path / "runs" / "flip"
+    run(recipe, "whole,rest,longer")
+
+    whole = rows(folder / "whole")
+    assert [row["step"] for row in whole] == list(range(1, 9))
+    assert rows(folder / "rest") == whole[4:6]
+    assert rows(folder / "longer") == whole[6:]  # the first stage's order holds along the chain
+
+    stage = load_recipe(recipe).stages["rest"]
+    assert isinstance(stage, TrainStage)
+    start = find_start(stage, folder / "new", 1)
+    assert start is not None
+    assert start.step == 4
+    own = find_start(stage, folder / "rest", 1)
+    assert own is not None
+    assert own.step == 6  # its own checkpoint comes before the other's
+    with pytest.raises(UserError, match="saved with world_size 1, this is 2"):
+        find_start(stage, folder / "new", 2)
+    with pytest.raises(UserError, match="is at step 4 already"):
+        check_length(start, stage, folder / "new", 4)
+    with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):
+        same_order([StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, length=9)], start.state["order"], "whole@4")
