@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -136,11 +136,9 @@ def evaluate(
       dromos eval runs/demo/flip/tuned
       dromos eval runs/demo/sphinx/real@80 --shuffle
     """
-    import json
-
     from pretrain.evaluate.weights import evaluate_weights
 
-    typer.echo(json.dumps(evaluate_weights(weights, shuffle), indent=2))
+    typer.echo(as_json(evaluate_weights(weights, shuffle)))
 
 
 @app.command()
@@ -222,6 +220,22 @@ def list_runs(
 def split_stages(stage: list[str] | None) -> list[str] | None:
     """`--stage a,b --stage c` -> [a, b, c]."""
     return [name.strip() for item in stage for name in item.split(",")] if stage else None
+
+
+def as_json(values: Any, indent: str = "") -> str:
+    """Indented JSON in which a list without lists or maps in it stands on one line."""
+    import json
+
+    inner = indent + "  "
+    if isinstance(values, dict) and values:
+        lines = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {as_json(value, inner)}"
+            for key, value in values.items()
+        ]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(values, list) and any(isinstance(value, list | dict) for value in values):
+        return "[\n" + ",\n".join(inner + as_json(value, inner) for value in values) + f"\n{indent}]"
+    return json.dumps(values, ensure_ascii=False)
 
 
 def version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import UserError
-from launch.cli import app, split_stages
+from launch.cli import app, as_json, split_stages
 from launch.status import find_runs
 from pretrain.recipe_load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
@@ -215,6 +215,13 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, monkeypatch: pytest
     assert done.stdout.count(f"train {recipe} --stage masked train.steps=5") == 2
     assert done.stdout.count(f"train {recipe} --stage tuned train.steps=5") == 2
     assert contents(tmp_path) == before
+
+
+def test_figures_are_printed_as_json_with_flat_lists_on_one_line() -> None:
+    values = {"top1": 0.5, "confusion": [[1, 2], [3, 4]], "names": ["a, b", 'c  "d" ]', "[é]"], "none": {}}
+    text = as_json(values)
+    assert json.loads(text) == values
+    assert "    [3, 4]" in text.splitlines()
 
 
 def test_stages_are_split() -> None:
