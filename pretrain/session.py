@@ -19,7 +19,7 @@ from pretrain.engine import Engine
 from pretrain.engine import start as join
 from pretrain.engine import stop as leave
 from pretrain.evaluate.suite import evaluate, flat
-from pretrain.identity import check_run_folder
+from pretrain.identity import check_run_folder, compare_free, read_record
 from pretrain.lengths import length_steps, total_steps
 from pretrain.lock import FolderLock
 from pretrain.objectives.flip import check_micro_batch
@@ -73,6 +73,8 @@ class Session:
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
         makers = {spec.name: BatchMaker(spec) for spec in specs}
+        for maker in makers.values():
+            maker.check()  # a tar without images is found here, before anything is written
         plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
         if start is not None:
             check_length(start, stage, self.folder, plan.total)
@@ -104,7 +106,7 @@ class Session:
         def order_state(step: int) -> dict[str, Any]:
             return {name: maker.order.state(step, maker.fingerprints) for name, maker in makers.items()}
 
-        loader = self.loader(specs)
+        loader = self.loader(specs, makers)
         self.trainer = Trainer(
             stage, self.folder, objective, engine, loader, plan, runtime, self.flag, order_state, figures
         )
@@ -167,11 +169,14 @@ class Session:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
         metrics.cut(self.folder / "metrics.jsonl", step)
         metrics.cut(self.folder / "bad_samples.jsonl", step)
-        record = self.folder / "resolved.yaml"
-        record.write_text(yaml.safe_dump(stage_record(self.recipe, self.name), sort_keys=False))
+        record = stage_record(self.recipe, self.name)
+        changed = compare_free(read_record(self.folder) or record, record)
+        (self.folder / "resolved.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
         print(f"dromos: {self.name} goes on after step {step}", flush=True)
+        for line in changed:
+            print(f"dromos: changed since it was saved: {line}", flush=True)
 
-    def loader(self, specs: list[Any]) -> Any:
+    def loader(self, specs: list[Any], makers: dict[str, BatchMaker]) -> Any:
         settings = self.stage.loader
         given = (
             specs,
@@ -179,6 +184,7 @@ class Session:
             self.runtime.world_size,
             settings.workers,
             self.stage.train.micro_batch,
+            makers,
         )
         if settings.backend == "ray":
             from data_pipeline.ray_serve import RayLoader
