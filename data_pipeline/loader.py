@@ -20,7 +20,7 @@ class Loader:
     """What local and Ray loaders share. A step's batches do not depend on who makes them, nor on what came before.
 
     Opening it reads one sample of every source, so that a source without images ends here in a UserError.
-    makers: stream -> BatchMaker, for its order, manifests and tokenizer; handed in, no source is opened twice
+    makers: stream -> BatchMaker, for its order, manifests and tokenizer; those handed in are taken as checked
     wait_seconds: how long the caller waited for the step that was yielded last
     """
 
@@ -40,9 +40,11 @@ class Loader:
         self.workers = workers
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
-        self.makers = dict(makers or {spec.name: BatchMaker(spec) for spec in self.specs})
-        for maker in self.makers.values():
-            maker.check()
+        self.makers = dict(makers or {})
+        if makers is None:
+            self.makers = {spec.name: BatchMaker(spec) for spec in self.specs}
+            for maker in self.makers.values():
+                maker.check()
         self._pool: Pool = self._open()
 
     def _open(self) -> Pool:

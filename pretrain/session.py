@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
+from data_pipeline.storage import publish
 from pretrain import metrics
 from pretrain.build import build, stage_tokenizer
 from pretrain.continuing import Start, check_length, find_start, same_order
@@ -25,7 +25,7 @@ from pretrain.lock import FolderLock
 from pretrain.objectives.flip import check_micro_batch
 from pretrain.recipe import Length, TrainStage
 from pretrain.recipe_checks import world_size_check
-from pretrain.recipe_load import load_recipe, run_dir, stage_record
+from pretrain.recipe_load import dump, load_recipe, run_dir, stage_record
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
 from pretrain.streams import stage_specs
@@ -149,15 +149,16 @@ class Session:
 
     def begin(self, objective: Any, described: dict[str, Any], frozen: Path) -> None:
         """What a new stage writes before its first step."""
-        record = stage_record(self.recipe, self.name)
-        partial = self.folder / "resolved.tmp"
-        partial.write_text(yaml.safe_dump(record, sort_keys=False))
-        partial.replace(self.folder / "resolved.yaml")
+        self.write_record()
         tensors = objective.frozen()
         if tensors:
             write_frozen(frozen, tensors, described)
         for name in ("metrics.jsonl", "bad_samples.jsonl", "result.json"):
             (self.folder / name).unlink(missing_ok=True)
+
+    def write_record(self) -> None:
+        """resolved.yaml: what the stage is, for a resume, an evaluation and an export."""
+        publish(self.folder / "resolved.yaml", dump(self.recipe, self.name).encode())
 
     def resume(self, engine: Engine, makers: dict[str, BatchMaker], start: Start) -> None:
         """Load a checkpoint whose data are those of now."""
@@ -169,9 +170,9 @@ class Session:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
         metrics.cut(self.folder / "metrics.jsonl", step)
         metrics.cut(self.folder / "bad_samples.jsonl", step)
-        record = stage_record(self.recipe, self.name)
-        changed = compare_free(read_record(self.folder) or record, record)
-        (self.folder / "resolved.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+        now = stage_record(self.recipe, self.name)
+        changed = compare_free(read_record(self.folder) or now, now)
+        self.write_record()
         print(f"dromos: {self.name} goes on after step {step}", flush=True)
         for line in changed:
             print(f"dromos: changed since it was saved: {line}", flush=True)
