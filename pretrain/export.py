@@ -91,6 +91,9 @@ def _open_clip(objective: Flip, stage: TrainStage, folder: Path) -> None:
     assert stream.image is not None
     assert stream.text is not None
     config = clip_config(stage.model, stream.image, stream.text, stage_tokenizer(stage))
+    if Path(tokenizer_name(stage)).exists():
+        # Any name makes open_clip take the tokenizer that lies in the folder; without one it takes its own BPE.
+        config["text_cfg"]["hf_tokenizer_name"] = "tokenizer.json"
     content = open_clip_config(config, stream.image)
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2))
     state = objective.model.state_dict()

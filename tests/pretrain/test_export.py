@@ -1,0 +1,119 @@
+"""Exported folders in the hands of open_clip and transformers: the same features, the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import UserError
+from pretrain.build import load_trained
+from pretrain.export import export
+from pretrain.rows import Rows, to_device
+from pretrain.streams import stage_specs
+
+CAPTIONS = ["a red square number 7", "a blue square", "a white square number 31 and a word longer than the row " * 3]
+
+
+def some_rows(objective: object, stage: object, stream: str) -> Rows:
+    spec = {s.name: s for s in stage_specs(stage, 3, "main", objective.streams)}[stream]  # type: ignore[attr-defined,arg-type]
+    return to_device(BatchMaker(spec).make(0, 0, 4), stage.data[stream].image, torch.device("cpu"))  # type: ignore[attr-defined]
+
+
+def test_open_clip_gives_the_same_features(tiny_runs: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    address = str(tiny_runs / "runs" / "flip" / "main")
+    folder = export(address, "open_clip", tmp_path / "clip")
+    peer, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    peer.eval()
+    objective, stage = load_trained(address)
+    rows = some_rows(objective, stage, "pairs")
+    with torch.no_grad():
+        ours = objective.model(images=rows.images, tokens=rows.tokens)
+        image, text = peer.encode_image(rows.images, normalize=True), peer.encode_text(rows.tokens, normalize=True)
+    torch.testing.assert_close(ours["image"], image, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours["text"], text, rtol=0, atol=1e-6)
+    assert peer.logit_scale.shape == ()
+    assert peer.logit_scale.exp().item() == pytest.approx(ours["scale"].item(), rel=1e-6)
+    settings = stage.data["pairs"].image
+    assert tuple(preprocess.transforms[-1].mean) == settings.mean
+    assert tuple(preprocess.transforms[-1].std) == settings.std
+
+
+def test_open_clip_tokenizes_as_the_training_did(tiny_runs: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    from data_pipeline.text import caption_row
+    from pretrain.build import stage_tokenizer
+
+    address = str(tiny_runs / "runs" / "flip" / "main")
+    folder = export(address, "open_clip", tmp_path / "clip")
+    _, stage = load_trained(address)
+    tokenizer, length = stage_tokenizer(stage), stage.data["pairs"].text.length
+    peer = open_clip.get_tokenizer(f"local-dir:{folder}", context_length=length)
+    ours = np.stack([caption_row(tokenizer, caption, length)[0] for caption in CAPTIONS])
+    assert peer(CAPTIONS).tolist() == ours.tolist()
+
+
+def test_transformers_gives_the_same_logits(tiny_runs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    address = str(tiny_runs / "runs" / "sphinx" / "main")
+    folder = export(address, "transformers", tmp_path / "llm")
+    peer = AutoModelForCausalLM.from_pretrained(folder)
+    peer.eval()
+    objective, stage = load_trained(address)
+    rows = some_rows(objective, stage, "text")
+    with torch.no_grad():
+        logits = peer(rows.tokens).logits
+        expected = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), rows.tokens[:, 1:].reshape(-1), reduction="none"
+        )
+        found = objective.model(tokens=rows.tokens, used=rows.used)
+        last = objective.model.next_logits(rows.tokens)
+    torch.testing.assert_close(found, expected.view(4, -1).sum(1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(last, logits[:, -1], rtol=0, atol=1e-6)
+    assert (folder / "multimodal.safetensors").exists()
+
+    from pretrain.build import stage_tokenizer
+
+    tokenizer = stage_tokenizer(stage)
+    peer_tokenizer = AutoTokenizer.from_pretrained(folder)
+    for caption in CAPTIONS:
+        assert peer_tokenizer(caption).input_ids == [tokenizer.start_id, *tokenizer.encode(caption)]
+    assert peer_tokenizer.pad_token_id == tokenizer.pad_id
+
+
+def test_the_wrong_format_and_a_used_folder_are_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    flip = str(tiny_runs / "runs" / "flip" / "main")
+    with pytest.raises(UserError, match="--format open_clip"):
+        export(flip, "transformers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "used").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export(flip, "open_clip", tmp_path / "used")
+
+
+def test_images_stand_between_the_start_token_and_the_text(tiny_runs: Path) -> None:
+    """The loss of a caption by brute force: one forward a prefix, the language model called by hand."""
+    objective, stage = load_trained(str(tiny_runs / "runs" / "sphinx" / "main"))
+    rows = some_rows(objective, stage, "captions")
+    model, llm = objective.model, objective.model.llm
+    with torch.no_grad():
+        found = objective.token_nll(model, rows)
+        seen = model.projector(objective.tower(rows.images))
+        assert seen.shape[1] == 17  # class token and 4 x 4 patches
+        for row in range(2):
+            words = llm.get_input_embeddings()(rows.tokens[row])
+            total = 0.0
+            for position in range(1, int(rows.used[row])):
+                prefix = torch.cat(
+                    [words[:1], model.start_image[0], seen[row], model.end_image[0], words[1:position]]
+                )
+                logits = llm(inputs_embeds=prefix[None]).logits[0, -1]
+                total -= torch.log_softmax(logits.double(), 0)[rows.tokens[row, position]].item()
+            assert found[row].item() == pytest.approx(total, rel=1e-5)
