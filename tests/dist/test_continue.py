@@ -18,7 +18,7 @@ from pretrain.recipe import TrainStage
 from pretrain.recipe_load import load_recipe
 from tests import tiny
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 
 def run(recipe: Path, stages: str) -> None:
