@@ -179,9 +179,11 @@ def report(run: RunFolder) -> None:
     from launch.status import run_status
 
     run_status(run)
+    from pathlib import Path
+
     from pretrain.report import write
 
-    typer.echo(f"written: {write(run)}")
+    typer.echo(f"written: {write(Path(run))}")
 
 
 @app.command()
