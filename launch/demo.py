@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,16 @@ class Clock:
 
 
 def train(console: Console, clock: Clock) -> int:
-    """Every stage of both recipes; stops at the first that does not end well."""
+    """Both recipes, every stage in order; `run` skips a stage that is done. Stops at the first that fails."""
     from launch.run import run
 
     for name, recipe in (("flip", FLIP), ("sphinx", SPHINX)):
+        console.print(f"[bold]{name}[/]  {recipe}")
         left = [stage for stage in STAGES[name] if not (ROOT / name / stage / "result.json").exists()]
-        for stage in left:
-            console.print(f"[bold]{name}/{stage}[/]")
-            with clock.part(f"{name}/{stage}"):
-                code = run(recipe, stages=[stage], ranks_per_node=RANKS)
-            if code:
-                return code
-        if not left:
-            console.print(f"{name}: done before, skipped")
+        with clock.part(name) if left else nullcontext():
+            code = run(recipe, ranks_per_node=RANKS)
+        if code:
+            return code
     return 0
 
 
