@@ -87,7 +87,8 @@ def stop() -> None:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors, scalars, norms, biases and single learned tokens do not."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             wide = [side for side in parameter.shape if side > 1]

@@ -1,4 +1,4 @@
-"""Trained weights as a folder that other libraries load unaided: open_clip for FLIP, transformers for the language model."""
+"""Trained weights as a folder that other libraries load unaided: open_clip for FLIP, transformers for LLMs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.build import load_trained, stage_tokenizer, tokenizer_name
@@ -104,7 +104,7 @@ def _open_clip(objective: Flip, stage: TrainStage, folder: Path) -> None:
 
 
 def _transformers(objective: Any, stage: TrainStage, folder: Path) -> None:
-    llm: nn.Module = objective.model.llm
+    llm: Any = objective.model.llm
     llm.save_pretrained(folder)
     rest = {name: t for name, t in objective.model.state_dict().items() if not name.startswith("llm.")}
     if objective.tower is not None:

@@ -43,7 +43,8 @@ class Clip(open_clip.CLIP):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(**config, output_dict=True)
         self.visual.patch_dropout = KeptPatches()
-        self.logit_scale = nn.Parameter(self.logit_scale.detach().reshape(1))
+        scale = dict(self.named_parameters())["logit_scale"]
+        self.logit_scale = nn.Parameter(scale.detach().reshape(1))
 
     @property
     def patches(self) -> int:
@@ -56,12 +57,13 @@ class Clip(open_clip.CLIP):
         """Normalised features and the scale, 1..100, as FLIP clips it.
 
         `images`: float `[rows, 3, size, size]`, normalised. `tokens`: int64 `[rows, length]`. `keep`: int64
-        `[rows, kept]`, the patches that the tower sees; None: all. Returns `image`, `text` `[rows, embed]`, `scale` [1].
+        `[rows, kept]`, the patches that the tower sees; None: all. Returns `image` and `text` `[rows, embed]` and
+        `scale` [1].
         """
         out = {"scale": self.logit_scale.clamp(0, torch.log(torch.tensor(MAX_SCALE)).item()).exp()}
         if images is not None:
             self.visual.patch_dropout.keep = keep
-            out["image"] = F.normalize(self.visual(images), dim=-1)
+            out["image"] = F.normalize(self.visual(images.to(self.visual.conv1.weight.dtype)), dim=-1)
             self.visual.patch_dropout.keep = None
         if tokens is not None:
             out["text"] = self.encode_text(tokens, normalize=True)

@@ -23,9 +23,9 @@ class Multimodal(nn.Module):
     Without `tower_width` it is a plain language model: no projector, no delimiters, no image.
     """
 
-    def __init__(self, llm: nn.Module, tower_width: int | None) -> None:
+    def __init__(self, llm: Any, tower_width: int | None) -> None:
         super().__init__()
-        self.llm = llm
+        self.llm = llm  # a transformers model, whose parts torch.nn.Module does not declare
         hidden = llm.config.hidden_size
         self.projector: Projector | None = None
         if tower_width is not None:

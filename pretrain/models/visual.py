@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ class FrozenTower(nn.Module):
     them from CLIP ViT (llama_ens.py of LLaMA2-Accessory).
     """
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
         self.requires_grad_(False)
@@ -30,7 +32,7 @@ class FrozenTower(nn.Module):
     @property
     def tokens(self) -> int:
         grid = self.visual.grid_size
-        return 1 + grid[0] * grid[1]
+        return 1 + int(grid[0] * grid[1])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

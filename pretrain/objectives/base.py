@@ -27,12 +27,16 @@ class Loss:
 class Objective(Protocol):
     """What the loop knows of a training objective."""
 
-    model: nn.Module
-    """What the engine trains."""
-    streams: tuple[str, ...]
-    """Streams of every step, in the order of their backwards: a function of the recipe alone."""
     main: str
     """The stream whose samples measure the length of the training."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What the engine trains."""
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams of every step, in the order of their backwards: a function of the recipe alone."""
 
     def count(self, stream: str, batch: Batch) -> float:
         """This rank's part of the denominator of the stream's loss."""
