@@ -80,7 +80,14 @@ def flip_recipe(root: Path, **sections: Any) -> dict[str, Any]:
         "data": {"pairs": pairs_stream(root)},
         "model": {
             "embed": 16,
-            "vision": {"width": 32, "layers": 2, "head_width": 16, "patch": 4, "positions": "sincos", "pool": "avg"},
+            "vision": {
+                "width": 32,
+                "layers": 2,
+                "head_width": 16,
+                "patch": 4,
+                "positions": "sincos",
+                "pool": "avg",
+            },
             "text": {"width": 32, "heads": 2, "layers": 1, "causal": True},
         },
         "objective": {"kind": "flip", "image_mask": 0.5},

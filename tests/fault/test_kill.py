@@ -95,7 +95,9 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     }  # fmt: skip
     undisturbed = tiny.sphinx_recipe(tmp_path, **changes)
     finish(tiny.write_recipe(tmp_path / "undisturbed.yaml", undisturbed))
-    disturbed = undisturbed | {"run": undisturbed["run"] | {"name": "killed", "dir": str(tmp_path / "runs/killed")}}
+    disturbed = undisturbed | {
+        "run": undisturbed["run"] | {"name": "killed", "dir": str(tmp_path / "runs/killed")}
+    }
     recipe = tiny.write_recipe(tmp_path / "killed.yaml", disturbed)
     stage = tmp_path / "runs" / "killed" / "main"
 

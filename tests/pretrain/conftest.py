@@ -20,6 +20,8 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_data(root)
     for name, recipe in (("flip", tiny.flip_recipe(root)), ("sphinx", tiny.sphinx_recipe(root))):
         path = tiny.write_recipe(root / f"{name}.yaml", recipe | {"train": {"steps": 3}})
-        done = subprocess.run([sys.executable, "-c", TRAIN, str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, str(path)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return root

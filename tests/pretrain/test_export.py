@@ -15,7 +15,11 @@ from pretrain.export import export
 from pretrain.rows import Rows, to_device
 from pretrain.streams import stage_specs
 
-CAPTIONS = ["a red square number 7", "a blue square", "a white square number 31 and a word longer than the row " * 3]
+CAPTIONS = [
+    "a red square number 7",
+    "a blue square",
+    "a white square number 31 and a word longer than the row " * 3,
+]
 
 
 def some_rows(objective: object, stage: object, stream: str) -> Rows:
@@ -34,7 +38,10 @@ def test_open_clip_gives_the_same_features(tiny_runs: Path, tmp_path: Path) -> N
     rows = some_rows(objective, stage, "pairs")
     with torch.no_grad():
         ours = objective.model(images=rows.images, tokens=rows.tokens)
-        image, text = peer.encode_image(rows.images, normalize=True), peer.encode_text(rows.tokens, normalize=True)
+        image, text = (
+            peer.encode_image(rows.images, normalize=True),
+            peer.encode_text(rows.tokens, normalize=True),
+        )
     torch.testing.assert_close(ours["image"], image, rtol=0, atol=1e-6)
     torch.testing.assert_close(ours["text"], text, rtol=0, atol=1e-6)
     assert peer.logit_scale.shape == ()
