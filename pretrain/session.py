@@ -60,6 +60,7 @@ class Session:
         check_run_folder(self.run_dir, self.recipe, name, self.runtime.world_size)
         if self.runtime.rank == 0:
             self.lock = FolderLock(self.folder)
+        torch.distributed.barrier()  # no rank may look for a checkpoint that a previous writer is still writing
 
     def train(self) -> bool:
         """True when the stage is at its end, False when it saved because it was asked to stop."""
@@ -69,6 +70,8 @@ class Session:
         start = find_start(stage, self.folder, runtime.world_size)
         kept = start.frozen if start is not None else None
         objective, described = build(stage, self.name, self.seed, self.run_dir, kept)
+        if getattr(objective, "tower", None) is not None:
+            objective.tower.to(runtime.device)
         specs = stage_specs(stage, self.seed, self.name, objective.streams)
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
