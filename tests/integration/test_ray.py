@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import tempfile
 import time
@@ -14,57 +13,17 @@ from typing import Any
 
 import pytest
 
-from launch.process import free_port
 from tests.integration.conftest import STEPS, Demo
+from tests.integration.ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-STORE = 100 * 2**20
-
-
-class RayCluster:
-    """Where the job API of a running cluster is, and the environment that a person would use it from."""
-
-    def __init__(self, address: str, env: dict[str, str], file: Path) -> None:
-        self.address, self.env, self.file = address, env, str(file)
-
-    def client(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
-
-        return JobSubmissionClient(self.address)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """Two nodes of one CPU each, with the job API and token authentication."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
-    from ray.cluster_utils import Cluster
-
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # socket paths may have 107 characters
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text("a" * 64)
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }.items():
-        patch.setenv(name, value)
-    patch.delenv("RAY_ADDRESS", raising=False)
-    port = free_port()
-    head = {"num_cpus": 1, "object_store_memory": STORE, "temp_dir": str(folder / "s")}
-    nodes = Cluster(
-        initialize_head=True, head_node_args={**head, "include_dashboard": True, "dashboard_port": port}
-    )
-    try:
-        nodes.add_node(num_cpus=1, object_store_memory=STORE)
-        file = folder / "cluster.yaml"
-        file.write_text(f"kind: ray\naddress: http://127.0.0.1:{port}\nstop_seconds: 120\n")
-        yield RayCluster(f"http://127.0.0.1:{port}", dict(os.environ), file)
-    finally:
-        nodes.shutdown()
-        patch.undo()
-        shutil.rmtree(folder, ignore_errors=True)
+    with RayCluster() as cluster:
+        yield cluster
 
 
 def wait_until(true: Callable[[], object], seconds: float, explain: Callable[[], str]) -> None:
@@ -92,20 +51,17 @@ def test_two_nodes_through_a_stop_equal_local(
     demo: Demo, local: list[dict[str, Any]], cluster: RayCluster
 ) -> None:
     """Ray actors make the batches until the job is stopped; it goes on with local workers, and nothing shows."""
-    flags = ("--on", "ray", "--nodes", "2", "--cluster", cluster.file)
+    flags = ("--on", "ray", "--nodes", "2", "--cluster", str(cluster.file))
     code, output = demo.run("ray", *flags, "loader.backend=ray", env=cluster.env)
     assert code == 0, output
-    job = re.search(r"submitted job (\S+)", output)
-    assert job, output
-    client = cluster.client()
+    job = re.findall(r"submitted job (\S+)", output)[0]
 
     def logs() -> str:
-        return f"{client.get_job_status(job[1])}\n{client.get_job_logs(job[1])}\n{demo.logs('ray')}"
+        return f"{cluster.ray('job', 'logs', job).stdout}\n{demo.logs('ray')}"
 
     wait_until(lambda: demo.steps("ray") >= 5, 240, logs)
-    client.stop_job(job[1])
-    wait_until(lambda: client.get_job_status(job[1]).is_terminal(), 60, logs)
-    assert client.get_job_status(job[1]).value == "STOPPED", logs()
+    cluster.ray("job", "stop", job)
+    assert cluster.job_state(job) == "STOPPED", logs()
     stopped = demo.steps("ray")
     assert 5 <= stopped < STEPS
     assert (demo.stage("ray") / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists(), logs()
@@ -117,7 +73,7 @@ def test_two_nodes_through_a_stop_equal_local(
 
 
 def test_a_killed_rank_is_named_and_fails_the_job(demo: Demo, cluster: RayCluster) -> None:
-    flags = ("--on", "ray", "--nodes", "2", "--cluster", cluster.file, "--wait")
+    flags = ("--on", "ray", "--nodes", "2", "--cluster", str(cluster.file), "--wait")
     process = demo.start(demo.command("killed", *flags), cluster.env)
     wait_until(lambda: demo.steps("killed") >= 1, 240, lambda: demo.logs("killed"))
     victim, other = rank_process(1, "killed"), rank_process(0, "killed")

@@ -47,8 +47,9 @@ def state(slurm: SlurmCluster, job: str) -> str:
     return found[1] if found else "UNKNOWN"
 
 
-def submit(demo: Demo, slurm: SlurmCluster, run: str, cluster_file: str) -> str:
-    code, output = demo.run(run, "--on", "slurm", "--nodes", "2", "--cluster", cluster_file, env=slurm.env)
+def submit(demo: Demo, slurm: SlurmCluster, run: str, cluster_file: str, *overrides: str) -> str:
+    flags = ("--on", "slurm", "--nodes", "2", "--cluster", cluster_file)
+    code, output = demo.run(run, *flags, *overrides, env=slurm.env)
     assert code == 0, output
     job_id = json.loads((demo.stage(run).parent / "job.json").read_text())["job_id"]
     assert f"submitted job {job_id}" in output
@@ -59,8 +60,11 @@ def submit(demo: Demo, slurm: SlurmCluster, run: str, cluster_file: str) -> str:
 def test_two_nodes_through_a_signal_equal_local(
     demo: Demo, local: list[dict[str, Any]], slurm: SlurmCluster, cluster_file: str
 ) -> None:
-    """USR1, as it comes before the time limit: ranks save, the job queues again, goes on, and nothing shows of it."""
-    job = submit(demo, slurm, "slurm", cluster_file)
+    """USR1, as it comes before the time limit: ranks save, the job queues again, goes on, and nothing shows of it.
+
+    The job brings a Ray of its own, one node of it on each of Slurm's, which makes the batches.
+    """
+    job = submit(demo, slurm, "slurm", cluster_file, "loader.backend=ray")
 
     def logs() -> str:
         return f"{state(slurm, job)}\n{demo.logs('slurm')}\n{slurm.logs()}"
@@ -79,6 +83,9 @@ def test_two_nodes_through_a_signal_equal_local(
     assert state(slurm, job) == "COMPLETED", logs()
     assert "goes on after step" in (demo.stage("slurm") / "logs" / "rank_0.log").read_text()
     assert demo.rows("slurm") == local
+    run = demo.stage("slurm").parent
+    assert len(list(run.glob(f"ray-{job}-*.log"))) == 2
+    assert not list(run.glob(".ray-*")), "the token of the job's Ray outlived it"
     assert (demo.stage("slurm") / "logs" / "rank_1.log").exists()
 
 
@@ -111,6 +118,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(
     assert state(slurm, job) == "CANCELLED", logs()
     step = demo.steps("cancelled")
     assert step < STEPS
+    assert demo.rows("cancelled") == local[:step]
     assert (demo.stage("cancelled") / "checkpoints" / f"step_{step:08d}" / "COMPLETE").exists(), logs()
 
 
