@@ -1,0 +1,60 @@
+"""Any run folder as one self-contained HTML page with plots: `dromos report RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_pipeline.storage import publish
+from pretrain.report.page import Page, Tile, Tiles, render
+from pretrain.report.run import Run, read_run
+from pretrain.report.sections import (
+    duration,
+    environment,
+    evaluations,
+    losses,
+    number,
+    optimisation,
+    recipes,
+    samples,
+    stages,
+    throughput,
+)
+
+
+def write(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path. UserError when the folder holds no run."""
+    folder = Path(run_dir)
+    out = folder / "report.html"
+    publish(out, render(page(read_run(folder))).encode("utf-8"))
+    return out
+
+
+def page(run: Run) -> Page:
+    """The report of one run."""
+    runs = [run]
+    done = sum(stage.state == "done" for stage in run.stages)
+    seconds = sum(stage.total_of("time/step") + stage.total_of("time/eval") for stage in run.stages)
+    served = sum(sum(stage.samples().values()) for stage in run.stages)
+    replaced = sum(sum(stage.skipped().values()) for stage in run.stages)
+    tiles = [
+        Tile(f"{done} of {len(run.stages)}", "stages done"),
+        Tile(number(sum(stage.step for stage in run.stages)), "optimizer steps"),
+        Tile(number(served), "samples served", f"{number(replaced)} replaced"),
+        Tile(duration(seconds), "in steps and evaluations"),
+    ]
+    return Page(
+        title=f"Run {run.name}",
+        lead=f"What {run.folder} has left: how far its stages are, what they learnt, and what it cost.",
+        sections=[
+            stages(runs),
+            losses(runs),
+            evaluations(runs),
+            optimisation(runs),
+            throughput(runs),
+            samples(runs),
+            environment(runs),
+            recipes(runs),
+        ],
+        tiles=Tiles(tiles),
+        foot=f"Written by `dromos report {run.folder}` from the files of the run folder.",
+    )

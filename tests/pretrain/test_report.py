@@ -1,0 +1,244 @@
+"""A run's page: alone, true to the files it was made from, safe with hostile text, patient with what is missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.errors import UserError
+from pretrain.report import write
+from pretrain.report.page import marked
+from pretrain.report.pictures import data_uri, only_patches
+from pretrain.report.plots import Level, Line, lines, smooth, thin, window_for
+from tests.pretrain.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
+
+TRAIN = {"kind": "train", "train": {"steps": 80}}
+HOSTILE = '<script>alert("x")</script><img src=http://far.away/x.png>'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """masked done, real under way with two streams and skipped samples, late not begun, mix a merge."""
+    folder = write_run(
+        tmp_path / "small",
+        {"masked": TRAIN, "real": TRAIN, "late": TRAIN, "mix": {"kind": "merge", "inputs": {"real": 1.0}}},
+    )
+    write_stage(folder / "masked", masked_rows(80), {"zero_shot/digits/top1": 0.9})
+    rows = [
+        step_row(step, {"text": 5.0, "captions": 3.0}, {"text": 8, "captions": 16}) for step in range(1, 21)
+    ]
+    rows[4]["skipped"] = {"scenes": {"undecodable": 2, "missing caption": 1}}
+    rows[9]["skipped"] = {"scenes": {"undecodable": 3}}
+    write_stage(folder / "real", rows, None)
+    write_stage(folder / "mix", [], {"perplexity/text/nll": 5.125})
+    (folder / "mix" / "metrics.jsonl").unlink()
+    return folder
+
+
+def read(folder: Path) -> str:
+    path = write(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_from_outside_and_is_small(run: Path) -> None:
+    page = read(run)
+    check_alone(page)
+    assert len(page) < 3_000_000
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_table_of_stages_holds_what_the_metrics_add_up_to(run: Path) -> None:
+    seen = Seen(read(run))
+    # 80 steps of a quarter second, 64 samples and 0.025 s of waiting each.
+    masked = seen.row("masked", "done")
+    assert masked[2:6] == ["80 / 80", "20.0 s", "256", "10.0%"]
+    first, last = (float(part) for part in masked[6].split("→"))
+    assert first == pytest.approx(0.6 + 4 * math.exp(-1 / 20), rel=1e-3)
+    assert last == pytest.approx(0.6 + 4 * math.exp(-4), rel=1e-3)
+    assert seen.row("real", "not finished")[2:] == ["20 / 80", "5.0 s", "96", "10.0%", "8 → 8"]
+    assert seen.row("late", "not started")[2] == "0 / 80"
+    assert seen.row("mix", "done")[2:4] == ["merge", "12.5 s"]
+    assert seen.row("masked", "zero_shot/digits/top1")[2] == "0.9"
+    assert seen.row("mix", "perplexity/text/nll")[2] == "5.125"
+
+
+def test_samples_are_counted_by_stream_and_skipped_ones_by_reason(run: Path) -> None:
+    (run / "real" / "bad_samples.jsonl").write_text(
+        json.dumps(
+            {"step": 5, "source": "scenes", "reason": "undecodable", "key": "000017", "url": "s/3.tar"}
+        )
+        + "\n"
+    )
+    seen = Seen(read(run))
+    assert seen.row("masked", "pairs")[2] == "5,120"
+    assert seen.row("real", "text")[2] == "160"
+    assert seen.row("real", "captions")[2] == "320"
+    assert seen.row("real", "scenes", "undecodable")[3] == "5"
+    assert seen.row("real", "scenes", "missing caption")[3] == "1"
+    assert "5,600 samples were served, 6 (0.107%) were replaced" in seen.text
+    assert seen.row("real", "undecodable", "000017", "s/3.tar")
+
+
+def test_every_stage_has_its_curves_and_flip_its_floor(run: Path) -> None:
+    text = Seen(read(run)).text
+    for expected in (
+        "Loss of masked", "Loss of real", "floor of repeated captions", "ln(rows in the batch with the same caption)",
+        "zero_shot/digits/top1", "Learning rate", "Gradient norm", "Throughput", "samples/s", "step of the stage",
+        "loss (nats)",
+    ):  # fmt: skip
+        assert expected in text, expected
+    flip_part, sphinx_part = text.split("Loss of masked")[1].split("Loss of real")
+    assert "floor of repeated captions" in flip_part
+    assert "captions text" in sphinx_part
+
+
+def test_environment_and_recipe_are_on_the_page(run: Path) -> None:
+    page = read(run)
+    seen = Seen(page)
+    assert seen.row("torch")[1] == "2.99.1"
+    assert seen.row("ranks per node")[1] == "2"
+    assert "2 cores, 0 GPUs, Python 3.11.7" in seen.text
+    assert "<details>" in page
+    assert " ".join((run / "recipe.yaml").read_text().split()) in seen.text
+
+
+def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
+    text = Seen(read(run)).text
+    assert "Not run yet, so missing below: late." in text
+    assert "Stage real has not finished: its figures are those up to step 20." in text
+    waiting = write_run(tmp_path / "waiting", {"masked": TRAIN})
+    for name in ("env.json", "job.json"):
+        (waiting / name).unlink()
+    text = Seen(read(waiting)).text
+    for line in (
+        "Not run yet", "No stage has logged a loss yet.", "No evaluation has run", "No env.json in the run folder",
+    ):  # fmt: skip
+        assert line in text, line
+
+
+def test_a_line_that_a_kill_cut_and_a_loss_that_is_no_number_do_not_stop_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "cut", {"masked": TRAIN})
+    rows = masked_rows(12)
+    rows[6]["loss"] = math.nan
+    write_stage(folder / "masked", rows, None)
+    with open(folder / "masked" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "loss": 1.')
+    assert Seen(read(folder)).row("masked", "not finished")[2] == "12 / 80"
+
+
+def test_stages_without_a_recipe_are_reported_too(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    write_stage(folder / "main", masked_rows(3), None)
+    text = Seen(read(folder)).text
+    assert "Run bare" in text
+    assert "holds no recipe.yaml" in text
+
+
+def test_everything_that_came_from_outside_is_escaped(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "hostile", {"masked": TRAIN}, name=HOSTILE)
+    rows = [step_row(step, {HOSTILE: 1.0, "other": 2.0}, {HOSTILE: 4}) for step in range(1, 4)]
+    rows[0] |= {"skipped": {HOSTILE: {HOSTILE: 1}}, "eval": {HOSTILE: 0.5}}
+    write_stage(folder / "masked", rows, {HOSTILE: 0.5})
+    (folder / "masked" / "bad_samples.jsonl").write_text(
+        json.dumps({"reason": HOSTILE, "key": HOSTILE}) + "\n"
+    )
+    (folder / "env.json").write_text(json.dumps({"host": HOSTILE, "packages": {HOSTILE: HOSTILE}}))
+    page = read(folder)
+    seen = check_alone(page)
+    assert "img" not in seen.tags
+    assert seen.text.count('<script>alert("x")</script>') > 10
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_a_run_is_named(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "nothing-here"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(UserError, match="nothing-here"):
+        write(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_same_folder_gives_the_same_page(run: Path) -> None:
+    assert read(run) == read(run)
+
+
+def paths(svg: str, variable: str) -> list[list[tuple[float, float]]]:
+    """Points of the paths drawn in a colour."""
+    found = re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*stroke: {re.escape(variable)}', svg)
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ?(\S+) (\S+)", path)] for path in found]
+
+
+def test_a_drawn_curve_is_the_curve() -> None:
+    x, y = [0, 10, 30, 40], [5.0, 1.0, 2.0, 4.0]
+    plot = lines("loss", [Line("a", x, y, 1)], "step", "nats", [Level("floor", 1.5, 7)])
+    assert "http" not in plot.svg
+    ((*points,),) = paths(plot.svg, "var(--c1)")
+    places, heights = np.array(points).T
+    # An SVG's y axis points down; otherwise the drawing is one affine map of the data.
+    slope, offset = np.polyfit(heights, y, 1)
+    assert slope < 0
+    np.testing.assert_allclose(slope * heights + offset, y, atol=1e-4)
+    np.testing.assert_allclose(np.polyval(np.polyfit(places, x, 1), places), x, atol=1e-3)
+    (level,) = paths(plot.svg, "var(--c7)")
+    assert {round(slope * height + offset, 4) for _, height in level} == {1.5}
+    assert [(key.label, key.mark) for key in plot.legend] == [("a", "line"), ("floor", "dashed")]
+
+
+def test_long_curves_are_thinned_without_moving_their_mean() -> None:
+    generator = np.random.default_rng(1)
+    y = generator.normal(size=4000)
+    places, values = thin(range(4000), y, most=400)
+    assert len(values) == 400
+    np.testing.assert_allclose(values, y.reshape(400, 10).mean(axis=1))
+    np.testing.assert_allclose(places, np.arange(4000).reshape(400, 10).mean(axis=1))
+    places, values = thin([1, 2, 3, 4], [1.0, math.nan, math.inf, 2.0])
+    assert (list(places), list(values)) == ([1, 4], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 59, 60, 200])
+def test_smoothing_is_the_mean_over_neighbours(steps: int) -> None:
+    y = np.random.default_rng(steps).normal(size=steps)
+    y[steps // 2] = math.nan if steps > 5 else y[steps // 2]
+    for window in (1, 3, 9, window_for(steps)):
+        half = window // 2
+        expected = (
+            [np.nanmean(y[max(0, i - half) : i + half + 1]) if steps else 0 for i in range(steps)]
+            if window > 1
+            else y
+        )
+        np.testing.assert_allclose(smooth(y, window), expected, rtol=1e-9, atol=1e-12)
+
+
+def decoded(uri: str) -> np.ndarray:
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1)
+
+
+def test_pictures_keep_their_pixels_and_masks_hide_whole_patches() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 12), dtype=np.uint8)
+    np.testing.assert_array_equal(decoded(data_uri(pixels)), pixels)
+    kept = [0, 4, 8]
+    seen = decoded(data_uri(only_patches(pixels, kept, 4)))
+    for y in range(12):
+        for x in range(12):
+            is_kept = y // 4 * 3 + x // 4 in kept
+            assert seen[3, y, x] == (255 if is_kept else 0)
+            if is_kept:
+                assert seen[:3, y, x].tolist() == pixels[:, y, x].tolist()
+
+
+def test_backticks_become_code_and_nothing_else_does() -> None:
+    assert marked("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"
+    assert marked("one ` alone <i>") == "one ` alone &lt;i&gt;"
