@@ -121,7 +121,7 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     return Masked(cards, patches_kept(patches, ratio) if ratio else patches, patches, ratio)
 
 
-def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 4) -> tuple[list[Card], list[str]]:
+def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 6) -> tuple[list[Card], list[str]]:
     """Held-out images of every caption domain with the true caption and those that the stages' weights write.
 
     Also returns a line for each stage whose weights are not there.
