@@ -105,7 +105,7 @@ def test_wait_reports_the_end_and_a_done_stage_is_not_run_again(
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(
-    demo: Demo, slurm: SlurmCluster, cluster_file: str
+    demo: Demo, local: list[dict[str, Any]], slurm: SlurmCluster, cluster_file: str
 ) -> None:
     job = submit(demo, slurm, "cancelled", cluster_file)
 
