@@ -66,13 +66,16 @@ def check_folder(recipe: Recipe, job: Job) -> None:
 
 
 def check_sources(recipe: Recipe, job: Job) -> None:
-    """Every source of the stages to run must have tars."""
+    """Every source of the stages to run must have tars. Of a job for a cluster, those in object stores are left to
+    the ranks: the machine that submits needs neither their packages nor their keys."""
     paths: dict[str, str] = {}
     for stage, resolved in _training(recipe, job):
         for name, stream in resolved.data.items():
             for source, spec in stream.sources.items():
                 paths.setdefault(spec.path, f"stage {stage}: data.{name}.sources.{source}")
     for path, key in paths.items():
+        if job.on != "local" and storage.is_remote(path):
+            continue
         try:
             storage.list_shards(path)
         except UserError as error:

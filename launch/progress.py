@@ -13,20 +13,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 PLAIN_SECONDS = 10.0
+TAIL_BYTES = 1 << 16
 
 
 class Tail:
-    """New rows of a JSON-lines file that another process appends to, cuts on resume, or has not made yet."""
+    """New rows of a JSON-lines file that another process appends to, cuts on resume, or has not made yet.
+
+    Of what is there at the start, only the end is read: a long run's file is large, and its last rows say enough.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = 0
+        self.offset: int | None = None
 
     def read(self) -> list[dict[str, Any]]:
         try:
             with open(self.path, "rb") as file:
-                if file.seek(0, 2) < self.offset:
-                    self.offset = 0
+                size = file.seek(0, 2)
+                if self.offset is None or size < self.offset:
+                    self.offset = max(0, size - TAIL_BYTES)
                 file.seek(self.offset)
                 data = file.read()
         except FileNotFoundError:
@@ -161,7 +166,7 @@ class LiveView(_View):
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None if console.width < 60 else 28),
+            BarColumn(bar_width=max(6, min(28, console.width - 72))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
