@@ -42,7 +42,7 @@ $(MADE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@if [ -e $(MADE) ]; then rm $(MADE); else $(PYTHON) -m venv --clear $(VENV); fi
 	$(RUN) -m pip install --quiet -c constraints.txt uv
-	$(RUN) -m uv pip install --quiet --python $(RUN) -c constraints.txt -e '.[all,dev]'
+	$(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN) -c constraints.txt -e '.[all,dev]'
 	@touch $(MADE)
 
 clean:
