@@ -22,7 +22,9 @@ def groups(model: torch.nn.Module, decay: float) -> list[dict]:
     return [{"params": wide, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def plain_losses(stage: TrainStage, name: str, seed: int, run_dir: Path, steps: int) -> list[dict[str, float]]:
+def plain_losses(
+    stage: TrainStage, name: str, seed: int, run_dir: Path, steps: int
+) -> list[dict[str, float]]:
     """Losses and gradient norms of `steps` steps, in the words of metrics.jsonl."""
     objective, _ = build(stage, name, seed, run_dir)
     model = objective.model
@@ -48,7 +50,9 @@ def plain_losses(stage: TrainStage, name: str, seed: int, run_dir: Path, steps: 
         trained = [p for p in model.parameters() if p.grad is not None]
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained, settings.clip or 1e30))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, stage.schedule.warmup.value, settings.lr or 0.0, stage.schedule)
+            group["lr"] = learning_rate(
+                step, steps, stage.schedule.warmup.value, settings.lr or 0.0, stage.schedule
+            )
         optimizer.step()
         rows.append(row)
     return rows

@@ -76,4 +76,6 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):
-        same_order([StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, length=9)], start.state["order"], "whole@4")
+        same_order(
+            [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, length=9)], start.state["order"], "whole@4"
+        )

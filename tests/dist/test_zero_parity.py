@@ -29,13 +29,17 @@ def recipes(tiny_root: Path) -> dict[str, Path]:
     """A FLIP run (trained here, one rank, so that SPHINX has a tower) and a SPHINX recipe."""
     flip = tiny.write_recipe(tiny_root / "flip.yaml", tiny.flip_recipe(tiny_root))
     sphinx = tiny.write_recipe(tiny_root / "sphinx.yaml", tiny.sphinx_recipe(tiny_root))
-    train = "import sys; from pretrain.train import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
+    train = (
+        "import sys; from pretrain.train import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
+    )
     subprocess.run([sys.executable, "-c", train, str(flip)], check=True)
     return {"flip": flip, "sphinx": sphinx}
 
 
 @pytest.fixture(scope="module")
-def trained(recipes: dict[str, Path], ranks: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    recipes: dict[str, Path], ranks: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Every recipe on every ZeRO stage, two ranks; SPHINX also in micro-batches, and FLIP on one rank."""
     out = tmp_path_factory.mktemp("parity")
     jobs = [
