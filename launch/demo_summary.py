@@ -97,7 +97,7 @@ def sphinx_figures(root: Path, console: Console) -> dict[str, Any]:
 
 
 def to_state(tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(tensors[name])) for name in tensors}
+    return {name: torch.from_numpy(np.array(tensors[name])) for name in tensors}
 
 
 def sweep_figures(root: Path) -> list[dict[str, float]]:

@@ -77,7 +77,7 @@ def supervise(command: list[str], folder: Path, env: dict[str, str], started: Ca
     """Keep `ray start --block` as a child until it ends or this process is asked to stop; then end all that it
     started and remove `folder`. `started` is called when the node is up."""
     asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: asked.set())
     out = folder / "out"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_two_nodes_through_a_signal_equal_local(
 
     The job brings a Ray of its own, one node of it on each of Slurm's, which makes the batches.
     """
+    before = set(Path(tempfile.gettempdir()).glob("dromos-ray-*"))
     job = submit(demo, slurm, "slurm", cluster_file, "loader.backend=ray")
 
     def logs() -> str:
@@ -86,6 +88,7 @@ def test_two_nodes_through_a_signal_equal_local(
     run = demo.stage("slurm").parent
     assert len(list(run.glob(f"ray-{job}-*.log"))) == 2
     assert not list(run.glob(".ray-*")), "the token of the job's Ray outlived it"
+    assert set(Path(tempfile.gettempdir()).glob("dromos-ray-*")) <= before, "Ray's files outlived the job"
     assert (demo.stage("slurm") / "logs" / "rank_1.log").exists()
 
 
