@@ -161,11 +161,20 @@ def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _member(owner: Any, name: Any) -> Stub:
+    """A member of an enumeration, which Python 3.11.2 (Debian 12) pickles as getattr(class, name)."""
+    if not (isinstance(owner, type) and issubclass(owner, Stub) and isinstance(name, str)):
+        raise pickle.UnpicklingError("it names builtins.getattr of what is no enumeration")
+    return owner(name)
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): Function(_latin1),  # how protocol 2 spells bytes
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
+    ("builtins", "getattr"): Function(_member),
+    ("__builtin__", "getattr"): Function(_member),
     ("torch", "Size"): Function(_size),
     ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild),
     ("torch._utils", "_rebuild_tensor_v3"): Function(_rebuild_v3),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -83,6 +86,23 @@ def test_training_state_with_optimizer_and_random_state(tmp_path: Path) -> None:
     weight = read["module"]["weight"]
     np.testing.assert_array_equal(weight.read(0, 6), model.weight.detach().numpy().ravel())
     assert (read["dtype"], read["raw"], read["names"]) == ("BF16", b"\x00\xff", {"a", "b"})
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_enumeration_as_any_python_pickles_it(
+    tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("deepspeed_like")
+    Stage = enum.IntEnum("Stage", {"one": 1, "two": 2}, module="deepspeed.like")
+    module.Stage = Stage  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed.like", module)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    for reduced in ((getattr, (Stage, "two")), (Stage, (2,))):  # Python 3.11.2, and the Pythons around it
+        monkeypatch.setattr(Stage, "__reduce_ex__", lambda self, _, reduced=reduced: reduced)
+        pickled = pickle.dumps({"stage": Stage.two, "step": 3}, protocol)
+        content = TorchFile(archive(tmp_path / f"{len(pickled)}.pt", pickled)).content
+        assert content["step"] == 3
+        assert content["stage"].args == reduced[1][-1:]
 
 
 class Evil:
