@@ -19,6 +19,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
+from launch.ranks import DONE, FAILED, GO_ON, USER_ERROR
 from launch.run_folder import open_run
 from launch.stages import say
 from pretrain.recipe import Recipe
@@ -184,7 +185,7 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     say(console, f"log: {job.run_dir}/slurm-{job_id}.log")
     for stage in job.stages:
         say(console, f"ranks: {job.run_dir}/{stage.name}/logs/rank_N.log")
-    return wait_for(job_id, job, console) if wait else 0
+    return wait_for(job_id, job, console) if wait else DONE
 
 
 def outside_of_jobs(environ: dict[str, str]) -> dict[str, str]:
@@ -216,8 +217,8 @@ def wait_for(job_id: str, job: Job, console: Console) -> int:
                     f"scontrol does not know job {job_id}; see {job.run_dir}/slurm-{job_id}.log"
                 )
             if state in ENDED:
-                return 0 if state == "COMPLETED" else code if code in (2, 75) else 1
+                return DONE if state == "COMPLETED" else code if code in (USER_ERROR, GO_ON) else FAILED
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         say(console, f"job {job_id} goes on; `scancel {job_id}` ends it")
-        return 75
+        return FAILED
