@@ -33,6 +33,8 @@ def start_command(folder: Path, cpus: int, host: str, join: str | None, port: in
     options = {
         **({"address": join} if join else {"port": port, "include-dashboard": "false"}),
         **{name: free_port() for name in (PORTS if join else PORTS + HEAD_PORTS)},
+        "min-worker-port": 0,  # any free port; the default range is the same for every Ray on the machine
+        "max-worker-port": 0,
         "node-ip-address": host,
         "num-cpus": cpus,
         "num-gpus": 0,
