@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ class Job:
     cluster: Mapping[str, Any] = field(default_factory=dict)
     cluster_file: str | None = None
     job_id: str | None = None
+    recipe_id: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -49,15 +51,20 @@ class Job:
 
     @property
     def copy_of_recipe(self) -> str:
-        return f"{self.run_dir}/recipe.yaml"
+        """Named after its content: a later submission into the same folder leaves it to this job."""
+        return (
+            f"{self.run_dir}/recipe-{self.recipe_id}.yaml"
+            if self.recipe_id
+            else f"{self.run_dir}/recipe.yaml"
+        )
 
     @property
     def folder(self) -> Path:
         return Path(self.workdir) / self.run_dir
 
     def train_command(self, stage: str) -> list[str]:
-        """What one rank of a training stage executes. A submitted job reads the run's own recipe.yaml, which has the
-        overrides in it and which later edits of the user's file do not reach."""
+        """What one rank of a training stage executes. A submitted job reads its own copy of the recipe, which
+        has the overrides in it and which neither later edits of the user's file nor later submissions reach."""
         if self.on != "local":
             return [self.python, "-m", "launch.cli", "train", self.copy_of_recipe, "--stage", stage]
         return [self.python, "-m", "launch.cli", "train", self.recipe, "--stage", stage, *self.overrides]
@@ -86,6 +93,11 @@ class Job:
         values = json.loads(text)
         stages = tuple(StageJob(**stage) for stage in values.pop("stages"))
         return cls(stages=stages, overrides=tuple(values.pop("overrides")), **values)
+
+
+def recipe_id(dumped: str) -> str:
+    """Tells one resolved recipe from another."""
+    return hashlib.sha256(dumped.encode()).hexdigest()[:12]
 
 
 def load_job(path: str | Path) -> Job:

@@ -12,9 +12,9 @@ from data_pipeline.errors import UserError
 from launch import preflight
 from launch.cluster import RayCluster, SlurmCluster, load_cluster
 from launch.environment import gpu_count
-from launch.job import Job, Where
+from launch.job import Job, Where, recipe_id
 from pretrain.recipe import Recipe
-from pretrain.recipe_load import load_recipe, run_dir
+from pretrain.recipe_load import dump, load_recipe, run_dir
 
 DOORS = ("local", "slurm", "ray")
 
@@ -108,6 +108,7 @@ def make_job(
         env=dict(cluster.env) if cluster else {},
         cluster=cluster.model_dump(mode="json", exclude_none=True) if cluster else {},
         cluster_file=cluster_file,
+        recipe_id=None if where == "local" else recipe_id(dump(recipe)),
     )
 
 

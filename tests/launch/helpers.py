@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from PIL import Image
 from rich.console import Console
+
+from data_pipeline.tar import TarWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "launch" / "standin.py"
@@ -38,12 +42,24 @@ stages:
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe in `folder` with run folder `folder/run` and a source that passes for tars."""
+    """A recipe in `folder` with run folder `folder/run` and a source of eight pictures with captions."""
     (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "00000.tar").write_bytes(b"\\0" * 10240)
+    write_tar(folder / "data" / "00000.tar", {"png": picture(), "txt": b"a grey square"})
     path = folder / "small.yaml"
     path.write_text(RECIPE.replace("RUN_DIR", str(folder / "run")).replace("DATA", str(folder / "data")))
     return path
+
+
+def write_tar(path: Path, members: dict[str, bytes], samples: int = 8) -> None:
+    with TarWriter(path) as tar:
+        for number in range(samples):
+            tar.write(f"{number:05d}", members)
+
+
+def picture() -> bytes:
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(png, "PNG")
+    return png.getvalue()
 
 
 def standin_command(run_folder: Path) -> Callable[[str], list[str]]:

@@ -25,7 +25,8 @@ JOB = Job(
     ranks_per_node=4,
     gpus_per_node=4,
     python="/opt/dromos/bin/python",
-    workdir="/work",
+    workdir="/scratch/me",
+    recipe_id="0123456789ab",
     env={"NCCL_SOCKET_IFNAME": "ib0"},
     cluster={
         "kind": "slurm",
@@ -93,7 +94,7 @@ def test_whatever_stands_in_a_name_reaches_the_rank_as_it_is(tmp_path: Path) -> 
     done = subprocess.run(["bash", "-c", render(job)], cwd=workdir, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     arguments = (workdir / "arguments").read_text().splitlines()
-    assert f"runs/{hostile}/recipe.yaml" in arguments
+    assert f"runs/{hostile}/recipe-0123456789ab.yaml" in arguments
     assert f"--output={workdir}/runs/{hostile}/masked/logs/rank_%t.log" in arguments
     assert not list(tmp_path.rglob("pwned"))
 

@@ -1,0 +1,76 @@
+"""Submitting to Slurm, with programs that stand in for its own: what a job reads, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch.job import Job
+from launch.run import make_job, run
+from launch.run_folder import open_run
+from pretrain.recipe import TrainStage
+from pretrain.recipe_load import load_recipe
+from tests.launch.helpers import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in the working directory, and a bin folder ahead of PATH."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path)
+
+
+def program(recipe: Path, name: str, body: str) -> None:
+    path = recipe.parent / "bin" / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def keep_scripts(recipe: Path) -> None:
+    """sbatch as Slurm's: it keeps a copy of the script as it is at submission."""
+    program(
+        recipe,
+        "sbatch",
+        'number=$(ls queue.* 2>/dev/null | wc -l)\ncp "${@: -1}" queue.$number\necho $number',
+    )
+
+
+def queued(recipe: Path, number: int) -> list[str]:
+    """The words of a queued script's line that starts the first stage's ranks."""
+    lines = (recipe.parent / f"queue.{number}").read_text().splitlines()
+    return shlex.split(next(line for line in lines if "launch.cli train" in line).partition(" || ")[0])
+
+
+def rate(recipe_path: str) -> float:
+    stage = load_recipe(recipe_path).stages["masked"]
+    assert isinstance(stage, TrainStage)
+    return stage.optimizer.lr or 0
+
+
+def test_a_queued_slurm_job_keeps_its_recipe(recipe: Path) -> None:
+    keep_scripts(recipe)
+    assert run(str(recipe), on="slurm", ranks_per_node=1, overrides=["optimizer.lr=1e-4"]) == 0
+    assert run(str(recipe), on="slurm", ranks_per_node=1, overrides=["optimizer.lr=2e-4"]) == 0
+    for number, lr in enumerate((1e-4, 2e-4)):
+        words = queued(recipe, number)
+        path = words[words.index("train") + 1]
+        assert rate(path) == lr
+        script = (recipe.parent / f"queue.{number}").read_text()
+        assert f"launch.stage state {path} masked" in script
+    assert rate("run/recipe.yaml") == 2e-4
+
+
+def test_a_waiting_ray_job_keeps_its_recipe(recipe: Path) -> None:
+    jobs: list[Job] = []
+    for rate_given in ("1e-4", "2e-4"):
+        loaded = load_recipe(recipe, [f"optimizer.lr={rate_given}"])
+        jobs.append(make_job(loaded, str(recipe), on="ray", ranks_per_node=1))
+        open_run(jobs[-1], loaded)
+    for job, lr in zip(jobs, (1e-4, 2e-4), strict=True):
+        command = job.train_command("masked")
+        assert rate(command[command.index("train") + 1]) == lr
