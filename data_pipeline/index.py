@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -88,16 +88,20 @@ def _remove_old(folder: str, keep: str) -> None:
 class ShardReader:
     """Reads samples of a source by (shard, index in the shard). One a process: it keeps files open.
 
-    Offsets come from the index, else from the shard's headers when it is first touched; the tables of the
-    shards used last are kept. A remote shard without an index is fetched whole for its headers.
+    Offsets come from the index, else from the shard's headers when it is first touched: a walk over the tar, or
+    its whole fetch from an object store. Training visits all shards again and again, so the table of every shard
+    seen is kept, packed to some tens of bytes a sample; `table_bytes` bounds what these take of memory.
     """
 
-    def __init__(self, manifest: Manifest, tables: int = 64, files: int = 64, fetched: int = 2) -> None:
+    def __init__(
+        self, manifest: Manifest, table_bytes: int = 1 << 30, files: int = 64, fetched: int = 2
+    ) -> None:
         self.manifest = manifest
-        self._tables: OrderedDict[int, Sequence[Sample]] = OrderedDict()
+        self._tables: OrderedDict[int, PackedTable] = OrderedDict()
+        self._table_bytes = 0
         self._files: OrderedDict[int, int] = OrderedDict()
         self._fetched: OrderedDict[int, bytes] = OrderedDict()
-        self._limits = (tables, files, fetched)
+        self._limits = (table_bytes, files, fetched)
         self._indexed: _Index | None = _Index.open(manifest) if manifest.counted_by == "manifest" else None
 
     def __len__(self) -> int:
@@ -121,29 +125,45 @@ class ShardReader:
             for extension, (offset, length) in sample.members.items()
         }
 
-    def close(self) -> None:
+    def reopen(self) -> None:
+        """Forget open files and fetched bytes, which may be stale; what is known of the shards stays."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self._tables.clear()
         self._fetched.clear()
 
-    def _table(self, shard: int) -> Sequence[Sample]:
+    def close(self) -> None:
+        self.reopen()
+        self._tables.clear()
+        self._table_bytes = 0
+
+    def _table(self, shard: int) -> PackedTable:
         if shard in self._tables:
             self._tables.move_to_end(shard)
             return self._tables[shard]
         url = self.manifest.url(shard)
-        table: Sequence[Sample]
         if self._indexed is not None:
             table = self._indexed.table(self.manifest.shards[shard].path)
-        elif storage.is_remote(url):
-            table = member_table(self._fetch(shard), url)
         else:
-            table = member_table(url)
+            walked = member_table(self._fetch(shard) if storage.is_remote(url) else url, url)
+            table = PackedTable(np.frombuffer(pack_table(walked), np.uint8))
         promised = self.manifest.shards[shard].count
         if len(table) != promised:
             raise wrong_count(url, promised, len(table), self._counted_in(url))
-        _remember(self._tables, shard, table, self._limits[0])
+        self._keep(shard, table)
         return table
+
+    def _keep(self, shard: int, table: PackedTable) -> None:
+        self._tables[shard] = table
+        self._table_bytes += table.own_bytes
+        while self._table_bytes > self._limits[0] and len(self._tables) > 1:
+            self._table_bytes -= self._tables.popitem(last=False)[1].own_bytes
+            if self._indexed is None:
+                warnings.warn(
+                    f"the places of the samples of {self.manifest.root} take more than {self._limits[0]} bytes of "
+                    "memory in each process, so that tars are walked over again and again; "
+                    f"run: dromos data index {self.manifest.root}",
+                    stacklevel=2,
+                )
 
     def _counted_in(self, url: str) -> str:
         if self.manifest.counted_by == "manifest":

@@ -157,7 +157,7 @@ class RowMaker:
                         f"after {len(RETRY_AFTER) + 1} tries: {error}. Nothing was replaced; run again once "
                         "it can be read"
                     ) from error
-                reader.close()
+                reader.reopen()
                 time.sleep(wait)
         raise AssertionError("unreachable")
 

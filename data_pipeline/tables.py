@@ -38,6 +38,8 @@ class PackedTable(Sequence[Sample]):
         """`block`: uint8, of any memory, also a memory map."""
         samples, members, key_bytes, name_bytes = (int(n) for n in block[: 8 * HEADER].view(np.uint64))
         self._samples = samples
+        # Pages of a mapped file are the kernel's, shared by all processes and given back at will.
+        self.own_bytes = 0 if isinstance(block, np.memmap) else block.nbytes
         position = 8 * HEADER
 
         def take(size: int) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index import ShardReader, build_index, open_source
 from data_pipeline.tables import PackedTable, pack_table
-from data_pipeline.tar import Sample, TarWriter
+from data_pipeline.tar import Sample, TarWriter, member_table
 from tests.data_pipeline.s3_server import s3_server
 
 COUNTS = [5, 0, 3, 7]
@@ -120,16 +122,57 @@ def test_the_tokenizer_is_part_of_the_fingerprint(root: str) -> None:
         open_source("a", root)
 
 
-def test_few_tables_and_files_are_kept(root: str) -> None:
+def count_walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each tar's headers are walked from now on."""
+    walks: Counter[str] = Counter()
+
+    def counted(source: str | bytes, name: str | None = None) -> list[Sample]:
+        walks[name or str(source)] += 1
+        return member_table(source, name)
+
+    monkeypatch.setattr("data_pipeline.index.member_table", counted)
+    return walks
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_each_shard_is_walked_once_however_many_there_are(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    shards = 90 if place == "disk" else 5
+    root = str(tmp_path) if place == "disk" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    manifest = open_source("a", fill(root, [2] * shards))
+    walks = count_walks(monkeypatch)
+    reader = ShardReader(manifest, files=3)
+    for index in (0, 1, 0):
+        for shard in range(shards):
+            key, members = reader.read(shard, index)
+            assert key == members["txt"].decode() == f"{shard:05d}{index:04d}"
+        reader.reopen()  # as after an error of the disk
+    assert sorted(walks.values()) == [1] * shards
+    reader.close()
+
+
+def test_tables_stay_within_their_memory_and_say_what_would_help(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = open_source("a", root)
-    reader = ShardReader(manifest, tables=1, files=1)
+    walks = count_walks(monkeypatch)
     whole = by_webdataset(root)
     starts = np.concatenate([[0], np.cumsum(COUNTS)])
-    for shard, index in [(0, 4), (3, 6), (0, 0), (2, 2), (3, 0)]:
-        assert reader.read(shard, index) == whole[starts[shard] + index]
-        assert len(os.listdir("/proc/self/fd")) < 200
-    assert len(reader._tables) == len(reader._files) == 1
+    reader = ShardReader(manifest, table_bytes=len(pack_table(member_table(f"{root}/00003.tar"))), files=1)
+    places = [(0, 4), (3, 6), (0, 0), (2, 2), (3, 0)]
+    with pytest.warns(UserWarning, match=f"run: dromos data index {root}"):
+        found = [reader.read(shard, index) for shard, index in places]
+    assert found == [whole[starts[shard] + index] for shard, index in places]
+    assert walks == {f"{root}/00000.tar": 2, f"{root}/00003.tar": 2, f"{root}/00002.tar": 1}
+    assert len(reader._files) == 1
     reader.close()
+    build_index(root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        indexed = ShardReader(open_source("a", root), table_bytes=1)
+        assert [indexed.read(3, i) for i in range(7)] == whole[8:]
+        assert indexed.read(0, 1) == whole[1]
 
 
 @pytest.mark.parametrize("promised", [2, 9])
