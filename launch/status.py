@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from pretrain.checkpoint_folder import complete_steps
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,11 @@ def run_status(run: str | Path) -> list[StageStatus]:
 def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:
     result = _json(folder / "result.json")
     last = last_row(folder / "metrics.jsonl")
-    done = [
-        int(path.parent.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*/COMPLETE")
-    ]
+    saved = complete_steps(folder / "checkpoints")
     step = int((result or last).get("step") or 0)
     state = "done" if result else "started" if folder.is_dir() else "waiting"
     steps = (content.get("train") or {}).get("steps")
-    return StageStatus(name, state, step, steps, last.get("loss"), max(done, default=None))
+    return StageStatus(name, state, step, steps, last.get("loss"), max(saved, default=None))
 
 
 def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:

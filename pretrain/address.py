@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import UserError
+from pretrain.checkpoint_folder import complete_steps, is_complete, step_of, tag_of
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
 WHICH = re.compile(r"^(?P<base>.+)@(?P<which>\d+|latest|best)$")
-STEP_FOLDER = re.compile(r"^step_(\d+)$")
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -80,16 +80,6 @@ def is_stage(folder: Path) -> bool:
     return any(mark.exists() for mark in marks) or any((folder / "checkpoints").glob("step_*"))
 
 
-def complete_checkpoints(stage_dir: Path) -> dict[int, Path]:
-    """Step -> folder of every complete checkpoint of a stage, in the order of steps."""
-    found = {}
-    for folder in (stage_dir / "checkpoints").glob("step_*"):
-        match = STEP_FOLDER.match(folder.name)
-        if match and (folder / "COMPLETE").exists():
-            found[int(match[1])] = folder
-    return dict(sorted(found.items()))
-
-
 def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
     """The one of `steps` with the best evaluation in metrics.jsonl: highest mean top-1, else lowest NLL."""
     scores: dict[int, float] = {}
@@ -148,7 +138,7 @@ def _stage(stage: Path, which: str | None, address: str) -> Located:
         if not finished:
             raise UserError(f"{address}: stage {stage.name} of {stage.parent} has not finished; run: {again}")
         return Located("folder", str(stage / "weights"), stage)
-    steps = complete_checkpoints(stage)
+    steps = complete_steps(stage / "checkpoints")
     if not steps:
         raise UserError(
             f"{address}: stage {stage.name} of {stage.parent} has no complete checkpoint yet; run: {again}"
@@ -161,13 +151,13 @@ def _stage(stage: Path, which: str | None, address: str) -> Located:
         )
     step = newest
     if which == "best":
-        step = best_step(stage, list(steps), address)
+        step = best_step(stage, steps, address)
     elif which and which.isdigit():
         step = int(which)
         if step not in steps:
             have = ", ".join(map(str, steps))
             raise UserError(f"{address}: no complete checkpoint at step {step}; {stage} has steps {have}")
-    return Located("checkpoint", str(steps[step]), stage, step)
+    return Located("checkpoint", str(stage / "checkpoints" / tag_of(step)), stage, step)
 
 
 def _path(path: Path, which: str | None, address: str) -> Located:
@@ -178,13 +168,13 @@ def _path(path: Path, which: str | None, address: str) -> Located:
     if path.is_file():
         return Located("file", str(path))
     stage = path.parent.parent if path.parent.name == "checkpoints" else None
-    match = STEP_FOLDER.match(path.name)
-    if match and stage is not None:
-        if not (path / "COMPLETE").exists():
+    step = step_of(path.name)
+    if step is not None and stage is not None:
+        if not is_complete(path):
             raise UserError(
                 f"{address}: this checkpoint is not complete (no COMPLETE in it); take another step"
             )
-        return Located("checkpoint", str(path), stage, int(match[1]))
+        return Located("checkpoint", str(path), stage, step)
     if any(path.glob("*_states.pt")):
         return Located("checkpoint", str(path))
     if (path / "latest").is_file():  # a foreign DeepSpeed folder: `latest` names the tag

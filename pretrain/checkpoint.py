@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +14,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
-
-STEP = re.compile(r"^step_(\d{8,})$")
-
-
-def tag_of(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's `checkpoints/`, ascending."""
-    if not folder.is_dir():
-        return []
-    found = [(STEP.match(entry.name), entry) for entry in folder.iterdir()]
-    return sorted(int(match.group(1)) for match, entry in found if match and (entry / "COMPLETE").exists())
+from pretrain.checkpoint_folder import complete_steps, tag_of
 
 
 def _hash(path: Path) -> dict[str, Any]:

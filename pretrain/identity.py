@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.lengths import length_steps
 from pretrain.recipe import Recipe, parse_length
 from pretrain.recipe_load import stage_record
@@ -115,9 +116,10 @@ def _check_resumable(
     stage_dir: Path, old: dict[str, Any], new: dict[str, Any], world_size: int | None
 ) -> None:
     """Once there is a checkpoint, ZeRO stage and world size stay, until checkpoints can be converted."""
-    newest = max((path.parent for path in stage_dir.glob("checkpoints/step_*/COMPLETE")), default=None)
-    if newest is None:
+    steps = complete_steps(stage_dir / "checkpoints")
+    if not steps:
         return
+    newest = stage_dir / "checkpoints" / tag_of(steps[-1])
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.address import complete_checkpoints, locate
+from pretrain.address import locate
 
 
 def training_stage(stage: Path, steps: tuple[int, ...], finished: bool = True) -> Path:
@@ -82,7 +82,6 @@ def test_absent_step_lists_the_steps_there_are(runs: Path) -> None:
 def test_incomplete_checkpoint_does_not_count(runs: Path) -> None:
     (runs / "flip/masked/checkpoints/step_00000020/COMPLETE").unlink()
     (runs / "flip/masked/checkpoints/step_00000030.tmp").mkdir()
-    assert list(complete_checkpoints(runs / "flip/masked")) == [10]
     assert locate("masked", runs / "flip").step == 10
     with pytest.raises(UserError, match="not complete"):
         locate(str(runs / "flip/masked/checkpoints/step_00000020"))
