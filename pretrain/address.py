@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import UserError
+from pretrain import metrics
 from pretrain.checkpoint_folder import complete_steps, is_complete, step_of, tag_of
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
@@ -36,8 +37,9 @@ class Located:
 def locate(address: str, run_dir: Path | None = None) -> Located:
     """Resolve `address`; a bare name is a stage of `run_dir`, a bare RUN is looked up beside `run_dir`.
 
-    Without @STEP, @latest or @best a stage must have finished (result.json): nothing starts by accident from
-    half a predecessor. Raises UserError naming the stage and the command that makes it.
+    Without @STEP, @latest or @best a stage must have finished, with its newest checkpoint (result.json names the
+    step): nothing starts by accident from half a predecessor. Raises UserError naming the stage and the command
+    that makes it.
     """
     address = str(address).strip()
     if not address:
@@ -83,9 +85,7 @@ def is_stage(folder: Path) -> bool:
 def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
     """The one of `steps` with the best evaluation in metrics.jsonl: highest mean top-1, else lowest NLL."""
     scores: dict[int, float] = {}
-    metrics = stage_dir / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        row = json.loads(line)
+    for row in metrics.read(stage_dir / "metrics.jsonl"):
         if row.get("step") in steps and (score := _score(row.get("eval"))) is not None:
             scores[row["step"]] = score
     if not scores:
@@ -131,11 +131,11 @@ def _stage(stage: Path, which: str | None, address: str) -> Located:
     if not is_stage(stage):
         raise _absent([stage], address)
     again = f"dromos run RECIPE --stage {stage.name}"
-    finished = (stage / "result.json").exists()
+    result = _result(stage)
     if (stage / "weights").is_dir():
         if which and which.isdigit():
             raise UserError(f"{address}: {stage} is a merge stage and has no steps; leave @{which} out")
-        if not finished:
+        if result is None:
             raise UserError(f"{address}: stage {stage.name} of {stage.parent} has not finished; run: {again}")
         return Located("folder", str(stage / "weights"), stage)
     steps = complete_steps(stage / "checkpoints")
@@ -144,9 +144,10 @@ def _stage(stage: Path, which: str | None, address: str) -> Located:
             f"{address}: stage {stage.name} of {stage.parent} has no complete checkpoint yet; run: {again}"
         )
     newest = max(steps)
-    if which is None and not finished:
+    if which is None and (result is None or result.get("step") != newest):
+        ended = f"it once ended at step {result.get('step')}, the " if result else ""
         raise UserError(
-            f"{address}: stage {stage.name} of {stage.parent} has not finished (newest checkpoint: step "
+            f"{address}: stage {stage.name} of {stage.parent} has not finished ({ended}newest checkpoint: step "
             f"{newest}); run: {again}, or write @latest to take it as it is"
         )
     step = newest
@@ -158,6 +159,20 @@ def _stage(stage: Path, which: str | None, address: str) -> Located:
             have = ", ".join(map(str, steps))
             raise UserError(f"{address}: no complete checkpoint at step {step}; {stage} has steps {have}")
     return Located("checkpoint", str(stage / "checkpoints" / tag_of(step)), stage, step)
+
+
+def _result(stage: Path) -> dict[str, Any] | None:
+    """What a stage wrote at its end; None while it has not ended."""
+    path = stage / "result.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not what a stage writes there; delete it to run the stage again")
+    return content
 
 
 def _path(path: Path, which: str | None, address: str) -> Located:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def training_stage(stage: Path, steps: tuple[int, ...], finished: bool = True) -
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "resolved.yaml").write_text("stage: {}\n")
     if finished:
-        (stage / "result.json").write_text("{}")
+        (stage / "result.json").write_text(json.dumps({"step": max(steps)}))
     return stage
 
 
@@ -82,9 +83,31 @@ def test_absent_step_lists_the_steps_there_are(runs: Path) -> None:
 def test_incomplete_checkpoint_does_not_count(runs: Path) -> None:
     (runs / "flip/masked/checkpoints/step_00000020/COMPLETE").unlink()
     (runs / "flip/masked/checkpoints/step_00000030.tmp").mkdir()
-    assert locate("masked", runs / "flip").step == 10
+    assert locate("masked@latest", runs / "flip").step == 10
     with pytest.raises(UserError, match="not complete"):
         locate(str(runs / "flip/masked/checkpoints/step_00000020"))
+
+
+@pytest.mark.parametrize("newest", [10, 30])
+def test_a_result_of_another_step_does_not_make_the_newest_checkpoint_a_finished_stage(
+    runs: Path, newest: int
+) -> None:
+    """A stage that ended at step 20 was lengthened and is at 30, or lost the checkpoint of its end."""
+    if newest > 20:
+        training_stage(runs / "flip/masked", (newest,), finished=False)
+    else:
+        shutil.rmtree(runs / "flip/masked/checkpoints/step_00000020")
+    with pytest.raises(UserError, match=rf"not finished \(.*step 20.*newest checkpoint: step {newest}\)"):
+        locate("masked", runs / "flip")
+    assert locate("masked@latest", runs / "flip").step == newest
+    (runs / "flip/masked/result.json").write_text(json.dumps({"step": newest}))
+    assert locate("masked", runs / "flip").step == newest
+
+
+def test_a_damaged_result_is_named(runs: Path) -> None:
+    (runs / "flip/masked/result.json").write_text('{"step": 2')
+    with pytest.raises(UserError, match=r"masked/result\.json is not what a stage writes"):
+        locate("masked", runs / "flip")
 
 
 def test_unfinished_stage_needs_an_explicit_step(runs: Path) -> None:
@@ -111,6 +134,12 @@ def test_best(runs: Path, rows: list[tuple[int, dict]], step: int) -> None:
     lines = [json.dumps({"step": s, "eval": e}) for s, e in rows]
     (runs / "flip/masked/metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert locate("masked@best", runs / "flip").step == step
+
+
+def test_best_of_a_stage_that_was_killed_as_it_wrote(runs: Path) -> None:
+    lines = [json.dumps({"step": s, "eval": {"real": {"nll": s}}}) for s in (10, 20)]
+    (runs / "flip/masked/metrics.jsonl").write_text("\n".join([*lines, '{"step": 21, "ev']))
+    assert locate("masked@best", runs / "flip").step == 10
 
 
 def test_best_without_evaluation(runs: Path) -> None:
