@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from data_pipeline.errors import UserError
 from pretrain.yaml_file import load_yaml
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def as_text(env: Any) -> Any:
+    """Numbers become text: YAML reads OMP_NUM_THREADS: 1 as one."""
+    if not isinstance(env, dict):
+        return env
+    for name in env:
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise ValueError(f"{name!r} is no name of an environment variable: letters, digits and _")
+    numbers = {name: str(value) for name, value in env.items() if type(value) in (int, float)}
+    return env | numbers
+
+
+def absolute(path: str | None) -> str | None:
+    if path is not None and not Path(path).is_absolute():
+        raise ValueError("write an absolute path")
+    return path
 
 
 class Cluster(BaseModel):
@@ -20,8 +48,14 @@ class Cluster(BaseModel):
     gpus_per_node: int = Field(0, ge=0, description="GPUs asked for on each node; 0 asks for none.")
     cpus_per_rank: int = Field(1, ge=1, description="CPU cores of one rank, its loader workers included.")
     python: str | None = Field(None, description="Python on the nodes; default: the one that submits.")
-    workdir: str | None = Field(None, description="Working directory on the nodes; default: the present one.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment of every rank. No secrets.")
+    workdir: Annotated[str | None, AfterValidator(absolute)] = Field(
+        None,
+        description="Working directory on the nodes, an absolute path; default: the present one. Of a Slurm job it "
+        "must be visible where one submits: data, weights and the run folder are looked up from it.",
+    )
+    env: Annotated[dict[str, str], BeforeValidator(as_text)] = Field(
+        default_factory=dict, description="Environment of every rank. No secrets."
+    )
 
 
 def quoted(value: Any) -> Any:

@@ -83,16 +83,6 @@ def test_mistakes_are_told_and_nothing_is_written(recipe: Path, flags: dict, wor
     assert sorted(recipe.parent.rglob("*")) == before
 
 
-def test_a_folder_without_tars_is_named(recipe: Path) -> None:
-    (recipe.parent / "data" / "00000.tar").unlink()
-    with pytest.raises(UserError, match=r"data\.pairs\.sources\.digits: .*data"):
-        run(str(recipe), ranks_per_node=1)
-    recipe.write_text("prepare: demo\n" + recipe.read_text())
-    with pytest.raises(UserError, match=r"make it with: dromos data prepare .*small.yaml"):
-        run(str(recipe), ranks_per_node=1)
-    assert not (recipe.parent / "run").exists()
-
-
 def test_a_folder_of_another_recipe_is_refused(recipe: Path) -> None:
     from pretrain.recipe_load import dump
 
@@ -130,12 +120,21 @@ def test_example_cluster_files_are_right(kind: str) -> None:
         ({"kind": "ray", "colour": 1}, "cluster: unknown key colour; known keys: gpus_per_node"),
         ({"kind": "slurm", "gpus_per_node": -1}, "cluster: gpus_per_node: .* greater than or equal to 0"),
         ({"kind": "slurm", "time": 43200}, 'write the time limit in quotes, for example time: "12:00:00"'),
+        ({"kind": "ray", "env": {"A B": "1"}}, "cluster: env: .*'A B' is no name of an environment variable"),
+        ({"kind": "ray", "env": {"A": True}}, "cluster: env.A: .*string"),
+        ({"kind": "slurm", "workdir": "runs"}, "cluster: workdir: .*absolute path"),
         ({"partition": "gpu"}, "kind: None is none of slurm, ray"),
     ],
 )
 def test_a_wrong_cluster_file_is_told(values: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_cluster(values)
+
+
+def test_numbers_in_the_environment_become_text() -> None:
+    env = {"OMP_NUM_THREADS": 1, "_SHARE": 0.5, "NAME": "ib0"}
+    expected = {"OMP_NUM_THREADS": "1", "_SHARE": "0.5", "NAME": "ib0"}
+    assert parse_cluster({"kind": "slurm", "env": env}).env == expected
 
 
 def test_a_cluster_file_of_the_other_kind_is_refused() -> None:
