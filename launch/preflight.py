@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
+from contextlib import chdir
 from pathlib import Path
 
-from data_pipeline import storage
 from data_pipeline.errors import UserError
+from launch import sources
 from launch.job import Job, StageJob
 from pretrain.address import locate
 from pretrain.identity import check_run_folder, read_record
@@ -16,6 +19,7 @@ from pretrain.recipe_checks import addresses, world_size_check
 from pretrain.recipe_load import stage_record
 
 LENGTHS = ("steps", "samples", "epochs")
+STARTS = {"init", "continue"}
 
 
 def stage_job(recipe: Recipe, name: str) -> StageJob:
@@ -49,6 +53,19 @@ def _length(record: dict) -> dict[str, float]:
     return {unit: train[unit] for unit in LENGTHS if train.get(unit) is not None}
 
 
+def check(recipe: Recipe, job: Job) -> None:
+    """All that needs the disks of the job, seen from the job's working directory."""
+    if not Path(job.workdir).is_dir():
+        raise UserError(
+            f"--cluster {job.cluster_file}: workdir: {job.workdir} is no folder on this machine; where one submits "
+            "must see the job's working directory"
+        )
+    with chdir(job.workdir):
+        check_folder(recipe, job)
+        check_predecessors(recipe, job)
+        check_sources(recipe, job)
+
+
 def check_ranks(recipe: Recipe, job: Job) -> None:
     """Every stream's batch must split evenly over the ranks."""
     for name, stage in _training(recipe, job):
@@ -66,28 +83,27 @@ def check_folder(recipe: Recipe, job: Job) -> None:
 
 
 def check_sources(recipe: Recipe, job: Job) -> None:
-    """Every source of the stages to run must have tars. Of a job for a cluster, those in object stores are left to
-    the ranks: the machine that submits needs neither their packages nor their keys."""
-    paths: dict[str, str] = {}
-    for stage, resolved in _training(recipe, job):
-        for name, stream in resolved.data.items():
-            for source, spec in stream.sources.items():
-                paths.setdefault(spec.path, f"stage {stage}: data.{name}.sources.{source}")
-    for path, key in paths.items():
-        if job.on != "local" and storage.is_remote(path):
-            continue
+    """What the stages to run read must have tars, and samples in them that can be used. Of a job for a cluster,
+    sources in object stores are left to the ranks: the machine that submits needs neither their packages nor keys."""
+    stages = [stage.name for stage in job.stages if not is_done(job.folder, stage, recipe)]
+    remote = job.on == "local"
+    for stage, key, path, problem in sources.missing_sources(recipe, stages, remote):
+        made_here = sources.is_prepared(path, recipe)
+        advice = f"\nmake it with: dromos data prepare {shlex.quote(job.recipe)}" if made_here else ""
+        raise UserError(f"{job.recipe}: stage {stage}: {key}: {problem}{advice}")
+    if job.on == "local" or sources.can_decode():
         try:
-            storage.list_shards(path)
+            sources.check_contents(recipe, stages, remote)
         except UserError as error:
-            advice = f"\nmake it with: dromos data prepare {job.recipe}" if recipe.prepare else ""
-            raise UserError(f"{job.recipe}: {key}: {error}{advice}") from None
+            raise UserError(f"{job.recipe}: {error}") from None
 
 
 def check_predecessors(recipe: Recipe, job: Job) -> None:
     """Weights must be there, or come from a stage that this job runs before."""
     made: set[Path] = set()
     for stage in job.stages:
-        for key, address in addresses(recipe.stages[stage.name]):
+        done = is_done(job.folder, stage, recipe)
+        for key, address in () if done else addresses(recipe.stages[stage.name]):
             if not _candidates(address, job.folder) & made:
                 try:
                     locate(address, job.folder)
@@ -112,6 +128,17 @@ def _candidates(address: str, folder: Path) -> set[Path]:
 
 
 def _with_recipe(message: str, address: str, recipe: Recipe, job: Job) -> str:
-    """The command that makes a stage of this very recipe can be written out."""
-    own = address.partition("@")[0] in recipe.stages
-    return message.replace("dromos run RECIPE", f"dromos run {job.recipe}") if own else message
+    """The command that makes a stage of this very recipe, with this job's flags, can be written out."""
+    name = address.partition("@")[0]
+    if name not in recipe.stages:
+        return message
+    return message.replace(f"dromos run RECIPE --stage {name}", making(name, recipe, job).go_on())
+
+
+def making(name: str, recipe: Recipe, job: Job) -> Job:
+    """This job for a stage before it: without the overrides that are meant for others or say where a stage starts."""
+    others = set(recipe.stages) - {name}
+    kept = [
+        override for override in job.overrides if override.split("=")[0].split(".")[0] not in others | STARTS
+    ]
+    return dataclasses.replace(job, stages=(stage_job(recipe, name),), overrides=tuple(kept))

@@ -184,9 +184,7 @@ def connect() -> Any:
 
 def run(job: Job, recipe: Recipe, console: Console) -> int:
     """All stages of the job; what the local door does, with actors in place of child processes."""
-    preflight.check_folder(recipe, job)
-    preflight.check_predecessors(recipe, job)
-    preflight.check_sources(recipe, job)
+    preflight.check(recipe, job)
     todo = undone(job, recipe, console)
     if not todo:
         return DONE

@@ -10,7 +10,7 @@ from data_pipeline.errors import UserError
 from launch.commands import USER, group
 
 if TYPE_CHECKING:
-    from pretrain.recipe import MergeStage, Recipe, TrainStage
+    from pretrain.recipe import MergeStage, TrainStage
 
 app = group("Show or check a recipe; nothing runs.")
 
@@ -61,6 +61,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
     """
+    from launch.sources import is_prepared, missing_sources
     from pretrain.recipe import TrainStage
     from pretrain.recipe_checks import unavailable
     from pretrain.recipe_load import load_recipe, warns
@@ -77,9 +78,10 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
             ready = False
         for text in warns(stage) if isinstance(stage, TrainStage) else []:
             typer.echo(f"  warning: {text}")
-    for text in missing_sources(loaded):
-        typer.echo(f"warning: {text}", err=True)
-    if loaded.prepare and missing_sources(loaded):
+    missing_data = list(missing_sources(loaded, loaded.stages, remote=False))
+    for name, key, _, text in missing_data:
+        typer.echo(f"warning: {name}.{key}: {text}", err=True)
+    if any(is_prepared(path, loaded) for _, _, path, _ in missing_data):
         typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
     if not ready:
         typer.echo(f"{recipe}: well-formed, but it asks for what is not available yet", err=True)
@@ -99,31 +101,6 @@ def describe(stage: TrainStage | MergeStage) -> str:
     )
     start = f", from {stage.init or stage.continue_}" if stage.init or stage.continue_ else ""
     return f"{stage.objective.kind} for {train_length(stage)}{start}; {streams}"
-
-
-def missing_sources(recipe: Recipe) -> list[str]:
-    """Local sources that are not there, each with the key that names it first."""
-    from data_pipeline.storage import is_remote, list_shards
-    from pretrain.recipe import TrainStage
-
-    paths: dict[str, str] = {}
-    for name, stage in recipe.stages.items():
-        if isinstance(stage, TrainStage):
-            for stream_name, stream in stage.data.items():
-                for source_name, source in stream.sources.items():
-                    paths.setdefault(source.path, f"{name}.data.{stream_name}.sources.{source_name}")
-        for key, tasks in (("zero_shot", stage.eval.zero_shot), ("perplexity", stage.eval.perplexity)):
-            for task_name, task in tasks.items():
-                paths.setdefault(task.path, f"{name}.eval.{key}.{task_name}.path")
-    problems = []
-    for path, key in paths.items():
-        if is_remote(path):
-            continue
-        try:
-            list_shards(path)
-        except UserError as error:
-            problems.append(f"{key}: {error}")
-    return problems
 
 
 def only_training_stage(path: str) -> str:

@@ -39,9 +39,7 @@ def run(
         console.file.write(render(job))
         return 0
     if job.on != "ray":  # a Ray cluster may see other disks than the machine that submits
-        preflight.check_folder(recipe, job)
-        preflight.check_predecessors(recipe, job)
-        preflight.check_sources(recipe, job)
+        preflight.check(recipe, job)
     if job.on == "slurm":
         from launch import slurm
 
@@ -56,7 +54,8 @@ def run(
 
 
 def render(job: Job) -> str:
-    """What the job comes down to: what is printed is what is executed or submitted."""
+    """What the job comes down to: what is submitted, to the letter; of a local job, its ranks' commands, which the
+    launcher ties to itself and to a port that is free when they start."""
     if job.on == "slurm":
         from launch import slurm
 
@@ -103,8 +102,8 @@ def make_job(
         nodes=nodes or 1,
         ranks_per_node=ranks,
         gpus_per_node=gpus,
-        python=(cluster.python if cluster else None) or sys.executable,
-        workdir=(cluster.workdir if cluster else None) or os.getcwd(),
+        python=(cluster.python if cluster and where != "local" else None) or sys.executable,
+        workdir=(cluster.workdir if cluster and where != "local" else None) or os.getcwd(),
         env=dict(cluster.env) if cluster else {},
         cluster=cluster.model_dump(mode="json", exclude_none=True) if cluster else {},
         cluster_file=cluster_file,
