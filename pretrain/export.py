@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from pretrain.build import load_trained, stage_tokenizer, tokenizer_name
 from pretrain.lengths import main_stream
+from pretrain.merge.writer import new_folder
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip
 from pretrain.recipe import TrainStage
@@ -38,13 +39,9 @@ def export(address: str, format: str, out: str | Path) -> Path:
     if flip != (format == "open_clip"):
         right = FORMATS[0] if flip else FORMATS[1]
         raise UserError(f"{address} holds a {stage.objective.kind} model: use --format {right}")
-    partial = target.with_name(target.name + ".tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     write = _open_clip if flip else _transformers
-    write(objective, stage, partial)
-    partial.rename(target)
+    with new_folder(target, needed=0) as partial:
+        write(objective, stage, partial)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import publish
 from pretrain.address import locate
 from pretrain.merge.plan import OUTPUT, Plan, Planner, check_dtype, resolve_weights
 from pretrain.merge.sources import FROZEN, WeightSource, open_weights
@@ -130,7 +130,7 @@ def execute(
         for i in todo:
             record = _record(plans[i], opened, hashes, keys[i], partial[i] / OUTPUT)
             _add_companions(plans[i], partial[i])
-            (partial[i] / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            publish(partial[i] / RECORD, (json.dumps(record, indent=1) + "\n").encode())
             records[i] = record
     return [record for record in records if record is not None]
 
@@ -192,11 +192,11 @@ def _version() -> str:
 def _add_companions(plan: Plan, folder: Path) -> None:
     """Config, tokenizer, frozen tensors, and the stage that says what the model is."""
     for name, path in plan.companions.items():
-        shutil.copyfile(path, folder / name)
+        publish(folder / name, path.read_bytes())
     if plan.frozen is not None:
         link_or_copy(plan.frozen, folder / FROZEN)
     if plan.stage_dir is not None and (stage := model_stage(plan.stage_dir)) is not None:
-        shutil.copyfile(stage / "resolved.yaml", folder / "resolved.yaml")
+        publish(folder / "resolved.yaml", (stage / "resolved.yaml").read_bytes())
 
 
 def model_stage(stage_dir: Path) -> Path | None:

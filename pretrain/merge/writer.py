@@ -155,13 +155,18 @@ def digests(path: Path) -> tuple[dict[str, str | int], dict[str, str]]:
     return {"size": output.size, "xxh64": whole.hexdigest()}, tensors
 
 
+def partial_of(target: Path) -> Path:
+    """Where `target` is written before it is whole: a name beside it that nobody else gives a file."""
+    return target.with_name(f".{target.name}.dromos-partial")
+
+
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends well, and vanishes when it does not.
 
     Raises UserError when someone else is writing it, when `needed` bytes are not free, or when the disk refuses.
     """
-    partial = out.with_name(out.name + ".tmp")
+    partial = partial_of(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial).free
@@ -172,7 +177,9 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
                 raise UserError(f"{out}: another process is writing it (it holds {partial}/.lock)") from None
             try:
                 for left in partial.iterdir():
-                    if left.name != ".lock":
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    elif left.name != ".lock":
                         free += left.stat().st_size
                         left.unlink()
                 if needed > free:
@@ -198,7 +205,7 @@ def _sync(folder: Path) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """The same file under a second name; a copy where the file system cannot. Whole or not at all."""
-    partial = target.with_name(target.name + ".tmp")
+    partial = partial_of(target)
     partial.unlink(missing_ok=True)
     try:
         os.link(source, partial)

@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
+from pretrain import export as export_module
 from pretrain.build import load_trained
 from pretrain.export import export
 from pretrain.rows import Rows, to_device
@@ -103,6 +104,24 @@ def test_the_wrong_format_and_a_used_folder_are_refused(tiny_runs: Path, tmp_pat
     (tmp_path / "used").mkdir()
     with pytest.raises(UserError, match="exists already"):
         export(flip, "open_clip", tmp_path / "used")
+
+
+def test_a_folder_of_the_user_s_beside_the_export_stays(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip = str(tiny_runs / "runs" / "flip" / "main")
+    (tmp_path / "clip.tmp").mkdir()
+    (tmp_path / "clip.tmp/notes.txt").write_text("keep me")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            export_module, "_save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+        with pytest.raises(UserError, match="clip: cannot be written: No space left"):
+            export(flip, "open_clip", tmp_path / "clip")
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.tmp"]
+    export(flip, "open_clip", tmp_path / "clip")
+    assert (tmp_path / "clip.tmp/notes.txt").read_text() == "keep me"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip", "clip.tmp"]
 
 
 def test_images_stand_between_the_start_token_and_the_text(tiny_runs: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
+from pretrain.merge.writer import partial_of
 from tests.pretrain.merge.build import bf16_bits, floats, read_bytes, write, write_bf16
 
 
@@ -262,13 +263,59 @@ def test_failures_leave_nothing_under_the_final_name(
 
 
 def test_leftovers_of_a_killed_merge_are_cleared(pair: tuple[str, str], tmp_path: Path) -> None:
-    left = tmp_path / "out.tmp"
-    left.mkdir()
+    left = partial_of(tmp_path / "out")
+    (left / "folder").mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     (left / "stray").write_bytes(b"x")
     merge(pair, tmp_path / "out", beta=0.5)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["merge.json", "model.safetensors"]
     assert not left.exists()
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_folder_of_the_user_s_beside_the_output_stays(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    mine = tmp_path / "out.tmp"
+    (mine / "folder").mkdir(parents=True)
+    (mine / "notes.txt").write_text("keep me")
+    if ends == "well":
+        merge(pair, tmp_path / "out", beta=0.5)
+    else:
+        monkeypatch.setattr(os, "pwrite", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(UserError, match="cannot be written: No space left"):
+            merge(pair, tmp_path / "out", beta=0.5)
+    assert (mine / "notes.txt").read_text() == "keep me"
+    assert (mine / "folder").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a", "b", "out.tmp"] + ["out"] * (ends == "well")
+    )
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after the rename must not leave an output with an empty record or config."""
+    (Path(pair[0]) / "config.json").write_text("{}")
+    (Path(pair[0]) / "tokenizer.json").write_text("{}")
+    synced: set[int] = set()
+    real_sync, real_rename = os.fsync, os.rename
+    missing: list[str] = []
+
+    def sync(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        real_sync(file)
+
+    def rename(source: Any, target: Any) -> None:
+        missing.extend(p.name for p in Path(source).iterdir() if p.stat().st_ino not in synced)
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    merge(pair, tmp_path / "out", beta=0.5)
+    assert missing == []
+    names = ["config.json", "merge.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
 
 
 def _hold(pair: tuple[str, str], out: Path, started: Any, go: Any) -> None:
