@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage import publish
+
 WINDOW = 100
 """Steps over which the fraction of replaced samples is taken."""
 AT_LEAST = 200
@@ -32,9 +34,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read(path) if row["step"] <= step]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
+    publish(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 class Log:
