@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.text import Tokenizer, load_tokenizer
@@ -93,11 +95,47 @@ def build_tower(
     return FrozenTower(clip.visual), {"clip": config}
 
 
-def refuse_dropout(config: dict[str, Any]) -> None:
-    """Dropout would draw from a rank's generator, and the result would depend on the world size."""
+def refuse_dropout(config: dict[str, Any], where: str = "model.llm.config") -> None:
+    """Dropout would draw from a rank's generator, and the result would depend on the world size.
+
+    `config` is the resolved one: some kinds of models have dropout by default.
+    """
     for key, value in config.items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, int | float) and value > 0:
-            raise UserError(f"model.llm.config.{key}: {value}: dropout is not supported, set it to 0")
+        if isinstance(value, dict):
+            refuse_dropout(value, f"{where}.{key}")
+        elif "drop" in str(key) and isinstance(value, int | float) and value > 0:
+            raise UserError(f"{where}.{key}: {value}: dropout is not supported, set it to 0")
+
+
+def check_tokens(stage: TrainStage, objective: Any, makers: Mapping[str, BatchMaker]) -> None:
+    """All text of a stage must be in the words of one tokenizer, and fit the language model's positions."""
+    words = stage_tokenizer(stage)
+    for name, maker in makers.items():
+        used = (
+            {f"data.{name}.text.tokenizer": maker.tokenizer.fingerprint}
+            if maker.tokenizer is not None
+            else {}
+        )
+        used |= {
+            f"data.{name}.sources.{source} (packed with another tokenizer)": manifest.tokenizer
+            for source, manifest in maker.manifests.items()
+            if manifest.tokenizer
+        }
+        for what, fingerprint in used.items():
+            if fingerprint != words.fingerprint:
+                raise UserError(
+                    f"{what}: its tokenizer is {fingerprint}, that of {tokenizer_name(stage)} is {words.fingerprint}; "
+                    f"use one tokenizer for a stage, or pack the text again"
+                )
+        llm = getattr(objective.model, "llm", None)
+        most = getattr(llm.config, "max_position_embeddings", None) if llm is not None else None
+        seen = objective.tower.tokens + 2 if maker.spec.image is not None and llm is not None else 0
+        length = (maker.spec.text.length if maker.spec.text else maker.spec.length) or 0
+        if most is not None and seen + length > most:
+            raise UserError(
+                f"data.{name}: a row has {seen} visual and {length} text tokens, model.llm.config."
+                f"max_position_embeddings is {most}; make it at least {seen + length}"
+            )
 
 
 def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen: Path | None = None) -> Any:
@@ -118,7 +156,6 @@ def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen:
         llm = stage.model.llm
         if llm is None or llm.config is None:
             raise UserError("model.llm.config is missing: the sphinx objective needs a language model")
-        refuse_dropout(llm.config)
         specials = {
             "bos_token_id": tokenizer.start_id,
             "eos_token_id": tokenizer.end_id,
@@ -131,6 +168,7 @@ def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen:
         model = Multimodal(
             new_llm(llm.config, tokenizer.vocab_size, specials), tower.width if tower else None
         )
+        refuse_dropout(model.llm.config.to_dict())
         objective = Sphinx(model, tower, stage)
     for part in stage.model.freeze:
         freeze(objective, part)

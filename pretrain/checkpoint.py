@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain.checkpoint_folder import complete_steps, tag_of
+from pretrain.ranks import barrier, from_first, gather, rank, world_size
 
 
 def _hash(path: Path) -> dict[str, Any]:
@@ -34,67 +34,76 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _everyone(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def save(
     folder: Path, step: int, state: dict[str, Any], write: Callable[[Path, str], None], keep: int
 ) -> Path:
     """Write one checkpoint so that a kill at any instant leaves the previous one or this one; collective.
 
-    `write(folder, tag)` puts every rank's files into `folder/tag`. Each rank flushes and hashes its share of them.
-    The `keep` newest complete checkpoints stay.
+    `write(folder, tag)` puts every rank's files into `folder/tag`. Each rank flushes and hashes its share of them,
+    of the list that rank 0 saw. The `keep` newest complete checkpoints stay.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
     final, tag = folder / tag_of(step), tag_of(step) + ".tmp"
     partial = folder / tag
-    if rank == 0:
+    if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("step_*.tmp"):
             shutil.rmtree(left)
-    _everyone(None)
+    barrier()
     write(folder, tag)
-    if rank == 0:
+    if rank() == 0:
         (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
-    _everyone(None)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(partial)): _hash(path) for path in files[rank::world]}
-    parts = _everyone(mine)
-    if rank == 0:
+    barrier()
+    names = from_first(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
+    parts = gather({name: _hash(partial / name) for name in names[rank() :: world_size()]})
+    if rank() == 0:
         manifest = {name: entry for part in parts for name, entry in part.items()}
         publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
         publish(str(partial / "COMPLETE"), b"")
         _sync_folder(partial)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         _sync_folder(folder)
         publish(str(folder / "latest"), final.name.encode())
         for old in complete_steps(folder)[:-keep]:
-            shutil.rmtree(folder / tag_of(old))
-    _everyone(None)
+            _remove(folder / tag_of(old))
+    barrier()
     return final
 
 
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves nothing that looks complete; the next save sweeps the rest."""
+    gone = path.with_name(path.name + ".tmp")
+    if gone.exists():
+        shutil.rmtree(gone)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def verify(path: Path) -> dict[str, Any]:
-    """Check a checkpoint against its manifest and return its `state.json`; a damaged one is named."""
+    """Check a checkpoint against its manifest and return its `state.json`; collective, each rank hashes its share.
+
+    Raises UserError on every rank, naming the first damaged file.
+    """
     manifest = json.loads((path / "manifest.json").read_text())
-    for name, entry in manifest.items():
+    wrong = None
+    for name, entry in sorted(manifest.items())[rank() :: world_size()]:
         file = path / name
-        if not file.exists() or file.stat().st_size != entry["size"]:
-            size = file.stat().st_size if file.exists() else "missing"
-            raise UserError(
-                f"checkpoint {path}: {name} is {size}, the manifest says {entry['size']} bytes. "
-                f"Remove the folder {path.name} to resume from the checkpoint before it."
-            )
-        if _hash(file)["xxh64"] != entry["xxh64"]:
-            raise UserError(
-                f"checkpoint {path}: {name} is damaged (hash differs). Remove {path.name} and run again."
-            )
+        size = file.stat().st_size if file.exists() else "missing"
+        if size != entry["size"]:
+            wrong = f"{name} is {size}, the manifest says {entry['size']} bytes"
+        elif _hash(file)["xxh64"] != entry["xxh64"]:
+            wrong = f"{name} is damaged (its hash differs)"
+        if wrong:
+            break
+    told = [one for one in gather(wrong) if one]
+    if told:
+        raise UserError(
+            f"checkpoint {path}: {told[0]}. Remove {path.name} to go on from the checkpoint before it."
+        )
     return json.loads((path / "state.json").read_text())
+
+
+def hash_file(path: Path) -> str | None:
+    """16 hex digits of a file, None where there is none."""
+    return _hash(path)["xxh64"] if path.exists() else None

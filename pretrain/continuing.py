@@ -11,6 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.spec import StreamSpec
 from pretrain import checkpoint
 from pretrain.address import locate
+from pretrain.ranks import from_first, gather
 from pretrain.recipe import TrainStage
 
 
@@ -30,19 +31,21 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     None for a stage that begins at step 0. Raises UserError for an address without optimizer state, or one that
     was trained with another world size or ZeRO stage.
     """
-    own = checkpoint.complete_steps(folder / "checkpoints")
+    own = from_first(checkpoint.complete_steps(folder / "checkpoints"))
     if own:
         path = folder / "checkpoints" / checkpoint.tag_of(own[-1])
+        refuse_unseen(path)
         return Start(path, own[-1], checkpoint.verify(path), folder / "frozen.safetensors")
     if stage.continue_ is None:
         return None
-    found = locate(stage.continue_, folder.parent)
+    found = from_first(locate(stage.continue_, folder.parent))
     if found.kind != "checkpoint" or found.stage_dir is None or found.step is None:
         raise UserError(
             f"continue: {stage.continue_}: is no stage that was trained here, so there is no optimizer state to go on "
             f"with; take its weights alone with init: {stage.continue_}"
         )
     path = Path(found.path)
+    refuse_unseen(path)
     state = checkpoint.verify(path)
     for key, now in (("world_size", world_size), ("zero", stage.engine.zero)):
         if state.get(key) != now:
@@ -52,6 +55,16 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
                 f"init: {stage.continue_}"
             )
     return Start(path, found.step, state, found.stage_dir / "frozen.safetensors")
+
+
+def refuse_unseen(path: Path) -> None:
+    """A rank that does not see rank 0's checkpoint would start from something else, and no loss would tell."""
+    missing = [number for number, there in enumerate(gather((path / "COMPLETE").exists())) if not there]
+    if missing:
+        raise UserError(
+            f"{path}: rank {missing[0]} does not see this checkpoint, rank 0 does; run.dir must be on a file system "
+            f"that all nodes share"
+        )
 
 
 def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> None:

@@ -1,6 +1,7 @@
 """The only file that imports deepspeed: one optimizer step over several losses, exact on every ZeRO stage.
 
-Quirks worked around here, each pinned by a test in tests/dist:
+Quirks worked around here; tests/dist/test_deepspeed_quirks.py pins the first and what models/clip.py does about
+0-dim parameters, tests/dist/test_zero_parity.py what comes of all of them:
 - Under ZeRO-3 a parameter whose first gradient of a step comes in a later backward adds to the previous step's
   gradient; under ZeRO-2 several backwards reduce in an order that must match over ranks. `coalesce_grad_reduction`
   avoids both; stage 0 does not have it and lets the caller own the boundary instead.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -27,6 +29,10 @@ from torch import Tensor, nn
 
 UNCLIPPED = 1e30
 """A clipping threshold that never clips: with 0 DeepSpeed does not compute the norm either."""
+
+
+class NonFiniteNorm(RuntimeError):
+    """Raised before stage 0 updates; ZeRO's own optimizers skip such a step by themselves."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def start(timeout_minutes: float = 30) -> Runtime:
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "29500"),
+        ("MASTER_PORT", "0" if world == 1 else "29500"),  # 0: any free one, so that two runs do not meet
     ):
         os.environ.setdefault(key, value)
     cuda = torch.cuda.is_available()
@@ -154,17 +160,25 @@ class Engine:
         """`loss`: this rank's part of a sum over all ranks; DeepSpeed's mean over ranks is undone here."""
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, rate: float) -> float:
-        """Clip, update with learning rate `rate`, and return the gradient norm before clipping."""
+    def step(self, rate: float) -> float | None:
+        """Clip, update with learning rate `rate`, and return the gradient norm before clipping.
+
+        None, and no update on any rank, when the norm is not finite.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.step()
-        norm = self._norm if self.zero == 0 else self._engine.get_global_grad_norm()
-        return float(norm or 0.0)
+        try:
+            self._engine.step()
+        except NonFiniteNorm:
+            return None
+        norm = float((self._norm if self.zero == 0 else self._engine.get_global_grad_norm()) or 0.0)
+        return norm if math.isfinite(norm) and self._engine.was_step_applied() else None
 
     def _clip_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or UNCLIPPED, foreach=True)
+        if not torch.isfinite(self._norm):
+            raise NonFiniteNorm
 
     def save(self, folder: Path, tag: str) -> None:
         """Every rank's files of DeepSpeed's own layout into `folder/tag`; collective."""

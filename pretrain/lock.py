@@ -24,7 +24,7 @@ class FolderLock:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     self.file.seek(0)
                     holder = self.file.read().strip() or "an unknown process"
@@ -33,6 +33,12 @@ class FolderLock:
                         f"{folder} is being written by {holder}. Wait for it, stop it, or choose another run.dir."
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:
+                self.file.close()
+                raise UserError(
+                    f"{folder}: its file system does not lock files ({error.strerror}), so a second writer could not "
+                    f"be kept out; choose a run.dir on one that does"
+                ) from None
         self.file.seek(0)
         self.file.truncate()
         self.file.write(f"pid {os.getpid()} on {socket.gethostname()}")

@@ -60,22 +60,34 @@ class TooManyBad(RuntimeError):
 
 
 class BadFraction:
-    """Stops a run that replaces more than `limit` of a source's samples over the last steps."""
+    """Watches the share of a source's samples that were replaced over the last steps, summed over ranks.
 
-    def __init__(self, limit: float) -> None:
+    `before` is the `state` that a checkpoint kept, so that a resumed run judges as an undisturbed one.
+    """
+
+    def __init__(self, limit: float, before: dict[str, list[list[int]]] | None = None) -> None:
         self.limit = limit
-        self.steps: dict[str, deque[tuple[int, int]]] = {}
+        self.steps: dict[str, deque[list[int]]] = {
+            source: deque(window, maxlen=WINDOW) for source, window in (before or {}).items()
+        }
 
-    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> None:
-        for source, count in samples.items():
+    def state(self) -> dict[str, list[list[int]]]:
+        """[served, replaced] of each of the last steps, by source."""
+        return {source: list(window) for source, window in self.steps.items()}
+
+    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> str | None:
+        """Count a step; what to tell the user when a source passes the limit, else None."""
+        told = None
+        for source, count in sorted(samples.items()):
             window = self.steps.setdefault(source, deque(maxlen=WINDOW))
             reasons = skipped.get(source, {})
-            window.append((count, sum(reasons.values())))
+            window.append([count, sum(reasons.values())])
             seen, bad = sum(s for s, _ in window), sum(b for _, b in window)
             if seen >= AT_LEAST and bad > self.limit * seen:
                 listed = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
-                raise TooManyBad(
+                told = (
                     f"step {step}: {bad} of the last {seen} samples of {source} were replaced, more than "
                     f"loader.max_bad_fraction {self.limit:g} ({listed} in this step). bad_samples.jsonl names them. "
                     f"Mend the source, or raise loader.max_bad_fraction."
                 )
+        return told

@@ -12,17 +12,18 @@ import torch
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
-from pretrain import metrics
-from pretrain.build import build, stage_tokenizer
+from pretrain import checkpoint, metrics
+from pretrain.build import build, check_tokens, stage_tokenizer
 from pretrain.continuing import Start, check_length, find_start, same_order
 from pretrain.engine import Engine
 from pretrain.engine import start as join
 from pretrain.engine import stop as leave
-from pretrain.evaluate.suite import evaluate, flat
+from pretrain.evaluate.suite import check_held_out, evaluate, flat
 from pretrain.identity import check_run_folder, compare_free, read_record
 from pretrain.lengths import length_steps, total_steps
 from pretrain.lock import FolderLock
 from pretrain.objectives.flip import check_micro_batch
+from pretrain.ranks import barrier, from_first
 from pretrain.recipe import Length, TrainStage
 from pretrain.recipe_checks import world_size_check
 from pretrain.recipe_load import dump, load_recipe, run_dir, stage_record
@@ -60,7 +61,10 @@ class Session:
         check_run_folder(self.run_dir, self.recipe, name, self.runtime.world_size)
         if self.runtime.rank == 0:
             self.lock = FolderLock(self.folder)
-        torch.distributed.barrier()  # no rank may look for a checkpoint that a previous writer is still writing
+        barrier()  # no rank may look for a checkpoint that a previous writer is still writing
+        check_run_folder(
+            self.run_dir, self.recipe, name, self.runtime.world_size
+        )  # it may have been another recipe's
 
     def train(self) -> bool:
         """True when the stage is at its end, False when it saved because it was asked to stop."""
@@ -81,6 +85,8 @@ class Session:
         plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
         if start is not None:
             check_length(start, stage, self.folder, plan.total)
+        check_held_out(objective, stage)
+        check_tokens(stage, objective, makers)
         self.load_weights(objective, start)
         engine = Engine(
             objective.model,
@@ -98,7 +104,7 @@ class Session:
             if start is None or start.checkpoint.parent.parent != self.folder:
                 self.begin(objective, described, frozen_path)
             else:
-                self.go_on(start.step)
+                self.go_on(start.step, plan.total)
         first = start.step if start is not None else 0
         tokenizer = stage_tokenizer(stage)
 
@@ -110,8 +116,20 @@ class Session:
             return {name: maker.order.state(step, maker.fingerprints) for name, maker in makers.items()}
 
         loader = self.loader(specs, makers)
+        barrier()  # frozen.safetensors is there
         self.trainer = Trainer(
-            stage, self.folder, objective, engine, loader, plan, runtime, self.flag, order_state, figures
+            stage,
+            self.folder,
+            objective,
+            engine,
+            loader,
+            plan,
+            runtime,
+            self.flag,
+            order_state,
+            figures,
+            before=start.state if start is not None else None,
+            frozen_hash=from_first(checkpoint.hash_file(frozen_path)),
         )
         finished = self.trainer.run(first) if first < plan.total else True
         if finished and runtime.rank == 0:
@@ -138,6 +156,11 @@ class Session:
     def load_weights(self, objective: Any, start: Start | None) -> None:
         """`init` gives weights to a new stage; one that goes on takes the frozen tensors beside its checkpoint."""
         if start is not None:
+            if checkpoint.hash_file(start.frozen) != start.state.get("frozen"):
+                raise UserError(
+                    f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; put it back, or "
+                    f"delete {start.checkpoint.parent.parent} to start again"
+                )
             tensors, _ = read_frozen(start.frozen)
             own = dict(objective.model.named_parameters())
             with torch.no_grad():
@@ -169,8 +192,10 @@ class Session:
             maker.order.check_state(start.state["order"][name], maker.fingerprints)
         engine.load(start.checkpoint.parent, start.checkpoint.name)
 
-    def go_on(self, step: int) -> None:
+    def go_on(self, step: int, total: int) -> None:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
+        if step < total:  # a longer training than the one that had finished
+            (self.folder / "result.json").unlink(missing_ok=True)
         metrics.cut(self.folder / "metrics.jsonl", step)
         metrics.cut(self.folder / "bad_samples.jsonl", step)
         now = stage_record(self.recipe, self.name)

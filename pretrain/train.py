@@ -17,7 +17,7 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
     from pretrain.metrics import TooManyBad
     from pretrain.session import Session
-    from pretrain.trainer import NonFinite
+    from pretrain.trainer import NonFinite, Unreadable
 
     session: Session | None = None
     try:
@@ -26,8 +26,16 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
         return USER
-    except (NonFinite, TooManyBad) as error:
+    except (NonFinite, TooManyBad, Unreadable) as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"dromos: {where}{error.strerror or error}; the newest complete checkpoint stays",
+            file=sys.stderr,
+            flush=True,
+        )
         return FAILED
     finally:
         if session is not None:

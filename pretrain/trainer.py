@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
 from data_pipeline.batches import Batch
-from data_pipeline.digest import hex16
+from data_pipeline.storage import publish
 from pretrain import checkpoint
+from pretrain.agreement import Agreement, Batches
 from pretrain.engine import Engine, Runtime
 from pretrain.losses.contrastive import repeated_caption_floor
-from pretrain.metrics import BadFraction, Log
+from pretrain.metrics import BadFraction, Log, TooManyBad
 from pretrain.objectives.base import Objective
+from pretrain.ranks import all_sum
 from pretrain.recipe import TrainStage
 from pretrain.rows import to_device
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopFlag
 
-LOW = (1 << 32) - 1
-Batches = dict[str, list[Batch]]
+
+class Unreadable(RuntimeError):
+    """Data could not be had on some rank, after retries; the run was saved first."""
 
 
 class NonFinite(RuntimeError):
@@ -45,59 +47,6 @@ class Plan:
     save_every: int
     evaluate_every: int | None
     hours: float | None
-
-
-class Agreement:
-    """What all ranks know of a step before its forward: counts, digests, whether anyone was asked to stop."""
-
-    def __init__(self, objective: Objective, batches: Batches, stop: bool, device: torch.device) -> None:
-        flat = [batch for made in batches.values() for batch in made]
-        served = sum(batch.batch_digest for batch in flat)
-        assigned = sum(batch.order_digest for batch in flat)
-        skipped = sum(sum(reasons.values()) for batch in flat for reasons in batch.skipped.values())
-        numbers = [int(stop), skipped]
-        for digest in (served, assigned):
-            numbers += [digest & LOW, digest >> 32 & LOW]
-        numbers += [int(sum(objective.count(name, b) for b in batches[name])) for name in objective.streams]
-        numbers += [sum(b.stop - b.start for b in batches[name]) for name in objective.streams]
-        values = all_sum(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
-        streams = objective.streams
-        self.stop, self.any_skipped = values[0] > 0, values[1] > 0
-        self.batch_digest = hex16((values[2] + (values[3] << 32)) & ((1 << 64) - 1))
-        self.order_digest = hex16((values[4] + (values[5] << 32)) & ((1 << 64) - 1))
-        self.counts = dict(zip(streams, values[6 : 6 + len(streams)], strict=True))
-        self.rows = dict(zip(streams, values[6 + len(streams) :], strict=True))
-        self.samples, self.skipped, self.bad = gather_counters(flat, self.any_skipped)
-
-
-def all_sum(values: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def gather_counters(
-    batches: list[Batch], skipped: bool
-) -> tuple[dict[str, int], dict[str, dict[str, int]], list[dict[str, Any]]]:
-    """Replaced samples by source and reason over all ranks; costs a collective only where there are any."""
-    samples: Counter[str] = Counter()
-    reasons: dict[str, Counter[str]] = {}
-    bad: list[dict[str, Any]] = []
-    for batch in batches:
-        samples.update(batch.samples)
-        bad += batch.bad
-        for source, found in batch.skipped.items():
-            reasons.setdefault(source, Counter()).update(found)
-    if not skipped:
-        return dict(samples), {}, []
-    parts = checkpoint._everyone((dict(samples), {k: dict(v) for k, v in reasons.items()}, bad))
-    samples, reasons, bad = Counter(), {}, []
-    for counted, found, named in parts:
-        samples.update(counted)
-        bad += named
-        for source, what in found.items():
-            reasons.setdefault(source, Counter()).update(what)
-    return dict(samples), {k: dict(sorted(v.items())) for k, v in sorted(reasons.items())}, bad
 
 
 def caption_keys(batches: list[Batch]) -> Tensor:
@@ -121,22 +70,39 @@ class Trainer:
         stop: StopFlag,
         order_state: Callable[[int], dict[str, Any]],
         evaluate: Callable[[], dict[str, Any]],
+        before: dict[str, Any] | None = None,
+        frozen_hash: str | None = None,
     ) -> None:
         self.stage, self.stage_dir, self.objective, self.engine = stage, stage_dir, objective, engine
         self.loader, self.plan, self.runtime, self.stop = loader, plan, runtime, stop
         self.order_state, self.evaluate = order_state, evaluate
-        self.bad = BadFraction(stage.loader.max_bad_fraction)
+        self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
+        self.bad = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
+        self.frozen_hash = frozen_hash
         self.last_saved = -1
         self.started = time.monotonic()
         self.log = Log(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
         self.bad_log = Log(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
 
     def run(self, first: int) -> bool:
-        """Steps first..total-1. True when the stage reached its end, False when it saved because it was asked to."""
+        """Steps first..total-1. True when the stage reached its end, False when it saved because it was asked to.
+
+        Raises Unreadable, after a save, when a rank's data could not be had.
+        """
         self.last_saved = first
-        mark = time.perf_counter()
-        for done, batches in enumerate(self.loader.steps(first, self.plan.total), start=first + 1):
-            row, asked = self.step(done - 1, batches)
+        made = iter(self.loader.steps(first, self.plan.total))
+        for done in range(first + 1, self.plan.total + 1):
+            mark = time.perf_counter()
+            batches, failure = self.receive(made)
+            out_of_time = (
+                self.plan.hours is not None and time.monotonic() - self.started > self.plan.hours * 3600
+            )
+            asked = bool(self.stop.asked) or out_of_time
+            failed = failure is not None
+            agreed = Agreement(self.objective, self.sources, batches, asked, failed, self.runtime.device)
+            if agreed.failed:
+                self.give_up(done - 1, failure)
+            row = self.step(done - 1, batches, agreed)
             row["time"]["step"] = round(time.perf_counter() - mark, 6)
             row["time"]["samples_per_second"] = round(sum(row["samples"].values()) / row["time"]["step"], 2)
             last = done == self.plan.total
@@ -146,18 +112,38 @@ class Trainer:
                 if figures:
                     row["eval"] = figures
                     row["time"]["eval"] = round(time.perf_counter() - began, 6)
-            self.write(row)
-            if last or asked or done % self.plan.save_every == 0:
+            self.write(row, agreed)
+            too_many = self.bad.add(done, agreed.samples, agreed.skipped)
+            if last or agreed.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
-            if asked and not last:
+            if too_many:
+                raise TooManyBad(too_many)
+            if agreed.stop and not last:
                 return False
-            mark = time.perf_counter()
         return True
 
-    def step(self, step: int, batches: Batches) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
-        out_of_time = self.plan.hours is not None and time.monotonic() - self.started > self.plan.hours * 3600
-        agreed = Agreement(self.objective, batches, bool(self.stop.asked) or out_of_time, self.runtime.device)
+    def receive(self, made: Iterator[Batches]) -> tuple[Batches, OSError | None]:
+        """The next step's batches, or why they could not be read: the other ranks must hear of it first."""
+        try:
+            return next(made), None
+        except OSError as error:
+            return {name: [] for name in self.objective.streams}, error
+
+    def give_up(self, done: int, failure: OSError | None) -> NoReturn:
+        """Save what has been done and stop with the name of what could not be read."""
+        if done > self.last_saved:
+            self.save(done)
+        why = (
+            str(failure)
+            if failure is not None
+            else "another rank could not read its data; its log says which"
+        )
+        raise Unreadable(
+            f"step {done + 1}: {why}. The run is saved at step {done}; run it again once the data is there."
+        )
+
+    def step(self, step: int, batches: Batches, agreed: Agreement) -> dict[str, Any]:
+        """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""
         self.engine.train()
         parts: dict[str, Tensor] = {}
         with self.engine.accumulate():
@@ -172,11 +158,17 @@ class Trainer:
         names = sorted(parts)
         values = all_sum(torch.stack([parts[name].double().reshape(()) for name in names])).tolist()
         losses = dict(zip(names, values, strict=True))
-        self.refuse_non_finite(step, losses)
+        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
         rate = learning_rate(
             step, self.plan.total, self.plan.warmup, self.plan.peak_rate, self.stage.schedule
         )
-        norm = self.engine.step(rate)
+        norm = self.engine.step(rate) if not wrong else None
+        if norm is None:
+            what = ", ".join(wrong) or "the gradient norm"
+            raise NonFinite(
+                f"step {step + 1}: {what} is not finite; the weights were not updated. The last checkpoint is of "
+                f"step {self.last_saved}. Lower the learning rate, or look at this step's batch."
+            )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         if self.stage.objective.kind == "flip":
             keys = caption_keys(batches[self.objective.main]).to(self.runtime.device)
@@ -184,29 +176,14 @@ class Trainer:
         row |= {"lr": rate, "grad_norm": norm, "samples": agreed.rows, "skipped": agreed.skipped}
         row |= {"batch_digest": agreed.batch_digest, "order_digest": agreed.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
-        self.account(step + 1, agreed)
-        return row, agreed.stop
+        return row
 
-    def refuse_non_finite(self, step: int, losses: dict[str, float]) -> None:
-        wrong = [
-            name for name, value in losses.items() if value != value or value in (float("inf"), -float("inf"))
-        ]
-        if wrong:
-            raise NonFinite(
-                f"step {step + 1}: {', '.join(wrong)} is not finite; nothing was updated or saved. The last "
-                f"checkpoint is of step {self.last_saved}. Lower the learning rate, or look at this step's batch."
-            )
-
-    def account(self, step: int, agreed: Agreement) -> None:
-        """Name every replaced sample, and stop where there are too many."""
-        if self.bad_log is not None:
-            for found in agreed.bad:
-                self.bad_log.write({"step": step, **found})
-        self.bad.add(step, agreed.samples, agreed.skipped)
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.log is not None:
+    def write(self, row: dict[str, Any], agreed: Agreement) -> None:
+        """The step's line, and the name of every sample that was replaced in it."""
+        if self.log is not None and self.bad_log is not None:
             self.log.write(row)
+            for found in agreed.bad:
+                self.bad_log.write(found | {"step": row["step"]})
 
     def save(self, step: int) -> None:
         state = {
@@ -214,6 +191,8 @@ class Trainer:
             "world_size": self.runtime.world_size,
             "zero": self.stage.engine.zero,
             "order": self.order_state(step),
+            "replaced": self.bad.state(),
+            "frozen": self.frozen_hash,
         }
         checkpoint.save(
             self.stage_dir / "checkpoints", step, state, self.engine.save, self.stage.checkpoint.keep
@@ -229,6 +208,5 @@ class Trainer:
 
 def write_result(stage_dir: Path, step: int, seconds: float, figures: dict[str, Any]) -> None:
     """The stage is done: result.json, written whole or not at all."""
-    partial = stage_dir / "result.tmp"
-    partial.write_text(json.dumps({"step": step, "eval": figures, "seconds": round(seconds, 3)}, indent=1))
-    partial.replace(stage_dir / "result.json")
+    content = {"step": step, "eval": figures, "seconds": round(seconds, 3)}
+    publish(stage_dir / "result.json", json.dumps(content, indent=1).encode())

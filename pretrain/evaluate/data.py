@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from data_pipeline.batches import Batch, StreamSpec
+from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from pretrain.engine import Runtime
 from pretrain.recipe import Image
@@ -27,17 +26,25 @@ def passes(
         yield to_device(batch, image, runtime.device), batch
 
 
-def summed(values: Tensor) -> Tensor:
-    """Sum over ranks; the tensor itself where there is one rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+def unusable(batch: Batch) -> int:
+    """Samples of a held-out batch that were left out because of their content."""
+    return sum(sum(reasons.values()) for reasons in batch.skipped.values())
+
+
+def tell_left_out(path: str, counted: float, left_out: float, runtime: Runtime) -> None:
+    """Nothing is left out in silence, and a figure of no sample at all is none: UserError."""
+    if not counted:
+        raise UserError(
+            f"eval: {path}: not one usable sample ({left_out:.0f} unusable); look at it: dromos data show {path}"
+        )
+    if left_out and runtime.rank == 0:
+        print(f"dromos: evaluation of {path}: {left_out:.0f} unusable samples were left out", flush=True)
 
 
 def shuffled_images(rows: Rows) -> Rows:
     """The same captions, each with the image of another row: rolled by one among the rows that count."""
     assert rows.images is not None
-    real = int((rows.weights > 0).sum())
     order = torch.arange(len(rows), device=rows.tokens.device)
-    order[:real] = torch.roll(order[:real], 1)
+    counted = torch.nonzero(rows.weights > 0)[:, 0]
+    order[counted] = torch.roll(counted, 1)
     return replace(rows, images=rows.images[order])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 
 from data_pipeline.evaluation import EvaluationMaker
 from pretrain.engine import Runtime
-from pretrain.evaluate.data import passes, shuffled_images, summed
+from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusable
 from pretrain.objectives.base import Forward, loss_tokens
 from pretrain.objectives.sphinx import Sphinx
+from pretrain.ranks import all_sum
 from pretrain.recipe import Perplexity, Stream
 from pretrain.streams import evaluation_spec
 
@@ -28,12 +31,14 @@ def token_nll(
     """
     spec = evaluation_spec("held_out", wanted, stream, batch)
     image = stream.image if stream is not None else None
-    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad():
-        for rows, made in passes(EvaluationMaker(spec), spec, image, runtime):
+    total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    with torch.no_grad(), closing(EvaluationMaker(spec)) as maker:
+        for rows, made in passes(maker, spec, image, runtime):
             shown = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, shown)
             total[0] += (nll.double() * (rows.weights > 0)).sum()
             total[1] += loss_tokens(made)
-    nats, tokens = summed(total).tolist()
-    return nats / max(tokens, 1.0)
+            total[2] += unusable(made)
+    nats, tokens, left_out = all_sum(total).tolist()
+    tell_left_out(wanted.path, tokens, left_out, runtime)
+    return nats / tokens

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import torch
 
+from data_pipeline.errors import UserError
+from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.text import Tokenizer
 from pretrain.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
@@ -13,7 +16,8 @@ from pretrain.evaluate.zero_shot import classify
 from pretrain.lengths import main_stream
 from pretrain.objectives.base import Forward
 from pretrain.objectives.flip import Flip
-from pretrain.recipe import Evaluation, TrainStage
+from pretrain.recipe import Evaluation, Stream, TrainStage
+from pretrain.streams import evaluation_spec
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -50,6 +54,27 @@ def evaluate(
             mixed = token_nll(objective, forward, held, settings, wanted.batch, runtime, shuffle=True)
             figures.setdefault("perplexity_shuffled", {})[name] = mixed
     return figures
+
+
+def check_held_out(objective: Any, stage: TrainStage) -> None:
+    """Open every held-out source that the stage will ask for: a wrong path costs nothing now, the run later."""
+    tasks: list[tuple[Any, Stream | None]] = []
+    if isinstance(objective, Flip):
+        stream = stage.data[main_stream(stage)]
+        tasks = [(task, stream) for task in stage.eval.zero_shot.values()]
+    else:
+        for held in stage.eval.perplexity.values():
+            settings = stage.data.get(held.stream) if held.stream else None
+            if not held.stream or (settings is not None and objective.tower is not None):
+                tasks.append((held, settings))
+    for task, given in tasks:
+        try:
+            with closing(
+                EvaluationMaker(evaluation_spec("held_out", task, given, stage.eval.batch))
+            ) as maker:
+                maker.check()
+        except UserError as error:
+            raise UserError(f"eval: {task.path}: {error}") from None
 
 
 def flat(figures: dict[str, Any]) -> dict[str, float]:

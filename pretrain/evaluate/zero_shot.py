@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.text import Tokenizer, caption_row
 from pretrain.engine import Runtime
-from pretrain.evaluate.data import passes, summed
+from pretrain.evaluate.data import passes, tell_left_out, unusable
 from pretrain.objectives.base import Forward
+from pretrain.ranks import all_sum
 from pretrain.recipe import Stream, ZeroShot
 from pretrain.streams import evaluation_spec
 
@@ -44,9 +46,11 @@ def classify(
     spec = evaluation_spec("held_out", wanted, stream, batch)
     labels = {label: number for number, label in enumerate(wanted.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
-    with torch.no_grad():
+    left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
+    with torch.no_grad(), closing(EvaluationMaker(spec)) as maker:
         weights = classifier(forward, wanted, tokenizer, stream.text.length, runtime.device)
-        for rows, made in passes(EvaluationMaker(spec), spec, stream.image, runtime):
+        for rows, made in passes(maker, spec, stream.image, runtime):
+            left_out += unusable(made)
             predicted = (forward(images=rows.images)["image"].float() @ weights.float().T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):
                 if made.weights[row] == 0:
@@ -60,10 +64,11 @@ def classify(
                         f"which is none of eval.zero_shot classes ({', '.join(labels)})"
                     )
                 confusion[labels[label], choice] += 1
-    counts = summed(confusion)
+    counts = all_sum(confusion)
     samples = int(counts.sum().item())
+    tell_left_out(wanted.path, samples, float(all_sum(left_out)), runtime)
     return {
-        "top1": counts.diagonal().sum().item() / max(samples, 1),
+        "top1": counts.diagonal().sum().item() / samples,
         "samples": samples,
         "classes": list(wanted.classes.values()),
         "confusion": [[int(n) for n in row] for row in counts.tolist()],

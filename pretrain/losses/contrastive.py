@@ -7,16 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.ranks import rank, world_size
+
 BLOCK = 1 << 24
 """Most elements of one block of logits; more rows than fit are processed in chunks and recomputed backward."""
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 class _Gather(torch.autograd.Function):
