@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from data_pipeline.tar import member_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def open_source(name: str, path: str) -> Manifest:
 
     Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else
     from the headers of the tars. Raises UserError, naming the source and the path, if there is nothing there,
-    a shard is missing, or the index is older than the shards.
+    a shard is missing, or the index is older than the shards; ReadError if the disk or the store does not answer.
     """
     try:
         urls = storage.list_shards(path)
@@ -93,6 +93,8 @@ def open_source(name: str, path: str) -> Manifest:
     except UserError as error:
         hint = f"; {PREPARE_HINT}" if "does not exist" in str(error) else ""
         raise UserError(f"source {name!r}: {error}{hint}") from None
+    except OSError as error:
+        raise ReadError(f"source {name!r}: {path} cannot be read: {error}; run again once it can") from error
     return make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
 
 

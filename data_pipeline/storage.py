@@ -14,11 +14,23 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 
 PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
 EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
+# Packages whose errors say that an object store could not be asked; few of them are OSErrors.
+STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "http", "s3fs", "urllib3"}
+# botocore's names for what waiting does not mend -> what does.
+SETTINGS = {
+    **dict.fromkeys(
+        ("NoCredentialsError", "PartialCredentialsError"),
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    ),
+    "ProfileNotFound": "correct AWS_PROFILE",
+    "NoRegionError": "set AWS_DEFAULT_REGION",
+    "ParamValidationError": "correct the bucket's name",
+}
 
 
 def is_remote(url: str) -> bool:
@@ -53,20 +65,43 @@ def filesystem(url: str) -> Any:
     return _filesystem_of(url.split("://", 1)[0], os.getpid())
 
 
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Around calls to an object store: its outages become ReadErrors that name the url, missing keys UserErrors."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        kind = type(error)
+        if kind.__module__.partition(".")[0] not in STORE_PACKAGES:
+            raise
+        text = " ".join(str(error).split())
+        if kind.__name__ in SETTINGS:
+            raise UserError(f"{url}: {text}; {SETTINGS[kind.__name__]}") from None
+        raise ReadError(f"{url} cannot be had: {kind.__name__}: {text}") from error
+
+
 def exists(url: str) -> bool:
-    return bool(filesystem(url).exists(url)) if is_remote(url) else os.path.exists(local_path(url))
+    if not is_remote(url):
+        return os.path.exists(local_path(url))
+    with asking(url):
+        return bool(filesystem(url).exists(url))
 
 
 def size(url: str) -> int:
     """Bytes of the file. Raises FileNotFoundError."""
-    return int(filesystem(url).size(url)) if is_remote(url) else os.stat(local_path(url)).st_size
+    if not is_remote(url):
+        return os.stat(local_path(url)).st_size
+    with asking(url):
+        return int(filesystem(url).size(url))
 
 
 def sizes(urls: Sequence[str]) -> dict[str, int]:
     """Bytes of each file that exists; a remote folder is listed once instead of asked file by file."""
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), asking(folder):
             store = filesystem(folder)
             for entry in store.ls(folder, detail=True):
                 found[store.unstrip_protocol(entry["name"])] = entry["size"] or 0
@@ -80,7 +115,8 @@ def sizes(urls: Sequence[str]) -> dict[str, int]:
 def read_bytes(url: str) -> bytes:
     """The whole file."""
     if is_remote(url):
-        return bytes(filesystem(url).cat_file(url))
+        with asking(url):
+            return bytes(filesystem(url).cat_file(url))
     with open(local_path(url), "rb") as file:
         return file.read()
 
@@ -90,13 +126,14 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     remote = [url for url in urls if is_remote(url)]
     if remote:
-        store = filesystem(remote[0])
-        for name, data in store.cat(remote, on_error="return").items():
-            if isinstance(data, FileNotFoundError):
-                continue
-            if isinstance(data, BaseException):
-                raise data
-            found[store.unstrip_protocol(name)] = data
+        with asking(remote[0]):
+            store = filesystem(remote[0])
+            for name, data in store.cat(remote, on_error="return").items():
+                if isinstance(data, FileNotFoundError):
+                    continue
+                if isinstance(data, BaseException):
+                    raise data
+                found[store.unstrip_protocol(name)] = data
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -107,7 +144,8 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
 def read_range(url: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file."""
     if is_remote(url):
-        data = bytes(filesystem(url).cat_file(url, start=offset, end=offset + length)) if length else b""
+        with asking(url):
+            data = bytes(filesystem(url).cat_file(url, start=offset, end=offset + length)) if length else b""
     else:
         descriptor = os.open(local_path(url), os.O_RDONLY)
         try:
@@ -135,7 +173,8 @@ def read_descriptor(descriptor: int, offset: int, length: int) -> bytes:
 def open_bytes(url: str) -> BinaryIO:
     """The file opened for reading."""
     if is_remote(url):
-        return cast(BinaryIO, filesystem(url).open(url, "rb"))
+        with asking(url):
+            return cast(BinaryIO, filesystem(url).open(url, "rb"))
     return open(local_path(url), "rb")
 
 
@@ -191,8 +230,9 @@ def _expand(path: str) -> list[str]:
         if not re.search(r"[*?\[]", one):
             shards.append(one)
         elif is_remote(one):
-            store = filesystem(one)
-            shards += sorted(store.unstrip_protocol(name) for name in store.glob(one))
+            with asking(one):
+                store = filesystem(one)
+                shards += sorted(store.unstrip_protocol(name) for name in store.glob(one))
         else:
             shards += sorted(glob.glob(local_path(one)))
     if not shards:
@@ -204,9 +244,10 @@ def _folder(path: str) -> list[str]:
     """Names in a folder; UserError if it is not there."""
     try:
         if is_remote(path):
-            store = filesystem(path)
-            store.invalidate_cache()
-            return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
+            with asking(path):
+                store = filesystem(path)
+                store.invalidate_cache()
+                return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
         return os.listdir(local_path(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -236,14 +277,15 @@ def publishing(path: str) -> Iterator[BinaryIO]:
     """A file to write that appears under `path` only when the block ends well: whole or not at all, also
     after a power cut (written beside it, fsync, rename). An object store publishes on close by itself."""
     if is_remote(path):
-        remote = filesystem(path).open(path, "wb")
-        try:
-            yield remote
-        except BaseException:
-            remote.discard()
-            remote.closed = True  # else the garbage collector closes it, which would publish
-            raise
-        remote.close()
+        with asking(path):
+            remote = filesystem(path).open(path, "wb")
+            try:
+                yield remote
+            except BaseException:
+                remote.discard()
+                remote.closed = True  # else the garbage collector closes it, which would publish
+                raise
+            remote.close()
         return
     path = local_path(path)
     folder = os.path.dirname(path) or "."

@@ -78,7 +78,7 @@ def documents(path: str, rows: int = 1024) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet as parquet
 
     for file in list_files(path):
-        with storage.open_bytes(file) as opened:
+        with storage.asking(file), storage.open_bytes(file) as opened:
             try:
                 reader = parquet.ParquetFile(opened)
             except pa.ArrowInvalid as error:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from data_pipeline import storage
 
 NUMBERS = itertools.count()  # moto keeps its buckets for as long as the process lives
+
+SERVERS: dict[str, Any] = {}  # root url -> its server
 
 
 @contextmanager
@@ -28,6 +31,7 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # tests of a dead server need not wait for ten tries
         storage._filesystem_of.cache_clear()
         bucket = f"corpus{next(NUMBERS)}"
         root = f"s3://{bucket}"
@@ -35,9 +39,19 @@ def s3_server() -> Iterator[str]:
 
         s3fs.S3FileSystem.clear_instance_cache()
         storage.filesystem(root).mkdir(bucket)
+        SERVERS[root] = server
         try:
             yield root
         finally:
+            del SERVERS[root]
             storage._filesystem_of.cache_clear()
             s3fs.S3FileSystem.clear_instance_cache()
             server.stop()
+
+
+def stop(root: str, patch: pytest.MonkeyPatch) -> None:
+    """From now on nothing answers; the client gives up at once, to save time."""
+    import s3fs
+
+    patch.setattr(s3fs.S3FileSystem, "retries", 1)
+    SERVERS[root].stop()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
-from tests.data_pipeline.s3_server import s3_server
+from data_pipeline.batches import BatchMaker, ImageSpec, SourceSpec, StreamSpec
+from data_pipeline.errors import ReadError, UserError
+from data_pipeline.index import ShardReader, open_source
+from data_pipeline.tar import TarWriter
+from tests.data_pipeline.s3_server import s3_server, stop
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,83 @@ def test_publishing_is_all_or_nothing(root: str) -> None:
     assert storage.read_bytes(url) == b"new"
     if not storage.is_remote(root):
         assert os.listdir(root) == ["a.bin"]
+
+
+CALLS: dict[str, Callable[[str], object]] = {
+    "exists": lambda root: storage.exists(f"{root}/00000.tar"),
+    "size": lambda root: storage.size(f"{root}/00000.tar"),
+    "sizes": lambda root: storage.sizes([f"{root}/00000.tar"]),
+    "bytes": lambda root: storage.read_bytes(f"{root}/00000.tar"),
+    "many": lambda root: storage.read_many([f"{root}/00000.tar"]),
+    "range": lambda root: storage.read_range(f"{root}/00000.tar", 0, 10),
+    "open": lambda root: storage.open_bytes(f"{root}/00000.tar"),
+    "folder": storage.list_shards,
+    "star": lambda root: storage.list_shards(f"{root}/*.tar"),
+    "publish": lambda root: storage.publish(f"{root}/new.tar", b"new"),
+    "source": lambda root: open_source("pairs", root),
+}
+
+
+@pytest.fixture(scope="module")
+def dead() -> Iterator[tuple[str, ShardReader]]:
+    """A bucket whose server has gone, and a reader opened before."""
+    with s3_server() as root, pytest.MonkeyPatch.context() as patch:
+        with TarWriter(f"{root}/00000.tar") as tar:
+            tar.write("0", {"txt": b"a"})
+        reader = ShardReader(open_source("pairs", root))
+        assert reader.read(0, 0) == ("0", {"txt": b"a"})
+        stop(root, patch)
+        yield root, reader
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_store_that_does_not_answer_is_a_read_error(dead: tuple[str, ShardReader], call: str) -> None:
+    root, _ = dead
+    storage.filesystem(root).invalidate_cache()  # else the listing made before is the answer
+    with pytest.raises(ReadError, match=f"{root}.*Error: ") as caught:
+        CALLS[call](root)
+    assert ("source 'pairs'" in str(caught.value)) == (call == "source")
+
+
+def test_rows_of_a_store_that_went_away_are_tried_again_then_named(
+    dead: tuple[str, ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, reader = dead
+    monkeypatch.setattr("data_pipeline.rows.RETRY_AFTER", (0.0,))
+    spec = StreamSpec("pairs", 0, {"a": SourceSpec(root)}, batch=1, image=ImageSpec())
+    with pytest.raises(ReadError, match=rf"{root}/00000\.tar, sample 0: not readable after 2 tries"):
+        BatchMaker(spec, {"a": reader.manifest}).make(0, 0, 1)
+
+
+def test_missing_keys_and_a_wrong_bucket_are_the_users(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    with pytest.raises(UserError, match=r"s3://No_Bucket!/a\.tar: .*correct the bucket's name"):
+        storage.read_bytes("s3://No_Bucket!/a.tar")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._filesystem_of.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(UserError, match=rf"{s3}/a\.tar: .*credentials; set AWS_ACCESS_KEY_ID"):
+            storage.read_bytes(f"{s3}/a.tar")
+    finally:
+        storage._filesystem_of.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_an_error_of_the_writer_is_no_outage(s3: str) -> None:
+    class Mistake(Exception):
+        pass
+
+    def broken(file: BinaryIO) -> None:
+        raise Mistake
+
+    with pytest.raises(Mistake):
+        storage.publish(f"{s3}/a.bin", broken)
 
 
 def test_an_unknown_protocol_is_named() -> None:
