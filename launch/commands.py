@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-DONE, FAILED, USER, AGAIN = 0, 1, 2, 75
+from pretrain.exit_codes import FAILED, USER_ERROR
 
 # A module that is not there -> the extra that brings it.
 EXTRAS = {
@@ -32,14 +32,14 @@ class Commands(TyperGroup):
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn a UserError, a missing extra and Ctrl-C into one message and an exit code."""
-    from data_pipeline.errors import UserError
+    """Turn a UserError, unreadable data, a missing extra and Ctrl-C into one message and an exit code."""
+    from data_pipeline.errors import ReadError, UserError
 
     try:
         yield
     except UserError as error:
         typer.echo(f"dromos: {error}", err=True)
-        raise typer.Exit(USER) from None
+        raise typer.Exit(USER_ERROR) from None
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -48,7 +48,7 @@ def readable_errors() -> Iterator[None]:
             f"dromos: this command needs {error.name}, which is not installed: pip install 'dromos[{extra}]'",
             err=True,
         )
-        raise typer.Exit(USER) from None
+        raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
         typer.echo("dromos: interrupted", err=True)
         raise typer.Exit(FAILED) from None

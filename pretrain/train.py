@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_pipeline.errors import UserError
-
-DONE, FAILED, USER, AGAIN = 0, 1, 2, 75
+from data_pipeline.errors import ReadError, UserError
+from pretrain.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
@@ -22,11 +21,11 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     session: Session | None = None
     try:
         session = Session(recipe_path, stage_name, overrides, stop)
-        return DONE if session.train() else AGAIN
+        return DONE if session.train() else GO_ON
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
-        return USER
-    except (NonFinite, TooManyBad, Unreadable) as error:
+        return USER_ERROR
+    except (NonFinite, TooManyBad, Unreadable, ReadError) as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
         return FAILED
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from launch.cli import app, as_json, split_stages
 from launch.status import find_runs
 from pretrain.recipe_load import dump, load_recipe
@@ -151,6 +151,7 @@ def test_an_error_of_ours_keeps_its_traceback_and_exits_with_1(monkeypatch: pyte
         (ModuleNotFoundError("No module named 'ray'", name="ray.job"), 2, "pip install 'dromos[ray]'"),
         (ModuleNotFoundError("No module named 's3fs'", name="s3fs"), 2, "pip install 'dromos[s3]'"),
         (KeyboardInterrupt(), 1, "interrupted"),
+        (ReadError("s3://corpus cannot be had"), 1, "dromos: s3://corpus cannot be had"),
         (UserError("two\nlines"), 2, "dromos: two\nlines"),
     ],
 )
