@@ -40,6 +40,9 @@ def readable_errors() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"dromos: {error}", err=True)
         raise typer.Exit(USER_ERROR) from None
+    except ReadError as error:
+        typer.echo(f"dromos: {error}", err=True)
+        raise typer.Exit(FAILED) from None
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
