@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import USER, group
+from launch.commands import group
+from pretrain.exit_codes import USER_ERROR
 
 app = group("Index, show and prepare sources of tars.")
 
@@ -67,7 +68,7 @@ def show(
         for about in described:
             Console().print(render(about))
     if any(about["problems"] for about in described):
-        raise typer.Exit(USER)
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.errors import UserError
+from pretrain.exit_codes import DONE, GO_ON, USER_ERROR
 
 FLIP, SPHINX = "configs/demo/flip.yaml", "configs/demo/sphinx.yaml"
 ROOT = Path("runs/demo")
@@ -101,11 +102,11 @@ def main() -> int:
         tell(console, json.loads((ROOT / "summary.json").read_text()), time.monotonic() - began)
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("dromos: interrupted; `make demo` goes on from here", file=sys.stderr)
-        return 75
-    return 0
+        return GO_ON
+    return DONE
 
 
 def tell(console: Console, summary: dict[str, Any], seconds: float) -> None:

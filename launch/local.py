@@ -12,9 +12,10 @@ from rich.console import Console
 from launch.environment import core_count
 from launch.job import Job, StageJob
 from launch.process import Rank, free_port
-from launch.ranks import DONE, GO_ON, LocalGroup
+from launch.ranks import LocalGroup
 from launch.run_folder import open_run
 from launch.stages import log_path, ranks, run_stages, say, undone
+from pretrain.exit_codes import DONE, GO_ON
 from pretrain.recipe import Recipe
 
 RankCommand = Callable[[str], list[str]]

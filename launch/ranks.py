@@ -10,8 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from launch.process import Rank, RankProcess
+from pretrain.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
-DONE, USER_ERROR, GO_ON, FAILED = 0, 2, 75, 1
 LOST = 1000  # in place of an exit code, where the machine or actor that would know it is gone
 LAST_WORDS_SECONDS = 3.0
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

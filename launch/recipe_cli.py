@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_pipeline.errors import UserError
-from launch.commands import USER, group
+from launch.commands import group
+from pretrain.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
     from pretrain.recipe import MergeStage, TrainStage
@@ -85,7 +86,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
         typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
     if not ready:
         typer.echo(f"{recipe}: well-formed, but it asks for what is not available yet", err=True)
-        raise typer.Exit(USER)
+        raise typer.Exit(USER_ERROR)
 
 
 def describe(stage: TrainStage | MergeStage) -> str:

@@ -10,7 +10,8 @@ from rich.console import Console
 from launch import progress
 from launch.job import Job, StageJob
 from launch.preflight import is_done
-from launch.ranks import DONE, FAILED, GO_ON, Group, Outcome, StopSignals, describe_exit, supervise
+from launch.ranks import Group, Outcome, StopSignals, describe_exit, supervise
+from pretrain.exit_codes import DONE, FAILED, GO_ON
 from pretrain.recipe import Recipe
 
 StartGroup = Callable[[StageJob], Group]
