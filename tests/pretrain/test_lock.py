@@ -1,0 +1,75 @@
+"""One writer a folder: refused with the holder's name, waited for, and free again however the holder ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.lock import FolderLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pretrain.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that holds the lock."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "held"
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_second_writer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "stage"  # is made
+    with held_elsewhere(folder) as holder:
+        with pytest.raises(UserError) as refused:
+            FolderLock(folder, wait=0.1)
+        text = str(refused.value)
+        assert str(folder) in text
+        assert f"pid {holder.pid} on {socket.gethostname()}" in text
+        assert "run.dir" in text
+
+        os.kill(holder.pid, signal.SIGKILL)  # no handler runs: the kernel lets the lock go
+        holder.wait(timeout=10)
+        FolderLock(folder, wait=0.1).release()
+
+
+def test_a_holder_that_goes_down_in_time_is_waited_for(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path)
+    began = time.monotonic()
+    threading.Timer(0.5, first.release).start()
+    second = FolderLock(tmp_path, wait=20)
+    assert 0.4 < time.monotonic() - began < 10
+    with pytest.raises(UserError, match=f"pid {os.getpid()} "):
+        FolderLock(tmp_path, wait=0)
+    second.release()
+    second.release()  # twice is allowed
+    FolderLock(tmp_path, wait=0).release()
+
+
+def test_folders_do_not_hinder_each_other(tmp_path: Path) -> None:
+    locks = [FolderLock(tmp_path / name, wait=0) for name in ("a", "b")]
+    for lock in locks:
+        lock.release()

@@ -1,0 +1,152 @@
+"""Weights from a file into a module, bit for bit or not at all; frozen tensors there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from pretrain.weights import load_into, read_frozen, read_state, write_frozen
+
+
+class Reader(nn.Module):
+    """A language model in small, with a module and a lone tensor that a text-only stage does not have."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.llm = nn.Sequential(nn.Embedding(11, width), nn.BatchNorm1d(width))
+        self.projector = nn.Linear(4, width)
+        self.start_image = nn.Parameter(torch.randn(1, 1, width))
+        self.logit_scale = nn.Parameter(torch.randn(1))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return set(found) == set(expected) and all(
+        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
+        for name, tensor in found.items()
+    )
+
+
+def test_everything_is_copied_and_nothing_else_reported() -> None:
+    torch.manual_seed(0)
+    source, model = Reader(), Reader()
+    source.llm[1].running_mean.fill_(0.5)
+    loaded = load_into(model, state_of(source), "x")
+    assert same(state_of(model), state_of(source))  # buffers, too
+    assert (loaded.new, loaded.unused) == ([], [])
+
+
+def test_whole_modules_may_be_new_and_stay_as_initialised() -> None:
+    torch.manual_seed(0)
+    source, model = Reader(), Reader()
+    before = state_of(model)
+    state = {name: t for name, t in state_of(source).items() if name.startswith("llm.")}
+    loaded = load_into(model, state | {"vision.0.conv1.weight": torch.zeros(3)}, "x")
+    after = state_of(model)
+    assert set(loaded.new) == {"projector.weight", "projector.bias", "start_image", "logit_scale"}
+    assert loaded.unused == ["vision.0.conv1.weight"]
+    assert same({n: after[n] for n in state}, state)
+    assert same({n: after[n] for n in loaded.new}, {n: before[n] for n in loaded.new})
+
+
+def test_a_scalar_fits_a_vector_of_one() -> None:
+    model = Reader()
+    load_into(model, state_of(Reader()) | {"logit_scale": torch.tensor(2.5)}, "x")
+    assert model.logit_scale.tolist() == [2.5]
+
+
+def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """The message of a load that must be refused, and must have changed nothing."""
+    before = state_of(model)
+    with pytest.raises(UserError) as found:
+        load_into(model, state, "runs/a/main")
+    assert same(state_of(model), before)
+    assert "runs/a/main" in str(found.value)
+    return str(found.value)
+
+
+def test_every_tensor_of_another_shape_is_named() -> None:
+    text = refusal(Reader(6), state_of(Reader(8)))
+    for name, theirs, ours in (
+        ("llm.0.weight", "(11, 8)", "(11, 6)"),
+        ("projector.bias", "(8,)", "(6,)"),
+        ("start_image", "(1, 1, 8)", "(1, 1, 6)"),
+    ):
+        assert f"{name}: {theirs} in the weights, {ours} in the model" in text
+    # As many numbers in another order of sides is another shape.
+    turned = state_of(Reader())
+    turned["projector.weight"] = turned["projector.weight"].T.contiguous()
+    assert "projector.weight: (4, 6) in the weights, (6, 4) in the model" in refusal(Reader(), turned)
+
+
+def test_a_module_that_is_there_in_part_is_refused() -> None:
+    state = state_of(Reader())
+    del state["projector.bias"], state["llm.0.weight"]
+    text = refusal(Reader(), state)
+    assert "projector.bias: missing in the weights" in text
+    assert "llm.0.weight: missing in the weights" in text
+    assert "start_image" not in text
+
+
+def test_weights_of_something_else_are_refused() -> None:
+    assert "no tensor of the model is in the weights" in refusal(Reader(), {"visual.proj": torch.zeros(2)})
+    assert "no tensor of the model is in the weights" in refusal(Reader(), {})
+
+
+def test_a_long_list_of_differences_is_cut_short() -> None:
+    model = nn.ModuleDict({f"m{n}": nn.Linear(2, 2) for n in range(20)})
+    state = {name: torch.zeros(3, 3, 3) for name in model.state_dict()}
+    text = refusal(model, state)
+    assert text.count(" in the weights") == 20
+    assert "... and 20 more" in text
+
+
+def many_types() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(7, 5, generator=generator)
+    return {
+        "fp32": numbers,
+        "bf16": numbers.bfloat16(),
+        "fp16": numbers.half(),
+        "fp64": numbers.double(),
+        "ints": torch.arange(-3, 9, dtype=torch.int64).reshape(3, 4),
+        "bools": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.25),
+        "special": torch.tensor([float("inf"), -0.0, 1e-45]),
+    }
+
+
+def test_weights_are_read_as_safetensors_itself_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(many_types(), path)
+    found = read_state(str(path))
+    assert same(found, load_file(path))
+    assert {name: tuple(t.shape) for name, t in found.items()} == {
+        name: tuple(t.shape) for name, t in many_types().items()
+    }
+
+
+def test_frozen_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "frozen.safetensors"
+    tensors = many_types()
+    tensors["turned"] = tensors["fp32"].T  # not contiguous
+    tensors["trained"] = torch.nn.Parameter(torch.ones(2))
+    described = {"clip": {"embed_dim": 16, "vision_cfg": {"width": 32, "head": None}}}
+    write_frozen(path, tensors, described)
+    found, told = read_frozen(path)
+    assert same(found, {name: t.detach() for name, t in tensors.items()})
+    assert told == described
+    assert list(tmp_path.iterdir()) == [path]
+    assert same(load_file(path), found)  # a file that others read, too
+
+    write_frozen(path, {"only": torch.ones(1)}, {})  # written anew, whole
+    assert list(read_frozen(path)[0]) == ["only"]
+    assert read_frozen(tmp_path / "none.safetensors") == ({}, {})
