@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline import digest
-from data_pipeline.errors import ContentError
+from data_pipeline.errors import ContentError, UserError
 from data_pipeline.manifest import Manifest, open_source
 from data_pipeline.order import Refs, SourceCounts, StreamOrder, row_keys, sample_ids
 from data_pipeline.rows import Row, RowMaker, Verdict
@@ -64,7 +64,10 @@ class BatchMaker:
             )
             for name, source in spec.sources.items()
         ]
-        self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed)
+        try:
+            self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed)
+        except UserError as error:
+            raise UserError(f"data.{spec.name}: {error}") from None
         self._rows = RowMaker(spec, self.manifests, self.tokenizer)
 
     @property

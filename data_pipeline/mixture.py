@@ -3,46 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from math import gcd, lcm
+from math import gcd
 
 import numpy as np
 
-from data_pipeline.errors import UserError
-
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
-LIMIT = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
-
-
-def exact(number: float) -> Fraction:
-    """The fraction a decimal stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
-    fraction = Fraction(str(number))
-    return fraction if fraction.denominator <= 10**9 else fraction.limit_denominator(10**9)
-
-
-def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:
-    """Smallest integers in the proportions of `shares` (> 0), whose sum is the length of the cycle.
-
-    A cycle over 2**31 slots (weights with no common measure) is rounded to 2**31 by largest remainders: an error below
-    one sample in two thousand million. Raises UserError for a share so small that it gets no slot.
-    """
-    whole = lcm(*(share.denominator for share in shares))
-    weights = [int(share * whole) for share in shares]
-    divisor = gcd(*weights)
-    weights = [weight // divisor for weight in weights]
-    if sum(weights) > LIMIT:
-        total = sum(weights)
-        floors = [weight * LIMIT // total for weight in weights]
-        by_remainder = sorted(range(len(weights)), key=lambda k: (-(weights[k] * LIMIT % total), k))
-        for k in by_remainder[: LIMIT - sum(floors)]:
-            floors[k] += 1
-        weights = floors
-    for name, weight in zip(names, weights, strict=True):
-        if weight == 0:
-            raise UserError(
-                f"source {name!r}: its share is below one slot in {LIMIT}; raise its weight or remove it"
-            )
-    return tuple(weights)
 
 
 def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:

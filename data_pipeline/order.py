@@ -20,7 +20,8 @@ import xxhash
 from data_pipeline.digest import hex16
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import hash64, key64
-from data_pipeline.mixture import Cycle, exact, integer_weights
+from data_pipeline.mixture import Cycle
+from data_pipeline.shares import exact, integer_weights, shares, size
 from data_pipeline.source_order import SourceOrder
 
 MOST_LANES = 1024
@@ -76,8 +77,9 @@ class StreamOrder:
                 f"a stream needs one or more sources, each under a name of its own; it has {names}"
             )
         self.sources = [SourceOrder(source.name, source.counts, self.lanes, seed) for source in sources]
-        sizes = [size(source, order.samples) for source, order in zip(sources, self.sources, strict=True)]
-        self.weights = integer_weights(shares(sources, sizes), names)
+        named = {source.name: source for source in sources}
+        sizes = [size(order.name, named[order.name], order.samples) for order in self.sources]
+        self.weights = integer_weights(shares(named, sizes), names)
         self._epoch_samples = ceil(sum(sizes))
         self._limits = [None if source.max_epochs is None else exact(source.max_epochs) for source in sources]
         self.mixture_hash = self._hash()
@@ -263,42 +265,6 @@ def choose_lanes(batch: int, lanes: int | None) -> int:
             f"lanes: {lanes} does not divide the batch of {batch}; the nearest number that does is {near}"
         )
     return lanes
-
-
-def size(source: SourceCounts, samples: int) -> Fraction:
-    """Size of a source that its share is taken from: samples x repeat, at most cap."""
-    for key in ("weight", "repeat", "cap", "max_epochs"):
-        value = getattr(source, key)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"source {source.name!r}: {key} is {value}; it must be a number above 0")
-    if source.weight is not None and (source.repeat is not None or source.cap is not None):
-        raise UserError(
-            f"source {source.name!r}: weight sets its share, so repeat and cap "
-            "would change nothing; remove one or the other"
-        )
-    grown = samples * (Fraction(1) if source.repeat is None else exact(source.repeat))
-    return grown if source.cap is None else min(grown, Fraction(source.cap))
-
-
-def shares(sources: Sequence[SourceCounts], sizes: Sequence[Fraction]) -> list[Fraction]:
-    """Shares of the sources, in proportion; see SourceCounts."""
-    given = [None if source.weight is None else exact(source.weight) for source in sources]
-    rest = 1 - sum(weight for weight in given if weight is not None)
-    total = sum((size for size, weight in zip(sizes, given, strict=True) if weight is None), Fraction(0))
-    if total == 0:
-        return [weight for weight in given if weight is not None]
-    if all(weight is None for weight in given):
-        return list(sizes)
-    if rest <= 0:
-        bare = [source.name for source in sources if source.weight is None]
-        raise UserError(
-            f"weights: the given ones add up to {float(1 - rest):g}, "
-            f"which leaves nothing of the stream for {', '.join(bare)}; "
-            "give every source a weight, or weights that add up to less than 1"
-        )
-    return [
-        rest * size / total if weight is None else weight for size, weight in zip(sizes, given, strict=True)
-    ]
 
 
 def stream_seed(run_seed: int, stage: str, stream: str) -> int:

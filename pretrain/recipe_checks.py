@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.shares import check_shares, contradiction
 from pretrain.not_yet import missing_features, missing_in_run
 from pretrain.overrides import nearest
 from pretrain.recipe import MergeStage, Recipe, Stream, TrainStage
@@ -164,6 +165,7 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         at = ("data", name)
         if not stream.sources:
             yield (*at, "sources"), "names no source; write sources: {NAME: PATH}"
+        yield from _check_shares((*at, "sources"), stream)
         if stream.lanes is not None and stream.batch % stream.lanes:
             near = ", ".join(map(str, nearest_divisors(stream.batch, stream.lanes)))
             yield (
@@ -186,6 +188,19 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     for name in stage.objective.weights or {}:
         if name not in stage.data:
             yield ("objective", "weights", name), f"is no stream of this stage{nearest(name, stage.data)}"
+
+
+def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
+    wrong = {name: contradiction(source) for name, source in stream.sources.items()}
+    if any(wrong.values()):
+        yield from (((*at, name), text) for name, text in wrong.items() if text)
+    elif stream.sources:
+        try:
+            check_shares(stream.sources)
+        except UserError as error:
+            # Weights contradict each other together; the largest is the likeliest slip.
+            largest = max(stream.sources, key=lambda name: stream.sources[name].weight or 0)
+            yield (*at, largest, "weight"), str(error)
 
 
 def _check_pair(name: str, stream: Stream) -> Iterator[tuple[Key, str]]:

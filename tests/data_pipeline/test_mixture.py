@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from data_pipeline.mixture import LIMIT, Cycle, exact, floor_sums, integer_weights
+from data_pipeline.mixture import Cycle, floor_sums
 from data_pipeline.order import SourceCounts, StreamOrder
+from data_pipeline.shares import LIMIT, exact, integer_weights
 
 
 def weights_of(*sources: SourceCounts) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ FLIP = """
 run: {name: small, seed: 3}
 data:
   pairs:
-    sources: {digits: data/digits, scenes: {path: data/scenes, weight: 2}}
+    sources: {digits: data/digits, scenes: {path: data/scenes, weight: 0.5}}
     batch: 64
     image: {size: 32, crop: [0.5, 1.0]}
     text: {tokenizer: clip-bpe, length: 16}
@@ -92,7 +92,7 @@ def test_a_stage_inherits_the_defaults(tmp_path: Path) -> None:
     assert (tuned.train.epochs, tuned.train.steps) == (0.5, None)  # one length replaces the other
     assert tuned.init == "masked"
     assert masked.data["pairs"].sources["digits"].path == "data/digits"
-    assert masked.data["pairs"].sources["scenes"].weight == 2
+    assert masked.data["pairs"].sources["scenes"].weight == 0.5
 
 
 def test_without_stages_there_is_main(tmp_path: Path) -> None:
@@ -334,6 +334,10 @@ def test_a_long_warm_up_warns(tmp_path: Path) -> None:
         ("optimizer.lr=null", ["optimizer.lr"]),
         ("train=null", ["train", "exactly one of steps, samples, epochs"]),
         ("objective.weights={pairs: 1}", ["objective.weights"]),
+        ("data.pairs.sources.scenes.weight=2", ["data.pairs.sources", "add up to 2", "nothing", "digits"]),
+        ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets its share", "cap"]),
+        ("data.pairs.sources.scenes.weight=.inf", ["data.pairs.sources.scenes", "weight is inf"]),
+        ("data.pairs.sources.digits.weight=1e12", ["data.pairs.sources", "'scenes'", "below one slot"]),
         ("run.name=a/b", ["run.name"]),
         ("engine.offload=cpu", ["engine.offload", "not available yet"]),
         ("engine.compile=true", ["engine.compile", "not available yet"]),
@@ -377,11 +381,18 @@ def test_an_override_of_an_unselected_stage_does_nothing_so_it_is_refused(tmp_pa
         ("run: {name", "rum: {name", "rum: {name", ["rum", "'run'"]),
         ("batch: 64", "batch: 64\n    batch: 32", "    batch: 32", ["'batch'", "twice"]),
         (
-            "sources: {digits: data/digits, scenes: {path: data/scenes, weight: 2}}",
+            "sources: {digits: data/digits, scenes: {path: data/scenes, weight: 0.5}}",
             "lanes: 2",
             "pairs:",
             ["names no source"],
         ),
+        (
+            "weight: 0.5",
+            "weight: 1",
+            "sources:",
+            ["data.pairs.sources.scenes.weight: weights", "add up to 1", "for digits"],
+        ),
+        ("weight: 0.5", "weight: 0.5, repeat: 2", "sources:", ["data.pairs.sources.scenes", "weight sets"]),
         ("    text: {tokenizer: clip-bpe, length: 16}", "", "pairs:", ["data.pairs.text", "is missing"]),
         ("objective: {kind: flip, image_mask: 0.5}", "", None, ["objective.kind", "is missing"]),
         ("  tuned:", "  data:", "  data:", ["stages.data", "no name for a stage"]),
