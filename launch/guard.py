@@ -1,4 +1,4 @@
-"""Runs a command that dies with its launcher: `python -m launch.guard PID SIGNAL -- COMMAND ...`."""
+"""Runs a command that dies with its launcher: `python -P -m launch.guard PID SIGNAL -- COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def die_with(parent: int, number: int = signal.SIGKILL) -> None:
 def guarded(command: list[str], number: int = signal.SIGKILL) -> list[str]:
     """`command` wrapped so that it gets signal `number` when the calling process dies."""
     name = signal.Signals(number).name
-    return [sys.executable, "-m", "launch.guard", str(os.getpid()), name, "--", *command]
+    # -P here and wherever a module of ours is run: a launch.py in the user's folder is not ours
+    return [sys.executable, "-P", "-m", "launch.guard", str(os.getpid()), name, "--", *command]
 
 
 def main(arguments: list[str]) -> None:
     parent, name, dashes, *command = arguments
     if dashes != "--" or not command:
-        raise SystemExit("usage: python -m launch.guard PID SIGNAL -- COMMAND ...")
+        raise SystemExit("usage: python -P -m launch.guard PID SIGNAL -- COMMAND ...")
     die_with(int(parent), signal.Signals[name])
     os.execvp(command[0], command)
 

@@ -66,8 +66,18 @@ class Job:
         """What one rank of a training stage executes. A submitted job reads its own copy of the recipe, which
         has the overrides in it and which neither later edits of the user's file nor later submissions reach."""
         if self.on != "local":
-            return [self.python, "-m", "launch.cli", "train", self.copy_of_recipe, "--stage", stage]
-        return [self.python, "-m", "launch.cli", "train", self.recipe, "--stage", stage, *self.overrides]
+            return [self.python, "-P", "-m", "launch.cli", "train", self.copy_of_recipe, "--stage", stage]
+        return [
+            self.python,
+            "-P",
+            "-m",
+            "launch.cli",
+            "train",
+            self.recipe,
+            "--stage",
+            stage,
+            *self.overrides,
+        ]
 
     def go_on_command(self) -> list[str]:
         """What a person types to continue this job."""

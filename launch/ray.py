@@ -80,7 +80,7 @@ def submission(job: Job, recipe: str) -> dict[str, Any]:
         "RAY_JOB_STOP_WAIT_TIME_S": str(cluster_of(job).stop_seconds)
     }  # Ray's own 3 s are too short for a save
     return {
-        "entrypoint": f"cd {shlex.quote(job.workdir)} && exec {shlex.quote(job.python)} -m launch.ray_driver",
+        "entrypoint": f"cd {shlex.quote(job.workdir)} && exec {shlex.quote(job.python)} -P -m launch.ray_driver",
         "submission_id": job.job_id,
         "runtime_env": {"env_vars": {**job.env, **stop, PAYLOAD: payload}},
         "metadata": {"dromos_run": job.name, "dromos_run_dir": job.run_dir},

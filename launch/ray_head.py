@@ -42,7 +42,9 @@ def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]
         command = start_command(folder, core_count(), "127.0.0.1", None, port)
         with tempfile.TemporaryFile("w+") as said:
             head = subprocess.Popen(
-                guarded([sys.executable, "-m", "launch.ray_head", str(folder), *command], signal.SIGTERM),
+                guarded(
+                    [sys.executable, "-P", "-m", "launch.ray_head", str(folder), *command], signal.SIGTERM
+                ),
                 env={**environ, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=said,

@@ -1,4 +1,4 @@
-"""One Ray for a Slurm job: each node runs `python -m launch.ray_node run FOLDER`; `prepare FOLDER` comes before it,
+"""One Ray for a Slurm job: each node runs `python -P -m launch.ray_node run FOLDER`; `prepare FOLDER` comes before it,
 `wait FOLDER NODES` prints the address. FOLDER, on a shared disk, holds token, address, a mark a node that is up."""
 
 from __future__ import annotations

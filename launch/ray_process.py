@@ -45,6 +45,7 @@ def start_command(folder: Path, cpus: int, host: str, join: str | None, port: in
     head = [] if join else ["--head"]
     return [
         sys.executable,
+        "-P",
         "-m",
         "ray.scripts.scripts",
         "start",

@@ -121,9 +121,9 @@ def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
         "open-mode": "append",
     }
     if trains:
-        command = [job.python, "-m", "launch.slurm_env", "rank", "--", *job.train_command(stage.name)]
+        command = [job.python, "-P", "-m", "launch.slurm_env", "rank", "--", *job.train_command(stage.name)]
     else:
-        command = [job.python, "-m", "launch.stage", "merge", job.copy_of_recipe, stage.name]
+        command = [job.python, "-P", "-m", "launch.stage", "merge", job.copy_of_recipe, stage.name]
     ranks = f"{job.nodes} x {job.ranks_per_node} ranks"
     return {
         "name": stage.name,
@@ -146,7 +146,7 @@ def _own_ray(job: Job, cluster: SlurmCluster) -> str:
         "open-mode": "append",
     }
     flags = [f"--{name}={value}" for name, value in srun.items()]
-    return shlex.join(["srun", "--overlap", *flags, job.python, "-m", "launch.ray_node", "run"])
+    return shlex.join(["srun", "--overlap", *flags, job.python, "-P", "-m", "launch.ray_node", "run"])
 
 
 def _pattern(path: Path) -> str:

@@ -1,6 +1,6 @@
 """What a Slurm job needs on its nodes: the address where its ranks meet, and a rank's environment from SLURM_*.
 
-`python -m launch.slurm_env meet` prints address and port; `... rank -- COMMAND` becomes the command of one task."""
+`python -P -m launch.slurm_env meet` prints address and port; `... rank -- COMMAND` becomes the command of one task."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     elif arguments[:2] == ["rank", "--"] and len(arguments) > 2:
         os.execvpe(arguments[2], arguments[2:], {**os.environ, **rank_env(os.environ)})
     else:
-        raise SystemExit("usage: python -m launch.slurm_env meet | rank -- COMMAND ...")
+        raise SystemExit("usage: python -P -m launch.slurm_env meet | rank -- COMMAND ...")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One stage of a submitted job, for the scripts on the cluster: `python -m launch.stage state|merge RECIPE STAGE`."""
+"""One stage of a submitted job, for the cluster's scripts: `python -P -m launch.stage state|merge RECIPE STAGE`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,88 @@
+"""A launch.py, pretrain.py or data_pipeline.py in the user's folder is the user's own, and never run as ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.guard import guarded
+from launch.job import Job, StageJob
+from launch.ray import submission
+from launch.ray_process import start_command
+from launch.slurm import render
+from pretrain.recipe_load import dump, load_recipe
+from tests.launch.helpers import write_recipe
+
+JOB = Job("r.yaml", "runs/x", (StageJob("masked", "train", 5, "ray"), StageJob("mix", "merge")), on="slurm")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with files in it that are called like our packages."""
+    for name in ("launch", "pretrain", "data_pipeline", "ray"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user\\'s own file was run')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return tmp_path
+
+
+def output(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_guarded_commands(folder: Path) -> None:
+    assert output(guarded(["echo", "ours"])) == (0, "ours\n")
+
+
+@pytest.mark.parametrize("on", ["local", "slurm"])
+def test_the_command_of_a_rank(folder: Path, on: str) -> None:
+    job = Job("nowhere.yaml", "runs/x", (), python=sys.executable, on=on)  # type: ignore[arg-type]
+    code, said = output(job.train_command("masked"))
+    assert code == 2
+    assert said.startswith("dromos: ")
+    assert "no such recipe" in said
+
+
+def test_the_command_of_ray(folder: Path) -> None:
+    pytest.importorskip("ray")
+    command = start_command(folder, 1, "127.0.0.1", None)
+    code, said = output([*command[: command.index("start")], "--version"])
+    assert code == 0
+    assert "version" in said
+
+
+def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
+    """Run by bash, with srun replaced by a program that runs its command once."""
+    recipe = load_recipe(write_recipe(folder))
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.yaml").write_text(dump(recipe))
+    (folder / "run" / "masked").mkdir()
+    (folder / "run" / "masked" / "result.json").write_text('{"step": 20}')
+    (folder / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "scontrol").chmod(0o755)
+    stages = (StageJob("masked", "train", 20), StageJob("tuned", "train", 10))
+    job = Job("r.yaml", "run", stages, on="slurm", python=sys.executable, cluster={"kind": "slurm"})
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n0"}
+    done = subprocess.run(["bash", "-c", render(job)], env=env, capture_output=True, text=True)
+    assert "masked: done" in done.stdout, done.stderr  # launch.stage was ours
+    assert "the user's own file" not in done.stdout + done.stderr  # nor was launch.slurm_env another
+    assert "CalledProcessError" in done.stderr
+
+
+def test_every_module_of_ours_that_a_cluster_runs_has_the_flag() -> None:
+    script = render(Job.from_json(JOB.to_json().replace('"cluster": {}', '"cluster": {"kind": "slurm"}')))
+    entry = submission(Job("r.yaml", "runs/x", (), on="ray", cluster={"kind": "ray"}), "")["entrypoint"]
+    modules = re.findall(r"(\S+) -m ([a-z_.]+)", script + entry)
+    assert {name for _, name in modules} >= {
+        "launch.stage",
+        "launch.ray_node",
+        "launch.slurm_env",
+        "launch.cli",
+    }
+    assert {before for before, _ in modules} == {"-P"}
