@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Protocol
 
 from data_pipeline.errors import UserError
 from pretrain.recipe import Length, TrainStage
+
+
+class Ending(Protocol):
+    """What a stream's order knows of its end; see data_pipeline.order.StreamOrder."""
+
+    ends: dict[str, int]
+    last_step: int | None
 
 
 def main_stream(stage: TrainStage) -> str:
@@ -44,6 +53,24 @@ def length_steps(length: Length, batch: int, samples_per_epoch: int | None = Non
 def total_steps(stage: TrainStage, samples_per_epoch: int | None = None) -> int:
     """Steps of the whole stage; samples and epochs are those of its main stream."""
     return max(1, length_steps(train_length(stage), stage.data[main_stream(stage)].batch, samples_per_epoch))
+
+
+def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:
+    """A line for every source that ends before the training does; UserError if a whole stream would."""
+    for name, order in orders.items():
+        if order.last_step is not None and order.last_step < total:
+            raise UserError(
+                f"data.{name}.sources: all of them reach their max_epochs after {order.last_step} steps, the training "
+                f"takes {total}; write train.steps={order.last_step} or less, raise max_epochs, or leave it out of a "
+                "source that may go on"
+            )
+    return [
+        f"data.{name}.sources.{source}: reaches its max_epochs after {step} of {total} steps; then the other "
+        "sources share its rows"
+        for name, order in orders.items()
+        for source, step in order.ends.items()
+        if step < total
+    ]
 
 
 def warns(stage: TrainStage) -> list[str]:

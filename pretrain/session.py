@@ -20,7 +20,7 @@ from pretrain.engine import start as join
 from pretrain.engine import stop as leave
 from pretrain.evaluate.suite import check_held_out, evaluate, flat
 from pretrain.identity import check_run_folder, compare_free, read_record
-from pretrain.lengths import length_steps, total_steps
+from pretrain.lengths import check_ends, length_steps, total_steps
 from pretrain.lock import FolderLock
 from pretrain.objectives.flip import check_micro_batch
 from pretrain.ranks import barrier, from_first
@@ -83,6 +83,9 @@ class Session:
         for maker in makers.values():
             maker.check()  # a tar without images is found here, before anything is written
         plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
+        for line in check_ends({name: maker.order for name, maker in makers.items()}, plan.total):
+            if runtime.rank == 0:
+                print(f"dromos: {line}", flush=True)
         if start is not None:
             check_length(start, stage, self.folder, plan.total)
         check_held_out(objective, stage)
