@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
 import secrets
 import shlex
 import time
+import zlib
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +25,8 @@ from pretrain.recipe_load import dump
 POLL_SECONDS = 2.0
 PAYLOAD = "DROMOS_JOB"
 """Environment variable that carries job and recipe to the driver: the cluster need not see the submitter's disks."""
+ENV_BYTES = 120_000
+"""Linux takes 131,072 bytes for one variable, and Ray puts a job's whole environment into one of its own."""
 
 
 def render(job: Job) -> str:
@@ -75,16 +79,33 @@ def address(job: Job, required: bool = True) -> str | None:
 
 def submission(job: Job, recipe: str) -> dict[str, Any]:
     """Arguments of JobSubmissionClient.submit_job."""
-    payload = json.dumps({"job": json.loads(job.to_json()), "recipe": recipe})
+    payload = pack_payload(job, recipe)
     stop = {
         "RAY_JOB_STOP_WAIT_TIME_S": str(cluster_of(job).stop_seconds)
     }  # Ray's own 3 s are too short for a save
+    env = {**job.env, **stop, PAYLOAD: payload}
+    if (size := len(json.dumps(env))) > ENV_BYTES:
+        raise UserError(
+            f"--on ray: the recipe and the cluster file's env take {size:,} bytes when packed, and a job of Ray "
+            f"carries at most {ENV_BYTES:,}; move stages, or evaluations with many classes, to a recipe of their own"
+        )
     return {
         "entrypoint": f"cd {shlex.quote(job.workdir)} && exec {shlex.quote(job.python)} -P -m launch.ray_driver",
         "submission_id": job.job_id,
-        "runtime_env": {"env_vars": {**job.env, **stop, PAYLOAD: payload}},
+        "runtime_env": {"env_vars": env},
         "metadata": {"dromos_run": job.name, "dromos_run_dir": job.run_dir},
     }
+
+
+def pack_payload(job: Job, recipe: str) -> str:
+    text = json.dumps({"job": json.loads(job.to_json()), "recipe": recipe})
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def read_payload(payload: str) -> tuple[Job, str]:
+    """The job and the resolved recipe's text."""
+    values = json.loads(zlib.decompress(base64.b64decode(payload)))
+    return Job.from_json(json.dumps(values["job"])), values["recipe"]
 
 
 def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from data_pipeline.errors import UserError
 from launch import preflight
 from launch.job import Job, StageJob
 from launch.ranks import DONE, LOST, USER_ERROR
-from launch.ray import PAYLOAD, bundle, cluster_of
+from launch.ray import PAYLOAD, bundle, cluster_of, read_payload
 from launch.ray_rank import RankActor
 from launch.run_folder import open_run
 from launch.stages import log_path, run_stages, say, undone
@@ -202,11 +201,6 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
         return DONE
 
     return run_stages(job, todo, console, start, merge, job.go_on())
-
-
-def read_payload(text: str) -> tuple[Job, str]:
-    values = json.loads(text)
-    return Job.from_json(json.dumps(values["job"])), values["recipe"]
 
 
 def main() -> int:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import UserError
 from launch.job import Job
+from launch.ray import ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
 from launch.run_folder import open_run
 from pretrain.recipe import TrainStage
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe_load import dump, load_recipe
 from tests.launch.helpers import write_recipe
 
 
@@ -74,3 +78,25 @@ def test_a_waiting_ray_job_keeps_its_recipe(recipe: Path) -> None:
     for job, lr in zip(jobs, (1e-4, 2e-4), strict=True):
         command = job.train_command("masked")
         assert rate(command[command.index("train") + 1]) == lr
+
+
+def with_classes(recipe: Path, name: str, names: list[str]) -> None:
+    """A zero-shot evaluation with a class for each name, as ImageNet-21k's has."""
+    classes = "".join(f"        '{number}': {text}\n" for number, text in enumerate(names))
+    task = f"path: {recipe.parent / 'data'}\n      templates: ['{{}}']\n      classes:\n{classes}"
+    recipe.write_text(
+        recipe.read_text().partition("eval:")[0] + f"eval:\n  zero_shot:\n    {name}:\n      {task}"
+    )
+
+
+def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
+    with_classes(recipe, "words", [f"a thing called number {number}" for number in range(3000)])
+    text = dump(load_recipe(recipe))
+    assert len(text) > 131072
+    job = make_job(load_recipe(recipe), str(recipe), on="ray", ranks_per_node=1)
+    payload = submission(job, text)["runtime_env"]["env_vars"][PAYLOAD]
+    assert subprocess.run(["true"], env={PAYLOAD: payload}).returncode == 0  # the kernel takes it
+    assert read_payload(payload) == (job, text)
+    noise = "".join(secrets.token_hex(32) for _ in range(4000))
+    with pytest.raises(UserError, match=f"at most {ENV_BYTES:,}"):
+        submission(job, noise)
