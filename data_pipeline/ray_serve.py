@@ -25,7 +25,10 @@ from data_pipeline.worker import portable
 class Maker:
     """The actor: makes batches as a local worker does. Errors are returned, since Ray would rename them."""
 
-    def __init__(self, setups: Sequence[Setup]) -> None:
+    def __init__(self, setups: Sequence[Setup], folder: str) -> None:
+        """`folder` is the rank's: relative paths start there, while Ray starts an actor where its node was started."""
+        with suppress(OSError):  # a node with other disks; paths to an object store need no folder
+            os.chdir(folder)
         self._setups = {setup.spec.name: setup for setup in setups}
         self._makers: dict[str, BatchMaker] = {}
 
@@ -123,7 +126,7 @@ class RayPool:
         strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=False)
         self._hired += 1
         maker = self._ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=strategy)(Maker)
-        return maker.remote(self._setups)
+        return maker.remote(self._setups, os.getcwd())
 
     def _replace(self, number: int) -> None:
         """A new actor for a dead one, and everything that the dead one had not handed over asked again."""

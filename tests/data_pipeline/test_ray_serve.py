@@ -131,6 +131,19 @@ def test_actors_need_no_file_but_the_shards(cluster: Any, tmp_path: Path) -> Non
         assert [step["pairs"][0].batch_digest for step in loader.steps(0, 3)] == want
 
 
+def test_relative_paths_start_at_the_rank_s_folder(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.ray_serve import RayLoader
+
+    write_source(tmp_path / "a", [6])
+    spec = pairs(tmp_path, batch=2, a=Path("a"))
+    monkeypatch.chdir(tmp_path)  # Ray's nodes were started elsewhere
+    with LocalLoader([spec], 0, 1, 0) as local, RayLoader([spec], 0, 1, 2) as remote:
+        for here, there in zip(local.steps(0, 3), remote.steps(0, 3), strict=True):
+            assert there["pairs"][0].batch_digest == here["pairs"][0].batch_digest
+
+
 def test_a_users_mistake_in_an_actor_keeps_its_type(cluster: Any, tmp_path: Path) -> None:
     from data_pipeline.ray_serve import RayLoader
 
