@@ -284,7 +284,8 @@ def test_the_same_from_s3(s3: str, tmp_path: Path, indexed: bool) -> None:
     assert open_source("a", remote + "/{00000..00003}.tar").fingerprint == manifest.fingerprint
 
 
-names = st.text(st.characters(blacklist_characters="\0/"), min_size=1, max_size=12)
+# No lone surrogates: a name in a tar is bytes, and decoding yields none but those that stand for odd bytes.
+names = st.text(st.characters(exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=12)
 places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60))
 
 
