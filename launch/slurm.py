@@ -20,12 +20,14 @@ from data_pipeline.storage import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.ranks import DONE, FAILED, GO_ON, USER_ERROR
-from launch.run_folder import open_run
+from launch.run_folder import open_run, taken_back
 from launch.stages import say
 from pretrain.recipe import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPT = "job.sbatch"
 POLL_SECONDS = 2.0
+UNKNOWN_TRIES = 6  # a busy controller answers after a while: a minute in all
 # What a killed or hung rank leaves to the others; not --kill-on-bad-exit, which would cut the save of those that
 # have not yet exited when the first one is done saving (75 is a bad exit to Slurm).
 STRAGGLER_SECONDS = 60
@@ -166,25 +168,26 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
         raise UserError(
             "--on slurm: there is no sbatch on this machine; submit from a login node, or see --dry-run"
         )
-    open_run(job, recipe)
-    script = job.folder / "job.sbatch"
-    publish(script, render(job).encode())
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(script)],
-        env=outside_of_jobs(dict(os.environ)),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(f"sbatch refused the job:\n{done.stderr.strip()}\n(the script is {script})")
+    text = render(job)
+    with taken_back(job, SCRIPT):  # written first: an accepted job may start at once
+        open_run(job, recipe)
+        script = job.folder / SCRIPT
+        publish(script, text.encode())
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)],
+            env=outside_of_jobs(dict(os.environ)),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise UserError(f"sbatch refused the job (--dry-run shows it):\n{done.stderr.strip()}")
     job_id = done.stdout.strip().split(";")[0]
     publish(job.folder / "job.json", dataclasses.replace(job, job_id=job_id).to_json().encode())
-    say(
-        console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.run_dir}/job.sbatch"
-    )
-    say(console, f"log: {job.run_dir}/slurm-{job_id}.log")
+    folder = job.run_dir if Path(job.workdir) == Path.cwd() else str(job.folder)
+    say(console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {folder}/{SCRIPT}")
+    say(console, f"log: {folder}/slurm-{job_id}.log")
     for stage in job.stages:
-        say(console, f"ranks: {job.run_dir}/{stage.name}/logs/rank_N.log")
+        say(console, f"ranks: {folder}/{stage.name}/logs/rank_N.log")
     return wait_for(job_id, job, console) if wait else DONE
 
 
@@ -205,20 +208,24 @@ def job_state(job_id: str) -> tuple[str, int]:
 
 def wait_for(job_id: str, job: Job, console: Console) -> int:
     """Follow the job's state until it has ended; its exit code is ours."""
-    before = ""
+    before, unknown = "", 0
     try:
         while True:
             state, code = job_state(job_id)
-            if state != before:
+            unknown = unknown + 1 if state == "UNKNOWN" else 0
+            if unknown == UNKNOWN_TRIES:
+                log = job.folder / f"slurm-{job_id}.log"
+                say(
+                    console,
+                    f"job {job_id}: scontrol does not answer for it any more; how it ended is in {log}",
+                )
+                return FAILED
+            if state != before and not unknown:
                 say(console, f"job {job_id}: {state.lower()}")
                 before = state
-            if state == "UNKNOWN":
-                raise RuntimeError(
-                    f"scontrol does not know job {job_id}; see {job.run_dir}/slurm-{job_id}.log"
-                )
             if state in ENDED:
                 return DONE if state == "COMPLETED" else code if code in (USER_ERROR, GO_ON) else FAILED
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS * 2 ** max(0, unknown - 1))
     except KeyboardInterrupt:
         say(console, f"job {job_id} goes on; `scancel {job_id}` ends it")
         return FAILED

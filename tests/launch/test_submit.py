@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from data_pipeline.errors import UserError
+from launch import slurm
 from launch.job import Job
 from launch.ray import ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
@@ -100,3 +103,74 @@ def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
     noise = "".join(secrets.token_hex(32) for _ in range(4000))
     with pytest.raises(UserError, match=f"at most {ENV_BYTES:,}"):
         submission(job, noise)
+
+
+def answers(recipe: Path, *states: str) -> None:
+    """scontrol that knows the job in these states, one a call; `-` is no answer, and so is what follows the last."""
+    program(
+        recipe,
+        "scontrol",
+        f"states=({' '.join(states)})\ncount=$(cat calls 2>/dev/null || echo 0)\necho $((count + 1)) > calls\n"
+        'state=${states[$count]:--}\n[ "$state" = - ] && { echo "slurm_load_jobs error" >&2; exit 1; }\n'
+        'echo "JobId=7 JobState=$state ExitCode=0:0"',
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Sleeps are recorded instead of slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(slurm.time, "sleep", slept.append)
+    return slept
+
+
+def wait(recipe: Path) -> int:
+    return slurm.wait_for("7", make_job(load_recipe(recipe), str(recipe), on="slurm"), Console())
+
+
+def test_a_controller_that_is_busy_is_asked_again(
+    recipe: Path, quick: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(recipe, "RUNNING", "-", "-", "RUNNING", "-", "-", "-", "-", "-", "COMPLETED")
+    assert wait(recipe) == 0
+    assert quick == [2, 2, 4, 2, 2, 4, 8, 16, 32]
+    assert capsys.readouterr().out == "job 7: running\njob 7: completed\n"
+
+
+def test_a_job_that_slurm_has_forgotten_is_told_in_words(
+    recipe: Path, quick: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(recipe, "RUNNING")
+    assert wait(recipe) == 1
+    assert sum(quick) > 60
+    assert f"how it ended is in {recipe.parent}/run/slurm-7.log" in capsys.readouterr().out
+
+
+def test_to_stop_waiting_is_not_to_be_saved(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """75 would tell a caller that the job saved and wants to go on, and it runs."""
+    answers(recipe, "RUNNING")
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+    assert wait(recipe) == 1
+    assert "job 7 goes on; `scancel 7` ends it" in capsys.readouterr().out
+
+
+def test_a_refused_job_leaves_the_folder_as_it_was(recipe: Path) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in Path("deep").rglob("*") if path.is_file()}
+
+    refuse = "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
+    program(recipe, "sbatch", refuse)
+    flags = {"on": "slurm", "ranks_per_node": 1}
+    with pytest.raises(UserError, match=r"sbatch refused the job .*\n.*invalid partition"):
+        run(str(recipe), **flags, overrides=["run.dir=deep/run"])  # type: ignore[arg-type]
+    assert not Path("deep").exists()
+    keep_scripts(recipe)
+    assert run(str(recipe), **flags, overrides=["run.dir=deep/run"]) == 0  # type: ignore[arg-type]
+    before = files()
+    assert len(before) == 5
+    program(recipe, "sbatch", refuse)
+    with pytest.raises(UserError, match="sbatch refused"):
+        run(str(recipe), **flags, overrides=["run.dir=deep/run", "optimizer.lr=5e-4"])  # type: ignore[arg-type]
+    assert files() == before
