@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 25_000_000
 # What the web serves; nothing that starts another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# The members of a sample that are taken for its image; where it has several, the first of these.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TRIES = 10
 RATIO_BITS = 24
 # (16/9)^(1/2), (16/9)^(1/4), ...: products of these are log-uniform. exp() is avoided because its last bit
@@ -41,6 +44,12 @@ class ImageSpec:
     size: int = 224
     crop: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
+
+
+def image_member(members: Iterable[str]) -> str | None:
+    """The member of a sample that is the image, if it has one."""
+    present = set(members)
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)
 
 
 def decode_image(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:

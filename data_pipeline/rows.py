@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.decode import decode_image
+from data_pipeline.decode import IMAGE_EXTENSIONS, decode_image, image_member
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest
 from data_pipeline.spec import Batch, StreamSpec
 from data_pipeline.text import Tokenizer, caption_row, json_member, pick_caption
 
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 # Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
 RETRY_AFTER = (0.1, 1.0, 4.0)
 
@@ -61,7 +60,7 @@ class RowMaker:
         image: np.ndarray | None = None
         crop: tuple[int, ...] = ()
         if self.spec.image is not None:
-            image, crop = decode_image(_image_member(members), self.spec.image, key, train)
+            image, crop = decode_image(_image_of(members), self.spec.image, key, train)
         tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
         if self.spec.text is not None:
             assert self.tokenizer is not None
@@ -121,7 +120,7 @@ class RowMaker:
         if self.spec.packed:
             expected = f"npy with {self.length} packed tokens"
         else:
-            wanted = [f"an image ({', '.join(IMAGE_MEMBERS)})"] if self.spec.image else []
+            wanted = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
             wanted += ["a caption (txt, or caption in json)"] if self.spec.text else []
             expected = " and ".join(wanted)
         return UserError(
@@ -179,8 +178,8 @@ class RowMaker:
         )
 
 
-def _image_member(members: dict[str, bytes]) -> bytes:
-    for extension in IMAGE_MEMBERS:
-        if extension in members:
-            return members[extension]
-    raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
+def _image_of(members: dict[str, bytes]) -> bytes:
+    extension = image_member(members)
+    if extension is None:
+        raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
+    return members[extension]

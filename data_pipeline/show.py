@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline import storage
+from data_pipeline.decode import IMAGE_EXTENSIONS, image_member
 from data_pipeline.errors import UserError
-from data_pipeline.formats import img2dataset, refinedweb
+from data_pipeline.formats import refinedweb
 from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
 from data_pipeline.tar import Sample, member_table
@@ -96,9 +97,9 @@ def _missing_members(samples: Sequence[Sample], members: Counter[str]) -> list[s
         lacking = [sample for sample in samples if "npy" not in sample.members]
         return [_lacking(lacking, samples, "no npy member")] if lacking else []
     found = []
-    without_image = [sample for sample in samples if img2dataset.image_member(sample.members) is None]
+    without_image = [sample for sample in samples if image_member(sample.members) is None]
     if without_image:
-        names = "/".join(img2dataset.IMAGE_EXTENSIONS)
+        names = "/".join(IMAGE_EXTENSIONS)
         found.append(_lacking(without_image, samples, f"no image member ({names})"))
     without_caption = [sample for sample in samples if not sample.members.keys() & {"txt", "json"}]
     if without_caption:
@@ -113,7 +114,7 @@ def _lacking(lacking: Sequence[Sample], samples: Sequence[Sample], what: str) ->
 def _kind(members: Counter[str], there: Sequence[str], chosen: Sequence[str]) -> str:
     if "npy" in members:
         return "packed text"
-    if img2dataset.image_member(members) is None:
+    if image_member(members) is None:
         return "tars without images"
     written = storage.exists(stats_url(there[0])) and storage.exists(
         there[0].removesuffix(".tar") + ".parquet"
@@ -177,7 +178,7 @@ def _tokens(data: bytes) -> str:
 
 def _parquet_files(path: str) -> list[str]:
     try:
-        return refinedweb.list_files(path)
+        return list(storage.sizes(refinedweb.list_files(path)))
     except UserError:
         return []
 
@@ -186,14 +187,18 @@ def _describe_documents(path: str, first: int) -> dict[str, Any]:
     import pyarrow.parquet as parquet
 
     files = refinedweb.list_files(path)
-    rows = 0
+    rows: int | None = 0
     columns: list[str] = []
-    for file in files:
-        with storage.open_bytes(file) as opened:
-            metadata = parquet.ParquetFile(opened)
-            rows += metadata.metadata.num_rows
-            columns = metadata.schema_arrow.names
     problems: list[str] = []
+    for file in files:
+        try:
+            with refinedweb.reading(file) as opened:
+                metadata = parquet.ParquetFile(opened)
+                rows = None if rows is None else rows + metadata.metadata.num_rows
+                columns = metadata.schema_arrow.names
+        except UserError as error:
+            rows = None
+            problems.append(str(error))
     shown: list[dict[str, Any]] = []
     try:
         for url, text in refinedweb.documents(path, rows=max(first, 1)):
@@ -211,7 +216,7 @@ def _describe_documents(path: str, first: int) -> dict[str, Any]:
         "counted_by": "parquet",
         "columns": columns,
         "first": shown,
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 

@@ -121,8 +121,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"text.tokenizer: {name}: no tokenizer.json there. Write `{CLIP_BPE}`, or a folder or file with "
             "a tokenizer.json; the demo's is made by `dromos data prepare configs/demo/flip.yaml`"
         )
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         vocabulary = _vocabulary(text)
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"text.tokenizer: {file} is not a tokenizer.json: {error}") from error
@@ -185,12 +185,12 @@ def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]
     As GPT-2 does, a missing start token is the end token; as Llama's users do, so is a missing pad token.
     """
     config_file = file.with_name("tokenizer_config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _config(config_file) if config_file.is_file() else {}
     ids: dict[str, int | None] = {}
     for role, field in FIELDS.items():
         named = config.get(field)
         named = named.get("content") if isinstance(named, dict) else named
-        if named is not None and named not in vocabulary:
+        if named is not None and (not isinstance(named, str) or named not in vocabulary):
             raise UserError(f"{config_file}: {field} {named!r} is not in the vocabulary of {file}")
         names = (named,) if field in config else COMMON[role]
         ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
@@ -198,6 +198,18 @@ def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]
     if end is None:
         raise UserError(f"{file}: no end token; name it as eos_token in {config_file}")
     return (end if ids["start"] is None else ids["start"], end, end if ids["pad"] is None else ids["pad"])
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"text.tokenizer: {file} is not JSON: {error}; mend or remove it") from None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"text.tokenizer: {file} holds no object, but {type(config).__name__}; mend or remove it"
+        )
+    return config
 
 
 def _open_clip_file(name: str) -> bytes:

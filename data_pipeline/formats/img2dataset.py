@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.tar import TarWriter
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SUCCESS = "success"
 FAILURES = ("failed_to_download", "failed_to_resize")
 SAMPLES_PER_SHARD = 10_000
@@ -36,12 +35,6 @@ class Row:
     error_message: str | None = None
     exif: str = "{}"
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def image_member(members: Iterable[str]) -> str | None:
-    """The member of a sample that is the image, if it has one."""
-    present = set(members)
-    return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)
 
 
 def shard_name(shard: int, digits: int = 5) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,20 +70,31 @@ def list_files(path: str) -> list[str]:
     return [path] if path.endswith(".parquet") else storage.list_files(path, ".parquet")
 
 
+@contextmanager
+def reading(file: str) -> Iterator[BinaryIO]:
+    """The parquet file opened; what pyarrow says of damaged bytes becomes a UserError that names it."""
+    import pyarrow as pa
+
+    try:
+        with storage.asking(file), storage.open_bytes(file) as opened:
+            yield opened
+    except (pa.ArrowException, OSError) as error:
+        # pyarrow also raises OSError for damage inside a column; an error of the disk has a number.
+        if isinstance(error, ReadError) or getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{file} is no parquet file, or cut off ({error}); make it again") from None
+
+
 def documents(path: str, rows: int = 1024) -> Iterator[tuple[str, str]]:
     """(url, text) of every row of every file, in order; a null text comes as "".
 
     Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column.
     """
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     for file in list_files(path):
-        with storage.asking(file), storage.open_bytes(file) as opened:
-            try:
-                reader = parquet.ParquetFile(opened)
-            except pa.ArrowInvalid as error:
-                raise UserError(f"{file} is no parquet file, or cut off ({error}); make it again") from None
+        with reading(file) as opened:
+            reader = parquet.ParquetFile(opened)
             names = reader.schema_arrow.names
             text = next((name for name in TEXT_COLUMNS if name in names), None)
             if text is None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import ImageSpec, choose_crop, decode_image
+from data_pipeline.decode import ImageSpec, choose_crop, decode_image, image_member
 from data_pipeline.errors import ContentError
 from tests.data_pipeline.samples import encode, pixels
 
@@ -214,3 +214,9 @@ def test_an_odd_jpeg_that_a_strict_decoder_refuses_still_decodes() -> None:
         simplejpeg.decode_jpeg(odd)
     found, crop = decode_image(odd, ImageSpec(64), 0, train=True)
     np.testing.assert_array_equal(found, pillow(GOOD_JPEG, crop, 64))
+
+
+def test_the_image_member() -> None:
+    assert image_member(["json", "txt", "webp"]) == "webp"
+    assert image_member(["png", "jpg"]) == "jpg"
+    assert image_member(["json", "seg.png"]) is None

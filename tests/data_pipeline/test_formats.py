@@ -122,12 +122,6 @@ def test_keys(shard: int, index: int, per_shard: int, digits: int, key: str) -> 
     assert img2dataset.sample_key(shard, index, per_shard, digits) == key
 
 
-def test_the_image_member() -> None:
-    assert img2dataset.image_member(["json", "txt", "webp"]) == "webp"
-    assert img2dataset.image_member(["png", "jpg"]) == "jpg"
-    assert img2dataset.image_member(["json", "seg.png"]) is None
-
-
 DOCUMENTS = [
     refinedweb.Document("First text.", "http://a", datetime.datetime(2013, 5, 18, 10, 42), "CC-MAIN-2013-20", "1368",
                         (("http://a/i.png", "alt"),)),

@@ -7,10 +7,13 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from data_pipeline import storage
+from data_pipeline.batches import BatchMaker, ImageSpec, SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.formats import img2dataset, refinedweb
 from data_pipeline.index import build_index
@@ -93,9 +96,48 @@ def test_samples_without_image_or_caption(tmp_path: Path) -> None:
     about = describe(str(tmp_path))
     assert about["kind"] == "webdataset tars"
     assert about["problems"] == [
-        "1 of 3 samples examined have no image member (jpg/jpeg/png/webp); the first is b",
+        "1 of 3 samples examined have no image member (jpg/jpeg/png/webp/gif/bmp); the first is b",
         "1 of 3 samples examined have no caption (txt, or caption in json); the first is c",
     ]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "gif", "bmp"])
+def test_what_is_served_is_no_problem(tmp_path: Path, extension: str) -> None:
+    data = io.BytesIO()
+    kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(extension, extension.upper())
+    Image.new("RGB", (8, 8), "red").save(data, kind)
+    with TarWriter(tmp_path / "0.tar") as tar:
+        tar.write("a", {extension: data.getvalue(), "txt": b"red"})
+    about = describe(str(tmp_path))
+    assert (about["kind"], about["problems"]) == ("webdataset tars", [])
+    spec = StreamSpec("pairs", 0, {"a": SourceSpec(str(tmp_path))}, batch=1, image=ImageSpec(size=8))
+    images = BatchMaker(spec).make(0, 0, 1).images
+    assert images is not None
+    assert images[0, 0].mean() > 240
+
+
+def test_damaged_documents_are_a_problem_that_names_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        texts = [rng.bytes(300).hex() for _ in range(50)]
+        refinedweb.write_documents(
+            str(tmp_path / f"{name}.parquet"), [refinedweb.Document(text, "u") for text in texts]
+        )
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    about = describe(str(tmp_path), first=2)
+    assert [sample["key"] for sample in about["first"]] == ["u", "u"]
+    assert about["samples"] is None
+    (problem,) = about["problems"]
+    assert "b.parquet is no parquet file, or cut off" in problem
+    assert "unknown" in shown(about)
+    # The file's end, which is read first, is whole; the columns are not.
+    (tmp_path / "b.parquet").write_bytes(whole[:4] + bytes(2000) + whole[2004:])
+    assert describe(str(tmp_path))["problems"] == []  # nothing but the first rows of all is read
+    (tmp_path / "a.parquet").unlink()
+    assert "b.parquet is no parquet file, or cut off" in describe(str(tmp_path))["problems"][0]
+    with pytest.raises(UserError, match="does not exist"):
+        describe(str(tmp_path / "c.parquet"))
 
 
 def test_documents_and_packed_text(tmp_path: Path) -> None:

@@ -147,6 +147,24 @@ def test_missing_and_wrong_tokenizers_are_named(tmp_path: Path) -> None:
         load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[1]", b"null", b"[" * 100_000])
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    (folder / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"text\.tokenizer: .*tokenizer_config\.json (is not JSON|holds no object)"
+    ):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("value", ["7", '["<|end|>"]', '{"content": {}}'])
+def test_a_special_token_that_is_no_text_is_named(tmp_path: Path, value: str) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    (folder / "tokenizer_config.json").write_text(f'{{"eos_token": {value}}}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token .* is not in the vocabulary"):
+        load_tokenizer(str(folder))
+
+
 def test_missing_start_and_pad_fall_back_to_end(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "gpt2-like")
     config = {"bos_token": None, "eos_token": "<|end|>", "pad_token": None}
