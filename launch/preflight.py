@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Iterable
 from contextlib import chdir
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from launch.job import Job, StageJob
 from pretrain.address import locate
 from pretrain.identity import check_run_folder, read_record
 from pretrain.lengths import total_steps
-from pretrain.recipe import Recipe, TrainStage
+from pretrain.recipe import MergeStage, Recipe, TrainStage
 from pretrain.recipe_checks import addresses, world_size_check
 from pretrain.recipe_load import stage_record
 
@@ -32,7 +33,10 @@ def stage_job(recipe: Recipe, name: str) -> StageJob:
 
 
 def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
-    """True if the result.json of a stage reaches the recipe's length. `folder` is the run folder."""
+    """True if the result.json of a stage reaches the recipe's length. `folder` is the run folder.
+
+    Raises UserError for a merge of weights that have changed since.
+    """
     path = folder / stage.name / "result.json"
     try:
         result = json.loads(path.read_text())
@@ -41,7 +45,10 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
     except ValueError:
         raise UserError(f"{path} is not JSON; delete it to run the stage again") from None
     if stage.kind == "merge":
-        return True
+        from pretrain.merge.stage import is_finished
+
+        resolved = recipe.stages[stage.name]
+        return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)
     if stage.steps is not None:
         return int(result.get("step", 0)) >= stage.steps
     finished, wanted = read_record(folder / stage.name), stage_record(recipe, stage.name)
@@ -111,6 +118,12 @@ def check_predecessors(recipe: Recipe, job: Job) -> None:
                     where = f"{job.recipe}: stage {stage.name}: {'.'.join(key)}"
                     raise UserError(f"{where}: {_with_recipe(str(error), address, recipe, job)}") from None
         made.add((job.folder / stage.name).resolve())
+
+
+def reads(recipe: Recipe, name: str, folder: Path, stages: Iterable[StageJob]) -> bool:
+    """Whether stage `name` takes weights from one of `stages`."""
+    made = {(folder / stage.name).resolve() for stage in stages}
+    return any(_candidates(address, folder) & made for _, address in addresses(recipe.stages[name]))
 
 
 def _training(recipe: Recipe, job: Job) -> list[tuple[str, TrainStage]]:

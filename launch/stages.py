@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launch import progress
 from launch.job import Job, StageJob
-from launch.preflight import is_done
+from launch.preflight import is_done, reads
 from launch.ranks import Group, Outcome, StopSignals, describe_exit, supervise
 from pretrain.exit_codes import DONE, FAILED, GO_ON
 from pretrain.recipe import Recipe
@@ -19,10 +19,14 @@ Merge = Callable[[StageJob], int]
 
 
 def undone(job: Job, recipe: Recipe, console: Console) -> list[StageJob]:
-    """The stages that are left to run; a line for each that is not."""
-    left = []
+    """The stages that are left to run; a line for each that is not.
+
+    A merge of a stage that is left is left, too: it is judged when its inputs are what they will be.
+    """
+    left: list[StageJob] = []
     for stage in job.stages:
-        if is_done(job.folder, stage, recipe):
+        later = stage.kind == "merge" and reads(recipe, stage.name, job.folder, left)
+        if not later and is_done(job.folder, stage, recipe):
             say(console, f"{stage.name}: done ({job.run_dir}/{stage.name})")
         else:
             left.append(stage)

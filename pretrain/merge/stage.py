@@ -10,11 +10,11 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
-from pretrain.identity import check_run_folder
+from pretrain.identity import ABSENT, check_run_folder
 from pretrain.lock import FolderLock
 from pretrain.merge.plan import resolve_weights
-from pretrain.merge.sources import FROZEN
-from pretrain.merge.tool import execute, prepare
+from pretrain.merge.sources import FROZEN, WeightSource
+from pretrain.merge.tool import RECORD, execute, open_inputs, prepare
 from pretrain.merge.writer import Progress, link_or_copy
 from pretrain.recipe import Evaluation, MergeStage, Recipe
 from pretrain.recipe_load import dump_plain, stage_record
@@ -25,8 +25,9 @@ def run_merge_stage(
 ) -> dict[str, Any]:
     """Carry out stage `name` in `run_dir/name`; returns the content of its result.json.
 
-    A finished stage is left alone, a killed one goes on. Raises UserError, before anything is written, when a
-    parent has not finished or the parents do not fit each other.
+    A finished stage is left alone; a killed one begins again, unless its weights were complete. Raises UserError,
+    before anything is written, when a parent has not finished, is not what it was when the weights were merged, or
+    does not fit the others.
     """
     stage = recipe.stages[name]
     if not isinstance(stage, MergeStage):
@@ -34,7 +35,7 @@ def run_merge_stage(
     run_dir = Path(run_dir)
     folder = run_dir / name
     check_run_folder(run_dir, recipe, name)
-    if (folder / "result.json").is_file():
+    if is_finished(stage, folder):
         return json.loads((folder / "result.json").read_text())
     began = time.monotonic()
     weights = resolve_weights(len(stage.inputs), None, list(stage.inputs.values()))
@@ -61,6 +62,44 @@ def run_merge_stage(
     finally:
         lock.release()
     return result
+
+
+def is_finished(stage: MergeStage, folder: Path) -> bool:
+    """Whether the merge in `folder` has ended; UserError when an input has other weights now than it was made from.
+
+    Inputs that are gone, or training further at the moment, cannot be compared: the merge stays what it was.
+    """
+    path = folder / "weights" / RECORD
+    ended = (folder / "result.json").is_file()
+    if not path.is_file():
+        return False
+    try:
+        opened = open_inputs(list(stage.inputs), stage.copy_rest, folder.parent)
+    except UserError:
+        return ended
+    taken = {entry["address"]: entry for entry in json.loads(path.read_text())["inputs"]}
+    changed = [line for source in opened.sources for line in _changed(source, taken.get(source.address))]
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise UserError(
+            f"{folder} was merged from other weights than its inputs hold now:\n{lines}\n"
+            f"delete {folder} to merge them again, or put back what it was merged from"
+        )
+    return ended
+
+
+def _changed(source: WeightSource, taken: dict[str, Any] | None) -> list[str]:
+    """What an input was when it was merged and what it is now, where the two differ."""
+    if taken is None:  # another recipe's, which check_run_folder says
+        return []
+    now, then = source.hashes(), taken["xxh64"]
+    if now == then:
+        return []
+    if source.located.path != taken["path"]:
+        return [f"{source.address}: {taken['path']} -> {source.located.path}"]
+    files = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
+    hashes = (f"{name} {then.get(name, ABSENT)} -> {now.get(name, ABSENT)}" for name in files)
+    return [f"{source.address}: {source.located.path}: " + ", ".join(hashes)]
 
 
 def _figures(folder: Path, wanted: Evaluation) -> dict[str, float]:

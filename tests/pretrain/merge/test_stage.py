@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,73 @@ def test_a_finished_stage_is_left_alone(run: tuple[Recipe, Path]) -> None:
     stamp = (run_dir / "mix/weights/model.safetensors").stat().st_mtime_ns
     assert run_merge_stage(made, "mix", run_dir) == first
     assert (run_dir / "mix/weights/model.safetensors").stat().st_mtime_ns == stamp
+
+
+def retrain(stage: Path, step: int, digest: str) -> Path:
+    """`stage` as a longer or another training leaves it."""
+    old = next(iter((stage / "checkpoints").glob("step_*")))
+    new = stage / f"checkpoints/step_{step:08d}"
+    if old != new:
+        shutil.copytree(old, new)
+    (new / "manifest.json").write_text(
+        json.dumps({"mp_rank_00_model_states.pt": {"xxh64": digest, "size": 0}})
+    )
+    (stage / "result.json").write_text(json.dumps({"step": step, "eval": {}}))
+    return new
+
+
+def test_a_parent_that_trained_further_is_noticed(run: tuple[Recipe, Path]) -> None:
+    made, run_dir = run
+    first = run_merge_stage(made, "mix", run_dir)
+    stamp = (run_dir / "mix/weights/model.safetensors").stat().st_mtime_ns
+    retrain(run_dir / "real", 2, "1" * 16)
+    with pytest.raises(UserError, match="merged from other weights") as error:
+        run_merge_stage(made, "mix", run_dir)
+    text = str(error.value)
+    was, now = (str(run_dir / f"real/checkpoints/step_0000000{step}") for step in (1, 2))
+    assert f"real: {was} -> {now}\n" in text
+    assert "synthetic" not in text
+    assert f"delete {run_dir / 'mix'} " in text
+    assert json.loads((run_dir / "mix/result.json").read_text()) == first
+    assert (run_dir / "mix/weights/model.safetensors").stat().st_mtime_ns == stamp
+    shutil.rmtree(run_dir / "mix")  # what the message says to do
+    assert run_merge_stage(made, "mix", run_dir)["plan"] != first["plan"]
+
+
+def test_a_parent_trained_anew_to_the_same_step_is_noticed(run: tuple[Recipe, Path]) -> None:
+    made, run_dir = run
+    run_merge_stage(made, "mix", run_dir)
+    folder = retrain(run_dir / "real", 1, "1" * 16)
+    words = f"real: {folder}: mp_rank_00_model_states.pt {'0' * 16} -> {'1' * 16}\n"
+    with pytest.raises(UserError, match=re.escape(words)):
+        run_merge_stage(made, "mix", run_dir)
+
+
+def test_a_parent_that_changed_before_a_killed_merge_had_its_result(run: tuple[Recipe, Path]) -> None:
+    made, run_dir = run
+    run_merge_stage(made, "mix", run_dir)
+    (run_dir / "mix/result.json").unlink()
+    retrain(run_dir / "real", 2, "1" * 16)
+    with pytest.raises(UserError, match=f"delete {run_dir / 'mix'} "):
+        run_merge_stage(made, "mix", run_dir)
+
+
+def test_parents_that_are_gone_or_moved_leave_a_finished_merge_alone(run: tuple[Recipe, Path]) -> None:
+    made, run_dir = run
+    first = run_merge_stage(made, "mix", run_dir)
+    moved = run_dir.rename(run_dir.with_name("moved"))
+    assert run_merge_stage(made, "mix", moved) == first
+    shutil.rmtree(moved / "real")
+    assert run_merge_stage(made, "mix", moved) == first
+
+
+def test_weights_that_were_deleted_are_merged_again(run: tuple[Recipe, Path]) -> None:
+    made, run_dir = run
+    first = run_merge_stage(made, "mix", run_dir)
+    shutil.rmtree(run_dir / "mix/weights")
+    again = run_merge_stage(made, "mix", run_dir)
+    assert again["plan"] == first["plan"]
+    assert (run_dir / "mix/weights/model.safetensors").is_file()
 
 
 def test_killed_between_weights_and_result(run: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch) -> None:
