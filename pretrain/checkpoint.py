@@ -73,11 +73,24 @@ def save(
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves nothing that looks complete; the next save sweeps the rest."""
-    gone = path.with_name(path.name + ".tmp")
+    gone = path.with_name(path.name + ".old.tmp")  # not the name under which the same step is being written
     if gone.exists():
         shutil.rmtree(gone)
     path.rename(gone)
     shutil.rmtree(gone)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if all({"size", "xxh64"} <= set(entry) for entry in manifest.values()):
+            return manifest
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(
+        f"checkpoint {path}: manifest.json is missing or damaged. Remove {path.name} to go on from the checkpoint "
+        "before it."
+    )
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def verify(path: Path) -> dict[str, Any]:
 
     Raises UserError on every rank, naming the first damaged file.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = _read_manifest(path)
     wrong = None
     for name, entry in sorted(manifest.items())[rank() :: world_size()]:
         file = path / name
