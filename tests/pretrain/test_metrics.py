@@ -1,0 +1,143 @@
+"""The log of a run: what a kill leaves of it, where a resume cuts it, and the limit on replaced samples."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.metrics import AT_LEAST, WINDOW, BadFraction, Log, cut, read
+
+Rows = list[dict[str, object]]
+
+
+def write(path: Path, rows: Rows) -> None:
+    log = Log(path)
+    for row in rows:
+        log.write(row)
+    log.close()
+
+
+ROWS: Rows = [{"step": n, "loss": 1 / n, "time": {"step": 0.25}, "word": "Größe"} for n in range(1, 6)]
+
+
+def test_a_log_reads_back_and_is_flushed_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "stage" / "metrics.jsonl"  # the folder is made
+    log = Log(path)
+    for number, row in enumerate(ROWS, 1):
+        log.write(row)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:number]
+    log.close()
+    log.close()
+    assert read(path) == ROWS
+    write(path, [{"step": 6}])  # a second log appends
+    assert read(path) == [*ROWS, {"step": 6}]
+    assert read(tmp_path / "none.jsonl") == []
+
+
+def test_a_kill_at_any_byte_costs_at_most_the_line_being_written(tmp_path: Path) -> None:
+    path, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    write(path, ROWS)
+    content = path.read_bytes()
+    for length in range(len(content) + 1):
+        torn.write_bytes(content[:length])
+        whole = content[:length].count(b"\n")
+        found = read(torn)
+        # A last line that lacks nothing but its newline is whole, too.
+        assert found in (ROWS[:whole], ROWS[: whole + 1])
+        assert (len(found) > whole) == (content[length : length + 1] == b"\n" and length > 0)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 9])
+def test_a_cut_log_goes_on_as_if_nothing_had_been_after(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, ROWS)
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    cut(path, step)
+    write(path, [{"step": step + 1, "again": True}])
+    assert read(path) == [*ROWS[:step], {"step": step + 1, "again": True}]
+    assert path.read_text().count("\n") == len(read(path))
+    assert list(tmp_path.iterdir()) == [path]  # nothing left beside it
+
+
+def test_cutting_a_log_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    cut(tmp_path / "bad_samples.jsonl", 3)
+    assert not (tmp_path / "bad_samples.jsonl").exists()
+
+
+def first_excess(counts: np.ndarray, bad: np.ndarray, limit: float) -> int | None:
+    """First step (from 1) at which the last WINDOW steps hold at least AT_LEAST samples and too many bad ones."""
+    for step in range(1, len(counts) + 1):
+        last = slice(max(0, step - WINDOW), step)
+        seen = int(counts[last].sum())
+        if seen >= AT_LEAST and int(bad[last].sum()) > limit * seen:
+            return step
+    return None
+
+
+def series(seed: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of 300 steps and how many of them were replaced; clean for a while first."""
+    generator = np.random.default_rng([seed, int(1000 * share)])
+    counts = generator.integers(1, 40, 300)
+    bad = generator.binomial(counts, share)
+    bad[: 40 * seed] = 0
+    return counts, bad
+
+
+def excess(limited: BadFraction, counts: np.ndarray, bad: np.ndarray, first: int = 1) -> int | None:
+    """The step, of `first` and those after it, at which the limit is passed."""
+    for step in range(first, len(counts) + 1):
+        wrong = int(bad[step - 1])
+        skipped = {"web": {"undecodable": wrong // 2, "missing image": wrong - wrong // 2}} if wrong else {}
+        if limited.add(step, {"web": int(counts[step - 1]), "clean": 500}, skipped):
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("limit", "share"), [(0.01, 0.01), (0.02, 0.01), (0.1, 0.12), (0.0, 0.001), (1.0, 1.0)]
+)
+def test_the_limit_is_on_the_samples_of_the_window(limit: float, share: float) -> None:
+    for seed in range(6):
+        counts, bad = series(seed, share)
+        assert excess(BadFraction(limit), counts, bad) == first_excess(counts, bad, limit)
+
+
+@pytest.mark.parametrize("saved", [1, 5, 60, 130, 299])
+def test_a_resumed_run_judges_as_an_undisturbed_one(saved: int) -> None:
+    limit, share = 0.05, 0.06
+    for seed in range(6):
+        counts, bad = series(seed, share)
+        expected = first_excess(counts, bad, limit)
+        before = BadFraction(limit)
+        if excess(before, counts[:saved], bad[:saved]) is None:
+            kept = json.loads(json.dumps(before.state()))  # as it goes through state.json
+            assert excess(BadFraction(limit, kept), counts, bad, saved + 1) == expected
+
+
+def test_sources_are_judged_one_by_one_and_named() -> None:
+    limited = BadFraction(0.05)
+    # Too few samples of `small` to judge.
+    assert limited.add(1, {"web": 1000, "small": 199}, {"small": {"undecodable": 190}}) is None
+    assert limited.add(2, {"web": 1000}, {"web": {"undecodable": 50}}) is None
+    told = limited.add(3, {"web": 1000, "small": 1}, {"small": {"missing caption": 1}})
+    assert told is not None
+    assert re.search(r"step 3: 191 of the last 200 samples of small\b", told)
+    for word in ("max_bad_fraction 0.05", "1 missing caption", "bad_samples.jsonl"):
+        assert word in told
+
+
+def test_what_is_long_ago_is_forgotten() -> None:
+    limited = BadFraction(0.01)
+    assert limited.add(1, {"web": 10000}, {"web": {"undecodable": 100}}) is None  # exactly the limit
+    for step in range(2, WINDOW + 1):
+        assert limited.add(step, {"web": 10}, {}) is None
+    # 9 of 1000: step 1 is out of the window.
+    assert limited.add(WINDOW + 1, {"web": 10}, {"web": {"undecodable": 9}}) is None
+    told = limited.add(WINDOW + 2, {"web": 10}, {"web": {"undecodable": 2}})
+    assert told is not None
+    assert "11 of the last 1000 samples of web" in told
