@@ -38,12 +38,13 @@ class ImageSpec:
     """How an image becomes pixels; mean and deviation are applied later, on the device.
 
     crop: range of the crop's area as a share of the image; (1, 1) means the largest centred square, no
-    random crop.
+    random crop. max_pixels: larger images are unusable, which their header tells.
     """
 
     size: int = 224
     crop: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 def image_member(members: Iterable[str]) -> str | None:
@@ -100,9 +101,9 @@ def _log_uniform_ratio(draw: int) -> float:
     return ratio
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ContentError("too many pixels", f"{width} x {height}, limit {MAX_PIXELS}")
+def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
+    if width * height > spec.max_pixels:
+        raise ContentError("too many pixels", f"{width} x {height}; image.max_pixels is {spec.max_pixels}")
 
 
 Found = tuple[np.ndarray, tuple[float, float, float, float], Box]
@@ -118,7 +119,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found |
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _check_pixels(width, height)
+    _check_pixels(width, height, spec)
     if space in ("CMYK", "YCCK"):
         return None
     x, y, w, h = crop = choose_crop(width, height, spec, key, train)
@@ -145,7 +146,7 @@ def _decode_any(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found:
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(*image.size)
+            _check_pixels(*image.size, spec)
             pixels = _as_rgb(image)
     except Image.DecompressionBombError as error:
         raise ContentError("too many pixels", str(error)) from error

@@ -21,7 +21,7 @@ def row_digest(
     crop: Sequence[int],
     caption: int,
 ) -> int:
-    """xxh64 of what one row was assigned (attempt 0, no crop, caption 0) or was served.
+    """xxh64 of what one row was assigned (attempt 0, no crop, caption -1) or was served.
 
     Texts go in with their length before them and integers as 8 bytes, little endian, so that two different rows never
     make the same bytes. `shard_path` is the path below the source's root; `crop` is what decode reports, () for none.

@@ -93,6 +93,12 @@ class Image(Strict):
         (1.0, 1.0), description="Range of the crop's area, as a share of the image."
     )
     flip: bool = Field(False, description="Mirror half of the images, left to right.")
+    max_pixels: Count = Field(
+        25_000_000,
+        gt=0,
+        le=178_000_000,
+        description="Larger images, such as 50M, count as unusable; decoding takes 3 bytes a pixel.",
+    )
     mean: tuple[float, float, float] = Field(
         (0.48145466, 0.4578275, 0.40821073), description="Of RGB in 0..1."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
 from data_pipeline.decode import ImageSpec
 from data_pipeline.order import stream_seed
-from pretrain.recipe import Perplexity, Stream, TrainStage, ZeroShot
+from pretrain.recipe import Image, Perplexity, Stream, TrainStage, ZeroShot
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:
@@ -16,10 +16,15 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
         sources={key: SourceSpec(**source.model_dump()) for key, source in stream.sources.items()},
         batch=stream.batch,
         lanes=stream.lanes,
-        image=ImageSpec(stream.image.size, stream.image.crop, stream.image.flip) if stream.image else None,
+        image=image_spec(stream.image) if stream.image else None,
         text=TextSpec(stream.text.tokenizer, stream.text.length) if stream.text else None,
         length=stream.length,
     )
+
+
+def image_spec(image: Image) -> ImageSpec:
+    """What workers do to an image; mean and deviation are applied on the device."""
+    return ImageSpec(image.size, image.crop, image.flip, image.max_pixels)
 
 
 def stage_specs(stage: TrainStage, run_seed: int, name: str, streams: tuple[str, ...]) -> list[StreamSpec]:
@@ -39,7 +44,7 @@ def evaluation_spec(
         sources={name: SourceSpec(path=wanted.path)},
         batch=batch,
         lanes=None,
-        image=ImageSpec(image.size) if image else None,
+        image=ImageSpec(image.size, max_pixels=image.max_pixels) if image else None,
         text=TextSpec(text.tokenizer, text.length) if text else None,
         length=getattr(wanted, "length", None) if stream is None else stream.length,
     )

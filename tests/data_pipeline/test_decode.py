@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,18 @@ def test_a_bomb_is_refused_by_its_header(data: bytes) -> None:
     with pytest.raises(ContentError) as verdict:
         decode_image(data, ImageSpec(8), 0, train=True)
     assert verdict.value.reason == "too many pixels"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_limit_of_pixels_is_the_recipes_and_changes_no_crop(kind: str) -> None:
+    data = encode(pixels(0, 0, 40, 30), kind)
+    wanted = ImageSpec(8, (0.3, 0.9), flip=True)
+    with pytest.raises(ContentError, match=r"30 x 40; image\.max_pixels is 1199"):
+        decode_image(data, replace(wanted, max_pixels=1199), 5, train=True)
+    image, crop = decode_image(data, replace(wanted, max_pixels=1200), 5, train=True)
+    reference, same_crop = decode_image(data, wanted, 5, train=True)
+    assert crop == same_crop
+    assert (image == reference).all()
 
 
 GOOD_JPEG = encode(pixels(0, 0, 64, 64), "JPEG")

@@ -40,8 +40,9 @@ def begin(run: Path, loaded: Recipe, stage: str = "masked", checkpoint: dict[str
         ("run.seed=4", "run.seed"),
         ("data.pairs.batch=32", "data.pairs.batch"),
         ("data.pairs.image.crop=[1, 1]", "data.pairs.image.crop.0"),
+        ("data.pairs.image.max_pixels=50M", "data.pairs.image.max_pixels"),
         ("data.pairs.sources.digits=elsewhere", "data.pairs.sources.digits.path"),
-        ("data.pairs.sources.scenes.weight=3", "data.pairs.sources.scenes.weight"),
+        ("data.pairs.sources.scenes.weight=0.25", "data.pairs.sources.scenes.weight"),
         ("model.text.width=32", "model.text.width"),
         ("model.vision.layers=4", "model.vision.0.layers"),
         ("objective.image_mask=0.75", "objective.image_mask"),
@@ -55,6 +56,14 @@ def begin(run: Path, loaded: Recipe, stage: str = "masked", checkpoint: dict[str
 def test_an_identity_key_must_match(override: str, key: str, tmp_path: Path) -> None:
     differences = compare_identity(record(tmp_path), record(tmp_path, override))
     assert [line.split(": ")[0] for line in differences] == [key]
+
+
+def test_a_folder_older_than_a_key_had_its_default(tmp_path: Path) -> None:
+    before = record(tmp_path)
+    del before["stage"]["data"]["pairs"]["image"]["max_pixels"]
+    assert compare_identity(before, record(tmp_path)) == []
+    (line,) = compare_identity(before, record(tmp_path, "data.pairs.image.max_pixels=50M"))
+    assert line == "data.pairs.image.max_pixels: (absent) -> 50000000"
 
 
 @pytest.mark.parametrize(

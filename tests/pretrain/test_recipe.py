@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.errors import UserError
 from pretrain.lengths import length_steps, main_stream, total_steps, warns
 from pretrain.overrides import merge_maps
-from pretrain.recipe import Length, MergeStage, Recipe, TrainStage, parse_length
+from pretrain.recipe import Length, MergeStage, Recipe, TrainStage, ZeroShot, parse_length
 from pretrain.recipe_checks import nearest_divisors, predecessors, world_size_check
 from pretrain.recipe_load import as_plain, dump, load_recipe, run_dir, stage_record
+from pretrain.streams import evaluation_spec, stream_spec
 from pretrain.yaml_file import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,6 +300,19 @@ def test_a_long_warm_up_warns(tmp_path: Path) -> None:
     assert warns(training(load(tmp_path, FLIP, "train.samples=576"), "masked")) != []
 
 
+def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> None:
+    stage = training(load(tmp_path, FLIP, "data.pairs.image.max_pixels=50M"), "masked")
+    stream = stage.data["pairs"]
+    trained = stream_spec("pairs", stream, 0, "masked").image
+    held_out = evaluation_spec("x", ZeroShot(path="data/test"), stream, 8).image
+    assert trained is not None
+    assert held_out is not None
+    assert (trained.max_pixels, held_out.max_pixels) == (50_000_000, 50_000_000)
+    default = training(load(tmp_path), "masked").data["pairs"].image
+    assert default is not None
+    assert default.max_pixels == MAX_PIXELS
+
+
 # --- mistakes
 
 
@@ -338,6 +353,7 @@ def test_a_long_warm_up_warns(tmp_path: Path) -> None:
         ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets its share", "cap"]),
         ("data.pairs.sources.scenes.weight=.inf", ["data.pairs.sources.scenes", "weight is inf"]),
         ("data.pairs.sources.digits.weight=1e12", ["data.pairs.sources", "'scenes'", "below one slot"]),
+        ("data.pairs.image.max_pixels=1B", ["data.pairs.image.max_pixels", "178000000"]),
         ("run.name=a/b", ["run.name"]),
         ("engine.offload=cpu", ["engine.offload", "not available yet"]),
         ("engine.compile=true", ["engine.compile", "not available yet"]),
