@@ -35,7 +35,7 @@ Overrides = Annotated[
 Weights = Annotated[
     str,
     typer.Argument(
-        metavar="WEIGHTS", help="RUN/STAGE[@STEP|@latest|@best], a path, s3://, hf://, open_clip://."
+        metavar="RUN/STAGE", help="A stage of a run; RUN/STAGE@STEP, @latest or @best chooses a checkpoint."
     ),
 ]
 
@@ -77,7 +77,7 @@ def run(
     Examples:
       dromos run configs/demo/flip.yaml --ranks-per-node 2
       dromos run configs/demo/sphinx.yaml --stage lm,real train.steps=200
-      dromos run configs/flip/laion400m-l16.yaml --on slurm --nodes 16 --ranks-per-node 8 --dry-run
+      dromos run configs/demo/flip.yaml --on slurm --nodes 2 --ranks-per-node 8 --dry-run
 
     Exit codes: 0 done, 2 your input is wrong (nothing was written), 75 saved and wants to go on, 1 anything else.
     """
@@ -202,7 +202,7 @@ def status(run: RunFolder) -> None:
 
 @app.command(name="list")
 def list_runs(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to look.")] = "runs",
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to look; default: runs.")] = "runs",
 ) -> None:
     """List the runs below a folder.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pretrain.exit_codes import FAILED, USER_ERROR
 
@@ -28,6 +29,47 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with readable_errors():
             return super().invoke(ctx)
+
+
+class Command(TyperCommand):
+    """A command whose help shows arguments as a person writes them, without the types that Typer parses them by."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        given = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return ["[OPTIONS]", *(usage(param) for param in given)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            name, text = param.get_help_record(ctx) or ("", "")
+            if param.param_type_name == "argument":
+                sections["Arguments"].append((metavar(param), param.help or ""))  # type: ignore[attr-defined]
+            elif name:
+                sections["Options"].append((name, re.sub(r"; x[<>]=?[-0-9.]+\]$", "]", text)))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def metavar(param: Any) -> str:
+    return str(param.metavar or param.name.upper())
+
+
+def usage(param: Any) -> str:
+    """An argument on the usage line; a metavar that says itself how many there may be stays as it is."""
+    name = metavar(param)
+    if "..." in name:
+        return name
+    name = name if param.required else f"[{name}]"
+    return name if param.nargs == 1 else f"{name}..."
+
+
+class App(typer.Typer):
+    """A Typer whose commands have our help."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, **{"cls": Command, **settings})
 
 
 @contextmanager
@@ -57,9 +99,9 @@ def readable_errors() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
-def group(help_text: str) -> typer.Typer:
+def group(help_text: str) -> App:
     """A Typer of ours: plain help, errors as above."""
-    return typer.Typer(
+    return App(
         cls=Commands,
         help=help_text,
         no_args_is_help=True,

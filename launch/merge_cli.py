@@ -55,11 +55,12 @@ def merge(
     dtype: Dtype = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Interpolate checkpoints: theta = beta * A + (1 - beta) * B, or the weighted mean of several.
+    """Interpolate checkpoints, or average several.
 
-    beta is the weight of the FIRST input (other tools mean the second's); beta 1 gives A, byte for byte. Sums are
-    exact to one rounding. Reads ZeRO 0-3 checkpoints in place from their fp32 shards, needs no torch, and takes the
-    same memory whatever the size. Running it again says what is done; another merge into DIR is refused.
+    theta = beta * A + (1 - beta) * B, or the weighted mean. beta is the weight of the FIRST input (other tools
+    mean the second's); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3 checkpoints
+    in place from their fp32 shards, needs no torch, and takes the same memory whatever the size. Running it again
+    says what is done; another merge into DIR is refused.
 
     \b
     Examples:
@@ -97,10 +98,10 @@ def sweep(
     dtype: Dtype = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Merge two checkpoints at many betas in one pass: theta = beta * A + (1 - beta) * B.
+    """Merge two checkpoints at many betas in one pass.
 
-    Writes DIR/beta-0.30/ and so on, each as dromos merge would, and DIR/sweep.json. A and B are read once for all.
-    Outputs that are complete are passed over.
+    theta = beta * A + (1 - beta) * B for each. Writes DIR/beta-0.30/ and so on, each as dromos merge would, and
+    DIR/sweep.json. A and B are read once for all. Outputs that are complete are passed over.
 
     \b
     Example:

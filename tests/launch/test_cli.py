@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import ReadError, UserError
@@ -28,6 +31,12 @@ def dromos(*arguments: str) -> Result:
 
 def contents(folder: Path) -> dict[str, Any]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def pages() -> list[list[str]]:
+    return [[name] for name in COMMANDS] + [
+        [group, name] for group, names in GROUPS.items() for name in names
+    ]
 
 
 # --- help and start-up
@@ -70,13 +79,61 @@ def test_help_lists_every_command_with_a_sentence() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names],
+    pages(),
     ids=" ".join,
 )
 def test_each_help_has_an_example_of_its_own(path: list[str]) -> None:
     done = dromos(*path, "--help")
     assert done.exit_code == 0
     assert f"dromos {' '.join(path)} " in done.stdout.partition("Example")[2]
+
+
+def examples() -> list[list[str]]:
+    """What the help pages say one may type, without the leading `dromos`."""
+    shown = "\n".join(dromos(*path, "--help").stdout for path in [[], *pages()])
+    return [shlex.split(line)[1:] for line in re.findall(r"^ +(?:Try: +)?(dromos .*)$", shown, re.MULTILINE)]
+
+
+def test_every_example_is_one_that_its_command_takes() -> None:
+    """Parsed, not run."""
+    root = get_command(app)
+    found = examples()
+    assert len(found) > 20
+    for words in found:
+        command, arguments = root.commands[words[0]], words[1:]  # type: ignore[attr-defined]
+        if words[0] in GROUPS:
+            command, arguments = command.commands[words[1]], words[2:]
+        command.make_context(words[0], arguments)
+
+
+def test_light_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that read nothing but the repository's recipes."""
+    monkeypatch.chdir(ROOT)
+    light = [
+        words for words in examples() if words[0] == "recipe" or (words[0] == "run" and "--dry-run" in words)
+    ]
+    assert len(light) >= 4
+    for words in light:
+        done = dromos(*words)
+        assert done.exit_code == 0, (words, done.stderr)
+
+
+def test_help_is_written_for_people() -> None:
+    text = dromos("--help").stdout
+    assert not [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")]
+    for path in pages():
+        text = dromos(*path, "--help").stdout
+        assert not re.search(r"[{<]|x>=", text.replace("{00000..", "")), text
+    assert "dromos run [OPTIONS] RECIPE [KEY=VALUE]..." in dromos("run", "--help").stdout
+    assert "dromos merge [OPTIONS] A B [C]...\n" in dromos("merge", "--help").stdout
+    assert "dromos data show [OPTIONS] SRC...\n" in dromos("data", "show", "--help").stdout
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_help_offers_only_the_addresses_that_are_taken(command: str, tmp_path: Path) -> None:
+    text = dromos(command, "--help").stdout
+    assert "RUN/STAGE@STEP, @latest or @best" in " ".join(text.split())
+    assert "://" not in text
 
 
 def test_version() -> None:
