@@ -27,8 +27,8 @@ class Document:
         return self.lines.get(key)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose mapping keys are unique strings, and for which 1e-4 is a number."""
+class _Strict(yaml.constructor.SafeConstructor):
+    """Constructs mappings whose keys are unique strings."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -58,15 +58,30 @@ class _Loader(yaml.SafeLoader):
         return str(value)
 
 
-def _construct_map(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+class _Loader(_Strict, yaml.SafeLoader):
+    """SafeLoader whose mapping keys are unique strings, and for which 1e-4 is a number."""
+
+
+def _construct_map(loader: _Strict, node: yaml.MappingNode) -> dict[Hashable, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
-# YAML 1.1 reads 1e-4 as text, which no one who writes a learning rate or rms_norm_eps means.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+def _prepared(loader: Any) -> Any:
+    loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
+    # YAML 1.1 reads 1e-4 as text, which no one who writes a learning rate or rms_norm_eps means.
+    exponent = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    return loader
+
+
+_prepared(_Loader)
+# libyaml parses some ten times as fast, and is not everywhere.
+_FastLoader: Any = (
+    _prepared(type("_FastLoader", (_Strict, yaml.CSafeLoader), {}))
+    if hasattr(yaml, "CSafeLoader")
+    else _Loader
 )
+FAST_DEPTH = 2000  # libyaml's composer overflows the stack where the one in Python raises an error
 
 
 def parse_scalar(text: str) -> Any:
@@ -85,8 +100,7 @@ def load_yaml(path: str | Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
+        values, lines = _parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -97,9 +111,21 @@ def load_yaml(path: str | Path) -> Document:
         raise UserError(
             f"{path}: a recipe is a map of sections (run, data, model, ...), this is {type(values).__name__}"
         )
-    lines: dict[Key, int] = {}
-    _collect_lines(node, (), lines)
     return Document(str(path), values, lines)
+
+
+def _parse(text: str) -> tuple[Any, dict[Key, int]]:
+    """Values and lines."""
+    deepest = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
+    loader = (_FastLoader if deepest < FAST_DEPTH else _Loader)(text)
+    lines: dict[Key, int] = {}
+    try:
+        node = loader.get_single_node()
+        _collect_lines(node, (), lines)
+        return (None if node is None else loader.construct_document(node)), lines
+    except (yaml.YAMLError, RecursionError):
+        yaml.load(text, Loader=_Loader)  # says more of the same mistake: which character, which alias
+        raise
 
 
 def _collect_lines(node: yaml.Node | None, at: Key, lines: dict[Key, int]) -> None:
