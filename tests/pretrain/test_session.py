@@ -1,0 +1,207 @@
+"""A rank from start to exit: what it begins with, when it stops by itself, and that the next one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from data_pipeline.tar import TarWriter
+from pretrain.build import freeze
+from pretrain.checkpoint_folder import complete_steps
+from pretrain.weights import read_frozen, read_state
+from tests import tiny
+from tests.pretrain import rank
+
+RATE = 1e-3
+FIRST_STEP = {
+    "optimizer": {"kind": "adamw", "lr": RATE, "eps": 1e-20, "weight_decay": 0.0},
+    "schedule": {"kind": "constant"},
+    "train": {"steps": 1},
+}
+"""AdamW's first update from nothing is +-lr an element, whatever the gradient (Kingma and Ba 2015, section 2.1)."""
+
+
+def flip(root: Path, folder: Path, **sections: Any) -> Path:
+    """A recipe whose run is `folder/run`, on the data of `root`; its stage is `main`."""
+    recipe = tiny.flip_recipe(root, **sections)
+    recipe["run"] = {"name": "run", "dir": str(folder / "run"), "seed": 11}
+    return tiny.write_recipe(folder / "recipe.yaml", recipe)
+
+
+def rows(stage: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+
+
+def steps(stage: Path) -> list[int]:
+    """Steps of the whole lines of a log that may be being written."""
+    path = stage / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Every element stands where it stood, or one fresh AdamW update away from there."""
+    moved = torch.cat([(found[name] - before[name]).abs().reshape(-1) for name in before]) / RATE
+    assert moved.max() < 1.001
+    far = moved[moved > 0]
+    assert len(far) > 0.5 * len(moved)
+    assert (far > 0.999).double().mean() > 0.99
+
+
+def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path, tmp_path: Path) -> None:
+    """Stopped three times, the run is bit for bit that of a rank that nothing disturbed."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    length = {"train": {"steps": 60}, "checkpoint": {"every": 1000, "keep": 99}}
+    for folder in (whole, parts):
+        folder.mkdir()
+    undisturbed = rank.start(flip(tiny_runs, whole, **length))
+    recipe, stage = flip(tiny_runs, parts, **length), parts / "run" / "main"
+
+    def stopped(code: int, at: int) -> None:
+        assert code == 75
+        assert steps(stage) == list(range(1, at + 1))
+        assert complete_steps(stage / "checkpoints")[-1] == at
+        assert not (stage / "result.json").exists()
+
+    code, _ = rank.run(recipe, "train.hours=1e-9")
+    stopped(code, 1)
+
+    early = rank.start(recipe)  # asked to go before its first step: one step, and it goes
+    early.wait_for(lambda: (stage / ".lock").read_text().startswith(f"pid {early.pid} "))
+    os.kill(early.pid, signal.SIGUSR1)
+    stopped(early.code(), 2)
+
+    late = rank.start(recipe)
+    late.wait_for(lambda: len(steps(stage)) >= 5)
+    os.kill(late.pid, signal.SIGTERM)
+    stopped(late.code(), len(steps(stage)))
+    assert 5 <= len(steps(stage)) < 60
+
+    code, printed = rank.run(recipe)
+    assert code == 0
+    assert re.search(r"main goes on after step \d+", printed)
+    assert undisturbed.code() == 0
+    assert rows(stage) == rows(whole / "run" / "main")
+    assert json.loads((stage / "result.json").read_text())["step"] == 60
+    ours, theirs = (read_state(str(folder / "run" / "main")) for folder in (parts, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_init_takes_the_weights_and_nothing_else(tiny_runs: Path, tmp_path: Path) -> None:
+    parent = str(tiny_runs / "runs" / "flip" / "main")
+    code, printed = rank.run(flip(tiny_runs, tmp_path, init=parent, **FIRST_STEP))
+    assert code == 0, printed
+    assert "newly initialised" not in printed
+    before, after = read_state(parent), read_state(str(tmp_path / "run" / "main"))
+    assert set(before) == set(after)
+    assert_first_step(after, before)
+    assert steps(tmp_path / "run" / "main") == [1]  # its own count
+    theirs, ours = (rows(folder)[0] for folder in (Path(parent), tmp_path / "run" / "main"))
+    assert ours["order_digest"] != theirs["order_digest"]  # and its own order
+
+
+def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) -> None:
+    """As after a stage that was trained on text alone: a language model without projector and delimiters."""
+    runs = tiny_runs / "runs"
+    words = {
+        name: t for name, t in read_state(str(runs / "sphinx" / "main")).items() if name.startswith("llm.")
+    }
+    save_file(words, tmp_path / "words.safetensors")
+    recipe = tiny.sphinx_recipe(tiny_runs, init=str(tmp_path / "words.safetensors"), **FIRST_STEP)
+    recipe["run"] = {"name": "run", "dir": str(tmp_path / "run"), "seed": 11}
+    recipe["model"]["vision"] = {"init": str(runs / "flip" / "main")}
+    code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe))
+    assert code == 0, printed
+    assert re.findall(r"newly initialised: (.*)", printed) == ["end_image, projector, start_image"]
+    after = read_state(str(tmp_path / "run" / "main"))
+    assert_first_step(after, words)
+    tower = read_state(str(runs / "flip" / "main"))
+    frozen = {name.removeprefix("vision.0."): t for name, t in after.items() if name.startswith("vision.0.")}
+    assert frozen
+    assert all(
+        torch.equal(t, tower[f"visual.{name}"]) for name, t in frozen.items() if f"visual.{name}" in tower
+    )
+
+
+TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
+
+
+def test_what_is_frozen_stays_over_a_resume(tiny_runs: Path, tmp_path: Path) -> None:
+    parent, stage = str(tiny_runs / "runs" / "flip" / "main"), tmp_path / "run" / "main"
+    model = tiny.flip_recipe(tiny_runs)["model"] | {"freeze": ["text"]}
+    recipe = flip(tiny_runs, tmp_path, init=parent, model=model, train={"steps": 6})
+    assert rank.run(recipe, "train.hours=1e-9")[0] == 75
+    code, printed = rank.run(recipe)
+    assert code == 0, printed
+    before, after = read_state(parent), read_state(str(stage))
+    text = {name for name in before if name.startswith(TEXT)}
+    assert len(text) > 10
+    fixed = text | {"visual.positional_embedding"}  # sines and cosines never train
+    assert set(read_frozen(stage / "frozen.safetensors")[0]) == fixed
+    assert {name for name in before if torch.equal(before[name], after[name])} == fixed
+
+    with open(stage / "frozen.safetensors", "r+b") as file:  # another file in its place is not taken
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    code, printed = rank.run(recipe, "train.steps=7")
+    assert code == 2
+    assert "frozen.safetensors is not the file that step_00000006 was saved with" in printed
+
+
+def test_a_part_that_no_model_has_cannot_be_frozen() -> None:
+    class Nothing:
+        model = nn.Linear(1, 1)
+
+    with pytest.raises(UserError, match=r"model\.freeze: 'tower' is none of vision, text, llm"):
+        freeze(Nothing(), "tower")  # type: ignore[arg-type]
+
+
+def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Path, tmp_path: Path) -> None:
+    with TarWriter(tmp_path / "noisy" / "00000.tar") as tar:
+        for number in range(60):
+            picture = b"no image" if number % 5 == 4 else tiny.picture("red", number)
+            tar.write(f"{number:09d}", {"jpg": picture, "txt": b"a red square"})
+    stream = tiny.pairs_stream(tiny_runs, batch=32) | {"sources": {"noisy": str(tmp_path / "noisy")}}
+    data, loader = {"pairs": stream}, {"workers": 0, "max_bad_fraction": 0.05}
+    recipe = flip(tiny_runs, tmp_path, data=data, loader=loader, train={"steps": 9})
+    stage = tmp_path / "run" / "main"
+    code, printed = rank.run(recipe)
+    assert code == 1
+    named = (stage / "bad_samples.jsonl").read_text().splitlines()
+    # 7 steps of 32 are the first 200 samples, the least that are judged.
+    told = f"step 7: {len(named)} of the last 224 samples of noisy were replaced"
+    assert told in printed
+    assert "Traceback" not in printed
+    assert all(int(json.loads(line)["key"]) % 5 == 4 for line in named)
+    assert not (stage / "result.json").exists()
+
+    code, printed = rank.run(recipe, "loader.max_bad_fraction=0.9")  # as the message says
+    assert code == 0, printed
+    assert steps(stage) == list(range(1, 10))
+
+
+def test_a_loss_that_is_no_number_stops_the_rank_before_the_update(tiny_runs: Path, tmp_path: Path) -> None:
+    optimizer = {"kind": "adamw", "lr": 1e30}
+    recipe = flip(
+        tiny_runs, tmp_path, optimizer=optimizer, schedule={"kind": "constant"}, checkpoint={"every": 1}
+    )
+    code, printed = rank.run(recipe)
+    stage = tmp_path / "run" / "main"
+    assert code == 1
+    assert re.search(r"step 2: .*loss.* not finite", printed)
+    assert "Traceback" not in printed
+    assert steps(stage) == [1]
+    assert complete_steps(stage / "checkpoints") == [1]
+    assert "checkpoint is of step 1" in printed
+    assert not (stage / "result.json").exists()
