@@ -190,7 +190,8 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.read_table(io.BytesIO(storage.read_bytes(url)))
+        # read_table would import pyarrow.dataset, and with it pandas where that is installed.
+        table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         members = metadata["members"]
         if not re.fullmatch(MEMBERS, members):

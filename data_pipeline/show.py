@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.decode import IMAGE_EXTENSIONS, image_member
@@ -15,9 +16,6 @@ from data_pipeline.formats import refinedweb
 from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
 from data_pipeline.tar import Sample, member_table
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 LONGEST = 200  # characters of a caption or document that are shown
 
@@ -228,27 +226,38 @@ COUNTED_BY = {
 }
 
 
-def render(about: dict[str, Any]) -> RenderableType:
-    """`describe`'s dict as a rich renderable."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def render(about: dict[str, Any], width: int = 100) -> list[tuple[str, str]]:
+    """`describe`'s dict as lines of at most `width` characters, each "title", "plain" or "wrong".
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    for name, value in _facts(about):
-        facts.add_row(name, Text(value))
-    parts: list[RenderableType] = [Text(about["path"], style="bold cyan"), facts]
+    No library lays them out: loading one would take longer than all the rest of `dromos data show`.
+    """
+    lines = [("title", about["path"])]
+    facts = _facts(about)
+    column = max(len(name) for name, _ in facts) + 2
+    for name, value in facts:
+        lines += [("plain", line) for line in _hanging(name, value, column, width)]
     if about["first"]:
-        examples = Table(
-            "sample", "text" if about.get("columns") or _is_packed(about) else "caption", box=None
-        )
+        what = "text" if about.get("columns") or _is_packed(about) else "caption"
+        column = min(max(len(_clean(sample["key"])) for sample in about["first"]), width // 2) + 2
+        column = max(column, len("sample") + 2)
+        lines += [("plain", ""), ("plain", "sample".ljust(column) + what)]
         for sample in about["first"]:
-            examples.add_row(Text(sample["key"]), Text(sample["caption"]))
-        parts.append(examples)
-    parts += [Text(f"wrong: {problem}", style="red") for problem in about["problems"]]
-    return Group(*parts)
+            lines += [("plain", line) for line in _hanging(sample["key"], sample["caption"], column, width)]
+    return lines + [("wrong", f"wrong: {problem}") for problem in about["problems"]]
+
+
+def _hanging(name: str, value: str, column: int, width: int) -> list[str]:
+    """The value wrapped in a column of its own, behind the name; a long name has a line to itself."""
+    name, room = _clean(name), max(width - column, 20)
+    wrapped = textwrap.wrap(_clean(value), room, break_on_hyphens=False) or [""]
+    if len(name) + 2 > column:
+        return [name, *(" " * column + line for line in wrapped)]
+    return [name.ljust(column) + wrapped[0], *(" " * column + line for line in wrapped[1:])]
+
+
+def _clean(text: str) -> str:
+    """What a caption or key may not do: move the cursor, colour the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _is_packed(about: dict[str, Any]) -> bool:

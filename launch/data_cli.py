@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from typing import Annotated
 
 import typer
@@ -61,12 +63,12 @@ def show(
     if as_json:
         typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
     else:
-        from rich.console import Console
-
         from data_pipeline.show import render
 
+        width = min(shutil.get_terminal_size().columns, 140) if sys.stdout.isatty() else 140
         for about in described:
-            Console().print(render(about))
+            for kind, line in render(about, width):
+                typer.secho(line, bold=kind == "title", fg={"wrong": "red", "title": "cyan"}.get(kind))
     if any(about["problems"] for about in described):
         raise typer.Exit(USER_ERROR)
 

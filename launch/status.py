@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.errors import UserError
 from pretrain.checkpoint_folder import complete_steps
+from pretrain.yaml_file import load_yaml
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,10 @@ def run_status(run: str | Path) -> list[StageStatus]:
         nested = sorted(str(item.parent) for item in folder.glob("*/recipe.yaml"))
         hint = f"; the runs in it are {', '.join(nested)}" if nested else "; `dromos list FOLDER` finds runs"
         raise UserError(f"{folder}: is no run folder (no recipe.yaml){hint}")
-    try:
-        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not what a run writes there: {error}") from None
-    return [_stage(folder / name, name, content) for name, content in stages.items()]
+    stages = load_yaml(path).values.get("stages")
+    if not isinstance(stages, dict):
+        raise UserError(f"{path}: is not what a run writes there: it has no stages")
+    return [_stage(folder / name, name, content or {}) for name, content in stages.items()]
 
 
 def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:

@@ -90,7 +90,7 @@ def test_the_data_pipeline_knows_no_models_and_no_process_groups(path: Path) -> 
 
 
 def test_what_the_commands_import_first_is_light() -> None:
-    """Follows imports at module level from launch/cli.py; test_cli.py asks a real process the same."""
+    """Follows imports at module level from launch/cli.py; test_light.py asks a real process the same."""
     waiting, seen = [ROOT / "launch" / "cli.py"], set()
     while waiting:
         path = waiting.pop()

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from data_pipeline import storage
 from data_pipeline.batches import BatchMaker, ImageSpec, SourceSpec, StreamSpec
@@ -33,9 +32,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def shown(about: dict[str, object]) -> str:
-    out = io.StringIO()
-    Console(file=out, width=140).print(render(about))
-    return out.getvalue()
+    return "\n".join(line for _, line in render(about, 140))
 
 
 def test_a_good_source(folder: str) -> None:
@@ -138,6 +135,23 @@ def test_damaged_documents_are_a_problem_that_names_the_file(tmp_path: Path) -> 
     assert "b.parquet is no parquet file, or cut off" in describe(str(tmp_path))["problems"][0]
     with pytest.raises(UserError, match="does not exist"):
         describe(str(tmp_path / "c.parquet"))
+
+
+def test_lines_keep_to_the_width_and_captions_to_their_column(tmp_path: Path) -> None:
+    words = [f"word{n}" for n in range(12)]
+    with TarWriter(tmp_path / "0.tar") as tar:
+        tar.write("a", {"jpg": b"", "txt": " ".join(words).encode()})
+        tar.write("folder/" + "k" * 60, {"jpg": b"", "txt": b"\x1b[31mred\ncaption"})
+    about = describe(str(tmp_path))
+    lines = [line for kind, line in render(about, 60) if kind == "plain"]
+    assert max(map(len, lines)) <= 67  # the key alone is longer than the width
+    start = next(n for n, line in enumerate(lines) if line.split()[:1] == ["sample"])
+    column = lines[start].index("caption")
+    body = lines[start + 1 :]
+    assert [line[:column].strip() for line in body] == ["a", "", "", ("folder/" + "k" * 60)[:column], ""]
+    assert " ".join(line[column:] for line in body[:3]).split() == words
+    assert body[-1][column:] == " [31mred caption"  # nothing that a terminal would obey
+    assert all(letter.isprintable() for line in lines for letter in line)
 
 
 def test_documents_and_packed_text(tmp_path: Path) -> None:

@@ -39,34 +39,7 @@ def pages() -> list[list[str]]:
     ]
 
 
-# --- help and start-up
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["run", "--help"],
-        ["recipe", "check", DEMO],
-        ["recipe", "show", DEMO],
-        ["list", "nowhere"],
-        ["merge", "--help"],
-        ["data", "show", str(ROOT / "configs")],
-    ],
-    ids=" ".join,
-)
-def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
-    code = (
-        "import sys, launch.cli\n"
-        f"sys.argv = ['dromos', *{arguments!r}]\n"
-        "try: launch.cli.main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'open_clip', 'sklearn', 'matplotlib', 'pandas'}\n"
-        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+# --- help; start-up is in test_light.py
 
 
 def test_help_lists_every_command_with_a_sentence() -> None:
