@@ -165,9 +165,14 @@ class Trainer:
         norm = self.engine.step(rate) if not wrong else None
         if norm is None:
             what = ", ".join(wrong) or "the gradient norm"
+            kept = (
+                f"the last checkpoint is of step {self.last_saved}"
+                if self.last_saved
+                else "nothing was saved yet"
+            )
             raise NonFinite(
-                f"step {step + 1}: {what} is not finite; the weights were not updated. The last checkpoint is of "
-                f"step {self.last_saved}. Lower the learning rate, or look at this step's batch."
+                f"step {step + 1}: {what} is not finite; the weights were not updated, and {kept}. "
+                f"Lower the learning rate, or look at this step's batch."
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         if self.stage.objective.kind == "flip":
