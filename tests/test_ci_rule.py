@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFTEST = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport, shared\n"
@@ -81,3 +84,12 @@ def test_a_skip_of_an_integration_test_fails_in_ci_only(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "elsewhere", "") == elsewhere
     in_ci = {"test_marked": "FAILED", "test_by_condition": "ERROR", "module": "ERROR"}
     assert outcomes(tmp_path / "ci", "true") == {**elsewhere, **in_ci}
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    """pytest's own default leaves out folders named dist and build, without a word."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert ROOT / "tests" / "dist" in folders
+    names = {name for folder in folders for name in folder.relative_to(ROOT).parts}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert not [name for name in names for pattern in patterns if fnmatch.fnmatch(name, pattern)]
