@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -109,9 +110,13 @@ def train(
 
     Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
     """
+    from pretrain.train import leave
     from pretrain.train import main as train_stage
 
-    raise typer.Exit(train_stage(recipe, stage or recipe_cli.only_training_stage(recipe), overrides or []))
+    code = train_stage(recipe, stage or recipe_cli.only_training_stage(recipe), overrides or [])
+    if "RANK" in os.environ:
+        leave(code)
+    raise typer.Exit(code)
 
 
 app.add_typer(recipe_cli.app, name="recipe")

@@ -17,6 +17,7 @@ from pretrain.recipe import TrainStage
 from pretrain.recipe_load import load_recipe, run_dir
 from pretrain.signals import StopFlag
 from pretrain.streams import stage_specs
+from pretrain.train import leave
 from pretrain.trainer import Plan, Trainer
 
 
@@ -73,3 +74,4 @@ def main(jobs: list[dict]) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    leave(0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pretrain.engine import import_deepspeed, start, stop
+from pretrain.train import leave
 
 STEPS = 3
 
@@ -100,3 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from pretrain.train import leave
+
 
 class Odd(nn.Module):
     """Shapes that no world size divides, a tied weight, a frozen layer, float and integer buffers."""
@@ -115,3 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
