@@ -39,6 +39,7 @@ def receive(channel: socket.socket) -> Any:
     (count,) = struct.unpack("<Q", _exactly(channel, 8))
     sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
     head, *buffers = [_exactly(channel, size) for size in sizes]
+    # Pickle of our own process over a socket that it made for us; nothing from data ever comes this way.
     return pickle.loads(head, buffers=buffers)
 
 
@@ -58,7 +59,7 @@ def portable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # a library's error class may fail in any way when it is rebuilt
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.__traceback__ = error.__cause__ = error.__context__ = None
     error.add_note(f"in a worker of the loader:\n{trace}")

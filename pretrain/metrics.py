@@ -77,17 +77,20 @@ class BadFraction:
 
     def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> str | None:
         """Count a step; what to tell the user when a source passes the limit, else None."""
-        told = None
         for source, count in sorted(samples.items()):
             window = self.steps.setdefault(source, deque(maxlen=WINDOW))
-            reasons = skipped.get(source, {})
-            window.append([count, sum(reasons.values())])
+            window.append([count, sum(skipped.get(source, {}).values())])
+        return self.over_limit(step, skipped)
+
+    def over_limit(self, step: int, skipped: dict[str, dict[str, int]]) -> str | None:
+        """What to tell say when a source's last steps pass the limit; `skipped` names the latest step's reasons."""
+        for source, window in sorted(self.steps.items()):
             seen, bad = sum(s for s, _ in window), sum(b for _, b in window)
             if seen >= AT_LEAST and bad > self.limit * seen:
-                listed = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
-                told = (
+                listed = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.get(source, {}).items()))
+                return (
                     f"step {step}: {bad} of the last {seen} samples of {source} were replaced, more than "
-                    f"loader.max_bad_fraction {self.limit:g} ({listed} in this step). bad_samples.jsonl names them. "
-                    f"Mend the source, or raise loader.max_bad_fraction."
+                    f"loader.max_bad_fraction {self.limit:g}{f' ({listed} in this step)' if listed else ''}. "
+                    f"bad_samples.jsonl names them. Mend the source, or raise loader.max_bad_fraction."
                 )
-        return told
+        return None

@@ -22,7 +22,6 @@ from pretrain.evaluate.suite import check_held_out, evaluate, flat
 from pretrain.identity import check_run_folder, compare_free, read_record
 from pretrain.lengths import check_ends, length_steps, total_steps
 from pretrain.lock import FolderLock
-from pretrain.objectives.flip import check_micro_batch
 from pretrain.ranks import barrier, from_first
 from pretrain.recipe import Length, TrainStage
 from pretrain.recipe_checks import world_size_check
@@ -56,8 +55,6 @@ class Session:
             torch.use_deterministic_algorithms(True)
         self.runtime = join()
         world_size_check(stage, self.runtime.world_size)
-        if stage.objective.kind == "flip":
-            check_micro_batch(stage, self.runtime.world_size)
         check_run_folder(self.run_dir, self.recipe, name, self.runtime.world_size)
         if self.runtime.rank == 0:
             self.lock = FolderLock(self.folder)
@@ -81,7 +78,7 @@ class Session:
             specs = same_order(specs, start.state["order"], stage.continue_)
         makers = {spec.name: BatchMaker(spec) for spec in specs}
         for maker in makers.values():
-            maker.check()  # a tar without images is found here, before anything is written
+            maker.check()  # a tar without images is named before the first step; the launcher looks earlier
         plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
         for line in check_ends({name: maker.order for name, maker in makers.items()}, plan.total):
             if runtime.rank == 0:
@@ -134,6 +131,8 @@ class Session:
             before=start.state if start is not None else None,
             frozen_hash=from_first(checkpoint.hash_file(frozen_path)),
         )
+        if first >= plan.total:
+            self.trainer.refuse_too_many(first)  # a stage that was stopped at its last step is not done
         finished = self.trainer.run(first) if first < plan.total else True
         if finished and runtime.rank == 0:
             rows = metrics.read(self.folder / "metrics.jsonl")

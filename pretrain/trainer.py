@@ -122,6 +122,12 @@ class Trainer:
                 return False
         return True
 
+    def refuse_too_many(self, step: int) -> None:
+        """Raise TooManyBad if the steps before `step`, as the checkpoint kept them, passed the limit."""
+        told = self.bad.over_limit(step, {})
+        if told:
+            raise TooManyBad(told)
+
     def receive(self, made: Iterator[Batches]) -> tuple[Batches, OSError | None]:
         """The next step's batches, or why they could not be read: the other ranks must hear of it first."""
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from data_pipeline.batches import Batch
-from data_pipeline.errors import UserError
 from pretrain.lengths import main_stream
 from pretrain.losses.contrastive import contrastive
 from pretrain.masking import keep_patches
@@ -35,15 +34,3 @@ class Flip:
 
     def frozen(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
-
-
-def check_micro_batch(stage: TrainStage, world_size: int) -> None:
-    """A contrastive micro-batch smaller than the rank's rows would shrink the set of negatives: refuse it."""
-    stream = main_stream(stage)
-    rows = stage.data[stream].batch // world_size
-    micro = stage.train.micro_batch
-    if micro is not None and micro < rows:
-        raise UserError(
-            f"train.micro_batch {micro} is smaller than a rank's {rows} rows of data.{stream}: the contrastive loss "
-            f"needs all of them at once. Remove train.micro_batch, use more ranks, or wait for feature caching."
-        )

@@ -174,7 +174,7 @@ def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Pa
             tar.write(f"{number:09d}", {"jpg": picture, "txt": b"a red square"})
     stream = tiny.pairs_stream(tiny_runs, batch=32) | {"sources": {"noisy": str(tmp_path / "noisy")}}
     data, loader = {"pairs": stream}, {"workers": 0, "max_bad_fraction": 0.05}
-    recipe = flip(tiny_runs, tmp_path, data=data, loader=loader, train={"steps": 9})
+    recipe = flip(tiny_runs, tmp_path, data=data, loader=loader, train={"steps": 7})
     stage = tmp_path / "run" / "main"
     code, printed = rank.run(recipe)
     assert code == 1
@@ -186,7 +186,11 @@ def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Pa
     assert all(int(json.loads(line)["key"]) % 5 == 4 for line in named)
     assert not (stage / "result.json").exists()
 
-    code, printed = rank.run(recipe, "loader.max_bad_fraction=0.9")  # as the message says
+    code, printed = rank.run(recipe)  # it stopped at its last step, and is still not done
+    assert (code, told in printed) == (1, True), printed
+    assert not (stage / "result.json").exists()
+
+    code, printed = rank.run(recipe, "loader.max_bad_fraction=0.9", "train.steps=9")  # as the message says
     assert code == 0, printed
     assert steps(stage) == list(range(1, 10))
 
