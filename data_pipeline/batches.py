@@ -41,6 +41,7 @@ class BatchMaker:
     """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
 
     `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
+    condemned: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class BatchMaker:
         except UserError as error:
             raise UserError(f"data.{spec.name}: {error}") from None
         self._rows = RowMaker(spec, self.manifests, self.tokenizer)
+        self.condemned: dict[tuple[str, int, int], str] = {}
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -80,14 +82,16 @@ class BatchMaker:
         for name in self.names:
             self._rows.check(name)
 
-    def make(self, step: int, start: int, stop: int) -> Batch:
+    def make(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
         """Rows [start, stop) of the global batch of `step` (counted from 0).
+
+        `pixels`, contiguous uint8 [rows, size, size, 3], is filled with the images where given.
 
         order_digest covers what was assigned: attempt 0, with crop () and caption -1, as the assignment is
         known without reading; batch_digest covers what was served. Raises UserError, ReadError.
         """
         refs = self.order.refs(step, start, stop)
-        batch = self._rows.empty(step, start, stop)
+        batch = self._rows.empty(step, start, stop, pixels)
         keys = self._row_keys(refs, refs.shard, refs.index, np.zeros(stop - start, np.int64))
         shards, indices = refs.shard.copy(), refs.index.copy()
         attempts = np.zeros(stop - start, np.int64)
@@ -123,6 +127,8 @@ class BatchMaker:
         verdicts: list[Verdict] = []
         for attempt in range(1, ATTEMPTS + 2):
             try:
+                if (name, shard, index) in self.condemned:
+                    raise ContentError(self.condemned[name, shard, index])
                 return Served(shard, index, self._rows.make(name, shard, index, key, train=True), verdicts)
             except ContentError as verdict:
                 verdicts.append((shard, index, verdict))

@@ -56,7 +56,7 @@ def image_member(members: Iterable[str]) -> str | None:
 def decode_image(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:
     """Decode, crop, resize (bicubic, antialiased) and perhaps mirror one image.
 
-    Returns uint8 [3, size, size] and the crop (x, y, width, height, mirrored) in pixels of the original.
+    Returns uint8 [size, size, 3] and the crop (x, y, width, height, mirrored) in pixels of the original.
     Colour is RGB: grey is repeated, transparency is laid on white, EXIF orientation is left alone. The crop
     is a function of `key` and the image's size alone. Raises ContentError: `undecodable` or `too many pixels`.
     """
@@ -67,7 +67,7 @@ def decode_image(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[n
     mirrored = int(train and spec.flip and bool(hash64(np.uint64(key), Purpose.FLIP) & np.uint64(1)))
     if mirrored:
         resized = resized[:, ::-1]
-    return np.ascontiguousarray(resized.transpose(2, 0, 1)), (*crop, mirrored)
+    return resized, (*crop, mirrored)
 
 
 def choose_crop(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> Box:

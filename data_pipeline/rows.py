@@ -22,7 +22,7 @@ RETRY_AFTER = (0.1, 1.0, 4.0)
 
 @dataclass
 class Row:
-    """A decoded sample: uint8 [3, size, size] or None, int32 [length], and what was chosen to get there."""
+    """A decoded sample: uint8 [size, size, 3] or None, int32 [length], and what was chosen to get there."""
 
     image: np.ndarray | None
     tokens: np.ndarray
@@ -77,15 +77,20 @@ class RowMaker:
     def key_of(self, source: str, shard: int, index: int) -> str:
         return self._readers[source].locate(shard, index).key
 
-    def empty(self, step: int, start: int, stop: int) -> Batch:
-        """A batch of rows [start, stop) without content."""
-        rows, size = stop - start, self.spec.image.size if self.spec.image else 0
+    def empty(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
+        """A batch of rows [start, stop) without content; `pixels` is memory to use for its images."""
+        rows = stop - start
+        if self.spec.image is not None:
+            shape = (rows, self.spec.image.size, self.spec.image.size, 3)
+            pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
+            if pixels.shape != shape or pixels.dtype != np.uint8 or not pixels.flags.c_contiguous:
+                raise ValueError(f"pixels: {pixels.dtype} {pixels.shape}; contiguous uint8 {shape} expected")
         return Batch(
             stream=self.spec.name,
             step=step,
             start=start,
             stop=stop,
-            images=np.zeros((rows, 3, size, size), np.uint8) if self.spec.image else None,
+            pixels=pixels if self.spec.image else None,
             tokens=np.zeros((rows, self.length), np.int32),
             used=np.zeros(rows, np.int32),
             weights=np.ones(rows, np.float32),
@@ -95,8 +100,8 @@ class RowMaker:
 
     def put(self, batch: Batch, i: int, row: Row) -> None:
         """Row number i of the batch."""
-        if batch.images is not None and row.image is not None:
-            batch.images[i] = row.image
+        if batch.pixels is not None and row.image is not None:
+            batch.pixels[i] = row.image
         batch.tokens[i] = row.tokens
         batch.used[i] = row.used
 

@@ -63,7 +63,7 @@ class StreamSpec:
 class Batch:
     """Rows [start, stop) of one stream's global batch of one step.
 
-    images: uint8 [rows, 3, size, size], or None in a text stream
+    pixels: uint8 [rows, size, size, 3], contiguous, or None in a text stream
     tokens: int32 [rows, length]; used: int32 [rows], tokens that are not padding
     weights: float32 [rows], 0 for rows that must not count (the padding of an evaluation)
     sample_ids: uint64 [rows], the same for a sample in every epoch
@@ -77,7 +77,7 @@ class Batch:
     step: int
     start: int
     stop: int
-    images: np.ndarray | None
+    pixels: np.ndarray | None
     tokens: np.ndarray
     used: np.ndarray
     weights: np.ndarray
@@ -89,3 +89,8 @@ class Batch:
     order_digest: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
     meta: list[dict[str, Any]] | None = None
+
+    @property
+    def images(self) -> np.ndarray | None:
+        """The pixels as uint8 [rows, 3, size, size]: a view, whose memory stays channels-last."""
+        return None if self.pixels is None else self.pixels.transpose(0, 3, 1, 2)

@@ -38,10 +38,11 @@ class Rows:
 def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
     """Move a batch to `device`; pixels are normalised there, from uint8."""
     images = None
-    if batch.images is not None and image is not None:
+    if batch.pixels is not None and image is not None:
         mean = torch.tensor(image.mean, device=device).view(1, 3, 1, 1) * 255
         scale = 1 / (torch.tensor(image.std, device=device).view(1, 3, 1, 1) * 255)
-        images = (torch.from_numpy(batch.images).to(device).float() - mean) * scale
+        pixels = torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2)
+        images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) - mean) * scale
     return Rows(
         images=images,
         tokens=torch.from_numpy(batch.tokens.astype(np.int64)).to(device),

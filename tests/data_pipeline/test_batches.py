@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from data_pipeline.order import row_keys, sample_ids
 from data_pipeline.spec import Batch, SourceSpec, StreamSpec
 from tests.data_pipeline.samples import LENGTH, SIZE, WORDS, members, pairs, write_packed, write_source
 
-ARRAYS = ("images", "tokens", "used", "weights", "sample_ids", "row_keys")
+ARRAYS = ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys")
 
 
 def read_tar(path: Path) -> list[dict[str, bytes]]:
@@ -72,6 +73,7 @@ def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec])
             mirrored = int(hash64(key, Purpose.FLIP)) & 1
             image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)[:, ::-1] if mirrored else np.asarray(image)
+            np.testing.assert_array_equal(batch.pixels[i], pixels)
             np.testing.assert_array_equal(batch.images[i], pixels.transpose(2, 0, 1))
             caption = sample["txt"].decode().split()[: LENGTH - 2]
             tokens = [1, *(words.get(word, 3) for word in caption), 2]
@@ -107,6 +109,41 @@ def test_any_split_over_ranks_is_the_same_batch(
             assert sum(part.samples.get(source, 0) for part in parts) == want.samples[source]
 
 
+def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec]) -> None:
+    maker = BatchMaker(mixture[1])
+    memory = np.full((5, SIZE, SIZE, 3), 77, np.uint8)
+    batch = maker.make(1, 3, 7, pixels=memory[:4])
+    np.testing.assert_array_equal(memory[:4], maker.make(1, 3, 7).pixels)
+    assert np.shares_memory(batch.pixels, memory)
+    assert (memory[4] == 77).all()
+    for wrong in (memory, memory[:4, :, ::-1], memory[:4].astype(np.int8)):
+        with pytest.raises(ValueError, match=r"contiguous uint8 \(4, 12, 12, 3\) expected"):
+            maker.make(1, 3, 7, pixels=wrong)
+
+
+def test_a_pickled_batch_leaves_its_pixels_out_of_band(mixture: tuple[Path, StreamSpec]) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    batch = BatchMaker(mixture[1]).make(0, 0, 3)
+    head = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
+    assert 3 * SIZE * SIZE * 3 in [buffer.raw().nbytes for buffer in buffers]
+    np.testing.assert_array_equal(pickle.loads(head, buffers=buffers).images, batch.images)
+
+
+def test_a_condemned_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    bad = (0, 4)
+    write_source(whole / "source", [9])
+    write_source(broken / "source", [9], {bad: {"png": b"broken", "txt": b"a"}})
+    spared = BatchMaker(pairs(whole, batch=9, source=whole / "source"))
+    spared.condemned["source", *bad] = "undecodable"
+    want = BatchMaker(pairs(broken, batch=9, source=broken / "source")).make(0, 0, 9)
+    found = spared.make(0, 0, 9)
+    assert found.skipped == want.skipped == {"source": {"undecodable": 1}}
+    assert found.batch_digest == want.batch_digest
+    assert found.bad[0] == want.bad[0] | {"url": found.bad[0]["url"], "detail": ""}
+    np.testing.assert_array_equal(found.pixels, want.pixels)
+
+
 def test_an_epoch_serves_every_sample_once(tmp_path: Path) -> None:
     spec = pairs(tmp_path, batch=6, only=write_source(tmp_path / "only", [5, 9, 4]))
     maker = BatchMaker(spec)
@@ -136,6 +173,7 @@ def test_packed_text(tmp_path: Path, dtype: type) -> None:
         batch.tokens, np.repeat((refs.shard * 1000 + refs.index)[:, None], LENGTH, 1)
     )
     assert batch.tokens.dtype == np.int32
+    assert batch.pixels is None
     assert batch.images is None
     assert (batch.used == LENGTH).all()
 

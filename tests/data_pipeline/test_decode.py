@@ -32,7 +32,7 @@ def pillow(data: bytes, crop: tuple[int, ...], size: int) -> np.ndarray:
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     if mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(image)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -42,7 +42,7 @@ def test_crop_and_resize_are_pillows(kind: str, shape: tuple[int, int]) -> None:
     for key in range(12):
         found, crop = decode_image(data, ImageSpec(16, (0.3, 1.0), True), key, train=True)
         assert found.dtype == np.uint8
-        assert found.shape == (3, 16, 16)
+        assert found.shape == (16, 16, 3)
         np.testing.assert_array_equal(found, pillow(data, crop, 16))
 
 
@@ -76,18 +76,16 @@ def test_evaluation_takes_the_largest_centred_square_whatever_the_key() -> None:
     assert crop == (5, 0, 20, 20, 0)
     np.testing.assert_array_equal(first, decode_image(data, spec, 99, train=False)[0])
     whole = encode(pixels(1, 3, 10, 10))
-    np.testing.assert_array_equal(
-        decode_image(whole, ImageSpec(10), 3, train=True)[0], pixels(1, 3, 10, 10).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(decode_image(whole, ImageSpec(10), 3, train=True)[0], pixels(1, 3, 10, 10))
 
 
 def test_half_the_images_are_mirrored_and_only_when_asked() -> None:
     data = encode(pixels(0, 1, 10, 10))
-    plain = pixels(0, 1, 10, 10).transpose(2, 0, 1)
+    plain = pixels(0, 1, 10, 10)
     mirrored = 0
     for key in range(400):
         found, crop = decode_image(data, ImageSpec(10, flip=True), key, train=True)
-        np.testing.assert_array_equal(found, plain[:, :, ::-1] if crop[4] else plain)
+        np.testing.assert_array_equal(found, plain[:, ::-1] if crop[4] else plain)
         mirrored += crop[4]
         assert decode_image(data, ImageSpec(10), key, train=True)[1][4] == 0
     assert 160 < mirrored < 240
@@ -129,7 +127,7 @@ def test_every_mode_becomes_rgb() -> None:
     spec = ImageSpec(9)
 
     def decoded(data: bytes) -> np.ndarray:
-        return decode_image(data, spec, 0, train=False)[0].transpose(1, 2, 0)
+        return decode_image(data, spec, 0, train=False)[0]
 
     np.testing.assert_array_equal(decoded(encode(grey)), np.repeat(grey[:, :, None], 3, axis=2))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)

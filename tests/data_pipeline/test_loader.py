@@ -65,7 +65,7 @@ def check(steps: list[list[dict[str, list[Batch]]]], truth: list[dict[str, Batch
                 "used",
                 "row_keys",
                 "sample_ids",
-                *(["images"] if name == "pairs" else []),
+                *(["pixels"] if name == "pairs" else []),
             ):
                 found = np.concatenate([getattr(part, field) for part in parts])
                 np.testing.assert_array_equal(found, getattr(whole, field))

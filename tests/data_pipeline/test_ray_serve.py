@@ -106,7 +106,7 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
         for ours, theirs in zip(found, want, strict=True):
             assert len(ours["pairs"]) == len(theirs["pairs"]) == 2
             for a, b in zip(ours["pairs"], theirs["pairs"], strict=True):
-                for field in ("images", "tokens", "used", "weights", "sample_ids", "row_keys"):
+                for field in ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys"):
                     np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
                     assert getattr(a, field).flags.writeable
                 assert (a.batch_digest, a.order_digest) == (b.batch_digest, b.order_digest)
