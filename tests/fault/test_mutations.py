@@ -1,0 +1,262 @@
+"""2,500 spoilt tars, images, captions and indexes: one named error, or every row served and every loss counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import ReadError, UserError
+from data_pipeline.index import build_index
+from data_pipeline.show import describe
+from data_pipeline.spec import Batch, StreamSpec
+from tests.data_pipeline.samples import SIZE, encode, members, pairs, pixels, write_source, write_tokenizer
+from tests.fault import mutations
+
+COUNTS = [7, 1, 0, 9, 5]  # an empty shard and one of a single sample among them
+SAMPLES = sum(COUNTS)
+BATCH = 11
+REASONS = {"undecodable", "too many pixels", "missing image", "missing caption", "bad json"}
+SECONDS = 20  # a case takes milliseconds; longer is a hang
+
+IMAGES, CAPTIONS, TARS, STATS, INDEXES = 900, 200, 900, 100, 400
+
+
+def test_there_are_as_many_cases_as_promised() -> None:
+    assert IMAGES + CAPTIONS + TARS + STATS + INDEXES >= 2000
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise AssertionError(f"hangs for {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def serve(spec: StreamSpec, steps: int = -(-2 * SAMPLES // BATCH)) -> list[Batch]:
+    """Two epochs, with what must hold of any batch whatever the data."""
+    maker = BatchMaker(spec)
+    try:
+        batches = [maker.make(step, 0, BATCH) for step in range(steps)]
+    finally:
+        maker.close()
+    for batch in batches:
+        assert batch.images is not None
+        assert batch.images.shape == (BATCH, 3, SIZE, SIZE)
+        assert len(batch.tokens) == sum(batch.samples.values()) == BATCH
+        assert (batch.weights == 1).all()
+        assert (batch.used >= 2).all()
+        counted = Counter(bad["reason"] for bad in batch.bad)
+        assert counted == sum((Counter(reasons) for reasons in batch.skipped.values()), Counter())
+        assert set(counted) <= REASONS
+        assert all(bad["url"].endswith(".tar") and bad["key"] for bad in batch.bad)
+    return batches
+
+
+def refused(error: Exception, root: Path) -> None:
+    """An error that a person can act on names a file or the source, and is one line."""
+    assert str(root) in str(error) or "source" in str(error), error
+    assert "\n" not in str(error)
+
+
+def snapshot(root: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(root)): path.stat().st_size for path in sorted(root.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources' folder with the tokenizer, and one intact source in img2dataset's manner."""
+    root = tmp_path_factory.mktemp("mutations")
+    write_tokenizer(root / "tokenizer")
+    write_source(root / "whole", COUNTS)
+    for shard, count in enumerate(COUNTS):
+        (root / "whole" / f"{shard:05d}_stats.json").write_text(
+            json.dumps({"count": count, "successes": count})
+        )
+    return root
+
+
+def copy(pristine: Path, folder: Path, stats: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    for path in (pristine / "whole").iterdir():
+        if path.is_file() and (stats or path.suffix == ".tar"):
+            os.link(path, folder / path.name)
+    return folder
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+def usable(data: bytes) -> bool:
+    """Pillow's word on an image, the whole of it decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+                if image.width * image.height > 25_000_000:
+                    return False
+                image.load()
+    except Exception:
+        return False
+    return True
+
+
+def intact(kind: str, shard: int, index: int) -> bytes:
+    return encode(pixels(shard, index, 40, 48), kind, **({"quality": 90} if kind == "JPEG" else {}))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_images(pristine: Path, tmp_path: Path, seed: int) -> None:
+    """Which samples are replaced, and by which, is known from Pillow's verdicts and the rule for replacements."""
+    random = np.random.default_rng([1, seed])
+    counts = [12, 1, 25, 17]
+    places = [(shard, index) for shard, count in enumerate(counts) for index in range(count)]
+    spoilt = [places[i] for i in random.choice(len(places), IMAGES // 30, replace=False)]
+    given, bad = {}, set()
+    for number, place in enumerate(spoilt):
+        kind = ("JPEG", "PNG", "WEBP")[int(random.integers(0, 3))]
+        mutate = mutations.IMAGES[(number + seed) % len(mutations.IMAGES)]
+        data = mutate(random, intact(kind, *place))
+        given[place] = {kind.lower().replace("jpeg", "jpg"): data, "txt": b"a red dot"}
+        if not usable(data):
+            bad.add(place)
+    spec = pairs(pristine, batch=BATCH, mixed=write_source(tmp_path / "mixed", counts, given))
+    with no_hang():
+        batches = serve(spec, steps=-(-len(places) // BATCH))
+    order = BatchMaker(spec).order
+    for batch in batches:
+        refs = order.refs(batch.step)
+        lines = []
+        for i in range(BATCH):
+            assigned = place = (int(refs.shard[i]), int(refs.index[i]))
+            attempt = 0
+            while place in bad:
+                lines.append((i, "{:05d}{:04d}".format(*place)))
+                attempt += 1
+                place = order.replacement(0, *assigned, int(refs.epoch[i]), attempt)
+        assert [(line["row"], line["key"]) for line in batch.bad] == lines
+    assert bad
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_captions_and_json(pristine: Path, tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng([2, seed])
+    given = {}
+    for shard, count in enumerate(COUNTS):
+        for index in range(count):
+            good = members(shard, index)
+            if random.random() < 0.5:
+                given[shard, index] = good | {"txt": mutations.bad_caption(random, good["txt"])}
+            else:
+                without = {"png": good["png"], "json": mutations.bad_json(random, good["json"])}
+                given[shard, index] = without if random.random() < 0.7 else good | without
+    given[0, 0] = members(0, 0)  # a source of which nothing is usable is refused as a whole
+    spec = pairs(pristine, batch=BATCH, mixed=write_source(tmp_path / "mixed", COUNTS, given))
+    with no_hang():
+        try:
+            serve(spec)
+        except UserError as error:
+            refused(error, tmp_path)
+    assert len(given) >= CAPTIONS // 10
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("stats", [True, False])
+def test_tars(pristine: Path, tmp_path: Path, seed: int, stats: bool) -> None:
+    """Served whole, or refused by name; looked at and indexed as well. Nothing is ever written beside the tars."""
+    before = serve(pairs(pristine, batch=BATCH, mixed=pristine / "whole"))
+    served = 0
+    for case in range(TARS // 60):
+        random = np.random.default_rng([3, seed, case])
+        root = copy(pristine, tmp_path / f"{case}", stats)
+        victim = root / f"{(0, 1, 3, 4)[int(random.integers(0, 4))]:05d}.tar"
+        mutate = mutations.TARS[(case * 60 + seed) % len(mutations.TARS)]
+        rewrite(victim, mutate(random, victim.read_bytes()))
+        files = snapshot(tmp_path)
+        with no_hang():
+            try:
+                batches = serve(pairs(pristine, batch=BATCH, mixed=root))
+            except (UserError, ReadError) as error:
+                refused(error, root)
+            else:
+                served += 1
+                if stats:  # counts fix the order, whatever became of the bytes
+                    assert [b.order_digest for b in batches] == [b.order_digest for b in before]
+            with suppress(UserError):
+                describe(str(root))
+            assert snapshot(tmp_path) == files
+            try:
+                build_index(str(root))
+            except (UserError, ReadError) as error:
+                refused(error, root)
+            else:
+                with suppress(
+                    UserError, ReadError
+                ):  # a tar that was walked holds no more surprises than before
+                    serve(pairs(pristine, batch=BATCH, mixed=root))
+    assert served
+    assert not (tmp_path.parent / "escape.png").exists()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_statistics(pristine: Path, tmp_path: Path, seed: int) -> None:
+    for case in range(STATS // 10):
+        random = np.random.default_rng([4, seed, case])
+        root = copy(pristine, tmp_path / f"{case}")
+        victim = root / f"{int(random.integers(0, len(COUNTS))):05d}_stats.json"
+        damage = (mutations.bad_stats, mutations.bad_stats, *mutations.BYTES)[
+            case % (2 + len(mutations.BYTES))
+        ]
+        rewrite(victim, damage(random, victim.read_bytes()))
+        with no_hang():
+            try:
+                serve(pairs(pristine, batch=BATCH, mixed=root))
+            except (UserError, ReadError) as error:
+                refused(error, root)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_indexes(pristine: Path, tmp_path: Path, seed: int) -> None:
+    """A spoilt index is refused, or it was spoilt where it does not matter: never other samples than the tars hold."""
+    root = copy(pristine, tmp_path / "whole")
+    build_index(str(root))
+    intact = {path: path.read_bytes() for path in sorted((root / "_index").rglob("*")) if path.is_file()}
+    spec = pairs(pristine, batch=BATCH, mixed=root)
+    want = [(b.batch_digest, b.pixels.tobytes()) for b in serve(spec)]  # type: ignore[union-attr]
+    paths = list(intact)
+    for case in range(INDEXES // 40):
+        random = np.random.default_rng([5, seed, case])
+        victim = paths[case % len(paths)]
+        damage = mutations.BYTES[(case + seed) % len(mutations.BYTES)]
+        victim.write_bytes(damage(random, intact[victim]))
+        with no_hang():
+            try:
+                found = [(b.batch_digest, b.pixels.tobytes()) for b in serve(spec)]  # type: ignore[union-attr]
+            except (UserError, ReadError) as error:
+                refused(error, root)
+            else:
+                assert found == want
+        victim.write_bytes(intact[victim])
+    assert [(b.batch_digest, b.pixels.tobytes()) for b in serve(spec)] == want  # type: ignore[union-attr]
