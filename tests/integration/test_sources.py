@@ -1,0 +1,48 @@
+"""One recipe, real data: CIFAR-10's small pictures and photographs, with nothing but the source changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.digest import hex16
+from data_pipeline.loader import LocalLoader
+from pretrain import metrics
+from pretrain.recipe_load import load_recipe
+from pretrain.streams import stage_specs
+
+RECIPE = "configs/flip/small.yaml"
+STEPS = 3
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("data", ["cifar10/train", "photos"])
+def test_only_the_source_changes(shared: Path, tmp_path: Path, data: str) -> None:
+    """The run's digests are those of a loader on its own, and no picture is replaced."""
+    changes = [
+        f"data.pairs.sources.images.path={shared / 'data' / data}",
+        "data.pairs.batch=16",
+        f"train.steps={STEPS}",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "run", RECIPE, *changes],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    logged = metrics.read(tmp_path / "run" / "main" / "metrics.jsonl")
+    recipe = load_recipe(RECIPE, changes)
+    with LocalLoader(
+        stage_specs(recipe.stages["main"], recipe.run.seed, "main", ("pairs",)), 0, 1, 0
+    ) as loader:
+        want = [hex16(step["pairs"][0].batch_digest) for step in loader.steps(0, STEPS)]
+    assert [row["batch_digest"] for row in logged] == want
+    assert len(set(want)) == STEPS
+    assert not any(row["skipped"] for row in logged)
