@@ -156,14 +156,14 @@ class BatchMaker:
 
     def _add_digests(self, batch: Batch, refs: Refs, i: int, served: Served) -> None:
         name = self.names[refs.source[i]]
-        shards = self.manifests[name].shards
+        paths = self.manifests[name].paths
         row, epoch, shard, index = (int(a[i]) for a in (refs.row, refs.epoch, refs.shard, refs.index))
-        assigned = digest.row_digest(self.spec.name, row, name, shards[shard].path, index, 0, epoch, (), -1)
+        assigned = digest.row_digest(self.spec.name, row, name, paths[shard], index, 0, epoch, (), -1)
         given = digest.row_digest(
             self.spec.name,
             row,
             name,
-            shards[served.shard].path,
+            paths[served.shard],
             served.index,
             len(served.verdicts),
             epoch,

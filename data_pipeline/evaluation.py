@@ -83,7 +83,7 @@ class EvaluationMaker:
         self._rows.put(batch, i, row)
         batch.weights[i] = 1
         batch.samples[self.source] += 1
-        path = self.manifests[self.source].shards[shard].path
+        path = self.manifests[self.source].paths[shard]
         one = digest.row_digest(
             self.spec.name, batch.start + i, self.source, path, index, 0, 0, row.crop, row.choice
         )

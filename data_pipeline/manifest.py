@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,64 +14,67 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.tar import member_table
+from data_pipeline.offsets import OffsetFile
+from data_pipeline.scan import locate
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CountedBy = Literal["manifest", "stats", "tar"]
 INDEX_FOLDER = "_index"
-FORMAT = "1"
-MEMBERS = r"members-[0-9a-f]{16}\.bin"
+FORMAT = "2"
+OFFSETS = r"offsets-[0-9a-f]{16}\.bin"
 PREPARE_HINT = (
     "`dromos data prepare RECIPE` makes the data of a recipe that says how "
     "(the demo's: dromos data prepare configs/demo/flip.yaml); else correct the path"
 )
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its path below the source's root, samples in it, bytes."""
-
-    path: str
-    count: int
-    size: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Manifest:
     """A source opened: counts alone fix the order, so nothing else has to be known before training.
 
-    `fingerprint` covers paths below the root, counts, sizes and the tokenizer of packed text; it is the same
-    whoever counted and wherever the root lies.
+    paths: of the shards below the root; counts: int64 [shards], samples; sizes: int64 [shards], bytes
+    fingerprint: covers paths, counts, sizes, the tokenizer of packed text and the view; it is the same whoever
+    counted and wherever the root lies
+    offsets: where the index keeps the samples' places, None without an index
     """
 
     name: str
     root: str
-    shards: tuple[Shard, ...]
-    counted_by: Literal["manifest", "stats", "tar"]
+    paths: list[str]
+    counts: np.ndarray
+    sizes: np.ndarray
+    counted_by: CountedBy
     fingerprint: str
     tokenizer: str | None = None
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """int64 `[shards]`"""
-        return np.array([shard.count for shard in self.shards], dtype=np.int64)
+    view: str | None = None
+    offsets: OffsetFile | None = None
 
     @property
     def samples(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def tar_counts(self) -> np.ndarray:
+        """int64 [shards]: samples in each tar, also those that a view leaves out."""
+        return self.counts
+
     def url(self, shard: int) -> str:
-        return storage.join(self.root, self.shards[shard].path)
+        return storage.join(self.root, self.paths[shard])
+
+    def in_tar(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """int64: positions in their tars of the `indices`-th samples of `shards`; the two broadcast."""
+        return np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))[1]
 
 
-def fingerprint(shards: Sequence[Shard], tokenizer: str | None) -> str:
+def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tokenizer: str | None) -> str:
     """16 hex digits over everything that decides which samples a source has, in which order."""
-    state = xxhash.xxh64()
-    for shard in shards:
-        state.update(f"{shard.path}\0{shard.count}\0{shard.size}\n".encode("utf-8", "surrogateescape"))
-    state.update(f"tokenizer\0{tokenizer or ''}".encode())
-    return state.hexdigest()
+    rows = zip(paths, counts.tolist(), sizes.tolist(), strict=True)
+    text = "".join(f"{path}\0{count}\0{size}\n" for path, count, size in rows)
+    return xxhash.xxh64_hexdigest(
+        text.encode("utf-8", "surrogateescape") + f"tokenizer\0{tokenizer or ''}".encode()
+    )
 
 
 def open_source(name: str, path: str) -> Manifest:
@@ -103,18 +105,31 @@ def make_manifest(
     root: str,
     urls: Sequence[str],
     lengths: dict[str, int],
-    counts: Sequence[int],
-    counted_by: Literal["manifest", "stats", "tar"],
+    counts: Sequence[int] | np.ndarray,
+    counted_by: CountedBy,
     tokenizer: str | None,
+    offsets: OffsetFile | None = None,
 ) -> Manifest:
-    shards = tuple(
-        Shard(storage.below(root, url), count, lengths[url]) for url, count in zip(urls, counts, strict=True)
-    )
-    if not sum(counts):
+    counted, sizes = np.array(counts, np.int64), np.array([lengths[url] for url in urls], np.int64)
+    if not counted.sum():
         raise UserError(
             f"source {name!r}: the {len(urls)} tars in {root} hold no samples; make the data again"
         )
-    return Manifest(name, root, shards, counted_by, fingerprint(shards, tokenizer), tokenizer)
+    paths = paths_below(root, urls)
+    printed = fingerprint(paths, counted, sizes, tokenizer)
+    return Manifest(name, root, paths, counted, sizes, counted_by, printed, tokenizer, offsets=offsets)
+
+
+def paths_below(root: str, urls: Sequence[str]) -> list[str]:
+    """`storage.below` of many urls."""
+    start = f"{root}/"
+    plain = len(start) if root and "//" not in start and "/./" not in start else None
+    return [
+        url[plain:]
+        if plain is not None and url.startswith(start) and "//" not in url[plain:] and "/./" not in url
+        else storage.below(root, url)
+        for url in urls
+    ]
 
 
 def shard_lengths(urls: Sequence[str], path: str) -> dict[str, int]:
@@ -138,8 +153,12 @@ def shard_lengths(urls: Sequence[str], path: str) -> dict[str, int]:
 def count_shards(urls: Sequence[str]) -> tuple[list[int], Literal["stats", "tar"], str | None]:
     """Counts of the shards, who counted, and the tokenizer of packed text."""
     stats = read_stats(urls)
-    counts = [stats[url]["successes"] if url in stats else len(member_table(url)) for url in urls]
+    counts = [stats[url]["successes"] if url in stats else _count(url) for url in urls]
     return counts, "stats" if len(stats) == len(urls) else "tar", tokenizer_of(stats)
+
+
+def _count(url: str) -> int:
+    return len(locate(storage.read_bytes(url) if storage.is_remote(url) else url, url)) - 1
 
 
 def tokenizer_of(stats: dict[str, dict[str, Any]]) -> str | None:
@@ -193,35 +212,43 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
         # read_table would import pyarrow.dataset, and with it pandas where that is installed.
         table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        members = metadata["members"]
-        if not re.fullmatch(MEMBERS, members):
-            raise KeyError(members)
+        if metadata["dromos_index"] == FORMAT and not re.fullmatch(OFFSETS, metadata["offsets"]):
+            raise KeyError(metadata["offsets"])
     except (pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{url} is no index ({error}); run: dromos data index {root}") from None
-    if metadata.get("dromos_index") != FORMAT:
+    if metadata["dromos_index"] != FORMAT:
         raise UserError(
-            f"{url} has format {metadata.get('dromos_index')}, not {FORMAT}; run: dromos data index {root}"
+            f"{url} has format {metadata['dromos_index']}, not {FORMAT}; run: dromos data index {root}"
         )
-    return table, storage.join(storage.join(root, INDEX_FOLDER), members)
+    return table, storage.join(storage.join(root, INDEX_FOLDER), metadata["offsets"])
 
 
 def _from_index(
-    name: str, root: str, urls: Sequence[str], lengths: dict[str, int], table: pa.Table, _members: str
+    name: str, root: str, urls: Sequence[str], lengths: dict[str, int], table: pa.Table, offsets: str
 ) -> Manifest:
-    known = {row["path"]: row for row in table.to_pylist()}
     again = f"run: dromos data index {root}"
-    counts = []
-    for url in urls:
-        row = known.get(storage.below(root, url))
-        if row is None:
+    known = table["path"].to_pylist()
+    paths = paths_below(root, urls)
+    rows: np.ndarray = np.arange(len(known))
+    if paths != known:
+        place = {path: row for row, path in enumerate(known)}
+        rows = np.array([place.get(path, -1) for path in paths], np.int64)
+        if (rows < 0).any():
             raise UserError(
-                f"{url} is newer than the index in {root}/{INDEX_FOLDER}, which does not know it; {again}"
+                f"{urls[int(np.argmin(rows))]} is newer than the index in {root}/{INDEX_FOLDER}, which does not "
+                f"know it; {again}"
             )
-        if row["size"] != lengths[url]:
-            raise UserError(f"{url} has {lengths[url]} bytes, {row['size']} when it was indexed; {again}")
-        counts.append(row["count"])
+    counts, sizes, blocks = (
+        table[column].to_numpy()[rows].astype(np.int64) for column in ("count", "size", "block")
+    )
+    widths = table["width"].to_numpy()[rows].astype(np.uint8)
+    changed = np.flatnonzero(sizes != np.array([lengths[url] for url in urls], np.int64))
+    if len(changed):
+        url = urls[int(changed[0])]
+        raise UserError(f"{url} has {lengths[url]} bytes, {sizes[changed[0]]} when it was indexed; {again}")
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
-    return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer)
+    places = OffsetFile(offsets, blocks, widths)
+    return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, places)
 
 
 def wrong_count(url: str, promised: int, found: int, promised_by: str) -> UserError:

@@ -75,7 +75,7 @@ class RowMaker:
         return self.manifests[source].url(shard)
 
     def key_of(self, source: str, shard: int, index: int) -> str:
-        return self._readers[source].locate(shard, index).key
+        return self._readers[source].key(shard, index)
 
     def empty(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
         """A batch of rows [start, stop) without content; `pixels` is memory to use for its images."""

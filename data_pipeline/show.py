@@ -128,7 +128,7 @@ def _first(
     if manifest is not None and chosen and tables.get(chosen[0]):
         reader = ShardReader(manifest)
         try:
-            for index in range(min(number, manifest.shards[0].count)):
+            for index in range(min(number, int(manifest.counts[0]))):
                 shown.append(_summary(*reader.read(0, index)))
         except (UserError, OSError):
             pass  # said among the problems

@@ -30,12 +30,12 @@ def index(sources: Sources) -> None:
     Example:
       dromos data index data/demo/digits/train
     """
-    from data_pipeline.index import build_index
+    from data_pipeline.indexing import build_index
 
     for path in sources:
         manifest = build_index(path)
         typer.echo(
-            f"{path}: {len(manifest.shards)} shards, {int(manifest.counts.sum())} samples, {manifest.fingerprint}"
+            f"{path}: {len(manifest.paths)} shards, {manifest.samples} samples, {manifest.fingerprint}"
         )
 
 

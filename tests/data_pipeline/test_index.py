@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.index import ShardReader, build_index, open_source
-from data_pipeline.tables import PackedTable, pack_table
-from data_pipeline.tar import Sample, TarWriter, member_table
+from data_pipeline.index import ShardReader, open_source
+from data_pipeline.indexing import build_index
+from data_pipeline.manifest import FORMAT
+from data_pipeline.scan import locate
+from data_pipeline.tar import TarWriter
 from tests.data_pipeline.s3_server import s3_server
 
 COUNTS = [5, 0, 3, 7]
@@ -80,8 +80,8 @@ def test_three_ways_to_count_agree(root: str) -> None:
     for manifest in (by_tar, by_stats, built, by_index):
         assert manifest.counts.tolist() == COUNTS
         assert manifest.counts.dtype == np.int64
-        assert [s.path for s in manifest.shards] == [f"{n:05d}.tar" for n in range(4)]
-        assert [s.size for s in manifest.shards] == [os.path.getsize(f"{root}/{n:05d}.tar") for n in range(4)]
+        assert manifest.paths == [f"{n:05d}.tar" for n in range(4)]
+        assert manifest.sizes.tolist() == [os.path.getsize(f"{root}/{n:05d}.tar") for n in range(4)]
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -126,11 +126,11 @@ def count_walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each tar's headers are walked from now on."""
     walks: Counter[str] = Counter()
 
-    def counted(source: str | bytes, name: str | None = None) -> list[Sample]:
-        walks[name or str(source)] += 1
-        return member_table(source, name)
+    def counted(source: str | bytes, where: str) -> np.ndarray:
+        walks[where] += 1
+        return locate(source, where)
 
-    monkeypatch.setattr("data_pipeline.index.member_table", counted)
+    monkeypatch.setattr("data_pipeline.index.locate", counted)
     return walks
 
 
@@ -159,7 +159,7 @@ def test_tables_stay_within_their_memory_and_say_what_would_help(
     walks = count_walks(monkeypatch)
     whole = by_webdataset(root)
     starts = np.concatenate([[0], np.cumsum(COUNTS)])
-    reader = ShardReader(manifest, table_bytes=len(pack_table(member_table(f"{root}/00003.tar"))), files=1)
+    reader = ShardReader(manifest, learned_bytes=4 * 8, files=1)
     places = [(0, 4), (3, 6), (0, 0), (2, 2), (3, 0)]
     with pytest.warns(UserWarning, match=f"run: dromos data index {root}"):
         found = [reader.read(shard, index) for shard, index in places]
@@ -170,7 +170,7 @@ def test_tables_stay_within_their_memory_and_say_what_would_help(
     build_index(root)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        indexed = ShardReader(open_source("a", root), table_bytes=1)
+        indexed = ShardReader(open_source("a", root), learned_bytes=1)
         assert [indexed.read(3, i) for i in range(7)] == whole[8:]
         assert indexed.read(0, 1) == whole[1]
 
@@ -257,7 +257,9 @@ def test_an_index_cannot_point_elsewhere(root: str) -> None:
     import pyarrow as pa
 
     build_index(root)
-    table = pa.table({"path": ["00000.tar"]}, metadata={"dromos_index": "1", "members": "../../etc/passwd"})
+    table = pa.table(
+        {"path": ["00000.tar"]}, metadata={"dromos_index": FORMAT, "offsets": "../../etc/passwd"}
+    )
     storage.publish_table(f"{root}/_index/shards.parquet", table)
     with pytest.raises(UserError, match="is no index"):
         open_source("a", root)
@@ -282,20 +284,3 @@ def test_the_same_from_s3(s3: str, tmp_path: Path, indexed: bool) -> None:
     assert manifest.fingerprint == open_source("a", local).fingerprint
     assert everything(remote) == by_webdataset(local)
     assert open_source("a", remote + "/{00000..00003}.tar").fingerprint == manifest.fingerprint
-
-
-# No lone surrogates: a name in a tar is bytes, and decoding yields none but those that stand for odd bytes.
-names = st.text(st.characters(exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=12)
-places = st.tuples(st.integers(0, 2**60), st.integers(0, 2**60))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.builds(Sample, names, st.dictionaries(names, places, max_size=4)), max_size=12))
-def test_a_packed_table_is_the_list_it_was_made_of(table: list[Sample]) -> None:
-    before, after = bytes(8), bytes(8)
-    block = np.frombuffer(before + pack_table(table) + after, np.uint8)[8:-8]
-    packed = PackedTable(block)
-    assert list(packed) == table
-    assert packed[1:] == table[1:]
-    with pytest.raises(IndexError):
-        packed[len(table)]

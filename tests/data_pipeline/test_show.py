@@ -15,7 +15,7 @@ from data_pipeline import storage
 from data_pipeline.batches import BatchMaker, ImageSpec, SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.formats import img2dataset, refinedweb
-from data_pipeline.index import build_index
+from data_pipeline.indexing import build_index
 from data_pipeline.show import describe, render
 from data_pipeline.tar import TarWriter
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.index import build_index
+from data_pipeline.indexing import build_index
 from data_pipeline.show import describe
 from data_pipeline.spec import Batch, StreamSpec
 from tests.data_pipeline.samples import SIZE, encode, members, pairs, pixels, write_source, write_tokenizer

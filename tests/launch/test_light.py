@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from data_pipeline.formats import refinedweb
-from data_pipeline.index import build_index
+from data_pipeline.indexing import build_index
 from pretrain.recipe_load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
 from tests.tiny import write_pairs

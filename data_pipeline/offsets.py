@@ -1,0 +1,172 @@
+"""Byte ranges of samples: about two bytes a sample in one mapped file, or learned from the tars themselves."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.tar import BLOCK
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Manifest
+
+GROUP = 64  # entries that share a base
+UNKNOWN = -1
+WIDEST = (2**32 - 1) * BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class OffsetFile:
+    """Where a source's offset file lies: byte of each shard's block in it, or UNKNOWN; bytes of an entry, 2 or 4."""
+
+    url: str
+    blocks: np.ndarray  # int64 [shards]
+    widths: np.ndarray  # uint8 [shards]
+
+
+def pack_starts(starts: np.ndarray) -> tuple[bytes, int]:
+    """A shard's block and the width of its entries.
+
+    `starts` is int64 [samples + 1], bytes, all multiples of 512: each sample's first header, then the end of the
+    last. With 2-byte entries a block holds a uint32 base for each 64 entries and a uint16 for each entry, in units
+    of 512 bytes, padded to 4 bytes; where 64 neighbours span 32 MiB or more, a uint32 an entry instead.
+    Raises UserError for a tar of 2 TiB or more.
+    """
+    if starts[-1] > WIDEST:
+        raise UserError(f"ends at byte {starts[-1]}; tars of 2 TiB and more are not supported, split it")
+    entries = starts // BLOCK
+    bases = entries[::GROUP]
+    relative = entries - np.repeat(bases, GROUP)[: len(entries)]
+    if relative.max() > 65535:
+        return entries.astype("<u4").tobytes(), 4
+    block = bases.astype("<u4").tobytes() + relative.astype("<u2").tobytes()
+    return block + bytes(-len(block) % 4), 2
+
+
+def block_bytes(samples: int, width: int) -> int:
+    """Length of the block of a shard with so many samples."""
+    if width == 4:
+        return 4 * (samples + 1)
+    length = 4 * (samples // GROUP + 1) + 2 * (samples + 1)
+    return length + -length % 4
+
+
+class Offsets:
+    """Ranges of the samples of a source: from its index, or learned shard by shard.
+
+    Of the index nothing but one number a shard is in this process's own memory; its pages are the kernel's. What is
+    learned takes 4 bytes a sample, bounded by `limit_bytes`: the shards used longest ago are forgotten.
+    """
+
+    def __init__(self, manifest: Manifest, limit_bytes: int = 1 << 30) -> None:
+        self._counts = manifest.tar_counts
+        self._learned: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._limit, self._bytes = limit_bytes, 0
+        self.forgot = False
+        file = manifest.offsets
+        self._blocks = np.full(len(self._counts), UNKNOWN) if file is None else file.blocks
+        self._widths = np.zeros(len(self._counts), np.uint8) if file is None else file.widths
+        self._all_known = bool((self._blocks != UNKNOWN).all())
+        self._any_wide = bool((self._widths == 4).any())
+        if file is not None:
+            self._open(file)
+
+    def _open(self, file: OffsetFile) -> None:
+        data: Any
+        if storage.is_remote(file.url):
+            data = storage.read_bytes(file.url)
+        else:
+            with storage.open_bytes(file.url) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        last = int(np.argmax(self._blocks))
+        end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
+        if len(data) % 4 or end > len(data):
+            raise UserError(
+                f"{file.url} does not belong to the shards.parquet beside it; run: dromos data index "
+                f"{os.path.dirname(os.path.dirname(file.url))}"
+            )
+        self._narrow, self._wide = np.frombuffer(data, "<u2"), np.frombuffer(data, "<u4")
+        self._narrow_at, self._wide_at = memoryview(data).cast("H"), memoryview(data).cast("I")
+
+    def knows(self, shard: int) -> bool:
+        return shard in self._learned or bool(self._blocks[shard] != UNKNOWN)
+
+    def learn(self, shard: int, starts: np.ndarray) -> None:
+        """`starts` as in `pack_starts`."""
+        if shard in self._learned:
+            self._bytes -= self._learned.pop(shard).nbytes
+        self._learned[shard] = (starts // BLOCK).astype(np.uint32)
+        self._bytes += self._learned[shard].nbytes
+        while self._bytes > self._limit and len(self._learned) > 1:
+            self._bytes -= self._learned.popitem(last=False)[1].nbytes
+            self.forgot = True
+
+    def range(self, shard: int, index: int) -> tuple[int, int]:
+        """(start, stop) in bytes of one sample, fast."""
+        if not 0 <= index < self._counts[shard]:
+            raise IndexError(f"sample {index} of {self._counts[shard]} in shard {shard}")
+        if shard in self._learned:
+            self._learned.move_to_end(shard)
+            starts = self._learned[shard]
+            return int(starts[index]) * BLOCK, int(starts[index + 1]) * BLOCK
+        block, stop = int(self._blocks[shard]), index + 1
+        if block == UNKNOWN:
+            raise KeyError(f"the samples of shard {shard} were not located yet")
+        if self._widths[shard] == 4:
+            at = block // 4
+            return self._wide_at[at + index] * BLOCK, self._wide_at[at + stop] * BLOCK
+        at = block // 4
+        entries = block // 2 + 2 * (int(self._counts[shard]) // GROUP + 1)
+        return (
+            (self._wide_at[at + index // GROUP] + self._narrow_at[entries + index]) * BLOCK,
+            (self._wide_at[at + stop // GROUP] + self._narrow_at[entries + stop]) * BLOCK,
+        )
+
+    def ranges(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop), int64 arrays of bytes in the tars; the arguments are positions in tars and broadcast.
+
+        Raises IndexError for a sample that is not there, KeyError for a shard that was not located yet.
+        """
+        shards, indices = np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))
+        if ((indices < 0) | (indices >= self._counts[shards])).any():
+            raise IndexError("a sample is not in its shard")
+        if not self._learned and self._all_known:
+            return self._mapped(shards, indices)
+        start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
+        mapped = self._blocks[shards] != UNKNOWN
+        start[mapped], stop[mapped] = self._mapped(shards[mapped], indices[mapped])
+        for shard in np.unique(shards[~mapped]):
+            rows = ~mapped & (shards == shard)
+            if int(shard) not in self._learned:
+                raise KeyError(f"the samples of shard {shard} were not located yet")
+            starts = self._learned[int(shard)].astype(np.int64) * BLOCK
+            start[rows], stop[rows] = starts[indices[rows]], starts[indices[rows] + 1]
+        return start, stop
+
+    def _mapped(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not shards.size:
+            return np.zeros(shards.shape, np.int64), np.zeros(shards.shape, np.int64)
+        blocks, counts = self._blocks[shards], self._counts[shards]
+        if not self._any_wide:
+            return self._entries(blocks, counts, indices), self._entries(blocks, counts, indices + 1)
+        start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
+        wide = self._widths[shards] == 4
+        at = blocks[wide] // 4 + indices[wide]
+        start[wide] = self._wide[at].astype(np.int64) * BLOCK
+        stop[wide] = self._wide[at + 1].astype(np.int64) * BLOCK
+        narrow = blocks[~wide], counts[~wide]
+        start[~wide] = self._entries(*narrow, indices[~wide])
+        stop[~wide] = self._entries(*narrow, indices[~wide] + 1)
+        return start, stop
+
+    def _entries(self, blocks: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        bases = self._wide[blocks // 4 + entries // GROUP].astype(np.int64)
+        return (bases + self._narrow[blocks // 2 + 2 * (counts // GROUP + 1) + entries]) * BLOCK
