@@ -9,28 +9,19 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline import activity, object_store
+from data_pipeline.errors import UserError
+from data_pipeline.object_store import ask, asking, filesystem
 
 PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
-EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
-# Packages whose errors say that an object store could not be asked; few of them are OSErrors.
-STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "http", "s3fs", "urllib3"}
-# botocore's names for what waiting does not mend -> what does.
-SETTINGS = {
-    **dict.fromkeys(
-        ("NoCredentialsError", "PartialCredentialsError"),
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    ),
-    "ProfileNotFound": "correct AWS_PROFILE",
-    "NoRegionError": "set AWS_DEFAULT_REGION",
-    "ParamValidationError": "correct the bucket's name",
-}
+SIDE_BY_SIDE = 16  # small remote files fetched at once
 
 
 def is_remote(url: str) -> bool:
@@ -47,64 +38,25 @@ def join(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}" if root else path
 
 
-@lru_cache(maxsize=16)
-def _filesystem_of(protocol: str, process: int) -> Any:
-    """One fsspec file system a protocol and process: its event loop does not survive a fork."""
-    import fsspec
-
-    try:
-        return fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(protocol)
-        hint = f"install it with: pip install '{extra}'" if extra else "write a local path or s3://"
-        raise UserError(f"{protocol}:// needs a package that is not there ({error}); {hint}") from None
-
-
-def filesystem(url: str) -> Any:
-    """The fsspec file system of a remote url; keys and endpoint come from the environment, as AWS has it."""
-    return _filesystem_of(url.split("://", 1)[0], os.getpid())
-
-
-@contextmanager
-def asking(url: str) -> Iterator[None]:
-    """Around calls to an object store: its outages become ReadErrors that name the url, missing keys UserErrors."""
-    try:
-        yield
-    except (OSError, UserError):
-        raise
-    except Exception as error:
-        kind = type(error)
-        if kind.__module__.partition(".")[0] not in STORE_PACKAGES:
-            raise
-        text = " ".join(str(error).split())
-        if kind.__name__ in SETTINGS:
-            raise UserError(f"{url}: {text}; {SETTINGS[kind.__name__]}") from None
-        raise ReadError(f"{url} cannot be had: {kind.__name__}: {text}") from error
-
-
 def exists(url: str) -> bool:
     if not is_remote(url):
         return os.path.exists(local_path(url))
-    with asking(url):
-        return bool(filesystem(url).exists(url))
+    return bool(ask(url, lambda store: store.exists(url)))
 
 
 def size(url: str) -> int:
     """Bytes of the file. Raises FileNotFoundError."""
     if not is_remote(url):
         return os.stat(local_path(url)).st_size
-    with asking(url):
-        return int(filesystem(url).size(url))
+    return int(ask(url, lambda store: store.size(url)))
 
 
 def sizes(urls: Sequence[str]) -> dict[str, int]:
     """Bytes of each file that exists; a remote folder is listed once instead of asked file by file."""
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
-        with suppress(FileNotFoundError), asking(folder):
-            store = filesystem(folder)
-            for entry in store.ls(folder, detail=True):
-                found[store.unstrip_protocol(entry["name"])] = entry["size"] or 0
+        with suppress(FileNotFoundError):
+            found |= ask(folder, partial(_listed_sizes, folder))
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -112,11 +64,15 @@ def sizes(urls: Sequence[str]) -> dict[str, int]:
     return {url: found[url] for url in urls if url in found}
 
 
+def _listed_sizes(folder: str, store: Any) -> dict[str, int]:
+    entries = store.ls(folder, detail=True)
+    return {store.unstrip_protocol(entry["name"]): entry["size"] or 0 for entry in entries}
+
+
 def read_bytes(url: str) -> bytes:
     """The whole file."""
     if is_remote(url):
-        with asking(url):
-            return bytes(filesystem(url).cat_file(url))
+        return object_store.read(url)
     with open(local_path(url), "rb") as file:
         return file.read()
 
@@ -126,14 +82,8 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     remote = [url for url in urls if is_remote(url)]
     if remote:
-        with asking(remote[0]):
-            store = filesystem(remote[0])
-            for name, data in store.cat(remote, on_error="return").items():
-                if isinstance(data, FileNotFoundError):
-                    continue
-                if isinstance(data, BaseException):
-                    raise data
-                found[store.unstrip_protocol(name)] = data
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            found |= {url: data for url, data in pool.map(_read_if_there, remote) if data is not None}
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -141,17 +91,31 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-def read_range(url: str, offset: int, length: int) -> bytes:
-    """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file."""
+def _read_if_there(url: str) -> tuple[str, bytes | None]:
+    try:
+        return url, read_bytes(url)
+    except FileNotFoundError:
+        return url, None
+
+
+def read_range(url: str, offset: int, length: int, size: int | None = None) -> bytes:
+    """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file.
+
+    A remote file is read in pieces of at most 16 MiB, each resumed where it breaks off; it must have `size` bytes
+    where that is given. Raises UserError for one that was changed, is gone or may not be read.
+    """
     if is_remote(url):
-        with asking(url):
-            data = bytes(filesystem(url).cat_file(url, start=offset, end=offset + length)) if length else b""
-    else:
-        descriptor = os.open(local_path(url), os.O_RDONLY)
         try:
-            data = read_descriptor(descriptor, offset, length)
-        finally:
-            os.close(descriptor)
+            data = object_store.read(url, offset, offset + length, size) if length else b""
+        except FileNotFoundError as error:
+            raise UserError(f"{url} is gone ({error}); put it back") from error
+    else:
+        with activity.reading(url):
+            descriptor = os.open(local_path(url), os.O_RDONLY)
+            try:
+                data = read_descriptor(descriptor, offset, length)
+            finally:
+                os.close(descriptor)
     if len(data) != length:
         raise OSError(errno.EIO, f"asked for bytes {offset}..{offset + length}, got {len(data)}", url)
     return data
@@ -230,9 +194,7 @@ def _expand(path: str) -> list[str]:
         if not re.search(r"[*?\[]", one):
             shards.append(one)
         elif is_remote(one):
-            with asking(one):
-                store = filesystem(one)
-                shards += sorted(store.unstrip_protocol(name) for name in store.glob(one))
+            shards += ask(one, partial(_matching, one))
         else:
             shards += sorted(glob.glob(local_path(one)))
     if not shards:
@@ -240,14 +202,20 @@ def _expand(path: str) -> list[str]:
     return shards
 
 
+def _matching(pattern: str, store: Any) -> list[str]:
+    return sorted(store.unstrip_protocol(name) for name in store.glob(pattern))
+
+
+def _listed(path: str, store: Any) -> list[str]:
+    store.invalidate_cache()
+    return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
+
+
 def _folder(path: str) -> list[str]:
     """Names in a folder; UserError if it is not there."""
     try:
         if is_remote(path):
-            with asking(path):
-                store = filesystem(path)
-                store.invalidate_cache()
-                return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
+            return ask(path, partial(_listed, path))
         return os.listdir(local_path(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

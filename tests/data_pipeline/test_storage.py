@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import pytest
 
-from data_pipeline import storage
+from data_pipeline import object_store, storage
 from data_pipeline.batches import BatchMaker, ImageSpec, SourceSpec, StreamSpec
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.index import ShardReader, open_source
@@ -198,13 +198,13 @@ def test_missing_keys_and_a_wrong_bucket_are_the_users(s3: str, monkeypatch: pyt
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._filesystem_of.cache_clear()
+    object_store.forget()
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         with pytest.raises(UserError, match=rf"{s3}/a\.tar: .*credentials; set AWS_ACCESS_KEY_ID"):
             storage.read_bytes(f"{s3}/a.tar")
     finally:
-        storage._filesystem_of.cache_clear()
+        object_store.forget()
         s3fs.S3FileSystem.clear_instance_cache()
 
 
