@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.offsets import OffsetFile
 from data_pipeline.scan import locate
+from data_pipeline.views import View, open_view
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +39,7 @@ class Manifest:
     fingerprint: covers paths, counts, sizes, the tokenizer of packed text and the view; it is the same whoever
     counted and wherever the root lies
     offsets: where the index keeps the samples' places, None without an index
+    view, kept: the view's name and its bitmap, where only some of the samples are used; `counts` are of these
     """
 
     name: str
@@ -50,6 +52,7 @@ class Manifest:
     tokenizer: str | None = None
     view: str | None = None
     offsets: OffsetFile | None = None
+    kept: View | None = None
 
     @property
     def samples(self) -> int:
@@ -58,14 +61,30 @@ class Manifest:
     @property
     def tar_counts(self) -> np.ndarray:
         """int64 [shards]: samples in each tar, also those that a view leaves out."""
-        return self.counts
+        return self.counts if self.kept is None else self.kept.tar_counts
 
     def url(self, shard: int) -> str:
         return storage.join(self.root, self.paths[shard])
 
     def in_tar(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """int64: positions in their tars of the `indices`-th samples of `shards`; the two broadcast."""
+        if self.kept is not None:
+            return self.kept.in_tar(shards, indices)
         return np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))[1]
+
+    def position(self, shard: int, index: int) -> int:
+        """`in_tar` of one sample."""
+        return index if self.kept is None else int(self.kept.in_tar(np.array([shard]), np.array([index]))[0])
+
+    def seen_through(self, view: str) -> Manifest:
+        """The source as this view of it, which trains on the samples it keeps and on no others."""
+        kept, counts = open_view(view, self.root, self.paths, self.counts, self.sizes)
+        if not counts.sum():
+            raise UserError(
+                f"view {view!r} keeps no sample of these shards; make it again with another filter"
+            )
+        printed = xxhash.xxh64_hexdigest(f"{self.fingerprint} {kept.url.rpartition('/')[2]}".encode())
+        return replace(self, counts=counts, fingerprint=printed, view=view, kept=kept)
 
 
 def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tokenizer: str | None) -> str:
@@ -77,26 +96,36 @@ def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tok
     )
 
 
-def open_source(name: str, path: str) -> Manifest:
-    """Shards and counts of a folder, a brace pattern or one tar.
+def open_source(name: str, path: str, view: str | None = None) -> Manifest:
+    """Shards and counts of a folder, a brace pattern or one tar; with `view`, of what that keeps.
 
     Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else
     from the headers of the tars. Raises UserError, naming the source and the path, if there is nothing there,
-    a shard is missing, or the index is older than the shards; ReadError if the disk or the store does not answer.
+    a shard is missing, or the index or view is older than the shards; ReadError if the disk or the store does not
+    answer.
     """
     try:
-        urls = storage.list_shards(path)
-        root = storage.root_of(path)
-        lengths = shard_lengths(urls, path)
-        indexed = read_index(root)
-        if indexed is not None:
-            return _from_index(name, root, urls, lengths, *indexed)
-        counts, counted_by, tokenizer = count_shards(urls)
+        try:
+            manifest = _open(name, path)
+        except UserError as error:
+            raise UserError(
+                f"{error}; {PREPARE_HINT}" if "does not exist" in str(error) else str(error)
+            ) from None
+        return manifest if view is None else manifest.seen_through(view)
     except UserError as error:
-        hint = f"; {PREPARE_HINT}" if "does not exist" in str(error) else ""
-        raise UserError(f"source {name!r}: {error}{hint}") from None
+        raise UserError(f"source {name!r}: {error}") from None
     except OSError as error:
         raise ReadError(f"source {name!r}: {path} cannot be read: {error}; run again once it can") from error
+
+
+def _open(name: str, path: str) -> Manifest:
+    urls = storage.list_shards(path)
+    root = storage.root_of(path)
+    lengths = shard_lengths(urls, path)
+    indexed = read_index(root)
+    if indexed is not None:
+        return _from_index(name, root, urls, lengths, *indexed)
+    counts, counted_by, tokenizer = count_shards(urls)
     return make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
 
 
@@ -112,9 +141,7 @@ def make_manifest(
 ) -> Manifest:
     counted, sizes = np.array(counts, np.int64), np.array([lengths[url] for url in urls], np.int64)
     if not counted.sum():
-        raise UserError(
-            f"source {name!r}: the {len(urls)} tars in {root} hold no samples; make the data again"
-        )
+        raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
     paths = paths_below(root, urls)
     printed = fingerprint(paths, counted, sizes, tokenizer)
     return Manifest(name, root, paths, counted, sizes, counted_by, printed, tokenizer, offsets=offsets)

@@ -110,7 +110,8 @@ class RowMaker:
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
         verdicts: list[Verdict] = []
-        for index in range(min(8, int(counts[shard]))):
+        for number in range(min(8, int(counts[shard]))):
+            index = self.manifests[source].position(shard, number)
             try:
                 self.make(source, shard, index, 0, train=True)
                 return
