@@ -1,22 +1,36 @@
-"""RefinedWeb (tiiuae/falcon-refinedweb): parquet files of web documents with their images' addresses."""
+"""RefinedWeb (tiiuae/falcon-refinedweb) and FineWeb (HuggingFaceFW/fineweb): parquet files of web documents."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline import storage
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline.errors import UserError
+from data_pipeline.formats import parquet_file
+from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # The text is in `content`; `text` is what FineWeb and most derived sets call it.
-TEXT_COLUMNS = ("content", "text")
-URL_COLUMNS = ("url", "URL")
+COLUMNS = (
+    Column("text", ("content", "text"), "text", required=True),
+    Column("url", ("url",), "text"),
+    Column("time", ("timestamp", "date"), "any"),
+    Column("crawl", ("dump",), "text"),
+    Column("segment", ("segment",), "any"),
+    Column("images", ("image_urls",), "any"),
+    Column("id", ("id",), "text"),
+    Column("file", ("file_path",), "text"),
+    Column("language", ("language",), "text"),
+    Column("language score", ("language_score",), "number"),
+    Column("tokens", ("token_count",), "number"),
+)
+# What FineWeb has and neither RefinedWeb nor a set of pictures does.
+FINEWEB = {"token_count", "language_score", "dump"}
 
 
 @dataclass(frozen=True)
@@ -65,46 +79,43 @@ def write_documents(path: str, documents: Sequence[Document]) -> None:
     storage.publish_table(path, pa.Table.from_pylist(rows, schema=schema()))
 
 
-def list_files(path: str) -> list[str]:
-    """The parquet files of a folder, sorted by name, or the one file that is named."""
-    return [path] if path.endswith(".parquet") else storage.list_files(path, ".parquet")
-
-
-@contextmanager
-def reading(file: str) -> Iterator[BinaryIO]:
-    """The parquet file opened; what pyarrow says of damaged bytes becomes a UserError that names it."""
-    import pyarrow as pa
-
-    try:
-        with storage.asking(file), storage.open_bytes(file) as opened:
-            yield opened
-    except (pa.ArrowException, OSError) as error:
-        # pyarrow also raises OSError for damage inside a column; an error of the disk has a number.
-        if isinstance(error, ReadError) or getattr(error, "errno", None) is not None:
-            raise
-        raise UserError(f"{file} is no parquet file, or cut off ({error}); make it again") from None
+def identify(names: Sequence[str]) -> str | None:
+    """`refinedweb`, `fineweb`, or `documents` for others with a text and no address; None for none of them."""
+    lower = {name.lower() for name in names}
+    if "content" in lower:
+        return "refinedweb"
+    if "text" not in lower:
+        return None
+    if lower & FINEWEB:
+        return "fineweb"
+    return None if "url" in lower else "documents"
 
 
 def documents(path: str, rows: int = 1024) -> Iterator[tuple[str, str]]:
     """(url, text) of every row of every file, in order; a null text comes as "".
 
-    Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column.
+    Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column, or one
+    whose values are no UTF-8 strings.
     """
-    import pyarrow.parquet as parquet
+    for file in parquet_file.list_files(path):
+        with parquet_file.opened(file) as source:
+            yield from documents_of(file, source, rows)
 
-    for file in list_files(path):
-        with reading(file) as opened:
-            reader = parquet.ParquetFile(opened)
-            names = reader.schema_arrow.names
-            text = next((name for name in TEXT_COLUMNS if name in names), None)
-            if text is None:
-                raise UserError(
-                    f"{file} has no column {' or '.join(TEXT_COLUMNS)}, only {', '.join(names)}; "
-                    "rename the text column to content"
-                )
-            url = next((name for name in URL_COLUMNS if name in names), None)
-            for batch in reader.iter_batches(batch_size=rows, columns=[c for c in (url, text) if c]):
-                texts = batch.column(text).to_pylist()
-                urls = batch.column(url).to_pylist() if url else [""] * len(texts)
-                for where, content in zip(urls, texts, strict=True):
-                    yield where or "", content or ""
+
+def documents_of(file: str, source: Any, rows: int = 1024) -> Iterator[tuple[str, str]]:
+    """`documents` of one opened file."""
+    schema = source.schema_arrow
+    wrong = missing(schema.names, COLUMNS) or [
+        sentence for meaning, sentence in wrong_types(schema, COLUMNS).items() if meaning in ("text", "url")
+    ]
+    if wrong:
+        raise UserError(f"{file} has {wrong[0]}" if wrong[0].startswith("no ") else f"{file}: {wrong[0]}")
+    found = match(schema.names, COLUMNS)
+    text, url = found["text"], found.get("url")
+    for batch in source.iter_batches(batch_size=rows, columns=[c for c in (url, text) if c]):
+        texts = values(batch.column(text))
+        urls = values(batch.column(url)) if url else [""] * len(texts)
+        for where, content in zip(urls, texts, strict=True):
+            if isinstance(content, bytes) or isinstance(where, bytes):
+                raise UserError(f"{file}: a text or address that is not UTF-8; make the file again")
+            yield where or "", content or ""

@@ -130,7 +130,8 @@ def test_damaged_documents_are_a_problem_that_names_the_file(tmp_path: Path) -> 
     assert "unknown" in shown(about)
     # The file's end, which is read first, is whole; the columns are not.
     (tmp_path / "b.parquet").write_bytes(whole[:4] + bytes(2000) + whole[2004:])
-    assert describe(str(tmp_path))["problems"] == []  # nothing but the first rows of all is read
+    (problem,) = describe(str(tmp_path))["problems"]
+    assert "b.parquet is no parquet file, or cut off" in problem
     (tmp_path / "a.parquet").unlink()
     assert "b.parquet is no parquet file, or cut off" in describe(str(tmp_path))["problems"][0]
     with pytest.raises(UserError, match="does not exist"):
@@ -160,7 +161,9 @@ def test_documents_and_packed_text(tmp_path: Path) -> None:
     about = describe(str(tmp_path), first=3)
     assert (about["kind"], about["samples"], about["problems"]) == ("RefinedWeb documents", 9, [])
     assert about["first"][2] == {"key": "u2", "caption": "text 2 of it"}
-    assert "content, url, timestamp" in shown(about)
+    listed = [(c["name"], c["meaning"], c["missing"]) for c in about["columns"]]
+    assert listed[:3] == [("content", "text", 0.0), ("url", "url", 0.0), ("timestamp", "time", None)]
+    assert "content     string" in shown(about)
 
 
 def test_where_nothing_is(tmp_path: Path) -> None:

@@ -1,0 +1,244 @@
+"""Tables of pictures' addresses and captions: LAION-400M, LAION-2B and Re-LAION, LAION-COCO, COYO, DataComp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.formats import parquet_file
+from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
+from data_pipeline.formats.verdict import Verdict
+
+# Names in lower case: LAION's files spell theirs URL and TEXT, copies of them url and text. The similarity is
+# the one the set was filtered by first: ViT-L/14's where there are two.
+COLUMNS = (
+    Column("url", ("url", "image_url", "img_url"), "text", required=True),
+    Column("caption", ("text", "caption", "alt", "alt_text"), "text", required=True),
+    Column("top caption", ("top_caption",), "text"),
+    Column("captions", ("all_captions",), "texts"),
+    Column("caption scores", ("all_similarities",), "numbers"),
+    Column("width", ("width", "original_width"), "number"),
+    Column("height", ("height", "original_height"), "number"),
+    Column(
+        "similarity",
+        (
+            "similarity",
+            "clip_l14_similarity_score",
+            "clip_similarity_vitl14",
+            "clip_b32_similarity_score",
+            "clip_similarity_vitb32",
+        ),
+        "number",
+    ),
+    Column("punsafe", ("punsafe", "nsfw_score_opennsfw2", "nsfw_score_gantman"), "number"),
+    Column("pwatermark", ("pwatermark", "watermark_score"), "number"),
+    Column("aesthetic", ("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2"), "number"),
+    Column("nsfw", ("nsfw",), "any"),
+    Column("license", ("license",), "text"),
+    Column("language", ("language", "lang"), "text"),
+    Column("hash", ("hash", "image_phash"), "any"),
+    Column("md5", ("md5",), "text"),
+    Column("id", ("uid", "sample_id", "key", "id"), "any"),
+)
+TITLES = {
+    "laion-400m": "LAION-400M metadata",
+    "laion-2b": "LAION-2B (Re-LAION) metadata, joined",
+    "laion-2b-multi": "LAION-2B multilingual metadata, joined",
+    "laion-2b-unjoined": "LAION-2B metadata, not joined with punsafe and pwatermark",
+    "laion-coco": "LAION-COCO metadata",
+    "coyo": "COYO-700M metadata",
+    "datacomp": "DataComp metadata",
+    "pairs": "addresses and captions of pictures",
+}
+# What a table of pictures has and one of web documents has not.
+PICTURES = {
+    "width",
+    "height",
+    "similarity",
+    "punsafe",
+    "pwatermark",
+    "aesthetic",
+    "nsfw",
+    "license",
+    "hash",
+    "md5",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One picture's address with its captions.
+
+    captions: the best first; LAION-COCO's generated ones by falling similarity, else the one there is, none if it
+    is null or blank. scores: a similarity for each caption, None where nobody measured it. alt_text: what the web
+    page said, where `captions` were generated. Numbers that are null, not finite or (for sizes) not positive are
+    None. nsfw: LAION-400M's word (UNLIKELY, UNSURE, NSFW). hash: LAION's int64 of url and text, COYO's
+    perceptual hash as hexadecimal text. id: DataComp's uid, LAION-400M's SAMPLE_ID.
+    """
+
+    url: str
+    captions: tuple[str, ...]
+    scores: tuple[float | None, ...] = ()
+    alt_text: str | None = None
+    width: int | None = None
+    height: int | None = None
+    similarity: float | None = None
+    punsafe: float | None = None
+    pwatermark: float | None = None
+    aesthetic: float | None = None
+    nsfw: str | None = None
+    license: str | None = None
+    language: str | None = None
+    hash: int | str | None = None
+    md5: str | None = None
+    id: str | None = None
+
+
+def identify(names: Sequence[str]) -> str | None:
+    """Which of TITLES a table with these columns is; None if it has no address of a picture."""
+    lower = {name.lower() for name in names}
+    found = match(names, COLUMNS)
+    if "url" not in found:
+        return None
+    if lower & {"top_caption", "all_captions"}:
+        return "laion-coco"
+    if lower & {"clip_similarity_vitb32", "clip_similarity_vitl14"}:
+        return "coyo"
+    if "uid" in lower and lower & {
+        "clip_l14_similarity_score",
+        "clip_b32_similarity_score",
+        "original_width",
+    }:
+        return "datacomp"
+    if "text" not in lower:
+        return "pairs"
+    if "sample_id" in lower:
+        return "laion-400m"
+    if lower & {"punsafe", "pwatermark"}:
+        return "laion-2b-multi" if "language" in lower else "laion-2b"
+    if {"similarity", "nsfw"} <= lower:
+        return "laion-2b-unjoined"
+    return "pairs"
+
+
+def lacking(names: Sequence[str]) -> list[str]:
+    """A sentence for each column without which there are no pairs; generated captions stand in for the page's."""
+    columns: tuple[Column, ...] = COLUMNS
+    if "top caption" in match(names, COLUMNS):
+        columns = tuple(column for column in COLUMNS if column.meaning != "caption")
+    return missing(names, columns)
+
+
+def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | Verdict]:
+    """Every row of every parquet file of `path`, in order: a Pair, or why it is none.
+
+    Reads `rows` rows at a time and no column but those of a Pair. Verdicts: `missing url`, `not UTF-8`. Raises
+    UserError, naming the file, where a required column is missing or of another type, or the file is damaged.
+    """
+    for file in parquet_file.list_files(path):
+        with parquet_file.opened(file) as source:
+            yield from pairs_of(file, source, rows)
+
+
+def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | Verdict]:
+    """`read_pairs` for one opened file."""
+    schema = source.schema_arrow
+    wrong = wrong_types(schema, COLUMNS)
+    fatal = lacking(schema.names) + [wrong[m] for m in ("url", "caption") if m in wrong]
+    if fatal:
+        raise UserError(f"{file}: {fatal[0]}")
+    found = {meaning: name for meaning, name in match(schema.names, COLUMNS).items() if meaning not in wrong}
+    number = 0
+    for batch in source.iter_batches(batch_size=rows, columns=list(dict.fromkeys(found.values()))):
+        taken = {meaning: values(batch.column(name)) for meaning, name in found.items()}
+        for row in zip(*taken.values(), strict=True):
+            yield _pair(dict(zip(taken, row, strict=True)), file, number)
+            number += 1
+
+
+def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | Verdict:
+    place = f"row {number}"
+    broken = next((meaning for meaning, value in row.items() if isinstance(value, bytes)), None)
+    if broken is not None:
+        return Verdict(file, place, "not UTF-8", broken)
+    url = (row["url"] or "").strip()
+    if not url:
+        return Verdict(file, place, "missing url")
+    own = _blank_to_none(row.get("caption"))
+    captions, scores = _generated(row)
+    generated = "top caption" in row or "captions" in row
+    if not generated:
+        captions, scores = ((own,), (None,)) if own else ((), ())
+    return Pair(
+        url=url,
+        captions=captions,
+        scores=scores,
+        alt_text=own if generated else None,
+        width=_size(row.get("width")),
+        height=_size(row.get("height")),
+        similarity=_number(row.get("similarity")),
+        punsafe=_number(row.get("punsafe")),
+        pwatermark=_number(row.get("pwatermark")),
+        aesthetic=_number(row.get("aesthetic")),
+        nsfw=_word(row.get("nsfw")),
+        license=_blank_to_none(row.get("license")),
+        language=_blank_to_none(row.get("language")),
+        hash=_hash(row.get("hash")),
+        md5=_blank_to_none(row.get("md5")),
+        id=_word(row.get("id")),
+    )
+
+
+def _generated(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
+    """LAION-COCO's captions by falling similarity, the top caption first; two that are the same count once."""
+    texts = row.get("captions") or []
+    numbers = [_number(score) for score in row.get("caption scores") or []]
+    if len(numbers) != len(texts):
+        numbers = [None] * len(texts)
+    scored: dict[str, float | None] = {}
+    ranked = sorted(
+        zip(texts, numbers, strict=True), key=lambda pair: math.inf if pair[1] is None else -pair[1]
+    )
+    top = _blank_to_none(row.get("top caption"))
+    if top is not None:
+        scored[top] = next((score for text, score in ranked if (text or "").strip() == top), None)
+    for text, score in ranked:
+        kept = _blank_to_none(text)
+        if kept is not None:
+            scored.setdefault(kept, score)
+    return tuple(scored), tuple(scored.values())
+
+
+def _blank_to_none(text: str | None) -> str | None:
+    text = (text or "").strip()
+    return text or None
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _size(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number >= 1 else None
+
+
+def _word(value: Any) -> str | None:
+    """Ids and labels as text: an id that went through a float column has lost its last digits, not its form."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+def _hash(value: Any) -> int | str | None:
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) else None
+    return value if isinstance(value, (int, str)) else None

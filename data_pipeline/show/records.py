@@ -1,0 +1,211 @@
+"""Sources that are read record by record: tables of pictures, documents, lines, conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, BinaryIO
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.formats import (
+    cc3m,
+    img2dataset_output,
+    instructions,
+    laion,
+    paligemma,
+    parquet_file,
+    refinedweb,
+)
+from data_pipeline.formats.columns import Column, match, nearest, wrong_types
+from data_pipeline.formats.verdict import Verdict
+from data_pipeline.show.survey import Bad, Survey, share, spread
+from data_pipeline.show.tallies import TALLIES, Tally
+
+RECORDS = 5000  # examined in all files together
+# Tables and lines gathered from the web have rows that are nothing; beyond this share something else is wrong.
+TOLERATED = 0.01
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "pairs": laion.COLUMNS,
+    "outcomes": img2dataset_output.COLUMNS,
+    "documents": refinedweb.COLUMNS,
+    "unknown": (),
+}
+TABLES: dict[str, Callable[[str, Any], Iterator[Any]]] = {
+    "pairs": laion.pairs_of,
+    "outcomes": img2dataset_output.outcomes_of,
+    "documents": refinedweb.documents_of,
+}
+FILES: dict[str, Callable[[str, BinaryIO], Iterator[Any]]] = {
+    "lines": cc3m.pairs_of,
+    "conversations": instructions.conversations_of,
+    "prompted": paligemma.prompted_of,
+}
+
+
+def look(found: Survey, examine: int, first: int) -> None:
+    """Fill in what the first records of `examine` files say."""
+    about, form = found.about, found.form
+    sizes = storage.sizes(form.files)
+    about["bytes"] = sum(sizes.values())
+    missing = [file for file in form.files if file not in sizes]
+    if len(missing) == len(form.files):
+        raise UserError(f"{form.files[0]} does not exist")
+    found.problems.extend(f"{file} does not exist" for file in missing)
+    chosen = spread([file for file in form.files if file in sizes], examine)
+    about["examined"] = {"shards": len(chosen), "samples": 0}
+    if form.family == "unknown":
+        _look_at_unknown(found, list(sizes))
+        return
+    tally = TALLIES[form.family](found, first)
+    bad = Bad()
+    if form.family in TABLES:
+        _count_rows(found, list(sizes))
+        _look_into_tables(found, chosen, tally, bad)
+    else:
+        _look_into_files(found, chosen, sizes, tally, bad)
+    about["examined"]["samples"] = tally.examined
+    tally.finish()
+    _tell_bad(found, bad, tally.examined)
+
+
+def _count_rows(found: Survey, files: list[str]) -> None:
+    """Rows, from the end of each file; a file that cannot be read is a problem and leaves the sum unknown."""
+    rows: int | None = 0
+    columns: list[str] | None = None
+    for file in files:
+        try:
+            with parquet_file.opened(file) as source:
+                rows = None if rows is None else rows + source.metadata.num_rows
+                names = source.schema_arrow.names
+        except UserError as error:
+            rows = None
+            found.problems.append(str(error))
+            continue
+        if columns is not None and names != columns:
+            odd = sorted(set(names) ^ set(columns)) or names
+            found.notes.append(f"{file} has other columns than the first file: {', '.join(odd)}")
+        columns = columns or names
+    found.about["samples"] = rows
+    found.about["counted_by"] = "parquet"
+    if rows == 0:
+        found.problems.append(f"the {len(files):,} files hold no rows")
+
+
+def _look_into_tables(found: Survey, files: list[str], tally: Tally, bad: Bad) -> None:
+    family, schema = found.form.family, None
+    each = max(RECORDS // max(len(files), 1), 100)
+    for file in files:
+        try:
+            with parquet_file.opened(file) as source:
+                schema = schema or source.schema_arrow
+                _take(islice(TABLES[family](file, source), each), tally, bad)
+        except UserError as error:
+            found.problems.append(str(error))
+    if schema is not None:
+        _tell_columns(found, schema, tally)
+
+
+def _look_into_files(found: Survey, files: list[str], sizes: dict[str, int], tally: Tally, bad: Bad) -> None:
+    """Lines and entries: all of small files; of large ones the first, from which the number is estimated."""
+    family = found.form.family
+    each = max(RECORDS // max(len(files), 1), 100)
+    read = records = 0
+    whole = len(files) == len(sizes)
+    for file in files:
+        with storage.asking(file), storage.open_bytes(file) as opened:
+            taken = _take(islice(FILES[family](file, opened), each), tally, bad)
+            read += opened.tell()
+            records += taken
+            whole = whole and taken < each
+    if whole:
+        found.about["samples"] = records
+        found.about["counted_by"] = "records"
+        if not records:
+            found.problems.append(f"the {len(files):,} files hold no records")
+    elif read:
+        found.about["estimated"] = round(records * found.about["bytes"] / read)
+
+
+def _take(records: Iterator[Any], tally: Tally, bad: Bad) -> int:
+    """Counts every record, also those that are a verdict; how many there were."""
+    before = tally.examined
+    for record in records:
+        tally.examined += 1
+        value = record[1] if isinstance(record, tuple) and isinstance(record[1], Verdict) else record
+        if isinstance(value, Verdict):
+            bad.add(value)
+        else:
+            tally.add(value)
+    return tally.examined - before
+
+
+def _tell_columns(found: Survey, schema: Any, tally: Tally) -> None:
+    columns = COLUMNS[found.form.family]
+    meanings = {name: meaning for meaning, name in match(schema.names, columns).items()}
+    found.about["columns"] = [
+        {
+            "name": field.name,
+            "type": str(field.type),
+            "meaning": meanings.get(field.name),
+            "missing": tally.missing(meanings.get(field.name)),
+        }
+        for field in schema
+    ]
+    found.problems.extend(wrong_types(schema, columns).values())
+
+
+def _tell_bad(found: Survey, bad: Bad, examined: int) -> None:
+    if not bad.counts:
+        return
+    total = sum(bad.counts.values())
+    listed = ", ".join(f"{reason} {count:,}" for reason, count in bad.counts.most_common())
+    first = bad.examples[0]
+    sentence = (
+        f"{share(total, examined)} records examined cannot be used: {listed}; the first is {first['place']} of "
+        f"{first['where']}"
+    )
+    gathered = found.form.family in ("pairs", "outcomes", "lines")
+    within = gathered and total <= TOLERATED * examined
+    (found.notes if within else found.problems).append(sentence)
+    found.about["verdicts"] = dict(bad.counts.most_common())
+    found.about["bad"] = bad.examples
+
+
+def _look_at_unknown(found: Survey, files: list[str]) -> None:
+    """Why it is none of the formats: the columns or fields it has, and what they may be meant for."""
+    if found.form.name == "unknown-json":
+        keys = _keys(files[0])
+        wanted = (*instructions.TURNS, "prefix", "suffix")
+        near = nearest(wanted, keys)
+        hint = f"is {near!r} one of them?" if near else "they have " + (", ".join(keys) or "no fields")
+        found.problems.append(
+            f"{files[0]}: no entry has any of {', '.join(wanted)}; {hint} Write LLaVA's conversations, messages, or "
+            "PaliGemma's image, prefix and suffix"
+        )
+        return
+    _count_rows(found, files)
+    for file in files:
+        try:
+            with parquet_file.opened(file) as source:
+                schema = source.schema_arrow
+        except UserError:
+            continue
+        sentences = laion.lacking(schema.names)
+        found.problems.append(
+            f"{file} is no table of a known format: for pictures, {'; '.join(sentences)}; for documents, no column "
+            "content or text"
+        )
+        found.about["columns"] = [
+            {"name": field.name, "type": str(field.type), "meaning": None, "missing": None}
+            for field in schema
+        ]
+        return
+
+
+def _keys(file: str) -> list[str]:
+    from data_pipeline.formats.json_stream import records
+
+    with storage.asking(file), storage.open_bytes(file) as opened:
+        values = [value for _, value in islice(records(file, opened), 20)]
+    return list(dict.fromkeys(str(key) for value in values if isinstance(value, dict) for key in value))
