@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline import activity
 from data_pipeline.decode import IMAGE_EXTENSIONS, decode_image, image_member
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.index import ShardReader
@@ -55,6 +56,12 @@ class RowMaker:
     def make(self, source: str, shard: int, index: int, key: int, train: bool) -> Row:
         """Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had."""
         sample_key, members = self._read(source, shard, index)
+        with activity.decoding(source, shard, index):
+            return self._row(sample_key, members, source, shard, key, train)
+
+    def _row(
+        self, sample_key: str, members: dict[str, bytes], source: str, shard: int, key: int, train: bool
+    ) -> Row:
         if self.spec.packed:
             return Row(None, self._packed(members, source, shard, sample_key), self.length, (), -1)
         image: np.ndarray | None = None
