@@ -64,8 +64,12 @@ def missing(names: Sequence[str], columns: Sequence[Column]) -> list[str]:
         if not column.required or column.meaning in found:
             continue
         near = nearest(column.names, [name for name in names if name not in found.values()])
-        hint = f"is {near!r} it? Rename it to {column.names[0]}" if near else f"it has {', '.join(names)}"
-        sentences.append(f"no column with the {column.meaning} ({' or '.join(column.names[:4])}); {hint}")
+        hint = (
+            f"is {near!r} the {column.meaning}? Rename it" if near else f"rename the {column.meaning} column"
+        )
+        sentences.append(
+            f"no column {' or '.join(column.names)}, only {', '.join(names)}; {hint} to {column.names[0]}"
+        )
     return sentences
 
 
