@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data_pipeline import storage
 from data_pipeline.activity import reading
@@ -14,6 +14,10 @@ from data_pipeline.manifest import INDEX_FOLDER, Manifest, open_source, stats_ur
 from data_pipeline.offsets import Offsets
 from data_pipeline.scan import locate
 from data_pipeline.tar import Sample, members_of
+
+if TYPE_CHECKING:
+    from data_pipeline.cache import CacheSettings
+    from data_pipeline.remote import RemoteShards
 
 __all__ = ["Manifest", "ShardReader", "open_source"]
 
@@ -27,16 +31,23 @@ class ShardReader:
     """
 
     def __init__(
-        self, manifest: Manifest, learned_bytes: int = 1 << 30, files: int = 64, fetched: int = 2
+        self,
+        manifest: Manifest,
+        cache: CacheSettings | None = None,
+        learned_bytes: int = 1 << 30,
+        files: int = 64,
     ) -> None:
         self.manifest = manifest
         self.offsets = Offsets(manifest, learned_bytes)
         self._learned_bytes = learned_bytes
         self._warned = False
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._fetched: OrderedDict[int, bytes] = OrderedDict()
-        self._limits = (files, fetched)
-        self._remote = storage.is_remote(manifest.root)
+        self._most_files = files
+        self._remote: RemoteShards | None = None
+        if storage.is_remote(manifest.root):
+            from data_pipeline.remote import RemoteShards
+
+            self._remote = RemoteShards(manifest, self.offsets, cache)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -59,7 +70,8 @@ class ShardReader:
         """Forget open files and fetched bytes, which may be stale; what is known of the shards stays."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self._fetched.clear()
+        if self._remote is not None:
+            self._remote.forget()
 
     def close(self) -> None:
         self.reopen()
@@ -68,7 +80,7 @@ class ShardReader:
         if not self.offsets.knows(shard):
             self._learn(shard)
         start, stop = self.offsets.range(shard, index)
-        span = self._span(shard, start, stop)
+        span = self._span(shard, index, start, stop)
         try:
             return members_of(span, "its span"), span
         except UserError as error:
@@ -81,7 +93,7 @@ class ShardReader:
 
     def _learn(self, shard: int) -> None:
         url = self.manifest.url(shard)
-        starts = locate(self._fetch(shard) if self._remote else url, url)
+        starts = locate(url, url) if self._remote is None else self._remote.located(shard)
         promised = int(self.manifest.tar_counts[shard])
         if len(starts) - 1 != promised:
             raise wrong_count(url, promised, len(starts) - 1, self._counted_in(url))
@@ -100,18 +112,18 @@ class ShardReader:
             return f"the index {storage.join(self.manifest.root, INDEX_FOLDER)}"
         return stats_url(url) if self.manifest.counted_by == "stats" else "an earlier walk over it"
 
-    def _span(self, shard: int, start: int, stop: int) -> bytes:
-        if self._remote:
-            if shard in self._fetched:
-                return self._fetched[shard][start:stop]
-            return storage.read_range(self.manifest.url(shard), start, stop - start)
+    def _span(self, shard: int, index: int, start: int, stop: int) -> bytes:
+        if self._remote is not None:
+            return self._remote.span(shard, index, start, stop)
         url = self.manifest.url(shard)
         with reading(url):
             if shard in self._files:
                 self._files.move_to_end(shard)
             else:
                 descriptor = os.open(storage.local_path(url), os.O_RDONLY)
-                _remember(self._files, shard, descriptor, self._limits[0], os.close)
+                self._files[shard] = descriptor
+                if len(self._files) > self._most_files:
+                    os.close(self._files.popitem(last=False)[1])
             data = storage.read_descriptor(self._files[shard], start, stop - start)
         if len(data) != stop - start:
             raise UserError(
@@ -119,16 +131,3 @@ class ShardReader:
                 f"run: dromos data index {self.manifest.root}"
             )
         return data
-
-    def _fetch(self, shard: int) -> bytes:
-        if shard not in self._fetched:
-            _remember(self._fetched, shard, storage.read_bytes(self.manifest.url(shard)), self._limits[1])
-        return self._fetched[shard]
-
-
-def _remember(kept: OrderedDict[int, Any], key: int, value: Any, limit: int, drop: Any = None) -> None:
-    kept[key] = value
-    while len(kept) > limit:
-        _, old = kept.popitem(last=False)
-        if drop is not None:
-            drop(old)

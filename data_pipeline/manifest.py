@@ -39,6 +39,7 @@ class Manifest:
     fingerprint: covers paths, counts, sizes, the tokenizer of packed text and the view; it is the same whoever
     counted and wherever the root lies
     offsets: where the index keeps the samples' places, None without an index
+    versions: uint64 [shards], of the content as the object store names it; None for files
     view, kept: the view's name and its bitmap, where only some of the samples are used; `counts` are of these
     """
 
@@ -53,6 +54,7 @@ class Manifest:
     view: str | None = None
     offsets: OffsetFile | None = None
     kept: View | None = None
+    versions: np.ndarray | None = None
 
     @property
     def samples(self) -> int:
@@ -121,12 +123,17 @@ def open_source(name: str, path: str, view: str | None = None) -> Manifest:
 def _open(name: str, path: str) -> Manifest:
     urls = storage.list_shards(path)
     root = storage.root_of(path)
-    lengths = shard_lengths(urls, path)
+    tags: dict[str, int] = {}
+    lengths = shard_lengths(urls, path, tags)
     indexed = read_index(root)
     if indexed is not None:
-        return _from_index(name, root, urls, lengths, *indexed)
-    counts, counted_by, tokenizer = count_shards(urls)
-    return make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
+        manifest = _from_index(name, root, urls, lengths, *indexed)
+    else:
+        counts, counted_by, tokenizer = count_shards(urls)
+        manifest = make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
+    if not tags:
+        return manifest
+    return replace(manifest, versions=np.array([tags.get(url, 0) for url in urls], np.uint64))
 
 
 def make_manifest(
@@ -159,9 +166,9 @@ def paths_below(root: str, urls: Sequence[str]) -> list[str]:
     ]
 
 
-def shard_lengths(urls: Sequence[str], path: str) -> dict[str, int]:
-    """Bytes of every shard; UserError if one is not there."""
-    lengths = storage.sizes(urls)
+def shard_lengths(urls: Sequence[str], path: str, tags: dict[str, int] | None = None) -> dict[str, int]:
+    """Bytes of every shard; UserError if one is not there. `tags` is filled as in storage.sizes."""
+    lengths = storage.sizes(urls, tags)
     missing = [url for url in urls if url not in lengths]
     if len(missing) == len(urls):
         raise UserError(
@@ -185,7 +192,7 @@ def count_shards(urls: Sequence[str]) -> tuple[list[int], Literal["stats", "tar"
 
 
 def _count(url: str) -> int:
-    return len(locate(storage.read_bytes(url) if storage.is_remote(url) else url, url)) - 1
+    return len(locate(url, url)) - 1
 
 
 def tokenizer_of(stats: dict[str, dict[str, Any]]) -> str | None:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
+import xxhash
+
 from data_pipeline import activity, object_store
 from data_pipeline.errors import UserError
 from data_pipeline.object_store import ask, asking, filesystem
@@ -51,12 +53,18 @@ def size(url: str) -> int:
     return int(ask(url, lambda store: store.size(url)))
 
 
-def sizes(urls: Sequence[str]) -> dict[str, int]:
-    """Bytes of each file that exists; a remote folder is listed once instead of asked file by file."""
+def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, int]:
+    """Bytes of each file that exists; a remote folder is listed once instead of asked file by file.
+
+    `tags` is filled with a hash of each remote file's ETag, which changes with its content.
+    """
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
         with suppress(FileNotFoundError):
-            found |= ask(folder, partial(_listed_sizes, folder))
+            for url, entry in ask(folder, partial(_entries, folder)).items():
+                found[url] = entry["size"] or 0
+                if tags is not None and "ETag" in entry:
+                    tags[url] = xxhash.xxh64_intdigest(str(entry["ETag"]).encode())
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -64,9 +72,37 @@ def sizes(urls: Sequence[str]) -> dict[str, int]:
     return {url: found[url] for url in urls if url in found}
 
 
-def _listed_sizes(folder: str, store: Any) -> dict[str, int]:
-    entries = store.ls(folder, detail=True)
-    return {store.unstrip_protocol(entry["name"]): entry["size"] or 0 for entry in entries}
+def _entries(folder: str, store: Any) -> dict[str, dict[str, Any]]:
+    return {store.unstrip_protocol(entry["name"]): entry for entry in store.ls(folder, detail=True)}
+
+
+def versions(urls: Sequence[str]) -> dict[str, str]:
+    """What changes when a file does, of each that exists: the time of its last change in nanoseconds, or the
+    store's ETag; "" where it gives none."""
+    found: dict[str, str] = {}
+    for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
+        with suppress(FileNotFoundError):
+            entries = ask(folder, partial(_entries, folder))
+            found |= {url: str(entry.get("ETag") or "") for url, entry in entries.items()}
+    for url in urls:
+        if not is_remote(url):
+            with suppress(FileNotFoundError):
+                found[url] = str(os.stat(local_path(url)).st_mtime_ns)
+    return {url: found[url] for url in urls if url in found}
+
+
+def remove(urls: Sequence[str]) -> None:
+    """Delete files; those that are gone already are left at that."""
+    for url in urls:
+        with suppress(FileNotFoundError):
+            if is_remote(url):
+                ask(url, partial(_remove, url))
+            else:
+                os.unlink(local_path(url))
+
+
+def _remove(url: str, store: Any) -> None:
+    store.rm_file(url)
 
 
 def read_bytes(url: str) -> bytes:
