@@ -131,6 +131,7 @@ def count_walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return locate(source, where)
 
     monkeypatch.setattr("data_pipeline.index.locate", counted)
+    monkeypatch.setattr("data_pipeline.remote.locate", counted)
     return walks
 
 
