@@ -66,11 +66,15 @@ class BatchMaker:
             for name, source in spec.sources.items()
         ]
         try:
-            self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed)
+            self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed, spec.share_by, spec.segments)
         except UserError as error:
             raise UserError(f"data.{spec.name}: {error}") from None
         self._rows = RowMaker(spec, self.manifests, self.tokenizer)
         self.condemned: dict[tuple[str, int, int], str] = {}
+
+    def remade(self, spec: StreamSpec) -> BatchMaker:
+        """A maker for another specification of the same sources."""
+        return BatchMaker(spec, self.manifests, self.tokenizer)
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -43,7 +43,7 @@ class EvaluationMaker:
         return int(self._ends[-1])
 
     def __len__(self) -> int:
-        return -(-self.samples // self.spec.batch)
+        return -(-self.samples // self.spec.largest)
 
     def check(self) -> None:
         """Raise UserError if the first samples are all unusable."""
@@ -53,10 +53,11 @@ class EvaluationMaker:
         """Rows [start, stop) of batch `number`; `meta` holds each row's key, caption and json member."""
         batch = self._rows.empty(number, start, stop)
         batch.meta = []
-        place = number * self.spec.batch + np.arange(start, stop, dtype=np.int64)
+        place = number * self.spec.largest + np.arange(start, stop, dtype=np.int64)
         real = int((place < self.samples).sum())
         shards = np.searchsorted(self._ends, place[:real], side="right").astype(np.int64)
         indices = place[:real] - (self._ends - self.manifests[self.source].counts)[shards]
+        indices = self.manifests[self.source].in_tar(shards, indices)
         batch.sample_ids[:real] = sample_ids(self.source, shards, indices)
         batch.row_keys[:real] = row_keys(
             self.spec.seed, self.source, shards, indices, np.zeros(real, np.int64), 0
@@ -72,13 +73,16 @@ class EvaluationMaker:
         self._rows.close()
 
     def _put(self, batch: Batch, i: int, shard: int, index: int) -> dict[str, Any] | None:
+        out = None if batch.pixels is None else batch.pixels[i]
         try:
-            row = self._rows.make(self.source, shard, index, int(batch.row_keys[i]), train=False)
+            row = self._rows.make(self.source, shard, index, None, out)
         except ContentError as verdict:
             reasons = batch.skipped.setdefault(self.source, {})
             reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
             place = {"step": batch.step, "row": batch.start + i}
             batch.bad.append(place | self._rows.bad(self.source, shard, index, verdict))
+            if out is not None:
+                out[...] = 0  # its caption may have been what is wrong
             return None
         self._rows.put(batch, i, row)
         batch.weights[i] = 1

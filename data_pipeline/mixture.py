@@ -28,6 +28,19 @@ def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
     return total
 
 
+def earlier(groups: np.ndarray) -> np.ndarray:
+    """How many elements of each row before an element are equal to it; `groups` is [rows, elements], from 0 on."""
+    small = groups.astype(np.int16) if groups.max(initial=0) < 2**15 else groups  # sorted by radix
+    order = np.argsort(small, axis=1, kind="stable")
+    ordered = np.take_along_axis(small, order, 1)
+    at = np.arange(groups.shape[1])
+    begins = np.zeros(groups.shape, np.int64)
+    np.copyto(begins[:, 1:], at[1:], where=ordered[:, 1:] != ordered[:, :-1])
+    found = np.empty(groups.shape, np.int64)
+    np.put_along_axis(found, order, at - np.maximum.accumulate(begins, axis=1), 1)
+    return found
+
+
 class Cycle:
     """Slots of every lane: slot q of lane i goes to the source whose interval holds (q g + i C / L) mod C.
 

@@ -1,28 +1,32 @@
 """Which sample stands in which row of which step: a pure function of the recipe, so that anyone can make any batch.
 
 A stream's rows are split into lanes; a cycle of slots (mixture.py) deals each lane's rows to the sources, and each
-source's own order (source_order.py) says which sample that is. Nothing here depends on ranks, workers or the past.
+source's own order (source_order.py, walk.py) says which sample that is. Nothing here depends on ranks or workers,
+nor on the past but for the changes of the mixture that a user has accepted (segments.py).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from json import dumps
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.digest import hex16
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import hash64, key64
-from data_pipeline.mixture import Cycle
-from data_pipeline.shares import exact, integer_weights, shares, size
+from data_pipeline.mixture import Cycle, earlier
+from data_pipeline.segments import Base, Past, Segment, follow, told
+from data_pipeline.shares import By, exact, integer_weights, shares, size
 from data_pipeline.source_order import SourceOrder
+from data_pipeline.walk import Walk
 
 MOST_LANES = 1024
 
@@ -56,59 +60,86 @@ class Refs:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """From `first_step` on, slots are dealt by `cycle`; `drawn` [sources, lanes] is what was dealt before."""
+class Phase:
+    """From `first_step` on, when each lane has served `begin` samples, slots are dealt by `cycle`.
+
+    `drawn` [sources, lanes] is what was dealt before.
+    """
 
     first_step: int
+    begin: int
     cycle: Cycle
     drawn: np.ndarray
 
 
-class StreamOrder:
-    """The order of one stream. `seed` is any integer below 2**64, see `stream_seed`."""
+class Resumed(NamedTuple):
+    """How a stream goes on: the segments to make its order with, and what was accepted and is left, in words."""
 
-    def __init__(self, sources: Sequence[SourceCounts], batch: int, lanes: int | None, seed: int) -> None:
-        self.batch = batch
-        self.lanes = choose_lanes(batch, lanes)
+    segments: tuple[Segment, ...]
+    changes: list[str]
+
+
+class StreamOrder:
+    """The order of one stream. `seed` is any integer below 2**64, see `stream_seed`.
+
+    `by` says how sources without a weight share the stream. `segments` are those that `resume` gave, when a run goes
+    on with a changed mixture; the last of them is of the mixture given here.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceCounts],
+        batch: int | Mapping[int, int] | Batches,
+        lanes: int | None,
+        seed: int,
+        by: By = "size",
+        segments: Sequence[Segment] = (),
+    ) -> None:
+        self.batches = Batches.of(batch)
+        self.lanes = choose_lanes(self.batches, lanes)
         self.seed = seed
         names = [source.name for source in sources]
         if not names or len(set(names)) < len(names):
             raise UserError(
                 f"a stream needs one or more sources, each under a name of its own; it has {names}"
             )
-        self.sources = [SourceOrder(source.name, source.counts, self.lanes, seed) for source in sources]
+        self._past = Past.of(segments[:-1], segments[-1].consumed_per_lane, self.lanes) if segments else None
+        self._base = segments[-1].base if segments else {name: Base(0) for name in names}
+        self.sources = [
+            SourceOrder(source.name, source.counts, self.lanes, seed, self._base[source.name].first_epoch)
+            for source in sources
+        ]
         named = {source.name: source for source in sources}
         sizes = [size(order.name, named[order.name], order.samples) for order in self.sources]
-        self.weights = integer_weights(shares(named, sizes), names)
+        self.weights = integer_weights(shares(named, sizes, by), names)
         self._epoch_samples = ceil(sum(sizes))
         self._limits = [None if source.max_epochs is None else exact(source.max_epochs) for source in sources]
         self.mixture_hash = self._hash()
+        self._walk = Walk(self.sources)
+        self._interleaved = np.array([source.interleaved for source in self.sources])
         self.ends: dict[str, int] = {}  # source -> step from which on its max_epochs are over
         self.last_step: int | None = None  # step at which all sources have ended
-        self.segments: list[Segment] = []
+        self.segment = segments[-1] if segments else self._segment(0, 0, {})
+        self._phases: list[Phase] = []
         self._plan()
 
     def refs(self, step: int, start: int = 0, stop: int | None = None) -> Refs:
         """Samples of rows [start, stop) of the global batch of `step`; both count from 0."""
-        stop = self.batch if stop is None else stop
-        if step < 0 or not 0 <= start <= stop <= self.batch:
-            raise ValueError(f"no rows [{start}, {stop}) of step {step} in batches of {self.batch}")
+        batch = self.batches.at(step)
+        stop = batch if stop is None else stop
+        if step < self.segment.first_step or not 0 <= start <= stop <= batch:
+            raise ValueError(
+                f"no rows [{start}, {stop}) of step {step} in batches of {batch} from step {self.segment.first_step} on"
+            )
         if self.last_step is not None and step >= self.last_step:
             raise UserError(
                 f"the stream is over: all its sources reach their max_epochs after {self.last_step} steps; "
                 "train no longer than that, or raise max_epochs"
             )
         rows = np.arange(start, stop)
-        per_lane = self.batch // self.lanes
-        lane = rows // per_lane
+        lane = rows // (batch // self.lanes)
         source, draw = self._deal(step, rows)
-        out = np.zeros((3, rows.size), np.int64)
-        for k, order in enumerate(self.sources):
-            if len(self.sources) == 1:
-                out[:] = order.refs(lane, draw)
-            elif (chosen := np.flatnonzero(source == k)).size:
-                out[:, chosen] = order.refs(lane[chosen], draw[chosen])
-        return Refs(rows, source, *out)
+        return Refs(rows, source, *self._walk.refs(source, lane, draw))
 
     def replacement(self, source: int, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
         """Shard and index of the sample that replaces a bad one at `attempt` >= 1; see SourceOrder.replacement."""
@@ -119,104 +150,131 @@ class StreamOrder:
         return self._epoch_samples
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Samples that the steps before `step` took of each source."""
-        return dict(zip((s.name for s in self.sources), self._drawn(step).sum(axis=1).tolist(), strict=True))
+        """Samples that the steps before `step` took of each source, also of those that have left."""
+        phase, slots = self._phase(step)
+        here = phase.drawn - self._drawn_before() + phase.cycle.consumed(np.arange(self.lanes), slots)
+        total = self._past.totals() if self._past else {}
+        for source, drawn in zip(self.sources, here.sum(axis=1).tolist(), strict=True):
+            total[source.name] = total.get(source.name, 0) + drawn
+        return total
 
     def state(self, step: int, fingerprints: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps, as JSON: enough to say on resume that nothing has changed.
+        """What a checkpoint after `step` steps keeps, as JSON: enough for `resume` to go on, also with other data.
 
-        `fingerprints` are the sources' manifests'. One segment, since a mixture cannot change yet while it runs.
+        `fingerprints` are the sources' manifests'.
         """
-        names = [source.name for source in self.sources]
-        segment = {
-            "first_step": 0,
-            "mixture_hash": self.mixture_hash,
-            "fingerprints": dict(fingerprints or {}),
-            "samples": {source.name: source.samples for source in self.sources},
-            "weights": dict(zip(names, self.weights, strict=True)),
-            "max_epochs": {name: str(limit) for name, limit in zip(names, self._limits, strict=True)},
-            "consumed_per_lane": 0,
-            "base": dict.fromkeys(names, 0),
-        }
+        cycles = tuple((phase.begin, tuple(phase.cycle.weights.tolist())) for phase in self._phases)
+        now = replace(self.segment, fingerprints=dict(fingerprints or {}), cycles=cycles)
         return {
             "step": step,
             "seed": hex16(self.seed),
-            "batch": self.batch,
+            "batch": self.batches.plain(),
             "lanes": self.lanes,
-            "consumed_per_lane": step * (self.batch // self.lanes),
+            "consumed_per_lane": self._served(step),
             "consumed": self.consumed(step),
-            "segments": [segment],
+            "segments": [one.to_json() for one in (*(self._past.segments if self._past else ()), now)],
         }
 
-    def check_state(self, state: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> None:
-        """Raise UserError, with both values of all that differs, unless `state` was written by this same order."""
-        now = self.state(0, fingerprints)
+    def resume(
+        self,
+        state: Mapping[str, Any],
+        fingerprints: Mapping[str, str] | None = None,
+        accept_change: bool = False,
+    ) -> Resumed:
+        """The segments with which an order of this mixture goes on after `state`.
+
+        Raises UserError with both values of all that differs from what the state was written with, unless
+        `accept_change` allows it: then a segment is opened. Seed and lanes never change.
+        """
+        now = self._segment(0, 0, dict(fingerprints or {}))
         try:
-            segments = state["segments"]
-            pairs = [(key, state[key], now[key]) for key in ("seed", "batch", "lanes")]
-            pairs += [
-                (
-                    f"{key} of source {name!r}",
-                    before.get(name, "no such source"),
-                    after.get(name, "no such source"),
-                )
-                for key in ("fingerprints", "samples", "weights", "max_epochs")
-                for before, after in [(segments[-1][key], now["segments"][0][key])]
-                if before and after
-                for name in sorted({*before, *after})
-            ]
-            pairs.append(("mixture_hash", segments[-1]["mixture_hash"], self.mixture_hash))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            before = tuple(Segment.from_json(one) for one in state["segments"])
+            step, served = int(state["step"]), int(state["consumed_per_lane"])
+            fixed = [("seed", state["seed"], hex16(self.seed)), ("lanes", state["lanes"], self.lanes)]
+            free = [("batch", state["batch"], self.batches.plain()), *_differing(before[-1], now)]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"the checkpoint's data position cannot be read ({error!r}); use another checkpoint"
             ) from error
-        changed = [f"{what} was {before}, is now {after}" for what, before, after in pairs if before != after]
-        if len(segments) != 1:
-            changed.insert(0, f"segments: the checkpoint has {len(segments)}, this version of dromos reads 1")
-        if changed:
+        kept, changed = (
+            [f"{what} was {old}, is now {new}" for what, old, new in pairs if old != new]
+            for pairs in (fixed, free)
+        )
+        if kept and accept_change:
             raise UserError(
-                f"the data is not what the checkpoint was trained on: {'; '.join(changed)}. Restore the data and the "
-                "mixture, or start a new run folder; run.accept_change, which goes on with changed data, will be "
-                "supported later"
+                f"{'; '.join(kept)}: neither seed nor lanes of a stream can change while it runs. Restore them "
+                "(lanes can be written beside a new batch), or start a new run folder"
             )
+        if kept or (changed and not accept_change):
+            raise UserError(
+                f"the data is not what the checkpoint was trained on: {'; '.join(kept + changed)}. Restore the data "
+                "and the mixture, or go on with what is there now (run.accept_change=true; in Python, "
+                "resume(state, accept_change=True)), or start a new run folder"
+            )
+        if not changed:
+            return Resumed(before if len(before) > 1 else (), [])
+        past = Past.of(before, served, self.lanes)
+        opened = follow(past, replace(now, first_step=step, consumed_per_lane=served), self.lanes)
+        return Resumed((*before, opened), changed + told(opened))
+
+    def _segment(self, first_step: int, served: int, fingerprints: dict[str, str]) -> Segment:
+        names = [source.name for source in self.sources]
+        return Segment(
+            first_step=first_step,
+            consumed_per_lane=served,
+            mixture_hash=self.mixture_hash,
+            fingerprints=fingerprints,
+            samples={source.name: source.samples for source in self.sources},
+            counts={source.name: source.counts_hash for source in self.sources},
+            weights=dict(zip(names, self.weights, strict=True)),
+            max_epochs={name: str(limit) for name, limit in zip(names, self._limits, strict=True)},
+            base={name: Base(0) for name in names},
+            unvisited={},
+        )
+
+    def _served(self, step: int) -> int:
+        """Samples that each lane has served before `step`."""
+        rows = self.batches.before(step) - self.batches.before(self.segment.first_step)
+        return self.segment.consumed_per_lane + rows // self.lanes
 
     def _deal(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row, and which draw of it: by lane, or counted over all lanes where it is interleaved."""
-        segment, slots = self._segment(step)
-        per_lane = self.batch // self.lanes
-        if any(source.interleaved for source in self.sources):
-            lane = np.arange(self.lanes)
-        else:
-            lane = np.unique(rows // per_lane)
-        source = segment.cycle.sources(lane[:, None], slots + np.arange(per_lane))
-        drawn = segment.drawn[:, lane] + segment.cycle.consumed(lane, slots)
-        draw = np.zeros_like(source)
-        for k, order in enumerate(self.sources):
-            mine = source == k
-            if order.interleaved:
-                count = np.cumsum(mine.T).reshape(mine.T.shape).T + drawn[k].sum()
-            else:
-                count = np.cumsum(mine, axis=1) + drawn[k][:, None]
-            np.copyto(draw, count - 1, where=mine)
+        phase, slots = self._phase(step)
+        per_lane = self.batches.at(step) // self.lanes
+        mine = np.unique(rows // per_lane)
+        lane = np.arange(self.lanes) if self._interleaved.any() else mine
+        source = phase.cycle.sources(lane[:, None], slots + np.arange(per_lane))
+        drawn = phase.drawn[:, lane] + phase.cycle.consumed(lane, slots)
+        draw = drawn[source, np.arange(lane.size)[:, None]] + earlier(source)
+        if self._interleaved.any():
+            over_lanes = earlier(source.T.reshape(1, -1)).reshape(per_lane, -1).T
+            draw = np.where(self._interleaved[source], drawn.sum(axis=1)[source] + over_lanes, draw)
         at = rows - lane[0] * per_lane if rows.size else rows
         return source.reshape(-1)[at], draw.reshape(-1)[at]
 
-    def _segment(self, step: int) -> tuple[Segment, int]:
-        """The segment of a step, and the slots that each lane dealt in it before that step."""
-        segment = next(s for s in reversed(self.segments) if s.first_step <= step)
-        return segment, (step - segment.first_step) * (self.batch // self.lanes)
+    def _phase(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the slots that each lane dealt in it before that step."""
+        phase = next(s for s in reversed(self._phases) if s.first_step <= step)
+        return phase, self._served(step) - phase.begin
 
     def _drawn(self, step: int) -> np.ndarray:
-        segment, slots = self._segment(step)
-        return segment.drawn + segment.cycle.consumed(np.arange(self.lanes), slots)
+        phase, slots = self._phase(step)
+        return phase.drawn + phase.cycle.consumed(np.arange(self.lanes), slots)
+
+    def _drawn_before(self) -> np.ndarray:
+        """Draws, int64 [sources, lanes], that the sources go on from at the present segment's start."""
+        if self._past is None:
+            return np.zeros((len(self.sources), self.lanes), np.int64)
+        return np.stack(
+            [self._past.since(s.name, self._base[s.name].segment, self.lanes) for s in self.sources]
+        )
 
     def _plan(self) -> None:
-        """Lay out the segments: at the step where a source has had its max_epochs, the others share its slots."""
+        """Lay out the phases: at the step where a source has had its max_epochs, the others share its slots."""
         weights = list(self.weights)
-        self.segments = [
-            Segment(0, Cycle(weights, self.lanes), np.zeros((len(weights), self.lanes), np.int64))
-        ]
+        step, drawn = self.segment.first_step, self._drawn_before()
         while any(weights):
+            self._phases.append(Phase(step, self._served(step), Cycle(weights, self.lanes), drawn))
             ends = {
                 k: self._end(k, limit)
                 for k, limit in enumerate(self._limits)
@@ -225,16 +283,16 @@ class StreamOrder:
             if not ends:
                 return
             step = min(ends.values())
+            drawn = self._drawn(step)
             for k in (k for k, end in ends.items() if end == step):
                 self.ends[self.sources[k].name], weights[k] = step, 0
-            if any(weights):
-                self.segments.append(Segment(step, Cycle(weights, self.lanes), self._drawn(step)))
         self.last_step = step
 
     def _end(self, k: int, passes: Fraction) -> int:
-        """First step before which source `k` has had all its passes."""
-        source, first = self.sources[k], self.segments[-1].first_step
-        goal = ceil(passes * source.samples / source.pieces)
+        """First step before which source `k` has had all its passes, those over samples it had earlier included."""
+        source, first = self.sources[k], self._phases[-1].first_step
+        left = passes - Fraction(self._base[source.name].passes)
+        goal = ceil(left * source.samples / source.pieces)
 
         def over(step: int) -> bool:
             drawn = self._drawn(step)[k]
@@ -247,22 +305,34 @@ class StreamOrder:
 
     def _hash(self) -> str:
         sources = [
-            [source.name, xxhash.xxh64_hexdigest(source.first.astype("<i8").tobytes()), weight, str(limit)]
+            [source.name, source.counts_hash, weight, str(limit)]
             for source, weight, limit in zip(self.sources, self.weights, self._limits, strict=True)
         ]
         return xxhash.xxh64_hexdigest(dumps({"lanes": self.lanes, "sources": sources}).encode())
 
 
-def choose_lanes(batch: int, lanes: int | None) -> int:
-    """Lanes of a stream: what the recipe says if it divides the batch, else the largest divisor of it up to 1024."""
-    if batch < 1:
-        raise UserError(f"batch is {batch}; it must be at least 1")
+def _differing(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
+    """What may differ between two mixtures, with both values, equal or not."""
+    found = [
+        (f"{key} of source {name!r}", old.get(name, "no such source"), new.get(name, "no such source"))
+        for key in ("fingerprints", "samples", "weights", "max_epochs")
+        for old, new in [(getattr(before, key), getattr(now, key))]
+        if old and new
+        for name in sorted({*old, *new})
+    ]
+    return [*found, ("mixture_hash", before.mixture_hash, now.mixture_hash)]
+
+
+def choose_lanes(batches: Batches, lanes: int | None) -> int:
+    """Lanes of a stream: what the recipe says if it divides every batch, else their largest divisor up to 1024."""
+    common = batches.divisor
     if lanes is None:
-        return max(d for d in range(1, min(batch, MOST_LANES) + 1) if batch % d == 0)
-    if lanes < 1 or batch % lanes:
-        near = min((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - lanes))
+        return max(d for d in range(1, min(common, MOST_LANES) + 1) if common % d == 0)
+    if lanes < 1 or common % lanes:
+        near = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - lanes))
+        what = "the batch" if len(batches.rows) == 1 else "every batch"
         raise UserError(
-            f"lanes: {lanes} does not divide the batch of {batch}; the nearest number that does is {near}"
+            f"lanes: {lanes} does not divide {what} of {batches}; the nearest number that does is {near}"
         )
     return lanes
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from math import gcd, lcm
-from typing import Protocol
+from math import gcd, isqrt, lcm
+from typing import Literal, Protocol
 
 from data_pipeline.errors import UserError
 
 LIMIT = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
+
+By = Literal["size", "sqrt"]  # what the shares of sources without a weight are in proportion to
 
 
 class Share(Protocol):
@@ -76,8 +78,14 @@ def size(name: str, source: Share, samples: int) -> Fraction:
     return grown if source.cap is None else min(grown, Fraction(source.cap))
 
 
-def shares(sources: Mapping[str, Share], sizes: Sequence[Fraction]) -> list[Fraction]:
-    """Shares of the sources, in proportion; see order.SourceCounts."""
+def root(size: Fraction) -> Fraction:
+    """Square root, exact for squares of whole numbers, else rounded down to a multiple of 2**-20."""
+    return Fraction(isqrt(int(size * 2**40)), 2**20)
+
+
+def shares(sources: Mapping[str, Share], sizes: Sequence[Fraction], by: By = "size") -> list[Fraction]:
+    """Shares of the sources, in proportion; see order.SourceCounts. `by` is for sources without a weight."""
+    sizes = [root(size) for size in sizes] if by == "sqrt" else sizes
     given = [None if source.weight is None else exact(source.weight) for source in sources.values()]
     rest = 1 - sum(weight for weight in given if weight is not None)
     total = sum((size for size, weight in zip(sizes, given, strict=True) if weight is None), Fraction(0))

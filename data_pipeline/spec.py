@@ -8,19 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.decode import ImageSpec
 from data_pipeline.errors import UserError
+from data_pipeline.segments import Segment
+from data_pipeline.shares import By
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One dataset of a mixture: a folder or pattern of tars, and how much of it."""
+    """One dataset of a mixture: a folder or pattern of tars, and how much of it.
+
+    `view` names a view that `dromos data view` made of the source: the samples it keeps are all there are.
+    """
 
     path: str
     weight: float | None = None
     repeat: float | None = None
     cap: int | None = None
     max_epochs: float | None = None
+    view: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class TextSpec:
 class StreamSpec:
     """A named mixture of sources and its global batch; seed comes from `order.stream_seed`.
 
+    `batch` is a number of rows, or a schedule of them. `share_by` says how sources without a weight share the rows.
+    `segments` are those of a run that goes on with a changed mixture, see `StreamOrder.resume`.
+
     With `image` or `text` a sample is an image and a caption. With neither it is a packed sequence of
     `length` tokens, made offline.
     """
@@ -42,17 +52,32 @@ class StreamSpec:
     name: str
     seed: int
     sources: Mapping[str, SourceSpec]
-    batch: int
+    batch: int | Batches
     lanes: int | None = None
     image: ImageSpec | None = None
     text: TextSpec | None = None
     length: int | None = None
+    share_by: By = "size"
+    segments: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError(f"data.{self.name}.sources: no source is named")
         if self.packed and self.length is None:
             raise UserError(f"data.{self.name}: needs image and text, or the length of its packed sequences")
+
+    @property
+    def batches(self) -> Batches:
+        return Batches.of(self.batch)
+
+    def rows(self, step: int) -> int:
+        """Rows of the global batch of `step`, counted from 0."""
+        return self.batches.at(step)
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest global batch."""
+        return self.batches.largest
 
     @property
     def packed(self) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.decode import ImageSpec
 from data_pipeline.errors import UserError
 from data_pipeline.loader import LocalLoader
 from data_pipeline.order import StreamOrder, stream_seed
+from data_pipeline.shares import By
 from data_pipeline.spec import Batch, SourceSpec, StreamSpec, TextSpec
 
 
@@ -27,15 +30,16 @@ class Stream:
             saved = stream.state()               # JSON; another process goes on with stream.resume(saved)
 
     Parameters: `sources` is a folder or pattern of tars, or name -> path or SourceSpec for a mixture; `batch` is the
-    global batch; without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a
-    member `npy`). `workers` processes decode; 0 decodes in a thread of this process. Use it as a context manager, or
+    global batch, or first step -> rows; `share_by` ("size" or "sqrt" of it) shares the rows among sources without a
+    weight. Without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a member
+    `npy`). `workers` processes decode; 0 decodes in a thread of this process. Use it as a context manager, or
     call close(). Raises UserError for what cannot work, before the first batch where it can be known.
     """
 
     def __init__(
         self,
         sources: str | Mapping[str, str | SourceSpec],
-        batch: int,
+        batch: int | Mapping[int, int],
         *,
         image: ImageSpec | None = None,
         text: TextSpec | None = None,
@@ -43,6 +47,7 @@ class Stream:
         seed: int = 0,
         name: str = "stream",
         lanes: int | None = None,
+        share_by: By = "size",
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -52,12 +57,11 @@ class Stream:
             key: value if isinstance(value, SourceSpec) else SourceSpec(value) for key, value in named.items()
         }
         self.name = name
-        self._loader = LocalLoader(
-            [StreamSpec(name, stream_seed(seed, "stream", name), specs, batch, lanes, image, text, length)],
-            rank,
-            world_size,
-            workers,
+        order = stream_seed(seed, "stream", name)
+        spec = StreamSpec(
+            name, order, specs, Batches.of(batch), lanes, image, text, length, share_by=share_by
         )
+        self._loader = LocalLoader([spec], rank, world_size, workers)
         self._maker = self._loader.makers[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
@@ -87,15 +91,32 @@ class Stream:
         """Position after the last batch served, as JSON; valid for any world size and number of workers."""
         return {"stream": self.name, **self.order.state(self._step, self._maker.fingerprints)}
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError, naming both values, if the data or mixture changed."""
+    def resume(self, state: Mapping[str, Any], accept_change: bool = False) -> list[str]:
+        """Go on where `state` was taken. Raises UserError, naming both values, if the data or mixture changed.
+
+        `accept_change` goes on with what is there now and returns what changed and what is left unvisited, in words.
+        Seed and lanes cannot change. States taken afterwards know of the change and need no `accept_change`.
+        """
         if state.get("stream") != self.name:
             raise UserError(f"the state is of stream {state.get('stream')!r}; this one is {self.name!r}")
-        self.order.check_state(state, self._maker.fingerprints)
+        resumed = self.order.resume(state, self._maker.fingerprints, accept_change)
         if self._steps is not None:
             self._steps.close()  # type: ignore[attr-defined]  # a generator
             self._steps = None
+        if resumed.segments != self._maker.spec.segments:
+            self._remake(replace(self._maker.spec, segments=resumed.segments))
         self._step = int(state["step"])
+        return resumed.changes
+
+    def _remake(self, spec: StreamSpec) -> None:
+        """The same rank's loader for another specification of the stream."""
+        loader = self._loader
+        maker = self._maker.remade(spec)
+        loader.close()
+        self._maker = maker
+        self._loader = LocalLoader(
+            [spec], loader.rank, loader.world_size, loader.workers, makers={spec.name: maker}
+        )
 
     def close(self) -> None:
         """End the workers."""

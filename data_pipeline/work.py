@@ -61,14 +61,16 @@ def items_of(
 ) -> Iterator[Item]:
     """A rank's work of one step, in the order in which it is needed."""
     for spec in specs:
-        for start, stop in micro_batches(*rows_of(rank, world_size, spec.batch), micro_batch):
+        for start, stop in micro_batches(*rows_of(rank, world_size, spec.rows(step)), micro_batch):
             yield Item(spec.name, step, start, stop)
 
 
 def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
     """Raise UserError that names the stream whose batch the ranks cannot share."""
     for spec in specs:
-        try:
-            rows_of(0, world_size, spec.batch)
-        except UserError as error:
-            raise UserError(f"data.{spec.name}.batch: {error}") from None
+        for first, batch in zip(spec.batches.first, spec.batches.rows, strict=True):
+            try:
+                rows_of(0, world_size, batch)
+            except UserError as error:
+                where = f" from step {first} on" if len(spec.batches.rows) > 1 else ""
+                raise UserError(f"data.{spec.name}.batch{where}: {error}") from None

@@ -53,7 +53,7 @@ def flip_figures(root: Path) -> dict[str, Any]:
 def step_seconds(objective: Any, stage: TrainStage, repeats: int = 3) -> dict[str, float]:
     """Median seconds of forward, backward and update of the whole batch in one process, by mask ratio."""
     (spec,) = stage_specs(stage, 0, "timing", objective.streams)
-    batch = BatchMaker(spec).make(0, 0, spec.batch)
+    batch = BatchMaker(spec).make(0, 0, spec.rows(0))
     rows = to_device(batch, stage.data[main_stream(stage)].image, ALONE.device)
     optimizer = torch.optim.AdamW(decay_groups(objective.model, 0.0), lr=0.0)
     objective.model.train()
@@ -63,7 +63,7 @@ def step_seconds(objective: Any, stage: TrainStage, repeats: int = 3) -> dict[st
         took = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            loss = objective.loss(objective.model, spec.name, rows, float(spec.batch))
+            loss = objective.loss(objective.model, spec.name, rows, float(spec.rows(0)))
             loss.total.backward()
             optimizer.step()
             optimizer.zero_grad()

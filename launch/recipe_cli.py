@@ -71,7 +71,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     ready = True
     for name, stage in loaded.stages.items():
         missing = list(
-            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unavailable(name, stage, loaded))
+            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unavailable(name, stage))
         )
         typer.echo(f"{name}: {describe(stage)}" + ("" if missing else "  ok"))
         for text in missing:
@@ -98,7 +98,7 @@ def describe(stage: TrainStage | MergeStage) -> str:
         terms = " + ".join(f"{weight:g} x {address}" for address, weight in stage.inputs.items())
         return f"merge ({stage.method}) {terms}"
     streams = "; ".join(
-        f"{name}: {stream.batch} rows of {', '.join(stream.sources)}" for name, stream in stage.data.items()
+        f"{name}: {stream.batches} rows of {', '.join(stream.sources)}" for name, stream in stage.data.items()
     )
     start = f", from {stage.init or stage.continue_}" if stage.init or stage.continue_ else ""
     return f"{stage.objective.kind} for {train_length(stage)}{start}; {streams}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.spec import StreamSpec
 from pretrain import checkpoint
@@ -74,6 +75,30 @@ def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> N
             f"continue: {stage.continue_}: is at step {start.step} already, and this stage ends at step {total}; steps "
             f"count from the beginning of {stage.continue_}, so write a longer train"
         )
+
+
+def resume_data(
+    makers: Mapping[str, BatchMaker], order: Mapping[str, Any], accept_change: bool
+) -> tuple[dict[str, BatchMaker], list[str]]:
+    """Makers that go on where `order`, a checkpoint's, was written, and a line for every change that was accepted.
+
+    Raises UserError, with both values of what differs, where data or mixture changed without `accept_change`.
+    """
+    if set(makers) != set(order):
+        raise UserError(
+            f"data: the checkpoint was trained on the streams {', '.join(sorted(order))}, the recipe has "
+            f"{', '.join(sorted(makers))}; restore them, or start a new run folder"
+        )
+    going_on, changes = {}, []
+    for name, maker in makers.items():
+        try:
+            resumed = maker.order.resume(order[name], maker.fingerprints, accept_change)
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
+        changes += [f"data.{name}: {line}" for line in resumed.changes]
+        segments = resumed.segments
+        going_on[name] = maker.remade(replace(maker.spec, segments=segments)) if segments else maker
+    return going_on, changes
 
 
 def same_order(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:

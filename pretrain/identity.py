@@ -11,7 +11,7 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.lengths import length_steps
-from pretrain.recipe import Image, Recipe, parse_length
+from pretrain.recipe import Image, Recipe, Stream, parse_length
 from pretrain.recipe_load import stage_record
 
 # The rest of a stage (loader, checkpoint, eval, train.micro_batch, other engine keys) may change.
@@ -32,7 +32,10 @@ IDENTITY: tuple[tuple[str, ...], ...] = (
     ("stage", "copy_rest"),
 )
 # Keys younger than some run folders, whose records lack them: there the default held.
-LATER: dict[tuple[str, ...], Any] = {("image", "max_pixels"): Image.model_fields["max_pixels"].default}
+LATER: dict[tuple[str, ...], Any] = {
+    ("image", "max_pixels"): Image.model_fields["max_pixels"].default,
+    ("share_by",): Stream.model_fields["share_by"].default,
+}
 UNITS = ("steps", "samples", "epochs")
 ABSENT = "(absent)"
 
@@ -40,15 +43,13 @@ ABSENT = "(absent)"
 def compare_identity(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences in identity keys between two resolved.yaml contents, as `KEY: OLD -> NEW`.
 
-    With run.accept_change in `new`, the data may differ (never its batch). A length may grow, not shrink.
+    With run.accept_change in `new`, the data may differ. A length may grow, not shrink.
     """
-    accept = bool((new.get("run") or {}).get("accept_change"))
     found: list[str] = []
-    for key in IDENTITY:
+    for key in _identity_keys(new):
         for path, was, now in _differences(_get(old, key), _get(new, key), key):
-            if was is None and LATER.get(path[-2:]) == now:
-                continue
-            if not (accept and path[:2] == ("stage", "data") and path[-1] != "batch"):
+            defaults = [value for end, value in LATER.items() if path[-len(end) :] == end]
+            if not (was is None and now in defaults):
                 found.append(f"{_name(path)}: {_show(was)} -> {_show(now)}")
     return found + _shrunk(old, new)
 
@@ -58,7 +59,7 @@ def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = [
         item
         for item in _differences(old.get("stage"), new.get("stage"), ("stage",))
-        if not _is_identity(item[0])
+        if not any(item[0][: len(key)] == key for key in _identity_keys(new))
     ]
     return [f"{_name(path)}: {_show(was)} -> {_show(now)}" for path, was, now in changed]
 
@@ -76,9 +77,11 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
     differences = compare_identity(old, new)
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
+        data = "go on with the changed data (run.accept_change=true), "
+        accept = data if all(line.startswith("data.") for line in differences) else ""
         raise UserError(
             f"{folder / stage} was made by another recipe; it had -> this one has:\n{lines}\n"
-            f"choose another folder (run.dir=NEW), restore these keys, or delete {folder / stage}"
+            f"{accept}choose another folder (run.dir=NEW), restore these keys, or delete {folder / stage}"
         )
     _check_resumable(folder / stage, old, new, world_size)
 
@@ -165,8 +168,9 @@ def _length(record: dict[str, Any]) -> str | None:
     return next((f"{train[unit]!r} {unit}" for unit in UNITS if train.get(unit) is not None), None)
 
 
-def _is_identity(path: tuple[str, ...]) -> bool:
-    return any(path[: len(key)] == key for key in IDENTITY)
+def _identity_keys(new: dict[str, Any]) -> list[tuple[str, ...]]:
+    accept = bool((new.get("run") or {}).get("accept_change"))
+    return [key for key in IDENTITY if not (accept and key == ("stage", "data"))]
 
 
 def _get(record: Any, key: tuple[str, ...]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Protocol
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.errors import UserError
 from pretrain.recipe import Length, TrainStage
 
@@ -36,23 +37,25 @@ def train_length(stage: TrainStage) -> Length:
     raise UserError("train: write exactly one of steps, samples, epochs")
 
 
-def length_steps(length: Length, batch: int, samples_per_epoch: int | None = None) -> int:
+def length_steps(length: Length, batch: int | Batches, samples_per_epoch: int | None = None) -> int:
     """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
     value = Fraction(repr(length.value))  # 0.1 epochs of 30 samples are 3 samples, not 3.0000000000000004
     if length.unit == "steps":
         return math.ceil(value)
     if length.unit == "samples":
-        return math.ceil(value / batch)
+        return Batches.of(batch).steps(math.ceil(value))
     if samples_per_epoch is None:
         raise UserError(
             f"{length}: how long an epoch is, is known only once the sources are open; write steps or samples"
         )
-    return math.ceil(value * samples_per_epoch / batch)
+    return Batches.of(batch).steps(math.ceil(value * samples_per_epoch))
 
 
 def total_steps(stage: TrainStage, samples_per_epoch: int | None = None) -> int:
     """Steps of the whole stage; samples and epochs are those of its main stream."""
-    return max(1, length_steps(train_length(stage), stage.data[main_stream(stage)].batch, samples_per_epoch))
+    return max(
+        1, length_steps(train_length(stage), stage.data[main_stream(stage)].batches, samples_per_epoch)
+    )
 
 
 def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:
@@ -76,7 +79,7 @@ def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:
 def warns(stage: TrainStage) -> list[str]:
     """What is allowed but hardly meant."""
     warmup, length = stage.schedule.warmup, train_length(stage)
-    batch = stage.data[main_stream(stage)].batch
+    batch = stage.data[main_stream(stage)].batches
     # One epoch cancels out of the comparison when both are in epochs, and is unknown when one is.
     epoch = 10**9 if warmup.unit == length.unit == "epochs" else None
     if "epochs" in (warmup.unit, length.unit) and epoch is None:

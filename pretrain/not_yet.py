@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pretrain.recipe import Recipe, TrainStage, Vision
+from pretrain.recipe import TrainStage, Vision
 from pretrain.yaml_file import Key
 
 
@@ -88,10 +88,3 @@ FEATURES: tuple[Feature, ...] = (
 def missing_features(stage: TrainStage) -> list[tuple[Key, str]]:
     """Keys and words of what a training stage asks for and this version cannot do."""
     return [(feature.key, feature.words) for feature in FEATURES if feature.used(stage)]
-
-
-def missing_in_run(recipe: Recipe) -> list[tuple[Key, str]]:
-    """The same for the keys of the run section."""
-    if recipe.run.accept_change:
-        return [(("accept_change",), "continuing on changed data")]
-    return []

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from data_pipeline.batch_sizes import Batches
+from data_pipeline.errors import UserError
+
 SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 LENGTH = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBT]?)\s*(steps?|samples?|epochs?)?\s*$")
 
@@ -56,6 +59,27 @@ def parse_count(value: Any) -> Any:
     return value
 
 
+def parse_batch(value: Any) -> Any:
+    """Rows, or first step -> rows in the order of steps."""
+    rows = list(value.values()) if isinstance(value, dict) else [value]
+    for number in rows:
+        if isinstance(number, bool) or not re.fullmatch(r"\s*-?[0-9]+\s*", str(number)):
+            raise ValueError(f"must be a whole number of rows, or a map first step -> rows, not {number!r}")
+        if int(number) < 1:
+            raise ValueError(f"must be greater than 0, not {number!r}")
+    if not isinstance(value, dict):
+        return int(value)
+    try:
+        steps = {int(step): int(number) for step, number in value.items()}
+        Batches.of(steps)
+    except (TypeError, ValueError, UserError):
+        told = ", ".join(map(str, value)) or "missing"
+        raise ValueError(
+            f"its first steps are {told}; they must begin with 0 and be whole numbers, as in {{0: 1024, 1000: 4096}}"
+        ) from None
+    return dict(sorted(steps.items()))
+
+
 Duration = Annotated[Length, BeforeValidator(parse_length), PlainSerializer(str, return_type=str)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 
@@ -79,6 +103,7 @@ class Source(Strict):
     repeat: float | None = Field(None, gt=0, description="Multiplies the size that the weight is taken from.")
     cap: Count | None = Field(None, gt=0, description="Bounds the size that the weight is taken from.")
     max_epochs: float | None = Field(None, gt=0, description="The source ends after this many passes.")
+    view: str | None = Field(None, description="View of the source, made by `dromos data view`, to train on.")
 
 
 def parse_source(value: Any) -> Any:
@@ -118,11 +143,17 @@ class Stream(Strict):
     """A named mixture of sources that an objective consumes, and its global batch."""
 
     sources: dict[str, Annotated[Source, BeforeValidator(parse_source)]] = Field(
-        default_factory=dict, description="Name -> path or {path, weight, repeat, cap, max_epochs}."
+        default_factory=dict, description="Name -> path or {path, weight, repeat, cap, max_epochs, view}."
     )
-    batch: int = Field(256, gt=0, description="Rows of the global batch, over all ranks.")
+    batch: Annotated[int | dict[int, int], BeforeValidator(parse_batch)] = Field(
+        256,
+        description="Rows of the global batch, over all ranks; or first step -> rows, as {0: 1024, 1000: 4096}.",
+    )
     lanes: int | None = Field(
         None, gt=0, description="Fixed fractions of the rows; default: largest divisor of batch up to 1024."
+    )
+    share_by: Literal["size", "sqrt"] = Field(
+        "size", description="Sources without a weight share the rows by size, or by the square root of it."
     )
     order_as: str | None = Field(None, description="Stage whose order, crops and masks this stream shares.")
     length: int | None = Field(
@@ -130,6 +161,10 @@ class Stream(Strict):
     )
     image: Image | None = Field(None, description="Absent in a text stream.")
     text: Text | None = Field(None, description="Absent in a text stream, which is packed beforehand.")
+
+    @property
+    def batches(self) -> Batches:
+        return Batches.of(self.batch)
 
 
 class Vision(Strict):

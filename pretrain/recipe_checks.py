@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.shares import check_shares, contradiction
-from pretrain.not_yet import missing_features, missing_in_run
+from pretrain.not_yet import missing_features
 from pretrain.overrides import nearest
 from pretrain.recipe import MergeStage, Recipe, Stream, TrainStage
 from pretrain.yaml_file import Key
@@ -24,14 +24,11 @@ class Problem:
     text: str
 
 
-def unavailable(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> list[Problem]:
+def unavailable(name: str, stage: TrainStage | MergeStage) -> list[Problem]:
     """The features a stage asks for that are not built yet."""
-    found = [Problem("run", key, f"{words} is not available yet") for key, words in missing_in_run(recipe)]
-    if isinstance(stage, TrainStage):
-        found += [
-            Problem(name, key, f"{words} is not available yet") for key, words in missing_features(stage)
-        ]
-    return found
+    if not isinstance(stage, TrainStage):
+        return []
+    return [Problem(name, key, f"{words} is not available yet") for key, words in missing_features(stage)]
 
 
 def check_stages(recipe: Recipe) -> list[Problem]:
@@ -166,11 +163,11 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         if not stream.sources:
             yield (*at, "sources"), "names no source; write sources: {NAME: PATH}"
         yield from _check_shares((*at, "sources"), stream)
-        if stream.lanes is not None and stream.batch % stream.lanes:
-            near = ", ".join(map(str, nearest_divisors(stream.batch, stream.lanes)))
+        if stream.lanes is not None and stream.batches.divisor % stream.lanes:
+            near = ", ".join(map(str, nearest_divisors(stream.batches.divisor, stream.lanes)))
             yield (
                 (*at, "lanes"),
-                f"a batch of {stream.batch} cannot be cut into {stream.lanes} lanes; nearest: {near}",
+                f"a batch of {stream.batches} cannot be cut into {stream.lanes} lanes; nearest: {near}",
             )
         if stream.image is not None:
             low, high = stream.image.crop
@@ -280,20 +277,23 @@ def nearest_divisors(number: int, near: int) -> list[int]:
 def world_size_check(stage: TrainStage, world_size: int) -> None:
     """UserError when a batch cannot be cut into equal rows a rank, or flip's rows would be cut further."""
     for name, stream in stage.data.items():
-        if stream.batch % world_size:
-            below = stream.batch // world_size * world_size
-            near = [value for value in (below, below + world_size) if value > 0]
-            ranks = ", ".join(map(str, nearest_divisors(stream.batch, world_size)))
-            raise UserError(
-                f"data.{name}.batch: {stream.batch} rows cannot be shared evenly by {world_size} ranks; "
-                f"nearest batch: {' or '.join(map(str, near))} (data.{name}.batch={near[-1]}); "
-                f"nearest number of ranks: {ranks}"
-            )
-        rows = stream.batch // world_size
+        for first, batch in zip(stream.batches.first, stream.batches.rows, strict=True):
+            if batch % world_size:
+                below = batch // world_size * world_size
+                near = [value for value in (below, below + world_size) if value > 0]
+                ranks = ", ".join(map(str, nearest_divisors(stream.batches.divisor, world_size)))
+                key = f"data.{name}.batch" + (f".{first}" if isinstance(stream.batch, dict) else "")
+                raise UserError(
+                    f"{key}: {batch} rows cannot be shared evenly by {world_size} ranks; "
+                    f"nearest batch: {' or '.join(map(str, near))} ({key}={near[-1]}); "
+                    f"nearest number of ranks: {ranks}"
+                )
+        batch = stream.batches.largest
+        rows = batch // world_size
         micro = stage.train.micro_batch
         if stage.objective.kind == "flip" and micro is not None and micro < rows:
             raise UserError(
                 f"train.micro_batch: {micro} is smaller than a rank's {rows} rows of {name}; "
                 "the contrastive loss needs all rows at once until feature caching is available: "
-                f"leave train.micro_batch out, or use at least {-(-stream.batch // micro)} ranks"
+                f"leave train.micro_batch out, or use at least {-(-batch // micro)} ranks"
             )

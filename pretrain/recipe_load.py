@@ -118,9 +118,7 @@ def load_recipe(
     for name, resolved in recipe.stages.items():
         problems += check_stage(name, resolved, recipe)
     if runnable and not problems:
-        problems = [
-            problem for name in selected for problem in unavailable(name, recipe.stages[name], recipe)
-        ]
+        problems = [problem for name in selected for problem in unavailable(name, recipe.stages[name])]
     refuse(draft, problems)
     return recipe
 

@@ -8,7 +8,10 @@ from pretrain.recipe import Optimizer, Schedule
 
 
 def peak_rate(optimizer: Optimizer, batch: int) -> float:
-    """`lr`, or `lr_per_256` scaled linearly with the batch (Goyal et al. 2017, as FLIP)."""
+    """`lr`, or `lr_per_256` scaled linearly with the batch (Goyal et al. 2017, as FLIP).
+
+    `batch` is the largest one of a schedule: a ramp-up of the batch goes with the peak that its end calls for.
+    """
     if optimizer.lr is not None:
         return optimizer.lr
     if optimizer.lr_per_256 is None:

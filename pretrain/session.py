@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain import checkpoint, metrics
 from pretrain.build import build, check_tokens, stage_tokenizer
-from pretrain.continuing import Start, check_length, find_start, same_order
+from pretrain.continuing import Start, check_length, find_start, resume_data, same_order
 from pretrain.engine import Engine
 from pretrain.engine import start as join
 from pretrain.engine import stop as leave
@@ -79,7 +80,12 @@ class Session:
         makers = {spec.name: BatchMaker(spec) for spec in specs}
         for maker in makers.values():
             maker.check()  # a tar without images is named before the first step; the launcher looks earlier
-        plan = self.plan(makers[objective.main].order.samples_per_epoch(), stage.data[objective.main].batch)
+        accepted: list[str] = []
+        if start is not None:
+            makers, accepted = resume_data(makers, start.state["order"], self.recipe.run.accept_change)
+        plan = self.plan(
+            makers[objective.main].order.samples_per_epoch(), makers[objective.main].order.batches
+        )
         for line in check_ends({name: maker.order for name, maker in makers.items()}, plan.total):
             if runtime.rank == 0:
                 print(f"dromos: {line}", flush=True)
@@ -99,8 +105,10 @@ class Session:
             runtime,
         )
         if start is not None:
-            self.resume(engine, makers, start)
+            engine.load(start.checkpoint.parent, start.checkpoint.name)
         if runtime.rank == 0:
+            for line in accepted:
+                print(f"dromos: accepted: {line}", flush=True)
             if start is None or start.checkpoint.parent.parent != self.folder:
                 self.begin(objective, described, frozen_path)
             else:
@@ -115,7 +123,7 @@ class Session:
         def order_state(step: int) -> dict[str, Any]:
             return {name: maker.order.state(step, maker.fingerprints) for name, maker in makers.items()}
 
-        loader = self.loader(specs, makers)
+        loader = self.loader(makers)
         barrier()  # frozen.safetensors is there
         self.trainer = Trainer(
             stage,
@@ -140,18 +148,22 @@ class Session:
             write_result(self.folder, plan.total, time.monotonic() - began, last)
         return finished
 
-    def plan(self, samples_per_epoch: int, batch: int) -> Plan:
+    def plan(self, samples_per_epoch: int, batches: Batches) -> Plan:
         stage = self.stage
 
         def steps(length: Length) -> int:
-            return length_steps(length, batch, samples_per_epoch)
+            return length_steps(length, batches, samples_per_epoch)
+
+        def every(length: Length) -> int:
+            """Intervals in samples are those of the largest batch."""
+            return max(1, length_steps(length, batches.largest, samples_per_epoch))
 
         return Plan(
             total=total_steps(stage, samples_per_epoch),
             warmup=steps(stage.schedule.warmup),
-            peak_rate=peak_rate(stage.optimizer, batch),
-            save_every=max(1, steps(stage.checkpoint.every)),
-            evaluate_every=max(1, steps(stage.eval.every)) if stage.eval.every is not None else None,
+            peak_rate=peak_rate(stage.optimizer, batches.largest),
+            save_every=every(stage.checkpoint.every),
+            evaluate_every=every(stage.eval.every) if stage.eval.every is not None else None,
             hours=stage.train.hours,
         )
 
@@ -188,12 +200,6 @@ class Session:
         """resolved.yaml: what the stage is, for a resume, an evaluation and an export."""
         publish(self.folder / "resolved.yaml", dump(self.recipe, self.name).encode())
 
-    def resume(self, engine: Engine, makers: dict[str, BatchMaker], start: Start) -> None:
-        """Load a checkpoint whose data are those of now."""
-        for name, maker in makers.items():
-            maker.order.check_state(start.state["order"][name], maker.fingerprints)
-        engine.load(start.checkpoint.parent, start.checkpoint.name)
-
     def go_on(self, step: int, total: int) -> None:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
         if step < total:  # a longer training than the one that had finished
@@ -207,10 +213,10 @@ class Session:
         for line in changed:
             print(f"dromos: changed since it was saved: {line}", flush=True)
 
-    def loader(self, specs: list[Any], makers: dict[str, BatchMaker]) -> Any:
+    def loader(self, makers: dict[str, BatchMaker]) -> Any:
         settings = self.stage.loader
         given = (
-            specs,
+            [maker.spec for maker in makers.values()],
             self.runtime.rank,
             self.runtime.world_size,
             settings.workers,

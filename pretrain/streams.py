@@ -14,11 +14,12 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
         name=name,
         seed=stream_seed(run_seed, stream.order_as or stage, name),
         sources={key: SourceSpec(**source.model_dump()) for key, source in stream.sources.items()},
-        batch=stream.batch,
+        batch=stream.batches,
         lanes=stream.lanes,
         image=image_spec(stream.image) if stream.image else None,
         text=TextSpec(stream.text.tokenizer, stream.text.length) if stream.text else None,
         length=stream.length,
+        share_by=stream.share_by,
     )
 
 

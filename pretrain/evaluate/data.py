@@ -20,8 +20,8 @@ def passes(
 ) -> Iterator[tuple[Rows, Batch]]:
     """Slices of this rank, the same number on every rank, so that ZeRO-3 stays in lock-step."""
     for number in range(len(maker)):
-        start = runtime.rank * spec.batch // runtime.world_size
-        stop = (runtime.rank + 1) * spec.batch // runtime.world_size
+        start = runtime.rank * spec.largest // runtime.world_size
+        stop = (runtime.rank + 1) * spec.largest // runtime.world_size
         batch = maker.make(number, start, stop)
         yield to_device(batch, image, runtime.device), batch
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.batch_sizes import Batches
 from data_pipeline.errors import UserError
 from data_pipeline.order import SourceCounts, StreamOrder, choose_lanes
 
@@ -24,7 +25,7 @@ def order(
 
 def test_state_survives_json_and_fits_the_same_order() -> None:
     state = json.loads(json.dumps(order().state(10, PRINTS)))
-    order().check_state(state, PRINTS)
+    assert order().resume(state, PRINTS) == ((), [])
     assert state["step"] == 10
     assert state["consumed"] == {"a": 40, "b": 120}
     (segment,) = state["segments"]
@@ -53,21 +54,25 @@ def test_any_change_is_refused_with_both_values(
     other: StreamOrder, prints: dict[str, str], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        other.check_state(order().state(10, PRINTS), prints)
+        other.resume(order().state(10, PRINTS), prints)
     assert all(word in str(caught.value) for word in [*words, "run.accept_change"])
 
 
-def test_a_state_that_is_none_and_a_later_one_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        order().check_state({"step": 3}, PRINTS)
-    state = order().state(10, PRINTS)
-    state["segments"] *= 2
-    with pytest.raises(UserError, match="has 2, this version"):
-        order().check_state(state, PRINTS)
+def test_what_is_no_state_is_refused() -> None:
+    whole = order().state(10, PRINTS)
+    broken = [
+        {"step": 3},
+        whole | {"segments": []},
+        whole | {"segments": [{"first_step": 0}]},
+        whole | {"step": "x"},
+    ]
+    for state in broken:
+        with pytest.raises(UserError, match="cannot be read"):
+            order().resume(state, PRINTS)
 
 
 def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:
-    assert [choose_lanes(batch, None) for batch in (1, 7, 256, 1024, 65_536, 1500, 2 * 1031)] == [
+    assert [choose_lanes(Batches.of(batch), None) for batch in (1, 7, 256, 1024, 65_536, 1500, 2 * 1031)] == [
         1,
         7,
         256,
@@ -76,13 +81,13 @@ def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:
         750,
         2,
     ]
-    assert choose_lanes(256, 64) == 64
+    assert choose_lanes(Batches.of(256), 64) == 64
     with pytest.raises(
         UserError, match="100 does not divide the batch of 256; the nearest number that does is 128"
     ):
-        choose_lanes(256, 100)
+        choose_lanes(Batches.of(256), 100)
     with pytest.raises(UserError, match="batch is 0"):
-        choose_lanes(0, None)
+        choose_lanes(Batches.of(0), None)
 
 
 @pytest.mark.parametrize(("step", "start", "stop"), [(-1, 0, 4), (0, -1, 4), (0, 5, 4), (0, 0, 17)])

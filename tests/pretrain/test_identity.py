@@ -107,11 +107,30 @@ def test_a_length_may_grow(old: str, new: str, fine: bool, tmp_path: Path) -> No
     assert all(line.startswith("train: ") for line in differences)
 
 
-def test_accept_change_frees_the_data_but_not_the_batch(tmp_path: Path) -> None:
+def test_accept_change_frees_the_data_and_nothing_else(tmp_path: Path) -> None:
     old = record(tmp_path)
     accept = "run.accept_change=true"
-    assert compare_identity(old, record(tmp_path, accept, "data.pairs.sources.digits=elsewhere")) == []
-    assert compare_identity(old, record(tmp_path, accept, "data.pairs.batch=32")) != []
+    changes = [["data.pairs.sources.digits=elsewhere"], ["data.pairs.batch=32"], ["data.pairs.share_by=sqrt"]]
+    for change in changes:
+        new = record(tmp_path, accept, *change)
+        assert compare_identity(old, new) == []
+        (line,) = compare_free(old, new)  # shown in the log of the run
+        assert line.startswith(change[0].split("=")[0])
+        assert compare_identity(old, record(tmp_path, *change)) == [line]
+    assert compare_identity(old, record(tmp_path, accept, "optimizer.lr=1")) != []
+    assert compare_identity(old, record(tmp_path, accept, "run.seed=8")) != []
+
+
+def test_a_refusal_names_accept_change_where_only_the_data_differs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, recipe(tmp_path))
+    changed = "data.pairs.batch=32"
+    with pytest.raises(UserError, match=r"run\.accept_change=true"):
+        check_run_folder(run, recipe(tmp_path, changed), "masked")
+    check_run_folder(run, recipe(tmp_path, changed, "run.accept_change=true"), "masked")
+    with pytest.raises(UserError) as caught:
+        check_run_folder(run, recipe(tmp_path, changed, "objective.image_mask=0.75"), "masked")
+    assert "accept_change" not in str(caught.value)
 
 
 def test_a_folder_of_nobody_is_fine(tmp_path: Path) -> None:

@@ -358,7 +358,6 @@ def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> 
         ("engine.offload=cpu", ["engine.offload", "not available yet"]),
         ("engine.compile=true", ["engine.compile", "not available yet"]),
         ("objective.text_mask=0.1", ["objective.text_mask", "not available yet"]),
-        ("run.accept_change=true", ["run.accept_change", "not available yet"]),
         ("eval.perplexity={x: {path: a, stream: pears}}", ["eval.perplexity.x.stream", "'pears'", "'pairs'"]),
     ],
 )

@@ -1,0 +1,77 @@
+"""How many rows each step of a stream has: always the same number, or a schedule such as a ramp-up."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd
+
+from data_pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows of the global batch by step: from step `first[i]` on, until the next one, they are `rows[i]`."""
+
+    first: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.first or self.first[0] != 0 or any(a >= b for a, b in pairwise(self.first)):
+            raise UserError(
+                f"batch: its first steps are {', '.join(map(str, self.first)) or 'missing'}; "
+                "they must begin with 0 and grow, as in {0: 1024, 1000: 4096}"
+            )
+        for rows in self.rows:
+            if rows < 1:
+                raise UserError(f"batch is {rows}; it must be at least 1")
+
+    @staticmethod
+    def of(batch: int | Mapping[int, int] | Mapping[str, int] | Batches) -> Batches:
+        """From a number of rows, a map first step -> rows (also as JSON has it), or itself. Raises UserError."""
+        if isinstance(batch, Batches):
+            return batch
+        if isinstance(batch, int):
+            return Batches((0,), (batch,))
+        by_step = {int(step): rows for step, rows in batch.items()}
+        return Batches(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
+
+    @property
+    def largest(self) -> int:
+        return max(self.rows)
+
+    @property
+    def divisor(self) -> int:
+        """Greatest number that divides every batch."""
+        return gcd(*self.rows)
+
+    def at(self, step: int) -> int:
+        """Rows of `step`, counted from 0."""
+        return self.rows[bisect_right(self.first, step) - 1]
+
+    def before(self, step: int) -> int:
+        """Rows of all steps before `step`."""
+        ends = [*self.first[1:], step]
+        return sum(
+            rows * max(0, min(end, step) - first)
+            for first, end, rows in zip(self.first, ends, self.rows, strict=True)
+        )
+
+    def steps(self, samples: int) -> int:
+        """The fewest steps that together have at least so many rows."""
+        last = bisect_right([self.before(first) for first in self.first], max(0, samples)) - 1
+        first, rows = self.first[last], self.rows[last]
+        return first - (self.before(first) - max(0, samples)) // rows
+
+    def plain(self) -> int | dict[str, int]:
+        """As JSON: a number, or first step -> rows."""
+        if len(self.rows) == 1:
+            return self.rows[0]
+        return {str(step): rows for step, rows in zip(self.first, self.rows, strict=True)}
+
+    def __str__(self) -> str:
+        if len(self.rows) == 1:
+            return str(self.rows[0])
+        return "{" + ", ".join(f"{a}: {b}" for a, b in zip(self.first, self.rows, strict=True)) + "}"
