@@ -38,7 +38,7 @@ class Activity:
 
 class _Status:
     def __init__(self, memory: mmap | bytearray) -> None:
-        self._memory = memory
+        self.memory = memory
         self._lock = threading.Lock()
         self._writes = 0
         self._reads: dict[int, tuple[float, bytes]] = {}  # oldest first: it is the one that is shown
@@ -63,7 +63,7 @@ class _Status:
     def _write(self) -> None:
         since, url = next(iter(self._reads.values())) if self._reads else (0.0, b"")
         decoding, source, shard, index = self._sample or (0.0, b"", 0, 0)
-        memory, self._writes = self._memory, self._writes + 2
+        memory, self._writes = self.memory, self._writes + 2
         _COUNT.pack_into(memory, 0, self._writes - 1)
         memory[_SOURCE : _SOURCE + len(source)] = source
         memory[_URL : _URL + len(url)] = url
@@ -104,6 +104,14 @@ def install(memory: mmap | bytearray) -> None:
     """Write what this process does to `memory`, of SIZE bytes, from now on."""
     global _status
     _status = _Status(memory)
+
+
+def own() -> mmap | bytearray:
+    """The memory that this process writes to; some of its own if nothing was installed."""
+    if _status is None:
+        install(bytearray(SIZE))
+    assert _status is not None
+    return _status.memory
 
 
 def reading(url: str) -> AbstractContextManager[None]:

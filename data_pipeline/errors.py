@@ -21,3 +21,9 @@ class ContentError(Exception):
 
 class ReadError(OSError):
     """Bytes could not be had after several tries. The data is never changed for it: the run stops and can go on."""
+
+
+class WorkerError(OSError):
+    """Rows could not be made: their processes died or hung, for no reason in the data. As after a ReadError, the data
+    are never changed for it: the run stops and can go on.
+    """

@@ -5,15 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from types import TracebackType
 from typing import Self
 
 from data_pipeline.batches import BatchMaker
-from data_pipeline.pool import Pool, ProcessPool, ThreadPool
+from data_pipeline.pool import Pool, ThreadPool
+from data_pipeline.process_pool import ProcessPool
+from data_pipeline.slices import pixel_shape
 from data_pipeline.spec import Batch, StreamSpec
-from data_pipeline.work import Setup, check_ranks, items_of, micro_batches, rows_of
+from data_pipeline.stall import StallLimits
+from data_pipeline.work import Item, Setup, check_ranks, items_of, micro_batches, rows_of
 
-__all__ = ["Loader", "LocalLoader", "micro_batches", "rows_of"]
+__all__ = ["Loader", "LocalLoader", "StallLimits", "micro_batches", "rows_of"]
+
+# Bytes that a rank asks for ahead of the step that it serves; one item may be asked for however big it is.
+AHEAD_BYTES = 1 << 30
 
 
 class Loader:
@@ -32,6 +39,7 @@ class Loader:
         workers: int,
         micro_batch: int | None = None,
         makers: Mapping[str, BatchMaker] | None = None,
+        limits: StallLimits | None = None,
     ) -> None:
         check_ranks(specs, world_size)
         self.specs = list(specs)
@@ -40,12 +48,11 @@ class Loader:
         self.workers = workers
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
-        self.makers = dict(makers or {})
-        if makers is None:
-            self.makers = {spec.name: BatchMaker(spec) for spec in self.specs}
-            for maker in self.makers.values():
-                maker.check()
+        self.limits = limits or StallLimits()
+        self.makers = dict(makers or {spec.name: BatchMaker(spec) for spec in self.specs})
         self._pool: Pool = self._open()
+        if makers is None:
+            self._check()  # workers start meanwhile
 
     def _open(self) -> Pool:
         raise NotImplementedError
@@ -56,22 +63,63 @@ class Loader:
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches."""
-        asked: deque[list[tuple[str, int]]] = deque()
+        todo = self._items(first, last)
+        following = next(todo, None)
+        asked: deque[tuple[Item, int]] = deque()
+        held = 0
+
+        def ask(step: int) -> None:
+            nonlocal following, held
+            while following is not None and self._in_reach(following[0], step, held):
+                asked.append((following[0], self._pool.submit(*following)))
+                held += self._bytes(following[0])
+                following = next(todo, None)
+
         try:
             for step in range(first, last):
                 began = time.perf_counter()
-                while len(asked) <= self._pool.ahead and step + len(asked) < last:
-                    items = items_of(
-                        self.specs, step + len(asked), self.rank, self.world_size, self.micro_batch
-                    )
-                    asked.append([(item.stream, self._pool.submit(item)) for item in items])
+                ask(step)
                 found: dict[str, list[Batch]] = {spec.name: [] for spec in self.specs}
-                for stream, ticket in asked.popleft():
-                    found[stream].append(self._pool.result(ticket))
+                while asked and asked[0][0].step == step:
+                    item, ticket = asked.popleft()
+                    found[item.stream].append(self._pool.result(ticket))
+                    held -= self._bytes(item)
+                ask(step)
                 self.wait_seconds = time.perf_counter() - began
                 yield found
         finally:
             self._pool.cancel()
+
+    def _items(self, first: int, last: int) -> Iterator[tuple[Item, int]]:
+        """This rank's items in order, each with the number of pieces that keeps all workers busy.
+
+        The first step goes to all workers at once; later, two pieces for each worker among all that is asked for do.
+        """
+        for step in range(first, last):
+            items = list(items_of(self.specs, step, self.rank, self.world_size, self.micro_batch))
+            ahead = len(items) * (self._pool.ahead + 1)
+            pieces = self.workers if step == first else -(-2 * self.workers // ahead)
+            for item in items:
+                yield item, max(1, pieces)
+
+    def _in_reach(self, item: Item, step: int, held: int) -> bool:
+        """Whether to ask for an item while `step` is served and `held` bytes are asked for or wait to be served."""
+        if item.step == step:
+            return True
+        return item.step <= step + self._pool.ahead and (not held or held + self._bytes(item) <= AHEAD_BYTES)
+
+    def _bytes(self, item: Item) -> int:
+        spec, rows = self.makers[item.stream].spec, item.stop - item.start
+        length = spec.text.length if spec.text else spec.length or 0
+        return prod(pixel_shape(spec, rows)) + 4 * rows * length
+
+    def _check(self) -> None:
+        try:
+            for maker in self.makers.values():
+                maker.check()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stop the workers and close files. The loader cannot be used afterwards."""
@@ -92,7 +140,9 @@ class LocalLoader(Loader):
     """Batches made on this machine: by `workers` processes two steps ahead, or with 0 by a thread, one ahead."""
 
     def _open(self) -> Pool:
-        return ProcessPool(self.setups, self.workers) if self.workers else ThreadPool(self.makers)
+        if self.workers:
+            return ProcessPool(self.setups, self.workers, self.limits)
+        return ThreadPool(self.makers, self.limits)
 
     @property
     def worker_pids(self) -> list[int]:

@@ -16,10 +16,13 @@ import numpy as np
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.loader import Loader
-from data_pipeline.pool import DEATHS, Pool
+from data_pipeline.pool import Pool
 from data_pipeline.spec import Batch
 from data_pipeline.work import Item, Setup
 from data_pipeline.worker import portable
+
+# An item may outlive so many actors.
+DEATHS = 3
 
 
 class Maker:
@@ -69,7 +72,7 @@ class RayPool:
         self._asked: dict[int, _Asked] = {}
         self._next = 0
 
-    def submit(self, item: Item) -> int:
+    def submit(self, item: Item, pieces: int = 1) -> int:
         ticket, self._next = self._next, self._next + 1
         actor = ticket % len(self._actors)
         self._asked[ticket] = _Asked(item, actor, self._actors[actor].make.remote(item))

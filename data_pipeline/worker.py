@@ -1,7 +1,7 @@
 """A worker process of the loader: makes the batches it is asked for, over a socket, until its parent is gone.
 
-Started as `python -m data_pipeline.worker FD PARENT`. Not by multiprocessing, whose spawn imports the parent's
-main module, and with it torch, in every worker.
+Started as `python -m data_pipeline.worker CHANNEL SETUPS STATUS PARENT`: three open files, and a process. Not by
+multiprocessing, whose spawn imports the parent's main module, and with it torch, in every worker.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import sys
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any
 
 import numpy as np
 
+from data_pipeline import activity
+from data_pipeline.activity import Sample
 from data_pipeline.batches import BatchMaker
-from data_pipeline.work import Setup
+from data_pipeline.channel import receive, send
+from data_pipeline.slices import pixel_shape
+from data_pipeline.work import Item, Setup
 
 PR_SET_PDEATHSIG = 1
 
-
-def send(channel: socket.socket, message: Any) -> None:
-    """Pickle a message to our own process at the other end; arrays go beside it, uncopied."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
-    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
-    channel.sendall(struct.pack(f"<{len(parts) + 1}Q", len(parts), *(part.nbytes for part in parts)))
-    for part in parts:
-        channel.sendall(part)
+Condemned = Mapping[str, Mapping[Sample, str]]
+"""Stream -> sample -> reason: what is replaced without being decoded."""
 
 
-def receive(channel: socket.socket) -> Any:
-    """The next message. Raises EOFError if the other end is gone."""
-    (count,) = struct.unpack("<Q", _exactly(channel, 8))
-    sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
-    head, *buffers = [_exactly(channel, size) for size in sizes]
-    # Pickle of our own process over a socket that it made for us; nothing from data ever comes this way.
-    return pickle.loads(head, buffers=buffers)
+READY = -1
+"""The number of the message that a worker sends when it has started."""
 
 
-def _exactly(channel: socket.socket, size: int) -> memoryview:
-    # numpy leaves the memory unset; a bytearray would be zeroed first.
-    view, done = np.empty(size, np.uint8).data, 0
-    while done < size:
-        got = channel.recv_into(view[done:])
-        if not got:
-            raise EOFError("the other end closed the channel")
-        done += got
-    return view
+@dataclass(frozen=True)
+class Work:
+    """An item to make. Its pixels go to `slab`, from byte `offset` on; without one they come back in the batch.
+
+    A slab's file comes with the message in which it is new. `forget`: slabs that are no more.
+    """
+
+    number: int
+    item: Item
+    slab: int | None = None
+    offset: int = 0
+    size: int = 0
+    forget: tuple[int, ...] = ()
+    condemned: Condemned = field(default_factory=dict)
 
 
 def portable(error: Exception) -> Exception:
@@ -74,32 +74,79 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def serve(channel: socket.socket) -> None:
-    """Answer items with (number, batch or error) until the channel closes. The first message is the setups."""
-    setups: dict[str, Setup] = {setup.spec.name: setup for setup in receive(channel)}
-    makers: dict[str, BatchMaker] = {}
+class Makers:
+    """The makers of a process's streams, each made when it is first used, and what they are not to decode."""
+
+    def __init__(self, setups: list[Setup]) -> None:
+        self._setups = {setup.spec.name: setup for setup in setups}
+        self._made: dict[str, BatchMaker] = {}
+        self._condemned: dict[str, dict[Sample, str]] = {}
+
+    def __getitem__(self, stream: str) -> BatchMaker:
+        if stream not in self._made:
+            self._made[stream] = self._setups[stream].maker()
+            self.condemn({})
+        return self._made[stream]
+
+    def condemn(self, found: Condemned) -> None:
+        for stream, samples in found.items():
+            self._condemned.setdefault(stream, {}).update(samples)
+        for stream, maker in self._made.items():
+            maker.condemned.update(self._condemned.get(stream, {}))
+
+    def prepare(self) -> None:
+        """Make all before they are asked for; what is wrong with one is said when it is."""
+        for stream in self._setups:
+            with suppress(Exception):
+                self[stream]
+
+
+def serve(channel: socket.socket, makers: Makers) -> None:
+    """Answer each Work with (number, batch or error) until the channel closes."""
+    slabs: dict[int, mmap] = {}
+    send(channel, (READY, None))
     while True:
-        number, item = receive(channel)
+        work, descriptors = receive(channel)
+        for number in work.forget:
+            slabs.pop(number, None)
+        for descriptor in descriptors:
+            slabs[work.slab] = mmap(descriptor, work.size)
+            os.close(descriptor)
         answer: Any
         try:
-            if item.stream not in makers:
-                makers[item.stream] = setups[item.stream].maker()
-            answer = makers[item.stream].make(item.step, item.start, item.stop)
+            makers.condemn(work.condemned)
+            maker, item = makers[work.item.stream], work.item
+            pixels = None
+            if work.slab is not None:
+                pixels = _pixels(slabs[work.slab], work.offset, item.stop - item.start, maker)
+            answer = maker.make(item.step, item.start, item.stop, pixels)
+            if pixels is not None:
+                answer.pixels = None
         except Exception as error:
             answer = portable(error)
-        send(channel, (number, answer))
+        send(channel, (work.number, answer))
 
 
-def main(descriptor: int, parent: int) -> None:
+def _pixels(slab: mmap, offset: int, rows: int, maker: BatchMaker) -> np.ndarray:
+    shape = pixel_shape(maker.spec, rows)
+    return np.frombuffer(slab, np.uint8, int(np.prod(shape)), offset).reshape(shape)
+
+
+def main(channel: int, setups: int, status: int, parent: int) -> None:
     # Ctrl-C and Slurm's warning go to every process of the job; it is the trainer that ends this one.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     die_with(parent)
+    if status >= 0:
+        activity.install(mmap(status, activity.SIZE))
     try:
-        serve(socket.socket(fileno=descriptor))
+        with mmap(setups, 0) as content:
+            makers = Makers(pickle.loads(content))  # of our own process, too
+        makers.prepare()
+        serve(socket.socket(fileno=channel), makers)
     except (EOFError, ConnectionError):
         os._exit(0)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:5]))

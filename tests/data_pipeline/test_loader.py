@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import pytest
 from data_pipeline import ImageSpec, SourceSpec, Stream, TextSpec, UserError, pool
 from data_pipeline.batches import BatchMaker
 from data_pipeline.loader import Loader, LocalLoader, micro_batches, rows_of
+from data_pipeline.process_pool import ProcessPool
 from data_pipeline.spec import Batch, StreamSpec
 from data_pipeline.work import Item
 from tests.data_pipeline.samples import LENGTH, SIZE, pairs, write_packed, write_source, write_tokenizer
@@ -181,37 +181,15 @@ def test_workers_that_cannot_start_are_an_error(
         next(loader.steps(0, 1))
 
 
-def test_an_item_that_kills_its_workers_is_an_error(specs: list[StreamSpec]) -> None:
-    with LocalLoader(specs, 0, 1, 1) as loader:
-        assert isinstance(loader._pool, pool.ProcessPool)
-        steps = loader.steps(0, 2)
-        next(steps)
-        big = dataclasses.replace(specs[0], batch=1 << 22, lanes=1)
-        setup = dataclasses.replace(loader.setups[0], spec=big)
-        loader._pool._setups = [setup]
-        os.kill(loader.worker_pids[0], signal.SIGKILL)
-        ticket = loader._pool.submit(Item("pairs", 0, 0, 1 << 22))
-
-        def kill() -> bool:
-            for worker in loader._pool._workers:
-                if worker.held:
-                    os.kill(worker.process.pid, signal.SIGKILL)
-            return ticket in loader._pool._done
-
-        wait_until(kill, pause=0.1)
-        with pytest.raises(RuntimeError, match=r"stop=4194304\) ended 3 workers .*SIGKILL.*loader\.workers"):
-            loader._pool.result(ticket)
-
-
 def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
     asked: list[Item] = []
 
     class Recording(pool.ThreadPool):
         ahead = 2
 
-        def submit(self, item: Item) -> int:
+        def submit(self, item: Item, pieces: int = 1) -> int:
             asked.append(item)
-            return super().submit(item)
+            return super().submit(item, pieces)
 
     class Recorded(Loader):
         def _open(self) -> pool.Pool:
@@ -221,7 +199,7 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
         for number, _ in enumerate(loader.steps(0, 9)):
             assert max(item.step for item in asked) == min(number + 2, 8)
     assert asked == [Item(s.name, step, 0, s.batch) for step in range(9) for s in specs]
-    assert (pool.ThreadPool.ahead, pool.ProcessPool.ahead) == (1, 2)
+    assert (pool.ThreadPool.ahead, ProcessPool.ahead) == (1, 2)
 
 
 def alive(pid: int) -> bool:

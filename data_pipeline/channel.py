@@ -1,0 +1,73 @@
+"""Messages between a process and its workers, over a socket: pickles, arrays beside them, and open files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Files that one message may carry.
+DESCRIPTORS = 4
+_CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+def send(channel: socket.socket, message: Any, descriptors: Sequence[int] = ()) -> None:
+    """Pickle a message to our own process at the other end; arrays go beside it, uncopied."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    sizes = struct.pack(f"<{len(parts) + 1}Q", len(parts), *(part.nbytes for part in parts))
+    sent = socket.send_fds(channel, [sizes], descriptors) if descriptors else 0
+    channel.sendall(sizes[sent:])
+    for part in parts:
+        channel.sendall(part)
+
+
+def receive(channel: socket.socket) -> tuple[Any, list[int]]:
+    """The next message and the files that came with it. Raises EOFError if the other end is gone."""
+    begun, descriptors, *_ = socket.recv_fds(channel, 8, DESCRIPTORS, _CLOSED_ON_EXEC)
+    if not begun:
+        raise EOFError("the other end closed the channel")
+    (count,) = struct.unpack("<Q", begun + bytes(_exactly(channel, 8 - len(begun))))
+    sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
+    head, *buffers = [_exactly(channel, size) for size in sizes]
+    # Pickle of our own process over a socket that it made for us; nothing from data ever comes this way.
+    return pickle.loads(head, buffers=buffers), descriptors
+
+
+def _exactly(channel: socket.socket, size: int) -> memoryview:
+    # numpy leaves the memory unset; a bytearray would be zeroed first.
+    view, done = np.empty(size, np.uint8).data, 0
+    while done < size:
+        got = channel.recv_into(view[done:])
+        if not got:
+            raise EOFError("the other end closed the channel")
+        done += got
+    return view
+
+
+def has_anonymous_memory() -> bool:
+    """Whether memory can be shared by handing over an open file that has no name, so that no kill leaves it behind."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
+def anonymous_file(size: int, name: str = "dromos") -> int:
+    """An open file of `size` zero bytes, without a name: in memory where the system can, else on disk."""
+    if has_anonymous_memory():
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,170 @@
+"""Decoders that crash are a verdict on the sample, found out in isolation; whatever else ends a worker is not."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import ReadError, WorkerError
+from data_pipeline.isolate import CRASHED
+from data_pipeline.loader import LocalLoader, StallLimits
+from data_pipeline.spec import Batch, StreamSpec
+from tests.data_pipeline.samples import pairs, write_source
+from tests.fault.crashing import install, marked
+
+COUNTS = [9, 12, 7]
+BATCH = 14
+STEPS = 4
+
+
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return install(tmp_path / "hook", monkeypatch)
+
+
+def spec_with(tmp_path: Path, *places: tuple[int, int, str], times: int | None = None) -> StreamSpec:
+    replaced = {(shard, index): marked(shard, index, what, times) for shard, index, what in places}
+    return pairs(tmp_path, batch=BATCH, web=write_source(tmp_path / "web", COUNTS, replaced))
+
+
+def total(batches: list[Batch]) -> tuple[int, int, Counter[str], list[tuple[int, str, str]]]:
+    skipped = sum((Counter(batch.skipped.get("web", {})) for batch in batches), Counter())
+    bad = [(line["row"], line["key"], line["reason"]) for batch in batches for line in batch.bad]
+    return (
+        sum(batch.batch_digest for batch in batches) % 2**64,
+        sum(batch.order_digest for batch in batches) % 2**64,
+        skipped,
+        bad,
+    )
+
+
+def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: Path, marks: Path) -> None:
+    """The truth is a maker in this process, which is told what it must not decode."""
+    spec = spec_with(tmp_path, (0, 3, "SIGSEGV"), (1, 5, "SIGABRT"), (2, 2, "SIGILL"))
+    maker = BatchMaker(spec)
+    maker.condemned = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
+    truth = [maker.make(step, 0, BATCH) for step in range(STEPS)]
+    assert sum(sum(batch.skipped.get("web", {}).values()) for batch in truth) >= 4
+    for workers, world_size, first in ((1, 1, 0), (2, 1, 0), (3, 2, 0), (2, 1, 2)):
+        for rank in range(world_size):
+            with LocalLoader([spec], rank, world_size, workers, micro_batch=5) as loader:
+                for number, step in enumerate(loader.steps(first, STEPS), first):
+                    rows = slice(step["pairs"][0].start, step["pairs"][-1].stop)
+                    whole = maker.make(number, rows.start, rows.stop)
+                    assert total(step["pairs"]) == total([whole])
+                    for name in ("pixels", "tokens", "row_keys", "sample_ids"):
+                        found = np.concatenate([getattr(batch, name) for batch in step["pairs"]])
+                        np.testing.assert_array_equal(found, getattr(whole, name))
+                        np.testing.assert_array_equal(found, getattr(truth[number], name)[rows])
+    assert {"SIGSEGV", "SIGABRT", "SIGILL"} <= set(marks.read_text().split())
+
+
+def test_a_condemned_sample_is_not_decoded_again(tmp_path: Path, marks: Path) -> None:
+    spec = spec_with(tmp_path, (1, 5, "SIGSEGV"))
+    with LocalLoader([spec], 0, 1, 1) as loader:
+        met = sum("web" in step["pairs"][0].skipped for step in loader.steps(0, 8))
+        pids = loader.worker_pids
+        assert met >= 3
+        # Two workers and two processes in isolation; then it is known.
+        assert len(marks.read_text().split()) == 4
+        assert [next(loader.steps(0, 1)) and loader.worker_pids for _ in range(2)] == [pids, pids]
+
+
+@pytest.mark.parametrize(("what", "times"), [("SIGSEGV", 1), ("SIGSEGV", 3), ("SIGKILL", 2), ("SIGKILL", 4)])
+def test_what_does_not_come_again_changes_nothing(tmp_path: Path, marks: Path, what: str, times: int) -> None:
+    """One crash in isolation is no verdict, and the kernel may kill a slice's workers twice and its row twice more."""
+    spec = spec_with(tmp_path, (1, 5, what), times=times)
+    want = BatchMaker(spec)
+    with LocalLoader([spec], 0, 1, 2) as loader:
+        for number, step in enumerate(loader.steps(0, STEPS)):
+            assert total(step["pairs"]) == total([want.make(number, 0, BATCH)])
+            assert not step["pairs"][0].skipped
+    assert len(marks.read_text().split()) > times
+
+
+@pytest.mark.parametrize(("what", "told"), [("SIGKILL", "signal SIGKILL"), ("EXIT", "exit code 7")])
+def test_other_deaths_are_an_error_that_names_the_row(
+    tmp_path: Path, marks: Path, what: str, told: str
+) -> None:
+    spec = spec_with(tmp_path, (1, 5, what))
+    maker = BatchMaker(spec)
+    refs = [maker.order.refs(step) for step in range(STEPS)]
+    step, row = next(
+        (step, int(at.row[i]))
+        for step, at in enumerate(refs)
+        for i in range(BATCH)
+        if (at.shard[i], at.index[i]) == (1, 5)
+    )
+    with LocalLoader([spec], 0, 1, 2) as loader:
+        with pytest.raises(
+            WorkerError, match=rf"step {step}, row {row} of stream pairs.*{told}.*memory"
+        ) as error:
+            for number, made in enumerate(loader.steps(0, STEPS)):
+                assert total(made["pairs"]) == total([maker.make(number, 0, BATCH)])
+        assert isinstance(error.value, OSError)  # so that a rank saves before it stops
+    assert len(marks.read_text().split()) == 5  # two workers, and three tries alone
+
+
+def test_a_decode_that_hangs_is_named_and_then_an_error(
+    tmp_path: Path, marks: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_with(tmp_path, (1, 5, "HANG"))
+    with (
+        caplog.at_level(logging.WARNING, "dromos.loader"),
+        LocalLoader([spec], 0, 1, 2, limits=StallLimits(0.2, 1.0)) as loader,
+        pytest.raises(WorkerError, match=r"been decoding sample 5 of .*00001\.tar for \d+ s .*no verdict"),
+    ):
+        list(loader.steps(0, STEPS))
+    said = [record.getMessage() for record in caplog.records]
+    assert any("has been decoding sample 5 of " in line and "worker " in line for line in said)
+    assert marks.read_text().split() == ["HANG", "HANG"]
+
+
+def test_a_read_that_stalls_is_named_retried_and_then_an_error(
+    tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = marks.parent / "sitecustomize.py"
+    hook.write_text(STALL)
+    spec = spec_with(tmp_path)
+    monkeypatch.setenv("STALLS", "1")
+    maker = BatchMaker(spec)
+    limits = StallLimits(0.2, 1.0)
+    with caplog.at_level(logging.WARNING, "dromos.loader"):
+        with LocalLoader([spec], 0, 1, 2, limits=limits) as loader:
+            for number, step in enumerate(loader.steps(0, STEPS)):
+                assert total(step["pairs"]) == total([maker.make(number, 0, BATCH)])
+        said = [record.getMessage() for record in caplog.records]
+        assert any("has been reading s3://far/away.tar for" in line for line in said)
+        monkeypatch.setenv("STALLS", "9")
+        with (
+            LocalLoader([spec], 0, 1, 2, limits=limits) as loader,
+            pytest.raises(ReadError, match=r"two workers .* reading s3://far/away\.tar for \d+ s"),
+        ):
+            list(loader.steps(0, STEPS))
+
+
+STALL = """
+import os, sys, time
+if "data_pipeline.worker" in sys.orig_argv:
+    from data_pipeline import activity
+    from data_pipeline.rows import RowMaker
+    make = RowMaker.make
+
+    def stalling(self, source, shard, index, *given, **named):
+        if (shard, index) == (1, 5):
+            with open(os.environ["CRASHES"], "a") as file:
+                file.write("stall\\n")
+            with open(os.environ["CRASHES"]) as file:
+                met = len(file.readlines())
+            if met <= int(os.environ["STALLS"]):
+                with activity.reading("s3://far/away.tar"):
+                    time.sleep(600)
+        return make(self, source, shard, index, *given, **named)
+
+    RowMaker.make = stalling
+"""
