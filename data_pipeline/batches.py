@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_pipeline import digest
+from data_pipeline.draws import Draw, draw_rows
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.manifest import Manifest, open_source
 from data_pipeline.order import Refs, SourceCounts, StreamOrder, row_keys, sample_ids
@@ -24,7 +25,7 @@ ATTEMPTS = 16
 
 def open_sources(spec: StreamSpec) -> dict[str, Manifest]:
     """Source name -> manifest, in the order of the mixture. Raises UserError."""
-    return {name: open_source(name, source.path) for name, source in spec.sources.items()}
+    return {name: open_source(name, source.path, source.view) for name, source in spec.sources.items()}
 
 
 @dataclass
@@ -94,14 +95,15 @@ class BatchMaker:
         order_digest covers what was assigned: attempt 0, with crop () and caption -1, as the assignment is
         known without reading; batch_digest covers what was served. Raises UserError, ReadError.
         """
-        refs = self.order.refs(step, start, stop)
+        drawn = self.order.refs(step, start, stop)
+        refs = self._in_tars(drawn)
         batch = self._rows.empty(step, start, stop, pixels)
-        keys = self._row_keys(refs, refs.shard, refs.index, np.zeros(stop - start, np.int64))
+        draws = draw_rows(self._row_keys(refs, refs.shard, refs.index, np.zeros(stop - start, np.int64)))
         shards, indices = refs.shard.copy(), refs.index.copy()
         attempts = np.zeros(stop - start, np.int64)
         skipped: dict[str, Counter[str]] = defaultdict(Counter)
         for i in range(stop - start):
-            served = self._serve(refs, i, int(keys[i]))
+            served = self._serve(refs, drawn, i, draws[i], None if batch.pixels is None else batch.pixels[i])
             shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.verdicts)
             for shard, index, verdict in served.verdicts:
                 source = self.names[refs.source[i]]
@@ -123,7 +125,16 @@ class BatchMaker:
         """Close the files that are open for reading."""
         self._rows.close()
 
-    def _serve(self, refs: Refs, i: int, key: int) -> Served:
+    def _in_tars(self, refs: Refs) -> Refs:
+        """The same rows with positions in the tars: a sample is the same one whatever view it is drawn from."""
+        index = refs.index.copy()
+        for number, name in enumerate(self.names):
+            if self.manifests[name].view is not None:
+                rows = refs.source == number
+                index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
+        return replace(refs, index=index)
+
+    def _serve(self, refs: Refs, drawn: Refs, i: int, draw: Draw, out: np.ndarray | None) -> Served:
         """The sample assigned to row i, or the first usable one of those that replace it."""
         number, epoch = int(refs.source[i]), int(refs.epoch[i])
         name = self.names[number]
@@ -133,18 +144,19 @@ class BatchMaker:
             try:
                 if (name, shard, index) in self.condemned:
                     raise ContentError(self.condemned[name, shard, index])
-                return Served(shard, index, self._rows.make(name, shard, index, key, train=True), verdicts)
+                return Served(shard, index, self._rows.make(name, shard, index, draw, out), verdicts)
             except ContentError as verdict:
                 verdicts.append((shard, index, verdict))
             shard, index = self.order.replacement(
-                number, int(refs.shard[i]), int(refs.index[i]), epoch, attempt
+                number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
             )
-            key = self._row_key(name, shard, index, epoch, attempt)
+            index = self.manifests[name].position(shard, index)
+            (draw,) = draw_rows(self._row_key(name, shard, index, epoch, attempt))
         raise self._rows.unusable(name, verdicts)
 
-    def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> int:
+    def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> np.ndarray:
         place = np.array([[shard], [index], [epoch]])
-        return int(row_keys(self.spec.seed, name, place[0], place[1], place[2], attempt)[0])
+        return row_keys(self.spec.seed, name, place[0], place[1], place[2], attempt)
 
     def _row_keys(
         self, refs: Refs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray

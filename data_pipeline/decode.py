@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, repeat
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipeline.crops import Box, choose_crop, stored_box
+from data_pipeline.draws import Draw
 from data_pipeline.errors import ContentError
-from data_pipeline.hashing import Purpose, hash64
+from data_pipeline.headers import claimed_size, exif_orientation, jpeg_markers, scans
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -22,15 +25,13 @@ MAX_PIXELS = 25_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # The members of a sample that are taken for its image; where it has several, the first of these.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-TRIES = 10
-RATIO_BITS = 24
-# (16/9)^(1/2), (16/9)^(1/4), ...: products of these are log-uniform. exp() is avoided because its last bit
-# differs between C libraries, and so, once in a while, would the crop; roots and products never do.
-RATIO_ROOTS = tuple(accumulate(repeat(0, RATIO_BITS - 1), lambda root, _: math.sqrt(root), initial=4 / 3))
-# A scaled JPEG decode leaves this many pixels per target pixel and side for the resize to average.
-SCALED_MARGIN = 2.0
-
-Box = tuple[int, int, int, int]
+# Encoders write about ten; each costs a pass over the whole image, so that thousands hold a worker for minutes.
+MAX_SCANS = 100
+# A scaled JPEG decode leaves at least this many pixels per target pixel and side for the resize to average: that is
+# 47 to 50 dB from a full decode, nearer than bicubic is to Lanczos (44 to 46). From 6/8 on it is slower than a full
+# one. Measured in docs/log.md.
+SCALED_MARGIN = 1.5
+LARGEST_EIGHTHS = 5
 
 
 @dataclass(frozen=True)
@@ -47,58 +48,82 @@ class ImageSpec:
     max_pixels: int = MAX_PIXELS
 
 
+@dataclass(slots=True)
+class _Cut:
+    """Pixels as they are stored that hold the crop: `inner` (left, top, right, bottom) of them is the crop."""
+
+    image: PIL.Image.Image
+    inner: tuple[float, float, float, float]
+    orientation: int
+    crop: Box
+
+
 def image_member(members: Iterable[str]) -> str | None:
     """The member of a sample that is the image, if it has one."""
     present = set(members)
     return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)
 
 
-def decode_image(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Decode, crop, resize (bicubic, antialiased) and perhaps mirror one image.
+def decode_image(data: bytes, spec: ImageSpec, draw: Draw | None, out: np.ndarray) -> tuple[int, ...]:
+    """Decode, crop, resize (bicubic, antialiased) and perhaps mirror one image, into `out`: uint8 [size, size, 3].
 
-    Returns uint8 [size, size, 3] and the crop (x, y, width, height, mirrored) in pixels of the original.
-    Colour is RGB: grey is repeated, transparency is laid on white, EXIF orientation is left alone. The crop
-    is a function of `key` and the image's size alone. Raises ContentError: `undecodable` or `too many pixels`.
+    Returns the crop (x, y, width, height, mirrored) in pixels of the upright image: EXIF orientation is applied.
+    Colour is RGB as stored (colour profiles are not applied): grey is repeated, transparency is laid on white, an
+    animation is its first frame. Without `draw` it is the centre, as in evaluation. Raises ContentError:
+    `undecodable` or `too many pixels`.
     """
-    jpeg = data[:2] == b"\xff\xd8"
-    found = (_decode_jpeg(data, spec, key, train) if jpeg else None) or _decode_any(data, spec, key, train)
-    pixels, box, crop = found
-    resized = _resize(pixels, box, spec.size)
-    mirrored = int(train and spec.flip and bool(hash64(np.uint64(key), Purpose.FLIP) & np.uint64(1)))
+    image, turns = _pillow()
+    cut = (_cut_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _cut_any(data, spec, draw)
+    small = cut.image.resize((spec.size, spec.size), image.Resampling.BICUBIC, box=cut.inner)
+    if cut.orientation in turns:
+        small = small.transpose(turns[cut.orientation])
+    mirrored = draw is not None and spec.flip and draw.mirror
     if mirrored:
-        resized = resized[:, ::-1]
-    return resized, (*crop, mirrored)
+        small = small.transpose(image.Transpose.FLIP_LEFT_RIGHT)
+    out[...] = np.asarray(small)
+    return (*cut.crop, int(mirrored))
 
 
-def choose_crop(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> Box:
-    """(x, y, width, height): the largest centred square, or in training a draw like RandomResizedCrop's.
+def versions() -> dict[str, str]:
+    """Of the decoders and the libraries in them: another one may give other pixels."""
+    from PIL import Image, features
 
-    By our own hash: area uniform in spec.crop, aspect ratio log-uniform in 3/4..4/3, ten tries, then the
-    centre.
-    """
-    if not train or spec.crop == (1.0, 1.0):
-        side = min(width, height)
-        return (width - side) // 2, (height - side) // 2, side, side
-    draws = hash64(np.uint64(key), Purpose.CROP, np.arange(4 * TRIES, dtype=np.uint64)).tolist()
-    low, high = spec.crop
-    for of_area, of_ratio, of_x, of_y in zip(*[iter(draws)] * 4, strict=True):
-        area = (low + (high - low) * (of_area >> 11) / 2**53) * (width * height)
-        ratio = _log_uniform_ratio(of_ratio)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return (of_x * (width - w + 1)) >> 64, (of_y * (height - h + 1)) >> 64, w, h
-    w = min(width, max(1, round(height * 4 / 3)))
-    h = min(height, max(1, round(width * 4 / 3)))
-    return (width - w) // 2, (height - h) // 2, w, h
+    found = {"pillow": Image.__version__}
+    for name in ("libjpeg_turbo", "jpg", "webp", "zlib"):
+        version = features.version(name)
+        if version:
+            found[f"pillow.{name}"] = str(version)
+    simplejpeg = _simplejpeg()
+    found["simplejpeg"] = simplejpeg.__version__ if simplejpeg else "absent"
+    return found
 
 
-def _log_uniform_ratio(draw: int) -> float:
-    """A ratio in [3/4, 4/3), log-uniform, from the upper bits of a 64-bit draw."""
-    ratio = 0.75
-    for bit, root in enumerate(RATIO_ROOTS):
-        if draw >> (63 - bit) & 1:
-            ratio *= root
-    return ratio
+@cache
+def _pillow() -> tuple[Any, dict[int, Any]]:
+    """Pillow's module, and what turns a stored image upright, by EXIF orientation."""
+    from PIL import Image
+
+    # Its limit of pixels is far above ours, which is applied first and said in our own words.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    turn = Image.Transpose
+    return Image, {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+
+
+@cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
 
 
 def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
@@ -106,14 +131,17 @@ def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
         raise ContentError("too many pixels", f"{width} x {height}; image.max_pixels is {spec.max_pixels}")
 
 
-Found = tuple[np.ndarray, tuple[float, float, float, float], Box]
+def _place(width: int, height: int, orientation: int, spec: ImageSpec, draw: Draw | None) -> tuple[Box, Box]:
+    """The crop in upright coordinates, and the same box in the stored image of this width and height."""
+    upright = (height, width) if orientation >= 5 else (width, height)
+    crop = choose_crop(*upright, spec.crop, draw.crop if draw else None)
+    return crop, stored_box(crop, *upright, orientation)
 
 
-def _decode_jpeg(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found | None:
+def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut | None:
     """Fast path; None leaves it to Pillow: no simplejpeg, CMYK, or bytes that a strict decoder refuses."""
-    try:
-        import simplejpeg
-    except ImportError:
+    simplejpeg = _simplejpeg()
+    if simplejpeg is None:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -122,65 +150,94 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found |
     _check_pixels(width, height, spec)
     if space in ("CMYK", "YCCK"):
         return None
-    x, y, w, h = crop = choose_crop(width, height, spec, key, train)
-    wanted = SCALED_MARGIN * spec.size
-    least = {}
-    if min(w, h) >= 2 * wanted:
-        least = {
-            "min_width": math.ceil(width * wanted / w),
-            "min_height": math.ceil(height * wanted / h),
-            "min_factor": 2,
-        }
+    orientation = _orientation(data)
+    crop, (x, y, w, h) = _place(width, height, orientation, spec, draw)
+    eighths = max(1, math.ceil(8 * SCALED_MARGIN * spec.size / min(w, h)))
+    # Below eight pixels two scales leave the same number, so that which one was taken could not be told.
+    if eighths > LARGEST_EIGHTHS or min(w, h) < 8:
+        eighths, least = 8, {}
+    else:
+        # The decoder takes the smallest scale that leaves so many pixels; a partial one at the far edges counts.
+        least = {"min_width": -(-width * eighths // 8), "min_height": -(-height * eighths // 8)}
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", **least)
     except ValueError:
         return None
-    # Scaling is by eighths, with a partial pixel at the far edges: 375 pixels at 1/2 become 188.
-    by = round(8 * pixels.shape[1] / width) / 8
-    return pixels, (x * by, y * by, (x + w) * by, (y + h) * by), crop
+    by = eighths / 8
+    left, top, right, bottom = x * by, y * by, (x + w) * by, (y + h) * by
+    cut, start_x, start_y = _cut_out(pixels, left, top, right, bottom)
+    inner = (
+        left - start_x,
+        top - start_y,
+        min(right - start_x, cut.width),
+        min(bottom - start_y, cut.height),
+    )
+    return _Cut(cut, inner, orientation, crop)
 
 
-def _decode_any(data: bytes, spec: ImageSpec, key: int, train: bool) -> Found:
+def _cut_out(
+    pixels: np.ndarray, left: float, top: float, right: float, bottom: float
+) -> tuple[PIL.Image.Image, int, int]:
+    """Whole pixels around a box of uint8 [height, width, 3] as an image, and where in `pixels` it begins.
+
+    Cut before the resize, which would let pixels outside the box bleed in; by Pillow's reader of strided rows,
+    which spares a copy.
+    """
+    image, _ = _pillow()
+    x, y = math.floor(left), math.floor(top)
+    height, width = math.ceil(bottom) - y, math.ceil(right) - x
+    row = 3 * pixels.shape[1]
+    start = y * row + 3 * x
+    cut = image.new("RGB", (width, height), None)
+    span = pixels.reshape(-1).data[start : start + (height - 1) * row + 3 * width]
+    cut.frombytes(span, "raw", "RGB", row, 1)
+    return cut, x, y
+
+
+def _orientation(jpeg: bytes) -> int:
+    """EXIF orientation of a JPEG. Raises ContentError if it has scans beyond reason."""
+    orientation, progressive = jpeg_markers(jpeg)
+    if progressive and (found := scans(jpeg)) > MAX_SCANS:
+        raise ContentError("undecodable", f"{found} scans; no more than {MAX_SCANS} are decoded")
+    return orientation
+
+
+def _cut_any(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut:
     """Pillow: every other format, odd JPEGs, and the verdict on broken ones."""
     from PIL import Image, UnidentifiedImageError
 
+    claimed = claimed_size(data)
+    if claimed is not None:
+        _check_pixels(*claimed, spec)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size, spec)
-            pixels = _as_rgb(image)
+            jpeg = _orientation(data) if image.format in ("JPEG", "MPO") else None
+            rgb = as_rgb(image)
+            orientation = jpeg or exif_orientation(image.info.get("exif") or b"")
     except Image.DecompressionBombError as error:
         raise ContentError("too many pixels", str(error)) from error
     except (ContentError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its own text holds an address, different on every run
         raise ContentError(
-            "undecodable", f"none of {', '.join(FORMATS)}; begins with {data[:12]!r}"
+            "undecodable", f"none of {', '.join(FORMATS)}; begins with {bytes(data[:12])!r}"
         ) from error
     except Exception as error:  # whatever a decoder raises on complete bytes is a verdict on them
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
-    x, y, w, h = crop = choose_crop(pixels.shape[1], pixels.shape[0], spec, key, train)
-    return pixels, (x, y, x + w, y + h), crop
+    crop, (x, y, w, h) = _place(rgb.width, rgb.height, orientation, spec, draw)
+    return _Cut(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
 
 
-def _as_rgb(image: PIL.Image.Image) -> np.ndarray:
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of any mode in RGB, its transparency on white; not turned upright."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit grey; Pillow's own conversion clips it at 255.
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
-    return np.asarray(image.convert("RGB"))
-
-
-def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """Box of uint8 [height, width, 3] to [size, size, 3]; pixels outside the box do not bleed in."""
-    from PIL import Image
-
-    left, top = math.floor(box[0]), math.floor(box[1])
-    right, bottom = math.ceil(box[2]), math.ceil(box[3])
-    cut = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
-    inner = (box[0] - left, box[1] - top, min(box[2] - left, cut.width), min(box[3] - top, cut.height))
-    return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC, box=inner))
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

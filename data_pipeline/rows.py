@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipeline import activity
 from data_pipeline.decode import IMAGE_EXTENSIONS, decode_image, image_member
+from data_pipeline.draws import Draw, draw_rows
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest
@@ -23,9 +24,8 @@ RETRY_AFTER = (0.1, 1.0, 4.0)
 
 @dataclass
 class Row:
-    """A decoded sample: uint8 [size, size, 3] or None, int32 [length], and what was chosen to get there."""
+    """What a sample gave beside its pixels: int32 [length], and what was chosen to get there."""
 
-    image: np.ndarray | None
     tokens: np.ndarray
     used: int
     crop: tuple[int, ...]
@@ -53,28 +53,31 @@ class RowMaker:
             return self.spec.text.length
         return (self.spec.length or 0) if self.spec.packed else 0
 
-    def make(self, source: str, shard: int, index: int, key: int, train: bool) -> Row:
-        """Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had."""
+    def make(self, source: str, shard: int, index: int, draw: Draw | None, out: np.ndarray | None) -> Row:
+        """One sample; its pixels go into `out`, uint8 [size, size, 3]. Without `draw` nothing of it is random.
+
+        Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had.
+        """
         sample_key, members = self._read(source, shard, index)
         with activity.decoding(source, shard, index):
-            return self._row(sample_key, members, source, shard, key, train)
+            if self.spec.packed:
+                return Row(self._packed(members, source, shard, sample_key), self.length, (), -1)
+            return self._row(sample_key, members, draw, out)
 
     def _row(
-        self, sample_key: str, members: dict[str, bytes], source: str, shard: int, key: int, train: bool
+        self, sample_key: str, members: dict[str, bytes], draw: Draw | None, out: np.ndarray | None
     ) -> Row:
-        if self.spec.packed:
-            return Row(None, self._packed(members, source, shard, sample_key), self.length, (), -1)
-        image: np.ndarray | None = None
         crop: tuple[int, ...] = ()
         if self.spec.image is not None:
-            image, crop = decode_image(_image_of(members), self.spec.image, key, train)
+            assert out is not None
+            crop = decode_image(_image_of(members), self.spec.image, draw, out)
         tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
         if self.spec.text is not None:
             assert self.tokenizer is not None
-            caption, choice = pick_caption(members, key if train else None)
+            caption, choice = pick_caption(members, draw.caption if draw else None)
             tokens, used = caption_row(self.tokenizer, caption, self.spec.text.length)
-        row = Row(image, tokens, used, crop, choice)
-        if not train:
+        row = Row(tokens, used, crop, choice)
+        if draw is None:
             row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
         return row
 
@@ -106,9 +109,7 @@ class RowMaker:
         )
 
     def put(self, batch: Batch, i: int, row: Row) -> None:
-        """Row number i of the batch."""
-        if batch.pixels is not None and row.image is not None:
-            batch.pixels[i] = row.image
+        """Row number i of the batch, but for its pixels, which are there already."""
         batch.tokens[i] = row.tokens
         batch.used[i] = row.used
 
@@ -117,10 +118,13 @@ class RowMaker:
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
         verdicts: list[Verdict] = []
+        (draw,) = draw_rows(np.zeros(1, np.uint64))
+        size = self.spec.image.size if self.spec.image else 0
+        out = np.empty((size, size, 3), np.uint8)
         for number in range(min(8, int(counts[shard]))):
             index = self.manifests[source].position(shard, number)
             try:
-                self.make(source, shard, index, 0, train=True)
+                self.make(source, shard, index, draw, out)
                 return
             except ContentError as verdict:
                 verdicts.append((shard, index, verdict))

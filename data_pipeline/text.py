@@ -14,7 +14,6 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import ContentError, UserError
-from data_pipeline.hashing import Purpose, hash64
 
 CLIP_BPE = "clip-bpe"
 # Looked for, in this order, where no tokenizer_config.json names the special tokens.
@@ -138,11 +137,11 @@ def caption_row(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.nda
     return row, used
 
 
-def pick_caption(members: dict[str, bytes], key: int | None) -> tuple[str, int]:
+def pick_caption(members: dict[str, bytes], draw: int | None) -> tuple[str, int]:
     """Caption of a sample and its number among the sample's captions.
 
-    The `txt` member; else `caption` in the `json` member, a string or a list of strings of which `key`
-    chooses one (the first, if key is None). Raises ContentError `missing caption` if all are blank or absent.
+    The `txt` member; else `caption` in the `json` member, a string or a list of strings of which `draw`, below
+    2**64, chooses one (the first, if it is None). Raises ContentError `missing caption` if all are blank or absent.
     """
     if "txt" in members:
         captions: list[Any] = [members["txt"].decode("utf-8", "replace")]
@@ -152,10 +151,7 @@ def pick_caption(members: dict[str, bytes], key: int | None) -> tuple[str, int]:
     usable = [(text, i) for i, text in enumerate(captions) if isinstance(text, str) and text.strip()]
     if not usable:
         raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
-    chosen = 0
-    if key is not None and len(usable) > 1:
-        chosen = int(hash64(np.uint64(key), Purpose.CAPTION)) * len(usable) >> 64
-    text, choice = usable[chosen]
+    text, choice = usable[0 if draw is None else draw * len(usable) >> 64]
     # A lone surrogate is legal in JSON but not in UTF-8.
     return text.encode("utf-8", "replace").decode("utf-8").strip(), choice
 

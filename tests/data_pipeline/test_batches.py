@@ -16,7 +16,9 @@ from PIL import Image
 
 from data_pipeline import digest
 from data_pipeline.batches import BatchMaker
-from data_pipeline.decode import ImageSpec, choose_crop
+from data_pipeline.crops import choose_crop
+from data_pipeline.decode import ImageSpec
+from data_pipeline.draws import draw_rows
 from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.hashing import Purpose, hash64
@@ -69,7 +71,7 @@ def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec])
             sample = read_tar(root / name / f"{shard:05d}.tar")[index]
             key = row_keys(spec.seed, name, *(np.array([v]) for v in (shard, index, epoch)), 0)[0]
             image = Image.open(io.BytesIO(sample["png"]))
-            x, y, w, h = choose_crop(*image.size, spec.image, int(key), True)
+            x, y, w, h = choose_crop(*image.size, spec.image.crop, draw_rows(np.array([key]))[0].crop)
             mirrored = int(hash64(key, Purpose.FLIP)) & 1
             image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)[:, ::-1] if mirrored else np.asarray(image)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import ImageSpec, choose_crop, decode_image, image_member
+from data_pipeline.crops import Box, choose_crop
+from data_pipeline.decode import ImageSpec, decode_image, image_member
+from data_pipeline.draws import draw_rows
 from data_pipeline.errors import ContentError
+from data_pipeline.hashing import Purpose, hash64
 from tests.data_pipeline.samples import encode, pixels
 
 SMOOTH = np.stack(
@@ -23,6 +26,18 @@ SMOOTH = np.stack(
     ],
     axis=2,
 ).astype(np.uint8)
+
+
+def decode(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Pixels and crop of one image, as a batch with one row of this key has them."""
+    out = np.empty((spec.size, spec.size, 3), np.uint8)
+    draw = draw_rows(np.array([key], np.uint64))[0] if train else None
+    return out, decode_image(data, spec, draw, out)
+
+
+def chosen(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> Box:
+    (draw,) = draw_rows(np.array([key], np.uint64))
+    return choose_crop(width, height, spec.crop, draw.crop if train else None)
 
 
 def pillow(data: bytes, crop: tuple[int, ...], size: int) -> np.ndarray:
@@ -40,7 +55,7 @@ def pillow(data: bytes, crop: tuple[int, ...], size: int) -> np.ndarray:
 def test_crop_and_resize_are_pillows(kind: str, shape: tuple[int, int]) -> None:
     data = encode(pixels(0, 0, *shape), kind)
     for key in range(12):
-        found, crop = decode_image(data, ImageSpec(16, (0.3, 1.0), True), key, train=True)
+        found, crop = decode(data, ImageSpec(16, (0.3, 1.0), True), key, train=True)
         assert found.dtype == np.uint8
         assert found.shape == (16, 16, 3)
         np.testing.assert_array_equal(found, pillow(data, crop, 16))
@@ -49,7 +64,7 @@ def test_crop_and_resize_are_pillows(kind: str, shape: tuple[int, int]) -> None:
 def test_scaled_jpeg_decode_stays_on_the_grid() -> None:
     data = encode(SMOOTH, "JPEG", quality=95)
     for key in range(10):
-        found, crop = decode_image(data, ImageSpec(24, (0.5, 1.0), True), key, train=True)
+        found, crop = decode(data, ImageSpec(24, (0.5, 1.0), True), key, train=True)
         error = np.abs(found.astype(int) - pillow(data, crop, 24))
         # 753 pixels at 1/8 become 95, not 94.125; taking 95/753 for the scale costs 0.8 to 1.3 here.
         assert error.mean() < 0.3
@@ -64,7 +79,7 @@ def test_photos_decode_like_pillow(shared) -> None:
         errors = []
         for index in range(0, 100, 4):
             _, members = reader.read(1, index)
-            found, crop = decode_image(members["jpg"], ImageSpec(size, (0.5, 1.0)), index, train=True)
+            found, crop = decode(members["jpg"], ImageSpec(size, (0.5, 1.0)), index, train=True)
             errors.append(np.abs(found.astype(int) - pillow(members["jpg"], crop, size)).mean())
         assert np.mean(errors) < tolerance
 
@@ -72,11 +87,11 @@ def test_photos_decode_like_pillow(shared) -> None:
 def test_evaluation_takes_the_largest_centred_square_whatever_the_key() -> None:
     data = encode(pixels(1, 2, 20, 30))
     spec = ImageSpec(10, (0.2, 0.5), True)
-    first, crop = decode_image(data, spec, 1, train=False)
+    first, crop = decode(data, spec, 1, train=False)
     assert crop == (5, 0, 20, 20, 0)
-    np.testing.assert_array_equal(first, decode_image(data, spec, 99, train=False)[0])
+    np.testing.assert_array_equal(first, decode(data, spec, 99, train=False)[0])
     whole = encode(pixels(1, 3, 10, 10))
-    np.testing.assert_array_equal(decode_image(whole, ImageSpec(10), 3, train=True)[0], pixels(1, 3, 10, 10))
+    np.testing.assert_array_equal(decode(whole, ImageSpec(10), 3, train=True)[0], pixels(1, 3, 10, 10))
 
 
 def test_half_the_images_are_mirrored_and_only_when_asked() -> None:
@@ -84,10 +99,10 @@ def test_half_the_images_are_mirrored_and_only_when_asked() -> None:
     plain = pixels(0, 1, 10, 10)
     mirrored = 0
     for key in range(400):
-        found, crop = decode_image(data, ImageSpec(10, flip=True), key, train=True)
+        found, crop = decode(data, ImageSpec(10, flip=True), key, train=True)
         np.testing.assert_array_equal(found, plain[:, ::-1] if crop[4] else plain)
         mirrored += crop[4]
-        assert decode_image(data, ImageSpec(10), key, train=True)[1][4] == 0
+        assert decode(data, ImageSpec(10), key, train=True)[1][4] == 0
     assert 160 < mirrored < 240
 
 
@@ -96,7 +111,7 @@ def test_crops_are_uniform_in_area_and_log_ratio() -> None:
     side = 4000
     spec = ImageSpec(8, (0.2, 0.5))
     boxes = np.array(
-        [choose_crop(side, side, spec, key * 0x9E3779B97F4A7C15 % 2**64, True) for key in range(2000)]
+        [chosen(side, side, spec, key * 0x9E3779B97F4A7C15 % 2**64, True) for key in range(2000)]
     )
     x, y, w, h = boxes.T.astype(float)
     uniform = np.linspace(0, 1, 2000)
@@ -107,15 +122,25 @@ def test_crops_are_uniform_in_area_and_log_ratio() -> None:
         assert np.abs(np.sort(values) - uniform).max() < 0.036, name
 
 
+def test_draws_of_a_batch_are_those_of_its_rows_alone() -> None:
+    """And of the hash as it is written down in hashing.Purpose."""
+    keys = hash64(np.arange(5), 77)
+    for key, row in zip(keys, draw_rows(keys), strict=True):
+        assert row == draw_rows(np.array([key]))[0]
+        assert row.crop == [int(hash64(key, Purpose.CROP, i)) for i in range(40)]
+        assert row.mirror == bool(int(hash64(key, Purpose.FLIP)) & 1)
+        assert row.caption == int(hash64(key, Purpose.CAPTION))
+
+
 def test_crop_falls_back_to_the_centre_of_a_long_image() -> None:
-    assert choose_crop(1000, 10, ImageSpec(8, (0.9, 1.0)), 3, True) == (493, 0, 13, 10)
-    assert choose_crop(10, 1000, ImageSpec(8, (0.9, 1.0)), 3, True) == (0, 493, 10, 13)
+    assert chosen(1000, 10, ImageSpec(8, (0.9, 1.0)), 3, True) == (493, 0, 13, 10)
+    assert chosen(10, 1000, ImageSpec(8, (0.9, 1.0)), 3, True) == (0, 493, 10, 13)
 
 
 def test_crops_are_pinned() -> None:
     """A change here changes every run: crops are part of what a checkpoint means."""
     spec = ImageSpec(8, (0.08, 1.0))
-    assert [choose_crop(500, 375, spec, key, True) for key in (0, 1, 2**64 - 1)] == GOLDEN
+    assert [chosen(500, 375, spec, key, True) for key in (0, 1, 2**64 - 1)] == GOLDEN
 
 
 GOLDEN = [(48, 36, 368, 337), (16, 94, 196, 188), (82, 29, 278, 330)]
@@ -127,7 +152,7 @@ def test_every_mode_becomes_rgb() -> None:
     spec = ImageSpec(9)
 
     def decoded(data: bytes) -> np.ndarray:
-        return decode_image(data, spec, 0, train=False)[0]
+        return decode(data, spec, 0, train=False)[0]
 
     np.testing.assert_array_equal(decoded(encode(grey)), np.repeat(grey[:, :, None], 3, axis=2))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
@@ -170,7 +195,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_by_its_header(data: bytes) -> None:
     with pytest.raises(ContentError) as verdict:
-        decode_image(data, ImageSpec(8), 0, train=True)
+        decode(data, ImageSpec(8), 0, train=True)
     assert verdict.value.reason == "too many pixels"
 
 
@@ -179,9 +204,9 @@ def test_the_limit_of_pixels_is_the_recipes_and_changes_no_crop(kind: str) -> No
     data = encode(pixels(0, 0, 40, 30), kind)
     wanted = ImageSpec(8, (0.3, 0.9), flip=True)
     with pytest.raises(ContentError, match=r"30 x 40; image\.max_pixels is 1199"):
-        decode_image(data, replace(wanted, max_pixels=1199), 5, train=True)
-    image, crop = decode_image(data, replace(wanted, max_pixels=1200), 5, train=True)
-    reference, same_crop = decode_image(data, wanted, 5, train=True)
+        decode(data, replace(wanted, max_pixels=1199), 5, train=True)
+    image, crop = decode(data, replace(wanted, max_pixels=1200), 5, train=True)
+    reference, same_crop = decode(data, wanted, 5, train=True)
     assert crop == same_crop
     assert (image == reference).all()
 
@@ -194,7 +219,7 @@ def test_a_verdict_reads_the_same_on_every_run() -> None:
     details = set()
     for _ in range(2):
         with pytest.raises(ContentError) as verdict:
-            decode_image(b"<html>404</html>", ImageSpec(8), 0, train=True)
+            decode(b"<html>404</html>", ImageSpec(8), 0, train=True)
         details.add(verdict.value.detail)
     assert details == {"none of JPEG, PNG, WEBP, GIF, BMP; begins with b'<html>404</h'"}
 
@@ -213,7 +238,7 @@ def test_a_verdict_reads_the_same_on_every_run() -> None:
 )
 def test_broken_bytes_are_a_verdict(data: bytes) -> None:
     with pytest.raises(ContentError) as verdict:
-        decode_image(data, ImageSpec(8), 0, train=True)
+        decode(data, ImageSpec(8), 0, train=True)
     assert verdict.value.reason == "undecodable"
 
 
@@ -223,7 +248,7 @@ def test_an_odd_jpeg_that_a_strict_decoder_refuses_still_decodes() -> None:
     odd = GOOD_JPEG[:-2] + b"\x00\x01\x02\x03" + GOOD_JPEG[-2:]
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(odd)
-    found, crop = decode_image(odd, ImageSpec(64), 0, train=True)
+    found, crop = decode(odd, ImageSpec(64), 0, train=True)
     np.testing.assert_array_equal(found, pillow(GOOD_JPEG, crop, 64))
 
 

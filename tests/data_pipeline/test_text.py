@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.draws import draw_rows
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.text import caption_row, load_tokenizer, pick_caption
 from tests.data_pipeline.samples import write_tokenizer
@@ -183,7 +184,8 @@ def test_caption_comes_from_txt_then_json() -> None:
 
 def test_one_of_several_captions_is_chosen_by_key() -> None:
     member = {"json": json.dumps({"caption": ["first", " ", None, "second", "third"]}).encode()}
-    chosen = [pick_caption(member, key) for key in range(300)]
+    draws = draw_rows(np.arange(300, dtype=np.uint64))
+    chosen = [pick_caption(member, draw.caption) for draw in draws]
     assert set(chosen) == {("first", 0), ("second", 3), ("third", 4)}
     for one in set(chosen):
         assert 70 < chosen.count(one) < 130

@@ -1,0 +1,100 @@
+"""What the first bytes of an image tell before anything is decoded: size, EXIF orientation, number of scans."""
+
+from __future__ import annotations
+
+import struct
+
+ORIENTATION = 0x0112
+EXIF = b"Exif\x00\x00"
+# Markers of a JPEG that have no length: fill, TEM, RST0 to RST7, SOI.
+BARE = {0xFF, 0x01, *range(0xD0, 0xD9)}
+# Start of frame of a progressive JPEG, Huffman or arithmetic.
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+START_OF_SCAN, APP1 = 0xDA, 0xE1
+
+
+def claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a PNG, GIF, BMP or WebP claims; None for other bytes, or too few of them.
+
+    Pillow allocates a WebP's canvas, and walks a PNG's chunks, before it gives a size to judge.
+    """
+    try:
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return struct.unpack_from(">II", data, 16)
+        if data[:3] == b"GIF":
+            return struct.unpack_from("<HH", data, 6)
+        if data[:2] == b"BM":
+            old = struct.unpack_from("<I", data, 14)[0] == 12
+            width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
+            return abs(width), abs(height)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp_size(data)
+    except struct.error:
+        return None
+    return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """RFC 9649: the canvas of the extended format, else the frame of the lossy or lossless one."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
+        return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None
+
+
+def jpeg_markers(data: bytes) -> tuple[int, bool]:
+    """EXIF orientation of a JPEG, 1 to 8 (1 where it has none), and whether it is progressive."""
+    orientation, progressive, at = 0, False, 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            at = data.find(b"\xff", at)
+            if at < 0:
+                break
+            continue
+        marker = data[at + 1]
+        if marker in BARE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == START_OF_SCAN:
+            break
+        length = data[at + 2] << 8 | data[at + 3]
+        progressive |= marker in PROGRESSIVE
+        if marker == APP1 and not orientation and data[at + 4 : at + 10] == EXIF:
+            orientation = exif_orientation(data[at + 10 : at + 2 + length])
+        at += 2 + length
+    return orientation or 1, progressive
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """Orientation in a TIFF header and its first directory, with or without "Exif" before it; 1 if it says none.
+
+    Read here because Pillow's parser costs a hundred times as much, and would be run for every photograph.
+    """
+    tiff = tiff.removeprefix(EXIF)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(entries):
+            tag, kind, count = struct.unpack_from(order + "HHI", tiff, start + 2 + 12 * entry)
+            if tag == ORIENTATION and count == 1 and kind in (1, 3, 4):
+                letter = {1: "B", 3: "H", 4: "I"}[kind]
+                (value,) = struct.unpack_from(order + letter, tiff, start + 10 + 12 * entry)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def scans(data: bytes) -> int:
+    """Start-of-scan markers of a JPEG; those of a thumbnail count too."""
+    return data.count(b"\xff\xda")
