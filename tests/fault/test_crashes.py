@@ -101,11 +101,12 @@ def test_other_deaths_are_an_error_that_names_the_row(
         if (at.shard[i], at.index[i]) == (1, 5)
     )
     with LocalLoader([spec], 0, 1, 2) as loader:
-        with pytest.raises(
-            WorkerError, match=rf"step {step}, row {row} of stream pairs.*{told}.*memory"
-        ) as error:
-            for number, made in enumerate(loader.steps(0, STEPS)):
-                assert total(made["pairs"]) == total([maker.make(number, 0, BATCH)])
+        made = loader.steps(0, STEPS)
+        for number in range(step):
+            assert total(next(made)["pairs"]) == total([maker.make(number, 0, BATCH)])
+        expected = rf"step {step}, row {row} of stream pairs.*{told}.*memory"
+        with pytest.raises(WorkerError, match=expected) as error:
+            next(made)
         assert isinstance(error.value, OSError)  # so that a rank saves before it stops
     assert len(marks.read_text().split()) == 5  # two workers, and three tries alone
 
