@@ -246,8 +246,11 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
         # read_table would import pyarrow.dataset, and with it pandas where that is installed.
         table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if metadata["dromos_index"] == FORMAT and not re.fullmatch(OFFSETS, metadata["offsets"]):
-            raise KeyError(metadata["offsets"])
+        if metadata["dromos_index"] == FORMAT:
+            if not re.fullmatch(OFFSETS, metadata["offsets"]):
+                raise KeyError(metadata["offsets"])
+            if metadata["digest"] != digest_of(table):
+                raise KeyError("its content is not what was written")
     except (pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{url} is no index ({error}); run: dromos data index {root}") from None
     if metadata["dromos_index"] != FORMAT:
@@ -255,6 +258,14 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
             f"{url} has format {metadata['dromos_index']}, not {FORMAT}; run: dromos data index {root}"
         )
     return table, storage.join(storage.join(root, INDEX_FOLDER), metadata["offsets"])
+
+
+def digest_of(table: pa.Table) -> str:
+    """Hash of the columns of an index that order and places depend on."""
+    state = xxhash.xxh64("\0".join(table["path"].to_pylist()).encode("utf-8", "surrogateescape"))
+    for column in ("count", "size", "width", "check", "block"):
+        state.update(table[column].to_numpy().tobytes())
+    return state.hexdigest()
 
 
 def _from_index(
@@ -275,13 +286,13 @@ def _from_index(
     counts, sizes, blocks = (
         table[column].to_numpy()[rows].astype(np.int64) for column in ("count", "size", "block")
     )
-    widths = table["width"].to_numpy()[rows].astype(np.uint8)
+    widths, checks = table["width"].to_numpy()[rows], table["check"].to_numpy()[rows]
     changed = np.flatnonzero(sizes != np.array([lengths[url] for url in urls], np.int64))
     if len(changed):
         url = urls[int(changed[0])]
         raise UserError(f"{url} has {lengths[url]} bytes, {sizes[changed[0]]} when it was indexed; {again}")
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
-    places = OffsetFile(offsets, blocks, widths)
+    places = OffsetFile(offsets, blocks, widths, checks)
     return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, places)
 
 

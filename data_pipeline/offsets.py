@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
@@ -24,11 +25,13 @@ WIDEST = (2**32 - 1) * BLOCK
 
 @dataclass(frozen=True, eq=False)
 class OffsetFile:
-    """Where a source's offset file lies: byte of each shard's block in it, or UNKNOWN; bytes of an entry, 2 or 4."""
+    """Where a source's offset file lies, and of each shard's block in it the first byte, the bytes of an entry (2 or
+    4), and a hash."""
 
     url: str
     blocks: np.ndarray  # int64 [shards]
     widths: np.ndarray  # uint8 [shards]
+    checks: np.ndarray  # uint64 [shards]
 
 
 def pack_starts(starts: np.ndarray) -> tuple[bytes, int]:
@@ -58,6 +61,11 @@ def block_bytes(samples: int, width: int) -> int:
     return length + -length % 4
 
 
+def check_of(block: bytes | memoryview, samples: int) -> int:
+    """Hash of a shard's block and count."""
+    return xxhash.xxh64_intdigest(block, samples)
+
+
 class Offsets:
     """Ranges of the samples of a source: from its index, or learned shard by shard.
 
@@ -73,6 +81,8 @@ class Offsets:
         file = manifest.offsets
         self._blocks = np.full(len(self._counts), UNKNOWN) if file is None else file.blocks
         self._widths = np.zeros(len(self._counts), np.uint8) if file is None else file.widths
+        self._checks = None if file is None else file.checks
+        self._checked = np.zeros(len(self._counts), bool)
         self._all_known = bool((self._blocks != UNKNOWN).all())
         self._any_wide = bool((self._widths == 4).any())
         if file is not None:
@@ -89,10 +99,8 @@ class Offsets:
         last = int(np.argmax(self._blocks))
         end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
         if len(data) % 4 or end > len(data):
-            raise UserError(
-                f"{file.url} does not belong to the shards.parquet beside it; run: dromos data index "
-                f"{os.path.dirname(os.path.dirname(file.url))}"
-            )
+            raise _damaged(file.url)
+        self._url, self._data = file.url, memoryview(data)
         self._narrow, self._wide = np.frombuffer(data, "<u2"), np.frombuffer(data, "<u4")
         self._narrow_at, self._wide_at = memoryview(data).cast("H"), memoryview(data).cast("I")
 
@@ -120,6 +128,8 @@ class Offsets:
         block, stop = int(self._blocks[shard]), index + 1
         if block == UNKNOWN:
             raise KeyError(f"the samples of shard {shard} were not located yet")
+        if not self._checked[shard]:
+            self._check(shard)
         if self._widths[shard] == 4:
             at = block // 4
             return self._wide_at[at + index] * BLOCK, self._wide_at[at + stop] * BLOCK
@@ -129,6 +139,13 @@ class Offsets:
             (self._wide_at[at + index // GROUP] + self._narrow_at[entries + index]) * BLOCK,
             (self._wide_at[at + stop // GROUP] + self._narrow_at[entries + stop]) * BLOCK,
         )
+
+    def _check(self, shard: int) -> None:
+        start, samples = int(self._blocks[shard]), int(self._counts[shard])
+        block = self._data[start : start + block_bytes(samples, int(self._widths[shard]))]
+        if self._checks is not None and check_of(block, samples) != self._checks[shard]:
+            raise _damaged(self._url)
+        self._checked[shard] = True
 
     def ranges(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(start, stop), int64 arrays of bytes in the tars; the arguments are positions in tars and broadcast.
@@ -170,3 +187,10 @@ class Offsets:
     def _entries(self, blocks: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> np.ndarray:
         bases = self._wide[blocks // 4 + entries // GROUP].astype(np.int64)
         return (bases + self._narrow[blocks // 2 + 2 * (counts // GROUP + 1) + entries]) * BLOCK
+
+
+def _damaged(url: str) -> UserError:
+    root = os.path.dirname(os.path.dirname(url))
+    return UserError(
+        f"{url} is damaged or does not belong to the shards.parquet beside it; run: dromos data index {root}"
+    )

@@ -12,7 +12,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.decode import IMAGE_EXTENSIONS
 from data_pipeline.errors import UserError
-from data_pipeline.tar import BLOCK, Bytes, Member, Truncated, mapped, split_name, walk
+from data_pipeline.tar import BLOCK, Bytes, Member, Pieces, Truncated, mapped, split_name, walk
 
 NAMED = 8  # keys that are remembered by name
 
@@ -48,17 +48,17 @@ def scan(data: Bytes, where: str) -> Scan:
         raise Truncated(f"{error}; it holds {max(len(starts) - 1, 0)} whole samples before the cut") from None
 
 
-def scan_file(path: str) -> Scan:
-    """`scan` of a local tar."""
-    with mapped(path) as data:
-        return scan(data, path)
+def scan_file(url: str, size: int | None = None) -> Scan:
+    """`scan` of a tar, local or remote; `size` is its bytes where they are known."""
+    if storage.is_remote(url):
+        return scan(Pieces(url, storage.size(url) if size is None else size), url)
+    with mapped(url) as data:
+        return scan(data, url)
 
 
-def locate(path: str | bytes, where: str) -> np.ndarray:
-    """`Scan.starts` alone, of a local tar or of its bytes."""
-    if isinstance(path, bytes):
-        return scan(path, where).starts
-    return scan_file(storage.local_path(path)).starts
+def locate(source: str | bytes, where: str) -> np.ndarray:
+    """`Scan.starts` alone, of a tar or of its bytes."""
+    return (scan(source, where) if isinstance(source, bytes) else scan_file(source)).starts
 
 
 def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:

@@ -76,21 +76,6 @@ def _entries(folder: str, store: Any) -> dict[str, dict[str, Any]]:
     return {store.unstrip_protocol(entry["name"]): entry for entry in store.ls(folder, detail=True)}
 
 
-def versions(urls: Sequence[str]) -> dict[str, str]:
-    """What changes when a file does, of each that exists: the time of its last change in nanoseconds, or the
-    store's ETag; "" where it gives none."""
-    found: dict[str, str] = {}
-    for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
-        with suppress(FileNotFoundError):
-            entries = ask(folder, partial(_entries, folder))
-            found |= {url: str(entry.get("ETag") or "") for url, entry in entries.items()}
-    for url in urls:
-        if not is_remote(url):
-            with suppress(FileNotFoundError):
-                found[url] = str(os.stat(local_path(url)).st_mtime_ns)
-    return {url: found[url] for url in urls if url in found}
-
-
 def remove(urls: Sequence[str]) -> None:
     """Delete files; those that are gone already are left at that."""
     for url in urls:

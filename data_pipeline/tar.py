@@ -42,6 +42,27 @@ class Member(NamedTuple):
     size: int
 
 
+class Pieces:
+    """A remote tar as Bytes: fetched in pieces of 8 MiB; past a larger member, of 64 KiB."""
+
+    def __init__(self, url: str, size: int, piece: int = 8 << 20, small: int = 64 << 10) -> None:
+        self._url, self._size = url, size
+        self._sizes = piece, small
+        self._start, self._data = 0, b""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        if start < self._start or stop > self._start + len(self._data):
+            near = start < self._start + len(self._data) + self._sizes[0]
+            length = max(self._sizes[0 if near else 1], stop - start)
+            self._start, length = start, min(length, self._size - start)
+            self._data = storage.read_range(self._url, start, length, self._size)
+        return self._data[start - self._start : stop - self._start]
+
+
 class Truncated(UserError):
     """The tar ends before its end-of-archive mark."""
 
@@ -124,7 +145,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 def member_table(source: str | os.PathLike[str] | bytes, name: str | None = None) -> list[Sample]:
     """The samples of a tar in its order, found by walking the headers; contents are not read.
 
-    Parameters: `source` is a path, an s3:// url (fetched whole) or the tar's bytes; `name` is for messages.
+    Parameters: `source` is a path, an s3:// url or the tar's bytes; `name` is for messages.
     Members of one sample are adjacent, as webdataset requires. Raises UserError for what is no whole tar.
     """
     if isinstance(source, bytes):
@@ -132,7 +153,7 @@ def member_table(source: str | os.PathLike[str] | bytes, name: str | None = None
     path = os.fspath(source)
     name = name or path
     if storage.is_remote(path):
-        return group_members(walk(storage.read_bytes(path), name), name)
+        return group_members(walk(Pieces(path, storage.size(path)), name), name)
     with mapped(path, name) as data:
         return group_members(walk(data, name), name)
 

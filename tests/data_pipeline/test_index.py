@@ -68,7 +68,7 @@ def test_three_ways_to_count_agree(root: str) -> None:
     by_tar = open_source("a", root)
     fill(root, stats=True)
     by_stats = open_source("a", root)
-    built = build_index(root)
+    built = build_index(root).manifest
     by_index = open_source("a", root)
     assert [m.counted_by for m in (by_tar, by_stats, built, by_index)] == [
         "tar",
@@ -187,7 +187,7 @@ def test_wrong_statistics_name_shard_and_both_counts(root: str, promised: int) -
         reader.read(2, 0)
     with pytest.raises(UserError, match=message):
         build_index(root)
-    assert not os.path.exists(f"{root}/_index")
+    assert not os.path.exists(f"{root}/_index/shards.parquet")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_an_index_older_than_the_shards_is_refused(root: str) -> None:
         UserError, match=r"00003\.tar has \d+ bytes, \d+ when it was indexed; run: dromos data index"
     ):
         open_source("a", root)
-    assert build_index(root).samples == 14
+    assert build_index(root).manifest.samples == 14
     fill(root, [5, 0, 3, 6, 1])
     with pytest.raises(UserError, match=r"00004\.tar is newer than the index.*run: dromos data index"):
         open_source("a", root)
