@@ -59,7 +59,7 @@ class Loader:
 
     @property
     def setups(self) -> list[Setup]:
-        return [Setup(maker.spec, maker.manifests, maker.tokenizer) for maker in self.makers.values()]
+        return [Setup.of(maker) for maker in self.makers.values()]
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches."""

@@ -53,7 +53,7 @@ class ThreadPool:
         self._futures: dict[int, Future[Batch]] = {}
         self._next = 0
         self._status = activity.own()
-        setups = [Setup(maker.spec, maker.manifests, maker.tokenizer) for maker in makers.values()]
+        setups = [Setup.of(maker) for maker in makers.values()]
         self._watch = StallWatch(self._limits, "the loader", lambda sample: place(setups, sample))
 
     def submit(self, item: Item, pieces: int = 1) -> int:

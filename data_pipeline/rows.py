@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import activity
+from data_pipeline.cache import CacheSettings
 from data_pipeline.decode import IMAGE_EXTENSIONS, decode_image, image_member
 from data_pipeline.draws import Draw, draw_rows
 from data_pipeline.errors import ContentError, ReadError, UserError
@@ -40,11 +41,17 @@ Verdict = tuple[int, int, ContentError]
 class RowMaker:
     """Makes rows of one stream. Holds open files, so each process has its own."""
 
-    def __init__(self, spec: StreamSpec, manifests: dict[str, Manifest], tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        spec: StreamSpec,
+        manifests: dict[str, Manifest],
+        tokenizer: Tokenizer | None,
+        cache: CacheSettings | None = None,
+    ) -> None:
         self.spec = spec
         self.manifests = manifests
         self.tokenizer = tokenizer
-        self._readers = {name: ShardReader(manifest) for name, manifest in manifests.items()}
+        self._readers = {name: ShardReader(manifest, cache) for name, manifest in manifests.items()}
 
     @property
     def length(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.batches import BatchMaker
+from data_pipeline.cache import CacheSettings
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.spec import StreamSpec
@@ -29,9 +30,14 @@ class Setup:
     spec: StreamSpec
     manifests: dict[str, Manifest]
     tokenizer: Tokenizer | None
+    cache: CacheSettings | None = None
+
+    @staticmethod
+    def of(maker: BatchMaker) -> Setup:
+        return Setup(maker.spec, maker.manifests, maker.tokenizer, maker.cache)
 
     def maker(self) -> BatchMaker:
-        return BatchMaker(self.spec, self.manifests, self.tokenizer)
+        return BatchMaker(self.spec, self.manifests, self.tokenizer, self.cache)
 
 
 def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
