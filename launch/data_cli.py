@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,35 +51,66 @@ def index(
 @app.command()
 def show(
     sources: Sources,
-    samples: Annotated[int, typer.Option("--samples", min=0, metavar="N", help="Samples to print.")] = 5,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=0, metavar="N", help="Samples to show: 5, with --html 24.")
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures and figures.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option("--images", metavar="DIR", help="Folder of an instruction file's pictures.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show sources: shards, samples, first captions.
+    """Show sources: format, samples, what is wrong.
 
-    Also who counted the samples, which members they have, and what is wrong with the tars. RefinedWeb's parquet
-    folders are shown too.
+    Tars (webdataset, img2dataset, packed text); parquet of LAION, LAION-COCO, COYO, DataComp, RefinedWeb and
+    FineWeb; CC3M's .tsv; json and jsonl of LLaVA, ShareGPT and PaliGemma. A folder, a pattern or a file.
 
     \b
     Examples:
       dromos data show data/demo/digits/train
       dromos data show 's3://corpus/laion400m/{00000..41407}.tar' --json
+      dromos data show laion2b-en/ --html laion.html
+      dromos data show blip_laion_cc_sbu_558k.json --images llava/images
 
     Exit codes: 0, or 2 when something is wrong with a source.
     """
-    from data_pipeline.show import describe
+    from data_pipeline.errors import UserError
 
-    described = [describe(path, first=samples) for path in sources]
-    if as_json:
-        typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    if html is not None and len(sources) > 1:
+        raise UserError(
+            f"--html {html}: a page is about one source, not {len(sources)}; show them one by one"
+        )
+    if html is not None:
+        from data_pipeline.show.page import write_page
+
+        described = [write_page(sources[0], html, 24 if samples is None else samples, images).about]
     else:
-        from data_pipeline.show import render
+        from data_pipeline.show import describe
 
-        width = min(shutil.get_terminal_size().columns, 140) if sys.stdout.isatty() else 140
-        for about in described:
-            for kind, line in render(about, width):
-                typer.secho(line, bold=kind == "title", fg={"wrong": "red", "title": "cyan"}.get(kind))
+        described = [
+            describe(path, first=5 if samples is None else samples, images=images) for path in sources
+        ]
+    if as_json:
+        text = json.dumps(described, indent=2, ensure_ascii=False)
+        typer.echo(text.encode("utf-8", "replace").decode())
+    else:
+        _print(described, 5 if samples is None else samples)
+    if html is not None and not as_json:
+        typer.echo(f"\n{html}: written")
     if any(about["problems"] for about in described):
         raise typer.Exit(USER_ERROR)
+
+
+def _print(described: list[dict[str, Any]], samples: int) -> None:
+    from data_pipeline.show import render
+
+    colours = {"wrong": "red", "note": "yellow", "title": "cyan"}
+    width = min(shutil.get_terminal_size().columns, 140) if sys.stdout.isatty() else 140
+    for about in described:
+        for kind, line in render(about | {"first": about["first"][:samples]}, width):
+            typer.secho(line, bold=kind == "title", fg=colours.get(kind))
 
 
 @app.command()

@@ -20,7 +20,7 @@ from data_pipeline.formats import (
 from data_pipeline.formats.columns import Column, match, nearest, wrong_types
 from data_pipeline.formats.verdict import Verdict
 from data_pipeline.show.survey import Bad, Survey, share, spread
-from data_pipeline.show.tallies import TALLIES, Tally
+from data_pipeline.show.tallies import TALLIES, Tally, WithPictures
 
 RECORDS = 5000  # examined in all files together
 # Tables and lines gathered from the web have rows that are nothing; beyond this share something else is wrong.
@@ -36,14 +36,14 @@ TABLES: dict[str, Callable[[str, Any], Iterator[Any]]] = {
     "outcomes": img2dataset_output.outcomes_of,
     "documents": refinedweb.documents_of,
 }
-FILES: dict[str, Callable[[str, BinaryIO], Iterator[Any]]] = {
-    "lines": cc3m.pairs_of,
+FILES: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {
+    "lines": lambda file, opened, _: cc3m.pairs_of(file, opened),
     "conversations": instructions.conversations_of,
     "prompted": paligemma.prompted_of,
 }
 
 
-def look(found: Survey, examine: int, first: int) -> None:
+def look(found: Survey, examine: int, first: int, images: str | None) -> None:
     """Fill in what the first records of `examine` files say."""
     about, form = found.about, found.form
     sizes = storage.sizes(form.files)
@@ -63,9 +63,11 @@ def look(found: Survey, examine: int, first: int) -> None:
         _count_rows(found, list(sizes))
         _look_into_tables(found, chosen, tally, bad)
     else:
-        _look_into_files(found, chosen, sizes, tally, bad)
+        _look_into_files(found, chosen, sizes, tally, bad, images)
     about["examined"]["samples"] = tally.examined
     tally.finish()
+    if isinstance(tally, WithPictures):
+        _look_for_pictures(found, tally.paths, images)
     _tell_bad(found, bad, tally.examined)
 
 
@@ -106,7 +108,9 @@ def _look_into_tables(found: Survey, files: list[str], tally: Tally, bad: Bad) -
         _tell_columns(found, schema, tally)
 
 
-def _look_into_files(found: Survey, files: list[str], sizes: dict[str, int], tally: Tally, bad: Bad) -> None:
+def _look_into_files(
+    found: Survey, files: list[str], sizes: dict[str, int], tally: Tally, bad: Bad, images: str | None
+) -> None:
     """Lines and entries: all of small files; of large ones the first, from which the number is estimated."""
     family = found.form.family
     each = max(RECORDS // max(len(files), 1), 100)
@@ -114,7 +118,7 @@ def _look_into_files(found: Survey, files: list[str], sizes: dict[str, int], tal
     whole = len(files) == len(sizes)
     for file in files:
         with storage.asking(file), storage.open_bytes(file) as opened:
-            taken = _take(islice(FILES[family](file, opened), each), tally, bad)
+            taken = _take(islice(FILES[family](file, opened, images), each), tally, bad)
             read += opened.tell()
             records += taken
             whole = whole and taken < each
@@ -138,6 +142,21 @@ def _take(records: Iterator[Any], tally: Tally, bad: Bad) -> int:
         else:
             tally.add(value)
     return tally.examined - before
+
+
+def _look_for_pictures(found: Survey, paths: list[str], images: str | None) -> None:
+    """Whether the pictures that the first records name are there."""
+    root = images or found.form.files[0].rpartition("/")[0] or "."
+    absent = [path for path in paths if not storage.exists(storage.join(root, path))]
+    if not absent:
+        return
+    sentence = (
+        f"{share(len(absent), len(paths))} pictures looked for are not below {root}, the first is {absent[0]}"
+    )
+    if images is None and len(absent) == len(paths):
+        found.notes.append(f"{sentence}; name their folder with --images")
+    else:
+        found.problems.append(sentence)
 
 
 def _tell_columns(found: Survey, schema: Any, tally: Tally) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.formats import Format, detect
 from data_pipeline.formats.verdict import Verdict
+from data_pipeline.tar import Sample
 
 LONGEST = 200  # characters of a caption or document that are shown
 EXAMPLES = 2  # bad records shown of each reason
@@ -18,7 +19,7 @@ FIRST = 5  # records that are shown
 @dataclass
 class Survey:
     """`about` is plain and JSON-able; `series` holds one list of figures a name, for what was examined, and
-    `passages` the first documents, (address, text), whole.
+    `passages` the first documents, (address, text), whole; `tables` the samples of each tar examined.
 
     About always has: path, format (a slug), kind (words), shards (files), samples (None if unknown), bytes,
     counted_by, first (records), notes (worth knowing) and problems (wrong); the rest depends on the format.
@@ -28,6 +29,7 @@ class Survey:
     about: dict[str, Any]
     series: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     passages: list[tuple[str, str]] = field(default_factory=list)
+    tables: dict[str, list[Sample]] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
@@ -60,16 +62,19 @@ class Bad:
             )
 
 
-def describe(path: str, examine: int = EXAMINE, first: int = FIRST) -> dict[str, Any]:
+def describe(
+    path: str, examine: int = EXAMINE, first: int = FIRST, images: str | None = None
+) -> dict[str, Any]:
     """A plain, JSON-able dict about a source in any of the formats that `formats.detect` knows.
 
-    Looks into `examine` files spread over the source and shows the `first` records. What is wrong with a file
-    stands in "problems" instead of being raised; only a path where nothing is, or nothing known, raises UserError.
+    Looks into `examine` files spread over the source and shows the `first` records; `images` is the folder of the
+    pictures that an instruction file names, where it is not the file's own. What is wrong with a file stands in
+    "problems" instead of being raised; only a path where nothing is, or nothing known, raises UserError.
     """
-    return survey(path, examine, first).about
+    return survey(path, examine, first, images).about
 
 
-def survey(path: str, examine: int = EXAMINE, first: int = FIRST) -> Survey:
+def survey(path: str, examine: int = EXAMINE, first: int = FIRST, images: str | None = None) -> Survey:
     """`describe` with the figures behind it."""
     form = detect(path)
     found = Survey(form, _empty(path, form))
@@ -80,7 +85,7 @@ def survey(path: str, examine: int = EXAMINE, first: int = FIRST) -> Survey:
     else:
         from data_pipeline.show.records import look as look_at_records
 
-        look_at_records(found, examine, first)
+        look_at_records(found, examine, first, images)
     for name in ("problems", "notes"):
         found.about[name] = list(dict.fromkeys(found.about[name]))
     return found

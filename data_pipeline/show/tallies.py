@@ -172,13 +172,27 @@ class DocumentTally(Tally):
         self.tell_twice("an address")
 
 
-class ConversationTally(Tally):
+class WithPictures(Tally):
+    """Records that name pictures; `paths` holds the first of them."""
+
+    LOOKED_FOR = 64
+
+    def __init__(self, found: Survey, first: int) -> None:
+        super().__init__(found, first)
+        self.paths: list[str] = []
+
+    def names(self, *paths: str) -> None:
+        self.absent["pictures"] += not paths
+        self.paths += paths[: self.LOOKED_FOR - len(self.paths)]
+
+
+class ConversationTally(WithPictures):
     """Dialogues with or without pictures."""
 
     def add(self, entry: tuple[str, Conversation]) -> None:
         place, record = entry
         self.used += 1
-        self.absent["pictures"] += not record.images
+        self.names(*record.images)
         self.absent["id"] += record.id is None
         if record.id is not None:
             self.once(record.id)
@@ -200,13 +214,13 @@ class ConversationTally(Tally):
         self.tell_twice("an id")
 
 
-class PromptedTally(Tally):
+class PromptedTally(WithPictures):
     """PaliGemma's examples."""
 
     def add(self, entry: tuple[str, Prompted]) -> None:
         place, record = entry
         self.used += 1
-        self.absent["pictures"] += record.image is None
+        self.names(*([record.image] if record.image else []))
         self.absent["suffix"] += record.suffix is None
         self.lengths("words", record.suffix or "")
         self.show(

@@ -31,7 +31,7 @@ def look(found: Survey, path: str, examine: int, first: int) -> None:
     there = [url for url in urls if url in sizes]
     manifest = None if missing else _open(path, found)
     chosen = spread(there, min(examine, EXAMINE_REMOTE) if storage.is_remote(path) else examine)
-    tables = _tables(chosen, found)
+    tables = found.tables = _tables(chosen, found)
     samples = [sample for table in tables.values() for sample in table]
     members = Counter(extension for sample in samples for extension in sample.members)
     found.problems.extend(_lacking_members(samples, members))

@@ -1,0 +1,161 @@
+"""Histograms and a scatter as inline SVG, whose colours and letters are the page's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 12, 348, 22, 168
+BINS = 28
+MOST_POINTS = 800
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title, and a sentence on what it says."""
+
+    title: str
+    svg: Markup
+    note: str
+
+
+def histogram(title: str, values: Sequence[float], unit: str, log: bool = False) -> Figure | None:
+    """Counts in bins of equal width, or of equal ratio where `log`; None where there is nothing to draw."""
+    values = sorted(value for value in values if math.isfinite(value))
+    if not values:
+        return None
+    low, high, middle = values[0], values[-1], values[len(values) // 2]
+    spread = f"{number(values[len(values) // 100])} to {number(values[-1 - len(values) // 100])} {unit}"
+    note = (
+        f"median {number(middle)} {unit}; 98 % lie within {spread}"
+        if len(values) >= 100
+        else (f"median {number(middle)} {unit}; {number(low)} to {number(high)} {unit}")
+    )
+    if low == high:
+        return Figure(title, Markup(""), f"all {len(values):,} are {number(low)} {unit}")
+    log = log and high > 20 * max(low, 1e-9) and low >= 0
+    scale = _log_scale(max(low, 1), high) if log else _scale(low, high)
+    whole = not log and all(value == int(value) for value in (low, high, middle)) and high - low < BINS
+    bins = int(high - low) + 1 if whole else BINS
+    if whole:
+        scale = _scale(low - 0.5, high + 0.5)
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, max(0, int(scale(value) * bins)))] += 1
+    top = max(counts)
+    step = (RIGHT - LEFT) / bins
+    bars = []
+    for i, count in enumerate(counts):
+        if count:
+            tall = max(1.5, (BOTTOM - TOP) * count / top)
+            bars.append(
+                f'<rect x="{LEFT + i * step + 0.5:.1f}" y="{BOTTOM - tall:.1f}" width="{step - 1:.1f}" '
+                f'height="{tall:.1f}" rx="1.5"><title>{count:,}</title></rect>'
+            )
+    ticks = _log_ticks(max(low, 1), high) if log else _ticks(low, high)
+    marks = [_tick(LEFT + scale(tick) * (RIGHT - LEFT), number(tick)) for tick in ticks]
+    at = LEFT + scale(middle) * (RIGHT - LEFT)
+    anchor = "start" if at < WIDTH / 2 else "end"
+    median = (
+        f'<line class="median" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 6}" y2="{BOTTOM}"/>'
+        f'<text class="median" x="{at + (5 if anchor == "start" else -5):.1f}" y="{TOP - 8}" '
+        f'text-anchor="{anchor}">median {number(middle)}</text>'
+    )
+    return Figure(title, _svg(title, f'<g class="bars">{"".join(bars)}</g>', *marks, _base(), median), note)
+
+
+def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Figure | None:
+    """Width against height, both by ratio; the line is where they are equal."""
+    points = [(w, h) for w, h in zip(widths, heights, strict=True) if w > 0 and h > 0]
+    if not points:
+        return None
+    sizes = [side for point in points for side in point]
+    low, high = min(sizes), max(sizes)
+    wide = sum(w > h for w, h in points)
+    tall = sum(w < h for w, h in points)
+    note = f"{wide:,} wider than high, {tall:,} higher than wide, {len(points) - wide - tall:,} square"
+    if low == high:
+        return Figure(title, Markup(""), f"all {len(points):,} are {number(low)} × {number(low)} pixels")
+    scale = _log_scale(low / 1.15, high * 1.15)
+    top, bottom = 8, BOTTOM
+    shown = points[:: -(-len(points) // MOST_POINTS)]
+    # What lies on one spot is drawn once, as a larger one.
+    spots: dict[tuple[int, int], int] = {}
+    for w, h in shown:
+        spot = round(LEFT + 26 + scale(w) * (RIGHT - LEFT - 26)), round(bottom - scale(h) * (bottom - top))
+        spots[spot] = spots.get(spot, 0) + 1
+    circles = "".join(
+        f'<circle cx="{x}" cy="{y}" r="{min(9, 1.8 + 0.7 * math.sqrt(count - 1)):.1f}"/>'
+        for (x, y), count in spots.items()
+    )
+    marks = []
+    for tick in _doubling_ticks(low, high):
+        marks.append(_tick(LEFT + 26 + scale(tick) * (RIGHT - LEFT - 26), number(tick)))
+        marks.append(
+            f'<text x="{LEFT + 20}" y="{bottom - scale(tick) * (bottom - top) + 3:.1f}" text-anchor="end">'
+            f"{number(tick)}</text>"
+        )
+    line = f'<line class="median" x1="{LEFT + 26}" y1="{bottom}" x2="{RIGHT}" y2="{top}"/>'
+    return Figure(title, _svg(title, *marks, _base(LEFT + 26), line, f'<g class="dots">{circles}</g>'), note)
+
+
+def number(value: float) -> str:
+    """1234567 as 1.23M, 0.3141 as 0.314: at most three figures of a large number, whole ones whole."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            unit = 1e3 if letter == "k" else size
+            return f"{value / unit:.3g}{letter}"
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _svg(title: str, *parts: str) -> Markup:
+    frame = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
+    return frame + Markup("".join(parts)) + Markup("</svg>")
+
+
+def _base(left: float = LEFT) -> str:
+    return f'<line class="base" x1="{left}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>'
+
+
+def _tick(x: float, label: str) -> str:
+    return (
+        f'<text x="{min(max(x, 14), WIDTH - 14):.1f}" y="{BOTTOM + 18}" text-anchor="middle">{label}</text>'
+    )
+
+
+def _scale(low: float, high: float) -> Callable[[float], float]:
+    return lambda value: (value - low) / (high - low)
+
+
+def _log_scale(low: float, high: float) -> Callable[[float], float]:
+    of = math.log(high / low)
+    return lambda value: math.log(max(value, low) / low) / of
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, three to seven of them."""
+    rough = (high - low) / 4
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
+    if step < 1 and low == int(low) and high == int(high) and high - low >= 3:
+        step = 1
+    first = math.ceil(low / step)
+    return [(first + i) * step for i in range(int((high - first * step) / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    times = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
+    return [t * 10.0**p for p in powers for t in times if low <= t * 10.0**p <= high]
+
+
+def _doubling_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log2(low / 1.15)), math.ceil(math.log2(high * 1.15)) + 1)
+    ticks = [2.0**p for p in powers if low / 1.15 <= 2.0**p <= high * 1.15]
+    return ticks if len(ticks) >= 2 else [low, high]
