@@ -61,9 +61,9 @@ class Segment:
 
     def same_samples(self, other: Segment, name: str) -> bool:
         """Whether a source has the samples that it has in another segment; both hold it."""
-        return all(
-            getattr(self, key).get(name) == getattr(other, key).get(name)
-            for key in ("fingerprints", "samples", "counts")
+        prints = [segment.fingerprints[name] for segment in (self, other) if name in segment.fingerprints]
+        return len({*prints}) <= 1 and all(
+            getattr(self, key)[name] == getattr(other, key)[name] for key in ("samples", "counts")
         )
 
     def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:

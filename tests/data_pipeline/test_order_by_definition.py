@@ -1,0 +1,251 @@
+"""The order against a plain sequential walk: mixtures, schedules, lanes, slices, resumes and accepted changes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import source_order
+from data_pipeline.batch_sizes import Batches
+from data_pipeline.errors import UserError
+from data_pipeline.order import SourceCounts, StreamOrder
+from tests.data_pipeline.naive_order import Change, Mixture, Source, epoch_pieces, walk
+
+STEPS = 24
+
+
+def short_runs(samples: int) -> int:
+    """Runs, windows and pieces at a size that can be walked: 2 neighbours from 60 samples on, 3 from 150 on."""
+    return min(3, max(1, samples // 50 + (samples >= 60)))
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_order, "run_length", short_runs)
+
+
+COUNTS = st.one_of(
+    st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 9]), min_size=1, max_size=5),
+    st.sampled_from([[40, 0, 1, 30], [1] * 35, [0, 64, 64, 0], [130, 1, 0, 169], [400, 3]]),
+).map(lambda counts: tuple(counts) if any(counts) else (*counts, 1))
+LANES = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def mixtures(draw: Any, lanes: int, first_step: int = 0, of: tuple[Source, ...] = ()) -> Mixture:
+    """A mixture; with `of`, one that keeps some of those sources, changes others, and adds or drops some."""
+    weighted = draw(st.sampled_from(["all", "none", "some"]))
+    names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
+    sources = []
+    for number, name in enumerate(names):
+        old = next((source for source in of if source.name == name), None)
+        kept = old is not None and draw(st.booleans())
+        counts, fingerprint = (old.counts, old.fingerprint) if kept and old else (draw(COUNTS), "new")
+        if not kept and draw(st.booleans()):
+            fingerprint = f"at {first_step}"
+        share: dict[str, Any] = {"max_epochs": draw(st.sampled_from([None, None, None, 0.5, 1, 2, 2.75]))}
+        if weighted == "all" or (weighted == "some" and number == 0 and len(names) > 1):
+            share["weight"] = draw(st.sampled_from([0.1, 0.25, 0.5, 0.3] + [2, 3] * (weighted == "all")))
+        else:
+            share["repeat"] = draw(st.sampled_from([None, None, 2, 0.5]))
+            share["cap"] = draw(st.sampled_from([None, None, 5, 40]))
+        sources.append(Source(name, counts, fingerprint=fingerprint, **share))
+    batch = {0: lanes * draw(st.integers(1, 4))}
+    for step in draw(st.lists(st.integers(1, STEPS), max_size=2)):
+        batch[step] = lanes * draw(st.integers(1, 5))
+    return Mixture(first_step, tuple(sources), dict(sorted(batch.items())))
+
+
+def order(mixture: Mixture, lanes: int, seed: int, segments: Any = ()) -> StreamOrder:
+    sources = [
+        SourceCounts(s.name, np.array(s.counts), s.weight, s.repeat, s.cap, s.max_epochs)
+        for s in mixture.sources
+    ]
+    by = "sqrt" if mixture.by_root else "size"
+    return StreamOrder(sources, mixture.batch, lanes, seed, by, segments)  # type: ignore[arg-type]
+
+
+def prints(mixture: Mixture) -> dict[str, str]:
+    return {source.name: source.fingerprint for source in mixture.sources}
+
+
+def rows(found: StreamOrder, step: int, start: int = 0, stop: int | None = None) -> list[tuple[Any, ...]]:
+    refs = found.refs(step, start, stop)
+    names = [found.sources[k].name for k in refs.source]
+    return list(zip(names, refs.epoch.tolist(), refs.shard.tolist(), refs.index.tolist(), strict=True))
+
+
+def resumed(mixture: Mixture, lanes: int, seed: int, state: dict[str, Any], accept: bool) -> StreamOrder:
+    """What another process makes of a checkpoint's state."""
+    plain = json.loads(json.dumps(state))
+    found = order(mixture, lanes, seed).resume(plain, prints(mixture), accept_change=accept)
+    return order(mixture, lanes, seed, pickle.loads(pickle.dumps(found.segments)))
+
+
+@pytest.mark.usefixtures("short")
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
+    lanes, seed = data.draw(LANES), data.draw(st.sampled_from([0, 3, 2**64 - 1]))
+    mixture = data.draw(mixtures(lanes))
+    ours = order(mixture, lanes, seed)
+    served = 0
+    taken: Counter[str] = Counter()
+    for step, want in enumerate(walk([mixture], STEPS, lanes, seed, short_runs)):
+        assert isinstance(want, list)
+        assert rows(ours, step) == want
+        world = data.draw(st.integers(1, 16))
+        batch = len(want)
+        assert [
+            row
+            for rank in range(world)
+            for row in rows(ours, step, rank * batch // world, (rank + 1) * batch // world)
+        ] == want
+        assert {name: n for name, n in ours.consumed(step).items() if n} == taken
+        if data.draw(st.booleans()):
+            again = resumed(mixture, lanes, seed, ours.state(step, prints(mixture)), accept=step % 2 == 0)
+            assert again.segment.first_step == 0  # nothing changed, so nothing was opened
+            assert rows(again, step) == want
+        taken.update(name for name, *_ in want)
+        served = step + 1
+    assert ours.last_step == (served if served < STEPS else ours.last_step)
+    if served < STEPS:
+        with pytest.raises(UserError, match="stream is over"):
+            ours.refs(served)
+
+
+@pytest.mark.usefixtures("short")
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
+    """Shards, weights, sources, limits and batches change up to three times, with resumes in between."""
+    lanes, seed = data.draw(LANES), data.draw(st.sampled_from([0, 7]))
+    plan = [data.draw(mixtures(lanes))]
+    for first in sorted(data.draw(st.lists(st.integers(0, STEPS - 1), min_size=1, max_size=3))):
+        plan.append(data.draw(mixtures(lanes, first, plan[-1].sources)))
+    mixtures_left = iter(plan)
+    mixture = next(mixtures_left)
+    ours, step = order(mixture, lanes, seed), 0
+    for want in walk(plan, STEPS, lanes, seed, short_runs):
+        state = ours.state(step, prints(mixture))
+        if isinstance(want, Change):
+            assert want.step == step
+            before, mixture = mixture, next(mixtures_left)
+            known = len(state["segments"])
+            if order(mixture, lanes, seed).mixture_hash != ours.mixture_hash:
+                with pytest.raises(UserError, match=r"was .*, is now"):
+                    resumed(mixture, lanes, seed, state, accept=False)
+            ours = resumed(mixture, lanes, seed, state, accept=True)
+            changed = ours.state(step, prints(mixture))["segments"]
+            if len(changed) > known:
+                assert changed[-1]["unvisited"] == want.unvisited
+                assert changed[-1]["first_step"] == step
+            else:
+                assert want.unvisited == {}
+                assert Batches.of(before.batch) == Batches.of(mixture.batch)
+            continue
+        if data.draw(st.booleans()):  # once it is opened, a change needs no leave
+            ours = resumed(mixture, lanes, seed, state, accept=False)
+        assert rows(ours, step) == want
+        step += 1
+    if step < STEPS and mixture is plan[-1]:
+        assert ours.last_step == step
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
+def test_each_epoch_visits_each_sample_once_over_a_change_of_weights_and_of_another_source(
+    lanes: int,
+) -> None:
+    kept, other = (130, 1, 0, 169), (40, 31)
+    plan = [
+        Mixture(0, (Source("kept", kept, 0.3), Source("other", other, 0.7)), {0: 6 * lanes}),
+        Mixture(7, (Source("kept", kept, 0.9), Source("other", (*other, 5), 0.1)), {0: 6 * lanes}),
+        Mixture(31, (Source("kept", kept, 0.5), Source("more", (11,), 0.5)), {0: 6 * lanes, 31: 15 * lanes}),
+    ]
+    ours, taken, mixture = order(plan[0], lanes, 5), [], plan[0]
+    for step in range(170):
+        for new in plan[1:]:
+            if new.first_step == step:
+                state, mixture = ours.state(step, prints(mixture)), new
+                ours = resumed(mixture, lanes, 5, state, accept=True)
+        taken += rows(ours, step)
+    visits = Counter(row for row in taken if row[0] == "kept")
+    assert set(visits.values()) == {1}
+    every = {(shard, index) for shard, number in enumerate(kept) for index in range(number)}
+    epochs = sorted({epoch for _, epoch, _, _ in visits})
+    whole = [epoch for epoch in epochs if {v[2:] for v in visits if v[1] == epoch} == every]
+    assert whole[:3] == [0, 1, 2]
+    old, new = (
+        {row[1] for row in taken[a:b] if row[0] == "other"} for a, b in ((0, 42 * lanes), (42 * lanes, None))
+    )
+    assert max(old) < min(new)
+
+
+def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
+    """No length is shortened here: 2 neighbours a run, a short run, windows of 16 runs in pieces of 3 lanes."""
+    counts = (20_000, 0, 1, 19_998, 2)
+    lanes, seed = 3, 11
+    ours = order(Mixture(0, (Source("a", counts),), {0: 3 * 1000}), lanes, seed)
+    assert (ours.sources[0].run, ours.sources[0].windows) == (2, True)
+    for epoch in (0, 1):
+        want = epoch_pieces(Source("a", counts), lanes, seed, epoch, source_order.run_length)
+        edges = [number * 40_001 // lanes for number in range(lanes + 1)]
+        for lane in range(lanes):
+            # the draws of the lane's piece in that epoch: those before it are its pieces of earlier epochs
+            first = sum(edges[(lane + e) % lanes + 1] - edges[(lane + e) % lanes] for e in range(epoch))
+            piece = want[(lane + epoch) % lanes]
+            draw = np.arange(first, first + len(piece))
+            at = ours._walk.refs(np.zeros_like(draw), np.full_like(draw, lane), draw)
+            assert set(at[0].tolist()) == {epoch}
+            assert list(zip(at[1].tolist(), at[2].tolist(), strict=True)) == piece
+
+
+def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
+    """Runs of 1, 2 and 3 neighbours, interleaved sources and one-sample ones side by side in one call."""
+    sizes = [1, 7, 900, 20_000, 33_001, 50_000, 80_003]
+    sources = [SourceCounts(f"s{k}", np.array([n // 3, 0, n - n // 3])) for k, n in enumerate(sizes)]
+    lanes = 16
+    together = StreamOrder(sources, 256, lanes, 9)
+    random = np.random.RandomState(0)
+    source, lane = random.randint(0, len(sizes), 4000), random.randint(0, lanes, 4000)
+    draw = random.randint(0, 100_000, 4000)
+    found = together._walk.refs(source, lane, draw)
+    for k, alone in enumerate(sources):
+        mine = source == k
+        walk_alone = StreamOrder([alone], 256, lanes, 9)._walk
+        want = walk_alone.refs(np.zeros(mine.sum(), np.int64), lane[mine], draw[mine])
+        for ours, theirs in zip(found, want, strict=True):
+            assert np.array_equal(ours[mine], theirs)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("sizes", [(100, 400, 2500), (36, 1, 49)])
+def test_shares_by_the_square_root_of_size_are_exact_for_squares(sizes: tuple[int, ...]) -> None:
+    sources = tuple(Source(f"s{k}", (n,)) for k, n in enumerate(sizes))
+    mixture = Mixture(0, sources, {0: 8}, by_root=True)
+    ours = order(mixture, 2, 1)
+    roots = [round(n**0.5) for n in sizes]
+    assert [w * sum(roots) for w in ours.weights] == [r * sum(ours.weights) for r in roots]
+    for step, want in enumerate(walk([mixture], 12, 2, 1, short_runs)):
+        assert rows(ours, step) == want
+
+
+def test_shares_by_the_square_root_of_any_size_are_close() -> None:
+    sizes = [10, 3_000_000_007, 413_000_000, 1]
+    sources = [
+        SourceCounts(f"s{k}", np.array([n]), repeat=0.5 if k == 2 else None) for k, n in enumerate(sizes)
+    ]
+    weights = np.array(StreamOrder(sources, 8, None, 0, "sqrt").weights)
+    want = np.sqrt([10, 3_000_000_007, 413_000_000 / 2, 1])
+    assert abs(weights / weights.sum() - want / want.sum()).max() < 1e-9
+    assert (
+        StreamOrder(sources, 8, None, 0, "sqrt").samples_per_epoch() == 10 + 3_000_000_007 + 206_500_000 + 1
+    )
