@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_pipeline import digest
+from data_pipeline.cache import CacheSettings
 from data_pipeline.draws import Draw, draw_rows
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.manifest import Manifest, open_source
@@ -42,6 +43,7 @@ class BatchMaker:
     """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
 
     `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
+    cache: where what is read of an object store is kept on this node; None keeps nothing
     condemned: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
     """
 
@@ -50,8 +52,10 @@ class BatchMaker:
         spec: StreamSpec,
         manifests: Mapping[str, Manifest] | None = None,
         tokenizer: Tokenizer | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.spec = spec
+        self.cache = cache
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
         self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
         self.names = list(spec.sources)
@@ -70,12 +74,12 @@ class BatchMaker:
             self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed, spec.share_by, spec.segments)
         except UserError as error:
             raise UserError(f"data.{spec.name}: {error}") from None
-        self._rows = RowMaker(spec, self.manifests, self.tokenizer)
+        self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache)
         self.condemned: dict[tuple[str, int, int], str] = {}
 
     def remade(self, spec: StreamSpec) -> BatchMaker:
         """A maker for another specification of the same sources."""
-        return BatchMaker(spec, self.manifests, self.tokenizer)
+        return BatchMaker(spec, self.manifests, self.tokenizer, self.cache)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -98,7 +102,7 @@ class BatchMaker:
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
         batch = self._rows.empty(step, start, stop, pixels)
-        draws = draw_rows(self._row_keys(refs, refs.shard, refs.index, np.zeros(stop - start, np.int64)))
+        draws = self._draws(refs)
         shards, indices = refs.shard.copy(), refs.index.copy()
         attempts = np.zeros(stop - start, np.int64)
         skipped: dict[str, Counter[str]] = defaultdict(Counter)
@@ -134,7 +138,14 @@ class BatchMaker:
                 index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
         return replace(refs, index=index)
 
-    def _serve(self, refs: Refs, drawn: Refs, i: int, draw: Draw, out: np.ndarray | None) -> Served:
+    def _draws(self, refs: Refs) -> Sequence[Draw | None]:
+        """Of the rows as assigned; nothing of packed text is random."""
+        attempts = np.zeros(len(refs.row), np.int64)
+        if self.spec.packed:
+            return [None] * len(attempts)
+        return draw_rows(self._row_keys(refs, refs.shard, refs.index, attempts))
+
+    def _serve(self, refs: Refs, drawn: Refs, i: int, draw: Draw | None, out: np.ndarray | None) -> Served:
         """The sample assigned to row i, or the first usable one of those that replace it."""
         number, epoch = int(refs.source[i]), int(refs.epoch[i])
         name = self.names[number]
@@ -173,7 +184,7 @@ class BatchMaker:
     def _add_digests(self, batch: Batch, refs: Refs, i: int, served: Served) -> None:
         name = self.names[refs.source[i]]
         paths = self.manifests[name].paths
-        row, epoch, shard, index = (int(a[i]) for a in (refs.row, refs.epoch, refs.shard, refs.index))
+        row, epoch, shard, index = (a.item(i) for a in (refs.row, refs.epoch, refs.shard, refs.index))
         assigned = digest.row_digest(self.spec.name, row, name, paths[shard], index, 0, epoch, (), -1)
         given = digest.row_digest(
             self.spec.name,

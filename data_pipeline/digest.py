@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import xxhash
 
@@ -27,11 +28,14 @@ def row_digest(
     make the same bytes. `shard_path` is the path below the source's root; `crop` is what decode reports, () for none.
     """
     numbers = (row, index, attempt, epoch, caption, len(crop), *crop)
-    data = [struct.pack(f"<{len(numbers)}q", *(int(number) for number in numbers))]
-    for text in (stream, source, shard_path):
-        raw = text.encode("utf-8", "surrogateescape")
-        data += [struct.pack("<q", len(raw)), raw]
-    return xxhash.xxh64_intdigest(b"".join(data))
+    texts = _framed(stream) + _framed(source) + _framed(shard_path)
+    return xxhash.xxh64_intdigest(struct.pack(f"<{len(numbers)}q", *numbers) + texts)
+
+
+@lru_cache(maxsize=4096)
+def _framed(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<q", len(raw)) + raw
 
 
 def add(a: int, b: int) -> int:

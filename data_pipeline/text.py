@@ -94,9 +94,13 @@ class ClipTokenizer:
         return ClipTokenizer, ()
 
     def encode(self, text: str) -> list[int]:
-        import ftfy
+        # What cleaning could change is not printable ASCII, or begins with an ampersand; it takes longer than the rest.
+        if text.isascii() and text.isprintable() and "&" not in text:
+            cleaned = text
+        else:
+            import ftfy
 
-        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
+            cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
         return self._inner.encode(" ".join(cleaned.split()).lower(), add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import pickle
 import subprocess
@@ -210,3 +211,20 @@ def test_a_sample_without_caption_is_a_verdict(members: dict[str, bytes], reason
     with pytest.raises(ContentError) as verdict:
         pick_caption(members, 0)
     assert verdict.value.reason == reason
+
+
+def test_captions_that_are_not_cleaned_are_those_that_cleaning_leaves_alone() -> None:
+    """Every printable ASCII character but &, in pairs and triples that mean something to HTML or in mojibake."""
+    ftfy = pytest.importorskip("ftfy")
+    letters = [chr(code) for code in range(32, 127) if chr(code) != "&"]
+    pairs = [a + b for a in letters for b in letters]
+    odd = ["<b>x</b>", "\\u00e9", "=C3=A9", "%C3%A9", "#233;", "x amp; y", "lt;", "`` quoted ''", "A~^i`"]
+    for text in [
+        *letters,
+        *pairs,
+        *odd,
+        "".join(letters),
+        *(c for c in CAPTIONS if c.isascii() and "&" not in c),
+    ]:
+        if text.isprintable():
+            assert html.unescape(html.unescape(ftfy.fix_text(text))) == text
