@@ -104,8 +104,9 @@ def build(found: Survey, show: int, images: str | None = None) -> Page:
     if not (page.pictures or page.talks or page.passages):
         page.records = about["first"]
         page.records_head = "documents" if about["kind"] == "packed text" else "caption"
-    page.figures = _figures(found)
-    page.figures_text = _examined(found, page)
+    figures = _figures(found)
+    page.figures = [figure for figure in figures if figure.svg]
+    page.figures_text = _examined(found, [figure for figure in figures if not figure.svg])
     page.tiles = _tiles(found)
     page.verdicts = _verdicts(found)
     page.foot = (
@@ -120,7 +121,8 @@ def _add_pictures(page: Page, found: Survey, show: int) -> None:
     page.pictures_text = (
         f"{len(look.pictures)} of {counted(found.about)} samples, spread over the shards examined, decoded as "
         f"training decodes them. The frame is a crop as training would draw it: {look.spec.crop[0]:.0%} to "
-        f"{look.spec.crop[1]:.0%} of the area, at {look.spec.size} × {look.spec.size} beside it, half of them mirrored."
+        f"{look.spec.crop[1]:.0%} of the area, mirrored by chance; beside it what that becomes at "
+        f"{look.spec.size} × {look.spec.size}."
     )
     for name in ("width", "height", "bytes", "words"):
         found.series[name] = getattr(look.figures, name)
@@ -147,7 +149,7 @@ def _add_talks(page: Page, found: Survey, images: str | None) -> None:
     page.talks_title = "Conversations" if found.form.family == "conversations" else "Prompts and answers"
     page.talks, missing = talks.talks(found.about["first"], images or _folder(found))
     if missing:
-        page.talks_text = f"{missing} pictures could not be shown; each says why."
+        page.talks_text = f"Pictures that could not be shown: {missing}. Each says why."
 
 
 def _folder(found: Survey) -> str:
@@ -177,16 +179,17 @@ def _figures(found: Survey) -> list[Figure]:
         scatter("Width and height", series["width"], series["height"]),
         histogram("Bytes of a picture", series["bytes"], "bytes", log=True),
         histogram(words, series["words"], "words", log=family == "documents"),
-        histogram("CLIP's tokens of a caption, start and end included", series["tokens"], "tokens"),
+        histogram("CLIP's tokens of a caption", series["tokens"], "tokens"),
         histogram("Turns of a conversation", series["turns"], "turns"),
         *(histogram(title, series[name], "") for name, title in NAMES.items()),
     ]
     return [figure for figure in drawn if figure is not None]
 
 
-def _examined(found: Survey, page: Page) -> str:
+def _examined(found: Survey, same: Sequence[Figure]) -> str:
+    """How many were examined, and of what there is nothing to draw because all are the same."""
     number = max((len(values) for values in found.series.values()), default=0)
-    return f"Of {number:,} samples examined." if number and page.figures else ""
+    return " ".join([f"Of {number:,} samples examined.", *(f"{one.title}: {one.note}." for one in same)])
 
 
 def _tiles(found: Survey) -> list[tuple[str, str]]:

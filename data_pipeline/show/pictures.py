@@ -74,10 +74,11 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
     """
     need_pillow()
     places = [(url, sample) for url, table in tables.items() for sample in table]
-    chosen = places[:: max(1, -(-len(places) // EXAMINE))]
+    number = min(EXAMINE, len(places))
+    chosen = [places[i * len(places) // number] for i in range(number)]
     look = Look(ImageSpec(_size(chosen), CROP, flip=True))
-    keep = set(range(0, len(chosen), max(1, -(-len(chosen) // max(show, 1))))) if show else set()
-    for number, (url, sample) in enumerate(chosen):
+    keep = {i * number // show for i in range(show)}
+    for i, (url, sample) in enumerate(chosen):
         look.examined += 1
         members = read_members(url, sample)
         said = caption(members)
@@ -87,7 +88,7 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
         else:
             look.bad.append(Verdict(url, sample.key, "missing caption"))
         try:
-            picture = _picture(url, sample, members, look, number in keep)
+            picture = _picture(url, sample, members, look, i in keep)
         except ContentError as error:
             look.bad.append(Verdict(url, sample.key, error.reason, error.detail))
             continue
