@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from data_pipeline.order import Refs, SourceCounts, StreamOrder, row_keys, sampl
 from data_pipeline.rows import Row, RowMaker, Verdict
 from data_pipeline.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.text import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from data_pipeline.remote import Units
 
 __all__ = ["Batch", "BatchMaker", "ImageSpec", "SourceSpec", "StreamSpec", "TextSpec", "open_sources"]
 
@@ -86,6 +90,10 @@ class BatchMaker:
         """Source name -> fingerprint of its manifest."""
         return {name: self.manifests[name].fingerprint for name in self.names}
 
+    def units(self, source: str) -> Units | None:
+        """What is fetched at once of a source in an object store."""
+        return self._rows.units(source)
+
     def check(self) -> None:
         """Raise UserError if a source's first samples are all unusable, before anything is written."""
         for name in self.names:
@@ -109,10 +117,11 @@ class BatchMaker:
         for i in range(stop - start):
             served = self._serve(refs, drawn, i, draws[i], None if batch.pixels is None else batch.pixels[i])
             shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.verdicts)
-            for shard, index, verdict in served.verdicts:
+            for attempt, (shard, index, verdict) in enumerate(served.verdicts):
                 source = self.names[refs.source[i]]
                 skipped[source][verdict.reason] += 1
                 place = {"step": step, "row": int(refs.row[i])}
+                place |= {"epoch": int(refs.epoch[i]), "attempt": attempt}
                 batch.bad.append(place | self._rows.bad(source, shard, index, verdict))
             self._rows.put(batch, i, served.row)
             self._add_digests(batch, refs, i, served)

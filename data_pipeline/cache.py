@@ -32,6 +32,7 @@ STALE = 3600.0  # seconds after which an unfinished file that nobody holds is re
 FULL_TO = 0.9  # share of the limit that eviction leaves
 MOST_GIGABYTES = 100.0
 UNFINISHED = ".part"
+WARMING = "warming-"
 _USED = struct.Struct("<q")
 
 
@@ -90,11 +91,10 @@ class Cache:
             with self._writing():
                 _make_private(settings.folder)
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                self._sweep()
 
     @property
     def _warming_file(self) -> str:
-        return os.path.join(self.settings.folder, f"warming-{self.settings.token}")
+        return os.path.join(self.settings.folder, f"{WARMING}{self.settings.token}")
 
     def warming(self) -> bool:
         """Is a prefetcher still at the first window? Then it is faster to read a sample alone."""
@@ -148,6 +148,12 @@ class Cache:
                     self._download(descriptor, part, pieces())
                 return True
         return False
+
+    def sweep(self) -> None:
+        """Remove what killed processes and earlier boots left here."""
+        if not self.off:
+            with self._writing():
+                self._remove_leftovers()
 
     def forget(self) -> None:
         """Close open files."""
@@ -257,6 +263,7 @@ class Cache:
         return sum(size for _, size, _ in self._all())
 
     def _evict(self, new: int) -> int:
+        self._remove_leftovers()
         files = sorted(self._all())
         total = new + sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -279,22 +286,18 @@ class Cache:
                             found.append((about.st_mtime, about.st_size, entry.path))
         return found
 
-    def _sweep(self) -> None:
-        """Remove what killed processes and earlier boots left."""
+    def _remove_leftovers(self) -> None:
+        """Of killed processes and earlier boots."""
         for path in _folders(self.settings.folder):
             if os.path.basename(path).startswith("ranges-") and path != self._folder:
                 shutil.rmtree(path, ignore_errors=True)
         old = time.time() - STALE
-        for folder in _folders(self._folder):
+        for folder in [self.settings.folder, *_folders(self._folder)]:
             with suppress(FileNotFoundError), os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.endswith(UNFINISHED) and entry.stat().st_mtime < old:
+                    left = entry.name.endswith(UNFINISHED) or entry.name.startswith(WARMING)
+                    if left and entry.stat().st_mtime < old:
                         _remove_unheld(entry.path)
-        with os.scandir(self.settings.folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("warming-") and entry.stat().st_mtime < old:
-                    with suppress(FileNotFoundError):
-                        os.unlink(entry.path)
 
 
 class _Download(Exception):

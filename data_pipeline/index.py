@@ -17,7 +17,7 @@ from data_pipeline.tar import Sample, members_of
 
 if TYPE_CHECKING:
     from data_pipeline.cache import CacheSettings
-    from data_pipeline.remote import RemoteShards
+    from data_pipeline.remote import RemoteShards, Units
 
 __all__ = ["Manifest", "ShardReader", "open_source"]
 
@@ -48,6 +48,11 @@ class ShardReader:
             from data_pipeline.remote import RemoteShards
 
             self._remote = RemoteShards(manifest, self.offsets, cache)
+
+    @property
+    def units(self) -> Units | None:
+        """What is fetched at once of a source in an object store."""
+        return None if self._remote is None else self._remote.units
 
     def __len__(self) -> int:
         return self.manifest.samples

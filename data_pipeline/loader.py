@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from data_pipeline.batches import BatchMaker
+from data_pipeline.cache import CacheSettings
 from data_pipeline.pool import Pool, ThreadPool
+from data_pipeline.prefetch import Prefetcher
 from data_pipeline.process_pool import ProcessPool
 from data_pipeline.slices import pixel_shape
 from data_pipeline.spec import Batch, StreamSpec
@@ -28,6 +30,7 @@ class Loader:
 
     Opening it reads one sample of every source, so that a source without images ends here in a UserError.
     makers: stream -> BatchMaker, for its order, manifests and tokenizer; those handed in are taken as checked
+    cache: where what is read of an object store is kept on this node; makers that are handed in have their own
     wait_seconds: how long the caller waited for the step that was yielded last
     """
 
@@ -40,6 +43,7 @@ class Loader:
         micro_batch: int | None = None,
         makers: Mapping[str, BatchMaker] | None = None,
         limits: StallLimits | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         check_ranks(specs, world_size)
         self.specs = list(specs)
@@ -49,7 +53,8 @@ class Loader:
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
         self.limits = limits or StallLimits()
-        self.makers = dict(makers or {spec.name: BatchMaker(spec) for spec in self.specs})
+        self.makers = dict(makers or {spec.name: BatchMaker(spec, cache=cache) for spec in self.specs})
+        self._prefetcher: Prefetcher | None = None
         self._pool: Pool = self._open()
         if makers is None:
             self._check()  # workers start meanwhile
@@ -67,6 +72,8 @@ class Loader:
         following = next(todo, None)
         asked: deque[tuple[Item, int]] = deque()
         held = 0
+        if self._prefetcher is not None:
+            self._prefetcher.begin(first, last)
 
         def ask(step: int) -> None:
             nonlocal following, held
@@ -78,6 +85,8 @@ class Loader:
         try:
             for step in range(first, last):
                 began = time.perf_counter()
+                if self._prefetcher is not None:
+                    self._prefetcher.at(step)
                 ask(step)
                 found: dict[str, list[Batch]] = {spec.name: [] for spec in self.specs}
                 while asked and asked[0][0].step == step:
@@ -124,6 +133,8 @@ class Loader:
     def close(self) -> None:
         """Stop the workers and close files. The loader cannot be used afterwards."""
         self._pool.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         for maker in self.makers.values():
             maker.close()
 
@@ -140,6 +151,7 @@ class LocalLoader(Loader):
     """Batches made on this machine: by `workers` processes two steps ahead, or with 0 by a thread, one ahead."""
 
     def _open(self) -> Pool:
+        self._prefetcher = Prefetcher.of(self.setups, self.rank, self.world_size)
         if self.workers:
             return ProcessPool(self.setups, self.workers, self.limits)
         return ThreadPool(self.makers, self.limits)

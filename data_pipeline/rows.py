@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest
 from data_pipeline.spec import Batch, StreamSpec
 from data_pipeline.text import Tokenizer, caption_row, json_member, pick_caption
+
+if TYPE_CHECKING:
+    from data_pipeline.remote import Units
 
 # Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
 RETRY_AFTER = (0.1, 1.0, 4.0)
@@ -87,6 +90,10 @@ class RowMaker:
         if draw is None:
             row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
         return row
+
+    def units(self, source: str) -> Units | None:
+        """What is fetched at once of a source in an object store."""
+        return self._readers[source].units
 
     def url(self, source: str, shard: int) -> str:
         return self.manifests[source].url(shard)

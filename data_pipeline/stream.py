@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipeline.batch_sizes import Batches
+from data_pipeline.cache import CacheSettings
 from data_pipeline.decode import ImageSpec
 from data_pipeline.errors import UserError
 from data_pipeline.loader import LocalLoader
@@ -32,7 +33,8 @@ class Stream:
     Parameters: `sources` is a folder or pattern of tars, or name -> path or SourceSpec for a mixture; `batch` is the
     global batch, or first step -> rows; `share_by` ("size" or "sqrt" of it) shares the rows among sources without a
     weight. Without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a member
-    `npy`). `workers` processes decode; 0 decodes in a thread of this process. Use it as a context manager, or
+    `npy`). `workers` processes decode; 0 decodes in a thread of this process. `cache` says where, and how much of,
+    what is read of an object store is kept on this node. Use it as a context manager, or
     call close(). Raises UserError for what cannot work, before the first batch where it can be known.
     """
 
@@ -51,6 +53,7 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        cache: CacheSettings | None = None,
     ) -> None:
         named = {"source": sources} if isinstance(sources, str) else sources
         specs = {
@@ -61,7 +64,7 @@ class Stream:
         spec = StreamSpec(
             name, order, specs, Batches.of(batch), lanes, image, text, length, share_by=share_by
         )
-        self._loader = LocalLoader([spec], rank, world_size, workers)
+        self._loader = LocalLoader([spec], rank, world_size, workers, cache=cache or CacheSettings.of())
         self._maker = self._loader.makers[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None

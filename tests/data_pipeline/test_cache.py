@@ -236,7 +236,7 @@ def test_a_downloader_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
     [unfinished] = files(tmp_path)
     assert unfinished.stat().st_size == 400
     os.utime(unfinished, (1, 1))
-    Cache(settings(tmp_path))  # sweeps
+    cache.sweep()
     assert not files(tmp_path)
     assert put(cache, part(0))
     assert whole(cache, part(0)) == content(part(0))
@@ -293,7 +293,9 @@ def test_processes_killed_at_any_instant_leave_whole_ranges(tmp_path: Path) -> N
 def test_files_of_an_earlier_boot_are_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(Cache(settings(tmp_path)), part(0))
     monkeypatch.setattr("data_pipeline.cache._boot", lambda: "later")
-    assert whole(Cache(settings(tmp_path)), part(0)) is None
+    later = Cache(settings(tmp_path))
+    assert whole(later, part(0)) is None
+    later.sweep()
     assert not files(tmp_path)
 
 
