@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,13 +60,25 @@ def test_crop_and_resize_are_pillows(kind: str, shape: tuple[int, int]) -> None:
         np.testing.assert_array_equal(found, pillow(data, crop, 16))
 
 
-def test_scaled_jpeg_decode_stays_on_the_grid() -> None:
+def test_scaled_jpeg_decode_stays_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    import simplejpeg
+
     data = encode(SMOOTH, "JPEG", quality=95)
-    for key in range(10):
-        found, crop = decode(data, ImageSpec(24, (0.5, 1.0), True), key, train=True)
-        error = np.abs(found.astype(int) - pillow(data, crop, 24))
-        # 753 pixels at 1/8 become 95, not 94.125; taking 95/753 for the scale costs 0.8 to 1.3 here.
-        assert error.mean() < 0.3
+    eighths, decode_jpeg = set(), simplejpeg.decode_jpeg
+
+    def spied(*arguments: Any, **options: Any) -> np.ndarray:
+        decoded = decode_jpeg(*arguments, **options)
+        eighths.add(round(8 * decoded.shape[1] / 1001))
+        return decoded
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spied)
+    for size in (24, 60, 110, 150, 220, 300):
+        for key in range(5):
+            found, crop = decode(data, ImageSpec(size, (0.5, 1.0), True), key, train=True)
+            error = np.abs(found.astype(int) - pillow(data, crop, size))
+            # 753 pixels at 1/8 become 95, not 94.125; taking 95/753 for the scale costs 0.8 to 1.3 at size 24.
+            assert error.mean() < 0.4
+    assert eighths == {1, 2, 3, 4, 5, 8}
 
 
 def test_photos_decode_like_pillow(shared) -> None:
@@ -144,59 +155,6 @@ def test_crops_are_pinned() -> None:
 
 
 GOLDEN = [(48, 36, 368, 337), (16, 94, 196, 188), (82, 29, 278, 330)]
-
-
-def test_every_mode_becomes_rgb() -> None:
-    colour = pixels(3, 3, 9, 9)
-    grey = colour[:, :, 0]
-    spec = ImageSpec(9)
-
-    def decoded(data: bytes) -> np.ndarray:
-        return decode(data, spec, 0, train=False)[0]
-
-    np.testing.assert_array_equal(decoded(encode(grey)), np.repeat(grey[:, :, None], 3, axis=2))
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert deep.mode == "I;16"
-    np.testing.assert_array_equal(decoded(encode(deep)), np.repeat(grey[:, :, None], 3, axis=2))
-    palette = Image.fromarray(colour).quantize(16)
-    np.testing.assert_array_equal(decoded(encode(palette)), np.asarray(palette.convert("RGB")))
-    see_through = np.dstack([colour, np.zeros((9, 9), np.uint8)])
-    assert (decoded(encode(see_through)) == 255).all()
-    half = np.dstack([colour, np.full((9, 9), 128, np.uint8)])
-    blend = colour * (128 / 255) + 255 * (127 / 255)
-    assert np.abs(decoded(encode(half)) - blend).max() <= 1
-    grey_jpeg = encode(Image.fromarray(grey), "JPEG")
-    assert (np.ptp(decoded(grey_jpeg), axis=2) == 0).all()
-    cmyk = encode(Image.fromarray(colour).convert("CMYK"), "JPEG", quality=95)
-    np.testing.assert_array_equal(decoded(cmyk), np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB")))
-    gif = encode(Image.fromarray(colour), "GIF")
-    np.testing.assert_array_equal(decoded(gif), np.asarray(Image.open(io.BytesIO(gif)).convert("RGB")))
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-    chunks = [
-        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
-        b"IDAT" + zlib.compress(bytes(99)),
-    ]
-    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
-
-
-def jpeg_claiming(width: int, height: int) -> bytes:
-    data = bytearray(encode(pixels(0, 0, 16, 16), "JPEG"))
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    "data", [png_header(5001, 5000), png_header(100_000, 100_000), jpeg_claiming(60_000, 60_000)]
-)
-def test_a_bomb_is_refused_by_its_header(data: bytes) -> None:
-    with pytest.raises(ContentError) as verdict:
-        decode(data, ImageSpec(8), 0, train=True)
-    assert verdict.value.reason == "too many pixels"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
