@@ -77,7 +77,8 @@ def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Fi
     low, high = min(sizes), max(sizes)
     wide = sum(w > h for w, h in points)
     tall = sum(w < h for w, h in points)
-    note = f"width across, height upwards; {wide:,} wider than high, {tall:,} higher than wide, {len(points) - wide - tall:,} square"
+    square = len(points) - wide - tall
+    note = f"width across, height upwards; {wide:,} wider than high, {tall:,} higher than wide, {square:,} square"
     if low == high:
         return Figure(title, Markup(""), f"all {len(points):,} are {number(low)} × {number(low)} pixels")
     scale = _log_scale(low / 1.15, high * 1.15)
