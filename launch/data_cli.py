@@ -52,7 +52,7 @@ def index(
 def show(
     sources: Sources,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=0, metavar="N", help="Samples to show: 5, with --html 24.")
+        int | None, typer.Option("--samples", metavar="N", help="Samples to show: 5, with --html 24.")
     ] = None,
     html: Annotated[
         str | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures and figures.")
@@ -78,6 +78,8 @@ def show(
     """
     from data_pipeline.errors import UserError
 
+    if samples is not None and samples < 0:
+        raise UserError(f"--samples {samples}: a number of samples is 0 or more")
     if html is not None and len(sources) > 1:
         raise UserError(
             f"--html {html}: a page is about one source, not {len(sources)}; show them one by one"
