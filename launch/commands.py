@@ -22,6 +22,9 @@ EXTRAS = {
     "s3fs": "s3",
 }
 
+# Typer's note on the range of a number, alone or behind the default.
+RANGE = re.compile(r"\s*\[x[<>]=?[-0-9.]+\]$|; x[<>]=?[-0-9.]+(?=\]$)")
+
 
 class Commands(TyperGroup):
     """A group of commands in the order in which they were added."""
@@ -45,7 +48,7 @@ class Command(TyperCommand):
             if param.param_type_name == "argument":
                 sections["Arguments"].append((metavar(param), param.help or ""))  # type: ignore[attr-defined]
             elif name:
-                sections["Options"].append((name, re.sub(r"; x[<>]=?[-0-9.]+\]$", "]", text)))
+                sections["Options"].append((name, RANGE.sub("", text)))
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
