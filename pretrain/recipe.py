@@ -300,6 +300,19 @@ class Loader(Strict):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="More replaced samples than this stop the run."
     )
+    max_bad_in_shard: int = Field(
+        200, ge=1, description="So many unusable samples of one shard in one epoch stop the run."
+    )
+    stall_warn: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds after which a read or a decode that does not end is named in the log.",
+    )
+    stall_error: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds after which it is ended and tried by another worker; then it is an error.",
+    )
 
 
 class Checkpoint(Strict):

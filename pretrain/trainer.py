@@ -18,9 +18,10 @@ from data_pipeline.batches import Batch
 from data_pipeline.storage import publish
 from pretrain import checkpoint
 from pretrain.agreement import Agreement, Batches
+from pretrain.bad_shards import BadShards
 from pretrain.engine import Engine, Runtime
 from pretrain.losses.contrastive import repeated_caption_floor
-from pretrain.metrics import BadFraction, Log, TooManyBad
+from pretrain.metrics import BadFraction, Log, TooManyBad, read
 from pretrain.objectives.base import Objective
 from pretrain.ranks import all_sum
 from pretrain.recipe import TrainStage
@@ -78,6 +79,7 @@ class Trainer:
         self.order_state, self.evaluate = order_state, evaluate
         self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
         self.bad = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
+        self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (before or {}).get("bad_shards"))
         self.frozen_hash = frozen_hash
         self.last_saved = -1
         self.started = time.monotonic()
@@ -113,7 +115,7 @@ class Trainer:
                     row["eval"] = figures
                     row["time"]["eval"] = round(time.perf_counter() - began, 6)
             self.write(row, agreed)
-            too_many = self.bad.add(done, agreed.samples, agreed.skipped)
+            too_many = self.too_many(done, agreed)
             if last or agreed.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
             if too_many:
@@ -124,9 +126,19 @@ class Trainer:
 
     def refuse_too_many(self, step: int) -> None:
         """Raise TooManyBad if the steps before `step`, as the checkpoint kept them, passed the limit."""
-        told = self.bad.over_limit(step, {})
+        told = self.bad.over_limit(step, {}) or self.told_of_shard(self.bad_shards.over_limit())
         if told:
             raise TooManyBad(told)
+
+    def too_many(self, step: int, agreed: Agreement) -> str | None:
+        """Count a step's replaced samples; what to tell the user when they pass a limit, else None."""
+        fraction = self.bad.add(step, agreed.samples, agreed.skipped)
+        shard = self.bad_shards.add(agreed.bad)
+        return self.told_of_shard(shard) or fraction
+
+    def told_of_shard(self, url: str | None) -> str | None:
+        """What to tell the user of a shard with too many unusable samples."""
+        return url and self.bad_shards.told(url, read(self.stage_dir / "bad_samples.jsonl"))
 
     def receive(self, made: Iterator[Batches]) -> tuple[Batches, OSError | None]:
         """The next step's batches, or why they could not be read: the other ranks must hear of it first."""
@@ -203,6 +215,7 @@ class Trainer:
             "zero": self.stage.engine.zero,
             "order": self.order_state(step),
             "replaced": self.bad.state(),
+            "bad_shards": self.bad_shards.state(),
             "frozen": self.frozen_hash,
         }
         checkpoint.save(
