@@ -64,6 +64,18 @@ def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{_name(path)}: {_show(was)} -> {_show(now)}" for path, was, now in changed]
 
 
+def compare_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each decoder that is another one now; a record older than these versions tells of none."""
+    was, now = old.get("versions"), new.get("versions")
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return []
+    return [
+        f"{_name(path)}: {_show(before)} -> {_show(after)}: images may decode to slightly different pixels from "
+        "here on; install the version it had for the same bits"
+        for path, before, after in _differences(was, now, ("versions",))
+    ]
+
+
 def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size: int | None = None) -> None:
     """UserError when the folder belongs to another recipe, or cannot be resumed like this yet.
 

@@ -11,7 +11,9 @@ import torch
 
 from data_pipeline.batch_sizes import Batches
 from data_pipeline.batches import BatchMaker
+from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
+from data_pipeline.stall import StallLimits
 from data_pipeline.storage import publish
 from pretrain import checkpoint, metrics
 from pretrain.build import build, check_tokens, stage_tokenizer
@@ -20,13 +22,13 @@ from pretrain.engine import Engine
 from pretrain.engine import start as join
 from pretrain.engine import stop as leave
 from pretrain.evaluate.suite import check_held_out, evaluate, flat
-from pretrain.identity import check_run_folder, compare_free, read_record
+from pretrain.identity import check_run_folder, compare_free, compare_versions, read_record
 from pretrain.lengths import check_ends, length_steps, total_steps
 from pretrain.lock import FolderLock
 from pretrain.ranks import barrier, from_first
 from pretrain.recipe import Length, TrainStage
 from pretrain.recipe_checks import world_size_check
-from pretrain.recipe_load import dump, load_recipe, run_dir, stage_record
+from pretrain.recipe_load import dump_plain, load_recipe, run_dir, stage_record
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
 from pretrain.streams import stage_specs
@@ -198,7 +200,11 @@ class Session:
 
     def write_record(self) -> None:
         """resolved.yaml: what the stage is, for a resume, an evaluation and an export."""
-        publish(self.folder / "resolved.yaml", dump(self.recipe, self.name).encode())
+        publish(self.folder / "resolved.yaml", dump_plain(self.record).encode())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return stage_record(self.recipe, self.name) | {"versions": versions()}
 
     def go_on(self, step: int, total: int) -> None:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
@@ -206,12 +212,15 @@ class Session:
             (self.folder / "result.json").unlink(missing_ok=True)
         metrics.cut(self.folder / "metrics.jsonl", step)
         metrics.cut(self.folder / "bad_samples.jsonl", step)
-        now = stage_record(self.recipe, self.name)
-        changed = compare_free(read_record(self.folder) or now, now)
+        now = self.record
+        before = read_record(self.folder) or now
+        changed = compare_free(before, now)
         self.write_record()
         print(f"dromos: {self.name} goes on after step {step}", flush=True)
         for line in changed:
             print(f"dromos: changed since it was saved: {line}", flush=True)
+        for line in compare_versions(before, now):
+            print(f"dromos: warning: {line}", flush=True)
 
     def loader(self, makers: dict[str, BatchMaker]) -> Any:
         settings = self.stage.loader
@@ -222,6 +231,7 @@ class Session:
             settings.workers,
             self.stage.train.micro_batch,
             makers,
+            StallLimits(settings.stall_warn, settings.stall_error),
         )
         if settings.backend == "ray":
             from data_pipeline.ray_serve import RayLoader

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.identity import check_run_folder, compare_free, compare_identity
+from pretrain.identity import check_run_folder, compare_free, compare_identity, compare_versions
 from pretrain.recipe import Recipe
 from pretrain.recipe_load import dump, load_recipe, stage_record
 from tests.pretrain.test_recipe import FLIP, write
@@ -87,6 +87,19 @@ def test_a_free_key_may_change(override: str, tmp_path: Path) -> None:
     assert compare_identity(old, new) == []
     if not override.startswith("run."):
         assert [line.split(": ")[0] for line in compare_free(old, new)] == [override.split("=")[0]]
+
+
+def test_another_decoder_is_named_and_refuses_nothing(tmp_path: Path) -> None:
+    old, new = (
+        record(tmp_path) | {"versions": {"pillow": v, "simplejpeg": "1.9.0"}} for v in ("12.0", "13.0")
+    )
+    assert compare_identity(old, new) == compare_free(old, new) == []
+    (line,) = compare_versions(old, new)
+    assert line.startswith('versions.pillow: "12.0" -> "13.0": images may decode')
+    assert compare_versions(new, new) == []
+    assert compare_versions(record(tmp_path), new) == []  # of a run older than the record of versions
+    del new["versions"]["simplejpeg"]
+    assert len(compare_versions(old, new)) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
 from data_pipeline.tar import TarWriter
 from pretrain.build import freeze
@@ -88,9 +90,16 @@ def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path,
     stopped(late.code(), len(steps(stage)))
     assert 5 <= len(steps(stage)) < 60
 
+    record = yaml.safe_load((stage / "resolved.yaml").read_text())
+    assert record["versions"] == versions()
+    record["versions"]["simplejpeg"] = "0.9"
+    (stage / "resolved.yaml").write_text(yaml.safe_dump(record))
     code, printed = rank.run(recipe)
     assert code == 0
     assert re.search(r"main goes on after step \d+", printed)
+    assert f'warning: versions.simplejpeg: "0.9" -> "{versions()["simplejpeg"]}"' in printed
+    assert printed.count("warning: versions.") == 1
+    assert yaml.safe_load((stage / "resolved.yaml").read_text())["versions"] == versions()
     assert undisturbed.code() == 0
     assert rows(stage) == rows(whole / "run" / "main")
     assert json.loads((stage / "result.json").read_text())["step"] == 60
@@ -193,6 +202,40 @@ def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Pa
     code, printed = rank.run(recipe, "loader.max_bad_fraction=0.9", "train.steps=9")  # as the message says
     assert code == 0, printed
     assert steps(stage) == list(range(1, 10))
+
+
+def test_a_shard_without_images_stops_the_rank_with_the_likely_cause(tiny_runs: Path, tmp_path: Path) -> None:
+    for shard in range(4):
+        with TarWriter(tmp_path / "laion" / f"{shard:05d}.tar") as tar:
+            for number in range(40):
+                kind = "image" if shard == 3 else "jpg"
+                tar.write(f"{number:09d}", {kind: tiny.picture("red", number), "txt": b"a red square"})
+    stream = tiny.pairs_stream(tiny_runs, batch=32) | {"sources": {"laion": str(tmp_path / "laion")}}
+    loader = {"workers": 1, "max_bad_fraction": 1.0, "max_bad_in_shard": 30}
+    recipe = flip(
+        tiny_runs,
+        tmp_path,
+        data={"pairs": stream},
+        loader=loader,
+        checkpoint={"every": 2},
+        train={"steps": 20},
+    )
+    stage = tmp_path / "run" / "main"
+    code, printed = rank.run(recipe)
+    assert code == 1
+    assert "no member ending in jpg/" in printed
+    assert "laion/00003.tar: members are .image, .txt" in printed
+    assert "Traceback" not in printed
+    named = [json.loads(line) for line in (stage / "bad_samples.jsonl").read_text().splitlines()]
+    assert sum(line["attempt"] == 0 for line in named) >= 30
+    assert {line["url"][-9:] for line in named} == {"00003.tar"}
+    done = steps(stage)
+    assert (
+        complete_steps(stage / "checkpoints")[-1] == done[-1] < 5
+    )  # saved where it stopped: an epoch is 5 steps
+
+    code, printed = rank.run(recipe, "loader.max_bad_in_shard=41", f"train.steps={done[-1] + 2}")
+    assert code == 0, printed
 
 
 def test_a_loss_that_is_no_number_stops_the_rank_before_the_update(tiny_runs: Path, tmp_path: Path) -> None:
