@@ -227,11 +227,10 @@ def _walk(
 def _refusal(path: str, root: str, problems: list[str], shards: int) -> UserError:
     if len(problems) == 1 and shards == 1:
         return UserError(problems[0])
-    listed = "\n  ".join(problems)
     return UserError(
-        f"{len(problems)} of the {shards} tars of {path} cannot be indexed:\n  {listed}\nMake these again or remove "
-        f"them, then run: dromos data index {root}. What the others hold is kept in "
-        f"{storage.join(root, INDEX_FOLDER)}/{PARTS}; they are not walked again"
+        f"{len(problems)} of the {shards} tars of {path} cannot be indexed: {'; '.join(problems)}. Make these again "
+        f"or remove them, then run: dromos data index {root}; the others, kept in "
+        f"{storage.join(root, INDEX_FOLDER)}/{PARTS}, are not walked again"
     )
 
 
@@ -253,7 +252,7 @@ def _write(work: _Work, folder: str, order: list[str], tokenizer: str | None, re
         "dromos_index": FORMAT,
         "offsets": name,
         "tokenizer": tokenizer or "",
-        "digest": digest_of(table),
+        "digest": digest_of(table, tokenizer or ""),
     }
     storage.publish_table(storage.join(folder, "shards.parquet"), table.replace_schema_metadata(metadata))
     if replaced is not None and not replaced.endswith(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.offsets import OffsetFile
+from data_pipeline.parquet_table import column, read_table
 from data_pipeline.scan import locate
 from data_pipeline.views import View, open_view
 
@@ -239,19 +239,14 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
     url = storage.join(storage.join(root, INDEX_FOLDER), "shards.parquet")
     if not storage.exists(url):
         return None
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     try:
-        # read_table would import pyarrow.dataset, and with it pandas where that is installed.
-        table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        table, metadata = read_table(url)
         if metadata["dromos_index"] == FORMAT:
             if not re.fullmatch(OFFSETS, metadata["offsets"]):
                 raise KeyError(metadata["offsets"])
-            if metadata["digest"] != digest_of(table):
+            if metadata["digest"] != digest_of(table, metadata["tokenizer"]):
                 raise KeyError("its content is not what was written")
-    except (pa.ArrowInvalid, KeyError) as error:
+    except (KeyError, ValueError) as error:
         raise UserError(f"{url} is no index ({error}); run: dromos data index {root}") from None
     if metadata["dromos_index"] != FORMAT:
         raise UserError(
@@ -260,11 +255,13 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
     return table, storage.join(storage.join(root, INDEX_FOLDER), metadata["offsets"])
 
 
-def digest_of(table: pa.Table) -> str:
+def digest_of(table: pa.Table, tokenizer: str) -> str:
     """Hash of the columns of an index that order and places depend on."""
-    state = xxhash.xxh64("\0".join(table["path"].to_pylist()).encode("utf-8", "surrogateescape"))
-    for column in ("count", "size", "width", "check", "block"):
-        state.update(table[column].to_numpy().tobytes())
+    state = xxhash.xxh64(
+        "\0".join([*table["path"].to_pylist(), tokenizer]).encode("utf-8", "surrogateescape")
+    )
+    for name in ("count", "size", "width", "check", "block"):
+        state.update(column(table, name).tobytes())
     return state.hexdigest()
 
 
@@ -283,10 +280,8 @@ def _from_index(
                 f"{urls[int(np.argmin(rows))]} is newer than the index in {root}/{INDEX_FOLDER}, which does not "
                 f"know it; {again}"
             )
-    counts, sizes, blocks = (
-        table[column].to_numpy()[rows].astype(np.int64) for column in ("count", "size", "block")
-    )
-    widths, checks = table["width"].to_numpy()[rows], table["check"].to_numpy()[rows]
+    counts, sizes, blocks = (column(table, key)[rows].astype(np.int64) for key in ("count", "size", "block"))
+    widths, checks = column(table, "width")[rows], column(table, "check")[rows]
     changed = np.flatnonzero(sizes != np.array([lengths[url] for url in urls], np.int64))
     if len(changed):
         url = urls[int(changed[0])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.offsets import check_of, pack_starts
+from data_pipeline.parquet_table import read_table
 from data_pipeline.scan import Scan, scan_file
 
 if TYPE_CHECKING:
@@ -135,13 +135,10 @@ def write_part(folder: str, walked: Iterable[Walked]) -> str:
 
 def read_part(url: str) -> Iterator[tuple[Record, bytes]]:
     """Shards of a part, those of them that are intact; none of a file that is no part."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     try:
-        table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
+        table, _ = read_table(url)
         rows = list(zip(from_table(table), table["block"].to_pylist(), strict=True))
-    except (pa.ArrowInvalid, KeyError, FileNotFoundError):
+    except (KeyError, ValueError, FileNotFoundError):
         return
     for record, block in rows:
         if check_of(block, record.count) == record.check:

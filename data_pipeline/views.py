@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 import re
@@ -15,6 +14,7 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from data_pipeline.parquet_table import column, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,7 +128,7 @@ def open_view(
     if missing:
         raise UserError(f"view {name!r} does not know {missing[0]} of {root}, which is newer; {again}")
     rows = np.array([row[path] for path in paths], np.int64)
-    then = {key: table[key].to_numpy()[rows].astype(np.int64) for key in ("count", "size", "kept", "block")}
+    then = {key: column(table, key)[rows].astype(np.int64) for key in ("count", "size", "kept", "block")}
     changed = np.flatnonzero((then["count"] != counts) | (then["size"] != sizes))
     if len(changed):
         at = int(changed[0])
@@ -140,17 +140,13 @@ def open_view(
 
 
 def _read(url: str, name: str, root: str) -> tuple[pa.Table, str]:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     if not storage.exists(url):
         raise UserError(
             f"there is no view {name!r} of {root}: {url} does not exist; make it with: dromos data view "
             f"{root} --name {name} --where '...'"
         )
     try:
-        table = parquet.ParquetFile(io.BytesIO(storage.read_bytes(url))).read()
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        table, metadata = read_table(url)
         bits = metadata["bits"]
         if metadata["dromos_view"] != FORMAT or not re.fullmatch(
             re.escape(name) + r"-[0-9a-f]{16}\.bits", bits
@@ -159,6 +155,6 @@ def _read(url: str, name: str, root: str) -> tuple[pa.Table, str]:
         where = storage.join(os.path.dirname(url), bits)
         if xxhash.xxh64_hexdigest(storage.read_bytes(where)) != bits[-21:-5]:
             raise KeyError(f"{bits} is damaged")
-    except (pa.ArrowInvalid, KeyError, FileNotFoundError) as error:
+    except (KeyError, ValueError, FileNotFoundError) as error:
         raise UserError(f"{url} is no view ({error}); make it again with: dromos data view") from None
     return table, bits

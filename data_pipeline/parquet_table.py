@@ -1,0 +1,39 @@
+"""Small parquet tables of the index, read without what pyarrow would load besides: pandas takes half a second."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline import storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def read_table(url: str) -> tuple[pa.Table, dict[str, str]]:
+    """The table and its metadata. Raises ValueError, in one line, for what is no parquet; OSError if it cannot be
+    read."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    data = storage.read_bytes(url)
+    try:
+        # parquet.read_table would import pyarrow.dataset, and with it pandas.
+        table = parquet.ParquetFile(io.BytesIO(data)).read()
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return table, metadata
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """A column of numbers. Raises KeyError if it is not there, ValueError if it holds others or nulls."""
+    # Array.to_numpy would import pandas too.
+    try:
+        parts = [np.from_dlpack(chunk) for chunk in table[name].chunks if len(chunk)]
+    except (BufferError, TypeError) as error:
+        raise ValueError(f"column {name}: {error}") from None
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
