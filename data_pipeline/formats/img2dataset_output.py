@@ -117,7 +117,7 @@ def _outcome(row: Sequence[Any], file: str, number: int) -> Outcome | Verdict:
     return Outcome(key, status, reason, url or "", caption, *sizes)
 
 
-def shard_digits(stem: str, keys: Sequence[str]) -> str | None:
+def odd_key(stem: str, keys: Sequence[str]) -> str | None:
     """What is wrong with the keys of shard `stem`, or None: each begins with the shard's number.
 
     img2dataset numbers rows as 10^k x shard + index; LAION-2B's shards have six digits, others five.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 LONGEST = 8 << 20
+SKIP = 1 << 16
 
 
 def lines(file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[int, bytes | None]]:
@@ -13,12 +14,11 @@ def lines(file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[int, bytes |
     number = 0
     while line := file.readline(longest + 2):
         number += 1
-        content = line.rstrip(b"\r\n")
-        if len(content) <= longest:
-            yield number, content
+        line, ended = line.rstrip(b"\r\n"), line.endswith(b"\n")
+        if len(line) <= longest:
+            yield number, line
             continue
-        while not line.endswith(b"\n"):
-            line = file.readline(longest)
-            if not line:
-                break
+        while not ended:
+            line = file.readline(SKIP)
+            ended = line.endswith(b"\n") or not line
         yield number, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from data_pipeline.errors import UserError
-from data_pipeline.formats.img2dataset_output import Outcome, Sums, read_outcomes, shard_digits
+from data_pipeline.formats.img2dataset_output import Outcome, Sums, read_outcomes, odd_key
 from data_pipeline.show.survey import Bad, Survey, share
 from data_pipeline.tar import Sample
 
@@ -73,6 +73,6 @@ def _compare(found: Survey, tar: str, table: str, wanted: set[str], keys: Sequen
             "The two are of different runs: make the shard again"
         )
     stem = tar.rpartition("/")[2].removesuffix(".tar")
-    odd = shard_digits(stem, keys)
+    odd = odd_key(stem, keys)
     if odd is not None:
         found.notes.append(f"{tar}: {odd}; was the tar renamed?")
