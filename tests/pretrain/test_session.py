@@ -218,7 +218,7 @@ def test_a_shard_without_images_stops_the_rank_with_the_likely_cause(tiny_runs: 
         data={"pairs": stream},
         loader=loader,
         checkpoint={"every": 2},
-        train={"steps": 20},
+        train={"steps": 6},
     )
     stage = tmp_path / "run" / "main"
     code, printed = rank.run(recipe)
@@ -230,11 +230,10 @@ def test_a_shard_without_images_stops_the_rank_with_the_likely_cause(tiny_runs: 
     assert sum(line["attempt"] == 0 for line in named) >= 30
     assert {line["url"][-9:] for line in named} == {"00003.tar"}
     done = steps(stage)
-    assert (
-        complete_steps(stage / "checkpoints")[-1] == done[-1] < 5
-    )  # saved where it stopped: an epoch is 5 steps
+    # It saved where it stopped, within the first epoch of 5 steps.
+    assert complete_steps(stage / "checkpoints")[-1] == done[-1] <= 5
 
-    code, printed = rank.run(recipe, "loader.max_bad_in_shard=41", f"train.steps={done[-1] + 2}")
+    code, printed = rank.run(recipe, "loader.max_bad_in_shard=41")
     assert code == 0, printed
 
 
