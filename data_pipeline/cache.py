@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
@@ -72,7 +73,7 @@ class ByteRange:
     start: int
     stop: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         text = f"{self.url}\0{self.size}\0{self.version}\0{self.start}\0{self.stop}"
         return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))

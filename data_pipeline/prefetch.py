@@ -242,7 +242,7 @@ class Prefetcher:
         useful = [
             setup
             for setup in setups
-            if setup.cache is not None and setup.cache.limit_bytes and prefetched(setup.manifests.values())
+            if setup.cache is not None and prefetched(setup.manifests.values()) and not Cache(setup.cache).off
         ]
         return Prefetcher(useful, rank, world_size) if useful else None
 

@@ -27,6 +27,7 @@ UNIT_BYTES = 8 << 20
 COMFORTABLY = (
     4  # a source takes at most a fourth of the cache's limit to be read in units larger than its runs
 )
+REMEMBERED = 1 << 16  # units whose bytes were looked up
 FETCHED = 2  # whole tars kept in memory where there is no cache
 AT_ONCE = 4  # pieces of one tar on their way
 
@@ -77,6 +78,7 @@ class RemoteShards:
         self.manifest = manifest
         self.cache = Cache(cache) if cache is not None else None
         self.units = Units(manifest, offsets, cache.limit_bytes if cache is not None else 0)
+        self._parts: dict[tuple[int, int], ByteRange] = {}
         self._fetched: OrderedDict[int, bytes] = OrderedDict()
         self._warned = False
 
@@ -120,10 +122,14 @@ class RemoteShards:
         return found
 
     def _unit(self, shard: int, index: int) -> ByteRange:
-        index = self._kept(shard, index)
-        number = self.units.number(np.array([shard]), np.array([index]))
-        low, high = self.units.ranges(np.array([shard]), number)
-        return self.units.part(shard, int(low[0]), int(high[0]))
+        number = (self.units.first.item(shard) + self._kept(shard, index)) // self.units.length
+        found = self._parts.get((shard, number))
+        if found is None:
+            if len(self._parts) == REMEMBERED:
+                self._parts.clear()
+            low, high = self.units.ranges(np.array([shard]), np.array([number]))
+            found = self._parts[shard, number] = self.units.part(shard, int(low[0]), int(high[0]))
+        return found
 
     def _kept(self, shard: int, index: int) -> int:
         """Index in the manifest of the sample at a position of the tar: another where a view leaves samples out."""
