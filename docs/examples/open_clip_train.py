@@ -23,10 +23,10 @@ device = init_distributed_device(args)
 torch.manual_seed(args.seed)
 model = open_clip.create_model(args.model, output_dict=True, device=device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-image, text = (
-    ImageSpec(model.visual.image_size[0], crop=(0.9, 1.0)),
-    TextSpec("clip-bpe", model.context_length),
-)
+colours = (model.visual.image_mean, model.visual.image_std)
+mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in colours)
+image = ImageSpec(model.visual.image_size[0], crop=(0.9, 1.0))
+text = TextSpec("clip-bpe", model.context_length)
 stream = Stream(tars, args.batch_size, image=image, text=text, seed=args.seed, workers=args.workers)
 steps = stream.order.samples_per_epoch() // args.batch_size
 saved = {"epoch": 0}
@@ -39,16 +39,11 @@ if checkpoint.exists():
 
 class Batches:
     num_batches, num_samples = steps, steps * args.batch_size
-    mean, std = (
-        torch.tensor(each).view(3, 1, 1) * 255 for each in (model.visual.image_mean, model.visual.image_std)
-    )
 
     def __iter__(self):
         for batch in itertools.islice(stream, steps):
-            yield (
-                (torch.from_numpy(batch.images) - self.mean) / self.std,
-                torch.from_numpy(batch.tokens).long(),
-            )
+            images = (torch.from_numpy(batch.images) - mean) / std
+            yield images, torch.from_numpy(batch.tokens).long()
 
 
 data = {"train": SimpleNamespace(dataloader=Batches(), set_epoch=lambda epoch: None)}
