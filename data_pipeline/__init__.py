@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline.captions import CaptionSpec
     from data_pipeline.decode import ImageSpec
     from data_pipeline.errors import UserError
     from data_pipeline.spec import Batch, SourceSpec, TextSpec
     from data_pipeline.stream import Stream
 
-__all__ = ["Batch", "ImageSpec", "SourceSpec", "Stream", "TextSpec", "UserError"]
+__all__ = ["Batch", "CaptionSpec", "ImageSpec", "SourceSpec", "Stream", "TextSpec", "UserError"]
 
 # Loaded on first use: light commands import this package without numpy.
 _HOMES = {
     "Batch": "spec",
+    "CaptionSpec": "captions",
     "ImageSpec": "decode",
     "SourceSpec": "spec",
     "Stream": "stream",

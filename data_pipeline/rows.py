@@ -11,13 +11,14 @@ import numpy as np
 
 from data_pipeline import activity
 from data_pipeline.cache import CacheSettings
+from data_pipeline.captions import json_member, pick_caption
 from data_pipeline.decode import IMAGE_EXTENSIONS, decode_image, image_member
 from data_pipeline.draws import Draw, draw_rows
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.index import ShardReader
 from data_pipeline.manifest import Manifest
 from data_pipeline.spec import Batch, StreamSpec
-from data_pipeline.text import Tokenizer, caption_row, json_member, pick_caption
+from data_pipeline.text import Tokenizer, caption_row
 
 if TYPE_CHECKING:
     from data_pipeline.remote import Units
@@ -84,8 +85,9 @@ class RowMaker:
         tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
         if self.spec.text is not None:
             assert self.tokenizer is not None
-            caption, choice = pick_caption(members, draw.caption if draw else None)
-            tokens, used = caption_row(self.tokenizer, caption, self.spec.text.length)
+            text = self.spec.text
+            caption, choice = pick_caption(members, draw.caption if draw else None, text.captions)
+            tokens, used = caption_row(self.tokenizer, caption, text.length)
         row = Row(tokens, used, crop, choice)
         if draw is None:
             row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
@@ -152,7 +154,10 @@ class RowMaker:
             expected = f"npy with {self.length} packed tokens"
         else:
             wanted = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
-            wanted += ["a caption (txt, or caption in json)"] if self.spec.text else []
+            if self.spec.text is not None:
+                named = self.spec.text.captions
+                where = " or ".join(named.members) if named else "txt, or caption in json"
+                wanted.append(f"a caption ({where})")
             expected = " and ".join(wanted)
         return UserError(
             f"data.{self.spec.name}.sources.{source}: all {len(verdicts)} samples tried are unusable "

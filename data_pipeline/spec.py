@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.batch_sizes import Batches
+from data_pipeline.captions import CaptionSpec
 from data_pipeline.decode import ImageSpec
 from data_pipeline.errors import UserError
 from data_pipeline.segments import Segment
@@ -32,10 +33,14 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """How a caption becomes tokens: `clip-bpe` or the path of a tokenizer.json, and the row's length."""
+    """How a caption becomes tokens: `clip-bpe` or the path of a tokenizer.json, and the row's length.
+
+    `captions` says where captions stand and how one of several is chosen; None: see `captions.pick_caption`.
+    """
 
     tokenizer: str
     length: int
+    captions: CaptionSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Captions to rows of tokens: tokenizers behind one small protocol, and the choice of a sample's caption."""
+"""Captions to rows of tokens: tokenizers behind one small protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from data_pipeline.errors import ContentError, UserError
+from data_pipeline.errors import UserError
 
 CLIP_BPE = "clip-bpe"
 # Looked for, in this order, where no tokenizer_config.json names the special tokens.
@@ -139,38 +139,6 @@ def caption_row(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.nda
     used = len(ids) + 2
     row[:used] = [tokenizer.start_id, *ids, tokenizer.end_id]
     return row, used
-
-
-def pick_caption(members: dict[str, bytes], draw: int | None) -> tuple[str, int]:
-    """Caption of a sample and its number among the sample's captions.
-
-    The `txt` member; else `caption` in the `json` member, a string or a list of strings of which `draw`, below
-    2**64, chooses one (the first, if it is None). Raises ContentError `missing caption` if all are blank or absent.
-    """
-    if "txt" in members:
-        captions: list[Any] = [members["txt"].decode("utf-8", "replace")]
-    else:
-        found = json_member(members).get("caption")
-        captions = found if isinstance(found, list) else [found]
-    usable = [(text, i) for i, text in enumerate(captions) if isinstance(text, str) and text.strip()]
-    if not usable:
-        raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
-    text, choice = usable[0 if draw is None else draw * len(usable) >> 64]
-    # A lone surrogate is legal in JSON but not in UTF-8.
-    return text.encode("utf-8", "replace").decode("utf-8").strip(), choice
-
-
-def json_member(members: dict[str, bytes]) -> dict[str, Any]:
-    """The parsed `json` member, empty if there is none. Raises ContentError `bad json`."""
-    if "json" not in members:
-        return {}
-    try:
-        value = json.loads(members["json"])
-    except (ValueError, RecursionError) as error:
-        raise ContentError("bad json", str(error)) from error
-    if not isinstance(value, dict):
-        raise ContentError("bad json", f"a {type(value).__name__} where an object is expected")
-    return value
 
 
 def _vocabulary(text: str) -> dict[str, int]:

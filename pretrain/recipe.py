@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from data_pipeline.batch_sizes import Batches
+from data_pipeline.captions import CaptionSpec
 from data_pipeline.errors import UserError
 
 SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -132,11 +133,34 @@ class Image(Strict):
     )
 
 
+class Captions(Strict):
+    """Which captions of a sample come into question; each time one of them is drawn."""
+
+    from_: list[str] = Field(
+        alias="from",
+        description="Members that hold a caption or a list of them: txt, json.caption, json.all_captions.",
+    )
+    scores: list[str | None] = Field(
+        default_factory=list, description="The json.FIELD with the scores of each member in `from`, or null."
+    )
+    top: int | None = Field(
+        None, ge=1, description="Only so many with the best scores; without scores, so many from the front."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Captions:
+        CaptionSpec(tuple(self.from_), tuple(self.scores), self.top)
+        return self
+
+
 class Text(Strict):
     """How a caption becomes tokens."""
 
     tokenizer: str = Field("clip-bpe", description="clip-bpe, or a folder or file with a tokenizer.json.")
     length: int = Field(32, gt=2, description="Tokens in a row: start token, caption, end token, padding.")
+    captions: Captions | None = Field(
+        None, description="Which of several captions is taken; absent: txt, or one of caption in json."
+    )
 
 
 class Stream(Strict):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.captions import CaptionSpec
 from data_pipeline.decode import ImageSpec
 from data_pipeline.order import stream_seed
-from pretrain.recipe import Image, Perplexity, Stream, TrainStage, ZeroShot
+from pretrain.recipe import Image, Perplexity, Stream, Text, TrainStage, ZeroShot
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:
@@ -17,7 +18,7 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
         batch=stream.batches,
         lanes=stream.lanes,
         image=image_spec(stream.image) if stream.image else None,
-        text=TextSpec(stream.text.tokenizer, stream.text.length) if stream.text else None,
+        text=text_spec(stream.text) if stream.text else None,
         length=stream.length,
         share_by=stream.share_by,
     )
@@ -26,6 +27,13 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
 def image_spec(image: Image) -> ImageSpec:
     """What workers do to an image; mean and deviation are applied on the device."""
     return ImageSpec(image.size, image.crop, image.flip, image.max_pixels)
+
+
+def text_spec(text: Text) -> TextSpec:
+    """How workers choose a caption and make it tokens."""
+    chosen = text.captions
+    captions = CaptionSpec(tuple(chosen.from_), tuple(chosen.scores), chosen.top) if chosen else None
+    return TextSpec(text.tokenizer, text.length, captions)
 
 
 def stage_specs(stage: TrainStage, run_seed: int, name: str, streams: tuple[str, ...]) -> list[StreamSpec]:
@@ -46,6 +54,6 @@ def evaluation_spec(
         batch=batch,
         lanes=None,
         image=ImageSpec(image.size, max_pixels=image.max_pixels) if image else None,
-        text=TextSpec(text.tokenizer, text.length) if text else None,
+        text=text_spec(text) if text else None,
         length=getattr(wanted, "length", None) if stream is None else stream.length,
     )

@@ -1,4 +1,4 @@
-"""Tokenizers against open_clip and transformers, rows against their definition, and captions of odd samples."""
+"""Tokenizers against open_clip and transformers, and rows against their definition."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.draws import draw_rows
-from data_pipeline.errors import ContentError, UserError
-from data_pipeline.text import caption_row, load_tokenizer, pick_caption
+from data_pipeline.errors import UserError
+from data_pipeline.text import caption_row, load_tokenizer
 from tests.data_pipeline.samples import write_tokenizer
 
 CAPTIONS = [
@@ -173,44 +172,6 @@ def test_missing_start_and_pad_fall_back_to_end(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     ours = load_tokenizer(str(folder))
     assert (ours.start_id, ours.end_id, ours.pad_id) == (2, 2, 2)
-
-
-def test_caption_comes_from_txt_then_json() -> None:
-    json_member = json.dumps({"caption": "from json"}).encode()
-    assert pick_caption({"txt": b" from txt \n", "json": json_member}, 1) == ("from txt", 0)
-    assert pick_caption({"json": json_member}, 1) == ("from json", 0)
-    assert pick_caption({"txt": b"caf\xe9"}, 1) == ("caf�", 0)
-    assert pick_caption({"json": rb'{"caption": "lone \ud800 surrogate"}'}, 1) == ("lone ? surrogate", 0)
-
-
-def test_one_of_several_captions_is_chosen_by_key() -> None:
-    member = {"json": json.dumps({"caption": ["first", " ", None, "second", "third"]}).encode()}
-    draws = draw_rows(np.arange(300, dtype=np.uint64))
-    chosen = [pick_caption(member, draw.caption) for draw in draws]
-    assert set(chosen) == {("first", 0), ("second", 3), ("third", 4)}
-    for one in set(chosen):
-        assert 70 < chosen.count(one) < 130
-    assert pick_caption(member, None) == ("first", 0)
-
-
-@pytest.mark.parametrize(
-    ("members", "reason"),
-    [
-        ({"jpg": b""}, "missing caption"),
-        ({"txt": b" \n"}, "missing caption"),
-        ({"json": b"{}"}, "missing caption"),
-        ({"json": b'{"caption": null}'}, "missing caption"),
-        ({"json": b'{"caption": []}'}, "missing caption"),
-        ({"json": b'{"caption'}, "bad json"),
-        ({"json": b"[1]"}, "bad json"),
-        ({"json": b"\xff\xfe\x00"}, "bad json"),
-        ({"json": b"[" * 100_000}, "bad json"),
-    ],
-)
-def test_a_sample_without_caption_is_a_verdict(members: dict[str, bytes], reason: str) -> None:
-    with pytest.raises(ContentError) as verdict:
-        pick_caption(members, 0)
-    assert verdict.value.reason == reason
 
 
 def test_captions_that_are_not_cleaned_are_those_that_cleaning_leaves_alone() -> None:
