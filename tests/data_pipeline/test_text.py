@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +190,62 @@ def test_captions_that_are_not_cleaned_are_those_that_cleaning_leaves_alone() ->
     ]:
         if text.isprintable():
             assert html.unescape(html.unescape(ftfy.fix_text(text))) == text
+
+
+def made_tokenizer(kind: str) -> Any:
+    """A tokenizer of the shapes that GPT-2 and Llama 3, BERT, and T5 and Llama 2 have, trained on a few captions."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "BPE":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=420,
+            special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    elif kind == "WordPiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        specials = ["<pad>", "<s>", "</s>", "<unk>"]
+        trainer = trainers.UnigramTrainer(
+            vocab_size=260, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(CAPTIONS * 3, trainer)
+    return tokenizer
+
+
+NAMES = {
+    "BPE": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    "WordPiece": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+    "Unigram": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_folder_saved_by_transformers_gives_its_tokens(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=made_tokenizer(kind), **NAMES[kind]).save_pretrained(tmp_path)
+    peer, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    unheard = ["zebra quux 12,345 ½ ﬁn ÀÉ", "tab\there  two  spaces ", "🦓 z\u0301ebra"]
+    for caption in [*CAPTIONS, *unheard]:
+        ids = ours.encode(caption)
+        assert ids == peer.encode(caption, add_special_tokens=False)
+        want = peer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids) == want
+    start, end = ("cls_token_id", "sep_token_id") if kind == "WordPiece" else ("bos_token_id", "eos_token_id")
+    assert (ours.start_id, ours.end_id) == (getattr(peer, start), getattr(peer, end))
+    assert ours.pad_id == (peer.eos_token_id if kind == "BPE" else peer.pad_token_id)
+    assert ours.vocab_size == len(peer)
