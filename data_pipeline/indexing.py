@@ -54,7 +54,7 @@ Progress = Callable[[int, int, int, int], None]
 
 @dataclass(frozen=True)
 class Indexed:
-    """What an indexing did: tars walked, their bytes and samples, seconds; tars kept from before; oddities."""
+    """What an indexing did: tars walked, their bytes and samples, seconds of the walk; tars known before; oddities."""
 
     manifest: Manifest
     walked: int
@@ -105,7 +105,6 @@ def build_index(
     `jobs` processes walk. Raises one UserError that lists every tar that is no whole tar, or that its
     `_stats.json` contradicts; the others are kept in parts.
     """
-    began = time.monotonic()
     urls = storage.list_shards(path)
     root = storage.root_of(path)
     folder = storage.join(root, INDEX_FOLDER)
@@ -123,7 +122,9 @@ def build_index(
         for version in [_version(url, tags)]
         if below not in work.records or not work.records[below].is_of(sizes[url], version)
     ]
+    began = time.monotonic()
     problems, walked = _walk(work, todo, jobs, progress, storage.join(folder, PARTS), part_seconds, parts)
+    seconds = time.monotonic() - began
     for url, below in zip(urls, paths, strict=True):
         if url in stats and below in work.records and url not in problems:
             promised, found = stats[url]["successes"], work.records[below].count
@@ -144,7 +145,7 @@ def build_index(
         kept=len(urls) - len(todo),
         bytes=sum(size for _, _, size, _ in todo),
         samples=walked,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         findings=find(root, [work.records[below] for below in paths]),
     )
 

@@ -85,7 +85,7 @@ class Manifest:
             raise UserError(
                 f"view {view!r} keeps no sample of these shards; make it again with another filter"
             )
-        printed = xxhash.xxh64_hexdigest(f"{self.fingerprint} {kept.url.rpartition('/')[2]}".encode())
+        printed = xxhash.xxh64_hexdigest(f"{self.fingerprint} {kept.digest}".encode())
         return replace(self, counts=counts, fingerprint=printed, view=view, kept=kept)
 
 

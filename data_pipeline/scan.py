@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +51,18 @@ def scan(data: Bytes, where: str) -> Scan:
 
 def scan_file(url: str, size: int | None = None) -> Scan:
     """`scan` of a tar, local or remote; `size` is its bytes where they are known."""
-    if storage.is_remote(url):
-        return scan(Pieces(url, storage.size(url) if size is None else size), url)
-    with mapped(url) as data:
+    with open_tar(url, size) as data:
         return scan(data, url)
+
+
+@contextmanager
+def open_tar(url: str, size: int | None = None) -> Iterator[Bytes]:
+    """A tar to walk over: mapped, or fetched in pieces."""
+    if storage.is_remote(url):
+        yield Pieces(url, storage.size(url) if size is None else size)
+    else:
+        with mapped(url) as data:
+            yield data
 
 
 def locate(source: str | bytes, where: str) -> np.ndarray:

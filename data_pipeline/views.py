@@ -40,6 +40,11 @@ class View:
     blocks: np.ndarray  # int64 [shards]
     tar_counts: np.ndarray  # int64 [shards]
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the bitmap, by which its file is named."""
+        return self.url[-21:-5]
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_maps"}
 
@@ -88,19 +93,21 @@ def split(data: Any, url: str) -> tuple[np.ndarray, np.ndarray]:
     return bits, np.frombuffer(data, "<u4", blocks, blocks * BYTES)
 
 
-def pack(kept: list[np.ndarray]) -> tuple[bytes, np.ndarray]:
-    """A bitmap file of bool arrays, one a shard, and the first block of each."""
-    lengths = np.array([max(1, -(-len(one) // BLOCK)) for one in kept], np.int64)
-    first = np.cumsum(lengths) - lengths
-    bits = np.zeros((int(lengths.sum()), BYTES), np.uint8)
-    ranks = np.zeros(len(bits), "<u4")
-    for start, length, one in zip(first, lengths, kept, strict=True):
-        part = np.zeros(length * BLOCK, bool)
-        part[: len(one)] = one
-        bits[start : start + length] = np.packbits(part, bitorder="little").reshape(length, BYTES)
-        held = part.reshape(length, BLOCK).sum(axis=1)
-        ranks[start : start + length] = np.cumsum(held) - held
-    return bits.tobytes() + ranks.tobytes(), first
+def pack(kept: np.ndarray) -> np.ndarray:
+    """uint8 [blocks, 64], the bits of a shard; `kept` is bool [samples]."""
+    part = np.zeros(max(1, -(-len(kept) // BLOCK)) * BLOCK, bool)
+    part[: len(kept)] = kept
+    return np.packbits(part, bitorder="little").reshape(-1, BYTES)
+
+
+def ranks_of(bits: np.ndarray, lengths: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """A bitmap file of the shards' bits laid end to end, `lengths` bytes each, and the first block of each shard."""
+    blocks = lengths // BYTES
+    first = np.cumsum(blocks) - blocks
+    held = ONES[bits].reshape(-1, BYTES).sum(axis=1, dtype=np.int64)
+    before = np.cumsum(held) - held
+    ranks = before - np.repeat(before[first], blocks)
+    return bits.tobytes() + ranks.astype("<u4").tobytes(), first
 
 
 def folder_of(root: str) -> str:

@@ -116,6 +116,53 @@ def _print(described: list[dict[str, Any]], samples: int) -> None:
 
 
 @app.command()
+def view(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or pattern of tars.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What recipes call the view.")],
+    where: Annotated[
+        str | None, typer.Option("--where", metavar="FILTER", help="Over columns of each SHARD.parquet.")
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option("--ids", metavar="FILE", help="Ids: one a line, a .npy, or a column of a .parquet."),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--column", metavar="NAME", help="Column that the ids are of. Default: keys in the tars."
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, metavar="N", help="Processes that walk. Default: one a core."),
+    ] = None,
+) -> None:
+    """Choose samples of a source to train on.
+
+    Writes a bitmap of the samples kept below _index/views/; tars are not rewritten. A recipe uses it with
+    `sources: {laion: {path: SRC, view: NAME}}`. A filter compares columns with numbers, texts in quotes and each
+    other: = != < <= > >=, in [...], is null, and, or, not, parentheses.
+
+    \b
+    Examples:
+      dromos data view data/laion --name good --where "similarity > 0.3 and width >= 256"
+      dromos data view data/laion --name kept --ids kept.txt
+    """
+    from data_pipeline.view_maker import Rule, make_view
+    from launch.index_report import ProgressLine
+
+    with ProgressLine(source) as progress:
+        made = make_view(
+            source, name, Rule(where, ids, column), jobs or len(os.sched_getaffinity(0)), progress
+        )
+    matched = f"{made.matched:,} rows match" if where else f"{made.matched:,} ids"
+    typer.echo(
+        f"{source}: view {name} keeps {made.kept:,} of {made.samples:,} samples; {matched}, {made.absent:,} of them "
+        f"in no tar; {made.rowless:,} samples have no row; {made.fingerprint}"
+    )
+
+
+@app.command()
 def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]) -> None:
     """Make the data that a recipe needs.
 

@@ -45,10 +45,11 @@ def lines(path: str, indexed: Indexed) -> Iterator[tuple[str, bool]]:
     """(line, True if it tells of something odd)."""
     manifest = indexed.manifest
     shards = f"{len(manifest.paths):,} shards ({indexed.walked:,} walked, {indexed.kept:,} known)"
-    seconds = max(indexed.seconds, 1e-6)
-    rate = f"{indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
     size = f"{int(manifest.sizes.sum()) / 1e6:,.1f} MB"
-    yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {rate}; {manifest.fingerprint}", False
+    if indexed.walked:
+        seconds = max(indexed.seconds, 1e-6)
+        size += f"; {indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
+    yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {manifest.fingerprint}", False
     for group in indexed.findings.same[:NAMED]:
         yield f"{path}: the same samples are in {', '.join(group)}; keep one of them", True
     if len(indexed.findings.same) > NAMED:
