@@ -16,6 +16,7 @@ from data_pipeline.loader import LocalLoader
 from data_pipeline.order import StreamOrder, stream_seed
 from data_pipeline.shares import By
 from data_pipeline.spec import Batch, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.stall import StallLimits
 
 
 class Stream:
@@ -34,8 +35,11 @@ class Stream:
     global batch, or first step -> rows; `share_by` ("size" or "sqrt" of it) shares the rows among sources without a
     weight. Without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a member
     `npy`). `workers` processes decode; 0 decodes in a thread of this process. `cache` says where, and how much of,
-    what is read of an object store is kept on this node. Use it as a context manager, or
-    call close(). Raises UserError for what cannot work, before the first batch where it can be known.
+    what is read of an object store is kept on this node; `limits` says when a read that does not end is named
+    and ended. Use it as a context manager, or call close(). docs/stream.md tells what it guarantees.
+
+    Raises UserError for what cannot work, before the first batch where it can be known; ReadError and WorkerError,
+    both OSErrors, where bytes cannot be had or processes die: the data never change for it, and the state still holds.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Stream:
         world_size: int = 1,
         workers: int = 0,
         cache: CacheSettings | None = None,
+        limits: StallLimits | None = None,
     ) -> None:
         named = {"source": sources} if isinstance(sources, str) else sources
         specs = {
@@ -64,7 +69,8 @@ class Stream:
         spec = StreamSpec(
             name, order, specs, Batches.of(batch), lanes, image, text, length, share_by=share_by
         )
-        self._loader = LocalLoader([spec], rank, world_size, workers, cache=cache or CacheSettings.of())
+        cache = cache or CacheSettings.of()
+        self._loader = LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache)
         self._maker = self._loader.makers[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
@@ -86,7 +92,14 @@ class Stream:
         if self._steps is None:
             last = self.order.last_step
             self._steps = self._loader.steps(self._step, sys.maxsize if last is None else last)
-        batch = next(self._steps)[self.name][0]
+        try:
+            batch = next(self._steps)[self.name][0]
+        except Exception as error:
+            if not isinstance(error, StopIteration):
+                self._steps = (
+                    None  # an iterator that raised is at its end, and the stream is not: it may try again
+                )
+            raise
         self._step += 1
         return batch
 
@@ -118,7 +131,12 @@ class Stream:
         loader.close()
         self._maker = maker
         self._loader = LocalLoader(
-            [spec], loader.rank, loader.world_size, loader.workers, makers={spec.name: maker}
+            [spec],
+            loader.rank,
+            loader.world_size,
+            loader.workers,
+            makers={spec.name: maker},
+            limits=loader.limits,
         )
 
     def close(self) -> None:

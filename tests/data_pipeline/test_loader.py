@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import ImageSpec, SourceSpec, Stream, TextSpec, UserError, pool
+from data_pipeline import SourceSpec, UserError, pool
 from data_pipeline.batches import BatchMaker
 from data_pipeline.loader import Loader, LocalLoader, micro_batches, rows_of
 from data_pipeline.process_pool import ProcessPool
 from data_pipeline.spec import Batch, StreamSpec
 from data_pipeline.work import Item
-from tests.data_pipeline.samples import LENGTH, SIZE, pairs, write_packed, write_source, write_tokenizer
+from tests.data_pipeline.samples import LENGTH, pairs, write_packed, write_source
 
 STEPS = 6
 
@@ -278,58 +278,6 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch: int, world_siz
 def test_the_stream_of_an_uneven_batch_is_named(specs: list[StreamSpec]) -> None:
     with pytest.raises(UserError, match=r"data\.text\.batch: a batch of 4 rows"):
         LocalLoader(specs, 0, 8, 0)
-
-
-def open_stream(root: Path, **options: object) -> Stream:
-    if not (root / "a").exists():
-        write_source(root / "a", [5, 6])
-        write_tokenizer(root / "tokenizer")
-    settings: dict = {"batch": 4, "seed": 9, "image": ImageSpec(SIZE), **options}
-    return Stream(str(root / "a"), text=TextSpec(str(root / "tokenizer"), LENGTH), **settings)
-
-
-def test_stream_resumes_on_another_world_size(tmp_path: Path) -> None:
-    with open_stream(tmp_path) as stream:
-        want = [next(stream) for _ in range(8)]
-    with open_stream(tmp_path, workers=1) as stream:
-        for batch in stream:
-            assert batch.batch_digest == want[batch.step].batch_digest
-            if stream.step == 3:
-                break
-        saved = json.loads(json.dumps(stream.state()))
-        assert next(stream).step == 3
-        stream.resume(saved)
-        assert next(stream).step == 3
-    halves = [open_stream(tmp_path, rank=rank, world_size=2) for rank in (0, 1)]
-    for stream in halves:
-        stream.resume(saved)
-    for step in range(3, 8):
-        parts = [next(stream) for stream in halves]
-        tokens = np.concatenate([part.tokens for part in parts])
-        np.testing.assert_array_equal(tokens, want[step].tokens)
-        assert sum(part.batch_digest for part in parts) % 2**64 == want[step].batch_digest
-    for stream in halves:
-        stream.close()
-
-
-def test_stream_refuses_a_state_of_other_data(tmp_path: Path) -> None:
-    with open_stream(tmp_path) as stream:
-        saved = stream.state()
-        with pytest.raises(UserError, match="'other'"):
-            stream.resume({**saved, "stream": "other"})
-    with open_stream(tmp_path, seed=10) as stream, pytest.raises(UserError, match="seed was"):
-        stream.resume(saved)
-    write_source(tmp_path / "a", [5, 7])
-    with open_stream(tmp_path) as stream, pytest.raises(UserError, match="fingerprint"):
-        stream.resume(saved)
-
-
-def test_stream_ends_when_its_sources_do(tmp_path: Path) -> None:
-    source = write_packed(tmp_path / "packed", [8])
-    with Stream({"t": SourceSpec(str(source), max_epochs=2)}, 4, length=LENGTH) as stream:
-        ids = np.concatenate([batch.sample_ids for batch in stream])
-    assert len(ids) == 16
-    np.testing.assert_array_equal(np.unique(ids, return_counts=True)[1], [2] * 8)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
