@@ -37,7 +37,7 @@ def histogram(title: str, values: Sequence[float], unit: str, log: bool = False)
     )
     if low == high:
         return Figure(title, Markup(""), f"all {len(values):,} are {number(low)} {unit}")
-    log = log and high > 20 * max(low, 1e-9) and low >= 0
+    log = log and low >= 0 and high > 20 * max(low, 1)
     scale = _log_scale(max(low, 1), high) if log else _scale(low, high)
     whole = not log and all(value == int(value) for value in (low, high, middle)) and high - low < BINS
     bins = int(high - low) + 1 if whole else BINS
