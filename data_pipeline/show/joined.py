@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from data_pipeline.errors import UserError
-from data_pipeline.formats.img2dataset_output import Outcome, Sums, read_outcomes, odd_key
+from data_pipeline.formats.img2dataset_output import Outcome, Sums, odd_key, read_outcomes
 from data_pipeline.show.survey import Bad, Survey, share
 from data_pipeline.tar import Sample
 

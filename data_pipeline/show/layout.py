@@ -61,7 +61,7 @@ def facts(about: dict[str, Any]) -> list[tuple[str, str]]:
         named += rows(about["rows"])
     if about.get("without_pictures"):
         named.append(("text alone", f"{about['without_pictures']:,} records have no picture"))
-    named += [(name, about[name]) for name in ("index", "views", "sidecars") if about.get(name)]
+    named += beside(about)
     return named + [(name, about[name]) for name in ("tokenizer", "fingerprint") if about.get(name)]
 
 
@@ -85,6 +85,21 @@ def rows(sums: dict[str, Any]) -> list[tuple[str, str]]:
         if sums["other_failures"]:
             listed.append(f"others {sums['other_failures']:,}")
         named.append(("failures", "; ".join(listed)))
+    return named
+
+
+def beside(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """The index where something is to be said of it, the views, other tools' indexes."""
+    named = []
+    if about.get("index") == "unusable":
+        named.append(("index", "there is one, but not of these shards as they are"))
+    for view in about.get("views", []):
+        kept = "unusable" if view["samples"] is None else f"keeps {view['samples']:,} samples"
+        named.append(("view", f"{view['name']}: {kept}" + (f", {view['rule']}" if view["rule"] else "")))
+    if about.get("sidecars"):
+        named.append(
+            ("sidecars", ", ".join(f"{name} {count:,}" for name, count in about["sidecars"].items()))
+        )
     return named
 
 

@@ -12,6 +12,7 @@ from data_pipeline import storage
 from data_pipeline.decode import IMAGE_EXTENSIONS, image_member
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
+from data_pipeline.show import beside
 from data_pipeline.show.survey import Survey, clip, share, spread
 from data_pipeline.tar import Sample, member_table
 
@@ -45,6 +46,7 @@ def look(found: Survey, path: str, examine: int, first: int) -> None:
     about["tokenizer"] = manifest.tokenizer if manifest else None
     about["examined"] = {"shards": len(chosen), "samples": len(samples)}
     about["members"] = dict(sorted(members.items()))
+    beside.look(found, storage.root_of(path), manifest)
     if about["kind"] == "img2dataset":
         from data_pipeline.show.joined import join
 

@@ -13,7 +13,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from data_pipeline.formats import cc3m, img2dataset
+from data_pipeline.indexing import build_index
 from data_pipeline.show import describe, render
+from data_pipeline.view_maker import Rule, make_view
 from tests.data_pipeline.test_formats_instructions import talk
 from tests.data_pipeline.test_formats_laion import LAION_2B, write
 
@@ -273,3 +275,22 @@ def test_nothing_that_a_record_says_reaches_the_terminal_as_a_command(tmp_path: 
     about = describe(str(tmp_path / "a.json"))
     for _, line in render(about, 100):
         assert all(letter.isprintable() for letter in line), repr(line)
+
+
+def test_the_index_views_and_sidecars_beside_a_source(tmp_path: Path) -> None:
+    img2dataset.write_shard(str(tmp_path), 0, rows(6))
+    about = describe(str(tmp_path))
+    assert (about["index"], about["views"], about["sidecars"]) == ("none", [], {})
+    build_index(str(tmp_path))
+    make_view(str(tmp_path), "some", Rule(where="caption != 'caption 3'"))
+    (tmp_path / "00000.tar.idx").write_text("x")
+    (tmp_path / ".nv-meta").mkdir()
+    about = describe(str(tmp_path))
+    assert (about["index"], about["samples"], about["problems"]) == ("in use", 6, [])
+    assert about["views"] == [{"name": "some", "rule": "caption != 'caption 3'", "samples": 5}]
+    assert about["sidecars"] == {".tar.idx": 1, ".nv-meta": 1}
+    assert "some: keeps 5 samples, caption != 'caption 3'" in shown(about)
+    img2dataset.write_shard(str(tmp_path), 0, rows(7))
+    about = describe(str(tmp_path))
+    assert about["index"] == "unusable"
+    assert any("when it was indexed" in problem for problem in about["problems"])

@@ -1,0 +1,65 @@
+"""What stands beside the tars of a source: its index, its views, and the indexes of other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.manifest import INDEX_FOLDER, Manifest
+from data_pipeline.show.survey import Survey
+from data_pipeline.views import folder_of
+
+# webdataset's and Energon's per-tar offsets; Energon's folder for a whole dataset.
+PER_TAR = (".tar.idx", ".idx")
+ENERGON = ".nv-meta"
+
+
+def look(found: Survey, root: str, manifest: Manifest | None) -> None:
+    """Fill in "index" (in use, unusable or none), "views" and "sidecars"; a view that is no longer one is a note."""
+    about = found.about
+    if manifest is not None and manifest.counted_by == "manifest":
+        about["index"] = "in use"
+    else:
+        indexed = storage.exists(storage.join(storage.join(root, INDEX_FOLDER), "shards.parquet"))
+        about["index"] = "unusable" if indexed else "none"
+    about["views"] = [_view(found, name, manifest) for name in _views(root)] if manifest else []
+    about["sidecars"] = _sidecars(root)
+
+
+def _views(root: str) -> list[str]:
+    try:
+        urls = storage.list_files(folder_of(root), ".parquet")
+    except UserError:
+        return []
+    return [url.rpartition("/")[2].removesuffix(".parquet") for url in urls]
+
+
+def _view(found: Survey, name: str, manifest: Manifest) -> dict[str, Any]:
+    """Name, rule, and the samples it keeps, None if it is not one of these shards any more."""
+    from data_pipeline.parquet_table import read_table
+
+    about: dict[str, Any] = {"name": name, "rule": None, "samples": None}
+    try:
+        about["rule"] = read_table(storage.join(folder_of(manifest.root), f"{name}.parquet"))[1].get("rule")
+        about["samples"] = manifest.seen_through(name).samples
+    except (UserError, ValueError) as error:
+        found.notes.append(str(error))
+    return about
+
+
+def _sidecars(root: str) -> dict[str, int]:
+    """Suffix -> number of files."""
+    try:
+        names = [url.rpartition("/")[2] for url in storage.list_files(root, "")]
+    except UserError:
+        return {}
+    counts = {}
+    for suffix in PER_TAR:
+        taken = [name for name in names if name.endswith(suffix)]
+        names = [name for name in names if not name.endswith(suffix)]
+        if taken:
+            counts[suffix] = len(taken)
+    if storage.exists(storage.join(root, ENERGON)):
+        counts[ENERGON] = 1
+    return counts
