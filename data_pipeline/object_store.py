@@ -306,4 +306,8 @@ def _said(error: BaseException) -> str:
     """An error in words: the store's own where it stands behind ours."""
     if isinstance(error, ReadError) and error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no answer in time'}"
+    code, status = _answer(error)
+    answered = ""
+    if status:
+        answered = f"{status}, " if code == str(status) else f"{status} {code}, "
+    return f"{answered}{type(error).__name__}: {' '.join(str(error).split()) or 'no answer in time'}"

@@ -186,11 +186,12 @@ class RowMaker:
             try:
                 return reader.read(shard, index)
             except OSError as error:
-                if wait is None:
+                # An object store was asked many times already when it makes a ReadError.
+                if wait is None or isinstance(error, ReadError):
+                    tried = "" if wait else f"not readable after {len(RETRY_AFTER) + 1} tries: "
                     raise ReadError(
-                        f"source {source!r}: {self.url(source, shard)}, sample {index}: not readable "
-                        f"after {len(RETRY_AFTER) + 1} tries: {error}. Nothing was replaced; run again once "
-                        "it can be read"
+                        f"source {source!r}: {self.url(source, shard)}, sample {index}: {tried}{error}. "
+                        "Nothing was replaced; run again once it can be read"
                     ) from error
                 reader.reopen()
                 time.sleep(wait)
