@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from data_pipeline import storage
 from data_pipeline.formats.laion import Pair
-from data_pipeline.formats.lines import LONGEST, lines
+from data_pipeline.formats.lines import LONGEST, lines, reading
 from data_pipeline.formats.verdict import Verdict
 
 # Users write it in front, because img2dataset needs names of columns.
@@ -20,7 +20,7 @@ def read_pairs(path: str, longest: int = LONGEST) -> Iterator[Pair | Verdict]:
     Quotes are letters like others: the public file quotes nothing. Verdicts: `no tab`, `more than two columns`,
     `not UTF-8`, `missing url`, `line too long`. Blank lines and a header "caption<TAB>url" are passed over.
     """
-    with storage.asking(path), storage.open_bytes(path) as file:
+    with reading(path) as file:
         yield from pairs_of(path, file, longest)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
-from data_pipeline import storage
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.image_path import check_image_path
 from data_pipeline.formats.json_stream import records
-from data_pipeline.formats.lines import LONGEST
+from data_pipeline.formats.lines import LONGEST, reading
 from data_pipeline.formats.verdict import Verdict
 
 Role = Literal["system", "user", "assistant"]
@@ -55,7 +54,7 @@ def read_conversations(
     `unknown role`, `wrong turn order`, `no answer`, `unsafe image path`, `missing image`, `<image> count`,
     `not UTF-8`.
     """
-    with storage.asking(path), storage.open_bytes(path) as file:
+    with reading(path) as file:
         yield from conversations_of(path, file, images, longest)
 
 

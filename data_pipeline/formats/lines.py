@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from contextlib import contextmanager
+from typing import BinaryIO, cast
+
+from data_pipeline import storage
 
 LONGEST = 8 << 20
 SKIP = 1 << 16
+
+
+@contextmanager
+def reading(path: str) -> Iterator[BinaryIO]:
+    """The file opened, with the readline of a local one: a remote one's cannot be bounded."""
+    with storage.asking(path), storage.open_bytes(path) as file:
+        if isinstance(file, io.BufferedReader):
+            yield file
+        else:
+            with io.BufferedReader(cast(io.RawIOBase, file), 1 << 20) as buffered:
+                yield buffered
 
 
 def lines(file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[int, bytes | None]]:

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from data_pipeline import storage
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.image_path import check_image_path
 from data_pipeline.formats.json_stream import records
-from data_pipeline.formats.lines import LONGEST
+from data_pipeline.formats.lines import LONGEST, reading
 from data_pipeline.formats.verdict import Verdict
 
 # Coordinates y0 x0 y1 x1 in 1024 bins and masks in 128 codewords: other numbers are no tokens of the vocabulary.
@@ -37,7 +36,7 @@ def read_prompted(
     Verdicts beside those of `json_stream.records`: `no object`, `no prefix or suffix`, `bad text`, `not UTF-8`,
     `unsafe image path`, `missing image`, `bad location token`.
     """
-    with storage.asking(path), storage.open_bytes(path) as file:
+    with reading(path) as file:
         yield from prompted_of(path, file, images, longest)
 
 

@@ -164,9 +164,10 @@ def _are_pages(texts: Sequence[Any]) -> bool:
 def _json(files: Sequence[str]) -> Format:
     from data_pipeline.formats.instructions import TURNS
     from data_pipeline.formats.json_stream import records
+    from data_pipeline.formats.lines import reading
 
     keys: set[str] = set()
-    with storage.asking(files[0]), storage.open_bytes(files[0]) as opened:
+    with reading(files[0]) as opened:
         for _, value in islice(records(files[0], opened), 20):
             if isinstance(value, dict):
                 keys |= value.keys()

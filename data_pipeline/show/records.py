@@ -18,6 +18,7 @@ from data_pipeline.formats import (
     refinedweb,
 )
 from data_pipeline.formats.columns import Column, match, nearest, wrong_types
+from data_pipeline.formats.lines import reading
 from data_pipeline.formats.verdict import Verdict
 from data_pipeline.show.survey import Bad, Survey, share, spread
 from data_pipeline.show.tallies import TALLIES, Tally, WithPictures
@@ -117,7 +118,7 @@ def _look_into_files(
     read = records = 0
     whole = len(files) == len(sizes)
     for file in files:
-        with storage.asking(file), storage.open_bytes(file) as opened:
+        with reading(file) as opened:
             taken = _take(islice(FILES[family](file, opened, images), each), tally, bad)
             read += opened.tell()
             records += taken
@@ -225,6 +226,6 @@ def _look_at_unknown(found: Survey, files: list[str]) -> None:
 def _keys(file: str) -> list[str]:
     from data_pipeline.formats.json_stream import records
 
-    with storage.asking(file), storage.open_bytes(file) as opened:
+    with reading(file) as opened:
         values = [value for _, value in islice(records(file, opened), 20)]
     return list(dict.fromkeys(str(key) for value in values if isinstance(value, dict) for key in value))
