@@ -316,6 +316,18 @@ class Engine(Strict):
     compile: bool = False
 
 
+class Cache(Strict):
+    """Where each node keeps what its ranks read of object stores."""
+
+    folder: str | None = Field(
+        None,
+        description="A folder of the user's own, on a disk of the node; absent: DROMOS_CACHE, or in /tmp.",
+    )
+    gigabytes: float | None = Field(
+        None, ge=0, description="At most; absent: half of what is free there, up to 100. 0: no cache."
+    )
+
+
 class Loader(Strict):
     """Who reads and decodes."""
 
@@ -337,6 +349,7 @@ class Loader(Strict):
         gt=0,
         description="Seconds after which it is ended and tried by another worker; then it is an error.",
     )
+    cache: Cache = Field(default_factory=Cache)
 
 
 class Checkpoint(Strict):

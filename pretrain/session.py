@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.batch_sizes import Batches
 from data_pipeline.batches import BatchMaker
+from data_pipeline.cache import CacheSettings
 from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
 from data_pipeline.stall import StallLimits
@@ -79,7 +80,8 @@ class Session:
         specs = stage_specs(stage, self.seed, self.name, objective.streams)
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
-        makers = {spec.name: BatchMaker(spec) for spec in specs}
+        cache = CacheSettings.of(stage.loader.cache.folder, stage.loader.cache.gigabytes)
+        makers = {spec.name: BatchMaker(spec, cache=cache) for spec in specs}
         for maker in makers.values():
             maker.check()  # a tar without images is named before the first step; the launcher looks earlier
         accepted: list[str] = []
