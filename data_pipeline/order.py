@@ -137,6 +137,8 @@ class StreamOrder:
                 "train no longer than that, or raise max_epochs"
             )
         rows = np.arange(start, stop)
+        if not rows.size:
+            return Refs(*np.zeros((5, 0), np.int64))
         lane = rows // (batch // self.lanes)
         source, draw = self._deal(step, rows)
         return Refs(rows, source, *self._walk.refs(source, lane, draw))
@@ -241,15 +243,16 @@ class StreamOrder:
         """Source of each row, and which draw of it: by lane, or counted over all lanes where it is interleaved."""
         phase, slots = self._phase(step)
         per_lane = self.batches.at(step) // self.lanes
-        mine = np.unique(rows // per_lane)
-        lane = np.arange(self.lanes) if self._interleaved.any() else mine
+        lane = np.arange(self.lanes)
+        if not self._interleaved.any():
+            lane = lane[int(rows[0]) // per_lane : int(rows[-1]) // per_lane + 1]
         source = phase.cycle.sources(lane[:, None], slots + np.arange(per_lane))
         drawn = phase.drawn[:, lane] + phase.cycle.consumed(lane, slots)
         draw = drawn[source, np.arange(lane.size)[:, None]] + earlier(source)
         if self._interleaved.any():
             over_lanes = earlier(source.T.reshape(1, -1)).reshape(per_lane, -1).T
             draw = np.where(self._interleaved[source], drawn.sum(axis=1)[source] + over_lanes, draw)
-        at = rows - lane[0] * per_lane if rows.size else rows
+        at = rows - lane[0] * per_lane
         return source.reshape(-1)[at], draw.reshape(-1)[at]
 
     def _phase(self, step: int) -> tuple[Phase, int]:

@@ -69,8 +69,6 @@ class Walk:
         self, source: np.ndarray, lane: np.ndarray, draw: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and index of each draw: the n-th of its lane, or the n-th over all lanes if interleaved."""
-        if not draw.size:
-            return draw, draw, draw
         k = source if self._samples.ndim else ()
         place = self._place(k, lane, draw)
         if self._mixed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -102,7 +104,7 @@ def resumed(mixture: Mixture, lanes: int, seed: int, state: dict[str, Any], acce
 
 
 @pytest.mark.usefixtures("short")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
     lanes, seed = data.draw(LANES), data.draw(st.sampled_from([0, 3, 2**64 - 1]))
@@ -134,7 +136,7 @@ def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
     """Shards, weights, sources, limits and batches change up to three times, with resumes in between."""
@@ -147,8 +149,11 @@ def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
     mixtures_left = iter(plan)
     mixture = next(mixtures_left)
     ours, step = order(mixture, lanes, seed), 0
+    taken: Counter[str] = Counter()
     for want in walk(plan, STEPS, lanes, seed, short_runs):
         state = ours.state(step, prints(mixture))
+        assert state["consumed_per_lane"] * lanes == taken.total()
+        assert {name: n for name, n in state["consumed"].items() if n} == taken
         if isinstance(want, Change):
             assert want.step == step
             mixture = next(mixtures_left)
@@ -165,6 +170,7 @@ def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
         if data.draw(st.booleans()):  # once it is opened, a change needs no leave
             ours = resumed(mixture, lanes, seed, state, accept=False)
         assert rows(ours, step) == want
+        taken.update(name for name, *_ in want)
         step += 1
     if step < STEPS and mixture is plan[-1]:
         assert ours.last_step == step
@@ -198,6 +204,31 @@ def test_each_epoch_visits_each_sample_once_over_a_change_of_weights_and_of_anot
         {row[1] for row in taken[a:b] if row[0] == "other"} for a, b in ((0, 42 * lanes), (42 * lanes, None))
     )
     assert max(old) < min(new)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("counts", [[(64, 64), (64, 64, 9), (64, 61, 9)], [(9,), (9, 2), (8, 2)]])
+def test_max_epochs_counts_the_passes_over_samples_that_a_source_had_before(counts: list[Any]) -> None:
+    """Three times other samples: 2.5 passes are over after the share of each that was drawn adds up to 2.5."""
+    lanes, seed, rest = 2, 1, Source("rest", (5000,), 0.75)
+    ends = []
+    for passes in (2.5, None):
+        plan = [
+            Mixture(at, (Source("few", c, 0.25, max_epochs=passes), rest), {0: 16})
+            for at, c in zip(
+                (0, 11 if len(counts[0]) > 1 else 2, 31 if len(counts[0]) > 1 else 4), counts, strict=True
+            )
+        ]
+        ours = order(plan[0], lanes, seed)
+        for before, after in itertools.pairwise(plan):
+            ours = resumed(after, lanes, seed, ours.state(after.first_step, prints(before)), accept=True)
+        ends.append(ours.ends)
+    assert ends[1] == {}
+    drawn = [4 * (b.first_step - a.first_step) for a, b in itertools.pairwise(plan)]  # 4 of 16 rows a step
+    passes = [Fraction(n, sum(c)) for n, c in zip(drawn, counts, strict=False)]
+    left = (Fraction(5, 2) - sum(passes)) * sum(counts[-1])
+    want = plan[-1].first_step + left / 4
+    assert want <= ends[0]["few"] <= want + 2
 
 
 def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
