@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from data_pipeline.mixture import Cycle, floor_sums
+from data_pipeline.mixture import Cycle, earlier, floor_sums
 from data_pipeline.order import SourceCounts, StreamOrder
 from data_pipeline.shares import LIMIT, exact, integer_weights
 
@@ -104,6 +104,18 @@ def test_consumed_equals_counting(weights: list[int], lanes: int, slots: int) ->
     dealt = cycle.sources(lane[:, None], np.arange(slots))
     want = [[int((dealt[i] == k).sum()) for i in range(lanes)] for k in range(len(weights))]
     assert cycle.consumed(lane, slots).tolist() == want
+
+
+@pytest.mark.parametrize("groups", [1, 3, 200, 40_000])
+def test_earlier_equals_are_counted(groups: int) -> None:
+    values = np.random.RandomState(groups).randint(0, groups, (5, 300)) + 40_000 * (groups == 200)
+    values[:, 7:20] = values[:, :1]
+    want = [[row[:at].tolist().count(one) for at, one in enumerate(row)] for row in values]
+    assert earlier(values).tolist() == want
+    small = values % 200
+    assert earlier(small).tolist() == [
+        [row[:at].tolist().count(x) for at, x in enumerate(row)] for row in small
+    ]
 
 
 def test_a_huge_cycle_is_counted_where_it_cannot_be_walked() -> None:

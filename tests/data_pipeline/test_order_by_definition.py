@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from data_pipeline import source_order
 from data_pipeline.errors import UserError
 from data_pipeline.order import SourceCounts, StreamOrder
+from data_pipeline.source_order import SourceOrder
+from data_pipeline.walk import Walk
 from tests.data_pipeline.naive_order import Change, Mixture, Source, epoch_pieces, walk, weights_of
 
 STEPS = 24
@@ -250,19 +252,42 @@ def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
             assert list(zip(at[1].tolist(), at[2].tolist(), strict=True)) == piece
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_begun_epochs_and_what_they_leave_are_counted_as_enumerated(data: st.DataObject) -> None:
+    """Lanes that have drawn as unevenly as never happens."""
+    samples, lanes = data.draw(st.sampled_from([(5, 2), (31, 2), (40, 2), (50, 3), (64, 4), (97, 6)]))
+    drawn = np.array(data.draw(st.lists(st.integers(0, 2 * samples), min_size=lanes, max_size=lanes)))
+    source = SourceOrder("a", np.array([samples]), lanes, 0)
+    lane, draw = np.zeros(drawn.sum(), np.int64), np.arange(drawn.sum())
+    if not source.interleaved:
+        lane = np.repeat(np.arange(lanes), drawn)
+        draw = np.concatenate([np.arange(n) for n in drawn])
+    visited = set()
+    if draw.size:
+        epoch, _, index = Walk([source]).refs(np.zeros_like(lane), lane, draw)
+        visited = set(zip(epoch.tolist(), index.tolist(), strict=True))
+    assert len(visited) == drawn.sum()
+    epochs = max((epoch + 1 for epoch, _ in visited), default=0)
+    assert source.cut.begun(drawn) == (epochs, epochs * samples - len(visited))
+
+
 def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
     """Runs of 1, 2 and 3 neighbours, interleaved sources and one-sample ones side by side in one call."""
     sizes = [1, 7, 900, 20_000, 33_001, 50_000, 80_003]
     sources = [SourceCounts(f"s{k}", np.array([n // 3, 0, n - n // 3])) for k, n in enumerate(sizes)]
-    lanes = 16
-    together = StreamOrder(sources, 256, lanes, 9)
+    lanes = 300
+    together = StreamOrder(sources, lanes, lanes, 9)
+    assert {(s.run, s.interleaved, bool(s.windows)) for s in together.sources} >= {
+        (1, True, False), (1, False, True), (2, False, False), (3, False, False), (4, False, True)
+    }  # fmt: skip
     random = np.random.RandomState(0)
     source, lane = random.randint(0, len(sizes), 4000), random.randint(0, lanes, 4000)
-    draw = random.randint(0, 100_000, 4000)
+    draw = random.randint(0, 3_000, 4000)
     found = together._walk.refs(source, lane, draw)
     for k, alone in enumerate(sources):
         mine = source == k
-        walk_alone = StreamOrder([alone], 256, lanes, 9)._walk
+        walk_alone = StreamOrder([alone], lanes, lanes, 9)._walk
         want = walk_alone.refs(np.zeros(mine.sum(), np.int64), lane[mine], draw[mine])
         for ours, theirs in zip(found, want, strict=True):
             assert np.array_equal(ours[mine], theirs)
