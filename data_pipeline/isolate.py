@@ -46,7 +46,7 @@ class Isolation:
     setups: list[Setup]
     file: SetupFile
     limits: StallLimits
-    closing: Callable[[], bool]
+    closing: Callable[[], bool] = lambda: False
     condemned: dict[Sample, str] = field(default_factory=dict)
 
     def make(self, item: Item) -> Batch:

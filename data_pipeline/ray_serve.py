@@ -5,43 +5,72 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.batches import BatchMaker
-from data_pipeline.errors import UserError
+from data_pipeline import activity
+from data_pipeline.activity import Sample
+from data_pipeline.errors import UserError, WorkerError
+from data_pipeline.isolate import LOOK, TRIES, Isolation, place, stalled
 from data_pipeline.loader import Loader
 from data_pipeline.pool import Pool
+from data_pipeline.process_pool import DEATHS
 from data_pipeline.spec import Batch
+from data_pipeline.stall import StallLimits, StallWatch, log
 from data_pipeline.work import Item, Setup
-from data_pipeline.worker import portable
-
-# An item may outlive so many actors.
-DEATHS = 3
+from data_pipeline.worker import Condemned, Makers, portable
+from data_pipeline.worker_process import SetupFile
 
 
 class Maker:
     """The actor: makes batches as a local worker does. Errors are returned, since Ray would rename them."""
 
-    def __init__(self, setups: Sequence[Setup], folder: str) -> None:
+    def __init__(
+        self, setups: Sequence[Setup], folder: str, limits: StallLimits, condemned: Condemned
+    ) -> None:
         """`folder` is the rank's: relative paths start there, while Ray starts an actor where its node was started."""
         with suppress(OSError):  # a node with other disks; paths to an object store need no folder
             os.chdir(folder)
-        self._setups = {setup.spec.name: setup for setup in setups}
-        self._makers: dict[str, BatchMaker] = {}
+        self._setups, self._limits = list(setups), limits
+        self._makers = Makers(self._setups)
+        self._makers.condemn(condemned)
+        self._status = activity.own()
+        self._warnings: list[str] = []
+        who = f"actor {os.getpid()} on {socket.gethostname()}"
+        self._watch = StallWatch(limits, who, partial(place, self._setups), self._warnings.append)
 
     def make(self, item: Item) -> Batch | Exception:
         try:
-            if item.stream not in self._makers:
-                self._makers[item.stream] = self._setups[item.stream].maker()
             return self._makers[item.stream].make(item.step, item.start, item.stop)
         except Exception as error:
             return portable(error)
+
+    def make_alone(self, item: Item) -> tuple[Batch | Exception, Condemned]:
+        """Row by row in processes that may die; also what was found out about samples."""
+        file = SetupFile(self._setups)
+        isolation = Isolation(self._setups, file, self._limits)
+        try:
+            return isolation.make(item), {item.stream: isolation.condemned}
+        except Exception as error:
+            return portable(error), {}
+        finally:
+            file.close()
+
+    def condemn(self, found: Condemned) -> None:
+        self._makers.condemn(found)
+
+    def stalls(self) -> tuple[list[str], str | None]:
+        """What to warn of, and what takes too long. Called while the actor is at work."""
+        told = self._watch.see(activity.look(self._status))
+        said, self._warnings[:] = list(self._warnings), []
+        return said, told
 
     def place(self) -> tuple[str, int]:
         """Node and process of this actor."""
@@ -56,6 +85,8 @@ class _Asked:
     actor: int
     reference: Any
     deaths: int = 0
+    stalls: int = 0
+    alone: bool = False
 
 
 class RayPool:
@@ -63,9 +94,13 @@ class RayPool:
 
     ahead = 2
 
-    def __init__(self, setups: Sequence[Setup], actors: int, first: int) -> None:
+    def __init__(
+        self, setups: Sequence[Setup], actors: int, first: int, limits: StallLimits | None = None
+    ) -> None:
         """`first` says at which node to begin, so that ranks begin at different ones."""
         self._ray = _connect()
+        self._limits = limits or StallLimits()
+        self._condemned: dict[str, dict[Sample, str]] = {}
         self._setups = self._ray.put(list(setups))
         self._hired = first
         self._actors = [self._hire() for _ in range(max(1, actors))]
@@ -82,21 +117,51 @@ class RayPool:
         asked = self._asked[ticket]
         while True:
             try:
-                found = self._ray.get(asked.reference)
-                break
+                stall = self._wait(asked)
+                if stall is None:
+                    found = self._ray.get(asked.reference)
+                    break
+                asked.stalls += 1
+                if asked.stalls >= DEATHS:
+                    raise stalled(asked.item, stall)
             except self._ray.exceptions.RayTaskError:
                 raise
             except self._ray.exceptions.RayError as error:
                 asked.deaths += 1
-                if asked.deaths >= DEATHS:
-                    raise RuntimeError(
-                        f"{asked.item} could not be made by {DEATHS} Ray actors in turn; the last error: {error}"
+                if asked.deaths >= DEATHS + TRIES:
+                    raise WorkerError(
+                        f"{asked.item} could not be made by {asked.deaths} Ray actors in turn; nothing was replaced. "
+                        f"The last error: {error}"
                     ) from error
-                self._replace(asked.actor)
+                asked.alone = asked.deaths >= DEATHS
+            self._replace(asked.actor)
         del self._asked[ticket]
+        if asked.alone:
+            found, condemned = found
+            self._condemn(condemned)
         if isinstance(found, Exception):
             raise found
         return _writable(found)
+
+    def _wait(self, asked: _Asked) -> str | None:
+        """Until an item is made, or its actor is dead; what takes too long there, in words, if something does."""
+        while not self._ray.wait([asked.reference], timeout=min(LOOK, self._limits.warn))[0]:
+            watching = self._actors[asked.actor].stalls.options(concurrency_group="watch").remote()
+            if self._ray.wait([watching], timeout=LOOK)[0]:
+                said, told = self._ray.get(watching)
+                for line in said:
+                    log.warning(line)
+                if told:
+                    return str(told)
+        return None
+
+    def _condemn(self, found: Condemned) -> None:
+        """Tell all actors, now and later, what they must not decode."""
+        for stream, samples in found.items():
+            self._condemned.setdefault(stream, {}).update(samples)
+        if any(found.values()):
+            for actor in self._actors:
+                actor.condemn.remote(found)
 
     def cancel(self) -> None:
         for asked in self._asked.values():
@@ -128,8 +193,10 @@ class RayPool:
         ]
         strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=False)
         self._hired += 1
-        maker = self._ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=strategy)(Maker)
-        return maker.remote(self._setups, os.getcwd())
+        maker = self._ray.remote(
+            num_cpus=0, max_restarts=0, scheduling_strategy=strategy, concurrency_groups={"watch": 1}
+        )(Maker)
+        return maker.remote(self._setups, os.getcwd(), self._limits, self._condemned)
 
     def _replace(self, number: int) -> None:
         """A new actor for a dead one, and everything that the dead one had not handed over asked again."""
@@ -138,7 +205,8 @@ class RayPool:
         self._actors[number] = self._hire()
         for asked in self._asked.values():
             if asked.actor == number:
-                asked.reference = self._actors[number].make.remote(asked.item)
+                actor = self._actors[number]
+                asked.reference = (actor.make_alone if asked.alone else actor.make).remote(asked.item)
 
 
 class RayLoader(Loader):
@@ -148,7 +216,7 @@ class RayLoader(Loader):
     """
 
     def _open(self) -> Pool:
-        return RayPool(self.setups, self.workers, first=self.rank * max(1, self.workers))
+        return RayPool(self.setups, self.workers, self.rank * max(1, self.workers), self.limits)
 
     @property
     def places(self) -> list[tuple[str, int]]:

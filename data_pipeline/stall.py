@@ -21,10 +21,18 @@ class StallLimits:
 
 
 class StallWatch:
-    """Watches one process. `place` puts a sample into words: the url of its shard, and where it stands there."""
+    """Watches one process, on its machine. `place` puts a sample into words: the url of its shard, and where it stands
+    there; `warn` takes what is said.
+    """
 
-    def __init__(self, limits: StallLimits, who: str, place: Callable[[Sample], str]) -> None:
-        self._limits, self._who, self._place = limits, who, place
+    def __init__(
+        self,
+        limits: StallLimits,
+        who: str,
+        place: Callable[[Sample], str],
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
+        self._limits, self._who, self._place, self._warn = limits, who, place, warn
         self._warned: tuple[float, float] = (
             0.0,
             0.0,
@@ -43,5 +51,5 @@ class StallWatch:
             self._warned = (since, 0.0)
         if seconds >= max(self._limits.warn, 2 * self._warned[1]):
             self._warned = (since, seconds)
-            log.warning("%s has been %s for %.0f s", self._who, what, seconds)
+            self._warn(f"{self._who} has been {what} for {seconds:.0f} s")
         return f"{what} for {seconds:.0f} s" if seconds >= self._limits.error else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
-from data_pipeline.loader import LocalLoader
+from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import UserError, WorkerError
+from data_pipeline.isolate import CRASHED
+from data_pipeline.loader import LocalLoader, StallLimits
 from data_pipeline.spec import StreamSpec
-from tests.data_pipeline.samples import pairs, write_source
+from tests.data_pipeline.samples import members, pairs, write_source
 from tests.data_pipeline.test_loader import wait_until
+from tests.fault.deadly import Deadly
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 STORE = 100 * 2**20
@@ -200,6 +204,50 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
         assert second.node_id not in {node for node, _ in loader.places}
         for rank in ranks:
             ray.kill(rank)
+
+
+def deadly(tmp_path: Path, what: str) -> BatchMaker:
+    """A maker of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
+    replace = {(0, 3): members(0, 3) | {"txt": f"a red dot of {what}".encode()}}
+    spec = pairs(tmp_path, batch=9, a=write_source(tmp_path / "a", [9], replace))
+    return BatchMaker(spec, tokenizer=Deadly(BatchMaker(spec).tokenizer))
+
+
+def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
+    from data_pipeline.ray_serve import RayLoader
+
+    maker = deadly(tmp_path, "crash")
+    truth = BatchMaker(maker.spec)
+    truth.condemned = {("a", 0, 3): CRASHED}
+    with RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}) as loader:
+        for number, step in enumerate(loader.steps(0, 4)):
+            (batch,), want = step["pairs"], truth.make(number, 0, 9)
+            assert batch.skipped == want.skipped == {"a": {CRASHED: want.skipped["a"][CRASHED]}}
+            assert batch.bad == want.bad
+            assert batch.batch_digest == want.batch_digest
+            np.testing.assert_array_equal(batch.images, want.images)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("kill", r"signal SIGKILL.*memory"), ("hang", r"been decoding sample 3 of .*00000\.tar for \d+ s")],
+)
+def test_a_kill_or_a_stall_is_no_verdict(
+    cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, told: str
+) -> None:
+    from data_pipeline.ray_serve import RayLoader
+
+    maker = deadly(tmp_path, what)
+    limits = StallLimits(0.5, 3.0)
+    with (
+        caplog.at_level(logging.WARNING, "dromos.loader"),
+        RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}, limits=limits) as loader,
+        pytest.raises(WorkerError, match=told),
+    ):
+        next(loader.steps(0, 1))
+    if what == "hang":
+        said = [record.getMessage() for record in caplog.records]
+        assert any(line.startswith("actor ") and "has been decoding sample 3 of" in line for line in said)
 
 
 def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+"""A tokenizer that travels to other processes and ends or holds them there: at a caption that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from data_pipeline.text import Tokenizer
+
+
+@dataclass
+class Deadly:
+    """As `inner` in the process that made it; elsewhere `crash`, `kill` and `hang` in a caption mean what they say."""
+
+    inner: Tokenizer
+    home: int = field(default_factory=os.getpid)
+
+    def encode(self, text: str) -> list[int]:
+        if os.getpid() != self.home:
+            if "crash" in text:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if "kill" in text:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if any(word in text for word in ("crash", "kill", "hang")):
+                time.sleep(600)  # also until another thread has died of the signal
+        return self.inner.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def start_id(self) -> int:
+        return self.inner.start_id
+
+    @property
+    def end_id(self) -> int:
+        return self.inner.end_id
+
+    @property
+    def pad_id(self) -> int:
+        return self.inner.pad_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint
