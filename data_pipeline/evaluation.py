@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipeline import digest
 from data_pipeline.batches import open_sources
+from data_pipeline.cache import CacheSettings
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import row_keys, sample_ids
@@ -20,6 +21,7 @@ from data_pipeline.text import Tokenizer, load_tokenizer
 class EvaluationMaker:
     """Batches of a stream with one source; `len()` of them. The last is padded with rows of weight 0.
 
+    What is read of an object store goes through `cache`, by default the node's in its default place.
     An unusable sample keeps its place with weight 0 and is counted: no other counts twice in its stead.
     """
 
@@ -28,6 +30,7 @@ class EvaluationMaker:
         spec: StreamSpec,
         manifests: Mapping[str, Manifest] | None = None,
         tokenizer: Tokenizer | None = None,
+        cache: CacheSettings | None = None,
     ) -> None:
         if len(spec.sources) != 1:
             raise UserError(f"evaluation {spec.name}: one source is expected, not {', '.join(spec.sources)}")
@@ -35,7 +38,7 @@ class EvaluationMaker:
         self.source = next(iter(spec.sources))
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
         self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
-        self._rows = RowMaker(spec, self.manifests, self.tokenizer)
+        self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache or CacheSettings.of())
         self._ends = np.cumsum(self.manifests[self.source].counts)
 
     @property

@@ -38,7 +38,7 @@ class ShardReader:
         files: int = 64,
     ) -> None:
         self.manifest = manifest
-        self.offsets = Offsets(manifest, learned_bytes)
+        self.offsets = Offsets(manifest, learned_bytes, cache)
         self._learned_bytes = learned_bytes
         self._warned = False
         self._files: OrderedDict[int, int] = OrderedDict()

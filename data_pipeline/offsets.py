@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.tar import BLOCK
 
 if TYPE_CHECKING:
+    from data_pipeline.cache import CacheSettings
     from data_pipeline.manifest import Manifest
 
 GROUP = 64  # entries that share a base
@@ -66,6 +68,23 @@ def check_of(block: bytes | memoryview, samples: int) -> int:
     return xxhash.xxh64_intdigest(block, samples)
 
 
+def _map(path: str) -> Any:
+    with storage.open_bytes(path) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+
+def _of_node(url: str, cache: CacheSettings) -> Any:
+    """A remote file mapped from this node's cache, so that its processes share its memory; else its bytes."""
+    from data_pipeline.remote import local_copy
+
+    path = local_copy(cache, url)
+    if path is not None:
+        with suppress(FileNotFoundError):  # the cache may have needed the room already
+            return _map(path)
+    return storage.read_bytes(url)
+
+
 class Offsets:
     """Ranges of the samples of a source: from its index, or learned shard by shard.
 
@@ -73,7 +92,9 @@ class Offsets:
     learned takes 4 bytes a sample, bounded by `limit_bytes`: the shards used longest ago are forgotten.
     """
 
-    def __init__(self, manifest: Manifest, limit_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, manifest: Manifest, limit_bytes: int = 1 << 30, cache: CacheSettings | None = None
+    ) -> None:
         self._counts = manifest.tar_counts
         self._learned: OrderedDict[int, np.ndarray] = OrderedDict()
         self._limit, self._bytes = limit_bytes, 0
@@ -86,16 +107,14 @@ class Offsets:
         self._all_known = bool((self._blocks != UNKNOWN).all())
         self._any_wide = bool((self._widths == 4).any())
         if file is not None:
-            self._open(file)
+            self._open(file, cache)
 
-    def _open(self, file: OffsetFile) -> None:
+    def _open(self, file: OffsetFile, cache: CacheSettings | None) -> None:
         data: Any
         if storage.is_remote(file.url):
-            data = storage.read_bytes(file.url)
+            data = _of_node(file.url, cache) if cache is not None else storage.read_bytes(file.url)
         else:
-            with storage.open_bytes(file.url) as opened:
-                size = os.fstat(opened.fileno()).st_size
-                data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            data = _map(file.url)
         last = int(np.argmax(self._blocks))
         end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
         if len(data) % 4 or end > len(data):

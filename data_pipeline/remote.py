@@ -177,6 +177,14 @@ class RemoteShards:
         )
 
 
+def local_copy(settings: CacheSettings, url: str) -> str | None:
+    """Path of an object that never changes, whole in the node's cache; None where that cannot be used."""
+    size = storage.size(url)
+    whole = ByteRange(url, size, 0, 0, size)
+    cache = Cache(settings)
+    return cache.path(whole) if cache.has(whole) or fetch(cache, whole) else None
+
+
 def fetch(cache: Cache, part: ByteRange) -> bool:
     """Have a range in the cache, see Cache.ensure."""
     return cache.ensure(part, partial(pieces, part))

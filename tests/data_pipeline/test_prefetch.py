@@ -80,6 +80,9 @@ def test_an_epoch_costs_few_requests_and_no_bytes_twice(
     gets, size = counted.proxy.tars()
     assert 0 < gets <= 0.03 * SAMPLES
     assert 0.9 * counted.bytes < size <= 1.1 * counted.bytes
+    assert [n for key, n in counted.proxy.gets.items() if "/offsets-" in key] == [
+        1
+    ]  # all processes map one file
 
     # All of it is on the node now: the next epoch asks for nothing.
     counted.proxy.forget()
