@@ -33,7 +33,7 @@ def reading(file: str) -> Iterator[BinaryIO]:
             yield opened
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # pyarrow also raises OSError for damage inside a column; an error of the disk has a number.
         if isinstance(error, ReadError) or getattr(error, "errno", None) is not None:
             raise
