@@ -14,7 +14,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.offsets import OffsetFile
-from data_pipeline.parquet_table import column, read_table
+from data_pipeline.parquet_table import column, digest, read_table
 from data_pipeline.scan import locate
 from data_pipeline.views import View, open_view
 
@@ -256,13 +256,8 @@ def read_index(root: str) -> tuple[pa.Table, str] | None:
 
 
 def digest_of(table: pa.Table, tokenizer: str) -> str:
-    """Hash of the columns of an index that order and places depend on."""
-    state = xxhash.xxh64(
-        "\0".join([*table["path"].to_pylist(), tokenizer]).encode("utf-8", "surrogateescape")
-    )
-    for name in ("count", "size", "width", "check", "block"):
-        state.update(column(table, name).tobytes())
-    return state.hexdigest()
+    """Hash of all in an index that order and places depend on."""
+    return digest(table, ("count", "size", "width", "check", "block"), tokenizer)
 
 
 def _from_index(

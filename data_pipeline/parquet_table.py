@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from data_pipeline import storage
 
@@ -37,3 +39,12 @@ def column(table: pa.Table, name: str) -> np.ndarray:
     except (BufferError, TypeError) as error:
         raise ValueError(f"column {name}: {error}") from None
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def digest(table: pa.Table, columns: Sequence[str], *more: str) -> str:
+    """16 hex digits over the shards' paths, columns of numbers, and other texts."""
+    texts = [*table["path"].to_pylist(), *more]
+    state = xxhash.xxh64("\0".join(texts).encode("utf-8", "surrogateescape"))
+    for name in columns:
+        state.update(column(table, name).tobytes())
+    return state.hexdigest()

@@ -16,10 +16,10 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.filters import Filter, parse, resolve
 from data_pipeline.manifest import Manifest, open_source, stats_url, wrong_count
-from data_pipeline.parquet_table import read_table
+from data_pipeline.parquet_table import digest, read_table
 from data_pipeline.scan import open_tar
 from data_pipeline.tar import split_name, walk
-from data_pipeline.views import FORMAT, check_name, folder_of, pack, ranks_of
+from data_pipeline.views import FORMAT, NUMBERS, check_name, folder_of, pack, ranks_of
 from data_pipeline.walkers import walk_all
 
 if TYPE_CHECKING:
@@ -268,16 +268,16 @@ def _write(manifest: Manifest, name: str, rule: Rule, found: list[_Kept]) -> str
             "kept": pa.array([one.kept for one in found], pa.int64()),
             "block": pa.array(first.tolist(), pa.int64()),
         },
-        metadata={
-            "dromos_view": FORMAT,
-            "bits": bitmap,
-            "rule": str(rule),
-            "source": manifest.fingerprint,
-            "matched": str(sum(one.matched for one in found)),
-        },
     )
+    metadata = {
+        "dromos_view": FORMAT,
+        "bits": bitmap,
+        "digest": digest(table, NUMBERS, bitmap),
+        "rule": str(rule),
+        "source": manifest.fingerprint,
+    }
     storage.publish(storage.join(folder, bitmap), data)
-    storage.publish_table(storage.join(folder, f"{name}.parquet"), table)
+    storage.publish_table(storage.join(folder, f"{name}.parquet"), table.replace_schema_metadata(metadata))
     _remove_old(folder, name, bitmap)
     return manifest.seen_through(name).fingerprint
 

@@ -14,13 +14,14 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.parquet_table import column, read_table
+from data_pipeline.parquet_table import column, digest, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER = "_index/views"
 FORMAT = "1"
+NUMBERS = ("count", "size", "kept", "block")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BLOCK = 512  # samples whose bits share a rank
 BYTES = BLOCK // 8
@@ -135,7 +136,7 @@ def open_view(
     if missing:
         raise UserError(f"view {name!r} does not know {missing[0]} of {root}, which is newer; {again}")
     rows = np.array([row[path] for path in paths], np.int64)
-    then = {key: column(table, key)[rows].astype(np.int64) for key in ("count", "size", "kept", "block")}
+    then = {key: column(table, key)[rows].astype(np.int64) for key in NUMBERS}
     changed = np.flatnonzero((then["count"] != counts) | (then["size"] != sizes))
     if len(changed):
         at = int(changed[0])
@@ -159,6 +160,8 @@ def _read(url: str, name: str, root: str) -> tuple[pa.Table, str]:
             re.escape(name) + r"-[0-9a-f]{16}\.bits", bits
         ):
             raise KeyError(bits)
+        if metadata["digest"] != digest(table, NUMBERS, bits):
+            raise KeyError("its content is not what was written")
         where = storage.join(os.path.dirname(url), bits)
         if xxhash.xxh64_hexdigest(storage.read_bytes(where)) != bits[-21:-5]:
             raise KeyError(f"{bits} is damaged")

@@ -52,8 +52,8 @@ def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form
                 assert {e: data[start + o : start + o + n] for e, (o, n) in sample.members.items()} == members
         places = [(shard, index) for shard, samples in enumerate(want) for index in range(len(samples))]
         at = np.array(places)
-        start, stop = reader.offsets.ranges(at[:, 0], at[:, 1])
-        assert list(zip(start.tolist(), stop.tolist(), strict=True)) == [
+        starts, stops = reader.offsets.ranges(at[:, 0], at[:, 1])
+        assert list(zip(starts.tolist(), stops.tolist(), strict=True)) == [
             reader.offsets.range(*place) for place in places
         ]
         reader.close()
