@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,20 +36,37 @@ class Rows:
         return len(self.tokens)
 
 
-def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
-    """Move a batch to `device`; pixels are normalised there, from uint8."""
+def host_tensors(batch: Batch) -> dict[str, Tensor]:
+    """A batch's arrays as tensors of the types that `device_rows` takes; pixels stay uint8 and share the batch's memory."""
+    tensors = {
+        "tokens": torch.from_numpy(batch.tokens.astype(np.int64)),
+        "used": torch.from_numpy(batch.used.astype(np.int64)),
+        "weights": torch.from_numpy(batch.weights.astype(np.float32)),
+        "sample_ids": torch.from_numpy(batch.sample_ids.view(np.int64)),
+        "keys": torch.from_numpy(batch.row_keys.view(np.int64)),
+    }
+    if batch.pixels is not None:
+        tensors["pixels"] = torch.from_numpy(batch.pixels)
+    return tensors
+
+
+def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) -> Rows:
+    """Rows from a batch's tensors on the device; pixels are normalised there, from uint8."""
     images = None
-    if batch.pixels is not None and image is not None:
+    if "pixels" in moved and image is not None:
+        device = moved["pixels"].device
         mean = torch.tensor(image.mean, device=device).view(1, 3, 1, 1) * 255
         scale = 1 / (torch.tensor(image.std, device=device).view(1, 3, 1, 1) * 255)
-        pixels = torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2)
+        pixels = moved["pixels"].permute(0, 3, 1, 2)
         images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) - mean) * scale
     return Rows(
         images=images,
-        tokens=torch.from_numpy(batch.tokens.astype(np.int64)).to(device),
-        used=torch.from_numpy(batch.used.astype(np.int64)).to(device),
-        weights=torch.from_numpy(batch.weights.astype(np.float32)).to(device),
-        sample_ids=torch.from_numpy(batch.sample_ids.view(np.int64)).to(device),
-        keys=torch.from_numpy(batch.row_keys.view(np.int64)).to(device),
         longest=max(2, int(batch.used.max(initial=0))),
+        **{name: tensor for name, tensor in moved.items() if name != "pixels"},
     )
+
+
+def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
+    """Move a batch to `device` now."""
+    moved = {name: tensor.to(device) for name, tensor in host_tensors(batch).items()}
+    return device_rows(moved, batch, image)

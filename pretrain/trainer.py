@@ -25,9 +25,9 @@ from pretrain.metrics import BadFraction, Log, TooManyBad, read
 from pretrain.objectives.base import Objective
 from pretrain.ranks import all_sum
 from pretrain.recipe import TrainStage
-from pretrain.rows import to_device
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopFlag
+from pretrain.staging import copies_for, staged
 
 
 class Unreadable(RuntimeError):
@@ -81,6 +81,7 @@ class Trainer:
         self.bad = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
         self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (before or {}).get("bad_shards"))
         self.frozen_hash = frozen_hash
+        self.copies = copies_for(runtime.device)
         self.last_saved = -1
         self.started = time.monotonic()
         self.log = Log(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
@@ -167,8 +168,7 @@ class Trainer:
         with self.engine.accumulate():
             for name in self.objective.streams:
                 image = self.stage.data[name].image
-                for batch in batches[name]:
-                    rows = to_device(batch, image, self.runtime.device)
+                for rows in staged(batches[name], image, self.runtime.device, self.copies):
                     loss = self.objective.loss(self.engine, name, rows, float(agreed.counts[name]))
                     self.engine.backward(loss.total)
                     for key, value in {"loss": loss.total.detach(), **loss.parts}.items():

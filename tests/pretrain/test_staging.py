@@ -1,0 +1,88 @@
+"""Micro-batches on their way to a device: the same rows, in order, one on its way while another is computed with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_pipeline.batches import BatchMaker
+from data_pipeline.spec import Batch
+from pretrain.recipe import Image
+from pretrain.rows import Rows, to_device
+from pretrain.staging import PinnedCopies, Tensors, copies_for, staged
+from tests.data_pipeline.samples import SIZE, pairs, write_source
+
+CPU = torch.device("cpu")
+IMAGE = Image(size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    root = tmp_path_factory.mktemp("staging")
+    maker = BatchMaker(pairs(root, batch=8, a=write_source(root / "a", [9, 7])))
+    return [maker.make(0, start, start + 2) for start in range(0, 8, 2)]
+
+
+def equal(a: Rows, b: Rows) -> bool:
+    return a.longest == b.longest and all(
+        torch.equal(value, getattr(b, name)) for name, value in vars(a).items() if name != "longest"
+    )
+
+
+class Recorded:
+    """Copies on the CPU that are only there once they are finished."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.begun = 0
+
+    def begin(self, tensors: Tensors) -> tuple[int, Tensors]:
+        self.events.append(f"begin {self.begun}")
+        self.begun += 1
+        return self.begun - 1, {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def finish(self, ticket: tuple[int, Tensors]) -> Tensors:
+        self.events.append(f"finish {ticket[0]}")
+        return ticket[1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_the_next_is_on_its_way_while_one_is_computed_with(batches: list[Batch], count: int) -> None:
+    copies = Recorded()
+    for number, (rows, batch) in enumerate(
+        zip(staged(batches[:count], IMAGE, CPU, copies), batches[:count], strict=True)
+    ):
+        assert equal(rows, to_device(batch, IMAGE, CPU))
+        copies.events.append(f"compute {number}")
+    want = []
+    for number in range(count):
+        want += [f"begin {0}"] * (number == 0) + [f"begin {number + 1}"] * (number + 1 < count)
+        want += [f"finish {number}", f"compute {number}"]
+    assert copies.events == want
+
+
+def test_on_the_cpu_rows_are_made_as_they_are_asked_for(batches: list[Batch]) -> None:
+    assert copies_for(CPU) is None
+    for rows, batch in zip(staged(batches, IMAGE, CPU, None), batches, strict=True):
+        assert equal(rows, to_device(batch, IMAGE, CPU))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_copies_are_right_while_the_gpu_is_busy(batches: list[Batch]) -> None:
+    """Long kernels on the main stream, and memory that is freed and used again at once on both sides."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies = copies_for(device)
+    assert isinstance(copies, PinnedCopies)
+    found = []
+    for _ in range(50):
+        for rows in staged(batches, IMAGE, device, copies):
+            torch.cuda._sleep(2_000_000)
+            assert rows.images is not None
+            found.append((rows.images.double().sum(), rows.tokens.sum(), rows.keys.clone()))
+            del rows
+    want = [to_device(batch, IMAGE, CPU) for batch in batches] * 50
+    for (images, tokens, keys), rows in zip(found, want, strict=True):
+        assert rows.images is not None
+        torch.testing.assert_close(images.cpu(), rows.images.double().sum())
+        assert torch.equal(tokens.cpu(), rows.tokens.sum())
+        assert torch.equal(keys.cpu(), rows.keys)
