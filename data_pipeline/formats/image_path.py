@@ -8,6 +8,9 @@ from data_pipeline import storage
 from data_pipeline.errors import ContentError
 
 UNSAFE = "unsafe image path"
+# Control characters, and what is left of bytes that are no UTF-8.
+ODD = re.compile("[\x00-\x1f\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -21,7 +24,7 @@ def check_image_path(path: str, root: str | None = None) -> str:
     if not path.strip():
         raise ContentError("missing image", "an empty path")
     shown = repr(path[:120])
-    if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in path):
+    if ODD.search(path):
         raise ContentError(UNSAFE, f"{shown} holds a control character or no UTF-8")
     if "\\" in path:
         raise ContentError(UNSAFE, f"{shown} holds a backslash")

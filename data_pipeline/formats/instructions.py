@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.image_path import check_image_path
+from data_pipeline.formats.image_path import SURROGATE, check_image_path
 from data_pipeline.formats.json_stream import records
 from data_pipeline.formats.lines import LONGEST, reading
 from data_pipeline.formats.verdict import Verdict
@@ -109,7 +109,7 @@ def _turn(one: Any, number: int, speaker: str, said: str) -> Turn:
         raise ContentError(
             "bad turn", f"{said!r} of turn {number} is {type(one.get(said)).__name__}, not text"
         )
-    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+    if SURROGATE.search(text):
         raise ContentError("not UTF-8", f"turn {number}")
     return Turn(role, text)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.image_path import check_image_path
+from data_pipeline.formats.image_path import SURROGATE, check_image_path
 from data_pipeline.formats.json_stream import records
 from data_pipeline.formats.lines import LONGEST, reading
 from data_pipeline.formats.verdict import Verdict
@@ -74,7 +74,7 @@ def _words(value: dict[str, Any], field: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise ContentError("bad text", f"{field} is {type(text).__name__}, not text")
-    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+    if SURROGATE.search(text):
         raise ContentError("not UTF-8", field)
     for kind, number in PLACE.findall(text):
         digits, bins = BINS[kind]
