@@ -37,7 +37,7 @@ class Rows:
 
 
 def host_tensors(batch: Batch) -> dict[str, Tensor]:
-    """A batch's arrays as tensors of the types that `device_rows` takes; pixels stay uint8 and share the batch's memory."""
+    """A batch's arrays in the types that `device_rows` takes; pixels stay uint8 and share the batch's memory."""
     tensors = {
         "tokens": torch.from_numpy(batch.tokens.astype(np.int64)),
         "used": torch.from_numpy(batch.used.astype(np.int64)),

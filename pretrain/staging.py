@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batches import Batch
 from pretrain.recipe import Image
-from pretrain.rows import Rows, host_tensors, device_rows, to_device
+from pretrain.rows import Rows, device_rows, host_tensors, to_device
 
 Tensors = dict[str, Tensor]
 
