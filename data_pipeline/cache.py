@@ -25,6 +25,7 @@ from pathlib import Path
 
 import xxhash
 
+from data_pipeline import activity
 from data_pipeline.storage import read_descriptor
 
 FILES = 128  # kept open for reading by each process
@@ -142,7 +143,7 @@ class Cache:
             return False
         with self._writing():
             os.makedirs(os.path.dirname(self.path(part)), mode=0o700, exist_ok=True)
-            with self._locked(part, patience) as descriptor:
+            with activity.reading(part.url), self._locked(part, patience) as descriptor:
                 if descriptor is None:
                     return False
                 if not os.path.exists(self.path(part)):
