@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from data_pipeline import storage
+from data_pipeline import sidecars, storage
 from data_pipeline.activity import reading
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import INDEX_FOLDER, Manifest, open_source, stats_url, wrong_count
@@ -98,8 +98,10 @@ class ShardReader:
 
     def _learn(self, shard: int) -> None:
         url = self.manifest.url(shard)
-        starts = locate(url, url) if self._remote is None else self._remote.located(shard)
-        promised = int(self.manifest.tar_counts[shard])
+        promised, size = int(self.manifest.tar_counts[shard]), int(self.manifest.sizes[shard])
+        starts = sidecars.starts(url, size, promised) if self.manifest.counted_by == "sidecar" else None
+        if starts is None:
+            starts = locate(url, url) if self._remote is None else self._remote.located(shard)
         if len(starts) - 1 != promised:
             raise wrong_count(url, promised, len(starts) - 1, self._counted_in(url))
         self.offsets.learn(shard, starts)
@@ -115,7 +117,11 @@ class ShardReader:
     def _counted_in(self, url: str) -> str:
         if self.manifest.counted_by == "manifest":
             return f"the index {storage.join(self.manifest.root, INDEX_FOLDER)}"
-        return stats_url(url) if self.manifest.counted_by == "stats" else "an earlier walk over it"
+        return {
+            "stats": stats_url(url),
+            "sidecar": "what another tool wrote beside it (.idx, .nv-meta or the index of wids)",
+            "tar": "an earlier walk over it",
+        }[self.manifest.counted_by]
 
     def _span(self, shard: int, index: int, start: int, stop: int) -> bytes:
         if self._remote is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 
-from data_pipeline import storage
+from data_pipeline import sidecars, storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.offsets import OffsetFile
 from data_pipeline.parquet_table import column, digest, read_table
@@ -21,7 +21,7 @@ from data_pipeline.views import View, open_view
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CountedBy = Literal["manifest", "stats", "tar"]
+CountedBy = Literal["manifest", "stats", "sidecar", "tar"]
 INDEX_FOLDER = "_index"
 FORMAT = "2"
 OFFSETS = r"offsets-[0-9a-f]{16}\.bin"
@@ -101,10 +101,11 @@ def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tok
 def open_source(name: str, path: str, view: str | None = None) -> Manifest:
     """Shards and counts of a folder, a brace pattern or one tar; with `view`, of what that keeps.
 
-    Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else
-    from the headers of the tars. Raises UserError, naming the source and the path, if there is nothing there,
-    a shard is missing, or the index or view is older than the shards; ReadError if the disk or the store does not
-    answer.
+    Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else from
+    what other tools wrote beside the tars, else from the headers of the tars.
+
+    Raises UserError, naming the source and the path, if there is nothing there, a shard is missing, or the index or
+    view is older than the shards; ReadError if the disk or the store does not answer.
     """
     try:
         try:
@@ -129,7 +130,7 @@ def _open(name: str, path: str) -> Manifest:
     if indexed is not None:
         manifest = _from_index(name, root, urls, lengths, *indexed)
     else:
-        counts, counted_by, tokenizer = count_shards(urls)
+        counts, counted_by, tokenizer = count_shards(root, urls, lengths)
         manifest = make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
     if not tags:
         return manifest
@@ -184,15 +185,21 @@ def shard_lengths(urls: Sequence[str], path: str, tags: dict[str, int] | None = 
     return lengths
 
 
-def count_shards(urls: Sequence[str]) -> tuple[list[int], Literal["stats", "tar"], str | None]:
-    """Counts of the shards, who counted, and the tokenizer of packed text."""
+def count_shards(
+    root: str, urls: Sequence[str], lengths: dict[str, int]
+) -> tuple[list[int], CountedBy, str | None]:
+    """Counts of the shards, who counted them, or the last of them, and the tokenizer of packed text."""
     stats = read_stats(urls)
-    counts = [stats[url]["successes"] if url in stats else _count(url) for url in urls]
-    return counts, "stats" if len(stats) == len(urls) else "tar", tokenizer_of(stats)
-
-
-def _count(url: str) -> int:
-    return len(locate(url, url)) - 1
+    counted = {url: one["successes"] for url, one in stats.items()}
+    by: CountedBy = "stats"
+    if len(counted) < len(urls):
+        left = [url for url in urls if url not in counted]
+        counted |= sidecars.count(root, left, lengths)
+        by = "sidecar"
+    if len(counted) < len(urls):
+        counted |= {url: len(locate(url, url)) - 1 for url in urls if url not in counted}
+        by = "tar"
+    return [counted[url] for url in urls], by, tokenizer_of(stats)
 
 
 def tokenizer_of(stats: dict[str, dict[str, Any]]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 COUNTED_BY = {
     "manifest": "the index",
     "stats": "the _stats.json beside each tar",
+    "sidecar": "what another tool wrote beside the tars (.idx, .nv-meta or wids)",
     "tar": "the headers of the tars (slow; dromos data index makes it instant)",
     "parquet": "the parquet files",
     "records": "reading every record",
