@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 12, 348, 22, 168
+INSET = 32  # room for the numbers beside a scatter
 BINS = 28
 MOST_POINTS = 800
 
@@ -39,9 +40,10 @@ def histogram(title: str, values: Sequence[float], unit: str, log: bool = False)
         return Figure(title, Markup(""), f"all {len(values):,} are {number(low)} {unit}")
     log = log and low >= 0 and high > 20 * max(low, 1)
     scale = _log_scale(max(low, 1), high) if log else _scale(low, high)
-    whole = not log and all(value == int(value) for value in (low, high, middle)) and high - low < BINS
-    bins = int(high - low) + 1 if whole else BINS
-    if whole:
+    whole = all(value == int(value) for value in values)
+    few = whole and not log and high - low < BINS
+    bins = int(high - low) + 1 if few else BINS
+    if few:
         scale = _scale(low - 0.5, high + 0.5)
     counts = [0] * bins
     for value in values:
@@ -56,7 +58,7 @@ def histogram(title: str, values: Sequence[float], unit: str, log: bool = False)
                 f'<rect x="{LEFT + i * step + 0.5:.1f}" y="{BOTTOM - tall:.1f}" width="{step - 1:.1f}" '
                 f'height="{tall:.1f}" rx="1.5"><title>{count:,}</title></rect>'
             )
-    ticks = _log_ticks(max(low, 1), high) if log else _ticks(low, high)
+    ticks = _log_ticks(max(low, 1), high) if log else _ticks(low, high, whole)
     marks = [_tick(LEFT + scale(tick) * (RIGHT - LEFT), number(tick)) for tick in ticks]
     at = LEFT + scale(middle) * (RIGHT - LEFT)
     anchor = "start" if at < WIDTH / 2 else "end"
@@ -87,7 +89,10 @@ def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Fi
     # What lies on one spot is drawn once, as a larger one.
     spots: dict[tuple[int, int], int] = {}
     for w, h in shown:
-        spot = round(LEFT + 26 + scale(w) * (RIGHT - LEFT - 26)), round(bottom - scale(h) * (bottom - top))
+        spot = (
+            round(LEFT + INSET + scale(w) * (RIGHT - LEFT - INSET)),
+            round(bottom - scale(h) * (bottom - top)),
+        )
         spots[spot] = spots.get(spot, 0) + 1
     circles = "".join(
         f'<circle cx="{x}" cy="{y}" r="{min(9, 1.8 + 0.7 * math.sqrt(count - 1)):.1f}"/>'
@@ -95,13 +100,15 @@ def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Fi
     )
     marks = []
     for tick in _doubling_ticks(low, high):
-        marks.append(_tick(LEFT + 26 + scale(tick) * (RIGHT - LEFT - 26), number(tick)))
+        marks.append(_tick(LEFT + INSET + scale(tick) * (RIGHT - LEFT - INSET), number(tick)))
         marks.append(
-            f'<text x="{LEFT + 20}" y="{bottom - scale(tick) * (bottom - top) + 3:.1f}" text-anchor="end">'
+            f'<text x="{LEFT + INSET - 6}" y="{bottom - scale(tick) * (bottom - top) + 3:.1f}" text-anchor="end">'
             f"{number(tick)}</text>"
         )
-    line = f'<line class="median" x1="{LEFT + 26}" y1="{bottom}" x2="{RIGHT}" y2="{top}"/>'
-    return Figure(title, _svg(title, *marks, _base(LEFT + 26), line, f'<g class="dots">{circles}</g>'), note)
+    line = f'<line class="median" x1="{LEFT + INSET}" y1="{bottom}" x2="{RIGHT}" y2="{top}"/>'
+    return Figure(
+        title, _svg(title, *marks, _base(LEFT + INSET), line, f'<g class="dots">{circles}</g>'), note
+    )
 
 
 def number(value: float) -> str:
@@ -139,13 +146,12 @@ def _log_scale(low: float, high: float) -> Callable[[float], float]:
     return lambda value: math.log(max(value, low) / low) / of
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float, whole: bool) -> list[float]:
     """Round numbers, three to seven of them."""
     rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)
-    if step < 1 and low == int(low) and high == int(high) and high - low >= 3:
-        step = 1
+    step = max(step, 1) if whole else step
     first = math.ceil(low / step)
     return [(first + i) * step for i in range(int((high - first * step) / step + 1e-9) + 1)]
 

@@ -18,9 +18,9 @@ def join(found: Survey, tables: Mapping[str, Sequence[Sample]], tabled: Mapping[
     in_tars = 0
     for tar, table in tabled.items():
         wanted = _successes(table, sums, bad, found)
+        sums.shards += wanted is not None
         if wanted is None or tar not in tables:
             continue
-        sums.shards += 1
         keys = [sample.key for sample in tables[tar]]
         in_tars += len(keys)
         _compare(found, tar, table, wanted, keys)

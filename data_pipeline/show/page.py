@@ -13,7 +13,7 @@ from data_pipeline.show import pictures, talks
 from data_pipeline.show.drawings import Figure, histogram, scatter
 from data_pipeline.show.layout import facts, percent, readable
 from data_pipeline.show.layout import samples as counted
-from data_pipeline.show.survey import Survey, survey
+from data_pipeline.show.survey import Bad, Survey, share, survey
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 PASSAGE = 1600  # characters of a document
@@ -129,20 +129,15 @@ def _add_pictures(page: Page, found: Survey, show: int) -> None:
     tokens = _tokens(look.figures.captions)
     if tokens:
         found.series["tokens"] = tokens
-    if look.bad:
-        reasons = sorted({bad.reason for bad in look.bad})
+    bad = Bad()
+    for verdict in look.bad:
+        bad.add(verdict)
+    if bad.counts:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in bad.counts.most_common())
         found.problems.append(
-            f"{len(look.bad)} of {look.examined} samples decoded cannot be used: {', '.join(reasons)}"
+            f"{share(len(look.bad), look.examined)} samples decoded cannot be used: {listed}"
         )
-        page.bad += [
-            {
-                "reason": bad.reason,
-                "place": bad.place,
-                "where": bad.where.rpartition("/")[2],
-                "detail": bad.detail[:200],
-            }
-            for bad in look.bad[:12]
-        ]
+    page.bad += [one | {"where": one["where"].rpartition("/")[2]} for one in bad.examples]
 
 
 def _add_talks(page: Page, found: Survey, images: str | None) -> None:

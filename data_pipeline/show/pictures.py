@@ -81,12 +81,6 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
     for i, (url, sample) in enumerate(chosen):
         look.examined += 1
         members = read_members(url, sample)
-        said = caption(members)
-        if said is not None and said.strip():
-            look.figures.captions.append(said)
-            look.figures.words.append(len(said.split()))
-        else:
-            look.bad.append(Verdict(url, sample.key, "missing caption"))
         try:
             picture = _picture(url, sample, members, look, i in keep)
         except ContentError as error:
@@ -94,6 +88,12 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
             continue
         if picture is not None:
             look.pictures.append(picture)
+        said = caption(members)
+        if said is not None and said.strip():
+            look.figures.captions.append(said)
+            look.figures.words.append(len(said.split()))
+        else:
+            look.bad.append(Verdict(url, sample.key, "missing caption"))
     return look
 
 

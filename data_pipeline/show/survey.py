@@ -11,7 +11,7 @@ from data_pipeline.formats.verdict import Verdict
 from data_pipeline.tar import Sample
 
 LONGEST = 200  # characters of a caption or document that are shown
-EXAMPLES = 2  # bad records shown of each reason
+EXAMPLES = 3  # bad records shown of each reason
 EXAMINE = 16  # files that are looked into
 FIRST = 5  # records that are shown
 

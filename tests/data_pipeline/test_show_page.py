@@ -176,7 +176,7 @@ def test_what_is_wrong_with_samples_is_on_the_page(tmp_path: Path) -> None:
         ("imageless", "missing image"),
     }  # fmt: skip
     assert {picture.key for picture in page.pictures} == {"silent", "good"}
-    assert "4 of 5 samples decoded cannot be used" in found.problems[-1]
+    assert "4 of 5 (80.0 %) samples decoded cannot be used" in found.problems[-1]
     said = page_of(tmp_path, tmp_path / "a.html").said
     assert "Wrong:" in said
     assert "too many pixels" in said

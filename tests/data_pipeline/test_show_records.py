@@ -81,7 +81,7 @@ def test_more_bad_rows_than_the_web_has_are_wrong(tmp_path: Path) -> None:
     about = describe(laion(tmp_path / "a.parquet", 200, URL=urls))
     (problem,) = about["problems"]
     assert "20 of 200 (10.0 %) records examined cannot be used: missing url 20; the first is row 0" in problem
-    assert [bad["place"] for bad in about["bad"]] == ["row 0", "row 1"]
+    assert [bad["place"] for bad in about["bad"]] == ["row 0", "row 1", "row 2"]
     empty = pa.array([""] * 200)
     (problem,) = describe(laion(tmp_path / "a.parquet", 200, TEXT=empty))["problems"]
     assert "none of 200 records examined has a caption" in problem
