@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data_pipeline.loader import LocalLoader
 from data_pipeline.order import row_keys, sample_ids
 from data_pipeline.spec import Batch, SourceSpec, StreamSpec
 from tests.data_pipeline.samples import LENGTH, encode, members, pairs, pixels, write_packed, write_source
-from tests.data_pipeline.test_decode import png_header
+from tests.data_pipeline.test_every_image import png
 
 COUNTS = [6, 10, 5, 3]
 GOOD_TEXT = {"txt": b"a red dot"}
@@ -26,7 +27,10 @@ BAD = {
     (0, 1): ({"png": b"no image", **GOOD_TEXT}, "undecodable"),
     (0, 4): ({**GOOD_TEXT, "json": b"{}"}, "missing image"),
     (1, 0): ({"png": encode(pixels(0, 0))}, "missing caption"),
-    (1, 7): ({"png": png_header(6000, 6000), **GOOD_TEXT}, "too many pixels"),
+    (1, 7): (
+        {"png": png((6000, 6000, 8, 2), (b"IDAT", zlib.compress(bytes(99)))), **GOOD_TEXT},
+        "too many pixels",
+    ),
     (1, 8): ({"png": members(1, 8)["png"][:300], **GOOD_TEXT}, "undecodable"),
     # All of shard 3: the eight tries within the shard fail, those in the whole source do not.
     **{(3, i): ({"png": b"no image", **GOOD_TEXT}, "undecodable") for i in range(3)},
