@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import SourceSpec, UserError, pool
+from data_pipeline import SourceSpec, UserError, activity, pool
+from data_pipeline import loader as loader_module
 from data_pipeline.batches import BatchMaker
-from data_pipeline.loader import Loader, LocalLoader, micro_batches, rows_of
+from data_pipeline.loader import Loader, LocalLoader, StallLimits, micro_batches, rows_of
 from data_pipeline.process_pool import ProcessPool
 from data_pipeline.spec import Batch, StreamSpec
 from data_pipeline.work import Item
-from tests.data_pipeline.samples import LENGTH, pairs, write_packed, write_source
+from data_pipeline.worker_process import WorkerProcess
+from tests.data_pipeline.samples import LENGTH, SIZE, pairs, write_packed, write_source
 
 STEPS = 6
 
@@ -200,6 +204,98 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
             assert max(item.step for item in asked) == min(number + 2, 8)
     assert asked == [Item(s.name, step, 0, s.batch) for step in range(9) for s in specs]
     assert (pool.ThreadPool.ahead, ProcessPool.ahead) == (1, 2)
+
+
+class Counting:
+    """A pool that makes nothing and counts the bytes of pixels that are asked for and not handed out."""
+
+    ahead = 2
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.pieces: list[int] = []
+        self.most = 0
+
+    def submit(self, item: Item, pieces: int = 1) -> int:
+        ticket = len(self.pieces)
+        self.pieces.append(pieces)
+        self.held[ticket] = (item.stop - item.start) * SIZE * SIZE * 3
+        self.most = max(self.most, sum(self.held.values()))
+        return ticket
+
+    def result(self, ticket: int) -> Batch:
+        self.held.pop(ticket)
+        return None  # type: ignore[return-value]
+
+    def cancel(self) -> None:
+        self.held.clear()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("rows_ahead", "asked"), [(3, 8), (8, 8), (12, 12), (1000, 24)])
+def test_look_ahead_is_bounded_in_bytes(
+    specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch, rows_ahead: int, asked: int
+) -> None:
+    """Batches of 8 rows in items of 4: a step is asked for whatever its size, and one item of the next."""
+    counting = Counting()
+
+    class Counted(Loader):
+        def _open(self) -> pool.Pool:
+            return counting
+
+    monkeypatch.setattr(loader_module, "AHEAD_BYTES", rows_ahead * (SIZE * SIZE * 3 + 4 * LENGTH))
+    with Counted(specs[:1], 0, 1, 3, micro_batch=4) as loader:
+        for _ in loader.steps(0, 9):
+            ahead = sum(counting.held.values())
+            assert ahead >= 4 * SIZE * SIZE * 3 or len(counting.pieces) == 18
+            assert ahead <= max(4, min(16, rows_ahead // 4 * 4)) * SIZE * SIZE * 3
+    assert counting.most == asked * SIZE * SIZE * 3
+    # Three workers share the first step's items; after it, of six items ahead each is one piece.
+    assert counting.pieces == [3, 3] + [1] * 16
+
+
+def test_the_first_batch_is_made_by_all_workers(
+    specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers = set()
+    answer = WorkerProcess.answer
+
+    def seen(self: WorkerProcess) -> tuple[int, object]:
+        found = answer(self)
+        if isinstance(found[1], Batch):
+            makers.add((self.pid, found[1].start, found[1].stop))
+        return found
+
+    monkeypatch.setattr(WorkerProcess, "answer", seen)
+    big = dataclasses.replace(specs[0], batch=64)
+    with LocalLoader([big], 0, 1, 4) as loader:
+        (batch,) = next(loader.steps(0, 1))["pairs"]
+    assert sorted(rows for _, *rows in makers) == [[0, 16], [16, 32], [32, 48], [48, 64]]
+    assert (batch.start, batch.stop) == (0, 64)
+    assert batch.batch_digest == BatchMaker(big).make(0, 0, 64).batch_digest
+
+
+def test_a_read_that_stalls_in_this_process_is_named(
+    specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = BatchMaker.make
+
+    def slow(self: BatchMaker, step: int, start: int, stop: int) -> Batch:
+        with activity.reading("/far/away.tar"):
+            time.sleep(0.5)
+        return make(self, step, start, stop)
+
+    monkeypatch.setattr(BatchMaker, "make", slow)
+    with (
+        caplog.at_level(logging.WARNING, "dromos.loader"),
+        LocalLoader(specs[:1], 0, 1, 0, limits=StallLimits(0.05, 0.1)) as loader,
+    ):
+        assert len(list(loader.steps(0, 1))) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) in (2, 3, 4)  # after 0.05 s, 0.1 s, 0.2 s, 0.4 s
+    assert all("the loader has been reading /far/away.tar for" in line for line in said)
 
 
 def alive(pid: int) -> bool:
