@@ -74,7 +74,7 @@ def _files(path: str) -> tuple[list[str], str]:
     """The files and what they are: tar, parquet, tsv or json."""
     if storage.is_pattern(path):
         files = storage.list_shards(path)
-        return files, _kind(files[0])
+        return files, _kind(next(iter(storage.sizes(files)), files[0]))
     suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), None)
     if (suffix or os.path.isfile(storage.local_path(path))) and not os.path.isdir(storage.local_path(path)):
         return [path], _kind(path)

@@ -24,6 +24,7 @@ from data_pipeline.show.survey import Bad, Survey, share, spread
 from data_pipeline.show.tallies import TALLIES, Tally, WithPictures
 
 RECORDS = 5000  # examined in all files together
+COUNTED = 1024  # files whose rows are counted; of more than these the number is estimated
 # Tables and lines gathered from the web have rows that are nothing; beyond this share something else is wrong.
 TOLERATED = 0.01
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -56,12 +57,12 @@ def look(found: Survey, examine: int, first: int, images: str | None) -> None:
     chosen = spread([file for file in form.files if file in sizes], examine)
     about["examined"] = {"shards": len(chosen), "samples": 0}
     if form.family == "unknown":
-        _look_at_unknown(found, list(sizes))
+        _look_at_unknown(found, sizes)
         return
     tally = TALLIES[form.family](found, first)
     bad = Bad()
     if form.family in TABLES:
-        _count_rows(found, list(sizes))
+        _count_rows(found, sizes)
         _look_into_tables(found, chosen, tally, bad)
     else:
         _look_into_files(found, chosen, sizes, tally, bad, images)
@@ -72,8 +73,10 @@ def look(found: Survey, examine: int, first: int, images: str | None) -> None:
     _tell_bad(found, bad, tally.examined)
 
 
-def _count_rows(found: Survey, files: list[str]) -> None:
-    """Rows, from the end of each file; a file that cannot be read is a problem and leaves the sum unknown."""
+def _count_rows(found: Survey, sizes: dict[str, int]) -> None:
+    """Rows, from the end of each file, or of COUNTED of very many; a file that cannot be read is a problem and
+    leaves the sum unknown."""
+    files = spread(list(sizes), COUNTED)
     rows: int | None = 0
     columns: list[str] | None = None
     for file in files:
@@ -89,8 +92,11 @@ def _count_rows(found: Survey, files: list[str]) -> None:
             odd = sorted(set(names) ^ set(columns)) or names
             found.notes.append(f"{file} has other columns than the first file: {', '.join(odd)}")
         columns = columns or names
-    found.about["samples"] = rows
-    found.about["counted_by"] = "parquet"
+    if len(files) == len(sizes):
+        found.about["samples"] = rows
+        found.about["counted_by"] = "parquet"
+    elif rows:
+        found.about["estimated"] = round(rows * found.about["bytes"] / sum(sizes[file] for file in files))
     if rows == 0:
         found.problems.append(f"the {len(files):,} files hold no rows")
 
@@ -192,8 +198,9 @@ def _tell_bad(found: Survey, bad: Bad, examined: int) -> None:
     found.about["bad"] = bad.examples
 
 
-def _look_at_unknown(found: Survey, files: list[str]) -> None:
+def _look_at_unknown(found: Survey, sizes: dict[str, int]) -> None:
     """Why it is none of the formats: the columns or fields it has, and what they may be meant for."""
+    files = list(sizes)
     if found.form.name == "unknown-json":
         keys = _keys(files[0])
         wanted = (*instructions.TURNS, "prefix", "suffix")
@@ -204,7 +211,7 @@ def _look_at_unknown(found: Survey, files: list[str]) -> None:
             "PaliGemma's image, prefix and suffix"
         )
         return
-    _count_rows(found, files)
+    _count_rows(found, sizes)
     for file in files:
         try:
             with parquet_file.opened(file) as source:

@@ -12,6 +12,10 @@ from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.paligemma import Prompted
 from data_pipeline.show.survey import Survey, clip, share
 
+# Characters that are kept of what a record says.
+LONGEST_KEY = 300
+LONGEST_TURN = 4000
+
 
 class Tally:
     """`add` every usable record, then `finish`; `examined` counts the unusable ones too."""
@@ -35,9 +39,9 @@ class Tally:
         """Share of the records without a value of that meaning, None if nobody counted."""
         return None
 
-    def show(self, **shown: Any) -> None:
+    def show(self, key: str, caption: str, **more: Any) -> None:
         if len(self.found.about["first"]) < self.first:
-            self.found.about["first"].append(shown)
+            self.found.about["first"].append({"key": key[:LONGEST_KEY], "caption": caption, **more})
 
     def once(self, value: str) -> None:
         """Count what was there before, by its hash: the addresses themselves would be held."""
@@ -204,7 +208,7 @@ class ConversationTally(WithPictures):
             key=record.id if record.id is not None else place,
             caption=clip(" ".join(f"{turn.role}: {turn.text}" for turn in record.turns)),
             images=list(record.images),
-            turns=[{"role": turn.role, "text": turn.text} for turn in record.turns],
+            turns=[{"role": turn.role, "text": turn.text[:LONGEST_TURN]} for turn in record.turns],
         )
 
     def finish(self) -> None:
@@ -228,8 +232,12 @@ class PromptedTally(WithPictures):
             caption=clip(f"{record.prefix} → {record.suffix if record.suffix is not None else '?'}"),
             images=[record.image] if record.image else [],
             turns=[
-                {"role": "user", "text": record.prefix},
-                *([{"role": "assistant", "text": record.suffix}] if record.suffix is not None else []),
+                {"role": "user", "text": record.prefix[:LONGEST_TURN]},
+                *(
+                    [{"role": "assistant", "text": record.suffix[:LONGEST_TURN]}]
+                    if record.suffix is not None
+                    else []
+                ),
             ],
         )
 

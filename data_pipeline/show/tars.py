@@ -37,7 +37,7 @@ def look(found: Survey, path: str, examine: int, first: int) -> None:
     members = Counter(extension for sample in samples for extension in sample.members)
     found.problems.extend(_lacking_members(samples, members))
     tabled = {url: table_url(url) for url in chosen if storage.exists(table_url(url))}
-    about["kind"] = _kind(members, there[0], tabled)
+    about["kind"] = _kind(members, chosen, tabled)
     about["format"] = about["kind"].replace(" ", "-")
     about["bytes"] = sum(sizes.values())
     about["samples"] = manifest.samples if manifest else None
@@ -65,9 +65,14 @@ def table_url(tar: str) -> str:
 
 
 def read_members(url: str, sample: Sample) -> dict[str, bytes]:
-    """Extension -> content of one sample."""
+    """Extension -> content of one sample, by one read: its members are neighbours."""
+    if not sample.members:
+        return {}
+    start = min(offset for offset, _ in sample.members.values())
+    stop = max(offset + length for offset, length in sample.members.values())
+    span = storage.read_range(url, start, stop - start)
     return {
-        extension: storage.read_range(url, offset, length)
+        extension: span[offset - start : offset - start + length]
         for extension, (offset, length) in sample.members.items()
     }
 
@@ -126,12 +131,13 @@ def _lacking(lacking: Sequence[Sample], samples: Sequence[Sample], what: str) ->
     return f"{len(lacking)} of {len(samples)} samples examined have {what}; the first is {lacking[0].key}"
 
 
-def _kind(members: Counter[str], first: str, tabled: dict[str, str]) -> str:
+def _kind(members: Counter[str], chosen: Sequence[str], tabled: dict[str, str]) -> str:
     if "npy" in members:
         return "packed text"
     if image_member(members) is None:
         return "tars without images"
-    return "img2dataset" if tabled and storage.exists(stats_url(first)) else "webdataset tars"
+    written = tabled and any(storage.exists(stats_url(url)) for url in chosen)
+    return "img2dataset" if written else "webdataset tars"
 
 
 def _repeated_keys(found: Survey, tables: dict[str, list[Sample]]) -> None:

@@ -146,6 +146,10 @@ def test_what_each_schema_has_of_its_own(tmp_path: Path) -> None:
     assert (first("coyo").hash, first("coyo").aesthetic) == ("a1b2", 5.5)
     assert first("datacomp").id == "00" * 16
     assert first("laion-2b").nsfw is None
+    with_md5 = LAION_2B | {"md5": (pa.string(), ["0cc175b9", None, ""])}
+    pair = next(iter(read_pairs(write(tmp_path / "md5.parquet", with_md5))))
+    assert isinstance(pair, Pair)
+    assert (pair.md5, laion.identify(list(with_md5))) == ("0cc175b9", "laion-2b")
 
 
 def test_generated_captions_come_by_similarity_after_the_top_one(tmp_path: Path) -> None:

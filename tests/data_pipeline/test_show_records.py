@@ -100,6 +100,23 @@ def test_types_columns_and_files_that_are_wrong_are_named(tmp_path: Path) -> Non
     assert about["samples"] is None
 
 
+def test_rows_of_very_many_files_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in range(30):
+        laion(tmp_path / f"{part:02d}.parquet", 90 + part % 3)
+    assert describe(str(tmp_path))["samples"] == 30 * 91
+    monkeypatch.setattr("data_pipeline.show.records.COUNTED", 10)
+    about = describe(str(tmp_path))
+    assert about["samples"] is None
+    assert about["estimated"] == pytest.approx(30 * 91, rel=0.03)
+
+
+def test_a_pattern_of_which_files_are_missing(tmp_path: Path) -> None:
+    laion(tmp_path / "1.parquet", 5)
+    about = describe(str(tmp_path / "{0..2}.parquet"))
+    assert (about["format"], about["samples"]) == ("laion-2b", 5)
+    assert about["problems"] == [f"{tmp_path}/{n}.parquet does not exist" for n in (0, 2)]
+
+
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
     (problem,) = describe(
         write(tmp_path / "a.parquet", {"URL": LAION_2B["URL"], "CAPTIONS": LAION_2B["TEXT"]})
