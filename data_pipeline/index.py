@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from data_pipeline import sidecars, storage
+from data_pipeline import storage
 from data_pipeline.activity import reading
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import INDEX_FOLDER, Manifest, open_source, stats_url, wrong_count
@@ -98,10 +98,8 @@ class ShardReader:
 
     def _learn(self, shard: int) -> None:
         url = self.manifest.url(shard)
-        promised, size = int(self.manifest.tar_counts[shard]), int(self.manifest.sizes[shard])
-        starts = sidecars.starts(url, size, promised) if self.manifest.counted_by == "sidecar" else None
-        if starts is None:
-            starts = locate(url, url) if self._remote is None else self._remote.located(shard)
+        starts = locate(url, url) if self._remote is None else self._remote.located(shard)
+        promised = int(self.manifest.tar_counts[shard])
         if len(starts) - 1 != promised:
             raise wrong_count(url, promised, len(starts) - 1, self._counted_in(url))
         self.offsets.learn(shard, starts)

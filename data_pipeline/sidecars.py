@@ -1,8 +1,8 @@
-"""What other tools wrote beside tars: how many samples each holds, and where, so that no tar need be walked first.
+"""What other tools wrote beside tars: how many samples each holds, so that no tar need be walked before training.
 
-Read are `.idx` of DALI's wds2idx (v1.1, v1.2), `.tar.idx` and `.nv-meta/.info.json` of Megatron-Energon, and the JSON
-index of wids. They can be older than the tars: counts are held against what is read, and starts are used only if
-samples are found there; else the tar itself is walked.
+Read are `.idx` of DALI's wds2idx, `.tar.idx` and `.nv-meta/.info.json` of Megatron-Energon, and the JSON index of wids.
+Only counts are taken, and held against the tar when it is first read: an offset that is wrong can lead to another
+sample than the one meant, and to prove the offsets takes the very walk over the headers that they would spare.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeGuard
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.tar import BLOCK, members_of, split_name
+from data_pipeline.tar import BLOCK
 
 SUFFIXES = (".tar.idx", ".idx")
 INFO = ".nv-meta/.info.json"
 HEAD = 64  # bytes that tell which kind of .idx a file is, and DALI's count
 DALI = re.compile(rb"v1\.[12] (\d+)\s")
-WIDS_FILES = 8  # JSON files of a folder that are looked at
+# JSON files of a folder that are looked at, and their bytes: a wids index takes some 150 a shard.
+WIDS_FILES, WIDS_BYTES = 8, 64 << 20
 SIDE_BY_SIDE = 16
 
 
@@ -38,31 +37,14 @@ def count(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         counts = pool.map(lambda item: _count_in(*item), beside.values())
         found |= {url: number for url, number in zip(beside, counts, strict=True) if number is not None}
-    return found
-
-
-def starts(url: str, size: int, samples: int) -> np.ndarray | None:
-    """int64 [samples + 1] as `offsets.pack_starts` takes it, by the index file beside a tar of `size` bytes; None if
-    there is none, or what it says does not fit the tar."""
-    beside = _index_files([url])
-    if url not in beside:
-        return None
-    where, _ = beside[url]
-    try:
-        data = storage.read_bytes(where)
-        found = _dali_starts(data) if DALI.match(data) else _energon_starts(data)
-        if len(found) != samples + 1:
-            raise ValueError(f"it lists {len(found) - 1} samples, {samples} are expected")
-        _check(url, size, found)
-    except (ValueError, FileNotFoundError) as error:
-        _warn(where, error)
-        return None
+    for url in [url for url, number in found.items() if number > sizes[url] // BLOCK]:
+        _warn(url, f"{found.pop(url)} samples are told of it, and it has {sizes[url]} bytes")
     return found
 
 
 def _warn(where: str, error: object) -> None:
     warnings.warn(
-        f"{where} does not fit its tar and is not used ({error}); the tar is read instead. Make it again or remove it",
+        f"{where}: {error}. What other tools wrote is not used here, the tars are counted; make it again",
         stacklevel=4,
     )
 
@@ -117,7 +99,8 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
         names = storage.list_files(root, ".json")
     except UserError:
         return {}
-    names = [name for name in names if not name.endswith("_stats.json")]
+    lengths = storage.sizes([name for name in names if not name.endswith("_stats.json")])
+    names = [name for name, length in lengths.items() if length <= WIDS_BYTES]
     by_name = {url.rpartition("/")[2]: url for url in urls}
     for where in names[:WIDS_FILES]:
         shards = _json(where).get("shardlist")
@@ -142,67 +125,10 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
 def _json(where: str) -> dict[str, Any]:
     try:
         found = json.loads(storage.read_bytes(where))
-    except ValueError as error:
-        _warn(where, f"it is no JSON: {error}")
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _is_count(number: object) -> bool:
+def _is_count(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
-
-
-def _energon_starts(data: bytes) -> np.ndarray:
-    """uint64 each: the first header of each sample, then the end."""
-    if len(data) % 8 or len(data) < 16:
-        raise ValueError(f"{len(data)} bytes are no array of 64-bit offsets")
-    return np.frombuffer(data, "<u8").astype(np.int64)
-
-
-def _dali_starts(data: bytes) -> np.ndarray:
-    """Lines of `extension offset size name ...`, v1.1 without names: offsets are those of contents.
-
-    A sample begins where what was before it ends, so that headers of long names are in its span.
-    """
-    text = data.decode("utf-8", "surrogateescape").splitlines()
-    named = text[0].startswith("v1.2")
-    found: list[int] = []
-    end = 0
-    last: object = None
-    for number, line in enumerate(text[1:]):
-        for offset, size, name in _entries(line, named):
-            # wds2idx takes hidden files and files without extension for samples.
-            parts = split_name(name) if named else (str(number), "")
-            if parts is not None and parts[0] != last:
-                found.append(end)
-                last = parts[0]
-            if offset < end + BLOCK or size < 0:
-                raise ValueError(f"line {number + 2} goes back to byte {offset}")
-            end = offset + -(-size // BLOCK) * BLOCK
-    return np.array([*found, end], np.int64)
-
-
-def _entries(line: str, named: bool) -> Iterator[tuple[int, int, str]]:
-    words = line.split(" ")
-    width = 4 if named else 3
-    if len(words) % width:
-        raise ValueError(
-            f"{len(words)} words are not {width} a member; names with blanks cannot be told apart"
-        )
-    for at in range(0, len(words), width):
-        yield int(words[at + 1]), int(words[at + 2]), words[at + 3] if named else ""
-
-
-def _check(url: str, size: int, found: np.ndarray) -> None:
-    """Raises ValueError unless the starts go up within the tar, and samples that differ are found at some of them."""
-    if (found % BLOCK).any() or (np.diff(found) <= 0).any() or found[0] < 0 or found[-1] > size:
-        raise ValueError("its offsets do not go up within the tar")
-    samples = len(found) - 1
-    keys: dict[int, str] = {}
-    for index in sorted(
-        {0, 1, samples // 2, samples // 2 + 1, samples - 2, samples - 1} & set(range(samples))
-    ):
-        start, stop = int(found[index]), int(found[index + 1])
-        keys[index] = members_of(storage.read_range(url, start, stop - start), f"sample {index}").key
-        if keys.get(index - 1) == keys[index]:
-            raise ValueError(f"samples {index - 1} and {index} are pieces of one, {keys[index]!r}")
