@@ -10,6 +10,8 @@ import numpy as np
 from data_pipeline.hashing import START, U64, hash64, permute
 from data_pipeline.source_order import WINDOW, SourceOrder, Use, unroll
 
+PIECE = 16_384  # rows at once: arrays of at most 128 KB, for which the allocator asks the kernel for no fresh pages
+
 
 class Place(NamedTuple):
     """Where draws stand, before any shuffle: epoch, piece, the piece's bounds and the draw's position in the epoch."""
@@ -69,6 +71,15 @@ class Walk:
         self, source: np.ndarray, lane: np.ndarray, draw: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and index of each draw: the n-th of its lane, or the n-th over all lanes if interleaved."""
+        found = np.empty((3, draw.size), np.int64)
+        for at in range(0, draw.size, PIECE):
+            rows = slice(at, at + PIECE)
+            found[:, rows] = self._refs(source[rows], lane[rows], draw[rows])
+        return found[0], found[1], found[2]
+
+    def _refs(
+        self, source: np.ndarray, lane: np.ndarray, draw: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         k = source if self._samples.ndim else ()
         place = self._place(k, lane, draw)
         if self._mixed:
