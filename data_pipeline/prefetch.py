@@ -14,31 +14,22 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data_pipeline import storage
-from data_pipeline.batches import BatchMaker
 from data_pipeline.cache import ByteRange, Cache
 from data_pipeline.channel import receive, send
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest
 from data_pipeline.object_store import CONNECTIONS
-from data_pipeline.remote import Units, fetch
-from data_pipeline.source_order import SHORT, WINDOW
-from data_pipeline.work import Setup, rows_of
+from data_pipeline.prefetch_plan import Plan, prefetched
+from data_pipeline.remote import fetch
+from data_pipeline.work import Setup
 from data_pipeline.worker import die_with
 
 AT_ONCE = CONNECTIONS // 2
-LEAST_AHEAD = 4  # steps; workers are at two of them
-ALONE = (
-    200  # of so many samples of an epoch, one may be fetched by itself while the first window is on its way
-)
 STARTS = 3
 
 
@@ -51,110 +42,15 @@ class Position:
     at: int
 
 
-class Plan:
-    """Which units a rank's rows need from which step to which, and when they may be fetched.
-
-    Holds what is planned for the steps ahead to `limit_bytes`.
-    """
-
-    def __init__(self, makers: Sequence[BatchMaker], rank: int, world_size: int, limit_bytes: int) -> None:
-        self._makers = [maker for maker in makers if prefetched(maker.manifests.values())]
-        self._rank, self._world_size = rank, world_size
-        self._limit = limit_bytes
-        self._units = {
-            (maker.spec.name, name): units
-            for maker in self._makers
-            for name, manifest in maker.manifests.items()
-            if prefetched([manifest]) and (units := maker.units(name)) is not None
-        }
-        self._last_use: dict[ByteRange, int] = {}
-        self._ending: dict[int, set[ByteRange]] = {}
-        self.held = 0
-
-    def ahead(self, step: int) -> int:
-        """Steps that a window lasts in the lane where it lasts longest."""
-        return max([LEAST_AHEAD, *(self._window_steps(maker, step) for maker in self._makers)])
-
-    def alone(self, step: int) -> int:
-        """Steps for which samples may be fetched one by one."""
-        counts = [maker.order.samples_per_epoch() // ALONE // maker.spec.rows(step) for maker in self._makers]
-        return max(1, min(counts, default=1))
-
-    def full(self) -> bool:
-        """Is as much planned as may be held?"""
-        return self.held >= self._limit
-
-    def served(self, step: int) -> None:
-        """Let go of units that no planned step from `step` on needs."""
-        for past in [end for end in self._ending if end < step]:
-            for part in self._ending.pop(past):
-                del self._last_use[part]
-                self.held -= part.stop - part.start
-
-    def needs(self, step: int) -> Iterator[ByteRange]:
-        """Units that `step` needs and no planned step before it, in order of the rows. Steps are planned in order."""
-        for maker in self._makers:
-            if maker.order.last_step is not None and step >= maker.order.last_step:
-                continue
-            refs = maker.order.refs(step, *rows_of(self._rank, self._world_size, maker.spec.rows(step)))
-            for number, name in enumerate(maker.names):
-                units = self._units.get((maker.spec.name, name))
-                if units is None:
-                    continue
-                rows = np.flatnonzero(refs.source == number)
-                for part in _parts(units, refs.shard[rows], refs.index[rows]):
-                    if self._use(part, step):
-                        yield part
-
-    def _use(self, part: ByteRange, step: int) -> bool:
-        before = self._last_use.get(part)
-        if before is None:
-            self.held += part.stop - part.start
-        else:
-            self._ending[before].discard(part)
-        self._last_use[part] = step
-        self._ending.setdefault(step, set()).add(part)
-        return before is None
-
-    def _window_steps(self, maker: BatchMaker, step: int) -> int:
-        order = maker.order
-        per_lane = maker.spec.rows(step) / order.lanes
-        longest = 0.0
-        for source, weight in zip(order.sources, order.weights, strict=True):
-            if weight and (maker.spec.name, source.name) in self._units:
-                window = WINDOW * source.run if source.windows else source.samples / source.pieces
-                window = min(window, SHORT * WINDOW * source.run)
-                longest = max(longest, window * sum(order.weights) / (weight * per_lane))
-        return int(longest) + 1
-
-
-def _parts(units: Units, shards: np.ndarray, indices: np.ndarray) -> Iterator[ByteRange]:
-    """The units that samples lie in, each once, in order of first use."""
-    numbers = units.number(shards, indices)
-    _, first = np.unique(np.stack([shards, numbers]), axis=1, return_index=True)
-    first.sort()
-    known = np.array([units.offsets.knows(int(shard)) for shard in shards[first]], bool)
-    first = first[known]
-    starts, stops = units.ranges(shards[first], numbers[first])
-    for shard, start, stop in zip(shards[first].tolist(), starts.tolist(), stops.tolist(), strict=True):
-        yield units.part(shard, start, stop)
-
-
-def prefetched(manifests: Iterable[Manifest]) -> bool:
-    """Is there a source among these that can be fetched ahead: remote, and its samples' places known?"""
-    return any(storage.is_remote(manifest.root) and manifest.offsets is not None for manifest in manifests)
-
-
 class Worker:
     """What the process does: plans as the loader goes on, and fetches what is planned."""
 
     def __init__(self, setups: Sequence[Setup], rank: int, world_size: int) -> None:
-        makers = [setup.maker() for setup in setups]
+        self._makers = [setup.maker() for setup in setups]
+        self._rank, self._world_size = rank, world_size
         cache = next(setup.cache for setup in setups if setup.cache is not None)
         self._cache = Cache(cache)
-        local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self._limit = cache.limit_bytes // (2 * local)
-        self._plan_of = lambda: Plan(makers, rank, world_size, self._limit)
+        self._limit = cache.limit_bytes // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._changed = threading.Condition()
         self._position: Position | None = None
         self._under_way = 0
@@ -178,9 +74,8 @@ class Worker:
 
     def _follow(self, pool: ThreadPoolExecutor, begun: Position) -> None:
         """Plan one pass of the loader over its steps, until it begins another."""
-        plan, step = self._plan_of(), begun.first
-        window = begun.first + plan.ahead(begun.first)
-        alone = begun.first + plan.alone(begun.first)
+        plan = Plan(self._makers, self._rank, self._world_size, self._limit, begun.first)
+        alone = begun.first + plan.alone()
         while True:
             with self._changed:
                 position = self._position
@@ -188,20 +83,21 @@ class Worker:
                 if (position.first, position.last) != (begun.first, begun.last):
                     return
                 plan.served(position.at)
-                far = min(position.last, position.at + plan.ahead(position.at))
-                stuck = plan.full() or step >= far
-                if plan.full() and step < far:
+                reach = plan.following(position.at, position.last)
+                if reach is not None and plan.full():
                     self._warn()
-                if position.at >= alone or (not self._under_way and (stuck or step >= window)):
+                    reach = None
+                if position.at >= alone or (
+                    not self._under_way and (reach is None or plan.windows_planned())
+                ):
                     self._cache.set_warming(False)
-                if self._under_way >= 2 * AT_ONCE or stuck:
+                if reach is None or self._under_way >= 2 * AT_ONCE:
                     self._changed.wait()
                     continue
-            for part in plan.needs(step):
+            for part in plan.needs(reach):
                 with self._changed:
                     self._under_way += 1
                 pool.submit(self._fetch, part)
-            step += 1
 
     def _fetch(self, part: ByteRange) -> None:
         try:

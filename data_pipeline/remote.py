@@ -39,7 +39,7 @@ class Units:
     many neighbouring runs as make about 8 MiB.
     """
 
-    def __init__(self, manifest: Manifest, offsets: Offsets, limit_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, offsets: Offsets | None, limit_bytes: int) -> None:
         self.manifest = manifest
         self.offsets = offsets
         self.first = np.concatenate([[0], np.cumsum(manifest.counts, dtype=np.int64)])
@@ -55,11 +55,21 @@ class Units:
 
     def ranges(self, shards: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(start, stop) in bytes of what lies of each unit in its shard. Raises KeyError as Offsets.ranges does."""
-        low = np.maximum(units * self.length, self.first[shards]) - self.first[shards]
-        high = np.minimum((units + 1) * self.length, self.first[shards + 1]) - self.first[shards]
+        assert self.offsets is not None
+        low, high = self.samples(shards, units)
         start, _ = self.offsets.ranges(shards, self.manifest.in_tar(shards, low))
         _, stop = self.offsets.ranges(shards, self.manifest.in_tar(shards, high - 1))
         return start, stop
+
+    def knows(self, shard: int) -> bool:
+        """Are the places of the shard's samples known?"""
+        return self.offsets is not None and self.offsets.knows(shard)
+
+    def samples(self, shards: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices [low, high) of what lies of each unit in its shard."""
+        low = np.maximum(units * self.length, self.first[shards]) - self.first[shards]
+        high = np.minimum((units + 1) * self.length, self.first[shards + 1]) - self.first[shards]
+        return low, high
 
     def part(self, shard: int, start: int, stop: int) -> ByteRange:
         """Bytes of a shard as the cache names them."""

@@ -12,7 +12,7 @@ from data_pipeline.batches import BatchMaker
 from data_pipeline.cache import ByteRange, CacheSettings
 from data_pipeline.manifest import Manifest
 from data_pipeline.offsets import OffsetFile, pack_starts
-from data_pipeline.prefetch import Plan
+from data_pipeline.prefetch_plan import Plan, window_steps
 from data_pipeline.remote import UNIT_BYTES, Units
 from data_pipeline.source_order import WINDOW
 from data_pipeline.spec import SourceSpec, StreamSpec
@@ -55,13 +55,14 @@ def maker_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights
 
 def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:
     """As the prefetcher does it: never further ahead than a window."""
-    found: dict[int, list[ByteRange]] = {}
-    planned = steps.start
+    found: dict[int, list[ByteRange]] = {step: [] for step in steps}
     for at in steps:
         plan.served(at)
-        while planned < min(steps.stop, at + plan.ahead(at)) and not plan.full():
-            found[planned] = list(plan.needs(planned))
-            planned += 1
+        while (reach := plan.following(at, steps.stop)) is not None and not plan.full():
+            step = reach.next
+            found[step] += plan.needs(reach)
+            assert reach.next == step + 1
+            assert step < at + reach.ahead(at)
     return found
 
 
@@ -70,10 +71,9 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
     source, bounds = manifest(tmp_path, "a", counts, 4)
     maker = maker_of(tmp_path, {"a": source}, 1 << 40)
     world, rank, steps = 4, 1, range(5, 3005)
-    plan = Plan([maker], rank, world, 1 << 40)
-    found = walk(plan, steps)
+    found = walk(Plan([maker], rank, world, 1 << 40, steps.start), steps)
     window = WINDOW * 64  # steps: each of the 64 lanes has one row a step
-    assert plan.ahead(5) == window + 1
+    assert window_steps(maker.order, BATCH, ["a"]) == window + 1
 
     fetched: list[np.ndarray] = [np.zeros(starts[-1] // 512, bool) for starts in bounds]
     asked = 0
@@ -101,17 +101,16 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
     source, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
     maker = maker_of(tmp_path, {"a": source}, 1 << 40)
     limit = 4_000_000
-    plan = Plan([maker], 0, 1, limit)
-    planned = 0
-    for at in range(0, 1500):
+    plan = Plan([maker], 0, 1, limit, 0)
+    furthest = 0
+    for at in range(1500):
         plan.served(at)
-        if planned < at:
-            planned = at
-        while planned < at + plan.ahead(at) and not plan.full():
-            list(plan.needs(planned))
-            planned += 1
+        while (reach := plan.following(at, 10**9)) is not None and not plan.full():
+            furthest = reach.next
+            plan.needs(reach)
         assert plan.held <= limit + BATCH * 64 * 2048
-    assert planned < 1500 + 100
+        assert not plan.windows_planned() or at > 1000
+    assert furthest > 1490
 
 
 @pytest.mark.parametrize("limit", [1 << 40, 1 << 20])
@@ -145,20 +144,20 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     local = Manifest("c", str(tmp_path), ["0.tar"], np.array([1000]), np.array([10**6]), "manifest", "")
     sources = {"a": large, "b": small, "c": local}
     maker = maker_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
-    plan = Plan([maker], 0, 1, 1 << 40)
-    found = [part for parts in walk(plan, range(2000)).values() for part in parts]
+    found = [part for parts in walk(Plan([maker], 0, 1, 1 << 40, 0), range(2000)).values() for part in parts]
     by_source = {name: [part for part in found if f"/{name}/" in part.url] for name in sources}
     assert not by_source["c"]
     assert len(by_source["b"]) == 2  # each shard once
-    # Half of the rows, so that a window lasts twice as long.
-    assert plan.ahead(0) == 2 * WINDOW * 64 + 1
+    # Half of the rows, so that a window lasts twice as long; the small one is not fetched so far ahead.
+    assert window_steps(maker.order, BATCH, ["a"]) == 2 * WINDOW * 64 + 1
+    assert window_steps(maker.order, BATCH, ["b"]) == 4 * WINDOW + 1
     assert len(by_source["a"]) == len(set(by_source["a"]))
     assert len(by_source["a"]) <= (2000 * BATCH / 2 / 64 + 2 * WINDOW * BATCH) * 1.01
 
 
 def test_samples_are_read_alone_for_a_small_part_of_an_epoch(tmp_path: Path) -> None:
     source, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
-    plan = Plan([maker_of(tmp_path, {"a": source}, 1 << 40)], 0, 1, 1 << 40)
-    assert plan.alone(0) == 105 * 10_007 // 200 // BATCH
+    large = Plan([maker_of(tmp_path, {"a": source}, 1 << 40)], 0, 1, 1 << 40, 0)
+    assert large.alone() == 105 * 10_007 // 200 // BATCH
     few, _ = manifest(tmp_path, "b", [100], 4)
-    assert Plan([maker_of(tmp_path, {"b": few}, 1 << 40)], 0, 1, 1 << 40).alone(0) == 1
+    assert Plan([maker_of(tmp_path, {"b": few}, 1 << 40)], 0, 1, 1 << 40, 0).alone() == 1
