@@ -8,11 +8,8 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import INDEX_FOLDER, Manifest
 from data_pipeline.show.survey import Survey
+from data_pipeline.sidecars import INFO, SUFFIXES
 from data_pipeline.views import folder_of
-
-# webdataset's and Energon's per-tar offsets; Energon's folder for a whole dataset.
-PER_TAR = (".tar.idx", ".idx")
-ENERGON = ".nv-meta"
 
 
 def look(found: Survey, root: str, manifest: Manifest | None) -> None:
@@ -49,17 +46,17 @@ def _view(found: Survey, name: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _sidecars(root: str) -> dict[str, int]:
-    """Suffix -> number of files."""
-    try:
-        names = [url.rpartition("/")[2] for url in storage.list_files(root, "")]
-    except UserError:
-        return {}
-    counts = {}
-    for suffix in PER_TAR:
-        taken = [name for name in names if name.endswith(suffix)]
-        names = [name for name in names if not name.endswith(suffix)]
-        if taken:
-            counts[suffix] = len(taken)
-    if storage.exists(storage.join(root, ENERGON)):
-        counts[ENERGON] = 1
+    """Name or suffix -> number of files."""
+    counts: dict[str, int] = {}
+    for suffix in SUFFIXES:
+        try:
+            urls = storage.list_files(root, suffix)
+        except UserError:
+            continue
+        # The longer suffixes come first and end in the shorter ones.
+        fresh = [url for url in urls if not any(url.endswith(longer) for longer in counts)]
+        if fresh:
+            counts[suffix] = len(fresh)
+    if storage.exists(storage.join(root, INFO)):
+        counts[INFO] = 1
     return counts

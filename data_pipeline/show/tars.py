@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -78,11 +79,16 @@ def read_members(url: str, sample: Sample) -> dict[str, bytes]:
 
 
 def _open(path: str, found: Survey) -> Manifest | None:
+    """The source as training opens it; what that warns of is a note."""
     try:
-        return open_source(path, path)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            manifest = open_source(path, path)
     except UserError as error:
         found.problems.append(str(error).removeprefix(f"source {path!r}: "))
         return None
+    found.notes.extend(str(warning.message) for warning in warned)
+    return manifest
 
 
 def _tables(urls: Sequence[str], found: Survey) -> dict[str, list[Sample]]:

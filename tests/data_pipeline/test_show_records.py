@@ -16,6 +16,7 @@ from data_pipeline.formats import cc3m, img2dataset
 from data_pipeline.indexing import build_index
 from data_pipeline.show import describe, render
 from data_pipeline.view_maker import Rule, make_view
+from tests.data_pipeline.samples import write_source
 from tests.data_pipeline.test_formats_instructions import talk
 from tests.data_pipeline.test_formats_laion import LAION_2B, write
 
@@ -300,14 +301,27 @@ def test_the_index_views_and_sidecars_beside_a_source(tmp_path: Path) -> None:
     assert (about["index"], about["views"], about["sidecars"]) == ("none", [], {})
     build_index(str(tmp_path))
     make_view(str(tmp_path), "some", Rule(where="caption != 'caption 3'"))
-    (tmp_path / "00000.tar.idx").write_text("x")
+    (tmp_path / "00000.tar.idx").write_bytes(bytes(8 * 7))
     (tmp_path / ".nv-meta").mkdir()
+    (tmp_path / ".nv-meta" / ".info.json").write_text("{}")
     about = describe(str(tmp_path))
     assert (about["index"], about["samples"], about["problems"]) == ("in use", 6, [])
     assert about["views"] == [{"name": "some", "rule": "caption != 'caption 3'", "samples": 5}]
-    assert about["sidecars"] == {".tar.idx": 1, ".nv-meta": 1}
+    assert about["sidecars"] == {".tar.idx": 1, ".nv-meta/.info.json": 1}
     assert "some: keeps 5 samples, caption != 'caption 3'" in shown(about)
     img2dataset.write_shard(str(tmp_path), 0, rows(7))
     about = describe(str(tmp_path))
     assert about["index"] == "unusable"
     assert any("when it was indexed" in problem for problem in about["problems"])
+
+
+def test_who_counted_is_said_of_other_tools_and_what_they_wrote_wrongly_is_a_note(tmp_path: Path) -> None:
+    write_source(tmp_path, [6])
+    (tmp_path / "00000.tar.idx").write_bytes(bytes(8 * 7))
+    about = describe(str(tmp_path))
+    assert (about["counted_by"], about["samples"], about["problems"]) == ("sidecar", 6, [])
+    assert "what another tool wrote beside the tars" in shown(about)
+    (tmp_path / "00000.tar.idx").write_text("not one")
+    about = describe(str(tmp_path))
+    assert (about["counted_by"], about["samples"], about["problems"]) == ("tar", 6, [])
+    assert any("is of no kind that is known" in note for note in about["notes"])
