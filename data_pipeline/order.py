@@ -225,6 +225,7 @@ class StreamOrder:
             first_step=first_step,
             consumed_per_lane=served,
             mixture_hash=self.mixture_hash,
+            sources=tuple(names),
             fingerprints=fingerprints,
             samples={source.name: source.samples for source in self.sources},
             counts={source.name: source.counts_hash for source in self.sources},
@@ -318,10 +319,11 @@ def _differing(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
     """What may differ between two mixtures, with both values, equal or not."""
     found = [
         (f"{key} of source {name!r}", old.get(name, "no such source"), new.get(name, "no such source"))
-        for key in ("fingerprints", "samples", "weights", "max_epochs")
+        for key in ("samples", "fingerprints", "weights", "max_epochs")
         for old, new in [(getattr(before, key), getattr(now, key))]
         if old and new
         for name in sorted({*old, *new})
+        if key == "samples" or name in (old.keys() & new.keys())
     ]
     return [*found, ("mixture_hash", before.mixture_hash, now.mixture_hash)]
 

@@ -28,18 +28,20 @@ class Base:
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps from `first_step` on, drawn from one mixture; every field but the first three is by source.
+    """Steps from `first_step` on, drawn from one mixture; most fields are by source.
 
     consumed_per_lane: samples that each lane had served before
+    sources: names, in the order of the mixture, which a JSON object does not keep
     fingerprints, counts: of the source's manifest, and of its samples by shard
     base: what of the past its draws go on from
     unvisited: samples of begun epochs that the change of segment left, for sources that changed or went away
-    cycles: (consumed_per_lane from which on, weights in the order of `samples`); the next where a source ends
+    cycles: (consumed_per_lane from which on, weights in the order of `sources`); the next where a source ends
     """
 
     first_step: int
     consumed_per_lane: int
     mixture_hash: str
+    sources: tuple[str, ...]
     fingerprints: dict[str, str]
     samples: dict[str, int]
     counts: dict[str, str]
@@ -57,7 +59,8 @@ class Segment:
         """Raises KeyError, TypeError or ValueError for what is no segment."""
         base = {name: Base(**one) for name, one in found["base"].items()}
         cycles = tuple((int(at), tuple(weights)) for at, weights in found["cycles"])
-        return Segment(**{**found, "base": base, "cycles": cycles})
+        lists = {"sources": tuple(found["sources"]), "base": base, "cycles": cycles}
+        return Segment(**{**found, **lists})
 
     def same_samples(self, other: Segment, name: str) -> bool:
         """Whether a source has the samples that it has in another segment; both hold it."""
@@ -68,12 +71,12 @@ class Segment:
 
     def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:
         """Draws of each source, int64 [lanes], from here to where each lane has served `end` samples."""
-        total = np.zeros((len(self.samples), lanes), np.int64)
+        total = np.zeros((len(self.sources), lanes), np.int64)
         stops = [*(at for at, _ in self.cycles[1:]), end]
         for (at, weights), stop in zip(self.cycles, stops, strict=True):
             if min(stop, end) > at:
                 total += Cycle(weights, lanes).consumed(np.arange(lanes), min(stop, end) - at)
-        return dict(zip(self.samples, total, strict=True))
+        return dict(zip(self.sources, total, strict=True))
 
 
 class Past(NamedTuple):
@@ -105,20 +108,20 @@ def follow(past: Past, now: Segment, lanes: int) -> Segment:
     base: dict[str, Base] = {}
     unvisited: dict[str, int] = {}
     last = past.segments[-1]
-    for name in {**now.samples, **last.samples}:
-        known = next((old for old in reversed(past.segments) if name in old.samples), None)
+    for name in dict.fromkeys((*now.sources, *last.sources)):
+        known = next((old for old in reversed(past.segments) if name in old.sources), None)
         if known is None:
             base[name] = Base(len(past.segments))
             continue
         before = known.base[name]
-        if name in now.samples and now.same_samples(known, name):
+        if name in now.sources and now.same_samples(known, name):
             base[name] = before
             continue
         drawn = past.since(name, before.segment, lanes)
         epochs, left = Cut(known.samples[name], lanes).begun(drawn)
-        if name in last.samples:
+        if name in last.sources:
             unvisited[name] = left
-        if name in now.samples:
+        if name in now.sources:
             passes = Fraction(before.passes) + Fraction(int(drawn.sum()), known.samples[name])
             base[name] = Base(len(past.segments), before.first_epoch + epochs, str(passes))
     return replace(now, base=base, unvisited=unvisited)
@@ -128,7 +131,7 @@ def told(segment: Segment) -> list[str]:
     """What a change of segment leaves behind, in words."""
     lines = []
     for name, left in segment.unvisited.items():
-        if name in segment.samples:
+        if name in segment.sources:
             epoch = segment.base[name].first_epoch
             lines.append(
                 f"source {name!r}: {left} samples of the epochs it had begun are left unvisited; its new samples "

@@ -100,7 +100,7 @@ def rows(found: StreamOrder, step: int, start: int = 0, stop: int | None = None)
 
 def resumed(mixture: Mixture, lanes: int, seed: int, state: dict[str, Any], accept: bool) -> StreamOrder:
     """What another process makes of a checkpoint's state."""
-    plain = json.loads(json.dumps(state))
+    plain = json.loads(json.dumps(state, sort_keys=True))  # as a checkpoint does
     found = order(mixture, lanes, seed).resume(plain, prints(mixture), accept_change=accept)
     return order(mixture, lanes, seed, pickle.loads(pickle.dumps(found.segments)))
 
