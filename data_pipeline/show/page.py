@@ -93,7 +93,7 @@ def build(found: Survey, show: int, images: str | None = None) -> Page:
         foot="",
         columns=about.get("columns", []),
         rows=_rows(about.get("rows")),
-        bad=list(about.get("bad", [])),
+        bad=_named(about.get("bad", [])),
     )
     if found.form.family == "tars" and about["kind"] != "packed text":
         _add_pictures(page, found, show)
@@ -137,7 +137,12 @@ def _add_pictures(page: Page, found: Survey, show: int) -> None:
         found.problems.append(
             f"{share(len(look.bad), look.examined)} samples decoded cannot be used: {listed}"
         )
-    page.bad += [one | {"where": one["where"].rpartition("/")[2]} for one in bad.examples]
+    page.bad += _named(bad.examples)
+
+
+def _named(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Examples with the file's name for its path, which stands above."""
+    return [one | {"where": one["where"].rpartition("/")[2]} for one in examples]
 
 
 def _add_talks(page: Page, found: Survey, images: str | None) -> None:
@@ -183,7 +188,8 @@ def _figures(found: Survey) -> list[Figure]:
 
 def _examined(found: Survey, same: Sequence[Figure]) -> str:
     """How many were examined, and of what there is nothing to draw because all are the same."""
-    number = max((len(values) for values in found.series.values()), default=0)
+    drawn = max((len(values) for values in found.series.values()), default=0)
+    number = drawn if found.form.family == "tars" else found.about["examined"]["samples"]
     return " ".join([f"Of {number:,} samples examined.", *(f"{one.title}: {one.note}." for one in same)])
 
 
