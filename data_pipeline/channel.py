@@ -1,4 +1,8 @@
-"""Messages between a process and its workers, over a socket: pickles, arrays beside them, and open files."""
+"""Messages between a process and the workers that it starts: pickles, arrays beside them, and open files.
+
+The one place of the data pipeline that reads pickles: from sockets and files without a name that these processes made
+for each other; nothing from data ever comes this way.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -38,7 +43,6 @@ def receive(channel: socket.socket) -> tuple[Any, list[int]]:
     (count,) = struct.unpack("<Q", begun + bytes(_exactly(channel, 8 - len(begun))))
     sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
     head, *buffers = [_exactly(channel, size) for size in sizes]
-    # Pickle of our own process over a socket that it made for us; nothing from data ever comes this way.
     return pickle.loads(head, buffers=buffers), descriptors
 
 
@@ -51,6 +55,30 @@ def _exactly(channel: socket.socket, size: int) -> memoryview:
             raise EOFError("the other end closed the channel")
         done += got
     return view
+
+
+def shared_message(message: Any) -> int:
+    """An open file without a name that holds a message for several processes."""
+    content = pickle.dumps(message, protocol=5)
+    descriptor = anonymous_file(len(content), "dromos-message")
+    with mmap(descriptor, len(content)) as memory:
+        memory[:] = content
+    return descriptor
+
+
+def read_shared(descriptor: int) -> Any:
+    """The message of a file that `shared_message` made."""
+    with mmap(descriptor, 0) as content:
+        return pickle.loads(content)
+
+
+def can_travel(message: Any) -> bool:
+    """Whether a message arrives: a library's error class may fail in any way when it is rebuilt."""
+    try:
+        pickle.loads(pickle.dumps(message))
+    except Exception:
+        return False
+    return True
 
 
 def has_anonymous_memory() -> bool:

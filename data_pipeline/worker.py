@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 from data_pipeline import activity
 from data_pipeline.activity import Sample
 from data_pipeline.batches import BatchMaker
-from data_pipeline.channel import receive, send
+from data_pipeline.channel import can_travel, read_shared, receive, send
 from data_pipeline.slices import pixel_shape
 from data_pipeline.work import Item, Setup
 
@@ -57,9 +56,7 @@ class Work:
 def portable(error: Exception) -> Exception:
     """The error if it survives pickling, else a RuntimeError with its type and text; with the trace as a note."""
     trace = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # a library's error class may fail in any way when it is rebuilt
+    if not can_travel(error):
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.__traceback__ = error.__cause__ = error.__context__ = None
     error.add_note(f"in a worker of the loader:\n{trace}")
@@ -140,8 +137,7 @@ def main(channel: int, setups: int, status: int, parent: int) -> None:
     if status >= 0:
         activity.install(mmap(status, activity.SIZE))
     try:
-        with mmap(setups, 0) as content:
-            makers = Makers(pickle.loads(content))  # of our own process, too
+        makers = Makers(read_shared(setups))
         makers.prepare()
         serve(socket.socket(fileno=channel), makers)
     except (EOFError, ConnectionError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 from data_pipeline import activity
 from data_pipeline.activity import Activity
-from data_pipeline.channel import anonymous_file, has_anonymous_memory, receive, send
+from data_pipeline.channel import anonymous_file, has_anonymous_memory, receive, send, shared_message
 from data_pipeline.slabs import Slab
 from data_pipeline.work import Setup
 from data_pipeline.worker import Work
@@ -26,13 +25,10 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class SetupFile:
-    """Setups, pickled once into an open file without a name that every worker reads."""
+    """Setups, written once into an open file without a name that every worker reads."""
 
     def __init__(self, setups: Sequence[Setup]) -> None:
-        content = pickle.dumps(list(setups), protocol=5)
-        self.descriptor = anonymous_file(len(content), "dromos-setups")
-        with mmap(self.descriptor, len(content)) as memory:
-            memory[:] = content
+        self.descriptor = shared_message(list(setups))
 
     def close(self) -> None:
         os.close(self.descriptor)
