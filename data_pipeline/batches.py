@@ -33,6 +33,25 @@ def open_sources(spec: StreamSpec) -> dict[str, Manifest]:
     return {name: open_source(name, source.path, source.view) for name, source in spec.sources.items()}
 
 
+def order_of(spec: StreamSpec, manifests: Mapping[str, Manifest]) -> StreamOrder:
+    """The order of a stream whose sources are opened. Raises UserError that names the stream."""
+    counts = [
+        SourceCounts(
+            name,
+            manifests[name].counts,
+            weight=source.weight,
+            repeat=source.repeat,
+            cap=source.cap,
+            max_epochs=source.max_epochs,
+        )
+        for name, source in spec.sources.items()
+    ]
+    try:
+        return StreamOrder(counts, spec.batch, spec.lanes, spec.seed, spec.share_by, spec.segments)
+    except UserError as error:
+        raise UserError(f"data.{spec.name}: {error}") from None
+
+
 @dataclass
 class Served:
     """What a row got: a sample, and the verdicts on those that came before it."""
@@ -63,21 +82,7 @@ class BatchMaker:
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
         self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
         self.names = list(spec.sources)
-        counts = [
-            SourceCounts(
-                name,
-                self.manifests[name].counts,
-                weight=source.weight,
-                repeat=source.repeat,
-                cap=source.cap,
-                max_epochs=source.max_epochs,
-            )
-            for name, source in spec.sources.items()
-        ]
-        try:
-            self.order = StreamOrder(counts, spec.batch, spec.lanes, spec.seed, spec.share_by, spec.segments)
-        except UserError as error:
-            raise UserError(f"data.{spec.name}: {error}") from None
+        self.order = order_of(spec, self.manifests)
         self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache)
         self.condemned: dict[tuple[str, int, int], str] = {}
 

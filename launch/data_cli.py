@@ -163,6 +163,51 @@ def view(
 
 
 @app.command()
+def simulate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Nodes that train.")],
+    bandwidth: Annotated[
+        float, typer.Option("--bandwidth", min=1e-6, metavar="GBPS", help="Gbit a second of each node.")
+    ],
+    ranks: Annotated[
+        int, typer.Option("--ranks-per-node", min=1, metavar="R", help="Ranks on each node.")
+    ] = 1,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="S", help="Stage. Default: the only training stage.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--samples-per-second", min=1e-6, metavar="X", help="Of all nodes; is the bandwidth enough?"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a recipe asks of an object store.
+
+    Traffic, requests, cache, start and shuffle quality of each stream, from the real order; nothing is read but
+    the sources' manifests. Sources on a disk count as if they lay in an object store.
+
+    \b
+    Example:
+      dromos data simulate configs/demo/flip.yaml --stage masked --nodes 8 --bandwidth 10
+    """
+    from launch.simulate_report import figures, lines
+    from launch.simulation import loads_of
+
+    limit, loads = loads_of(recipe, stage, nodes, ranks)
+    speed = bandwidth * 1e9 / 8
+    if as_json:
+        streams = {load.name: figures(load, speed, rate) for load in loads}
+        told = {"bytes_a_second": speed, "cache_limit_bytes": limit, "streams": streams}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for load in loads:
+        for line, odd in lines(load, speed, rate, limit):
+            typer.secho(line, fg="yellow" if odd else None)
+
+
+@app.command()
 def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]) -> None:
     """Make the data that a recipe needs.
 
