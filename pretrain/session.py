@@ -27,8 +27,9 @@ from pretrain.identity import check_run_folder, compare_free, compare_versions, 
 from pretrain.lengths import check_ends, length_steps, total_steps
 from pretrain.lock import FolderLock
 from pretrain.ranks import barrier, from_first
-from pretrain.recipe import Length, TrainStage
+from pretrain.recipe import TrainStage
 from pretrain.recipe_checks import world_size_check
+from pretrain.recipe_fields import Length
 from pretrain.recipe_load import dump_plain, load_recipe, run_dir, stage_record
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
@@ -140,7 +141,8 @@ class Session:
             self.flag,
             order_state,
             figures,
-            before=start.state if start is not None else None,
+            # Replaced samples of the data before a change say nothing of the data now.
+            before=start.state if start is not None and not accepted else None,
             frozen_hash=from_first(checkpoint.hash_file(frozen_path)),
         )
         if first >= plan.total:

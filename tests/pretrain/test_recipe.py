@@ -10,11 +10,14 @@ import yaml
 
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.errors import UserError
+from pretrain.identity import compare_identity
 from pretrain.lengths import length_steps, main_stream, total_steps, warns
 from pretrain.overrides import merge_maps
-from pretrain.recipe import Length, MergeStage, Recipe, TrainStage, ZeroShot, parse_length
+from pretrain.recipe import MergeStage, Recipe, TrainStage, ZeroShot
 from pretrain.recipe_checks import nearest_divisors, predecessors, world_size_check
+from pretrain.recipe_fields import Length, parse_length
 from pretrain.recipe_load import as_plain, dump, load_recipe, run_dir, stage_record
+from pretrain.schedule import peak_rate
 from pretrain.streams import evaluation_spec, stream_spec
 from pretrain.yaml_file import load_yaml
 
@@ -325,6 +328,11 @@ def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> 
         ("tunde.train.steps=5", ["'tunde'", "'tuned'"]),
         ("data.pair.batch=8", ["no stream 'pair'", "'pairs'"]),
         ("data.pairs.batch=0", ["data.pairs.batch", "greater than 0"]),
+        ("data.pairs.batch={1: 8}", ["data.pairs.batch", "first steps are 1; they must begin with 0"]),
+        ("data.pairs.batch={0: 8, 5: 0}", ["data.pairs.batch", "greater than 0"]),
+        ("data.pairs.batch={0: 8, later: 9}", ["data.pairs.batch", "first steps are 0, later"]),
+        ("data.pairs.batch=8.5", ["data.pairs.batch", "whole number", "8.5"]),
+        ("data.pairs.share_by=root", ["data.pairs.share_by", "'root'", "size, sqrt"]),
         ("data.pairs.batch=many", ["data.pairs.batch", "whole number", "'many'"]),
         ("engine.zero=4", ["engine.zero", "0, 1, 2, 3"]),
         ("objective.kind=flop", ["'flop'", "'flip'"]),
@@ -485,6 +493,41 @@ def test_a_batch_that_the_ranks_do_not_divide_names_the_nearest_that_they_do(tmp
         for number in multiples:
             assert str(number) in str(caught.value)
         assert "data.pairs.batch" in str(caught.value)
+
+
+def test_a_schedule_of_the_batch(tmp_path: Path) -> None:
+    recipe = load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96, 30: 256}")
+    stage = training(recipe, "masked")
+    assert stage.data["pairs"].batch == {0: 64, 10: 96, 30: 256}
+    record = yaml.safe_load(dump(recipe, "masked"))
+    assert record == stage_record(recipe, "masked")
+    assert TrainStage.model_validate(record["stage"]) == stage
+    assert compare_identity(record, stage_record(recipe, "masked")) == []
+    for world_size in (1, 2, 16, 32):
+        world_size_check(stage, world_size)
+    with pytest.raises(UserError, match=r"data\.pairs\.batch\.10: 96 rows .* 64 ranks; .*ranks: 32"):
+        world_size_check(stage, 64)
+    samples = 64 * 10 + 96 * 20 + 256 * 5
+    for length, steps in ((samples, 35), (samples + 1, 36), (640, 10), (641, 11)):
+        assert total_steps(training(load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96, 30: 256}",
+            f"train.samples={length}"), "masked")) == steps  # fmt: skip
+    assert total_steps(training(load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96, 30: 256}",
+        "train.epochs=2"), "masked"), samples_per_epoch=samples // 2) == 35  # fmt: skip
+    whole = load(tmp_path, FLIP, "data.pairs.batch=512")
+    assert training(whole, "masked").data["pairs"].batch == 512
+
+
+def test_lanes_divide_every_batch_of_a_schedule(tmp_path: Path) -> None:
+    load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96}", "data.pairs.lanes=32")
+    message = refused(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96}", "data.pairs.lanes=64")
+    assert "a batch of {0: 64, 10: 96} cannot be cut into 64 lanes; nearest: 32" in message
+
+
+def test_the_peak_rate_is_that_of_the_largest_batch(tmp_path: Path) -> None:
+    stage = training(
+        load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 1024}", "optimizer={lr_per_256: 1e-3}"), "masked"
+    )
+    assert peak_rate(stage.optimizer, stage.data["pairs"].batches.largest) == pytest.approx(4e-3)
 
 
 def test_nearest_divisors_against_brute_force() -> None:
