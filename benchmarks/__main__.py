@@ -8,15 +8,25 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import loading, merging
+from benchmarks import loader, merging, order
 
-BENCHMARKS = {"loading": loading.run, "merging": merging.run}
+BENCHMARKS = {"loader": loader.run, "merging": merging.run, "order": order.run}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each, best one counts (default 3)")
+    parser.add_argument(
+        "--data", type=Path, help="loader: folder of tars with photographs (default: it makes some)"
+    )
+    parser.add_argument(
+        "--workers", type=_numbers, default=(1, 2), help="loader: worker processes (default 1,2)"
+    )
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
@@ -28,12 +38,25 @@ def main() -> None:
     )
     figures = {}
     for name in arguments.names or BENCHMARKS:
-        figures[name] = BENCHMARKS[name](arguments.rounds)
+        own = {"data": arguments.data, "workers": arguments.workers} if name == "loader" else {}
+        figures[name] = BENCHMARKS[name](arguments.rounds, **own)
         print(f"\n{name}: {figures[name]['what']}")
+        most, least = (figures[name].get(kind, {}) for kind in ("most", "least"))
         for row, value in figures[name]["rows"].items():
-            print(f"  {row:<44} {value:>10,.0f} {figures[name]['unit']}")
+            shown, verdict = f"{value:,.0f} {figures[name]['unit']}", ""
+            if row in most:
+                shown, verdict = f"{value:,.1f}", _verdict(most[row], value < most[row])
+            elif row in least:
+                shown, verdict = f"{value:,.2f}", _verdict(least[row], value >= least[row])
+            print(f"  {row:<44} {shown:>20}{verdict}")
+        for line in figures[name].get("notes", []):
+            print(f"  {line}")
     if arguments.out:
         arguments.out.write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
+
+
+def _verdict(bar: float, held: bool) -> str:
+    return f"   bar {bar:g}{'' if held else ': NOT HELD'}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The limit of any loader: decode and crop alone, in bare processes, with all bytes in memory.
+
+`python -m benchmarks.bare SETTINGS` prints the sum of their rates. What a loader does beyond it costs extra: reading,
+order, tokens, digests, collating, and handing batches to the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+PHOTOS = 400
+
+
+def photos(tars: str) -> list[bytes]:
+    """The first PHOTOS JPEGs of a folder of tars."""
+    found: list[bytes] = []
+    for path in sorted(Path(tars).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            files = (tar.extractfile(member) for member in tar if member.name.endswith(".jpg"))
+            found += [file.read() for file in files if file is not None]
+        if len(found) >= PHOTOS:
+            break
+    return found[:PHOTOS]
+
+
+def crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params, with the standard library's random numbers."""
+    for _ in range(10):
+        area = width * height * random.uniform(*scale)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, width - w), random.randint(0, height - h), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def one(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> None:
+    """Decode at the smallest scale that leaves 1.5 pixels a target pixel, cut, resize, and write to `out`."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    x, y, w, h = crop(width, height, scale)
+    eighths = math.ceil(12 * size / min(w, h))
+    if eighths <= 5:
+        least = {"min_width": math.ceil(width * eighths / 8), "min_height": math.ceil(height * eighths / 8)}
+        x, y, w, h = (value * eighths // 8 for value in (x, y, w, h))
+    else:
+        least = {}
+    pixels = simplejpeg.decode_jpeg(data, "RGB", **least)
+    cut = Image.fromarray(np.ascontiguousarray(pixels[y : y + h, x : x + w]))
+    out[...] = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def work(jpegs: list[bytes], samples: int, size: int, scale: tuple[float, float]) -> float:
+    """Seconds for so many samples, after a few that do not count."""
+    out = np.empty((64, size, size, 3), np.uint8)
+    for number in range(32):
+        one(jpegs[number % len(jpegs)], size, scale, out[number % 64])
+    began = time.perf_counter()
+    for number in range(samples):
+        one(jpegs[number % len(jpegs)], size, scale, out[number % 64])
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    jpegs, pipes = photos(settings["tars"]), []
+    for _ in range(max(1, settings["workers"])):
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            seconds = work(jpegs, settings["samples"], settings["size"], settings["scale"])
+            os.write(writing, repr(settings["samples"] / seconds).encode())
+            os._exit(0)
+        os.close(writing)
+        pipes.append(reading)
+    rates = [float(os.read(pipe, 100)) for pipe in pipes]
+    print(json.dumps({"samples_per_second": sum(rates)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The environments that the peers of the loader's benchmark run in: below .venv-peers, made once, apart from ours."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".venv-peers"
+# open_clip's trainer needs a webdataset older than 1.0, so each has an environment of its own.
+PEERS = {
+    "open_clip": ("open_clip_torch", "webdataset<=0.2.86", "pandas"),
+    "webdataset": ("open_clip_torch", "webdataset>=1"),
+    "Energon": ("open_clip_torch", "megatron-energon"),
+    "litdata": ("open_clip_torch", "litdata"),
+}
+# The versions of ours, so that no peer decodes or computes with another library.
+SAME = ("torch", "torchvision", "pillow", "numpy", "open_clip_torch")
+
+
+def install() -> tuple[dict[str, Path], dict[str, str]]:
+    """Peer -> the Python of its environment, made where it is not there; and peer -> why it could not be made."""
+    pythons, missing = {}, {}
+    for peer, packages in PEERS.items():
+        folder = FOLDER / peer
+        python, marker = folder / "bin" / "python", folder / "installed"
+        if not marker.exists():
+            problem = _run("venv", "--quiet", "--clear", "--python", sys.executable, str(folder)) or _run(
+                "pip", "install", "--quiet", "--python", str(python), *packages, *_pins()
+            )
+            if problem:
+                missing[peer] = problem
+                continue
+            marker.touch()
+        pythons[peer] = python
+    return pythons, missing
+
+
+def _pins() -> list[str]:
+    return [f"{name}=={version(name)}" for name in SAME]
+
+
+def _run(*arguments: str) -> str:
+    """The last line of what uv has to complain about; nothing if it is content."""
+    beside = Path(sys.executable).with_name("uv")
+    uv = str(beside) if beside.exists() else shutil.which("uv")
+    if uv is None:
+        return "uv is missing: pip install uv"
+    done = subprocess.run([uv, *arguments], capture_output=True, text=True)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["uv failed"])[-1]
