@@ -15,7 +15,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
 from pretrain.lengths import main_stream
-from pretrain.recipe import Stream, TrainStage
+from pretrain.recipe import TrainStage
+from pretrain.recipe_data import Stream
 from pretrain.report.page import Card, Picture
 from pretrain.report.pictures import data_uri, only_patches
 

@@ -11,7 +11,9 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.lengths import length_steps
-from pretrain.recipe import Image, Recipe, Stream, parse_length
+from pretrain.recipe import Recipe
+from pretrain.recipe_data import Image, Stream
+from pretrain.recipe_fields import parse_length
 from pretrain.recipe_load import stage_record
 
 # The rest of a stage (loader, checkpoint, eval, train.micro_batch, other engine keys) may change.

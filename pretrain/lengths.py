@@ -9,7 +9,8 @@ from typing import Protocol
 
 from data_pipeline.batch_sizes import Batches
 from data_pipeline.errors import UserError
-from pretrain.recipe import Length, TrainStage
+from pretrain.recipe import TrainStage
+from pretrain.recipe_fields import Length
 
 
 class Ending(Protocol):

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.recipe import Length, TrainStage, parse_length
+from pretrain.recipe import TrainStage
+from pretrain.recipe_fields import Length, parse_length
 from pretrain.schema_errors import hint
 from pretrain.yaml_file import Key, parse_scalar
 

@@ -11,7 +11,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.shares import check_shares, contradiction
 from pretrain.not_yet import missing_features
 from pretrain.overrides import nearest
-from pretrain.recipe import MergeStage, Recipe, Stream, TrainStage
+from pretrain.recipe import MergeStage, Recipe, TrainStage
+from pretrain.recipe_data import Stream
 from pretrain.yaml_file import Key
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches import Batch
-from pretrain.recipe import Image
+from pretrain.recipe_data import Image
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
 from data_pipeline.captions import CaptionSpec
 from data_pipeline.decode import ImageSpec
 from data_pipeline.order import stream_seed
-from pretrain.recipe import Image, Perplexity, Stream, Text, TrainStage, ZeroShot
+from pretrain.recipe import Perplexity, TrainStage, ZeroShot
+from pretrain.recipe_data import Image, Stream, Text
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:

@@ -11,7 +11,7 @@ from data_pipeline.batches import Batch, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from pretrain.engine import Runtime
-from pretrain.recipe import Image
+from pretrain.recipe_data import Image
 from pretrain.rows import Rows, to_device
 
 

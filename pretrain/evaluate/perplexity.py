@@ -12,7 +12,8 @@ from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusa
 from pretrain.objectives.base import Forward, loss_tokens
 from pretrain.objectives.sphinx import Sphinx
 from pretrain.ranks import all_sum
-from pretrain.recipe import Perplexity, Stream
+from pretrain.recipe import Perplexity
+from pretrain.recipe_data import Stream
 from pretrain.streams import evaluation_spec
 
 

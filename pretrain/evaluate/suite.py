@@ -16,7 +16,8 @@ from pretrain.evaluate.zero_shot import classify
 from pretrain.lengths import main_stream
 from pretrain.objectives.base import Forward
 from pretrain.objectives.flip import Flip
-from pretrain.recipe import Evaluation, Stream, TrainStage
+from pretrain.recipe import Evaluation, TrainStage
+from pretrain.recipe_data import Stream
 from pretrain.streams import evaluation_spec
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

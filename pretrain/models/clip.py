@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.text import Tokenizer
-from pretrain.recipe import Image, Model, Text, Vision
+from pretrain.recipe import Model, Vision
+from pretrain.recipe_data import Image, Text
 
 MAX_SCALE = 100.0
 

@@ -21,7 +21,7 @@ from data_pipeline.draws import draw_rows
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.spec import TextSpec
-from pretrain.recipe import Text
+from pretrain.recipe_data import Text
 from pretrain.streams import text_spec
 from tests.data_pipeline.samples import LENGTH, members, pairs, write_source
 

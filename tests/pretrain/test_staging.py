@@ -7,7 +7,7 @@ import torch
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.spec import Batch
-from pretrain.recipe import Image
+from pretrain.recipe_data import Image
 from pretrain.rows import Rows, to_device
 from pretrain.staging import PinnedCopies, Tensors, copies_for, staged
 from tests.data_pipeline.samples import SIZE, pairs, write_source

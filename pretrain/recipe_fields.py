@@ -1,0 +1,60 @@
+"""What the fields of a recipe are made of: strict sections, lengths and counts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+LENGTH = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBT]?)\s*(steps?|samples?|epochs?)?\s*$")
+
+
+class Strict(BaseModel):
+    """Base of every section: read-only, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Length(Strict):
+    """A duration: `500` or `500 steps`, `51M samples`, `0.03 epochs`."""
+
+    value: float = Field(ge=0)
+    unit: Literal["steps", "samples", "epochs"] = "steps"
+
+    def __str__(self) -> str:
+        value = int(self.value) if self.value.is_integer() else self.value
+        return f"{value!r} {self.unit}"
+
+
+def parse_length(value: Any, unit: str = "steps") -> Any:
+    """`51M samples` -> Length(51e6, "samples"); a bare number is in `unit`."""
+    if isinstance(value, Length | dict):
+        return value
+    if isinstance(value, bool):
+        raise ValueError("a length is a number with steps, samples or epochs")
+    if isinstance(value, int | float):
+        return Length(value=float(value), unit=unit)  # type: ignore[arg-type]
+    found = LENGTH.match(str(value))
+    if not found:
+        raise ValueError(
+            f"{value!r} is no length; write for example '1000 steps', '51M samples', '0.5 epochs'"
+        )
+    number, scale, word = found.groups()
+    name = {"step": "steps", "sample": "samples", "epoch": "epochs"}.get(word or "", word or unit)
+    return Length(value=float(number) * SCALE[scale], unit=name)  # type: ignore[arg-type]
+
+
+def parse_count(value: Any) -> Any:
+    """`12.8B` -> 12800000000."""
+    if isinstance(value, str):
+        found = LENGTH.match(value)
+        if not found or found.group(3):
+            raise ValueError(f"{value!r} is no number; write for example 128M or 12.8B")
+        return round(float(found.group(1)) * SCALE[found.group(2)])
+    return value
+
+
+Duration = Annotated[Length, BeforeValidator(parse_length), PlainSerializer(str, return_type=str)]
+Count = Annotated[int, BeforeValidator(parse_count)]
