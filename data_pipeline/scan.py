@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
-from data_pipeline import storage
 from data_pipeline.decode import IMAGE_EXTENSIONS
 from data_pipeline.errors import UserError
-from data_pipeline.tar import BLOCK, Bytes, Member, Pieces, Truncated, mapped, split_name, walk
+from data_pipeline.tar import BLOCK, Bytes, Member, Truncated, open_tar, split_name, walk
 
 NAMED = 8  # keys that are remembered by name
 
@@ -55,49 +53,44 @@ def scan_file(url: str, size: int | None = None) -> Scan:
         return scan(data, url)
 
 
-@contextmanager
-def open_tar(url: str, size: int | None = None) -> Iterator[Bytes]:
-    """A tar to walk over: mapped, or fetched in pieces."""
-    if storage.is_remote(url):
-        yield Pieces(url, storage.size(url) if size is None else size)
-    else:
-        with mapped(url) as data:
-            yield data
-
-
 def locate(source: str | bytes, where: str) -> np.ndarray:
     """`Scan.starts` alone, of a tar or of its bytes."""
     return (scan(source, where) if isinstance(source, bytes) else scan_file(source)).starts
 
 
 def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
-    state = xxhash.xxh64()
-    kinds: Counter[str] = Counter()
+    names: list[str] = []
+    places: list[tuple[int, int]] = []
+    kinds: Counter[tuple[str, ...]] = Counter()
     keys: set[str] = set()
     split: list[str] = []
-    imageless = end = 0
+    end = 0
     last: str | None = None
-    extensions: set[str] = set()
+    extensions: tuple[str, ...] = ()
     for first, name, offset, size in members:
         parts = split_name(name)
         if parts is None:
             continue
         key, extension = parts
         if key != last:
-            if last is not None:
-                kinds.update(extensions)
-                imageless += extensions.isdisjoint(IMAGE_EXTENSIONS)
+            kinds[extensions] += 1
             if key in keys and len(split) < NAMED:
                 split.append(key)
             keys.add(key)
             starts.append(first)
-            last, extensions = key, set()
+            last, extensions = key, ()
         if extension in extensions:
             raise UserError(f"{where}: sample {key!r} has two members .{extension}; make the shard again")
-        extensions.add(extension)
-        state.update(f"{name}\0{offset}\0{size}\n".encode("utf-8", "surrogateescape"))
+        extensions += (extension,)
+        names.append(name)
+        places.append((offset, size))
         end = offset + -(-size // BLOCK) * BLOCK
-    if last is not None:
-        kinds.update(extensions)
-        imageless += extensions.isdisjoint(IMAGE_EXTENSIONS)
-    return Scan(np.array([*starts, end], np.int64), state.hexdigest(), dict(kinds), imageless, split)
+    kinds[extensions] += 1
+    del kinds[()]  # what came before the first sample
+    state = xxhash.xxh64("\0".join(names).encode("utf-8", "surrogateescape"))
+    state.update(np.array(places, np.int64).tobytes())
+    have: Counter[str] = Counter()
+    for kind, samples in kinds.items():
+        have.update(dict.fromkeys(kind, samples))
+    imageless = sum(samples for kind, samples in kinds.items() if set(kind).isdisjoint(IMAGE_EXTENSIONS))
+    return Scan(np.array([*starts, end], np.int64), state.hexdigest(), dict(have), imageless, split)

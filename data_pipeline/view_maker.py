@@ -17,8 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.filters import Filter, parse, resolve
 from data_pipeline.manifest import Manifest, open_source, stats_url, wrong_count
 from data_pipeline.parquet_table import digest, read_table
-from data_pipeline.scan import open_tar
-from data_pipeline.tar import split_name, walk
+from data_pipeline.tar import open_tar, split_name, walk
 from data_pipeline.views import FORMAT, NUMBERS, check_name, folder_of, pack, ranks_of
 from data_pipeline.walkers import walk_all
 

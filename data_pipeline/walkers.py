@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 # Less than this is done before a process has started.
-WORTH_A_PROCESS = 64 << 20
+WORTH_A_PROCESS = 512 << 20
 
 
 def walk_all(
