@@ -23,6 +23,7 @@ __all__ = ["Loader", "LocalLoader", "StallLimits", "micro_batches", "rows_of"]
 
 # Bytes that a rank asks for ahead of the step that it serves; one item may be asked for however big it is.
 AHEAD_BYTES = 1 << 30
+PIECES = 4
 
 
 class Loader:
@@ -102,12 +103,13 @@ class Loader:
     def _items(self, first: int, last: int) -> Iterator[tuple[Item, int]]:
         """This rank's items in order, each with the number of pieces that keeps all workers busy.
 
-        The first step goes to all workers at once; later, two pieces for each worker among all that is asked for do.
+        The first step goes to all workers at once; later, it is enough that all that is asked for has PIECES for each:
+        two that it holds, and others that go to whoever is done first.
         """
         for step in range(first, last):
             items = list(items_of(self.specs, step, self.rank, self.world_size, self.micro_batch))
             ahead = len(items) * (self._pool.ahead + 1)
-            pieces = self.workers if step == first else -(-2 * self.workers // ahead)
+            pieces = self.workers if step == first else -(-PIECES * self.workers // ahead)
             for item in items:
                 yield item, max(1, pieces)
 

@@ -252,8 +252,8 @@ def test_look_ahead_is_bounded_in_bytes(
             assert ahead >= 4 * SIZE * SIZE * 3 or len(counting.pieces) == 18
             assert ahead <= max(4, min(16, rows_ahead // 4 * 4)) * SIZE * SIZE * 3
     assert counting.most == asked * SIZE * SIZE * 3
-    # Three workers share the first step's items; after it, of six items ahead each is one piece.
-    assert counting.pieces == [3, 3] + [1] * 16
+    # Three workers share the first step's items; after it, six items ahead make twelve pieces, four for each.
+    assert counting.pieces == [3, 3] + [2] * 16
 
 
 def test_the_first_batch_is_made_by_all_workers(
