@@ -8,9 +8,9 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import loader, merging, order
+from benchmarks import index, loader, merging, order
 
-BENCHMARKS = {"loader": loader.run, "merging": merging.run, "order": order.run}
+BENCHMARKS = {"index": index.run, "loader": loader.run, "merging": merging.run, "order": order.run}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
