@@ -1,8 +1,8 @@
 """What a stream asks of an object store and of the nodes, from its order: traffic, requests, cache, shuffle quality.
 
 Nothing is read but the manifests. A node's epoch of up to 2 million rows is walked through as the prefetcher would;
-beyond that a part of its lanes is, for some windows, and counts follow from the cut of the source, in which every unit
-is fetched once an epoch. Bytes of a unit are its samples times the mean of their shard.
+of a larger one some lanes are, for three windows about its end, and counts follow from the cut of the source, in which
+every unit is fetched once an epoch. Bytes of a unit are its samples times the mean of their shard.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from data_pipeline.work import rows_of
 
 WALKED = 2_000_000  # rows
 BATCHES = 8  # that shuffle quality is measured on
+UNITS = 1 << 40  # more than a source has
 REQUEST_SECONDS = 0.1  # until an object store has answered, taken for the first batch
 
 
@@ -117,11 +118,15 @@ def simulate(
     window = window_steps(order, batch, names)
     exact = epoch_steps * (stop - start) <= walked
     lanes = max(1, (stop - start) * order.lanes // batch)
-    shown = lanes if exact else max(1, min(lanes, walked * order.lanes // (batch * 2 * window)))
+    shown = lanes if exact else max(1, min(lanes, walked * order.lanes // (batch * 3 * window)))
     if not exact:
         stop = start + shown * batch // order.lanes
-    steps = epoch_steps if exact else min(epoch_steps, max(2, min(2 * window, walked // (stop - start))))
-    drawn = _draw(order, range(steps), start, stop)
+    steps = range(epoch_steps)
+    if not exact:  # windows are longest where an epoch ends
+        most = max(2, min(3 * window, walked // (stop - start)))
+        steps = range(max(0, epoch_steps - 2 * most // 3), epoch_steps - 2 * most // 3 + most)
+        steps = range(steps.start, min(steps.stop, order.last_step or steps.stop))
+    drawn = _draw(order, steps, start, stop)
     sources = []
     for number, name in enumerate(names):
         rows = drawn[:, drawn[1] == number]
@@ -176,23 +181,23 @@ class _Seen:
 
     @staticmethod
     def of(units: Units, rows: np.ndarray, window: int) -> _Seen:
-        """`rows` are int64 [step, source, shard, index]."""
-        step, _, shards, indices = rows
+        """`rows` are as `_draw` gives them."""
+        step, _, epoch, shards, indices = rows
         if not step.size:
             return _Seen(np.zeros(0), np.zeros(0, np.int64), 0.0)
-        numbers = units.number(shards, indices)
-        pairs, first, where = np.unique(
-            np.stack([shards, numbers]), axis=1, return_index=True, return_inverse=True
+        keys, at, unit = np.unique(
+            shards * UNITS + units.number(shards, indices), return_index=True, return_inverse=True
         )
-        last = np.zeros(len(first), np.int64)
-        np.maximum.at(last, where.reshape(-1), step)
-        size = _bytes(units, pairs[0], pairs[1])
-        # Fetched up to a window ahead of its first use, kept until its last.
-        steps = int(step[-1] - step[0]) + 2
-        change = np.zeros(steps)
-        np.add.at(change, np.maximum(step[first] - step[0] - window, 0), size)
-        np.add.at(change, last - step[0] + 1, -size)
-        return _Seen(size, pairs[0], float(np.cumsum(change).max()))
+        size = _bytes(units, shards[at], keys % UNITS)
+        # Fetched a window ahead of its first use in an epoch, kept until its last.
+        epochs = int(epoch.max()) + 1
+        kept, first, where = np.unique(unit * epochs + epoch, return_index=True, return_inverse=True)
+        last = np.zeros(len(kept), np.int64)
+        np.maximum.at(last, where, step)
+        change = np.zeros(int(step[-1] - step[0]) + 2)
+        np.add.at(change, np.maximum(step[first] - step[0] - window, 0), size[kept // epochs])
+        np.add.at(change, last - step[0] + 1, -size[kept // epochs])
+        return _Seen(size, shards[at], float(np.cumsum(change).max()))
 
     def counted(self) -> tuple[float, float, float]:
         """GETs, bytes and shards."""
@@ -200,11 +205,12 @@ class _Seen:
 
 
 def _draw(order: StreamOrder, steps: Iterable[int], start: int, stop: int) -> np.ndarray:
-    """int64 [4, rows]: step, source, shard and index of the rows [start, stop) of each step."""
+    """int64 [5, rows]: step, source, epoch, shard and index of the rows [start, stop) of each step."""
     parts = []
     for step in steps:
         refs = order.refs(step, start, stop)
-        parts.append(np.stack([np.full(len(refs.row), step), refs.source, refs.shard, refs.index]))
+        here = (np.full(len(refs.row), step), refs.source, refs.epoch, refs.shard, refs.index)
+        parts.append(np.stack(here))
     return np.concatenate(parts, axis=1)
 
 
