@@ -10,13 +10,15 @@ import selectors
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from data_pipeline.activity import Sample
+from data_pipeline.activity import Activity, Sample
+from data_pipeline.errors import WorkerError
 from data_pipeline.isolate import LOOK, Closed, Isolation, place, stalled
 from data_pipeline.slabs import Slab, Slabs
 from data_pipeline.slices import cut, join, pixel_shape
@@ -32,6 +34,8 @@ HELD = 2
 DEATHS = 2
 # Deaths of workers that never got ready, for each worker: then something is wrong with the installation.
 STILLBORN = 3
+# What a worker reads before it says that it is ready.
+STARTING = "the program and the indexes of the sources, to start"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -64,6 +68,7 @@ class _Slice:
 class _Worker:
     process: WorkerProcess
     watch: StallWatch
+    started: float = field(default_factory=time.monotonic)
     ready: bool = False
     held: dict[int, _Slice] = field(default_factory=dict)
 
@@ -122,7 +127,8 @@ class ProcessPool:
             job = self._jobs[ticket]
             self._changed.wait_for(lambda: job.done or self._failure or self._closing)
             if not job.done:
-                raise RuntimeError(str(self._failure or "the loader is closed")) from self._failure
+                kind = WorkerError if isinstance(self._failure, WorkerError) else RuntimeError
+                raise kind(str(self._failure or "the loader is closed")) from self._failure
             del self._jobs[ticket]
             parts = [part for part in job.found if isinstance(part, Batch)]
             if len(parts) < len(job.found):
@@ -250,7 +256,8 @@ class ProcessPool:
     def _watch(self) -> None:
         for worker in list(self._workers):
             if worker.held:
-                told = worker.watch.see(worker.process.look())
+                starting = Activity(STARTING, worker.started)
+                told = worker.watch.see(worker.process.look() if worker.ready else starting)
                 if told:
                     self._bury(worker, told)
 
@@ -266,7 +273,10 @@ class ProcessPool:
         else:
             self._stillborn += 1
             if self._stillborn >= STILLBORN * self._count:
-                raise RuntimeError(f"workers of the loader end as soon as they start ({ending(ended)})")
+                raise WorkerError(
+                    f"workers of the loader end as soon as they start ({ending(ended)}); after SIGKILL, which mostly "
+                    "means that memory ran out, set fewer loader.workers"
+                )
         for piece in reversed(worker.held.values()):
             if piece.stalls >= DEATHS and stall is not None:
                 self._finish(piece, stalled(piece.item, stall))

@@ -20,6 +20,7 @@ import pytest
 from data_pipeline import SourceSpec, UserError, activity, pool
 from data_pipeline import loader as loader_module
 from data_pipeline.batches import BatchMaker
+from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader import Loader, LocalLoader, StallLimits, micro_batches, rows_of
 from data_pipeline.process_pool import ProcessPool
 from data_pipeline.spec import Batch, StreamSpec
@@ -181,8 +182,24 @@ def test_workers_that_cannot_start_are_an_error(
     specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with LocalLoader(specs, 0, 1, 2) as loader, pytest.raises(RuntimeError, match="exit code 1"):
+    with LocalLoader(specs, 0, 1, 2) as loader, pytest.raises(WorkerError, match="exit code 1"):
         next(loader.steps(0, 1))
+
+
+def test_workers_whose_start_stalls_are_named(
+    specs: list[StreamSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with (
+        caplog.at_level(logging.WARNING, "dromos.loader"),
+        LocalLoader(specs, 0, 1, 1, limits=StallLimits(0.1, 0.5)) as loader,
+        pytest.raises(ReadError, match=r"two workers .* have been reading the program and the indexes"),
+    ):
+        next(loader.steps(0, 1))
+    assert any("has been reading the program" in record.getMessage() for record in caplog.records)
 
 
 def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:

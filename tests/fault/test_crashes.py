@@ -117,7 +117,7 @@ def test_a_decode_that_hangs_is_named_and_then_an_error(
     spec = spec_with(tmp_path, (1, 5, "HANG"))
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
-        LocalLoader([spec], 0, 1, 2, limits=StallLimits(0.2, 1.0)) as loader,
+        LocalLoader([spec], 0, 1, 2, limits=StallLimits(0.2, 2.5)) as loader,
         pytest.raises(WorkerError, match=r"been decoding sample 5 of .*00001\.tar for \d+ s .*no verdict"),
     ):
         list(loader.steps(0, STEPS))
@@ -134,7 +134,7 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
     spec = spec_with(tmp_path)
     monkeypatch.setenv("STALLS", "1")
     maker = BatchMaker(spec)
-    limits = StallLimits(0.2, 1.0)
+    limits = StallLimits(0.2, 2.5)
     with caplog.at_level(logging.WARNING, "dromos.loader"):
         with LocalLoader([spec], 0, 1, 2, limits=limits) as loader:
             for number, step in enumerate(loader.steps(0, STEPS)):
