@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +116,7 @@ def build_index(
     tokenizer = tokenizer_of(stats)
     paths = paths_below(root, urls)
     work = _Work(root)
-    replaced = _recall_index(work, root)
+    _recall_index(work, root)
     parts = _recall_parts(work, storage.join(folder, PARTS))
     todo = [
         (url, below, sizes[url], version)
@@ -136,7 +138,8 @@ def build_index(
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
     others = set(work.records) - set(paths) if storage.is_pattern(path) or path.endswith(".tar") else set()
     order = paths + sorted(other for other in others if storage.exists(storage.join(root, other)))
-    _write(work, folder, order, tokenizer, replaced)
+    with _alone(folder):
+        _write(work, folder, order, tokenizer)
     storage.remove(parts)
     _remove_folder(storage.join(folder, PARTS))
     return Indexed(
@@ -156,12 +159,12 @@ def _version(url: str, tags: dict[str, int]) -> str:
     return str(os.stat(storage.local_path(url)).st_mtime_ns)
 
 
-def _recall_index(work: _Work, root: str) -> str | None:
-    """Take over what the index that is there says; the url of its offsets. One that cannot be read says nothing."""
+def _recall_index(work: _Work, root: str) -> None:
+    """Take over what the index that is there says. One that cannot be read says nothing."""
     try:
         indexed = read_index(root)
         if indexed is None:
-            return None
+            return
         table, url = indexed
         records, starts = from_table(table), table["block"].to_pylist()
         if storage.is_remote(url):
@@ -170,12 +173,11 @@ def _recall_index(work: _Work, root: str) -> str | None:
             with storage.open_bytes(url) as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (UserError, KeyError, FileNotFoundError, ValueError):
-        return None
+        return
     for record, start in zip(records, starts, strict=True):
         block = data[start : start + block_bytes(record.count, record.width)]
         if check_of(block, record.count) == record.check:
             work.keep(record, block)
-    return url
 
 
 def _recall_parts(work: _Work, folder: str) -> list[str]:
@@ -235,9 +237,36 @@ def _refusal(path: str, root: str, problems: list[str], shards: int) -> UserErro
     )
 
 
-def _write(work: _Work, folder: str, order: list[str], tokenizer: str | None, replaced: str | None) -> None:
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """One run at a time writes an index, where the file system has locks: the offsets that it removes because its
+    table names others must not be those that another run's table is about to name."""
+    if storage.is_remote(folder):
+        yield
+        return
+    local = storage.local_path(folder)
+    os.makedirs(local, exist_ok=True)
+    descriptor = os.open(local, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _offsets_named(root: str) -> str | None:
+    try:
+        indexed = read_index(root)
+    except (UserError, FileNotFoundError):
+        return None
+    return None if indexed is None else indexed[1]
+
+
+def _write(work: _Work, folder: str, order: list[str], tokenizer: str | None) -> None:
     import pyarrow as pa
 
+    replaced = _offsets_named(work.root)
     records = [work.records[path] for path in order]
     state = xxhash.xxh64(np.array([record.check for record in records], np.uint64).tobytes())
     name = f"offsets-{state.hexdigest()}.bin"

@@ -41,18 +41,20 @@ def pack_starts(starts: np.ndarray) -> tuple[bytes, int]:
     """A shard's block and the width of its entries.
 
     `starts` is int64 [samples + 1], bytes, all multiples of 512: each sample's first header, then the end of the
-    last. With 2-byte entries a block holds a uint32 base for each 64 entries and a uint16 for each entry, in units
-    of 512 bytes, padded to 4 bytes; where 64 neighbours span 32 MiB or more, a uint32 an entry instead.
+    last. With 2-byte entries a block holds, for each 64 entries, a uint32 base and then a uint16 an entry, in units
+    of 512 bytes, padded to 4 bytes; where 64 neighbours span 32 MiB or more, a uint32 an entry instead. Base and
+    entries of a sample lie in one page: touching pages is most of the time of a process's first batch.
     Raises UserError for a tar of 2 TiB or more.
     """
     if starts[-1] > WIDEST:
         raise UserError(f"ends at byte {starts[-1]}; tars of 2 TiB and more are not supported, split it")
     entries = starts // BLOCK
-    bases = entries[::GROUP]
-    relative = entries - np.repeat(bases, GROUP)[: len(entries)]
-    if relative.max() > 65535:
+    groups = np.pad(entries, (0, -len(entries) % GROUP), mode="edge").reshape(-1, GROUP)
+    bases = groups[:, :1]
+    if (groups - bases).max() > 65535:
         return entries.astype("<u4").tobytes(), 4
-    block = bases.astype("<u4").tobytes() + relative.astype("<u2").tobytes()
+    packed = np.concatenate([bases.astype("<u4").view("<u2"), (groups - bases).astype("<u2")], axis=1)
+    block = packed.tobytes()[: 4 * len(groups) + 2 * len(entries)]
     return block + bytes(-len(block) % 4), 2
 
 
@@ -112,10 +114,15 @@ class Offsets:
 
     def _open(self, file: OffsetFile, cache: CacheSettings | None) -> None:
         data: Any
-        if storage.is_remote(file.url):
-            data = _of_node(file.url, cache) if cache is not None else storage.read_bytes(file.url)
-        else:
-            data = _map(file.url)
+        try:
+            if storage.is_remote(file.url):
+                data = _of_node(file.url, cache) if cache is not None else storage.read_bytes(file.url)
+            else:
+                data = _map(file.url)
+        except FileNotFoundError:
+            raise UserError(
+                f"{file.url} is gone: the index was made anew since the source was opened; run again"
+            ) from None
         last = int(np.argmax(self._blocks))
         end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
         if len(data) % 4 or end > len(data):
@@ -153,12 +160,12 @@ class Offsets:
         if self._widths[shard] == 4:
             at = block // 4
             return self._wide_at[at + index] * BLOCK, self._wide_at[at + stop] * BLOCK
-        at = block // 4
-        entries = block // 2 + 2 * (int(self._counts[shard]) // GROUP + 1)
-        return (
-            (self._wide_at[at + index // GROUP] + self._narrow_at[entries + index]) * BLOCK,
-            (self._wide_at[at + stop // GROUP] + self._narrow_at[entries + stop]) * BLOCK,
-        )
+        return self._entry(block, index) * BLOCK, self._entry(block, stop) * BLOCK
+
+    def _entry(self, block: int, entry: int) -> int:
+        group = entry // GROUP
+        base = self._wide_at[block // 4 + (GROUP // 2 + 1) * group]
+        return base + self._narrow_at[block // 2 + entry + 2 * (group + 1)]
 
     def _check(self, shard: int) -> None:
         start, samples = int(self._blocks[shard]), int(self._counts[shard])
@@ -203,22 +210,22 @@ class Offsets:
     def _mapped(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not shards.size:
             return np.zeros(shards.shape, np.int64), np.zeros(shards.shape, np.int64)
-        blocks, counts = self._blocks[shards], self._counts[shards]
+        blocks = self._blocks[shards]
         if not self._any_wide:
-            return self._entries(blocks, counts, indices), self._entries(blocks, counts, indices + 1)
+            return self._entries(blocks, indices), self._entries(blocks, indices + 1)
         start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
         wide = self._widths[shards] == 4
         at = blocks[wide] // 4 + indices[wide]
         start[wide] = self._wide[at].astype(np.int64) * BLOCK
         stop[wide] = self._wide[at + 1].astype(np.int64) * BLOCK
-        narrow = blocks[~wide], counts[~wide]
-        start[~wide] = self._entries(*narrow, indices[~wide])
-        stop[~wide] = self._entries(*narrow, indices[~wide] + 1)
+        start[~wide] = self._entries(blocks[~wide], indices[~wide])
+        stop[~wide] = self._entries(blocks[~wide], indices[~wide] + 1)
         return start, stop
 
-    def _entries(self, blocks: np.ndarray, counts: np.ndarray, entries: np.ndarray) -> np.ndarray:
-        bases = self._wide[blocks // 4 + entries // GROUP].astype(np.int64)
-        return (bases + self._narrow[blocks // 2 + 2 * (counts // GROUP + 1) + entries]) * BLOCK
+    def _entries(self, blocks: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        groups = entries // GROUP
+        bases = self._wide[blocks // 4 + (GROUP // 2 + 1) * groups].astype(np.int64)
+        return (bases + self._narrow[blocks // 2 + entries + 2 * (groups + 1)]) * BLOCK
 
 
 def _damaged(url: str) -> UserError:

@@ -93,6 +93,8 @@ def make_view(
     _ids.cache_clear()
     if rule.where is not None:
         parse(rule.where)
+    if rule.ids is not None and not storage.exists(rule.ids):
+        raise UserError(f"{rule.ids} does not exist; name a file of ids")
     ids = _ids(rule.ids) if rule.ids is not None else None
     manifest = open_source(name, path)
     urls = [manifest.url(shard) for shard in range(len(manifest.paths))]

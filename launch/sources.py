@@ -70,7 +70,10 @@ def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -
                 if not local:
                     continue
                 # Without its shares, which may not go together where some sources are left out.
-                bare = {source: SourceSpec(spec.sources[source].path) for source in local}
+                bare = {
+                    source: SourceSpec(spec.sources[source].path, view=spec.sources[source].view)
+                    for source in local
+                }
                 spec = dataclasses.replace(spec, sources=bare)
             try:
                 maker = BatchMaker(spec)

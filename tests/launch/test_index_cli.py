@@ -1,0 +1,97 @@
+"""`dromos data index` and `view` as they are typed: what they print, on a terminal and elsewhere, and exit codes."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from data_pipeline.index import open_source
+from data_pipeline.storage import publish_table
+from data_pipeline.tar import TarWriter
+from launch.data_cli import app
+from launch.index_report import ProgressLine
+from pretrain.recipe import Stream
+from pretrain.streams import stream_spec
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    for shard in range(3):
+        with TarWriter(tmp_path / f"{shard}.tar") as tar:
+            for index in range(10):
+                tar.write(f"{shard}{index}", {"txt": b"word", "jpg": bytes(100 * index)})
+        rows = [{"key": f"{shard}{index}", "width": 10 * index} for index in range(11)]
+        publish_table(tmp_path / f"{shard}.parquet", pa.Table.from_pylist(rows))
+    return str(tmp_path)
+
+
+def test_index_says_what_it_did(root: str) -> None:
+    first = runner.invoke(app, ["index", root])
+    assert first.exit_code == 0
+    assert first.stdout.startswith(f"{root}: 3 shards (3 walked, 0 known), 30 samples, 0.1 MB; ")
+    assert " MB/s, " in first.stdout
+    assert " samples/s; " in first.stdout
+    assert first.stdout.rstrip().endswith(open_source("a", root).fingerprint)
+    assert first.stderr == ""
+    again = runner.invoke(app, ["index", root, "--jobs", "2"])
+    assert "(0 walked, 3 known), 30 samples" in again.stdout
+    assert "MB/s" not in again.stdout
+
+
+def test_index_warns_of_duplicates(root: str) -> None:
+    shutil.copy(f"{root}/1.tar", f"{root}/9.tar")
+    done = runner.invoke(app, ["index", root])
+    assert done.exit_code == 0
+    assert "the same samples are in 1.tar, 9.tar; keep one of them" in done.stderr
+
+
+def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", stream)
+        with ProgressLine("data") as progress:
+            progress(1, 2, 1000, 10**6)
+            progress(2, 2, 2000, 2 * 10**6)
+        shown = stream.getvalue()
+        assert ("data: 2 of 2 shards, 2,000 samples, " in shown) == stream.isatty()
+        assert "\n" not in shown
+        assert bool(shown) == stream.isatty()
+
+
+def test_a_view_is_made_and_a_recipe_uses_it(root: str) -> None:
+    done = runner.invoke(app, ["view", root, "--name", "wide", "--where", "width >= 70"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "view wide keeps 9 of 30 samples; 12 rows match, 3 of them in no tar; 0 samples have no row"
+        in done.stdout
+    )
+    stream = Stream.model_validate(
+        {"sources": {"a": {"path": root, "view": "wide"}}, "length": 4, "batch": 3}
+    )
+    source = stream_spec("text", stream, 0, "stage").sources["a"]
+    assert open_source("a", source.path, source.view).samples == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--where", "width >"], "cannot be read at character 8"),
+        (["--where", "wide > 3"], "no column 'wide', did you mean width"),
+        ([], "either a filter"),
+        (["--ids", "nowhere.txt"], "nowhere.txt does not exist"),
+    ],
+)
+def test_what_is_wrong_is_named(root: str, flags: list[str], message: str) -> None:
+    done = runner.invoke(app, ["view", root, "--name", "v", *flags])
+    assert done.exit_code == 2
+    assert message in done.stderr
