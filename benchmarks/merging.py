@@ -45,11 +45,9 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def ours(a: Path, b: Path, out: Path) -> None:
-    from pretrain.merge.plan import resolve_weights
-    from pretrain.merge.tool import execute, prepare
+    from pretrain.merge import merge
 
-    (made,), opened = prepare([str(a), str(b)], [resolve_weights(2, BETA, None)])
-    execute([made], opened, [out])
+    merge([str(a), str(b)], out, beta=BETA)
 
 
 def plain(a: Path, b: Path, out: Path) -> None:

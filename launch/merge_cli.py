@@ -69,12 +69,13 @@ def merge(
       dromos merge A B --beta 0.5 --only '^llm\\.' --copy-rest B --out mix --dry-run
     """
     from data_pipeline.errors import UserError
-    from pretrain.merge.plan import resolve_weights
-    from pretrain.merge.tool import execute, prepare
+    from pretrain.merge.prepare import prepare
+    from pretrain.merge.request import request
+    from pretrain.merge.tool import execute
 
     shares = _numbers(weights) if weights is not None else None
-    resolved = resolve_weights(len(inputs), beta, shares)
-    (made,), opened = prepare(inputs, [resolved], only=only, copy_rest=copy_rest, dtype=dtype)
+    asked = request(inputs, beta=beta, weights=shares, only=only, copy_rest=copy_rest, dtype=dtype)
+    (made,), opened = prepare(asked)
     if dry_run:
         typer.echo("\n".join(made.lines()))
         return

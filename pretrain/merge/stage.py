@@ -12,9 +12,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain.identity import ABSENT, check_run_folder
 from pretrain.lock import FolderLock
-from pretrain.merge.plan import resolve_weights
+from pretrain.merge.prepare import open_inputs, prepare
+from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN, WeightSource
-from pretrain.merge.tool import RECORD, execute, open_inputs, prepare
+from pretrain.merge.tool import RECORD, execute
 from pretrain.merge.writer import Progress, link_or_copy
 from pretrain.recipe import Evaluation, MergeStage, Recipe
 from pretrain.recipe_load import dump_plain, stage_record
@@ -38,9 +39,10 @@ def run_merge_stage(
     if is_finished(stage, folder):
         return json.loads((folder / "result.json").read_text())
     began = time.monotonic()
-    weights = resolve_weights(len(stage.inputs), None, list(stage.inputs.values()))
-    inputs = list(stage.inputs)
-    (plan,), opened = prepare(inputs, [weights], only=stage.only, copy_rest=stage.copy_rest, run_dir=run_dir)
+    asked = request(
+        list(stage.inputs), weights=list(stage.inputs.values()), only=stage.only, copy_rest=stage.copy_rest
+    )
+    (plan,), opened = prepare(asked, run_dir=run_dir)
     lock = FolderLock(folder)
     try:
         record = dump_plain(stage_record(recipe, name))
@@ -55,7 +57,7 @@ def run_merge_stage(
             "step": 0,
             "eval": _figures(folder, stage.eval),
             "plan": merged[0]["plan"],
-            "weights": dict(zip(stage.inputs, weights, strict=True)),
+            "weights": dict(zip(stage.inputs, plan.weights, strict=True)),
             "seconds": round(time.monotonic() - began, 3),
         }
         publish(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -74,7 +76,7 @@ def is_finished(stage: MergeStage, folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        opened = open_inputs(list(stage.inputs), stage.copy_rest, folder.parent)
+        opened = open_inputs(list(stage.inputs), [stage.copy_rest], folder.parent)
     except UserError:
         return ended
     taken = {entry["address"]: entry for entry in json.loads(path.read_text())["inputs"]}

@@ -12,10 +12,12 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
-from pretrain.merge.plan import Plan, resolve_weights
+from pretrain.merge.plan import Plan
+from pretrain.merge.prepare import Opened, prepare
+from pretrain.merge.request import request, resolve_weights
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.sources import WeightSource, open_weights
-from pretrain.merge.tool import Opened, execute, prepare
+from pretrain.merge.tool import execute
 from pretrain.merge.writer import CHUNK, Progress, combine_range
 
 
@@ -107,7 +109,8 @@ def plan_sweep(
 ) -> tuple[list[Plan], Opened]:
     """One plan a beta, all with the same tensors in the same places."""
     weights = [resolve_weights(2, beta, None) for beta in betas]
-    return prepare([a, b], weights, only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)
+    asked = request([a, b], beta=betas[0], only=only, copy_rest=copy_rest, dtype=dtype)
+    return prepare(asked, weights, run_dir)
 
 
 class Interpolated(Mapping[str, np.ndarray]):

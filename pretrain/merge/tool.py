@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,96 +14,40 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain.address import locate
-from pretrain.merge.plan import OUTPUT, Plan, Planner, check_dtype, resolve_weights
-from pretrain.merge.sources import FROZEN, WeightSource, open_weights
+from pretrain.merge.layout import INDEX
+from pretrain.merge.plan import Plan
+from pretrain.merge.prepare import Opened, prepare
+from pretrain.merge.request import request
+from pretrain.merge.sources import FROZEN
 from pretrain.merge.writer import CHUNK, Progress, digests, link_or_copy, new_folder, write_tensors
 
 RECORD = "merge.json"
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The inputs of a merge, and after them the source of the rest where it is not one of them."""
-
-    sources: list[WeightSource]
-    inputs: int
-    rest: int | None
-
-
-def open_inputs(inputs: Sequence[str], copy_rest: str | None, run_dir: Path | None) -> Opened:
-    """Open every address; `copy_rest` may be one of the inputs, their letter (A, B, ...), or another address."""
-    if len(inputs) < 2:
-        raise UserError(f"a merge takes two inputs or more, here is {len(inputs)}")
-    sources = [open_weights(address, run_dir) for address in inputs]
-    if copy_rest is None:
-        return Opened(sources, len(inputs), None)
-    if copy_rest in inputs:
-        return Opened(sources, len(inputs), list(inputs).index(copy_rest))
-    if len(copy_rest) == 1 and 0 <= ord(copy_rest) - ord("A") < len(inputs):
-        return Opened(sources, len(inputs), ord(copy_rest) - ord("A"))
-    return Opened([*sources, open_weights(copy_rest, run_dir)], len(inputs), len(inputs))
-
-
-def prepare(
-    inputs: Sequence[str],
-    weights: Sequence[Sequence[float]],
-    *,
-    only: str | None = None,
-    copy_rest: str | None = None,
-    dtype: str | None = None,
-    run_dir: Path | None = None,
-) -> tuple[list[Plan], Opened]:
-    """One plan a row of resolved weights, all with the same tensors in the same places, and what they read."""
-    opened = open_inputs(inputs, copy_rest, run_dir)
-    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in weights)]
-    planner = Planner(
-        opened.sources, opened.inputs, only=only, rest=opened.rest, active=active, dtype=check_dtype(dtype)
-    )
-    return [planner.plan(row) for row in weights], opened
-
-
-def plan(
-    inputs: Sequence[str],
-    *,
-    beta: float | None = None,
-    weights: Sequence[float] | None = None,
-    only: str | None = None,
-    copy_rest: str | None = None,
-    dtype: str | None = None,
-    run_dir: Path | None = None,
-) -> Plan:
+def plan(inputs: Sequence[str], *, run_dir: Path | None = None, **asked: Any) -> Plan:
     """What `merge` with the same arguments would do; writes nothing."""
-    resolved = resolve_weights(len(inputs), beta, weights)
-    return prepare(inputs, [resolved], only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)[0][0]
+    return prepare(request(inputs, **asked), run_dir=run_dir)[0][0]
 
 
 def merge(
     inputs: Sequence[str],
     out: Path | str,
     *,
-    beta: float | None = None,
-    weights: Sequence[float] | None = None,
-    only: str | None = None,
-    copy_rest: str | None = None,
-    dtype: str | None = None,
     run_dir: Path | None = None,
     chunk: int = CHUNK,
     threads: int | None = None,
     progress: Progress | None = None,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """theta = sum of weight x input, streamed into the folder `out`, which appears only when it is complete.
+    """Merge `inputs`, streamed into the folder `out`, which appears only when it is complete.
 
-    inputs:    two or more addresses (pretrain.address).
-    beta:      of two inputs, the weight of the first: theta = beta * A + (1 - beta) * B.
-    weights:   one share for each input, divided by their sum.
-    only:      regular expression, found anywhere in the names of the tensors to mix.
-    copy_rest: the input (address or letter) that every other tensor comes from.
-    dtype:     bf16, fp16 or fp32 for the mixed tensors; default: that of the inputs.
+    inputs: two or more addresses (pretrain.address).
+    asked:  as of `pretrain.merge.request.request`: method, beta or weights, base, only, rules, copy_rest, dtype, ...
+            Most often beta, of two inputs the weight of the first: theta = beta * A + (1 - beta) * B.
 
     Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
     """
-    resolved = resolve_weights(len(inputs), beta, weights)
-    plans, opened = prepare(inputs, [resolved], only=only, copy_rest=copy_rest, dtype=dtype, run_dir=run_dir)
+    plans, opened = prepare(request(inputs, **asked), run_dir=run_dir)
     return execute(plans, opened, [Path(out)], chunk, threads, progress)[0]
 
 
@@ -125,10 +68,10 @@ def execute(
     with ExitStack() as stack:
         partial = {i: stack.enter_context(new_folder(folders[i], needed)) for i in todo}
         if todo:
-            paths = [partial[i] / OUTPUT for i in todo]
-            write_tensors([plans[i] for i in todo], opened.sources, paths, chunk, threads, progress)
+            made = [partial[i] for i in todo]
+            write_tensors([plans[i] for i in todo], opened.sources, made, chunk, threads, progress)
         for i in todo:
-            record = _record(plans[i], opened, hashes, keys[i], partial[i] / OUTPUT)
+            record = _record(plans[i], opened, hashes, keys[i], partial[i])
             _add_companions(plans[i], partial[i])
             publish(partial[i] / RECORD, (json.dumps(record, indent=1) + "\n").encode())
             records[i] = record
@@ -151,9 +94,13 @@ def existing(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def _record(
-    plan: Plan, opened: Opened, hashes: list[dict[str, str]], key: str, output: Path
+    plan: Plan, opened: Opened, hashes: list[dict[str, str]], key: str, folder: Path
 ) -> dict[str, Any]:
-    size, tensors = digests(output)
+    written: dict[str, dict[str, str | int]] = {}
+    tensors: dict[str, str] = {}
+    for file in plan.files:
+        written[file.name], inside = digests(folder / file.name)
+        tensors |= inside
     inputs = [
         {
             "address": source.address,
@@ -166,17 +113,16 @@ def _record(
     ]
     return {
         "plan": key,
-        "method": "linear",
+        "method": plan.method,
         "theta": "sum of weight x input; each product rounded, added in this order, rounded once to the output type",
         "inputs": inputs,
-        "only": plan.only,
-        "copy_rest": opened.sources[plan.rest].address if plan.rest is not None else None,
+        "asked": plan.asked,
         "mixed": sum(job.why == "mixed" for job in plan.jobs),
         "copied": {job.name: job.why for job in plan.jobs if job.why != "mixed"},
         "left_out": list(plan.left_out),
         "tied": plan.tied,
         "frozen": FROZEN if plan.frozen else None,
-        "output": {OUTPUT: size},
+        "output": written,
         "tensors": tensors,
         "dromos": _version(),
     }
@@ -191,8 +137,10 @@ def _version() -> str:
 
 def _add_companions(plan: Plan, folder: Path) -> None:
     """Config, tokenizer, frozen tensors, and the stage that says what the model is."""
-    for name, path in plan.companions.items():
-        publish(folder / name, path.read_bytes())
+    for name, content in plan.companions.items():
+        publish(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+    if plan.index is not None:
+        publish(folder / INDEX, plan.index)
     if plan.frozen is not None:
         link_or_copy(plan.frozen, folder / FROZEN)
     if plan.stage_dir is not None and (stage := model_stage(plan.stage_dir)) is not None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from pretrain.merge.methods import accumulator, combine, widen
-from pretrain.merge.plan import OUTPUT, Plan
+from pretrain.merge.plan import Plan
 from pretrain.merge.safetensors_io import DTYPES, SafetensorsFile, elements
 from pretrain.merge.sources import WeightSource
 
@@ -29,21 +30,24 @@ Progress = Callable[[int], None]
 def write_tensors(
     plans: Sequence[Plan],
     sources: Sequence[WeightSource],
-    paths: Sequence[Path],
+    folders: Sequence[Path],
     chunk: int = CHUNK,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write each plan's file; plans that differ in their weights alone share every read.
+    """Write each plan's files into its folder; plans that differ in their weights alone share every read.
 
     The bytes depend neither on `chunk` (elements) nor on `threads`. `progress` is told the bytes written.
     """
-    files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
+    files: list[list[int]] = []
     try:
-        for plan, file in zip(plans, files, strict=True):
-            if plan.size:
-                _reserve(file, plan.size)
-            _write(file, plan.header, 0)
+        for plan, folder in zip(plans, folders, strict=True):
+            files.append([])
+            for file in plan.files:
+                opened = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                files[-1].append(opened)
+                _reserve(opened, file.size)
+                _write(opened, file.header, 0)
 
         def work(item: tuple[int, int, int]) -> None:
             written = _chunk(plans, sources, files, *item)
@@ -51,11 +55,11 @@ def write_tensors(
                 progress(written)
 
         _spread(work, _chunks(plans[0], chunk), threads or min(4, os.cpu_count() or 1))
-        for file in files:
-            os.fsync(file)
+        for opened in chain.from_iterable(files):
+            os.fsync(opened)
     finally:
-        for file in files:
-            os.close(file)
+        for opened in chain.from_iterable(files):
+            os.close(opened)
 
 
 def _spread(work: Callable[[Any], None], items: Iterator[Any], threads: int) -> None:
@@ -83,7 +87,7 @@ def _chunks(plan: Plan, chunk: int) -> Iterator[tuple[int, int, int]]:
 def _chunk(
     plans: Sequence[Plan],
     sources: Sequence[WeightSource],
-    files: Sequence[int],
+    files: Sequence[Sequence[int]],
     number: int,
     start: int,
     stop: int,
@@ -94,7 +98,7 @@ def _chunk(
     for plan, file in zip(plans, files, strict=True):
         job = plan.jobs[number]
         data = combine_range(plan, sources, number, start, stop, wide)
-        _write(file, data.view(np.uint8).data, job.offset + start * data.itemsize)
+        _write(file[job.file], data.view(np.uint8).data, job.offset + start * data.itemsize)
         written += data.nbytes
     return written
 
@@ -110,15 +114,17 @@ def combine_range(
     """Elements [start, stop) of a plan's tensor, as they are stored; `wide` keeps widened chunks between plans."""
     job = plan.jobs[number]
     if job.copy:
-        return sources[job.inputs[0]].read(job.name, start, stop)
+        return sources[job.terms[0].source].read(job.terms[0].name, start, stop)
+    if job.method != "linear":
+        raise UserError(f"--method {job.method} cannot be computed yet")
     wide = {} if wide is None else wide
-    dtypes = [sources[i].info(job.name)[0] for i in job.inputs]
+    dtypes = [sources[term.source].info(term.name)[0] for term in job.terms]
     kind = accumulator(dtypes)
-    for i, dtype in zip(job.inputs, dtypes, strict=True):
-        if (i, kind) not in wide:
-            wide[i, kind] = widen(sources[i].read(job.name, start, stop), dtype, kind)
-    chunks = [wide[i, kind] for i in job.inputs]
-    return combine(chunks, job.weights, kind, job.dtype)
+    for term, dtype in zip(job.terms, dtypes, strict=True):
+        if (term.source, kind) not in wide:
+            wide[term.source, kind] = widen(sources[term.source].read(term.name, start, stop), dtype, kind)
+    chunks = [wide[term.source, kind] for term in job.terms]
+    return combine(chunks, [term.weight for term in job.terms], kind, job.dtype)
 
 
 def _reserve(file: int, size: int) -> None:
@@ -216,4 +222,4 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-__all__ = ["CHUNK", "OUTPUT", "combine_range", "digests", "link_or_copy", "new_folder", "write_tensors"]
+__all__ = ["CHUNK", "combine_range", "digests", "link_or_copy", "new_folder", "write_tensors"]

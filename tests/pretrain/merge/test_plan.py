@@ -10,12 +10,12 @@ from safetensors.numpy import save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.plan import resolve_weights
+from pretrain.merge.request import resolve_weights
 from tests.pretrain.merge.build import floats, read_bytes, write
 
 
 def whys(made: object) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {job.name: (job.why, job.inputs) for job in made.jobs}  # type: ignore[attr-defined]
+    return {job.name: (job.why, tuple(t.source for t in job.terms)) for job in made.jobs}  # type: ignore[attr-defined]
 
 
 def stage_output(folder: Path, tensors: dict[str, np.ndarray], frozen: dict[str, np.ndarray]) -> str:

@@ -1,0 +1,87 @@
+"""A plan for people and for scripts: one line a tensor, what it reads, writes and needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.merge.plan import Plan, TensorJob, letter
+from pretrain.merge.sources import FROZEN
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for people: one line a tensor with its resolved weights, and the sums."""
+    rows = [f"{mark(plan, i)}  {address}" for i, address in enumerate(plan.addresses)]
+    rows.append(f"theta = {formula(plan)}")
+    rows += [f"  {job.name}  {job.dtype} {list(job.shape)}  {how(plan, job)}" for job in plan.jobs]
+    if plan.frozen is not None:
+        rows.append(f"  {FROZEN}: shared with {plan.frozen}")
+    rows += [f"  left out: {name}" for name in plan.left_out]
+    rows += [f"  {name}: tied to {to}" for name, to in plan.tied.items()]
+    rows += [f"note: {note}" for note in plan.notes]
+    rows.append(summary(plan))
+    return rows
+
+
+def summary(plan: Plan) -> str:
+    """How many tensors are mixed and copied, and what is written."""
+    mixed = sum(job.why == "mixed" for job in plan.jobs)
+    name = plan.files[0].name if len(plan.files) == 1 else f"{len(plan.files)} files"
+    return f"{mixed} tensors mixed, {len(plan.jobs) - mixed} copied, {plan.size:,} bytes in {name}"
+
+
+def formula(plan: Plan) -> str:
+    """The merge in one line, before any rule."""
+    terms = " + ".join(f"{w:g} x {mark(plan, i)}" for i, w in enumerate(plan.weights))
+    return terms if plan.method == "linear" else f"{plan.method}({terms})"
+
+
+def how(plan: Plan, job: TensorJob) -> str:
+    """What one tensor is made of."""
+    marks = [mark(plan, term.source) for term in job.terms]
+    renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
+    if job.copy:
+        return f"copy of {marks[0]}{renamed} ({job.why})" if job.why != "mixed" else f"1 {marks[0]}{renamed}"
+    terms = [
+        f"{term.weight:g} {m}" + (f" (density {term.density:g})" if term.density != 1 else "")
+        for m, term in zip(marks, job.terms, strict=True)
+    ]
+    joined = " + ".join(terms) + renamed
+    if job.method == "linear":
+        return joined
+    options = "".join(f", {name} {value:g}" for name, value in job.options if name != "t")
+    base = f", base {mark(plan, job.base.source)}" if job.base is not None else ""
+    return f"{job.method}({joined}{base}{options})"
+
+
+def mark(plan: Plan, source: int) -> str:
+    """A, B, ... as people call the sources."""
+    return letter(source)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts."""
+    return {
+        "inputs": [{"address": a, "weight": w} for a, w in zip(plan.addresses, plan.weights, strict=False)],
+        "others": list(plan.addresses[plan.inputs :]),
+        "method": plan.method,
+        "asked": plan.asked,
+        "tensors": [
+            {
+                "name": job.name,
+                "dtype": job.dtype,
+                "shape": list(job.shape),
+                "method": job.method,
+                "terms": [[t.source, t.name, t.weight, t.density] for t in job.terms],
+                "base": [job.base.source, job.base.name] if job.base is not None else None,
+                "options": dict(job.options),
+                "why": job.why,
+                "file": plan.files[job.file].name,
+            }
+            for job in plan.jobs
+        ],
+        "files": {file.name: file.size for file in plan.files},
+        "left_out": list(plan.left_out),
+        "tied": plan.tied,
+        "notes": list(plan.notes),
+        "bytes_written": plan.size,
+    }

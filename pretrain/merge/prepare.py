@@ -1,0 +1,56 @@
+"""From a request to plans: open what it names, decide, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pretrain.merge.plan import Plan
+from pretrain.merge.planner import Planner
+from pretrain.merge.request import Request
+from pretrain.merge.sources import WeightSource, open_weights
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The sources of a merge: its inputs first, then whatever else it names; `named`: as it was written -> index."""
+
+    sources: list[WeightSource]
+    inputs: int
+    named: dict[str, int] = field(default_factory=dict)
+
+
+def open_inputs(
+    inputs: Sequence[str], others: Sequence[str | None] = (), run_dir: Path | None = None
+) -> Opened:
+    """Open every address; each of `others` may be one of the inputs, their letter (A, B, ...), or another address."""
+    addresses, named = list(inputs), {}
+    for other in others:
+        if other is None:
+            continue
+        number = ord(other) - ord("A") if len(other) == 1 else -1
+        if other not in addresses and 0 <= number < len(inputs):
+            named[other] = number
+            continue
+        if other not in addresses:
+            addresses.append(other)
+        named[other] = addresses.index(other)
+    return Opened([open_weights(address, run_dir) for address in addresses], len(inputs), named)
+
+
+def open_request(request: Request, run_dir: Path | None = None) -> Opened:
+    """Open everything that a request names."""
+    copied = [rule.copy_from for rule in request.rules]
+    return open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
+
+
+def prepare(
+    request: Request, weights: Sequence[Sequence[float]] | None = None, run_dir: Path | None = None
+) -> tuple[list[Plan], Opened]:
+    """One plan a row of resolved weights (default: the request's own), all with the same tensors in the same places."""
+    rows = [request.weights] if weights is None else weights
+    opened = open_request(request, run_dir)
+    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in rows)]
+    planner = Planner(opened.sources, request, opened.named, active)
+    return [planner.plan(row) for row in rows], opened
