@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CountedBy = Literal["manifest", "stats", "sidecar", "tar"]
 INDEX_FOLDER = "_index"
-FORMAT = "2"
+FORMAT = "3"
 OFFSETS = r"offsets-[0-9a-f]{16}\.bin"
 PREPARE_HINT = (
     "`dromos data prepare RECIPE` makes the data of a recipe that says how "
