@@ -158,7 +158,7 @@ class Trainer:
             else "another rank could not read its data; its log says which"
         )
         raise Unreadable(
-            f"step {done + 1}: {why}. The run is saved at step {done}; run it again once the data is there."
+            f"step {done + 1}: {why}. The run is saved at step {done}; run it again to go on."
         )
 
     def step(self, step: int, batches: Batches, agreed: Agreement) -> dict[str, Any]:
