@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
+from pretrain.merge.remote_file import ByteFile, open_file
 
 # In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
 # BF16 and the 8-bit floats have no numpy type and travel as their bits.
@@ -22,7 +22,9 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
 }  # fmt: skip
 ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
-MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000  # as in the reference library
+MAX_DIMENSIONS = 64
+FIRST = 1 << 16  # bytes that are asked for at once: most headers are whole in them
 
 Info = tuple[str, tuple[int, ...]]
 """dtype as safetensors spells it, and shape"""
@@ -33,24 +35,23 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 class SafetensorsFile:
-    """One file, mapped; reading a tensor touches only its own pages.
+    """One file, mapped or in an object store; reading a tensor touches only its own bytes.
 
     Raises UserError naming the file for anything that is not a well-formed safetensors file.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, self.size - 8):
-                raise self._broken(f"its header would be {length} bytes in a file of {self.size}")
-            raw = file.read(length)
-            self.header = prefix + raw
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, file: ByteFile | Path | str) -> None:
+        self._file = open_file(file) if isinstance(file, Path | str) else file
+        self.path = Path(self._file.name) if not self._file.remote else self._file.name
+        self.size = self._file.size
+        start = self._file.peek(0, min(self.size, FIRST))
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, self.size - 8):
+            raise self._broken(f"its header would be {length} bytes in a file of {self.size}")
         self._base = 8 + length
-        self.metadata, self._entries = self._parse(raw)
+        rest = self._file.peek(len(start), self._base) if self._base > len(start) else b""
+        self.header = (start + rest)[: self._base]
+        self.metadata, self._entries = self._parse(self.header[8:])
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -63,11 +64,12 @@ class SafetensorsFile:
         """Elements [start, stop) of the flat tensor: a read-only view in the storage type (BF16: its bits, uint16)."""
         dtype, _, offset = self._entries[name]
         kind = DTYPES[dtype]
-        return np.frombuffer(self._map, kind, stop - start, self._base + offset + start * kind.itemsize)
+        at = self._base + offset + start * kind.itemsize
+        return np.frombuffer(self._file.read(at, at + (stop - start) * kind.itemsize), kind)
 
     def _broken(self, why: str) -> UserError:
         return UserError(
-            f"{self.path}: not a safetensors file: {why}; it may be truncated, fetch or write it again"
+            f"{self.path}: not a safetensors file: {short(why)}; it may be truncated, fetch or write it again"
         )
 
     def _parse(self, raw: bytes) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int]]]:
@@ -79,11 +81,13 @@ class SafetensorsFile:
 
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
-            raise self._broken(str(error)) from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise self._broken(str(error) or type(error).__name__) from None
         if not isinstance(header, dict):
             raise self._broken("its header is no JSON object")
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._broken("its __metadata__ is no map of texts")
         entries = {name: self._entry(name, entry) for name, entry in header.items()}
         at = 0
         for name, (dtype, shape, offset) in sorted(entries.items(), key=lambda item: (item[1][2], item[0])):
@@ -93,23 +97,38 @@ class SafetensorsFile:
             at = max(at, offset + length)
         if self._base + at != self.size:
             raise self._broken(f"its tensors end at byte {self._base + at}, the file at {self.size}")
-        return metadata if isinstance(metadata, dict) else {}, entries
+        return metadata, entries
 
     def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], int]:
+        if not is_name(name):
+            raise self._broken(f"the name {short(ascii(name))} has characters that cannot be printed")
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise self._broken(f"{name}: an entry needs dtype, shape and two data_offsets") from None
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._broken(f"{name}: unknown dtype {dtype!r}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
             raise self._broken(
                 f"{name}: shape and offsets are whole numbers from 0 on, not {shape}, {begin}, {end}"
             )
+        if len(shape) > MAX_DIMENSIONS:
+            raise self._broken(f"{name}: a shape of {len(shape)} dimensions")
         if end - begin != elements(shape) * DTYPES[dtype].itemsize:
             raise self._broken(f"{name}: {dtype} of shape {list(shape)} does not take {end - begin} bytes")
         return dtype, shape, begin
+
+
+def is_name(name: Any) -> bool:
+    """Whether a tensor may be called so: text without control characters or halves of surrogates."""
+    return isinstance(name, str) and len(name) <= 4096 and name.isprintable()
+
+
+def short(text: str) -> str:
+    """One line of at most 300 characters, for messages about what others wrote."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 def layout(tensors: Mapping[str, Info], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

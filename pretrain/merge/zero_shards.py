@@ -230,7 +230,7 @@ def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
         base += vector.numel
     if at + count > base:
         raise UserError(
-            f"{vectors[0].storage.file.path}: the shards end before the parameters do; a file is truncated"
+            f"{vectors[0].storage.file.name}: the shards end before the parameters do; a file is truncated"
         )
 
 
@@ -244,7 +244,7 @@ def _optimizer_state(file: TorchFile) -> dict[str, Any]:
     content = file.content
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise UserError(f"{file.path}: not a DeepSpeed optimizer file (it holds no `optimizer_state_dict`)")
+        raise UserError(f"{file.name}: not a DeepSpeed optimizer file (it holds no `optimizer_state_dict`)")
     return state
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import torch_zip
+from pretrain.merge import torch_pickle
 from pretrain.merge.torch_zip import Tensor, TorchFile
 
 torch = pytest.importorskip("torch")
@@ -173,11 +173,11 @@ def test_the_witness_would_have_been_written(tmp_path: Path) -> None:
 def test_crafted_opcodes(tmp_path: Path, code: bytes, why: str | None) -> None:
     path = archive(tmp_path / "x.pt", code)
     if why is None:
-        assert isinstance(TorchFile(path).content, torch_zip.Stub)
+        assert isinstance(TorchFile(path).content, torch_pickle.Stub)
     else:
         with pytest.raises(UserError, match=why):
             TorchFile(path)
-    assert not hasattr(torch_zip._rebuild, "abc")
+    assert not hasattr(torch_pickle._rebuild, "abc")
 
 
 def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], offset: int, count: int) -> bytes:

@@ -1,0 +1,272 @@
+"""Pickles of torch.save read by an allow-list: nothing in a file runs, nor takes more memory than it spells out."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.merge.safetensors_io import DTYPES, MAX_DIMENSIONS
+from pretrain.merge.torch_tensor import Storage, Tensor, checked_tensor
+
+STORAGES = {
+    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+TORCH_DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
+    "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
+}  # fmt: skip
+MAX_OPERATIONS = 8_000_000  # some 200,000 tensors; each may take a hundred bytes
+
+
+class Stub:
+    """Stands for an object of a class that is not needed: keeps its constructor's arguments, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
+        self = object.__new__(cls)
+        self.args = args
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    args: tuple[Any, ...]
+
+
+class Dict(dict[Any, Any]):
+    """An OrderedDict of a pickle: made empty, then filled; attributes such as `_metadata` are passed over, because
+    they could hide its methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class Function:
+    """A callable that a pickle may name; closed to BUILD, which would set attributes of a plain function."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function with state of its own")
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise pickle.UnpicklingError("a tensor without storage")
+    return checked_tensor(storage, storage.dtype, offset, shape, stride)
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
+        raise pickle.UnpicklingError("a tensor without storage or of an unknown dtype")
+    return checked_tensor(storage, dtype, offset, shape, stride)
+
+
+def _from_type(rebuild: Any, _type: Any, args: Any, _state: Any) -> Any:
+    if not isinstance(rebuild, Function):
+        raise pickle.UnpicklingError("a tensor rebuilt by an unknown function")
+    return rebuild(*args)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _size(*sides: Any) -> tuple[Any, ...]:
+    if len(sides) == 1 and isinstance(sides[0], list | tuple):
+        sides = tuple(sides[0][: MAX_DIMENSIONS + 1])
+    if len(sides) > MAX_DIMENSIONS or not all(type(side) is int for side in sides):
+        raise pickle.UnpicklingError("a size that is no short list of numbers")
+    return sides
+
+
+def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes that are not latin1")
+    return text.encode("latin1")
+
+
+def _set(items: Any = ()) -> set[Any]:
+    if not isinstance(items, list | tuple):
+        raise pickle.UnpicklingError("a set of what is no list")
+    _check_keys(items)
+    return set(items)
+
+
+def _member(owner: Any, name: Any) -> Stub:
+    """A member of an enumeration, which Python 3.11.2 (Debian 12) pickles as getattr(class, name)."""
+    if not (isinstance(owner, type) and issubclass(owner, Stub) and isinstance(name, str)):
+        raise pickle.UnpicklingError("it names builtins.getattr of what is no enumeration")
+    return owner(name)
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): Dict,
+    ("_codecs", "encode"): Function(_latin1),  # how protocol 2 spells bytes
+    ("builtins", "set"): Function(_set),
+    ("__builtin__", "set"): Function(_set),
+    ("builtins", "getattr"): Function(_member),
+    ("__builtin__", "getattr"): Function(_member),
+    ("torch", "Size"): Function(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild),
+    ("torch._utils", "_rebuild_tensor_v3"): Function(_rebuild_v3),
+    ("torch._utils", "_rebuild_parameter"): Function(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
+    **{("torch", name): dtype for name, dtype in TORCH_DTYPES.items()},
+}
+# Kept as inert objects: they describe optimizers, arguments and random states, which no weight depends on.
+INERT = {
+    ("torch", "Tensor"), ("torch", "device"), ("torch.nn.parameter", "Parameter"), ("argparse", "Namespace"),
+    ("pathlib", "PosixPath"), ("pathlib", "Path"), ("numpy", "dtype"), ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+}  # fmt: skip
+# What no torch.save writes, and what makes memory of a claimed size before it is there.
+FORBIDDEN_CODES = {
+    pickle.EXT1: "an extension code", pickle.EXT2: "an extension code", pickle.EXT4: "an extension code",
+    pickle.INST: "an instance of protocol 0", pickle.OBJ: "an instance of protocol 1",
+    pickle.PERSID: "a persistent object of protocol 0", pickle.BYTEARRAY8: "a bytearray",
+    pickle.NEXT_BUFFER: "a buffer outside of it", pickle.READONLY_BUFFER: "a buffer outside of it",
+}  # fmt: skip
+PLAIN = (str, int, float, bool, bytes, type(None), Stub)
+
+
+def _check_keys(keys: Any) -> None:
+    """Hashing tuples in tuples a million deep would end the process."""
+    for key in keys:
+        if not isinstance(key, PLAIN) and not (
+            isinstance(key, tuple) and all(isinstance(k, PLAIN) for k in key)
+        ):
+            raise pickle.UnpicklingError("a key that is no text or number")
+
+
+# Python's own machine, not C's: that one clears memory for any place in its memo that a file claims.
+_Machine: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class Unpickler(_Machine):
+    """One pickle; `storage` makes a Storage of its key, dtype and bytes."""
+
+    def __init__(self, data: bytes, storage: Callable[[str, str, int], Storage]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._storage = storage
+        self._left = 65536 + 4 * len(data)
+        self._operations = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return Storage, STORAGES[name], name == "UntypedStorage"
+        if (module, name) in INERT or module == "deepspeed" or module.startswith("deepspeed."):
+            return type("Stub", (Stub,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of weights needs")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, (marker, dtype, untyped), key, _location, count = pid
+        if (
+            kind != "storage"
+            or marker is not Storage
+            or type(count) is not int
+            or not isinstance(key, str | int)
+        ):
+            raise pickle.UnpicklingError("a persistent object that is no storage")
+        return self._storage(str(key), dtype, count if untyped else count * DTYPES[dtype].itemsize)
+
+    def load_reduce(self) -> None:
+        function, args = self.stack[-2], self.stack[-1]
+        # What a call copies has been spelled out somewhere: nobody may copy more than the whole file.
+        self._left -= sum(len(a) for a in args if isinstance(a, str | bytes | list | tuple | dict | set))
+        if self._left < 0:
+            raise pickle.UnpicklingError("its calls make more than is in it")
+        if not isinstance(function, Function | type):
+            raise pickle.UnpicklingError(f"{type(function).__name__} is not callable")
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        made = self.stack[-2]
+        if not (isinstance(made, type) and issubclass(made, Stub | Dict)):
+            raise pickle.UnpicklingError("an object of what is no class")
+        super().load_newobj()
+
+    def load_newobj_ex(self) -> None:
+        made = self.stack[-3]
+        if not (isinstance(made, type) and issubclass(made, Stub | Dict)):
+            raise pickle.UnpicklingError("an object of what is no class")
+        super().load_newobj_ex()
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()
+
+    def load_additems(self) -> None:
+        _check_keys(self.stack)
+        super().load_additems()
+
+
+Action = Callable[[Unpickler], None]
+
+
+def _counted(action: Action) -> Action:
+    def run(machine: Unpickler) -> None:
+        machine._operations += 1
+        if machine._operations > MAX_OPERATIONS:
+            raise pickle.UnpicklingError(f"more than {MAX_OPERATIONS:,} operations")
+        action(machine)
+
+    return run
+
+
+def _refused(what: str) -> Action:
+    def run(machine: Unpickler) -> None:
+        raise pickle.UnpicklingError(f"it holds {what}")
+
+    return run
+
+
+def _dispatch() -> dict[int, Action]:
+    own = {
+        pickle.REDUCE: Unpickler.load_reduce, pickle.NEWOBJ: Unpickler.load_newobj,
+        pickle.NEWOBJ_EX: Unpickler.load_newobj_ex, pickle.SETITEM: Unpickler.load_setitem,
+        pickle.SETITEMS: Unpickler.load_setitems, pickle.DICT: Unpickler.load_dict,
+        pickle.FROZENSET: Unpickler.load_frozenset, pickle.ADDITEMS: Unpickler.load_additems,
+    }  # fmt: skip
+    table = {code: _counted(action) for code, action in _Machine.dispatch.items()}
+    table |= {code[0]: _counted(action) for code, action in own.items()}
+    return table | {code[0]: _refused(what) for code, what in FORBIDDEN_CODES.items()}
+
+
+Unpickler.dispatch = _dispatch()
