@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.digest import add, hex16, row_digest
 from data_pipeline.order import stream_seed
+from data_pipeline.tar import TarWriter
 from tests import tiny
 from tests.data_pipeline.naive_order import Change, Mixture, Source, walk
 from tests.pretrain import rank
@@ -117,3 +118,20 @@ def test_weights_change_then_a_source_goes_and_the_batch_grows(data: Path) -> No
     code, printed = rank.run(written, "data.pairs.lanes=8", "run.accept_change=true")
     assert code == 2
     assert "lanes was 4, is now 8" in printed
+
+
+def test_a_source_that_stopped_the_run_is_taken_out_and_the_run_goes_on(data: Path) -> None:
+    with TarWriter(data / "noisy" / "00000.tar") as tar:
+        for number in range(60):
+            picture = b"no image" if number % 5 == 4 else tiny.picture("red", number)
+            tar.write(f"{number:09d}", {"jpg": picture, "txt": b"a red square"})
+    limit = "loader.max_bad_fraction=0.05"
+    code, printed = rank.run(recipe(data, 12, {"noisy": str(data / "noisy")}, 32), limit)
+    assert code == 1
+    stopped = len(logged(data))
+    assert "samples of noisy were replaced, more than loader.max_bad_fraction 0.05" in printed
+    without = recipe(data, 12, {"pairs": str(data / "pairs")}, 32)
+    code, printed = rank.run(without, limit, "run.accept_change=true")
+    assert code == 0, printed
+    assert [row["step"] for row in logged(data)] == list(range(1, 13))
+    assert stopped < 12
