@@ -46,7 +46,8 @@ class TensorJob:
     method:  "copy" (the bytes of the only term) or the method that combines the terms.
     terms:   in the order in which they are added; none has weight 0.
     base:    what TIES, DARE and task arithmetic add to.
-    options: `t` (slerp: the share of the second term), `lambda`, `normalize`, `rescale`, `seed`; sorted by name.
+    options: `t` (slerp: the share of the second term), `lambda`, `normalize` (of TIES and DARE-TIES, which divide at
+             each entry by the weights that agree), `rescale`, `seed`; sorted by name.
     why:     mixed, or why it is not: rest, frozen, integer, excluded, rule.
     file:    index into the plan's files.
     offset:  in bytes from the start of that file.

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.errors import UserError
-from pretrain.merge.layout import lay_out
+from pretrain.merge.assemble import Decided, assemble, refusal
+from pretrain.merge.lineage import lineage_notes
 from pretrain.merge.methods import FLOATS
-from pretrain.merge.plan import BASED, Method, Options, Plan, TensorJob, Term, Why, letter
+from pretrain.merge.plan import BASED, Method, Options, Plan, Term, Why, letter
 from pretrain.merge.request import Request
-from pretrain.merge.resolve import Blend, resolve
+from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import Rules
 from pretrain.merge.safetensors_io import Info
 from pretrain.merge.sources import WeightSource
 
-LISTED = 200
+ADVICE = "--only narrows what is mixed, --copy-rest says from whom the rest is taken"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Planner:
             found = f"matches {request.only!r}" if request.only is not None else "could be mixed"
             self._problems.append(f"no tensor {found}")
         if self._problems:
-            raise UserError(self._message())
+            names = " and ".join(self._name(i) for i in range(self.inputs))
+            raise refusal(names, self._problems, ADVICE)
         self._frozen = self._shared_frozen()
 
     def plan(self, weights: Sequence[float] | None = None) -> Plan:
@@ -72,36 +73,30 @@ class Planner:
         main = next(i for i in (self.rest, self.base, *nonzero, 0) if i is not None)
         linked = set() if self._frozen is None else {s.name for s in self._slots if self._is_frozen(s)}
         slots = [slot for slot in self._slots if slot.name not in linked]
-        laid = lay_out({s.name: self._stored(s) for s in slots}, self.request.max_shard_size)
-        jobs = []
-        for slot in sorted(slots, key=lambda slot: laid.places[slot.name]):
-            dtype, shape = self._stored(slot)
-            blend = self._blend(slot, weights, nonzero[0] if nonzero else 0, dtype)
-            jobs.append(
-                TensorJob(
-                    slot.name, dtype, shape, blend.method, blend.terms, blend.base, blend.options, slot.why,
-                    *laid.places[slot.name],
-                )
-            )  # fmt: skip
-        present = {slot.name for slot in self._slots}
-        tied = self.sources[main].tied
-        return Plan(
-            addresses=tuple(source.address for source in self.sources),
+        decided = [
+            Decided(
+                slot.name,
+                self._stored(slot),
+                slot.why,
+                self._blend(slot, weights, nonzero[0] if nonzero else 0),
+            )
+            for slot in slots
+        ]
+        return assemble(
+            decided,
+            self.sources,
+            main,
+            self.request.max_shard_size,
             inputs=self.inputs,
             method=self.request.method,
-            weights=tuple(float(weight) for weight in weights),
+            weights=weights,
             asked=replace(self.request, weights=tuple(weights)).plain(),
-            jobs=tuple(jobs),
-            files=laid.files,
-            index=laid.index,
             frozen=self._frozen,
-            left_out=tuple(self._left_out),
-            tied={name: to for name, to in tied.items() if to in present and name not in present},
-            companions=dict(self.sources[main].companions),
-            stage_dir=self.sources[main].located.stage_dir,
+            left_out=self._left_out,
+            notes=lineage_notes(self.sources),
         )
 
-    def _blend(self, slot: Slot, weights: Sequence[float], first: int, dtype: str) -> Blend:
+    def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:
         if slot.why != "mixed":
             return Blend("copy", (Term(slot.origin if slot.origin is not None else first, slot.name),))
         own = self._rules.weights(slot.name, weights)
@@ -110,9 +105,7 @@ class Planner:
         )
         base = Term(self.base, slot.name) if self.base is not None else None
         method: Method = self.request.method  # type: ignore[assignment]
-        dtypes = [self.sources[term.source].info(slot.name)[0] for term in terms]
-        based = self.sources[self.base].info(slot.name)[0] if self.base is not None else None
-        return resolve(Blend(method, terms, base, self._options(own)), dtypes, based, dtype)
+        return Blend(method, terms, base, self._options(own))
 
     def _options(self, weights: Sequence[float]) -> Options:
         asked, method = self.request, self.request.method
@@ -229,13 +222,3 @@ class Planner:
 
     def _name(self, index: int) -> str:
         return f"{'base' if index == self.base else letter(index)} ({self.sources[index].address})"
-
-    def _message(self) -> str:
-        names = " and ".join(self._name(i) for i in range(self.inputs))
-        listed = "".join(f"\n  {problem}" for problem in self._problems[:LISTED])
-        more = len(self._problems) - LISTED
-        return (
-            f"cannot merge {names}, {len(self._problems)} mismatches:{listed}"
-            + (f"\n  ... and {more} more" if more > 0 else "")
-            + "\n--only narrows what is mixed, --copy-rest says from whom the rest is taken"
-        )

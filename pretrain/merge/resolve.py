@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.merge.plan import Method, Options, Term
 
@@ -22,18 +23,23 @@ def resolve(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> 
     """The same result with fewer reads. `dtypes`: of the terms; `base`: the base's; `out`: the output's.
 
     Terms of weight 0 go: what they hold (an infinity, a NaN) has no part in the result. What is then one tensor
-    whole is a copy, where it has the output's dtype, else a conversion (linear, weight 1).
+    whole is a copy, where it has the output's dtype, else a conversion (linear, weight 1). Where no signs are
+    compared, `normalize` divides the weights by their sum here.
     """
+    options = dict(blend.options)
+    if options.pop("normalize", False) and blend.method in ("task_arithmetic", "dare_linear"):
+        total = math.fsum(term.weight for term in blend.terms)
+        divisor = total if abs(total) >= 1e-8 else 1.0  # as mergekit does
+        scaled = tuple(replace(term, weight=term.weight / divisor) for term in blend.terms)
+        blend = replace(blend, terms=scaled, options=tuple(options.items()))
     kept = [(term, dtype) for term, dtype in zip(blend.terms, dtypes, strict=True) if term.weight != 0]
     terms = tuple(term for term, _ in kept)
     if blend.method in ("linear", "slerp") and len(kept) == 1 and terms[0].weight == 1:
         return _whole(terms[0], kept[0][1], out)
     if blend.method == "slerp" and len(kept) == 1:
         return Blend("linear", terms)
-    if blend.base is not None and base is not None:
-        scale = dict(blend.options).get("lambda", 1.0)
-        if not terms or scale == 0:
-            return _whole(blend.base, base, out)
+    if blend.base is not None and base is not None and (not terms or options.get("lambda", 1.0) == 0):
+        return _whole(blend.base, base, out)
     return Blend(blend.method, terms, blend.base, tuple(sorted(blend.options)))
 
 

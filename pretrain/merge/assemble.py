@@ -1,0 +1,95 @@
+"""From tensors that are decided to a plan: jobs in their places, files, companions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.layout import lay_out
+from pretrain.merge.plan import Plan, TensorJob, Why
+from pretrain.merge.resolve import Blend, resolve
+from pretrain.merge.safetensors_io import Info
+from pretrain.merge.sources import WeightSource
+
+LISTED = 200
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One tensor of the output; `info`: dtype and shape as it is written."""
+
+    name: str
+    info: Info
+    why: Why
+    blend: Blend
+
+
+def assemble(
+    decided: Sequence[Decided],
+    sources: Sequence[WeightSource],
+    main: int,
+    max_shard_size: int,
+    *,
+    inputs: int,
+    method: str,
+    weights: Sequence[float],
+    asked: dict[str, Any],
+    frozen: Path | None = None,
+    left_out: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """`main`: the source whose config, tokenizer and ties the output has. Tensors stand in the order of the files."""
+    laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
+    jobs = []
+    for one in sorted(decided, key=lambda one: laid.places[one.name]):
+        dtypes = [sources[term.source].info(term.name)[0] for term in one.blend.terms]
+        base = one.blend.base
+        based = sources[base.source].info(base.name)[0] if base is not None else None
+        blend = resolve(one.blend, dtypes, based, one.info[0])
+        file, offset = laid.places[one.name]
+        jobs.append(
+            TensorJob(
+                one.name,
+                *one.info,
+                blend.method,
+                blend.terms,
+                blend.base,
+                blend.options,
+                one.why,
+                file,
+                offset,
+            )
+        )
+    present = {one.name for one in decided}
+    if frozen is not None:
+        present.update(name for source in sources for name in source.frozen)
+    return Plan(
+        addresses=tuple(source.address for source in sources),
+        inputs=inputs,
+        method=method,
+        weights=tuple(float(weight) for weight in weights),
+        asked=asked,
+        jobs=tuple(jobs),
+        files=laid.files,
+        index=laid.index,
+        frozen=frozen,
+        left_out=tuple(left_out),
+        tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
+        companions=dict(sources[main].companions),
+        stage_dir=sources[main].located.stage_dir,
+        notes=tuple(notes),
+    )
+
+
+def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
+    """Every mismatch at once."""
+    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+    more = len(problems) - LISTED
+    return UserError(
+        f"cannot merge {names}, {len(problems)} mismatches:{listed}"
+        + (f"\n  ... and {more} more" if more > 0 else "")
+        + f"\n{advice}"
+    )
