@@ -159,7 +159,10 @@ CONTENDERS = {
 
 
 def measure(name: str, s: Settings) -> dict[str, Any]:
-    """Seconds to the first batch and samples a second afterwards; at the marks, memory of all its processes."""
+    """Seconds to the first batch, then samples a second and processor time a sample; at the marks, memory.
+
+    Processor time and memory are those of the process and all its workers.
+    """
     start = CONTENDERS[name](s)
     began = time.perf_counter()
     reader = start()
@@ -170,14 +173,18 @@ def measure(name: str, s: Settings) -> dict[str, Any]:
     seen = s.batch
     while seen < s.warm:
         seen += len(next(batches))
-    began, counted, memory = time.perf_counter(), 0, {}
+    began, used, counted, memory = time.perf_counter(), _processor_seconds(), 0, {}
     marks = list(s.marks)
     while counted < s.samples:
         counted += len(next(batches))
         while marks and counted >= marks[0]:
             memory[marks.pop(0)] = _memory()
-    rate = counted / (time.perf_counter() - began)
-    return {"first_batch_seconds": first, "samples_per_second": rate, "megabytes": memory}
+    return {
+        "first_batch_seconds": first,
+        "samples_per_second": counted / (time.perf_counter() - began),
+        "processor_ms": 1000 * (_processor_seconds() - used) / counted,
+        "megabytes": memory,
+    }
 
 
 def _open_clip_parts(s: Settings) -> tuple[Any, Any]:
@@ -244,18 +251,36 @@ def _litdata_optimize(s: Settings, folder: Path) -> None:
     peer.optimize(_pairs, tars, str(folder), chunk_bytes="64MB", num_workers=1, verbose=False)
 
 
-def _memory() -> float:
-    """Proportional set size of this process and its children, MB: memory that they share counts once."""
+def _family() -> set[int]:
+    """This process and all below it."""
     parents = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(entry)] = int(_stat(int(entry))[1])
     family, new = {os.getpid()}, {os.getpid()}
     while new:
         new = {pid for pid, parent in parents.items() if parent in new} - family
         family |= new
+    return family
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from the state on: what stands before may hold spaces."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _processor_seconds() -> float:
+    ticks = 0
+    for pid in _family():
+        with contextlib.suppress(OSError):
+            ticks += sum(map(int, _stat(pid)[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _memory() -> float:
+    """Proportional set size, MB: memory that processes share counts once."""
     total = 0
-    for pid in family:
+    for pid in _family():
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

@@ -135,6 +135,9 @@ def _compare(
                 f"(best rounds), {statistics.median(ratios):.2f} (median of rounds)"
             )
     for (reader, count), many in found.items():
+        if count == workers:
+            processor = statistics.median(one["processor_ms"] for one in many)
+            lines.append(f"{_workers(workers)}: {reader} takes {processor:.2f} ms of processor a sample")
         if count == workers and reader != LIMIT:
             first = [one["first_batch_seconds"] for one in many]
             lines.append(

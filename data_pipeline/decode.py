@@ -27,11 +27,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 # Encoders write about ten; each costs a pass over the whole image, so that thousands hold a worker for minutes.
 MAX_SCANS = 100
-# A scaled JPEG decode leaves at least this many pixels per target pixel and side for the resize to average: that is
-# 47 to 50 dB from a full decode, nearer than bicubic is to Lanczos (44 to 46). From 6/8 on it is slower than a full
-# one. Measured in docs/log.md.
-SCALED_MARGIN = 1.5
-LARGEST_EIGHTHS = 5
 
 
 @dataclass(frozen=True)
@@ -152,11 +147,9 @@ def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut | None:
         return None
     orientation = _orientation(data)
     crop, (x, y, w, h) = _place(width, height, orientation, spec, draw)
-    eighths = max(1, math.ceil(8 * SCALED_MARGIN * spec.size / min(w, h)))
-    # Below eight pixels two scales leave the same number, so that which one was taken could not be told.
-    if eighths > LARGEST_EIGHTHS or min(w, h) < 8:
-        eighths, least = 8, {}
-    else:
+    eighths = _eighths(min(w, h), spec.size)
+    least = {}
+    if eighths < 8:
         # The decoder takes the smallest scale that leaves so many pixels; a partial one at the far edges counts.
         least = {"min_width": -(-width * eighths // 8), "min_height": -(-height * eighths // 8)}
     try:
@@ -173,6 +166,22 @@ def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut | None:
         min(bottom - start_y, cut.height),
     )
     return _Cut(cut, inner, orientation, crop)
+
+
+def _eighths(side: int, size: int) -> int:
+    """At how many eighths of its size to decode a JPEG whose crop's shorter side becomes `size`; see docs/log.md.
+
+    Up to 4/8 a decode costs little more than a smaller one, so that 1.5 pixels are left for each of the target's.
+    5/8 and 6/8 cost more than a whole one, but halve the resize: there one is enough. The result is as near to that
+    of a whole decode as bicubic is to Lanczos, 42 to 50 dB.
+    """
+    if (
+        side < 8
+    ):  # two scales would leave the same number of pixels, and which one was taken could not be told
+        return 8
+    small = math.ceil(12 * size / side)
+    large = max(5, math.ceil(8 * size / side))
+    return small if small <= 4 else large if large <= 6 else 8
 
 
 def _cut_out(

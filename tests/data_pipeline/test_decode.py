@@ -72,27 +72,31 @@ def test_scaled_jpeg_decode_stays_on_the_grid(monkeypatch: pytest.MonkeyPatch) -
         return decoded
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", spied)
-    for size in (24, 60, 110, 150, 220, 300):
+    for size in (24, 60, 110, 150, 220, 300, 450, 600):
         for key in range(5):
             found, crop = decode(data, ImageSpec(size, (0.5, 1.0), True), key, train=True)
             error = np.abs(found.astype(int) - pillow(data, crop, size))
             # 753 pixels at 1/8 become 95, not 94.125; taking 95/753 for the scale costs 0.8 to 1.3 at size 24.
             assert error.mean() < 0.4
-    assert eighths == {1, 2, 3, 4, 5, 8}
+    assert eighths == {1, 2, 3, 4, 5, 6, 8}
 
 
-def test_photos_decode_like_pillow(shared) -> None:
+@pytest.mark.parametrize("size", [224, 96])
+def test_photos_decode_like_pillow(shared, size: int) -> None:
+    """Also where a scale of 5/8 leaves no pixel to spare, as it does here at 224: see docs/log.md for the figures."""
     from data_pipeline.index import ShardReader
     from data_pipeline.manifest import open_source
 
     reader = ShardReader(open_source("photos", str(shared / "data" / "photos")))
-    for size, tolerance in ((224, 0.1), (64, 1.0)):
-        errors = []
-        for index in range(0, 100, 4):
-            _, members = reader.read(1, index)
-            found, crop = decode(members["jpg"], ImageSpec(size, (0.5, 1.0)), index, train=True)
-            errors.append(np.abs(found.astype(int) - pillow(members["jpg"], crop, size)).mean())
-        assert np.mean(errors) < tolerance
+    decibels = []
+    for index in range(0, 100, 4):
+        _, members = reader.read(1, index)
+        found, crop = decode(members["jpg"], ImageSpec(size, (0.5, 1.0)), index, train=True)
+        error = found.astype(float) - pillow(members["jpg"], crop, size)
+        decibels.append(10 * np.log10(255**2 / max(1e-4, (error**2).mean())))
+    # Bicubic and bilinear are 40 to 42 dB apart on these photographs.
+    assert np.median(decibels) > 42
+    assert min(decibels) > 32
 
 
 def test_evaluation_takes_the_largest_centred_square_whatever_the_key() -> None:
