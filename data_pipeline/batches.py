@@ -115,6 +115,9 @@ class BatchMaker:
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
         batch = self._rows.empty(step, start, stop, pixels)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            self._rows.expect(name, refs.shard[rows], refs.index[rows])
         draws = self._draws(refs)
         shards, indices = refs.shard.copy(), refs.index.copy()
         attempts = np.zeros(stop - start, np.int64)

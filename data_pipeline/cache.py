@@ -31,6 +31,7 @@ from data_pipeline.storage import read_descriptor
 FILES = 128  # kept open for reading by each process
 LONGEST_WAIT = 120.0  # seconds for another process's download
 STALE = 3600.0  # seconds after which an unfinished file that nobody holds is removed
+USED_UP = 7 * 86400.0  # seconds by which what was used up looks older than it is
 FULL_TO = 0.9  # share of the limit that eviction leaves
 MOST_GIGABYTES = 100.0
 UNFINISHED = ".part"
@@ -130,6 +131,12 @@ class Cache:
         except OSError:
             return False
         return not self.off
+
+    def release(self, part: ByteRange) -> None:
+        """It is used up for now: where room is needed, it goes before what waits to be used."""
+        with suppress(OSError):
+            then = time.time() - USED_UP
+            os.utime(self.path(part), (then, then))
 
     def ensure(
         self, part: ByteRange, pieces: Callable[[], Iterable[bytes]], patience: float = LONGEST_WAIT

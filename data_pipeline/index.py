@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline import storage
@@ -66,6 +67,11 @@ class ShardReader:
         return sample.key, {
             extension: span[offset : offset + size] for extension, (offset, size) in sample.members.items()
         }
+
+    def expect(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        """The samples that will be read next, in order: remote ones may be fetched meanwhile, several at once."""
+        if self._remote is not None:
+            self._remote.expect(shards, indices)
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key alone."""

@@ -82,7 +82,8 @@ class Worker:
                 assert position is not None
                 if (position.first, position.last) != (begun.first, begun.last):
                     return
-                plan.served(position.at)
+                for part in plan.served(position.at):
+                    self._cache.release(part)
                 reach = plan.following(position.at, position.last)
                 if reach is not None and plan.full():
                     self._warn()

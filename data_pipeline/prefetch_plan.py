@@ -75,12 +75,15 @@ class Plan:
         """Is all planned that the first windows need?"""
         return all(reach.next >= self._first + reach.ahead(self._first) for reach in self._reaches)
 
-    def served(self, step: int) -> None:
+    def served(self, step: int) -> list[ByteRange]:
         """Let go of units that no planned step from `step` on needs."""
+        gone = []
         for past in [end for end in self._ending if end < step]:
             for part in self._ending.pop(past):
                 del self._last_use[part]
                 self.held -= part.stop - part.start
+                gone.append(part)
+        return gone
 
     def following(self, at: int, last: int) -> Reach | None:
         """What to plan next while step `at` is served and steps end before `last`; None: nothing now."""

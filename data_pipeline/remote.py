@@ -6,7 +6,7 @@ import os
 import warnings
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -19,6 +19,7 @@ from data_pipeline.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.manifest import Manifest
 from data_pipeline.object_store import PIECE
 from data_pipeline.offsets import Offsets
+from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.scan import locate
 from data_pipeline.source_order import run_length
 from data_pipeline.tar import BLOCK
@@ -91,6 +92,14 @@ class RemoteShards:
         self._parts: dict[tuple[int, int], ByteRange] = {}
         self._fetched: OrderedDict[int, bytes] = OrderedDict()
         self._warned = False
+        self._ahead = ReadAhead(self._alone)
+
+    def expect(self, shards: Sequence[int], indices: Sequence[int]) -> None:
+        """The samples that will be read next: those that will be fetched by themselves are, several at once."""
+        if self.cache is not None and not self.cache.off and not self.cache.warming():
+            return
+        places = zip(shards, indices, strict=True)
+        self._ahead.expect(place for place in places if self._is_alone(*place))
 
     def span(self, shard: int, index: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a shard: those of the sample at position `index` of the tar.
@@ -103,7 +112,8 @@ class RemoteShards:
             found = self._cached(self.cache, shard, index, start, stop)
             if found is not None:
                 return found
-        return self._get(shard, start, stop)
+        found = self._ahead.take((shard, index))
+        return found if found is not None else self._get(shard, start, stop)
 
     def located(self, shard: int) -> np.ndarray:
         """Where a shard's samples begin, as Offsets.learn takes it, from the tar itself: fetched whole once a node."""
@@ -118,8 +128,18 @@ class RemoteShards:
     def forget(self) -> None:
         """Close files and drop fetched bytes."""
         self._fetched.clear()
+        self._ahead.close()
         if self.cache is not None:
             self.cache.forget()
+
+    def _is_alone(self, shard: int, index: int) -> bool:
+        if shard in self._fetched or not self.units.knows(shard):
+            return False
+        return self.cache is None or not self.cache.has(self._unit(shard, index))
+
+    def _alone(self, shard: int, index: int) -> bytes:
+        assert self.units.offsets is not None
+        return self._get(shard, *self.units.offsets.range(shard, index))
 
     def _cached(self, cache: Cache, shard: int, index: int, start: int, stop: int) -> bytes | None:
         unit = self._unit(shard, index)

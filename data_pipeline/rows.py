@@ -93,6 +93,10 @@ class RowMaker:
             row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
         return row
 
+    def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
+        """The samples of a source that will be made next, in order."""
+        self._readers[source].expect(shards.tolist(), indices.tolist())
+
     def units(self, source: str) -> Units | None:
         """What is fetched at once of a source in an object store."""
         return self._readers[source].units

@@ -162,6 +162,23 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert not cache.ensure(part(0, length=limit + 1), lambda: [])
 
 
+def test_what_is_used_up_goes_before_what_waits(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path, 20_000))
+    for number in range(20):
+        put(cache, part(number))
+    assert whole(cache, part(19)) is not None
+    for number in (17, 18, 19):
+        cache.release(part(number))
+    cache.release(part(77))  # not there
+    put(cache, part(20))
+    assert [number for number in range(21) if cache.has(part(number))] == [*range(17), 20]
+    cache.release(part(3))
+    assert cache.has(part(3))  # a use: it is wanted again
+    for number in (21, 22, 23):
+        put(cache, part(number))
+    assert cache.has(part(3))
+
+
 def test_an_evicted_file_that_is_open_is_read_on(tmp_path: Path) -> None:
     cache = Cache(settings(tmp_path))
     put(cache, part(0))
