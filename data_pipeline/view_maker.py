@@ -15,6 +15,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.filters import Filter, parse, resolve
+from data_pipeline.index_folder import check_writable
 from data_pipeline.manifest import Manifest, open_source, stats_url, wrong_count
 from data_pipeline.parquet_table import digest, read_table
 from data_pipeline.tar import open_tar, split_name, walk
@@ -97,6 +98,7 @@ def make_view(
         raise UserError(f"{rule.ids} does not exist; name a file of ids")
     ids = _ids(rule.ids) if rule.ids is not None else None
     manifest = open_source(name, path)
+    check_writable(manifest.root, manifest.paths)
     urls = [manifest.url(shard) for shard in range(len(manifest.paths))]
     if rule.ids is None or rule.column is not None:
         _check_tables(urls)

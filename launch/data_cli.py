@@ -13,7 +13,7 @@ import typer
 from launch.commands import group
 from pretrain.exit_codes import USER_ERROR
 
-app = group("Index, show and prepare sources of tars.")
+app = group("Index, show, filter and prepare sources of tars.")
 
 Sources = Annotated[
     list[str], typer.Argument(metavar="SRC", help="Folders or patterns such as data/{00000..00031}.tar.")

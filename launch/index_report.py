@@ -59,8 +59,8 @@ def lines(path: str, indexed: Indexed) -> Iterator[tuple[str, bool]]:
         )
     for shard, keys in list(indexed.findings.split.items())[:NAMED]:
         yield (
-            f"{path}: in {shard} the members of {', '.join(keys)} are not adjacent: each piece counts as a sample; "
-            "sort the tar by name",
+            f"{path}: in {shard} the members of {', '.join(map(repr, keys))} are not adjacent: each piece counts as a "
+            "sample; sort the tar by name",
             True,
         )
     if len(indexed.findings.split) > NAMED:

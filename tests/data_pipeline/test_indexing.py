@@ -296,6 +296,17 @@ def test_two_runs_at_once(root: str, tmp_path: Path) -> None:
     assert sorted(os.listdir(f"{root}/_index"))[1:] == ["shards.parquet"]
 
 
+def test_what_cannot_be_kept_is_told_before_the_walk(root: str, tmp_path: Path, walks: Counter[str]) -> None:
+    Path(root, "_index").write_text("a file")
+    with pytest.raises(UserError, match=r"_index cannot be written to; .*links"):
+        build_index(root)
+    os.unlink(f"{root}/_index")
+    os.rename(f"{root}/00000.tar", os.fsencode(root) + b"/\xff.tar")
+    with pytest.raises(UserError, match=r"udcff\.tar' is no name in UTF-8"):
+        build_index(root)
+    assert walks == {}
+
+
 def test_duplicates_and_split_samples_are_found(root: str) -> None:
     shutil.copy(f"{root}/00002.tar", f"{root}/00099.tar")
     write_entries(
