@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from json import dumps
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,7 +23,8 @@ from data_pipeline.digest import hex16
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import hash64, key64
 from data_pipeline.mixture import Cycle, earlier
-from data_pipeline.segments import Base, Past, Segment, follow, told
+from data_pipeline.resume import Resumed, go_on
+from data_pipeline.segments import Base, Past, Segment
 from data_pipeline.shares import By, exact, integer_weights, shares, size
 from data_pipeline.source_order import SourceOrder
 from data_pipeline.walk import Walk
@@ -72,13 +73,6 @@ class Phase:
     drawn: np.ndarray
 
 
-class Resumed(NamedTuple):
-    """How a stream goes on: the segments to make its order with, and what was accepted and is left, in words."""
-
-    segments: tuple[Segment, ...]
-    changes: list[str]
-
-
 class StreamOrder:
     """The order of one stream. `seed` is any integer below 2**64, see `stream_seed`.
 
@@ -119,7 +113,7 @@ class StreamOrder:
         self._interleaved = np.array([source.interleaved for source in self.sources])
         self.ends: dict[str, int] = {}  # source -> step from which on its max_epochs are over
         self.last_step: int | None = None  # step at which all sources have ended
-        self.segment = segments[-1] if segments else self._segment(0, 0, {})
+        self.segment = segments[-1] if segments else self._segment({})
         self._phases: list[Phase] = []
         self._plan()
 
@@ -188,42 +182,15 @@ class StreamOrder:
         Raises UserError with both values of all that differs from what the state was written with, unless
         `accept_change` allows it: then a segment is opened. Seed and lanes never change.
         """
-        now = self._segment(0, 0, dict(fingerprints or {}))
-        try:
-            before = tuple(Segment.from_json(one) for one in state["segments"])
-            step, served = int(state["step"]), int(state["consumed_per_lane"])
-            fixed = [("seed", state["seed"], hex16(self.seed)), ("lanes", state["lanes"], self.lanes)]
-            free = [("batch", state["batch"], self.batches.plain()), *_differing(before[-1], now)]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(
-                f"the checkpoint's data position cannot be read ({error!r}); use another checkpoint"
-            ) from error
-        kept, changed = (
-            [f"{what} was {old}, is now {new}" for what, old, new in pairs if old != new]
-            for pairs in (fixed, free)
-        )
-        if kept and accept_change:
-            raise UserError(
-                f"{'; '.join(kept)}: neither seed nor lanes of a stream can change while it runs. Restore them "
-                "(lanes can be written beside a new batch), or start a new run folder"
-            )
-        if kept or (changed and not accept_change):
-            raise UserError(
-                f"the data is not what the checkpoint was trained on: {'; '.join(kept + changed)}. Restore the data "
-                "and the mixture, or go on with what is there now (run.accept_change=true; in Python, "
-                "resume(state, accept_change=True)), or start a new run folder"
-            )
-        if not changed:
-            return Resumed(before if len(before) > 1 else (), [])
-        past = Past.of(before, served, self.lanes)
-        opened = follow(past, replace(now, first_step=step, consumed_per_lane=served), self.lanes)
-        return Resumed((*before, opened), changed + told(opened))
+        now = self._segment(dict(fingerprints or {}))
+        return go_on(state, now, hex16(self.seed), self.lanes, self.batches, accept_change)
 
-    def _segment(self, first_step: int, served: int, fingerprints: dict[str, str]) -> Segment:
+    def _segment(self, fingerprints: dict[str, str]) -> Segment:
+        """The first segment of a run with this mixture."""
         names = [source.name for source in self.sources]
         return Segment(
-            first_step=first_step,
-            consumed_per_lane=served,
+            first_step=0,
+            consumed_per_lane=0,
             mixture_hash=self.mixture_hash,
             sources=tuple(names),
             fingerprints=fingerprints,
@@ -313,19 +280,6 @@ class StreamOrder:
             for source, weight, limit in zip(self.sources, self.weights, self._limits, strict=True)
         ]
         return xxhash.xxh64_hexdigest(dumps({"lanes": self.lanes, "sources": sources}).encode())
-
-
-def _differing(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
-    """What may differ between two mixtures, with both values, equal or not."""
-    found = [
-        (f"{key} of source {name!r}", old.get(name, "no such source"), new.get(name, "no such source"))
-        for key in ("samples", "fingerprints", "weights", "max_epochs")
-        for old, new in [(getattr(before, key), getattr(now, key))]
-        if old and new
-        for name in sorted({*old, *new})
-        if key == "samples" or name in (old.keys() & new.keys())
-    ]
-    return [*found, ("mixture_hash", before.mixture_hash, now.mixture_hash)]
 
 
 def choose_lanes(batches: Batches, lanes: int | None) -> int:
