@@ -142,7 +142,11 @@ def test_draws_of_a_batch_are_those_of_its_rows_alone() -> None:
     keys = hash64(np.arange(5), 77)
     for key, row in zip(keys, draw_rows(keys), strict=True):
         assert row == draw_rows(np.array([key]))[0]
-        assert row.crop == [int(hash64(key, Purpose.CROP, i)) for i in range(40)]
+        drawn = [int(hash64(key, Purpose.CROP, i)) for i in range(40)]
+        for (share, ratio, x, y), four in zip(row.crop, zip(*[iter(drawn)] * 4, strict=True), strict=True):
+            assert (share, x, y) == ((four[0] >> 11) / 2**53, four[2], four[3])
+            # 24 bits of it, so that the ratio is exact to (16/9)^(2^-24).
+            assert ratio == pytest.approx(0.75 * (16 / 9) ** (four[1] / 2**64), rel=1e-7)
         assert row.mirror == bool(int(hash64(key, Purpose.FLIP)) & 1)
         assert row.caption == int(hash64(key, Purpose.CAPTION))
 
