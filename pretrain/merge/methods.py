@@ -1,19 +1,127 @@
-"""Arithmetic on flat chunks: widen, combine, round once. Pure functions of numpy arrays; same bits for any chunking."""
+"""What a merge computes for a tensor: a first look at the whole of it, where one is needed, then a function of a block.
+
+Every method accumulates in fp32 where all inputs have 16 bits, else in fp64. Its factors are computed in fp64 and
+rounded once to that type; every product, difference and sum is rounded, in the order of the terms, without FMA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pretrain.merge.safetensors_io import DTYPES
+from pretrain.merge import dare, slerp, ties
+from pretrain.merge.blocks import Block, Workers
+from pretrain.merge.kernels import FLOATS, Kind, accumulator, narrow
+from pretrain.merge.plan import TensorJob, Term
+from pretrain.merge.safetensors_io import elements
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+Compute = Callable[[Block], np.ndarray]
+"""the block's elements of the result in the accumulation type, before they are rounded to the stored one"""
 
 
-def accumulator(dtypes: Sequence[str]) -> type[np.float32] | type[np.float64]:
-    """fp32 for 16-bit inputs, fp64 as soon as one of them is wider."""
-    return np.float32 if all(dtype in ("F16", "BF16") for dtype in dtypes) else np.float64
+def prepare(job: TensorJob, workers: Workers) -> Compute:
+    """How the blocks of `job` are computed; the same whatever the blocks and the number of threads."""
+    kind = accumulator([workers.sources[term.source].info(term.name)[0] for term in job.reads])
+    return METHODS[job.method](job, kind, workers)
+
+
+def _linear(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+    """sum_i w_i x_i"""
+    factors = [kind(term.weight) for term in job.terms]
+    return lambda block: _sum(job.terms, factors, block)
+
+
+def _slerp(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+    """s_0 x_0 + s_1 x_1 with the factors of pretrain.merge.slerp"""
+    t, count = float(job.option("t", 0.5)), elements(job.shape)
+    factors = [kind(factor) for factor in slerp.factors(job.terms[0], job.terms[1], t, count, workers)]
+    return lambda block: _sum(job.terms, factors, block)
+
+
+def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+    """base + sum_i f_i (x_i - base), f_i = lambda w_i, divided by the sum of the weights where normalised;
+    with DARE only of what was chosen, and f_i divided by the density where rescaled"""
+    base, divisor = job.base, _divisor(job)
+    assert base is not None
+    factors = [kind(float(job.option("lambda", 1.0)) * _rescaled(job, term) / divisor) for term in job.terms]
+
+    def compute(block: Block) -> np.ndarray:
+        total = block.array("total", kind)
+        for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
+            use = total if number == 0 else block.array("difference", kind)
+            _difference(job, term, base, block, use)
+            np.multiply(use, factor, out=use)
+            if number:
+                np.add(total, use, out=total)
+        return np.add(block.wide(base, kind), total, out=total)
+
+    return compute
+
+
+def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+    """base + lambda elect_i(w_i d_i), d_i what trimming (ties) or choice (dare_ties) leaves of x_i - base"""
+    base, count = job.base, elements(job.shape)
+    assert base is not None
+    cuts = {term: ties.cut(term, base, kind, count, workers) for term in job.terms if job.method == "ties"}
+    factors = [kind(_rescaled(job, term)) for term in job.terms]
+    weights = (
+        [kind(term.weight) for term in job.terms] if job.option("normalize", job.method == "ties") else None
+    )
+    scale = kind(float(job.option("lambda", 1.0)))
+
+    def compute(block: Block) -> np.ndarray:
+        weighted = []
+        for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
+            one = block.array(f"difference {number}", kind)
+            _difference(job, term, base, block, one)
+            ties.trim(one, cuts.get(term), block)
+            weighted.append(np.multiply(one, factor, out=one))
+        total = ties.elect(weighted, weights, block)
+        np.multiply(total, scale, out=total)
+        return np.add(block.wide(base, kind), total, out=total)
+
+    return compute
+
+
+METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
+    "linear": _linear,
+    "slerp": _slerp,
+    "task_arithmetic": _task_arithmetic,
+    "ties": _consensus,
+    "dare_linear": _task_arithmetic,
+    "dare_ties": _consensus,
+}
+
+
+def _sum(terms: Sequence[Term], factors: Sequence[np.floating], block: Block) -> np.ndarray:
+    total = block.scaled(terms[0], factors[0], "total")
+    for term, factor in zip(terms[1:], factors[1:], strict=True):
+        np.add(total, block.scaled(term, factor, "product"), out=total)
+    return total
+
+
+def _difference(job: TensorJob, term: Term, base: Term, block: Block, out: np.ndarray) -> None:
+    """x - base; for DARE only of the entries that were chosen."""
+    block.difference(term, base, out)
+    if job.method.startswith("dare") and term.density < 1:
+        key = dare.key_of(int(job.option("seed", 0)), job.name, term.source)
+        ties.keep(out, dare.chosen(key, term.density, block), block)
+
+
+def _rescaled(job: TensorJob, term: Term) -> float:
+    """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off."""
+    dropped = job.method.startswith("dare") and bool(job.option("rescale", True))
+    return term.weight / term.density if dropped else term.weight
+
+
+def _divisor(job: TensorJob) -> float:
+    total = math.fsum(term.weight for term in job.terms) if job.option("normalize", False) else 1.0
+    return total if abs(total) >= 1e-8 else 1.0
+
+
+__all__ = ["FLOATS", "METHODS", "Compute", "accumulator", "narrow", "prepare"]
 
 
 def widen(chunk: np.ndarray, dtype: str, into: type[np.float32] | type[np.float64]) -> np.ndarray:
@@ -23,38 +131,6 @@ def widen(chunk: np.ndarray, dtype: str, into: type[np.float32] | type[np.float6
         wide <<= 16
         chunk = wide.view(np.float32)
     return chunk.astype(into, copy=False)
-
-
-def narrow(total: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to nearest even, once, to the stored form of `dtype`; every NaN becomes the same quiet NaN."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if dtype == "BF16":
-            return _to_bf16(total)
-        stored = total.astype(DTYPES[dtype])
-    stored[np.isnan(stored)] = np.nan  # which NaN comes out of an addition differs between processors
-    return stored
-
-
-def _to_bf16(total: np.ndarray) -> np.ndarray:
-    bits = (_to_odd(total) if total.dtype == np.float64 else total).view(np.uint32)
-    rounded = (bits >> 16) & 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    stored = rounded.astype(np.uint16)
-    stored[np.isnan(total)] = 0x7FC0
-    return stored
-
-
-def _to_odd(total: np.ndarray) -> np.ndarray:
-    """fp64 to fp32, inexact results to the neighbour with an odd last bit, so that rounding again rounds only once."""
-    near = total.astype(np.float32)
-    bits = near.view(np.uint32)
-    back = near.astype(np.float64)
-    fix = (back != total) & (bits & 1 == 0) & ~np.isnan(total)
-    bits[fix & (np.abs(back) > np.abs(total))] -= 1
-    bits[fix & (np.abs(back) < np.abs(total))] += 1
-    return near
 
 
 def linear(

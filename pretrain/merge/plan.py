@@ -70,6 +70,11 @@ class TensorJob:
         return self.method == "copy"
 
     @property
+    def reads(self) -> tuple[Term, ...]:
+        """Every tensor that is read, the base last."""
+        return self.terms if self.base is None else (*self.terms, self.base)
+
+    @property
     def size(self) -> int:
         """Bytes in the output."""
         return elements(self.shape) * DTYPES[self.dtype].itemsize

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.merge.assemble import Decided, assemble, refusal
+from pretrain.merge.kernels import FLOATS
 from pretrain.merge.lineage import lineage_notes
-from pretrain.merge.methods import FLOATS
 from pretrain.merge.plan import BASED, Method, Options, Plan, Term, Why, letter
 from pretrain.merge.request import Request
 from pretrain.merge.resolve import Blend

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from data_pipeline.errors import UserError
+from pretrain.merge.kernels import FLOATS
 from pretrain.merge.layout import SHARD_SIZE
-from pretrain.merge.methods import FLOATS
 from pretrain.merge.plan import BASED, METHODS, letter
 
 

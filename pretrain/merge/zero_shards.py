@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.methods import narrow
+from pretrain.merge.kernels import narrow
 from pretrain.merge.safetensors_io import Info, elements
 from pretrain.merge.torch_zip import Stub, Tensor, TorchFile
 

@@ -1,0 +1,44 @@
+"""Spherical interpolation of a whole tensor: two factors from its norms and the angle between both inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.merge.blocks import Workers
+from pretrain.merge.kernels import BLOCK
+from pretrain.merge.plan import Term
+
+COLINEAR = 0.9995
+SHORTEST = 1e-8
+"""a norm up to which a tensor has no direction; both numbers are mergekit's, so that its files give its results"""
+
+
+def factors(first: Term, second: Term, t: float, count: int, workers: Workers) -> tuple[float, float]:
+    """Of both inputs, for the share `t` of the second: (1 - t, t) where they point almost the same or opposite way.
+
+    Norms and product are fp64 sums of blocks of 65,536 elements, whose sums are added without rounding.
+    """
+    sums = [
+        part
+        for parts in workers.over(lambda a, b: list(_sums(first, second, a, b, workers)), count)
+        for part in parts
+    ]
+    aa, bb, ab = (math.fsum(part[i] for part in sums) for i in range(3))
+    norms = [norm if (norm := math.sqrt(square)) > SHORTEST else 1.0 for square in (aa, bb)]
+    cosine = ab / norms[0] / norms[1]
+    if not abs(cosine) <= COLINEAR:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin(angle * (1 - t)) / math.sin(angle), math.sin(angle * t) / math.sin(angle)
+
+
+def _sums(
+    first: Term, second: Term, start: int, stop: int, workers: Workers
+) -> Iterator[tuple[float, float, float]]:
+    for block in workers.blocks(start, stop, BLOCK):
+        a, b = block.wide(first, np.float64), block.wide(second, np.float64)
+        product = block.array("product", np.float64)
+        yield tuple(float(np.add.reduce(np.multiply(x, y, out=product))) for x, y in ((a, a), (b, b), (a, b)))  # type: ignore[misc]
