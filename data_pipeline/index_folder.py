@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +70,8 @@ def check_writable(root: str, paths: Sequence[str]) -> None:
         )
 
 
-def recall_index(work: Work, root: str) -> None:
-    """Take over what the index that is there says. One that cannot be read says nothing."""
+def recall_index(work: Work, root: str, but: Set[str] = frozenset()) -> None:
+    """Take over what the index that is there says of all shards `but` some. One that cannot be read says nothing."""
     try:
         indexed = read_index(root)
         if indexed is None:
@@ -87,7 +87,7 @@ def recall_index(work: Work, root: str) -> None:
         return
     for record, start in zip(records, starts, strict=True):
         block = data[start : start + block_bytes(record.count, record.width)]
-        if check_of(block, record.count) == record.check:
+        if record.path not in but and check_of(block, record.count) == record.check:
             work.keep(record, block)
 
 

@@ -100,9 +100,12 @@ def build_index(
         raise _refusal(path, root, list(problems.values()), len(urls))
     if not sum(work.records[below].count for below in paths):
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
-    others = set(work.records) - set(paths) if storage.is_pattern(path) or path.endswith(".tar") else set()
-    order = paths + sorted(other for other in others if storage.exists(storage.join(root, other)))
     with alone(folder):
+        order = paths
+        if storage.is_pattern(path) or path.endswith(storage.SHARD_SUFFIX):
+            recall_index(work, root, but=set(paths))  # another run may have indexed other shards meanwhile
+            others = sorted(set(work.records) - set(paths))
+            order = paths + [other for other in others if storage.exists(storage.join(root, other))]
         write(work, folder, order, tokenizer)
     storage.remove(parts)
     remove_empty(storage.join(folder, PARTS))

@@ -23,8 +23,9 @@ def read_table(url: str) -> tuple[pa.Table, dict[str, str]]:
 
     data = storage.read_bytes(url)
     try:
-        # parquet.read_table would import pyarrow.dataset, and with it pandas.
-        table = parquet.ParquetFile(io.BytesIO(data)).read()
+        # parquet.read_table would import pyarrow.dataset, and with it pandas. Without threads of Arrow's none can be
+        # in the way when the process ends: under load that was seen to abort it.
+        table = parquet.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None

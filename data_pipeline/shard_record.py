@@ -73,12 +73,14 @@ TYPES = {
 
 
 def walk_shard(url: str, path: str, size: int, version: str) -> Walked:
-    """Walk one tar. A UserError becomes a problem: the others are walked all the same."""
+    """Walk one tar. What is wrong with it becomes a problem: the others are walked all the same."""
     try:
         found = scan_file(url, size)
         block, width = pack_starts(found.starts)
     except UserError as error:
         return Walked(url, problem=str(error) if url in str(error) else f"{url} {error}")
+    except OSError as error:
+        return Walked(url, problem=str(error) if url in str(error) else f"{url} cannot be read: {error}")
     return Walked(url, _record(path, size, version, found, block, width), block)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from data_pipeline import indexing, walkers
+from data_pipeline import indexing, storage, walkers
 from data_pipeline.errors import UserError
 from data_pipeline.index import ShardReader
 from data_pipeline.indexing import build_index
@@ -307,6 +307,36 @@ def test_what_cannot_be_kept_is_told_before_the_walk(root: str, tmp_path: Path, 
     assert walks == {}
 
 
+def test_two_runs_over_parts_of_a_folder(root: str) -> None:
+    """Each keeps what the other found, whoever ends last."""
+    halves = [f"{root}/{{{first:05d}..{first + 5:05d}}}.tar" for first in (0, 6)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", AT_ANY_TIME, half], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for half in halves
+    ]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    check(root)
+
+
+def test_a_tar_that_cannot_be_read_is_named_with_the_others(
+    root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = storage.read_descriptor
+
+    def broken(descriptor: int, offset: int, length: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("00002.tar"):
+            raise OSError(5, "Input/output error")
+        return real(descriptor, offset, length)
+
+    monkeypatch.setattr(storage, "read_descriptor", broken)
+    with pytest.raises(
+        UserError, match=r"1 of the 12 tars .*00002\.tar cannot be read: .*Input/output error"
+    ):
+        build_index(root)
+    monkeypatch.undo()
+    assert build_index(root).walked == 1
+
+
 def test_duplicates_and_split_samples_are_found(root: str) -> None:
     shutil.copy(f"{root}/00002.tar", f"{root}/00099.tar")
     write_entries(
@@ -334,9 +364,7 @@ def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, 
     write_shard(f"{remote}/00005.tar", 5, 3, extra=5)
     again = build_index(remote)
     assert (again.walked, again.kept) == (1, SHARDS - 1)
-    from data_pipeline.storage import filesystem
-
-    store = filesystem(remote)
+    store = storage.filesystem(remote)
     store.invalidate_cache()
     names = [name.rpartition("/")[2] for name in store.find(f"{remote}/_index")]
     assert sorted(names)[1:] == ["shards.parquet"]
