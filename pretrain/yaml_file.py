@@ -89,14 +89,14 @@ def parse_scalar(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def load_yaml(path: str | Path) -> Document:
-    """Read one mapping; UserError names file and line of what is wrong."""
+def load_yaml(path: str | Path, what: str = "recipe") -> Document:
+    """Read one mapping; UserError names file and line of what is wrong, and calls the file a `what`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; the path is relative to {Path.cwd()}") from None
+        raise UserError(f"{path}: no such {what}; the path is relative to {Path.cwd()}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the recipe's YAML file") from None
+        raise UserError(f"{path} is a folder; name the {what}'s YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
@@ -108,9 +108,8 @@ def load_yaml(path: str | Path) -> Document:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: a recipe is a map of sections (run, data, model, ...), this is {type(values).__name__}"
-        )
+        sections = "sections (run, data, model, ...)" if what == "recipe" else "keys"
+        raise UserError(f"{path}: a {what} is a map of {sections}, this is {type(values).__name__}")
     return Document(str(path), values, lines)
 
 

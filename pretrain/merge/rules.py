@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 from pretrain.merge.request import Request, Rule, compiled, normalized
 
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer|resblocks|encoder|decoder)\.(\d+)(?:\.|$)")
+LAYER = re.compile(r"^(|.*?\.)(layers|layer|blocks|block|resblocks|h)\.(\d+)\.(.+)$")
+
+
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers`, 3, `mlp.up_proj.weight`); None outside layers."""
+    found = LAYER.match(name)
+    return (found[1] + found[2], int(found[3]), found[4]) if found else None
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a tensor's name, such as 3 in `model.layers.3.mlp.up_proj.weight`; None outside layers."""
-    found = LAYER.search(name)
-    return int(found[1]) if found else None
+    """The layer number in a tensor's name; None outside layers."""
+    found = split_layer(name)
+    return found[1] if found else None
 
 
 def interpolate(points: Sequence[float], at: float) -> float:

@@ -1,0 +1,236 @@
+"""mergekit's YAML, taken unmodified: what is understood becomes plain data, what is not is refused by name.
+
+The format is documented in mergekit's README (github.com/arcee-ai/mergekit); behaviour was compared with 0.1.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.request import check_dtype
+
+Settings = Mapping[str, Any]
+METHODS = ("linear", "slerp", "ties", "dare_linear", "dare_ties", "task_arithmetic", "passthrough")
+BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic")
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "linear": ("weight", "normalize"),
+    "slerp": ("t",),
+    "passthrough": ("scale",),
+    **dict.fromkeys(BASED, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")),
+}
+"""method -> parameters that have a meaning there; others are noted and have none"""
+KNOWN = {name for names in PARAMETERS.values() for name in names}
+TOP = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "chat_template", "name",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model of a slice: its address and the layers [start, stop) of it; None: all of them."""
+
+    model: str
+    layers: tuple[int, int] | None
+    parameters: Settings
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output, one after the other: each merged from the same number of layers of every input."""
+
+    inputs: tuple[Input, ...]
+    base: str | None
+    parameters: Settings
+
+
+@dataclass(frozen=True)
+class MergekitFile:
+    """A merge in mergekit's terms. `whole`: written as `models`, so that there is one slice of all layers."""
+
+    path: str
+    method: str
+    slices: tuple[Slice, ...]
+    whole: bool
+    base: str | None
+    parameters: Settings
+    dtype: str | None
+    tokenizer: str | None
+    notes: tuple[str, ...] = field(default=())
+
+    def models(self) -> list[str]:
+        """Every address once, the base first, then in the order of the file."""
+        named = [one.model for part in self.slices for one in part.inputs]
+        bases = [base for base in (self.base, *(part.base for part in self.slices)) if base is not None]
+        return list(dict.fromkeys([*bases, *named]))
+
+
+def is_mergekit(values: Mapping[str, Any]) -> bool:
+    """Whether a YAML mapping is mergekit's and not a spec of our own."""
+    return "merge_method" in values
+
+
+def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
+    """Raises UserError naming the key of whatever is missing or not supported."""
+    where = f"{path} (mergekit)"
+    _known_keys(where, values, TOP)
+    method = values.get("merge_method")
+    if method not in METHODS:
+        raise UserError(f"{where}: merge_method {method!r} is not supported; supported: {', '.join(METHODS)}")
+    base = _model(where, values["base_model"]) if values.get("base_model") is not None else None
+    if ("models" in values) == ("slices" in values):
+        raise UserError(f"{where}: exactly one of models and slices")
+    whole = "models" in values
+    if whole:
+        slices = [_whole_slice(where, values["models"], base, method)]
+    else:
+        slices = [_slice(where, entry, base) for entry in _list(where, "slices", values["slices"])]
+    for part in slices:
+        _check_slice(where, part, method)
+    notes: list[str] = []
+    settings = [_parameters(where, values.get("parameters"))]
+    settings += [part.parameters for part in slices] + [
+        one.parameters for part in slices for one in part.inputs
+    ]
+    for name in sorted({name for each in settings for name in each} - set(PARAMETERS[method])):
+        notes.append(f"parameter {name} has no meaning for {method} and changes nothing")
+    if any("int8_mask" in each for each in settings):
+        notes.append("int8_mask saves memory in mergekit; here it changes nothing")
+    if values.get("chat_template") not in (None, "auto"):
+        raise UserError(f"{where}: chat_template is not supported; edit chat_template.jinja of the output")
+    source = values.get("tokenizer_source")
+    return MergekitFile(
+        path=path,
+        method=method,
+        slices=tuple(slices),
+        whole=whole,
+        base=base,
+        parameters=settings[0],
+        dtype=_dtype(where, values),
+        tokenizer=source if source in (None, "base", "union") else _model(where, source),
+        notes=tuple(notes),
+    )
+
+
+def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
+    """What is written: out_dtype, else dtype. `dtype`, in which mergekit computes, is replaced by exact sums."""
+    found = None
+    for key in ("dtype", "out_dtype"):
+        if values.get(key) is not None:
+            try:
+                found = check_dtype(str(values[key]))
+            except UserError:
+                raise UserError(f"{where}: {key} {values[key]!r} is not supported") from None
+    return found
+
+
+def _whole_slice(where: str, models: Any, base: str | None, method: str) -> Slice:
+    inputs = []
+    for entry in _list(where, "models", models):
+        _known_keys(f"{where}: models", entry, ("model", "parameters"))
+        inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
+    if base is not None and base not in [one.model for one in inputs]:
+        inputs.append(Input(base, None, {}))  # as mergekit does, for every method
+    return Slice(tuple(inputs), base, {})
+
+
+def _slice(where: str, entry: Any, base: str | None) -> Slice:
+    _known_keys(f"{where}: slices", entry, ("sources", "base_model", "parameters"))
+    inputs = []
+    for source in _list(where, "sources", entry.get("sources")):
+        _known_keys(f"{where}: sources", source, ("model", "layer_range", "parameters"))
+        layers = source.get("layer_range")
+        if not (
+            isinstance(layers, list)
+            and len(layers) == 2
+            and all(type(number) is int for number in layers)
+            and 0 <= layers[0] < layers[1]
+        ):
+            raise UserError(
+                f"{where}: layer_range {layers!r}: two numbers, the first layer and the one after the last"
+            )
+        settings = _parameters(where, source.get("parameters"))
+        inputs.append(Input(_required(where, source), (layers[0], layers[1]), settings))
+    lengths = {one.layers[1] - one.layers[0] for one in inputs if one.layers is not None}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{where}: the sources of a slice have different numbers of layers: {sorted(lengths)}"
+        )
+    own = entry.get("base_model")
+    return Slice(
+        tuple(inputs),
+        _model(where, own) if own is not None else base,
+        _parameters(where, entry.get("parameters")),
+    )
+
+
+def _check_slice(where: str, part: Slice, method: str) -> None:
+    models = [one.model for one in part.inputs]
+    if len(set(models)) != len(models):
+        raise UserError(f"{where}: a model stands twice among the inputs of one slice")
+    if method in (*BASED, "slerp"):
+        if part.base is None:
+            raise UserError(f"{where}: {method} needs base_model")
+        if part.base not in models:
+            raise UserError(f"{where}: base_model {part.base} is not among the sources of a slice")
+    if method == "slerp" and len(models) != 2:
+        raise UserError(
+            f"{where}: slerp merges base_model and one other model, here are {len(models)} in all"
+        )
+    if method == "passthrough" and len(models) != 1:
+        raise UserError(f"{where}: passthrough takes one source for a slice, here are {len(models)}")
+
+
+def _parameters(where: str, given: Any) -> Settings:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: parameters are a map of names")
+    _known_keys(f"{where}: parameters", given, tuple(sorted(KNOWN)))
+    return given
+
+
+def _required(where: str, entry: Mapping[str, Any]) -> str:
+    if "model" not in entry:
+        raise UserError(f"{where}: an input has no model")
+    return _model(where, entry["model"])
+
+
+def _model(where: str, given: Any) -> str:
+    """mergekit's model reference as an address: a path that exists, else a repository of the Hub."""
+    if isinstance(given, dict):
+        _known_keys(f"{where}: model", given, ("model", "path", "revision"))
+        inner = given.get("model", given)
+        if isinstance(inner, dict):
+            _known_keys(f"{where}: model", inner, ("path", "revision"))
+            revision = f"@{inner['revision']}" if inner.get("revision") else ""
+            return _model(where, f"{inner.get('path')}{revision}")
+        return _model(where, inner)
+    if not isinstance(given, str) or not given:
+        raise UserError(f"{where}: model {given!r} is no path")
+    if Path(given).expanduser().exists() or "://" in given:
+        return given
+    if "+" in given:
+        raise UserError(
+            f"{where}: model {given}: adapters (LoRA) are not supported; merge them into the model first"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and not given.startswith("."):
+        return f"hf://{given}"
+    return given
+
+
+def _list(where: str, key: str, given: Any) -> list[Any]:
+    if not isinstance(given, list) or not given or not all(isinstance(entry, dict) for entry in given):
+        raise UserError(f"{where}: {key} is a list of maps")
+    return given
+
+
+def _known_keys(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [str(key) for key in given if key not in known]
+    if unknown:
+        raise UserError(f"{where}: {', '.join(unknown)} not supported; supported: {', '.join(known)}")

@@ -1,0 +1,56 @@
+"""config.json of the output, where it must say something else than that of the input it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+
+CONFIG = "config.json"
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def read_config(companions: Mapping[str, Path | bytes]) -> dict[str, Any] | None:
+    """The content of config.json; None where there is none."""
+    content = companions.get(CONFIG)
+    if content is None:
+        return None
+    try:
+        found = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except ValueError:
+        raise UserError(f"{content if isinstance(content, Path) else CONFIG}: not JSON") from None
+    return found if isinstance(found, dict) else None
+
+
+def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dict[str, Path | bytes]:
+    """The dtype of the output under the key that the config has for it."""
+    config = read_config(companions) if dtype is not None else None
+    keys = [key for key in DTYPE_KEYS if config is not None and key in config]
+    if config is None or dtype is None or not keys or all(config[key] == NAMES[dtype] for key in keys):
+        return dict(companions)
+    return {**companions, CONFIG: _dump(config | dict.fromkeys(keys, NAMES[dtype]))}
+
+
+def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) -> dict[str, Path | bytes]:
+    """The number of layers, and what the config says layer by layer, for the layers `taken` in their new order."""
+    config = read_config(companions)
+    if config is None:
+        return dict(companions)
+    section = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    for key in LAYER_KEYS:
+        if key in section:
+            before = section[key]
+            section[key] = len(taken)
+            kinds = section.get("layer_types")
+            if isinstance(kinds, list) and len(kinds) == before:
+                section["layer_types"] = [kinds[number] for number in taken]
+    return {**companions, CONFIG: _dump(config)}
+
+
+def _dump(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2) + "\n").encode()
