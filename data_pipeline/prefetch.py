@@ -30,6 +30,7 @@ from data_pipeline.work import Setup
 from data_pipeline.worker import die_with
 
 AT_ONCE = CONNECTIONS // 2
+FILLED = 0.75  # share of the cache that the ranks of a node fill ahead
 STARTS = 3
 
 
@@ -50,7 +51,8 @@ class Worker:
         self._rank, self._world_size = rank, world_size
         cache = next(setup.cache for setup in setups if setup.cache is not None)
         self._cache = Cache(cache)
-        self._limit = cache.limit_bytes // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._limit = int(FILLED * cache.limit_bytes) // ranks
         self._changed = threading.Condition()
         self._position: Position | None = None
         self._under_way = 0
@@ -76,17 +78,20 @@ class Worker:
         """Plan one pass of the loader over its steps, until it begins another."""
         plan = Plan(self._makers, self._rank, self._world_size, self._limit, begun.first)
         alone = begun.first + plan.alone()
+        used_up: list[ByteRange] = []
         while True:
             with self._changed:
                 position = self._position
                 assert position is not None
                 if (position.first, position.last) != (begun.first, begun.last):
                     return
-                for part in plan.served(position.at):
-                    self._cache.release(part)
+                used_up += plan.served(position.at)
                 reach = plan.following(position.at, position.last)
-                if reach is not None and plan.full():
+                if reach is None:
+                    self._release(plan, used_up)
+                elif plan.full():
                     self._warn()
+                    used_up.clear()  # nobody knows: the next steps are not planned
                     reach = None
                 if position.at >= alone or (
                     not self._under_way and (reach is None or plan.windows_planned())
@@ -99,6 +104,12 @@ class Worker:
                 with self._changed:
                     self._under_way += 1
                 pool.submit(self._fetch, part)
+
+    def _release(self, plan: Plan, used_up: list[ByteRange]) -> None:
+        for part in used_up:
+            if not plan.holds(part):
+                self._cache.release(part)
+        used_up.clear()
 
     def _fetch(self, part: ByteRange) -> None:
         try:

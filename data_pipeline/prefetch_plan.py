@@ -75,6 +75,10 @@ class Plan:
         """Is all planned that the first windows need?"""
         return all(reach.next >= self._first + reach.ahead(self._first) for reach in self._reaches)
 
+    def holds(self, part: ByteRange) -> bool:
+        """Does a planned step that is not over need it?"""
+        return part in self._last_use
+
     def served(self, step: int) -> list[ByteRange]:
         """Let go of units that no planned step from `step` on needs."""
         gone = []
@@ -86,7 +90,12 @@ class Plan:
         return gone
 
     def following(self, at: int, last: int) -> Reach | None:
-        """What to plan next while step `at` is served and steps end before `last`; None: nothing now."""
+        """What to plan next while step `at` is served and steps end before `last`; None: nothing now.
+
+        Steps that are over are left out: where the limit is less than a window, planning may fall behind.
+        """
+        for reach in self._reaches:
+            reach.next = max(reach.next, at)
         waiting = [reach for reach in self._reaches if reach.next < min(last, at + reach.ahead(at))]
         return min(waiting, key=lambda reach: reach.next, default=None)
 
