@@ -15,7 +15,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.filters import Filter, parse, resolve
-from data_pipeline.index_folder import check_writable
+from data_pipeline.index_folder import alone, check_writable
 from data_pipeline.manifest import Manifest, open_source, stats_url, wrong_count
 from data_pipeline.parquet_table import digest, read_table
 from data_pipeline.tar import open_tar, split_name, walk
@@ -279,9 +279,12 @@ def _write(manifest: Manifest, name: str, rule: Rule, found: list[_Kept]) -> str
         "rule": str(rule),
         "source": manifest.fingerprint,
     }
-    storage.publish(storage.join(folder, bitmap), data)
-    storage.publish_table(storage.join(folder, f"{name}.parquet"), table.replace_schema_metadata(metadata))
-    _remove_old(folder, name, bitmap)
+    with alone(folder):
+        storage.publish(storage.join(folder, bitmap), data)
+        storage.publish_table(
+            storage.join(folder, f"{name}.parquet"), table.replace_schema_metadata(metadata)
+        )
+        _remove_old(folder, name, bitmap)
     return manifest.seen_through(name).fingerprint
 
 
