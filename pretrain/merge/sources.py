@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
-from pretrain.address import Located, locate
+from data_pipeline.storage import is_remote
+from pretrain.address import WHICH, Located, locate
+from pretrain.checkpoint_folder import step_of
+from pretrain.merge import companions, hub
+from pretrain.merge.folder import Folder
+from pretrain.merge.origins import origins
+from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
 from pretrain.merge.safetensors_io import DTYPES, Info, SafetensorsFile, elements
-from pretrain.merge.torch_zip import Tensor, TorchFile
-from pretrain.merge.zero_shards import ZeroShards
+from pretrain.merge.state_dict import StateDict
+from pretrain.merge.tied_weights import says_tied, tied_names
+from pretrain.merge.universal import Universal, is_universal
+from pretrain.merge.weight_folder import FROZEN, weight_files
+from pretrain.merge.zero_shards import ZeroShards, is_zero_folder
 
-FROZEN = "frozen.safetensors"
-INDEX = "model.safetensors.index.json"
-SINGLE = ("model.safetensors", "open_clip_model.safetensors")
-COMPANIONS = (
-    "config.json", "generation_config.json", "open_clip_config.json", "preprocessor_config.json",
-    "processor_config.json", "chat_template*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-)  # fmt: skip
 BLOCK = 1 << 20
 
 
@@ -37,66 +39,50 @@ class Reader(Protocol):
     def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
 
 
-class StateDict:
-    """A flat state dict in a file of torch.save, at its top or under `state_dict`, `model` or `module`."""
-
-    def __init__(self, path: Path) -> None:
-        content = TorchFile(path).content
-        for key in ("state_dict", "model", "module"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: holds no state dict")
-        self._tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if not self._tensors:
-            raise UserError(f"{path}: holds no tensors at its top nor under state_dict, model or module")
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def info(self, name: str) -> Info:
-        return self._tensors[name].dtype, self._tensors[name].shape
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._tensors[name].read(start, stop)
-
-
 class WeightSource:
     """The weights at one address.
 
-    address:    as it was written.
-    located:    where it led.
-    frozen:     names of parameters that did not train (from frozen.safetensors or the checkpoint itself).
-    tied:       name -> the name under which the same weight is stored; not in `names()`.
-    files:      every file that holds tensors.
-    companions: file name -> path of config, tokenizer and the like beside HF weights.
+    address: as it was written.
+    located: where it led.
+    frozen:  names of parameters that did not train (from frozen.safetensors or the checkpoint itself).
+    tied:    name -> the name under which the same weight is stored; not in `names()`.
+    files:   every file that holds tensors.
+    folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
     """
 
     def __init__(
         self,
         address: str,
         located: Located,
-        readers: Mapping[Path, Reader],
-        files: Sequence[Path],
+        readers: Mapping[str, Reader],
+        files: Sequence[ByteFile],
         tied: Mapping[str, str] | None = None,
         frozen: frozenset[str] = frozenset(),
+        folder: Folder | None = None,
     ) -> None:
         self.address, self.located = address, located
-        self.tied, self.frozen, self.files = dict(tied or {}), frozen, list(files)
+        self.frozen, self.files, self.folder = frozen, list(files), folder
         self._holder: dict[str, Reader] = {}
-        for path, reader in readers.items():
+        for file, reader in readers.items():
             for name in reader.names():
-                if name in self._holder and path.name != FROZEN:
-                    raise UserError(f"{address}: {name} is in two files, one of them {path}")
+                if name in self._holder:
+                    raise UserError(f"{address}: {name} is in two files, one of them {file}")
                 self._holder.setdefault(name, reader)
-        folder = Path(located.path)
-        found = (
-            sorted(path for pattern in COMPANIONS for path in folder.glob(pattern)) if folder.is_dir() else []
-        )
-        keep = located.kind in ("folder", "hf")
-        self.companions = {
-            path.name: path for path in found if keep and path.name != INDEX and path.is_file()
-        }
+        self.tied: dict[str, str] = {}
+        self._tie(tied or {})
+
+    def _tie(self, tied: Mapping[str, str]) -> None:
+        self.tied |= {alias: name for alias, name in tied.items() if name in self._holder}
+        for alias in self.tied:
+            self._holder.pop(alias, None)
+
+    def _add_frozen(self, file: ByteFile) -> None:
+        """Tensors that a stage keeps beside its checkpoints; the checkpoint's own go before them."""
+        reader = SafetensorsFile(file)
+        self.files.append(file)
+        self.frozen |= frozenset(reader.names())
+        for name in reader.names():
+            self._holder.setdefault(name, reader)
 
     def names(self) -> list[str]:
         """Every stored tensor once, frozen ones included."""
@@ -107,7 +93,10 @@ class WeightSource:
         return self._holder[name].info(name)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flat tensor, read-only, in the storage type; BF16 comes as its bits, uint16."""
+        """Elements [start, stop) of the flat tensor, read-only, in the storage type; BF16 comes as its bits, uint16.
+
+        Raises UserError when the file was changed since it was opened, ReadError when a store does not answer.
+        """
         return self._holder[name].read(name, start, stop)
 
     def array(self, name: str) -> np.ndarray:
@@ -120,28 +109,44 @@ class WeightSource:
 
     def equal(self, name: str, other: WeightSource) -> bool:
         """True where both hold the same bytes under `name`, in the same shape and dtype."""
-        if self.info(name) != other.info(name):
-            return False
-        count = elements(self.info(name)[1])
-        blocks = range(0, count, BLOCK)
-        return all(
-            self.read(name, at, min(at + BLOCK, count)).tobytes()
-            == other.read(name, at, min(at + BLOCK, count)).tobytes()
-            for at in blocks
-        )
+        return same_tensor(self, name, other, name)
+
+    @cached_property
+    def _beside(self) -> tuple[dict[str, Path | bytes], list[str]]:
+        return companions.companions_of(self.folder) if self.folder is not None else ({}, [])
+
+    @property
+    def companions(self) -> dict[str, Path | bytes]:
+        """File name -> path of config, tokenizer and the like beside the weights, or their content."""
+        return self._beside[0]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of what is not taken from beside the weights."""
+        return self._beside[1]
+
+    @cached_property
+    def lineage(self) -> frozenset[str]:
+        """What the weights come from, as the files beside them say (see pretrain.merge.origins)."""
+        return origins(self.address, self.folder)
 
     @property
     def frozen_file(self) -> Path | None:
         """frozen.safetensors of the stage that wrote the weights, if it froze anything."""
-        return next((path for path in self.files if path.name == FROZEN), None)
+        return next((Path(file.name) for file in self.files if Path(file.name).name == FROZEN), None)
+
+    def check_unchanged(self) -> None:
+        """UserError when a file is not the one that was opened."""
+        for file in self.files:
+            file.check_unchanged()
 
     def hashes(self) -> dict[str, str]:
-        """File -> xxh64 of every file that holds tensors; from the checkpoint's own manifest where it has one."""
+        """File -> xxh64 of every file that holds tensors, from the checkpoint's own manifest where it has one; of
+        remote ones their size and ETag."""
         known: dict[str, str] = {}
-        manifest = Path(self.located.path) / "manifest.json"
-        if self.located.kind == "checkpoint" and manifest.is_file():
-            known = {name: entry["xxh64"] for name, entry in json.loads(manifest.read_text()).items()}
-        return {path.name: known.get(path.name) or hash_file(path) for path in self.files}
+        if self.located.kind == "checkpoint":
+            known = _manifest(Folder(self.located.path))
+        return {name: known.get(name) or _hash(file) for name, file in _by_name(self.files).items()}
 
 
 def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
@@ -151,72 +156,130 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
     """
     located = locate(address, run_dir)
     if located.kind == "hf":
-        located = _download(address, located)
-    path = Path(located.path)
-    if located.path.startswith("s3://"):
-        raise UserError(f"{address}: weights on S3 cannot be read in place yet; copy them to a disk first")
-    if located.kind == "open_clip":
-        raise UserError(f"{address}: save the model as safetensors first; open_clip:// serves training only")
-    tied: Mapping[str, str] = {}
-    frozen: frozenset[str] = frozenset()
-    readers: dict[Path, Reader] = {}
-    if located.kind == "checkpoint":
-        shards = ZeroShards(path)
-        readers[path], files = shards, list(shards.files)
-        tied, frozen = shards.tied, shards.frozen
-    elif located.kind == "file" and path.suffix != ".safetensors":
-        readers[path], files = StateDict(path), [path]
+        located = Located("hf", hub.fetch(address, located.path))
+    elif located.kind == "open_clip":
+        located = Located("file", hub.fetch_open_clip(address, located.path))
+    if located.kind == "file":
+        source = _open_file(address, located)
     else:
-        files = [path] if path.is_file() else _folder_files(path, address)
-        readers = {file: SafetensorsFile(file) for file in files}
-        record = path / "merge.json"
-        tied = json.loads(record.read_text()).get("tied", {}) if record.is_file() else {}
+        source = _open_folder(address, *_find(located, address))
     aside = located.stage_dir / FROZEN if located.stage_dir is not None else None
     if aside is not None and aside.is_file():
-        readers[aside] = SafetensorsFile(aside)
-        frozen |= frozenset(readers[aside].names())
-        files.append(aside)
-    return WeightSource(address, located, readers, files, tied, frozen)
+        source._add_frozen(LocalFile(aside))
+    return source
 
 
-def _folder_files(folder: Path, address: str) -> list[Path]:
-    """The safetensors files of a folder: through its index, or the one file there is."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not an index of safetensors (no weight_map)") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{index}: names {name!r}, which is no file of this folder")
-            if not (folder / name).is_file():
-                raise UserError(f"{index}: names {name}, which is not there; fetch the folder again")
-        return [folder / name for name in names]
-    for name in SINGLE:
-        if (folder / name).is_file():
-            return [folder / name]
-    found = sorted(path for path in folder.glob("*.safetensors") if path.name != FROZEN)
-    if len(found) == 1:
-        return found
-    what = (
-        f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors file and no checkpoint"
+def _open_file(address: str, located: Located) -> WeightSource:
+    file = open_file(located.path)
+    if located.path.endswith(".safetensors"):
+        return WeightSource(address, located, {file.name: SafetensorsFile(file)}, [file])
+    state = StateDict(file)
+    return WeightSource(address, located, {file.name: state}, [file], state.tied)
+
+
+def _find(located: Located, address: str) -> tuple[Located, Folder]:
+    """The folder itself: a checkpoint's, also where `latest` of a folder names it, or a step of a remote stage."""
+    if is_remote(located.path) and (found := WHICH.match(located.path)):
+        return _remote_step(found["base"], found["which"], address)
+    folder = Folder(located.path)
+    if located.kind == "checkpoint" or is_zero_folder(folder):
+        return replace(located, kind="checkpoint"), folder
+    if "latest" in folder:
+        tag = folder.bytes("latest", 4096).decode("utf-8", "replace").strip()
+        if tag not in folder.folders:
+            raise UserError(f"{folder.url}/latest: names {tag[:100]!r}, which is no folder beside it")
+        below = folder.below(tag)
+        return Located("checkpoint", below.url), below
+    return located, folder
+
+
+def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]:
+    above = Folder(f"{stage}/checkpoints")
+    steps = {step: name for name in above.folders if (step := step_of(name)) is not None}
+    complete = {step: name for step, name in steps.items() if "COMPLETE" in above.below(name)}
+    if which == "best" or not complete or (which.isdigit() and int(which) not in complete):
+        have = ", ".join(map(str, sorted(complete))) or "none"
+        raise UserError(
+            f"{address}: complete checkpoints of a remote stage are taken by step or @latest; {have}"
+        )
+    step = max(complete) if which == "latest" else int(which)
+    folder = above.below(complete[step])
+    return Located("checkpoint", folder.url, None, step), folder
+
+
+def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource:
+    if located.kind == "checkpoint":
+        shards = ZeroShards(folder)
+        return WeightSource(address, located, {folder.url: shards}, shards.files, shards.tied, shards.frozen)
+    if is_universal(folder):
+        universal = Universal(folder)
+        return WeightSource(address, located, {folder.url: universal}, universal.files)
+    readers: dict[str, Reader] = {}
+    files: list[ByteFile] = []
+    tied: dict[str, str] = {}
+    for name, expected in weight_files(folder, address).items():
+        files.append(file := folder.open(name))
+        reader = SafetensorsFile(file) if name.endswith(".safetensors") else StateDict(file)
+        if isinstance(reader, StateDict):
+            tied |= reader.tied
+        absent = sorted(expected - {*reader.names(), *tied})
+        if absent:
+            raise UserError(f"{file.name}: has no {absent[0]}, which its folder's index says is there")
+        readers[file.name] = reader
+    source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
+    source._tie(_ties(source))
+    return source
+
+
+def _ties(source: WeightSource) -> dict[str, str]:
+    """What merge.json says is tied, else what config.json does."""
+    folder = source.folder
+    assert folder is not None
+    record: Any = folder.json("merge.json") if "merge.json" in folder else None
+    if isinstance(record, dict) and isinstance(record.get("tied"), dict):
+        return {str(alias): str(name) for alias, name in record["tied"].items()}
+    config: Any = folder.json("config.json") if "config.json" in folder else None
+
+    def equal(name: str, stored: str) -> bool:
+        return not folder.remote and same_tensor(source, name, source, stored)
+
+    return tied_names(source.names(), config, equal if says_tied(config) else None)
+
+
+def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool:
+    """True where both are the same bytes, in the same shape and dtype."""
+    if a.info(name) != b.info(other):
+        return False
+    count = elements(a.info(name)[1])
+    return all(
+        np.array_equal(
+            a.read(name, at, min(at + BLOCK, count)).view(np.uint8),
+            b.read(other, at, min(at + BLOCK, count)).view(np.uint8),
+        )
+        for at in range(0, count, BLOCK)
     )
-    raise UserError(f"{address}: {what} in {folder}; name one file, or RUN/STAGE")
 
 
-def _download(address: str, located: Located) -> Located:
-    name, _, revision = located.path.partition("@")
+def _manifest(folder: Folder) -> dict[str, str]:
+    if "manifest.json" not in folder:
+        return {}
+    content: Any = folder.json("manifest.json")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{address}: needs huggingface_hub; pip install 'dromos[train]'") from None
-    patterns = ["*.safetensors", INDEX, *COMPANIONS]
-    try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{address}: cannot be fetched: {error}") from None
-    return Located("hf", path)
+        return {str(name): str(entry["xxh64"]) for name, entry in content.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{folder.url}/manifest.json: not what a checkpoint has there") from None
+
+
+def _by_name(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
+    """Files by their own names; with their folders' where two have the same."""
+    named = {Path(file.name).name: file for file in files}
+    if len(named) == len(files):
+        return named
+    return {"/".join(Path(file.name).parts[-2:]): file for file in files}
+
+
+def _hash(file: ByteFile) -> str:
+    return file.identity if file.remote else hash_file(Path(file.name))
 
 
 def hash_file(path: Path) -> str:

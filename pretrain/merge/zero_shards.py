@@ -1,9 +1,11 @@
-"""DeepSpeed ZeRO 0-3 checkpoints read in place: a tensor is a few pieces of the ranks' mapped fp32 master shards."""
+"""DeepSpeed ZeRO 0-3 checkpoints read in place: a tensor is a few pieces of the ranks' fp32 master shards."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,17 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
+from pretrain.merge.folder import Folder
 from pretrain.merge.kernels import narrow
-from pretrain.merge.safetensors_io import Info, elements
+from pretrain.merge.remote_file import ByteFile
+from pretrain.merge.safetensors_io import DTYPES, MAX_DIMENSIONS, Info, elements, is_name, short
 from pretrain.merge.torch_zip import Stub, Tensor, TorchFile
 
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
+EXPERTS = re.compile(r"(^|_)expert_\d+_|^expp_rank_\d+_")
+SIDE_BY_SIDE = 8  # remote files whose heads are read at once
+LAYERS = re.compile(r"^layer_\d+")
 
 
 @dataclass(frozen=True)
@@ -29,31 +36,62 @@ class Piece:
     offset: int
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One parameter and its pieces in order; `stops`: where each ends."""
+
+    info: Info
+    pieces: tuple[Piece, ...]
+    stops: tuple[int, ...]
+
+
+def is_zero_folder(folder: Folder) -> bool:
+    """Whether DeepSpeed's engine saved this folder."""
+    return bool(folder.matching("*_model_states.pt")) and "zero" not in folder.folders
+
+
 class ZeroShards:
     """The weights of one checkpoint folder: fp32 masters where the stage keeps them, else the module's own tensors.
 
     `tied` maps the name of a weight that is stored under another one to that one; `frozen` are the names of
     parameters that did not train, where the checkpoint holds them at all. Raises UserError for a folder that is
-    incomplete, tensor-parallel, or not DeepSpeed's.
+    incomplete, tensor-, pipeline- or expert-parallel, or not DeepSpeed's.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Folder | Path | str) -> None:
+        self.folder = folder if isinstance(folder, Folder) else Folder(folder)
+        self.url = self.folder.url
+        self._entries: dict[str, Entry] = {}
+        self.tied: dict[str, str] = {}
+        self.frozen: frozenset[str] = frozenset()
+        self.files: list[ByteFile] = []
+        self._refuse_parallel()
         models = self._ranks(MODEL)
         optimizers = self._ranks(OPTIMIZER)
         if not models:
-            raise UserError(f"{self.folder}: no DeepSpeed checkpoint here (no *_model_states.pt)")
-        self._opened = [TorchFile(path) for path in models]
-        state = self._opened[0].content
+            raise UserError(f"{self.url}: no DeepSpeed checkpoint here (no *_model_states.pt)")
+        self._opened = self._open(models)
+        try:
+            self._read(self._opened[0], optimizers)
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{self.url}: its files are not laid out as DeepSpeed's: {type(error).__name__}: {short(str(error))}"
+            ) from None
+
+    def _read(self, model: TorchFile, optimizers: list[str]) -> None:
+        state = model.content
         if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
-            raise UserError(f"{models[0]}: not a DeepSpeed model file (it holds no `module`)")
-        self.files = [*models, *optimizers]
-        self._entries: dict[str, tuple[Info, tuple[Piece, ...]]] = {}
-        self.tied: dict[str, str] = {}
-        self.frozen: frozenset[str] = frozenset()
+            raise UserError(f"{model.name}: not a DeepSpeed model file (it holds no `module`)")
+        for name in state["module"]:
+            if not is_name(name):
+                raise UserError(
+                    f"{model.name}: a tensor is named {ascii(name)[:80]}, which is no printable text"
+                )
         shapes = state.get("param_shapes")
         if optimizers and shapes:
-            self._sharded(optimizers, [_shapes(group, models[0]) for group in shapes], state)
+            self._sharded(optimizers, [_shapes(group, model.name) for group in shapes], state)
         else:
             self._plain(state)
 
@@ -61,33 +99,66 @@ class ZeroShards:
         return list(self._entries)
 
     def info(self, name: str) -> Info:
-        return self._entries[name][0]
+        return self._entries[name].info
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flat tensor in its storage type; a view where one piece covers them."""
-        parts = []
-        for piece in self._entries[name][1]:
-            low, high = max(start, piece.start), min(stop, piece.stop)
-            if low < high:
-                shift = piece.offset - piece.start
-                parts.append(piece.shard.read(low + shift, high + shift))
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return self._entries[name][1][0].shard.read(0, 0)
-        return np.concatenate(parts)
+        entry = self._entries[name]
+        at = bisect_right(entry.stops, start)
+        if at < len(entry.pieces) and stop <= entry.stops[at]:
+            piece = entry.pieces[at]
+            return piece.shard.read(start + piece.offset - piece.start, stop + piece.offset - piece.start)
+        out = np.empty(stop - start, DTYPES[entry.info[0]])
+        self.read_into(name, start, stop, out)
+        return out
 
-    def _ranks(self, pattern: re.Pattern[str]) -> list[Path]:
+    def read_into(self, name: str, start: int, stop: int, buffer: np.ndarray) -> None:
+        """The same into `buffer`, [stop - start] of the storage type: every rank's part is copied once."""
+        entry = self._entries[name]
+        at, done = bisect_right(entry.stops, start), start
+        while done < stop:
+            piece = entry.pieces[at]
+            high, shift = min(stop, piece.stop), piece.offset - piece.start
+            buffer[done - start : high - start] = piece.shard.read(done + shift, high + shift)
+            at, done = at + 1, high
+
+    def _open(self, names: Sequence[str]) -> list[TorchFile]:
+        files = [self.folder.open(name) for name in names]
+        self.files += files
+        if not self.folder.remote:
+            return [TorchFile(file) for file in files]
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            return list(pool.map(TorchFile, files))
+
+    def _refuse_parallel(self) -> None:
+        for name in self.folder.names:
+            if EXPERTS.search(name):
+                raise UserError(
+                    f"{self.url}/{name}: experts over ranks (DeepSpeed MoE) cannot be read; export the model with "
+                    "DeepSpeed first"
+                )
+            if LAYERS.match(name) and name.endswith("model_states.pt"):
+                raise UserError(
+                    f"{self.url}/{name}: pipeline-parallel checkpoints cannot be read; export it first"
+                )
+
+    def _ranks(self, pattern: re.Pattern[str]) -> list[str]:
         """Files of one kind in the order of ranks."""
-        found: dict[int, Path] = {}
-        for path in self.folder.iterdir():
-            if match := pattern.match(path.name):
+        found: dict[int, str] = {}
+        for name in self.folder.names:
+            if match := pattern.match(name):
                 if int(match[2]) > 0:
-                    raise UserError(f"{path}: tensor- and pipeline-parallel checkpoints cannot be read")
-                found[int(match[1] or 0)] = path
+                    raise UserError(
+                        f"{self.url}/{name}: tensor- and pipeline-parallel checkpoints cannot be read"
+                    )
+                if int(match[1] or 0) in found:
+                    raise UserError(
+                        f"{self.url}: {name} and {found[int(match[1] or 0)]} are of the same rank"
+                    )
+                found[int(match[1] or 0)] = name
         if sorted(found) != list(range(len(found))):
             raise UserError(
-                f"{self.folder}: files of ranks {sorted(found)} are there, one in between is missing"
+                f"{self.url}: files of ranks {sorted(found)[:20]} are there, one in between is missing"
             )
         return [found[rank] for rank in sorted(found)]
 
@@ -103,12 +174,12 @@ class ZeroShards:
             self._take_masters([master for master in group if isinstance(master, Tensor)])
 
     def _find_ties(self) -> None:
-        seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
-        for name, (_, pieces) in list(self._entries.items()):
-            shard = pieces[0].shard
+        seen: dict[object, str] = {}
+        for name, entry in list(self._entries.items()):
+            shard = entry.pieces[0].shard
             if shard.numel == 0:
                 continue
-            first = seen.setdefault((shard.storage.offset, shard.offset, shard.shape), name)
+            first = seen.setdefault(shard.place, name)
             if first != name:
                 self.tied[name] = first
                 del self._entries[name]
@@ -121,7 +192,8 @@ class ZeroShards:
         """
         for master in masters:
             values = master.read(0, master.numel)
-            for name, (info, _) in self._entries.items():
+            for name, entry in self._entries.items():
+                info = entry.info
                 if info[0] in ("BF16", "F16") and info[1] == master.shape:
                     stored = self.read(name, 0, master.numel)
                     if np.array_equal(narrow(values, info[0]).view(np.uint16), stored.view(np.uint16)):
@@ -129,19 +201,23 @@ class ZeroShards:
                         break
 
     def _sharded(
-        self, optimizers: list[Path], groups: list[dict[str, tuple[int, ...]]], state: dict[str, Any]
+        self, optimizers: list[str], groups: list[dict[str, tuple[int, ...]]], state: dict[str, Any]
     ) -> None:
-        self._opened += [TorchFile(path) for path in optimizers]
-        states = [_optimizer_state(file) for file in self._opened[-len(optimizers) :]]
+        opened = self._open(optimizers)
+        states = [_optimizer_state(file) for file in opened]
         world = _world_size(states[0])
         if world is not None and world != len(optimizers):
             raise UserError(
-                f"{self.folder}: {world} ranks wrote this checkpoint, the optimizer files of {len(optimizers)} are here"
+                f"{self.url}: {world} ranks wrote this checkpoint, the optimizer files of {len(optimizers)} are here"
             )
         if "fp32_flat_groups" in states[0]:
-            self._stage_3([_tensors(s, "fp32_flat_groups", optimizers) for s in states], groups)
+            self._stage_3(
+                [_tensors(s, "fp32_flat_groups", f) for s, f in zip(states, opened, strict=True)], groups
+            )
         else:
-            partitions = [_tensors(s, "single_partition_of_fp32_groups", optimizers) for s in states]
+            partitions = [
+                _tensors(s, "single_partition_of_fp32_groups", f) for s, f in zip(states, opened, strict=True)
+            ]
             self._stage_1_and_2(partitions, groups, states[0].get("param_alignment_paddings"))
         self._add_module(state)
 
@@ -150,15 +226,13 @@ class ZeroShards:
     ) -> None:
         """A group is one flat vector cut over the ranks; its parameters follow each other as in `param_shapes`."""
         if any(len(rank) != len(groups) for rank in partitions):
-            raise UserError(
-                f"{self.folder}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors"
-            )
+            raise UserError(f"{self.url}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors")
         for number, group in enumerate(groups):
             vector = [rank[number] for rank in partitions]
             at = 0
             for place, (name, shape) in enumerate(group.items()):
-                self._entries[name] = ("F32", shape), tuple(_cut(vector, at, elements(shape)))
-                at += elements(shape) + (paddings[number][place] if paddings else 0)
+                self._put(name, ("F32", shape), _cut(vector, at, elements(shape)))
+                at += elements(shape) + (_whole(paddings[number][place]) if paddings else 0)
             self._check_length(at, sum(shard.numel for shard in vector), slack=2 * len(partitions))
 
     def _stage_3(self, flat: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]]) -> None:
@@ -175,14 +249,14 @@ class ZeroShards:
                     Piece(start + p.start, start + p.stop, p.shard, p.offset)
                     for p in _cut(vectors, at, length)
                 ]
-            self._entries[name] = ("F32", shape), tuple(pieces)
+            self._put(name, ("F32", shape), pieces)
             at += part
         self._check_length(at, sum(shard.numel for shard in flat[0]), slack=0)
 
     def _check_length(self, used: int, available: int, slack: int) -> None:
         if not available - slack <= used <= available + slack:
             raise UserError(
-                f"{self.folder}: the parameters take {used} elements, the shards hold {available}; files of "
+                f"{self.url}: the parameters take {used} elements, the shards hold {available}; files of "
                 "different checkpoints are mixed here"
             )
 
@@ -194,16 +268,14 @@ class ZeroShards:
         fragments = [
             file.content.get("frozen_param_fragments") or {}
             for file in self._opened
-            if "module" in file.content
+            if isinstance(file.content, dict)
         ]
         frozen_shapes = state.get("frozen_param_shapes") or {}
-        for name, shape in frozen_shapes.items():
+        for name, sides in frozen_shapes.items():
+            shape = _shape(sides)
             parts = [rank[name] for rank in fragments if isinstance(rank.get(name), Tensor)]
             if parts:
-                self._entries[name] = (
-                    (parts[0].dtype, tuple(shape)),
-                    tuple(_cut(parts, 0, elements(tuple(shape)))),
-                )
+                self._put(name, (parts[0].dtype, shape), _cut(parts, 0, elements(shape)))
         for name, tensor in state["module"].items():
             if (
                 isinstance(tensor, Tensor)
@@ -217,7 +289,11 @@ class ZeroShards:
         self.frozen = frozenset((set(frozen_shapes) | (owned - masters)) & set(self._entries))
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        self._entries[name] = (tensor.dtype, tensor.shape), (Piece(0, tensor.numel, tensor, 0),)
+        self._put(name, (tensor.dtype, tensor.shape), [Piece(0, tensor.numel, tensor, 0)])
+
+    def _put(self, name: str, info: Info, pieces: Iterable[Piece]) -> None:
+        pieces = tuple(pieces)
+        self._entries[name] = Entry(info, pieces, tuple(piece.stop for piece in pieces))
 
 
 def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
@@ -234,10 +310,22 @@ def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
         )
 
 
-def _shapes(group: Any, path: Path) -> dict[str, tuple[int, ...]]:
-    if not isinstance(group, dict):
-        raise UserError(f"{path}: its param_shapes are no list of groups")
-    return {name: tuple(shape) for name, shape in group.items()}
+def _shapes(group: Any, file: str) -> dict[str, tuple[int, ...]]:
+    if not isinstance(group, dict) or not all(is_name(name) for name in group):
+        raise UserError(f"{file}: its param_shapes are no list of groups")
+    return {name: _shape(shape) for name, shape in group.items()}
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, tuple | list) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError("a shape that is no short list of numbers")
+    return tuple(_whole(side) for side in shape)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise ValueError("a size that is no whole number from 0 on")
+    return number
 
 
 def _optimizer_state(file: TorchFile) -> dict[str, Any]:
@@ -248,11 +336,11 @@ def _optimizer_state(file: TorchFile) -> dict[str, Any]:
     return state
 
 
-def _tensors(state: dict[str, Any], key: str, paths: Sequence[Path]) -> list[Tensor]:
+def _tensors(state: dict[str, Any], key: str, file: TorchFile) -> list[Tensor]:
     found = state.get(key)
     vectors = [v for v in found if isinstance(v, Tensor)] if isinstance(found, list) else []
-    if not vectors or any(v.dtype != "F32" for v in vectors):
-        raise UserError(f"{paths[0].parent}: the optimizer files hold no fp32 masters ({key})")
+    if not vectors or any(v.dtype != "F32" or len(v.shape) != 1 or not v.contiguous for v in vectors):
+        raise UserError(f"{file.name}: holds no flat fp32 masters ({key})")
     return vectors
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.writer import partial_of
+from pretrain.merge.output_folder import partial_of
 from tests.pretrain.merge.build import bf16_bits, floats, read_bytes, write, write_bf16
 
 
@@ -158,7 +158,7 @@ def test_sharded_hf_folder_gives_a_folder_of_its_own(tmp_path: Path) -> None:
         "chat_template.jinja",
         "README.md",
     ):
-        (tmp_path / "a" / name).write_text(f"{name} of a")
+        (tmp_path / "a" / name).write_text(json.dumps(f"{name} of a"))
     merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", beta=0.5)
     got = load_file(tmp_path / "out/model.safetensors")
     for name, value in tensors.items():
@@ -167,7 +167,7 @@ def test_sharded_hf_folder_gives_a_folder_of_its_own(tmp_path: Path) -> None:
         )
     copied = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == copied | {"model.safetensors", "merge.json"}
-    assert (tmp_path / "out/config.json").read_text() == "config.json of a"
+    assert (tmp_path / "out/config.json").read_text() == '"config.json of a"'
 
 
 @pytest.mark.parametrize(

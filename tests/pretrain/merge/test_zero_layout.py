@@ -141,7 +141,7 @@ def test_optimizer_files_without_masters(tmp_path: Path) -> None:
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     for content, why in (
         ({}, "no `optimizer_state_dict`"),
-        ({"optimizer_state_dict": {}}, "no fp32 masters"),
+        ({"optimizer_state_dict": {}}, "no flat fp32 masters"),
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=why):

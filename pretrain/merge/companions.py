@@ -1,0 +1,72 @@
+"""What stands beside weights: config, tokenizer, chat template; what of it a merge takes, and what must change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.folder import Folder, parse_json
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "open_clip_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "chat_template*", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab")
+LARGE = ("tokenizer.json", "vocab.json")  # never looked into: no setting of transformers stands there
+LIMIT = 256 << 20
+CODE = "auto_map"
+SECTIONS = ("text_config", "llm_config", "language_config")
+
+
+def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
+    """File name -> its path, or its content where that is remote or must change; and notes of what was left out.
+
+    Code is never taken: no *.py, and no `auto_map`, which makes transformers run what a checkpoint brings along.
+    """
+    found: dict[str, Path | bytes] = {}
+    notes: list[str] = []
+    for name in folder.matching(*COMPANIONS):
+        if not name.endswith(TEXTS) or name.endswith(".index.json"):
+            continue
+        path = folder.path(name)
+        found[name] = raw = folder.bytes(name, LIMIT) if folder.remote else Path(path)
+        if name in LARGE or not name.endswith(".json"):
+            continue
+        content = parse_json(read(raw), path)
+        if isinstance(content, dict) and CODE in content:
+            del content[CODE]
+            found[name] = as_json(content)
+            notes.append(f"{path}: its {CODE} is left out, since a merge copies no code")
+    code = folder.matching("*.py")
+    if code:
+        notes.append(f"{folder.url}: {', '.join(code)} not copied, since a merge copies no code")
+    return found, notes
+
+
+def read(companion: Path | bytes) -> bytes:
+    return companion if isinstance(companion, bytes) else companion.read_bytes()
+
+
+def as_json(content: Any) -> bytes:
+    """As transformers writes it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json for the merged weights: each of `changes` (`vocab_size`, ...) wherever its key stands, at the top
+    and in the language model's part; `auto_map` goes; nothing else is touched. UserError for a key that stands nowhere.
+    """
+    adapted: dict[str, Any] = json.loads(json.dumps(config))
+    adapted.pop(CODE, None)
+    sections = [adapted[name] for name in SECTIONS if isinstance(adapted.get(name), dict)]
+    for key, value in changes.items():
+        places = [part for part in (adapted, *sections) if key in part]
+        if not places:
+            raise UserError(f"config.json has no {key}, which would be {value!r} after the merge; add it there")
+        for part in places:
+            part[key] = value
+    return adapted
