@@ -42,10 +42,17 @@ def column(table: pa.Table, name: str) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
+def texts(table: pa.Table, name: str) -> list[str]:
+    """A column of texts. Raises KeyError if it is not there, ValueError if it holds others or nulls."""
+    found: list[str] = table[name].to_pylist()
+    if not all(isinstance(one, str) for one in found):
+        raise ValueError(f"column {name} is of type {table[name].type}, with {table[name].null_count} nulls")
+    return found
+
+
 def digest(table: pa.Table, columns: Sequence[str], *more: str) -> str:
     """16 hex digits over the shards' paths, columns of numbers, and other texts."""
-    texts = [*table["path"].to_pylist(), *more]
-    state = xxhash.xxh64("\0".join(texts).encode("utf-8", "surrogateescape"))
+    state = xxhash.xxh64("\0".join([*texts(table, "path"), *more]).encode("utf-8", "surrogateescape"))
     for name in columns:
         state.update(column(table, name).tobytes())
     return state.hexdigest()

@@ -13,7 +13,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.offsets import check_of, pack_starts
-from data_pipeline.parquet_table import read_table
+from data_pipeline.parquet_table import column, read_table, texts
 from data_pipeline.scan import Scan, scan_file
 
 if TYPE_CHECKING:
@@ -115,10 +115,15 @@ def to_table(
 
 
 def from_table(table: pa.Table) -> list[Record]:
-    """Raises KeyError if a column is not there."""
-    columns = {name: table[name].to_pylist() for name in TYPES}
-    for name in ("members", "split"):  # alike in nearly all shards
-        columns[name] = [sys.intern(value) for value in columns[name]]
+    """Raises KeyError if a column is not there, ValueError if it is of another type."""
+    columns = {
+        name: texts(table, name) if kind == "string" else column(table, name).tolist()
+        for name, kind in TYPES.items()
+    }
+    for name, kind in (("members", dict), ("split", list)):
+        columns[name] = [sys.intern(value) for value in columns[name]]  # alike in nearly all shards
+        if not all(isinstance(json.loads(value), kind) for value in set(columns[name])):
+            raise ValueError(f"column {name} is not what was written")
     return [Record(*row) for row in zip(*columns.values(), strict=True)]
 
 

@@ -254,6 +254,30 @@ def test_a_damaged_index_is_named(root: str, damage: bytes) -> None:
         open_source("a", root)
 
 
+def test_an_index_is_refused_or_right_wherever_a_bit_flips(root: str) -> None:
+    """And made anew from what is whole of it."""
+    build_index(root)
+    want = everything(root)
+    random = np.random.default_rng(0)
+    refused = 0
+    for path in sorted(Path(root, "_index").iterdir()):
+        whole = path.read_bytes()
+        for _ in range(120):
+            data = bytearray(whole)
+            data[random.integers(len(data))] ^= 1 << random.integers(8)
+            path.write_bytes(data)
+            try:
+                assert everything(root) == want
+            except UserError as error:
+                assert "dromos data index" in str(error)  # noqa: PT017
+                refused += 1
+            if random.random() < 0.1:
+                build_index(root)
+                assert everything(root) == want
+        path.write_bytes(whole)
+    assert refused > 120
+
+
 def test_an_index_cannot_point_elsewhere(root: str) -> None:
     import pyarrow as pa
 
