@@ -33,6 +33,8 @@ def resolve(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> 
         scaled = tuple(replace(term, weight=term.weight / divisor) for term in blend.terms)
         blend = replace(blend, terms=scaled, options=tuple(options.items()))
     kept = [(term, dtype) for term, dtype in zip(blend.terms, dtypes, strict=True) if term.weight != 0]
+    if blend.base is None and not kept:  # nothing times a tensor is asked for
+        kept = [(blend.terms[0], dtypes[0])]
     terms = tuple(term for term, _ in kept)
     if blend.method in ("linear", "slerp") and len(kept) == 1 and terms[0].weight == 1:
         return _whole(terms[0], kept[0][1], out)
