@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from data_pipeline.cache import ByteRange, Cache
@@ -56,12 +57,14 @@ class Worker:
         self._changed = threading.Condition()
         self._position: Position | None = None
         self._under_way = 0
+        self._changes = 0
         self._warned = False
 
     def move(self, position: Position) -> None:
         """The loader is there now."""
         with self._changed:
             self._position = position
+            self._changes += 1
             self._changed.notify_all()
 
     def run(self) -> None:
@@ -78,38 +81,35 @@ class Worker:
         """Plan one pass of the loader over its steps, until it begins another."""
         plan = Plan(self._makers, self._rank, self._world_size, self._limit, begun.first)
         alone = begun.first + plan.alone()
-        used_up: list[ByteRange] = []
         while True:
             with self._changed:
-                position = self._position
-                assert position is not None
-                if (position.first, position.last) != (begun.first, begun.last):
-                    return
-                used_up += plan.served(position.at)
-                reach = plan.following(position.at, position.last)
-                if reach is None:
-                    self._release(plan, used_up)
-                elif plan.full():
+                position, changes = self._position, self._changes
+                room = 2 * AT_ONCE - self._under_way
+            assert position is not None
+            if (position.first, position.last) != (begun.first, begun.last):
+                return
+            reach = plan.following(position.at, position.last)
+            if reach is not None:
+                plan.look(reach)
+            else:
+                for part in plan.served(position.at):
+                    self._cache.release(part)
+            parts = list(islice(iter(plan.take, None), max(0, room)))
+            for part in parts:
+                self._submit(pool, part)
+            if position.at >= alone or (reach is None and not parts and room == 2 * AT_ONCE):
+                self._cache.set_warming(False)
+            if reach is None and not parts:
+                if room > 0 and plan.full:
                     self._warn()
-                    used_up.clear()  # nobody knows: the next steps are not planned
-                    reach = None
-                if position.at >= alone or (
-                    not self._under_way and (reach is None or plan.windows_planned())
-                ):
-                    self._cache.set_warming(False)
-                if reach is None or self._under_way >= 2 * AT_ONCE:
-                    self._changed.wait()
-                    continue
-            for part in plan.needs(reach):
                 with self._changed:
-                    self._under_way += 1
-                pool.submit(self._fetch, part)
+                    while self._changes == changes:
+                        self._changed.wait()
 
-    def _release(self, plan: Plan, used_up: list[ByteRange]) -> None:
-        for part in used_up:
-            if not plan.holds(part):
-                self._cache.release(part)
-        used_up.clear()
+    def _submit(self, pool: ThreadPoolExecutor, part: ByteRange) -> None:
+        with self._changed:
+            self._under_way += 1
+        pool.submit(self._fetch, part)
 
     def _fetch(self, part: ByteRange) -> None:
         try:
@@ -119,6 +119,7 @@ class Worker:
         finally:
             with self._changed:
                 self._under_way -= 1
+                self._changes += 1
                 self._changed.notify_all()
 
     def _warn(self) -> None:

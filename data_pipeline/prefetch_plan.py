@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,10 @@ class Reach:
 
 
 class Plan:
-    """Which units a rank's rows need from step `first` on, in the order in which they are needed.
+    """Which units a rank's rows need from step `first` on, and which of them to fetch next.
 
-    Each source is planned as far ahead as a window of it lasts; all together hold `limit_bytes`.
+    Each source is looked ahead as far as a window of it lasts, so that it is known which units are needed still; what
+    is fetched and needed still is at most `limit_bytes`.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Plan:
         self._first = first
         self._last_use: dict[ByteRange, int] = {}
         self._ending: dict[int, set[ByteRange]] = {}
+        self._queue: deque[ByteRange] = deque()
+        self._fetched: set[ByteRange] = set()
         self.held = 0
         self._makers = [maker for maker in makers if prefetched(maker.manifests.values())]
         self._reaches: list[Reach] = []
@@ -67,68 +71,68 @@ class Plan:
         ]
         return max(1, min(counts, default=1))
 
-    def full(self) -> bool:
-        """Is as much planned as may be held?"""
-        return self.held >= self._limit
-
-    def windows_planned(self) -> bool:
-        """Is all planned that the first windows need?"""
-        return all(reach.next >= self._first + reach.ahead(self._first) for reach in self._reaches)
-
-    def holds(self, part: ByteRange) -> bool:
-        """Does a planned step that is not over need it?"""
-        return part in self._last_use
-
-    def served(self, step: int) -> list[ByteRange]:
-        """Let go of units that no planned step from `step` on needs."""
-        gone = []
-        for past in [end for end in self._ending if end < step]:
-            for part in self._ending.pop(past):
-                del self._last_use[part]
-                self.held -= part.stop - part.start
-                gone.append(part)
-        return gone
-
     def following(self, at: int, last: int) -> Reach | None:
-        """What to plan next while step `at` is served and steps end before `last`; None: nothing now.
-
-        Steps that are over are left out: where the limit is less than a window, planning may fall behind.
-        """
+        """What to look at next while step `at` is served and steps end before `last`; None: nothing now."""
         for reach in self._reaches:
             reach.next = max(reach.next, at)
         waiting = [reach for reach in self._reaches if reach.next < min(last, at + reach.ahead(at))]
         return min(waiting, key=lambda reach: reach.next, default=None)
 
-    def needs(self, reach: Reach) -> list[ByteRange]:
-        """Units that its next step needs and no planned step needed before, in order of the rows."""
+    def look(self, reach: Reach) -> None:
+        """Queue the units that its next step needs and no step looked at before, in order of the rows."""
         maker, step = reach.maker, reach.next
         reach.next += 1
         if maker.order.last_step is not None and step >= maker.order.last_step:
-            return []
+            return
         refs = maker.order.refs(step, *rows_of(self._rank, self._world_size, maker.spec.rows(step)))
-        found = []
         for name in reach.names:
             units = maker.units(name)
             rows = np.flatnonzero(refs.source == maker.names.index(name))
             if units is not None and rows.size:
-                found += [
-                    part
-                    for part in _parts(units, refs.shard[rows], refs.index[rows])
-                    if self._use(part, step)
-                ]
-        return found
+                for part in _parts(units, refs.shard[rows], refs.index[rows]):
+                    self._use(part, step)
 
-    def _use(self, part: ByteRange, step: int) -> bool:
+    def take(self) -> ByteRange | None:
+        """The unit to fetch next; None if there is none, or no room before others are used up."""
+        while self._queue:
+            part = self._queue[0]
+            size = part.stop - part.start
+            if part in self._last_use:
+                if self.held and self.held + size > self._limit:
+                    return None
+                self.held += size
+                self._fetched.add(part)
+                return self._queue.popleft()
+            self._queue.popleft()  # over before its turn came
+        return None
+
+    @property
+    def full(self) -> bool:
+        """Is there something to fetch that there is no room for?"""
+        return bool(self._queue)
+
+    def served(self, step: int) -> list[ByteRange]:
+        """Fetched units that no step from `step` on needs, of those looked at; they are let go of."""
+        gone = []
+        for past in [end for end in self._ending if end < step]:
+            for part in self._ending.pop(past):
+                del self._last_use[part]
+                if part in self._fetched:
+                    self._fetched.remove(part)
+                    self.held -= part.stop - part.start
+                    gone.append(part)
+        return gone
+
+    def _use(self, part: ByteRange, step: int) -> None:
         before = self._last_use.get(part)
         if before is None:
-            self.held += part.stop - part.start
-        else:
-            if before >= step:
-                return False
+            self._queue.append(part)
+        elif before < step:
             self._ending[before].discard(part)
+        else:
+            return
         self._last_use[part] = step
         self._ending.setdefault(step, set()).add(part)
-        return before is None
 
 
 def window_steps(order: StreamOrder, batch: int, names: Iterable[str]) -> int:

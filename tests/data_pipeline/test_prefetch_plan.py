@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,17 @@ def maker_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights
 
 
 def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:
-    """As the prefetcher does it: never further ahead than a window."""
+    """As the prefetcher does it; step before which a unit was fetched -> those units."""
     found: dict[int, list[ByteRange]] = {step: [] for step in steps}
     for at in steps:
-        plan.served(at)
-        while (reach := plan.following(at, steps.stop)) is not None and not plan.full():
+        while (reach := plan.following(at, steps.stop)) is not None:
             step = reach.next
-            found[step] += plan.needs(reach)
+            plan.look(reach)
             assert reach.next == step + 1
             assert step < at + reach.ahead(at)
+        plan.served(at)
+        while (part := plan.take()) is not None:
+            found[at].append(part)
     return found
 
 
@@ -102,15 +105,26 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
     maker = maker_of(tmp_path, {"a": source}, 1 << 40)
     limit = 4_000_000
     plan = Plan([maker], 0, 1, limit, 0)
-    furthest = 0
+    asked: Counter[ByteRange] = Counter()
+    needed: set[ByteRange] = set()
+    units = maker.units("a")
+    assert units is not None
     for at in range(1500):
+        while (reach := plan.following(at, 10**9)) is not None:
+            plan.look(reach)
         plan.served(at)
-        while (reach := plan.following(at, 10**9)) is not None and not plan.full():
-            furthest = reach.next
-            plan.needs(reach)
-        assert plan.held <= limit + BATCH * 64 * 2048
-        assert not plan.windows_planned() or at > 1000
-    assert furthest > 1490
+        while (part := plan.take()) is not None:
+            asked[part] += 1
+        assert plan.held <= limit
+        refs = maker.order.refs(at)
+        starts, stops = units.ranges(refs.shard, units.number(refs.shard, refs.index))
+        needed |= {
+            units.part(*place)
+            for place in zip(refs.shard.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        }
+    assert plan.full  # a window is 128 MB here
+    assert max(asked.values()) == 1  # what is needed still is neither dropped nor asked for again
+    assert len(asked.keys() & needed) > 0.8 * limit / (64 * 1280)
 
 
 @pytest.mark.parametrize("limit", [1 << 40, 1 << 20])
