@@ -1,0 +1,151 @@
+"""The model card of a merge: README.md with the front matter that the Hugging Face hub reads, formula, inputs, spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.merge.describe import formula, mark
+from pretrain.merge.origins import CARD_LIMIT, FRONT_MATTER
+from pretrain.merge.plan import Plan
+from pretrain.merge.sources import WeightSource
+
+NAME = "README.md"
+HUB = "hf://"
+LISTED = 30  # files; more only make the card long, merge.json has them all
+
+LOADS = {
+    "transformers": """from transformers import AutoModel, AutoTokenizer  # or the class that config.json names
+
+model = AutoModel.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")""",
+    "open_clip": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH")
+tokenizer = open_clip.get_tokenizer("local-dir:PATH")""",
+    "safetensors": """from safetensors.torch import load_file
+
+weights = load_file("PATH/FILE")""",
+}
+
+
+def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> bytes:
+    """README.md of the output that `record` (merge.json) describes. The same merge has the same card."""
+    library = _library(plan)
+    mixed = sum(job.why == "mixed" for job in plan.jobs)
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter(plan, sources), sort_keys=False, allow_unicode=True)}---",
+        f"# {_title(plan, sources)}",
+        f"Merged with Dromos {record.get('dromos', '')}: {mixed} tensors mixed, {len(plan.jobs) - mixed} copied.",
+        "    theta = " + formula(plan),
+        _inputs(plan, sources, record),
+        _notes(plan),
+        _how_computed(plan),
+        "## Load\n\n```python\n" + LOADS[library].replace("FILE", plan.files[0].name) + "\n```",
+        "The digests of every tensor and the whole plan are in `merge.json`; `dromos verify PATH` checks them, and "
+        "computes parts of the weights again where the inputs are at hand.",
+        "## Spec\n\n```yaml\n"
+        + yaml.safe_dump(plan.asked, sort_keys=False, allow_unicode=True, width=110)
+        + "```",
+        _files(record),
+    ]
+    return ("\n\n".join(part for part in parts if part) + "\n").encode()
+
+
+def front_matter(plan: Plan, sources: Sequence[WeightSource]) -> dict[str, Any]:
+    """base_model, library, licence (where all inputs that say one say the same) and tags, as the hub has them."""
+    found: dict[str, Any] = {}
+    names = sorted({name.removeprefix(HUB) for s in sources for name in _hub_names(s)})
+    if names:
+        found |= {"base_model": names, "base_model_relation": "merge"}
+    if (library := _library(plan)) != "safetensors":
+        found["library_name"] = library
+    licences = {licence for source in sources if (licence := _licence(source))}
+    if len(licences) == 1:
+        found["license"] = licences.pop()
+    return found | {"tags": ["merge", "dromos"]}
+
+
+def _hub_names(source: WeightSource) -> set[str]:
+    """The input's own hub name, or those of what it was made from."""
+    if source.address.startswith(HUB):
+        return {source.address.partition("@")[0]}
+    return {name for name in source.lineage if name.startswith(HUB)}
+
+
+def _licence(source: WeightSource) -> str | None:
+    folder = source.folder
+    if folder is None or NAME not in folder:
+        return None
+    try:
+        match = FRONT_MATTER.match(folder.bytes(NAME, CARD_LIMIT))
+        matter: Any = yaml.safe_load(match[1].decode("utf-8", "replace")) if match else None
+    except (UserError, yaml.YAMLError, RecursionError, ValueError):
+        return None
+    licence = matter.get("license") if isinstance(matter, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def _library(plan: Plan) -> str:
+    if "open_clip_config.json" in plan.companions:
+        return "open_clip"
+    config = plan.companions.get("config.json")
+    if config is None:
+        return "safetensors"
+    content = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+    return "transformers" if isinstance(content, dict) and "model_type" in content else "safetensors"
+
+
+def _title(plan: Plan, sources: Sequence[WeightSource]) -> str:
+    names = [Path(source.address.removeprefix(HUB)).name for source in sources[: plan.inputs]]
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"Merge of {shown}"
+
+
+def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> str:
+    """A row for each source with its weight, its step and its digests."""
+    rows = ["| | from | weight | files |", "|---|---|---|---|"]
+    used = {term.source for job in plan.jobs for term in job.reads}
+    for number, (source, entry) in enumerate(zip(sources, record.get("inputs", []), strict=False)):
+        weight = f"{plan.weights[number]:.10g}" if number < len(plan.weights) else "base, or copied from"
+        step = f", step {source.located.step}" if source.located.step is not None else ""
+        files = list((entry.get("files") or {}).items())
+        listed = "<br>".join(f"{_cell(name)} {digest}" for name, digest in files[:4])
+        more = f"<br>and {len(files) - 4} more" if len(files) > 4 else ""
+        note = "" if number in used else " (not read)"
+        rows.append(
+            f"| {mark(plan, number)} | `{_cell(source.address)}`{step} | {weight}{note} | {listed}{more} |"
+        )
+    return "\n".join(rows)
+
+
+def _notes(plan: Plan) -> str:
+    return "\n".join(f"- {note}" for note in plan.notes)
+
+
+def _how_computed(plan: Plan) -> str:
+    if plan.method != "linear":
+        return f"Method: {plan.method}. Weights are computed in fp64; the result is rounded once, to nearest even."
+    what = "Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit inputs, fp64 for wider ones); "
+    what += (
+        "each product is rounded, then added in the order above, without FMA; one rounding to nearest even."
+    )
+    if plan.inputs == 2:
+        what += " The weight of the first input is what Dromos calls beta; t of other tools is the second's."
+    return what
+
+
+def _files(record: Mapping[str, Any]) -> str:
+    written = list(record.get("output", {}).items())
+    rows = [f"| `{name}` | {entry['size']:,} | {entry['digest']} |" for name, entry in written[:LISTED]]
+    more = [f"| and {len(written) - LISTED} more | | |"] if len(written) > LISTED else []
+    return "\n".join(["## Files", "", "| file | bytes | digest |", "|---|---|---|", *rows, *more])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")
