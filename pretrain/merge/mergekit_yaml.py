@@ -51,7 +51,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class MergekitFile:
-    """A merge in mergekit's terms. `whole`: written as `models`, so that there is one slice of all layers."""
+    """A merge in mergekit's terms.
+
+    whole:  written as `models`, so that there is one slice of all layers.
+    values: the file's content.
+    """
 
     path: str
     method: str
@@ -61,6 +65,7 @@ class MergekitFile:
     parameters: Settings
     dtype: str | None
     tokenizer: str | None
+    values: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
 
     def models(self) -> list[str]:
@@ -113,6 +118,7 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
         parameters=settings[0],
         dtype=_dtype(where, values),
         tokenizer=source if source in (None, "base", "union") else _model(where, source),
+        values=values,
         notes=tuple(notes),
     )
 

@@ -93,7 +93,7 @@ class Planner:
             asked=replace(self.request, weights=tuple(weights)).plain(),
             frozen=self._frozen,
             left_out=self._left_out,
-            notes=lineage_notes(self.sources),
+            notes=[*self.request.notes, *lineage_notes(self.sources)],
         )
 
     def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:

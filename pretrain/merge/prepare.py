@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrain.merge.plan import Plan
 from pretrain.merge.planner import Planner
@@ -43,6 +44,19 @@ def open_request(request: Request, run_dir: Path | None = None) -> Opened:
     """Open everything that a request names."""
     copied = [rule.copy_from for rule in request.rules]
     return open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
+
+
+def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Opened]:
+    """The plan again from what a plan's `asked` and a record in merge.json say."""
+    if "mergekit" in asked:
+        from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
+        from pretrain.merge.mergekit_yaml import parse
+
+        file = parse(asked["file"], asked["mergekit"])
+        opened = open_mergekit(file, run_dir)
+        return plan_mergekit(file, opened.sources, asked["max_shard_size"], asked["seed"]), opened
+    (plan,), opened = prepare(Request.from_plain(asked), run_dir=run_dir)
+    return plan, opened
 
 
 def prepare(

@@ -51,6 +51,7 @@ class Request:
     rescale:    DARE: divide what is kept by the density.
     seed:       DARE's random entries.
     only, exclude, rules, copy_rest, dtype, max_shard_size, vocabulary: as in pretrain.merge.spec.
+    notes:      what the plan says besides.
     """
 
     inputs: tuple[str, ...]
@@ -69,14 +70,27 @@ class Request:
     dtype: str | None = None
     max_shard_size: int = SHARD_SIZE
     vocabulary: str | None = None
+    notes: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON holds it."""
         found = _plain(self)
+        found.pop("notes", None)
         found["rules"] = [_plain(rule) for rule in self.rules]
         if set(self.densities) <= {1.0}:
             found["densities"] = []
         return {name: value for name, value in found.items() if value != []}
+
+    @classmethod
+    def from_plain(cls, asked: dict[str, Any]) -> Request:
+        """What `plain` said; nothing is checked again."""
+        rules = tuple(Rule(**_tuples(rule)) for rule in asked.get("rules", []))
+        given = _tuples(asked) | {"rules": rules}
+        return cls(**({"densities": (1.0,) * len(asked["inputs"])} | given))
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
 
 
 def _plain(record: Request | Rule) -> dict[str, Any]:

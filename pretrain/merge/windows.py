@@ -1,0 +1,154 @@
+"""Averages over the checkpoints of one run: which checkpoints, and how much of each.
+
+Averaging checkpoints of a constant learning rate takes the place of decaying it: LAWA (arXiv 2306.03241) takes the
+latest few alike, PMA (2505.12082) compares equal, linearly growing and exponential weights, WSM (2507.17634) derives
+the weights from the decay that they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.checkpoint_folder import complete_steps, tag_of
+
+Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
+SCHEDULES = ("uniform", "linear", "1-sqrt", "ema")
+DECAY = 0.8
+
+
+@dataclass(frozen=True)
+class Window:
+    """Complete checkpoints of a stage: the `last` so many, or those within [first, last] steps, samples or tokens.
+
+    every:    of these only checkpoints whose step it divides.
+    schedule: how much of each, from the oldest to the newest (`schedule_weights`).
+    decay:    of `ema`: what the weights of older checkpoints are multiplied with, from one to the next.
+    """
+
+    run: str
+    last: int | None = None
+    steps: tuple[int, int] | None = None
+    samples: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+    every: int = 1
+    schedule: Schedule = "uniform"
+    decay: float | None = None
+
+
+def schedule_weights(schedule: str, count: int, decay: float = DECAY) -> list[float]:
+    """Weights of `count` checkpoints from the oldest (1) to the newest (count); their sum is 1.
+
+    uniform: w_i = 1 / count. LAWA; SMA in PMA; what a linear decay of the learning rate is in WSM.
+    linear:  w_i = i / (1 + 2 + ... + count). WMA in PMA.
+    ema:     mean_1 = x_1, mean_i = decay * mean_{i-1} + (1 - decay) * x_i: w_1 = decay^(count-1),
+             w_i = (1 - decay) * decay^(count-i). EMA in PMA.
+    1-sqrt:  w_i = sqrt(i / count) - sqrt((i-1) / count), the differences of the decay 1 - sqrt(i / count). WSM: a
+             merge sum_i w_i x_i is a training whose updates between checkpoint i and i + 1 are multiplied with
+             w_{i+1} + ... + w_count. The oldest checkpoint has the largest weight.
+    """
+    if schedule == "uniform":
+        return [1.0 / count] * count
+    if schedule == "linear":
+        return [2.0 * i / (count * (count + 1)) for i in range(1, count + 1)]
+    if schedule == "ema":
+        return [decay ** (count - 1)] + [(1.0 - decay) * decay ** (count - i) for i in range(2, count + 1)]
+    if schedule == "1-sqrt":
+        return [math.sqrt(i / count) - math.sqrt((i - 1) / count) for i in range(1, count + 1)]
+    raise UserError(f"window: schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+def expand(window: Window) -> tuple[list[str], list[float]]:
+    """Addresses RUN/STAGE@STEP from the oldest to the newest, and their weights.
+
+    Raises UserError for a window that contradicts itself or holds fewer than two complete checkpoints.
+    """
+    _check(window)
+    stage = Path(window.run).expanduser()
+    folder = stage / "checkpoints"
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"window: {window.run} has no complete checkpoint; write the stage as RUN/STAGE")
+    chosen = [step for step in steps if step % window.every == 0]
+    for unit in ("steps", "samples", "tokens"):
+        bounds = getattr(window, unit)
+        if bounds is not None:
+            chosen = [step for step in chosen if bounds[0] <= _measure(stage, step, unit) <= bounds[1]]
+    if window.last is not None:
+        if len(chosen) < window.last:
+            have = f"{len(chosen)} ({', '.join(map(str, chosen))})"
+            raise UserError(
+                f"window: {window.run} has {have} of the last {window.last} checkpoints asked for"
+            )
+        chosen = chosen[-window.last :]
+    if len(chosen) < 2:
+        raise UserError(
+            f"window: {len(chosen)} checkpoints of {window.run} lie in it; it has steps {', '.join(map(str, steps))}"
+        )
+    weights = schedule_weights(window.schedule, len(chosen), DECAY if window.decay is None else window.decay)
+    return [f"{window.run}@{step}" for step in chosen], weights
+
+
+def notes(addresses: Sequence[str]) -> list[str]:
+    """Schedules count checkpoints: a note where these are not equally far apart."""
+    steps = [int(address.rpartition("@")[2]) for address in addresses]
+    gaps = {after - before for before, after in pairwise(steps)}
+    if len(gaps) < 2:
+        return []
+    return [
+        f"the window's checkpoints are {min(gaps)} to {max(gaps)} steps apart; its schedule takes them as equal"
+    ]
+
+
+def _check(window: Window) -> None:
+    given = [unit for unit in ("last", "steps", "samples", "tokens") if getattr(window, unit) is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"window: give one of last, steps, samples, tokens, not {' and '.join(given) or 'none'}"
+        )
+    if window.last is not None and window.last < 2:
+        raise UserError(f"window: last {window.last}: two checkpoints or more")
+    if window.every < 1:
+        raise UserError(f"window: every {window.every}: a number of steps from 1 on")
+    if window.decay is not None and window.schedule != "ema":
+        raise UserError(f"window: decay is for schedule ema, not {window.schedule}")
+    if window.decay is not None and not 0 < window.decay < 1:
+        raise UserError(f"window: decay {window.decay:g}: between 0 and 1")
+
+
+def _measure(stage: Path, step: int, unit: str) -> float:
+    """Steps, samples or tokens that had been consumed when a checkpoint was saved."""
+    if unit == "steps":
+        return step
+    path = stage / "checkpoints" / tag_of(step) / "state.json"
+    try:
+        order: dict[str, Any] = json.loads(path.read_text())["order"]
+        consumed = {stream: sum(state["consumed"].values()) for stream, state in order.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"window: {path} does not say how many samples were consumed; give steps") from None
+    if unit == "samples":
+        return sum(consumed.values())
+    lengths = _lengths(stage)
+    if not lengths.keys() & consumed.keys():
+        raise UserError(f"window: {stage} reads no text, so it has no tokens; give steps or samples")
+    return sum(count * lengths.get(stream, 0) for stream, count in consumed.items())
+
+
+def _lengths(stage: Path) -> dict[str, int]:
+    """Tokens in a row of each stream that has text, from the stage's resolved.yaml; padding counts."""
+    path = stage / "resolved.yaml"
+    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    found = {}
+    for stream, data in (content.get("stage", {}).get("data") or {}).items():
+        text = data.get("text") if isinstance(data.get("text"), dict) else data
+        if isinstance(text.get("length"), int):
+            found[stream] = text["length"]
+    return found
