@@ -11,12 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.merge.kernels import BLOCK, Kind, Scratch, widen_into
+from pretrain.merge.kernels import BLOCK, SPAN, Kind, Scratch, widen_into
 from pretrain.merge.plan import Term
 from pretrain.merge.sources import WeightSource
-
-SPAN = 1 << 21
-"""Elements of a range that one thread works through: what is hashed as one, and done or not done after a kill."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,7 +78,7 @@ class Block:
 
 
 class Workers:
-    """Threads that each have a Block. numpy, hashing and files let go of the interpreter, so that they run side by side.
+    """Threads that each have a Block. numpy, hashing and files let go of the interpreter: they run side by side.
 
     What `over` computes depends neither on their number nor on who is first.
     """
@@ -93,6 +90,7 @@ class Workers:
         self._threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
         self._own = threading.local()
+        self._found: dict[Any, Any] = {}
         self._plans = plans
 
     def __enter__(self) -> Workers:
@@ -123,6 +121,15 @@ class Workers:
     def over(self, work: Callable[[int, int], Result], count: int) -> Iterator[Result]:
         """work(start, stop) over the spans that tile `count` elements; results in their order."""
         return self.each(lambda span: work(*span), spans(count))
+
+    def once(self, key: Any, find: Callable[[], Result]) -> Result:
+        """find(), or what it found for the same key since `forget`: plans of one sweep look at a tensor once."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
+
+    def forget(self) -> None:
+        self._found.clear()
 
     @staticmethod
     def _quietly(work: Callable[[Any], Result], item: Any) -> Result:

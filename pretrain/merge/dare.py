@@ -1,4 +1,4 @@
-"""DARE (arXiv 2311.03099): entries dropped at random, each by its own name and number and not by a stream of numbers."""
+"""DARE (arXiv 2311.03099): entries dropped at random, each by its name and number, not by a stream of numbers."""
 
 from __future__ import annotations
 

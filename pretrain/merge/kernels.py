@@ -15,14 +15,19 @@ from pretrain.merge.safetensors_io import DTYPES
 FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK = 1 << 16
 """elements; fewer make Python's share of the time felt, more do not fit the cache"""
+SPAN = 1 << 21
+"""elements that one thread works through: what is hashed as one, and is done or not done after a kill"""
 
 Kind = type[np.float32] | type[np.float64]
 """an accumulation type"""
 
 QUIET_NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0}
-BITS = {np.dtype(np.float32): np.dtype(np.uint32), np.dtype(np.float64): np.dtype(np.uint64)}
-MANTISSA = {np.dtype(np.float32): 23, np.dtype(np.float64): 52}
-BIAS = {np.dtype(np.float32): 127, np.dtype(np.float64): 1023}
+BITS: dict[np.dtype, np.dtype] = {
+    np.dtype(np.float32): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.uint64),
+}
+MANTISSA: dict[np.dtype, int] = {np.dtype(np.float32): 23, np.dtype(np.float64): 52}
+BIAS: dict[np.dtype, int] = {np.dtype(np.float32): 127, np.dtype(np.float64): 1023}
 SMALL = {"F16": (10, 15), "BF16": (7, 127)}
 """16-bit floats: bits of the mantissa, bias of the exponent"""
 

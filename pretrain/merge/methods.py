@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """base + lambda elect_i(w_i d_i), d_i what trimming (ties) or choice (dare_ties) leaves of x_i - base"""
     base, count = job.base, elements(job.shape)
     assert base is not None
-    cuts = {term: ties.cut(term, base, kind, count, workers) for term in job.terms if job.method == "ties"}
+    cuts = {term: _cut(term, base, kind, count, workers) for term in job.terms if job.method == "ties"}
     factors = [kind(_rescaled(job, term)) for term in job.terms]
     weights = (
         [kind(term.weight) for term in job.terms] if job.option("normalize", job.method == "ties") else None
@@ -110,6 +111,11 @@ def _difference(job: TensorJob, term: Term, base: Term, block: Block, out: np.nd
         ties.keep(out, dare.chosen(key, term.density, block), block)
 
 
+def _cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> ties.Cut | None:
+    key = replace(term, weight=0.0), base
+    return workers.once(key, lambda: ties.cut(term, base, kind, count, workers))
+
+
 def _rescaled(job: TensorJob, term: Term) -> float:
     """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off."""
     dropped = job.method.startswith("dare") and bool(job.option("rescale", True))
@@ -122,37 +128,3 @@ def _divisor(job: TensorJob) -> float:
 
 
 __all__ = ["FLOATS", "METHODS", "Compute", "accumulator", "narrow", "prepare"]
-
-
-def widen(chunk: np.ndarray, dtype: str, into: type[np.float32] | type[np.float64]) -> np.ndarray:
-    """A chunk as stored in the accumulation type, exactly; BF16 comes as uint16 bits."""
-    if dtype == "BF16":
-        wide = chunk.astype(np.uint32)
-        wide <<= 16
-        chunk = wide.view(np.float32)
-    return chunk.astype(into, copy=False)
-
-
-def linear(
-    chunks: Sequence[np.ndarray], dtypes: Sequence[str], weights: Sequence[float], out: str
-) -> np.ndarray:
-    """sum_i w_i x_i, stored as `out`.
-
-    Each fp64 weight is rounded once to the accumulation type; each product is rounded, then added in the order
-    given, without FMA; the sum is rounded once to `out`.
-    """
-    kind = accumulator(dtypes)
-    return combine([widen(c, d, kind) for c, d in zip(chunks, dtypes, strict=True)], weights, kind, out)
-
-
-def combine(
-    wide: Sequence[np.ndarray], weights: Sequence[float], kind: type[np.float32] | type[np.float64], out: str
-) -> np.ndarray:
-    """`linear` after widening, so that a sweep widens each chunk once for all its betas."""
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        total = wide[0] * kind(weights[0])
-        product = np.empty_like(total)
-        for chunk, weight in zip(wide[1:], weights[1:], strict=True):
-            np.multiply(chunk, kind(weight), out=product)
-            total += product
-    return narrow(total, out)

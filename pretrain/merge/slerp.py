@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -21,24 +22,26 @@ def factors(first: Term, second: Term, t: float, count: int, workers: Workers) -
 
     Norms and product are fp64 sums of blocks of 65,536 elements, whose sums are added without rounding.
     """
-    sums = [
-        part
-        for parts in workers.over(lambda a, b: list(_sums(first, second, a, b, workers)), count)
-        for part in parts
-    ]
-    aa, bb, ab = (math.fsum(part[i] for part in sums) for i in range(3))
-    norms = [norm if (norm := math.sqrt(square)) > SHORTEST else 1.0 for square in (aa, bb)]
-    cosine = ab / norms[0] / norms[1]
+    pair = first.source, first.name, second.source, second.name
+    cosine = workers.once(pair, lambda: _cosine(first, second, count, workers))
     if not abs(cosine) <= COLINEAR:
         return 1.0 - t, t
     angle = math.acos(cosine)
     return math.sin(angle * (1 - t)) / math.sin(angle), math.sin(angle * t) / math.sin(angle)
 
 
-def _sums(
-    first: Term, second: Term, start: int, stop: int, workers: Workers
-) -> Iterator[tuple[float, float, float]]:
+def _cosine(first: Term, second: Term, count: int, workers: Workers) -> float:
+    def work(start: int, stop: int) -> list[tuple[float, ...]]:
+        return list(_sums(first, second, start, stop, workers))
+
+    sums = list(chain.from_iterable(workers.over(work, count)))
+    aa, bb, ab = (math.fsum(part[i] for part in sums) for i in range(3))
+    norms = [norm if (norm := math.sqrt(square)) > SHORTEST else 1.0 for square in (aa, bb)]
+    return ab / norms[0] / norms[1]
+
+
+def _sums(first: Term, second: Term, start: int, stop: int, workers: Workers) -> Iterator[tuple[float, ...]]:
     for block in workers.blocks(start, stop, BLOCK):
         a, b = block.wide(first, np.float64), block.wide(second, np.float64)
         product = block.array("product", np.float64)
-        yield tuple(float(np.add.reduce(np.multiply(x, y, out=product))) for x, y in ((a, a), (b, b), (a, b)))  # type: ignore[misc]
+        yield tuple(float(np.add.reduce(np.multiply(x, y, out=product))) for x, y in ((a, a), (b, b), (a, b)))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import is_remote
 from pretrain.address import WHICH, Located, locate
 from pretrain.checkpoint_folder import step_of
 from pretrain.merge import companions, hub
+from pretrain.merge.digests import fingerprint
 from pretrain.merge.folder import Folder
 from pretrain.merge.origins import origins
 from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
@@ -141,12 +141,12 @@ class WeightSource:
             file.check_unchanged()
 
     def hashes(self) -> dict[str, str]:
-        """File -> xxh64 of every file that holds tensors, from the checkpoint's own manifest where it has one; of
-        remote ones their size and ETag."""
+        """File -> what tells its content from another's, of every file that holds tensors: its xxh64 in the
+        checkpoint's own manifest where it has one, else its fingerprint."""
         known: dict[str, str] = {}
         if self.located.kind == "checkpoint":
             known = _manifest(Folder(self.located.path))
-        return {name: known.get(name) or _hash(file) for name, file in _by_name(self.files).items()}
+        return {name: known.get(name) or fingerprint(file) for name, file in _by_name(self.files).items()}
 
 
 def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
@@ -276,18 +276,6 @@ def _by_name(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
     if len(named) == len(files):
         return named
     return {"/".join(Path(file.name).parts[-2:]): file for file in files}
-
-
-def _hash(file: ByteFile) -> str:
-    return file.identity if file.remote else hash_file(Path(file.name))
-
-
-def hash_file(path: Path) -> str:
-    digest = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def nbytes(info: Info) -> int:

@@ -12,11 +12,12 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain.identity import ABSENT, check_run_folder
 from pretrain.lock import FolderLock
+from pretrain.merge.output_folder import link_or_copy
 from pretrain.merge.prepare import open_inputs, prepare
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN, WeightSource
 from pretrain.merge.tool import RECORD, execute
-from pretrain.merge.writer import Progress, link_or_copy
+from pretrain.merge.writer import Progress
 from pretrain.recipe import Evaluation, MergeStage, Recipe
 from pretrain.recipe_load import dump_plain, stage_record
 
@@ -49,7 +50,12 @@ def run_merge_stage(
         publish(folder / "resolved.yaml", record.encode())
         # What describes the model lies in the stage's folder, where a training stage has it too.
         merged = execute(
-            [replace(plan, frozen=None, stage_dir=None)], opened, [folder / "weights"], progress=progress
+            [replace(plan, frozen=None, stage_dir=None)],
+            opened,
+            [folder / "weights"],
+            progress=progress,
+            durable=True,
+            anew=True,
         )
         if plan.frozen is not None:
             link_or_copy(plan.frozen, folder / FROZEN)
@@ -94,7 +100,7 @@ def _changed(source: WeightSource, taken: dict[str, Any] | None) -> list[str]:
     """What an input was when it was merged and what it is now, where the two differ."""
     if taken is None:  # another recipe's, which check_run_folder says
         return []
-    now, then = source.hashes(), taken["xxh64"]
+    now, then = source.hashes(), taken["files"]
     if now == then:
         return []
     if source.located.path != taken["path"]:

@@ -12,13 +12,14 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
+from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.request import request, resolve_weights
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.tool import execute
-from pretrain.merge.writer import CHUNK, Progress, combine_range
+from pretrain.merge.writer import Progress, combine_range
 
 
 def parse_betas(text: str) -> list[float]:
@@ -63,7 +64,7 @@ def sweep(
     copy_rest: str | None = None,
     dtype: str | None = None,
     run_dir: Path | None = None,
-    chunk: int = CHUNK,
+    chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[float, Path]:
@@ -83,7 +84,7 @@ def write_sweep(
     opened: Opened,
     betas: Sequence[float],
     out: Path,
-    chunk: int = CHUNK,
+    chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[float, Path]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.merge.blocks import SPAN, Block, Workers
-from pretrain.merge.kernels import BITS, Kind
+from pretrain.merge.blocks import Block, Workers
+from pretrain.merge.kernels import BITS, SPAN, Kind
 from pretrain.merge.plan import Term
 
 HALF = 1 << 16
@@ -28,14 +28,14 @@ class Cut:
 def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut | None:
     """The cut that leaves exactly int(density * count) entries of x - base, of equal ones the first; None for all.
 
+    At least one entry stays, as in mergekit.
+
     Three passes over both tensors: a histogram of the keys' upper halves, one of the lower halves within the bin
     where the cut falls, and the number of entries equal to the cut, span by span.
     """
-    wanted = int(term.density * count)
+    wanted = max(1, int(term.density * count))
     if wanted >= count:
         return None
-    if wanted <= 0:
-        return Cut(0xFFFFFFFF, 0)
 
     def keys(start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         for block in workers.blocks(start, stop):
@@ -50,8 +50,8 @@ def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut
     def equal(start: int, stop: int) -> int:
         return sum(int(np.count_nonzero(found == key)) for _, found in keys(start, stop))
 
-    high, wanted = _bin(sum(workers.over(upper, count)), wanted)
-    low, wanted = _bin(sum(workers.over(lower, count)), wanted)
+    high, wanted = _bin(_sum(workers.over(upper, count)), wanted)
+    low, wanted = _bin(_sum(workers.over(lower, count)), wanted)
     key = high * HALF + low
     for number, found in enumerate(list(workers.over(equal, count))):
         if wanted <= found:
@@ -61,9 +61,11 @@ def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut
 
 
 def _histogram(halves: Iterator[np.ndarray]) -> np.ndarray:
-    return sum(
-        (np.bincount(half.astype(np.intp), minlength=HALF) for half in halves), np.zeros(HALF, np.int64)
-    )
+    return _sum(np.bincount(half.astype(np.intp), minlength=HALF) for half in halves)
+
+
+def _sum(histograms: Iterable[np.ndarray]) -> np.ndarray:
+    return sum(histograms, np.zeros(HALF, np.int64))
 
 
 def _bin(histogram: np.ndarray, wanted: int) -> tuple[int, int]:

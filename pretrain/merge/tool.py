@@ -12,14 +12,17 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
 from pretrain.address import locate
+from pretrain.merge import card, digests
+from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
+from pretrain.merge.output_folder import link_or_copy, resumed_folder
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
+from pretrain.merge.record import jobs_plain, sealed
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN
-from pretrain.merge.writer import CHUNK, Progress, digests, link_or_copy, new_folder, write_tensors
+from pretrain.merge.writer import Output, Progress, write_tensors
 
 RECORD = "merge.json"
 
@@ -34,9 +37,10 @@ def merge(
     out: Path | str,
     *,
     run_dir: Path | None = None,
-    chunk: int = CHUNK,
+    chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
+    durable: bool = False,
     **asked: Any,
 ) -> dict[str, Any]:
     """Merge `inputs`, streamed into the folder `out`, which appears only when it is complete.
@@ -44,38 +48,61 @@ def merge(
     inputs: two or more addresses (pretrain.address).
     asked:  as of `pretrain.merge.request.request`: method, beta or weights, base, only, rules, copy_rest, dtype, ...
             Most often beta, of two inputs the weight of the first: theta = beta * A + (1 - beta) * B.
+    durable: whether to wait for the disk before `out` appears, see `execute`.
 
     Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
     """
     plans, opened = prepare(request(inputs, **asked), run_dir=run_dir)
-    return execute(plans, opened, [Path(out)], chunk, threads, progress)[0]
+    return execute(plans, opened, [Path(out)], chunk, threads, progress, durable=durable)[0]
 
 
 def execute(
     plans: Sequence[Plan],
     opened: Opened,
     folders: Sequence[Path],
-    chunk: int = CHUNK,
+    chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
+    *,
+    durable: bool = False,
+    anew: bool = False,
 ) -> list[dict[str, Any]]:
-    """Carry out plans that differ in their weights alone, in one pass; what is complete already is not done again."""
-    hashes = [source.hashes() for source in opened.sources]
-    keys = [plan.key(hashes) for plan in plans]
+    """Carry out plans that differ in their weights alone, in one pass; what is complete already is not done again.
+
+    What an earlier call was killed over goes on. `durable` waits for the disk before a folder appears, so that it is
+    whole after a power cut too; without it the system writes in its own time, as it does for a copy, and the digests
+    in the record tell. `anew` discards what was begun from other inputs or for another plan.
+    """
+    prints = [source.hashes() for source in opened.sources]
+    keys = [plan.key(prints) for plan in plans]
     records = [existing(folder, key) for folder, key in zip(folders, keys, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
-    needed = sum(plans[i].size for i in todo)
     with ExitStack() as stack:
-        partial = {i: stack.enter_context(new_folder(folders[i], needed)) for i in todo}
-        if todo:
-            made = [partial[i] for i in todo]
-            write_tensors([plans[i] for i in todo], opened.sources, made, chunk, threads, progress)
+        outputs = {}
         for i in todo:
-            record = _record(plans[i], opened, hashes, keys[i], partial[i])
-            _add_companions(plans[i], partial[i])
-            publish(partial[i] / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-            records[i] = record
+            head = _head(plans[i], opened, prints, keys[i])
+            partial, journal = stack.enter_context(
+                resumed_folder(folders[i], head, plans[i].size, durable, anew)
+            )
+            outputs[i] = Output(plans[i], partial, journal)
+        if todo:
+            write_tensors(list(outputs.values()), opened.sources, chunk, threads, progress)
+        for i, output in outputs.items():
+            records[i] = made = sealed(_record(output, opened, prints, keys[i]))
+            _add_companions(plans[i], output.folder)
+            (output.folder / card.NAME).write_bytes(card.card(plans[i], opened.sources, made))
+            (output.folder / RECORD).write_text(json.dumps(records[i], indent=1) + "\n")
     return [record for record in records if record is not None]
+
+
+def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
+    """What an output is made of, for its journal: the plan without its inputs, and they with their times."""
+    inputs = {
+        f"{source.address} {Path(file.name).name}": file.identity
+        for source in opened.sources
+        for file in source.files
+    }
+    return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
 
 
 def existing(folder: Path, key: str) -> dict[str, Any] | None:
@@ -93,23 +120,18 @@ def existing(folder: Path, key: str) -> dict[str, Any] | None:
     return content
 
 
-def _record(
-    plan: Plan, opened: Opened, hashes: list[dict[str, str]], key: str, folder: Path
-) -> dict[str, Any]:
-    written: dict[str, dict[str, str | int]] = {}
-    tensors: dict[str, str] = {}
-    for file in plan.files:
-        written[file.name], inside = digests(folder / file.name)
-        tensors |= inside
+def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
+    plan, written = output.plan, output.written()
     inputs = [
         {
             "address": source.address,
             "path": source.located.path,
             "step": source.located.step,
-            "weight": plan.weights[i] if i < opened.inputs else None,
-            "xxh64": files,
+            "weight": plan.weights[i] if i < len(plan.weights) else None,
+            "files": files,
+            "read": {"tensors": len(written.inputs[i]), "digest": digests.of_names(written.inputs[i])},
         }
-        for i, (source, files) in enumerate(zip(opened.sources, hashes, strict=True))
+        for i, (source, files) in enumerate(zip(opened.sources, prints, strict=True))
     ]
     return {
         "plan": key,
@@ -122,9 +144,11 @@ def _record(
         "left_out": list(plan.left_out),
         "tied": plan.tied,
         "frozen": FROZEN if plan.frozen else None,
-        "output": written,
-        "tensors": tensors,
+        "output": {file.name: {"size": file.size, "digest": written.files[file.name]} for file in plan.files},
+        "tensors": written.tensors,
+        "digests": {"tensor": digests.RULE, "file": digests.FILE_RULE, "read": digests.READ_RULE},
         "dromos": _version(),
+        "jobs": jobs_plain(plan),
     }
 
 
@@ -138,13 +162,13 @@ def _version() -> str:
 def _add_companions(plan: Plan, folder: Path) -> None:
     """Config, tokenizer, frozen tensors, and the stage that says what the model is."""
     for name, content in plan.companions.items():
-        publish(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     if plan.index is not None:
-        publish(folder / INDEX, plan.index)
+        (folder / INDEX).write_bytes(plan.index)
     if plan.frozen is not None:
         link_or_copy(plan.frozen, folder / FROZEN)
     if plan.stage_dir is not None and (stage := model_stage(plan.stage_dir)) is not None:
-        publish(folder / "resolved.yaml", (stage / "resolved.yaml").read_bytes())
+        (folder / "resolved.yaml").write_bytes((stage / "resolved.yaml").read_bytes())
 
 
 def model_stage(stage_dir: Path) -> Path | None:

@@ -1,225 +1,215 @@
-"""Carries out plans: chunks read from mapped files, combined, written in place with pwrite; folders appear complete."""
+"""Carries out plans: spans of tensors read, combined, rounded and written in place, by threads, in any order."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from data_pipeline.errors import UserError
-from pretrain.merge.methods import accumulator, combine, widen
-from pretrain.merge.plan import Plan
-from pretrain.merge.safetensors_io import DTYPES, SafetensorsFile, elements
+from pretrain.merge import digests
+from pretrain.merge.blocks import Block, Workers, spans
+from pretrain.merge.journal import Done, Journal
+from pretrain.merge.kernels import BLOCK, SPAN, narrow_into
+from pretrain.merge.methods import Compute, prepare
+from pretrain.merge.plan import Plan, TensorJob, Term
+from pretrain.merge.safetensors_io import DTYPES, elements
 from pretrain.merge.sources import WeightSource
 
-CHUNK = 1 << 16  # elements: a chunk and its temporaries stay in the second-level cache
 Progress = Callable[[int], None]
 
 
+@dataclass
+class Output:
+    """One plan's files in a folder, and what of them is written."""
+
+    plan: Plan
+    folder: Path
+    journal: Journal
+    files: list[int] = field(default_factory=list)
+
+    def open(self, stack: ExitStack) -> None:
+        """Open every file, with its header and all the room it needs: a full disk is found before the work."""
+        for file in self.plan.files:
+            opened = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, opened)
+            self.files.append(opened)
+            if os.fstat(opened).st_size != file.size:
+                reserve(opened, file.size)
+            write_at(opened, file.header, 0)
+
+    def digest(self, number: int, span: tuple[int, int]) -> str:
+        """Of what now stands in the file for a span of a job."""
+        job = self.plan.jobs[number]
+        size = DTYPES[job.dtype].itemsize
+        at, end = (job.offset + place * size for place in span)
+        digest = xxhash.xxh64()
+        while at < end and (data := os.pread(self.files[job.file], min(end - at, 1 << 20), at)):
+            digest.update(data)
+            at += len(data)
+        return digest.hexdigest()
+
+    def written(self) -> Written:
+        """The digests of a complete output, put together from those of its spans."""
+        tensors: dict[str, str] = {}
+        inputs: list[dict[str, str]] = [{} for _ in self.plan.addresses]
+        for number, job in enumerate(self.plan.jobs):
+            parts = [
+                self.journal.done[number, place] for place in range(len(list(spans(elements(job.shape)))))
+            ]
+            tensors[job.name] = digests.of_tensor(bytes.fromhex(part.digest) for part in parts)
+            for place, term in enumerate(job.reads):
+                read = digests.of_tensor(bytes.fromhex(part.inputs[place]) for part in parts)
+                inputs[term.source][term.name] = read
+        files = {
+            file.name: digests.of_file(
+                file.header, [tensors[j.name] for j in self.plan.jobs if j.file == number]
+            )
+            for number, file in enumerate(self.plan.files)
+        }
+        return Written(tensors, files, inputs)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Digests (pretrain.merge.digests) of an output.
+
+    tensors, files: by name. inputs: of every source, by name, the tensors that were read.
+    """
+
+    tensors: dict[str, str]
+    files: dict[str, str]
+    inputs: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One span of one job, for those outputs that have not got it."""
+
+    number: int
+    place: int
+    span: tuple[int, int]
+    todo: tuple[tuple[Output, Compute | None], ...]
+
+
 def write_tensors(
-    plans: Sequence[Plan],
+    outputs: Sequence[Output],
     sources: Sequence[WeightSource],
-    folders: Sequence[Path],
-    chunk: int = CHUNK,
+    block: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write each plan's files into its folder; plans that differ in their weights alone share every read.
+    """Write what is missing of every output; plans that differ in their weights alone share every read.
 
-    The bytes depend neither on `chunk` (elements) nor on `threads`. `progress` is told the bytes written.
+    The bytes depend neither on `block` (elements) nor on `threads`. `progress` is told the bytes that are done.
     """
-    files: list[list[int]] = []
-    try:
-        for plan, folder in zip(plans, folders, strict=True):
-            files.append([])
-            for file in plan.files:
-                opened = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                files[-1].append(opened)
-                _reserve(opened, file.size)
-                _write(opened, file.header, 0)
-
-        def work(item: tuple[int, int, int]) -> None:
-            written = _chunk(plans, sources, files, *item)
-            if progress is not None:
-                progress(written)
-
-        _spread(work, _chunks(plans[0], chunk), threads or min(4, os.cpu_count() or 1))
-        for opened in chain.from_iterable(files):
-            os.fsync(opened)
-    finally:
-        for opened in chain.from_iterable(files):
-            os.close(opened)
+    told = progress or (lambda _: None)
+    with ExitStack() as stack, Workers(sources, len(outputs), threads, block) as workers:
+        for output in outputs:
+            output.open(stack)
+            told(_keep_what_is_there(output, workers))
+        for task, made in workers.each(
+            lambda task: (task, _carry_out(task, workers)), _tasks(outputs, workers)
+        ):
+            for (output, _), done in zip(task.todo, made, strict=True):
+                output.journal.add(task.number, task.place, done)
+                told((task.span[1] - task.span[0]) * DTYPES[output.plan.jobs[task.number].dtype].itemsize)
 
 
-def _spread(work: Callable[[Any], None], items: Iterator[Any], threads: int) -> None:
-    """Call `work` on every item from several threads, a few ahead at a time: the list of chunks may be long."""
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[None]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 4 * threads:
-                waiting.popleft().result()
-        while waiting:
-            waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _keep_what_is_there(output: Output, workers: Workers) -> int:
+    """Forget journalled spans that do not stand in the file as they were written; bytes of the others."""
+    done = output.journal.done
+    kept = 0
+
+    def check(key: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        job = output.plan.jobs[key[0]]
+        span = key[1] * SPAN, min((key[1] + 1) * SPAN, elements(job.shape))
+        same = output.digest(key[0], span) == done[key].digest
+        return key, (span[1] - span[0]) * DTYPES[job.dtype].itemsize if same else -1
+
+    for key, size in list(workers.each(check, list(done))):
+        if size < 0:
+            del done[key]
+        kept += max(size, 0)
+    return kept
 
 
-def _chunks(plan: Plan, chunk: int) -> Iterator[tuple[int, int, int]]:
-    for number, job in enumerate(plan.jobs):
-        count = elements(job.shape)
-        for start in range(0, count, chunk):
-            yield number, start, min(start + chunk, count)
+def _tasks(outputs: Sequence[Output], workers: Workers) -> Iterator[Task]:
+    """In the order of the files. A method that looks at a whole tensor first does so when its turn comes."""
+    for number, job in enumerate(outputs[0].plan.jobs):
+        places = list(enumerate(spans(elements(job.shape))))
+        todo = [o for o in outputs if any((number, place) not in o.journal.done for place, _ in places)]
+        workers.forget()
+        ready = {id(o): None if (j := o.plan.jobs[number]).copy else prepare(j, workers) for o in todo}
+        for place, span in places:
+            missing = tuple((o, ready[id(o)]) for o in todo if (number, place) not in o.journal.done)
+            if missing:
+                yield Task(number, place, span, missing)
 
 
-def _chunk(
-    plans: Sequence[Plan],
-    sources: Sequence[WeightSource],
-    files: Sequence[Sequence[int]],
-    number: int,
-    start: int,
-    stop: int,
-) -> int:
-    """One range of one tensor, for every plan."""
-    wide: dict[tuple[int, type], np.ndarray] = {}
-    written = 0
-    for plan, file in zip(plans, files, strict=True):
-        job = plan.jobs[number]
-        data = combine_range(plan, sources, number, start, stop, wide)
-        _write(file[job.file], data.view(np.uint8).data, job.offset + start * data.itemsize)
-        written += data.nbytes
-    return written
+def _carry_out(task: Task, workers: Workers) -> list[Done]:
+    """Read, combine, round, write; the digests on the way, while the bytes are in the cache."""
+    jobs = [output.plan.jobs[task.number] for output, _ in task.todo]
+    made = [xxhash.xxh64() for _ in jobs]
+    read = {term_key(term): xxhash.xxh64() for job in jobs for term in job.reads}
+    terms = {term_key(term): term for job in jobs for term in job.reads}
+    for block in workers.blocks(*task.span):
+        for key, digest in read.items():
+            digest.update(block.stored(terms[key]).view(np.uint8).data)
+        for (output, compute), job, digest in zip(task.todo, jobs, made, strict=True):
+            stored = rounded(block, job, compute).view(np.uint8).data
+            digest.update(stored)
+            write_at(output.files[job.file], stored, job.offset + block.start * DTYPES[job.dtype].itemsize)
+    return [
+        Done(digest.hexdigest(), tuple(read[term_key(term)].hexdigest() for term in job.reads))
+        for job, digest in zip(jobs, made, strict=True)
+    ]
+
+
+def term_key(term: Term) -> tuple[int, str]:
+    """Terms with the same key read the same tensor, whatever their weights."""
+    return term.source, term.name
+
+
+def rounded(block: Block, job: TensorJob, compute: Compute | None) -> np.ndarray:
+    """The block's elements of the output as they are stored; read-only, and gone with the next block."""
+    if compute is None:
+        return block.stored(job.terms[0])
+    stored = block.array("stored", DTYPES[job.dtype])
+    narrow_into(stored, compute(block), job.dtype, block.scratch)
+    return stored
 
 
 def combine_range(
-    plan: Plan,
-    sources: Sequence[WeightSource],
-    number: int,
-    start: int,
-    stop: int,
-    wide: dict[tuple[int, type], np.ndarray] | None = None,
+    plan: Plan, sources: Sequence[WeightSource], number: int, start: int, stop: int
 ) -> np.ndarray:
-    """Elements [start, stop) of a plan's tensor, as they are stored; `wide` keeps widened chunks between plans."""
+    """Elements [start, stop) of a plan's tensor, as they are stored; nothing is written."""
     job = plan.jobs[number]
-    if job.copy:
-        return sources[job.terms[0].source].read(job.terms[0].name, start, stop)
-    if job.method != "linear":
-        raise UserError(f"--method {job.method} cannot be computed yet")
-    wide = {} if wide is None else wide
-    dtypes = [sources[term.source].info(term.name)[0] for term in job.terms]
-    kind = accumulator(dtypes)
-    for term, dtype in zip(job.terms, dtypes, strict=True):
-        if (term.source, kind) not in wide:
-            wide[term.source, kind] = widen(sources[term.source].read(term.name, start, stop), dtype, kind)
-    chunks = [wide[term.source, kind] for term in job.terms]
-    return combine(chunks, [term.weight for term in job.terms], kind, job.dtype)
+    found = np.empty(stop - start, DTYPES[job.dtype])
+    with Workers(sources) as workers, np.errstate(all="ignore"):
+        compute = None if job.copy else prepare(job, workers)
+        for block in workers.blocks(start, stop):
+            found[block.start - start : block.stop - start] = rounded(block, job, compute)
+    return found
 
 
-def _reserve(file: int, size: int) -> None:
+def reserve(file: int, size: int) -> None:
     """Take the space at once, so that a full disk is found before the work and not at its end."""
+    os.ftruncate(file, size)
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        os.ftruncate(file, size)
 
 
-def _write(file: int, data: bytes | memoryview, at: int) -> None:
+def write_at(file: int, data: bytes | memoryview, at: int) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(file, view, at)
         view, at = view[done:], at + done
-
-
-def digests(path: Path) -> tuple[dict[str, str | int], dict[str, str]]:
-    """Size and xxh64 of an output file, and xxh64 of each tensor in it."""
-    output = SafetensorsFile(path)
-    whole = xxhash.xxh64(output.header)
-    tensors = {}
-    for name in output.names():  # in the order of the file, so that header and tensors are all of it
-        dtype, shape = output.info(name)
-        one = xxhash.xxh64()
-        step = (1 << 22) // DTYPES[dtype].itemsize
-        for start in range(0, elements(shape), step):
-            block = output.read(name, start, min(start + step, elements(shape))).view(np.uint8).data
-            whole.update(block)
-            one.update(block)
-        tensors[name] = one.hexdigest()
-    return {"size": output.size, "xxh64": whole.hexdigest()}, tensors
-
-
-def partial_of(target: Path) -> Path:
-    """Where `target` is written before it is whole: a name beside it that nobody else gives a file."""
-    return target.with_name(f".{target.name}.dromos-partial")
-
-
-@contextmanager
-def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises UserError when someone else is writing it, when `needed` bytes are not free, or when the disk refuses.
-    """
-    partial = partial_of(out)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(partial).free
-        with open(partial / ".lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{out}: another process is writing it (it holds {partial}/.lock)") from None
-            try:
-                for left in partial.iterdir():
-                    if left.is_dir():
-                        shutil.rmtree(left)
-                    elif left.name != ".lock":
-                        free += left.stat().st_size
-                        left.unlink()
-                if needed > free:
-                    raise UserError(f"{out}: needs {needed:,} bytes, {free:,} are free on that disk")
-                yield partial
-                (partial / ".lock").unlink()
-                os.rename(partial, out)
-                _sync(out.parent)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system cannot. Whole or not at all."""
-    partial = partial_of(target)
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(partial, target)
-
-
-__all__ = ["CHUNK", "combine_range", "digests", "link_or_copy", "new_folder", "write_tensors"]

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge.methods import accumulator, linear, narrow, widen
+from pretrain.merge.kernels import Scratch, accumulator, narrow, widen_into
+from pretrain.merge.safetensors_io import DTYPES
+from tests.pretrain.merge.jobs import linear, run
 
 # (precision in bits, smallest exponent, largest exponent)
 FORMATS = {"F64": (53, -1022, 1023), "F32": (24, -126, 127), "F16": (11, -14, 15), "BF16": (8, -126, 127)}
-BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 def rounded(value: Fraction, fmt: str) -> Fraction | float:
@@ -54,9 +56,7 @@ def _exact(value: Fraction | float | None) -> Fraction:
 
 
 def stored(bits: int, fmt: str) -> np.ndarray:
-    return np.array([bits], BITS[fmt]).view(
-        np.float32 if fmt == "F32" else np.float16 if fmt == "F16" else np.uint16
-    )
+    return np.array([bits], BITS[fmt]).view(DTYPES[fmt])
 
 
 def value_of(array: np.ndarray, fmt: str) -> float:
@@ -64,9 +64,9 @@ def value_of(array: np.ndarray, fmt: str) -> float:
 
 
 @given(
-    fmt=st.sampled_from(["F32", "F16", "BF16"]),
-    out=st.sampled_from(["same", "F32", "BF16", "F16"]),
-    bits=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=4),
+    fmt=st.sampled_from(["F64", "F32", "F16", "BF16"]),
+    out=st.sampled_from(["same", "F64", "F32", "BF16", "F16"]),
+    bits=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=4),
     shares=st.lists(st.floats(-2, 2), min_size=4, max_size=4),
     near=st.booleans(),
 )
@@ -74,7 +74,7 @@ def value_of(array: np.ndarray, fmt: str) -> float:
 def test_linear_is_the_stated_formula(
     fmt: str, out: str, bits: list[int], shares: list[float], near: bool
 ) -> None:
-    width = 32 if fmt == "F32" else 16
+    width = DTYPES[fmt].itemsize * 8
     if near:  # neighbours of one another, as two checkpoints of one run are
         bits = [bits[0] ^ (b & 7) for b in bits]
     arrays = [stored(b & (2**width - 1), fmt) for b in bits]
@@ -132,12 +132,34 @@ def test_accumulation_type() -> None:
     assert accumulator(["F32", "F32"]) is accumulator(["BF16", "F32"]) is accumulator(["F64"]) is np.float64
 
 
-def test_widening_is_exact_and_leaves_the_input_alone() -> None:
+@pytest.mark.parametrize("into", [np.float32, np.float64])
+@pytest.mark.parametrize("fmt", ["BF16", "F16"])
+def test_widening_is_exact_for_all_bits_and_leaves_the_input_alone(fmt: str, into: type) -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     bits.flags.writeable = False
-    wide = widen(bits, "BF16", np.float32)
-    np.testing.assert_array_equal(wide.view(np.uint32) >> 16, bits)
-    np.testing.assert_array_equal(wide.view(np.uint32) & 0xFFFF, 0)
+    with np.errstate(invalid="ignore"):
+        wide = widen_into(np.empty(2**16, into), bits.view(DTYPES[fmt]), fmt, Scratch())
+        finite = bits[(bits & 0x7C00) != 0x7C00]  # without infinities another way is taken
+        part = widen_into(np.empty(len(finite), into), finite.view(DTYPES[fmt]), fmt, Scratch())
+    torch = pytest.importorskip("torch")
+    kind = torch.bfloat16 if fmt == "BF16" else torch.float16
+    expected = torch.from_numpy(bits.copy()).view(kind).to(torch.float32).numpy()
+    np.testing.assert_array_equal(wide, expected)
+    np.testing.assert_array_equal(np.signbit(wide), np.signbit(expected))
+    np.testing.assert_array_equal(part, expected[(bits & 0x7C00) != 0x7C00])
+
+
+def test_fp16_is_rounded_as_numpy_does() -> None:
+    """Halves of neighbours are ties; numpy's own conversion is the peer."""
+    with np.errstate(all="ignore"):
+        every = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+        ties = every[:-1] / 2 + every[1:] / 2
+        for values in (every, ties, np.nextafter(ties, np.inf), np.nextafter(ties, -np.inf), every * 7e-5):
+            for kind in (np.float32, np.float64):
+                expected = values.astype(kind).astype(np.float16)
+                got = narrow(values.astype(kind), "F16")
+                np.testing.assert_array_equal(got, expected)
+                np.testing.assert_array_equal(np.signbit(got[got == 0]), np.signbit(expected[got == 0]))
 
 
 def test_bits_do_not_depend_on_the_chunking() -> None:
@@ -145,8 +167,5 @@ def test_bits_do_not_depend_on_the_chunking() -> None:
     a, b = (rng.standard_normal(10_007).astype(np.float16) for _ in range(2))
     whole = linear([a, b], ["F16"] * 2, [0.3, 0.7], "F16")
     for size in (1, 7, 1000):
-        parts = [
-            linear([a[i : i + size], b[i : i + size]], ["F16"] * 2, [0.3, 0.7], "F16")
-            for i in range(0, len(a), size)
-        ]
-        assert np.concatenate(parts).tobytes() == whole.tobytes()
+        parts = run("linear", [a, b], ["F16"] * 2, [0.3, 0.7], "F16", block=size)
+        assert parts.tobytes() == whole.tobytes()
