@@ -1,0 +1,269 @@
+"""Models whose vocabularies differ: refused, or their embeddings seen through views that have the same rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+from pretrain.merge.companions import adapted_config, as_json, read
+from pretrain.merge.folder import parse_json
+from pretrain.merge.plan import letter
+from pretrain.merge.safetensors_io import DTYPES, Info, elements
+from pretrain.merge.sources import WeightSource
+from pretrain.merge.vocabulary_files import FILE, STALE, Tokenizer, read_tokenizer, renumbered, rewritten
+
+RULES = ("intersect", "pad", "union")
+EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|token_embedding|tok_embeddings|shared)\.weight$"
+    r"|(^|\.)backbone\.embeddings\.weight$"
+)
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out|decoder)\.(weight|bias)$")
+ADVICE = (
+    "say how with vocabulary: intersect (tokens that all have), union (a token that one has takes its row) or pad "
+    "(rows by their numbers, the shorter padded from the longer)"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
+    both go on by one."""
+
+    owner: np.ndarray  # int64[rows]
+    row: np.ndarray  # int64[rows]
+    starts: np.ndarray  # int64[runs]
+
+    @classmethod
+    def of(cls, owner: np.ndarray, row: np.ndarray) -> Rows:
+        breaks = (np.diff(row) != 1) | (np.diff(owner) != 0)
+        return cls(owner, row, np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64))
+
+
+class View(WeightSource):
+    """A source whose vocabulary's tensors are read in the rows of the output; all else is as it is."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        sources: Sequence[WeightSource],
+        names: Sequence[str],
+        rows: Rows,
+        companions: Mapping[str, Path | bytes],
+        notes: Sequence[str],
+    ) -> None:
+        self.__dict__.update(source.__dict__)
+        self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
+        self._source, self._sources, self._names, self._rows = source, sources, frozenset(names), rows
+
+    def info(self, name: str) -> Info:
+        dtype, shape = self._source.info(name)
+        return (dtype, (len(self._rows.row), *shape[1:])) if name in self._names else (dtype, shape)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        if name not in self._names:
+            return self._source.read(name, start, stop)
+        dtype, shape = self.info(name)
+        width = elements(shape[1:])
+        out = np.empty(stop - start, DTYPES[dtype])
+        at = start
+        run = int(np.searchsorted(self._rows.starts, start // max(1, width), side="right")) - 1
+        while at < stop:
+            first = int(self._rows.starts[run])
+            last = int(self._rows.starts[run + 1]) if run + 1 < len(self._rows.starts) else shape[0]
+            end = min(stop, last * width)
+            shift = (int(self._rows.row[first]) - first) * width
+            part = _read(self._sources[int(self._rows.owner[first])], name, at + shift, end + shift)
+            if end - at == stop - start:
+                return part
+            out[at - start : end - start] = part
+            at, run = end, run + 1
+        return out
+
+
+def _read(source: WeightSource, name: str, start: int, stop: int) -> np.ndarray:
+    return source.read(_stored(source, name), start, stop)
+
+
+def _stored(source: WeightSource, name: str) -> str:
+    """The name under which a source stores a tensor that may be tied there."""
+    return source.tied.get(name, name)
+
+
+def aligned(sources: Sequence[WeightSource], rule: str | None) -> list[WeightSource]:
+    """The sources, those with embeddings as views that have the same rows under `rule`.
+
+    Token by token for `intersect` (the order of the first source) and `union` (the first source's tokens, then what
+    each other has more, in its order), which need a tokenizer.json beside every source; row by row for `pad`.
+    Without a rule, UserError when rows or tokenizers differ. Sources without embeddings stay as they are.
+    """
+    if rule is not None and rule not in RULES:
+        raise UserError(f"vocabulary: {rule!r} is none of {', '.join(RULES)}")
+    names = [vocabulary_names(source) for source in sources]
+    taking = [i for i, found in enumerate(names) if found]
+    if len(taking) < 2:
+        return list(sources)
+    chosen = [sources[i] for i in taking]
+    rows = [_rows_of(source, names[i]) for i, source in zip(taking, chosen, strict=True)]
+    same_files = len({_raw(source) for source in chosen}) == 1
+    if len(set(rows)) == 1 and same_files:
+        return list(sources)
+    tokenizers = [read_tokenizer(source.companions, source.address) for source in chosen]
+    known = [t for t in tokenizers if t is not None]
+    differ = any(t.ids != known[0].ids for t in known)
+    if len(set(rows)) == 1 and not differ:
+        return list(sources)
+    if rule is None:
+        raise UserError(_difference(taking, chosen, rows, tokenizers))
+    _check_alike(chosen, [names[i] for i in taking])
+    made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
+    views = list(sources)
+    for place, i in enumerate(taking):
+        mapped, companions, notes = made[place]
+        views[i] = View(sources[i], chosen, names[i], mapped, companions, notes)
+    return views
+
+
+def vocabulary_names(source: WeightSource) -> list[str]:
+    """Tensors with a row for every token: embeddings, and heads that have as many rows."""
+    held = source.names()
+    embeddings = [name for name in held if EMBEDDING.search(name) and len(source.info(name)[1]) == 2]
+    rows = {source.info(name)[1][0] for name in embeddings}
+    heads = [n for n in held if HEAD.search(n) and source.info(n)[1][:1] and source.info(n)[1][0] in rows]
+    return embeddings + [name for name in heads if name not in embeddings]
+
+
+def _rows_of(source: WeightSource, names: Sequence[str]) -> int:
+    counts = {source.info(name)[1][0] for name in names}
+    if len(counts) > 1:
+        listed = ", ".join(f"{name} {source.info(name)[1][0]}" for name in names)
+        raise UserError(f"{source.address}: its embeddings have different numbers of rows: {listed}")
+    return counts.pop()
+
+
+def _raw(source: WeightSource) -> bytes | None:
+    companion = source.companions.get(FILE)
+    return None if companion is None else read(companion)
+
+
+def _difference(
+    taking: Sequence[int],
+    sources: Sequence[WeightSource],
+    rows: Sequence[int],
+    tokenizers: Sequence[Tokenizer | None],
+) -> str:
+    said = []
+    for i, source, count, tokenizer in zip(taking, sources, rows, tokenizers, strict=True):
+        tokens = f", {len(tokenizer.ids)} tokens" if tokenizer is not None else ""
+        said.append(f"{letter(i)} ({source.address}) {count} rows{tokens}")
+    known = [t for t in tokenizers if t is not None]
+    note = ""
+    if len(known) > 1:
+        extra = sorted(set(known[1].ids) ^ set(known[0].ids))[:3]
+        moved = [t for t, n in known[0].ids.items() if known[1].ids.get(t, n) != n][:3]
+        note = f"; only one has {', '.join(map(repr, extra))}" if extra else ""
+        note += f"; other numbers for {', '.join(map(repr, moved))}" if moved else ""
+    return f"the vocabularies differ: {'; '.join(said)}{note}; {ADVICE}"
+
+
+def _check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
+    """Rows of one source are read in another's place: they must be as wide and of the same type."""
+    for name in dict.fromkeys(name for found in names for name in found):
+        for source in sources:
+            if _stored(source, name) not in source.names():
+                raise UserError(
+                    f"{name}: missing in {source.address}; under a vocabulary rule all must have it"
+                )
+        infos = [source.info(_stored(source, name)) for source in sources]
+        if len({(dtype, shape[1:]) for dtype, shape in infos}) > 1:
+            listed = ", ".join(
+                f"{d} {list(s)} in {x.address}" for (d, s), x in zip(infos, sources, strict=True)
+            )
+            raise UserError(f"{name}: under a vocabulary rule rows must be of one width and dtype: {listed}")
+
+
+Made = tuple[Rows, dict[str, Path | bytes], list[str]]
+
+
+def _pad(
+    sources: Sequence[WeightSource], rows: Sequence[int], tokenizers: Sequence[Tokenizer | None]
+) -> list[Made]:
+    known = [t for t in tokenizers if t is not None]
+    for one in known[1:]:
+        at = {number: token for token, number in known[0].ids.items()}
+        wrong = next(((t, n) for t, n in one.ids.items() if at.get(n, t) != t), None)
+        if wrong:
+            raise UserError(
+                f"row {wrong[1]} is {at[wrong[1]]!r} in {known[0].where}, {wrong[0]!r} in {one.where}: rows of other "
+                "tokens cannot be mixed; write vocabulary: union or intersect"
+            )
+    longest = max(range(len(rows)), key=lambda i: rows[i])  # the first of the longest
+    total = rows[longest]
+    counts = [len(t.ids) if t is not None else 0 for t in tokenizers]
+    largest = max(range(len(counts)), key=lambda i: counts[i])
+    made: list[Made] = []
+    for i, source in enumerate(sources):
+        owner = np.where(np.arange(total) < rows[i], i, longest)
+        companions = dict(source.companions)
+        notes = []
+        if counts[i] < counts[largest]:
+            other = sources[largest]
+            theirs = ("tokenizer", "special_tokens_map", *STALE)
+            companions = {n: c for n, c in companions.items() if not n.startswith(theirs)}
+            companions |= {n: c for n, c in other.companions.items() if n.startswith(theirs)}
+            notes.append(f"the tokenizer is that of {other.address}, which has the most tokens")
+        if "config.json" in companions:
+            config = parse_json(read(companions["config.json"]), f"{source.address}: config.json")
+            companions["config.json"] = as_json(adapted_config(config, {"vocab_size": total}))
+        made.append((Rows.of(owner, np.arange(total)), companions, notes))
+    return made
+
+
+def _by_token(
+    sources: Sequence[WeightSource], rows: Sequence[int], found: Sequence[Tokenizer | None], rule: str
+) -> list[Made]:
+    tokenizers = [_needed(t, source, rule) for t, source in zip(found, sources, strict=True)]
+    for tokenizer, count in zip(tokenizers, rows, strict=True):
+        if max(tokenizer.ids.values(), default=-1) >= count:
+            raise UserError(f"{tokenizer.where}: has tokens beyond the {count} rows of its embeddings")
+    first = tokenizers[0].ids
+    if rule == "intersect":
+        common = [t for t in sorted(first, key=lambda t: first[t]) if all(t in one.ids for one in tokenizers)]
+        ids = {token: number for number, token in enumerate(common)}
+        total = len(ids)
+        if not common:
+            raise UserError("vocabulary: intersect: the tokenizers have no token in common")
+    else:
+        ids = dict(first)
+        free = max(ids.values(), default=-1) + 1
+        for theirs in (one.ids for one in tokenizers[1:]):
+            extra = [token for token in sorted(theirs, key=lambda t: theirs[t]) if token not in ids]
+            ids |= {token: free + place for place, token in enumerate(extra)}
+            free += len(extra)
+        total = max(rows[0], free)
+    joined = rewritten(tokenizers, ids)
+    holder = {t: next(k for k, one in enumerate(tokenizers) if t in one.ids) for t in ids}
+    made: list[Made] = []
+    for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
+        # Rows that no token has are the padding of the first source.
+        owner, row = np.zeros(total, np.int64), np.minimum(np.arange(total), rows[0] - 1)
+        for token, number in ids.items():
+            from_whom = i if token in tokenizer.ids else holder[token]
+            owner[number], row[number] = from_whom, tokenizers[from_whom].ids[token]
+        companions = renumbered(source.companions, tokenizer, ids, joined, total)
+        stale = [name for name in source.companions if name in STALE]
+        notes = [f"{', '.join(stale)} of {source.address} left out: tokenizer.json says it"] if stale else []
+        made.append((Rows.of(owner, row), companions, notes))
+    return made
+
+
+def _needed(tokenizer: Tokenizer | None, source: WeightSource, rule: str) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(
+            f"{source.address}: vocabulary: {rule} goes by token and needs a {FILE} beside the weights"
+        )
+    return tokenizer

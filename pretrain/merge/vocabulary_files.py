@@ -1,0 +1,205 @@
+"""tokenizer.json read, joined and cut token by token, and the files beside it that name tokens by number."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.companions import adapted_config, as_json, read
+from pretrain.merge.folder import parse_json
+
+FILE = "tokenizer.json"
+KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+NUMBERED = re.compile(r"_token_(id|ids|index)$")
+# These say again what tokenizer.json says, in other forms, with the numbers of the tokenizer they came with.
+STALE = ("added_tokens.json", "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+Companions = Mapping[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.json: `where` it is from, its content, token -> id (added tokens included)."""
+
+    where: str
+    content: dict[str, Any]
+    ids: dict[str, int]
+
+    @property
+    def kind(self) -> str:
+        return str(self.content["model"].get("type"))
+
+
+def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
+    """The tokenizer beside weights; None where there is no tokenizer.json. UserError for one that is damaged."""
+    if FILE not in companions:
+        return None
+    where = f"{where}: {FILE}"
+    content = parse_json(read(companions[FILE]), where)
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pieces with scores, numbered by their place
+            pieces = [piece for piece, _ in vocabulary]
+            ids = {piece: number for number, piece in enumerate(pieces)}
+            if len(ids) != len(pieces):
+                raise ValueError("a piece stands twice")
+        else:
+            ids = dict(vocabulary)
+        for added in content.get("added_tokens") or []:
+            if ids.setdefault(added["content"], added["id"]) != added["id"]:
+                raise ValueError(f"{added['content']!r} has two numbers")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: not a tokenizer: {error}") from None
+    if not all(isinstance(token, str) and type(n) is int and 0 <= n < 1 << 31 for token, n in ids.items()):
+        raise UserError(f"{where}: not a tokenizer: a token that is no text, or whose number is none")
+    if len(set(ids.values())) != len(ids):
+        raise UserError(f"{where}: not a tokenizer: two tokens have one number")
+    return Tokenizer(where, content, ids)
+
+
+def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
+    """tokenizer.json of the first tokenizer with exactly the tokens of `ids`, under these numbers.
+
+    Tokens that the first lacks come from the others: added tokens as they are; pieces of the model together with the
+    merges or scores they have there. Raises UserError naming the part in which the tokenizers differ otherwise.
+    """
+    first = tokenizers[0]
+    content = copy.deepcopy(first.content)
+    added = {one["content"]: one for one in first.content.get("added_tokens") or []}
+    for other in tokenizers[1:]:
+        for one in other.content.get("added_tokens") or []:
+            if one["content"] not in first.ids:
+                added.setdefault(one["content"], one)
+    donors = [
+        t for t in tokenizers[1:] if any(x in t.ids and x not in first.ids and x not in added for x in ids)
+    ]
+    for one in donors:
+        _check_alike(first, one)
+    content["model"] = _model([first, *donors], ids)
+    kept = [{**one, "id": ids[token]} for token, one in added.items() if token in ids]
+    content["added_tokens"] = sorted(kept, key=lambda one: one["id"])
+    if isinstance(content["model"]["vocab"], dict):
+        # The library numbers added tokens behind the model's own, unless the model has them too.
+        content["model"]["vocab"] |= {one["content"]: one["id"] for one in kept}
+    _renumber(content.get("post_processor"), ids, first.where)
+    if isinstance(content.get("padding"), dict):
+        content["padding"]["pad_id"] = _number(content["padding"].get("pad_token"), ids, first.where)
+    return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8")
+
+
+def _check_alike(first: Tokenizer, other: Tokenizer) -> None:
+    if first.kind not in KINDS or first.kind != other.kind:
+        raise UserError(
+            f"{first.where} is {first.kind}, {other.where} {other.kind}: one tokenizer cannot be made of both; "
+            "write vocabulary: intersect or pad"
+        )
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if first.content.get(part) != other.content.get(part):
+            raise UserError(
+                f"{first.where} and {other.where} have another {part}: one tokenizer cannot be made of both; "
+                "write vocabulary: intersect or pad"
+            )
+
+
+def _model(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> dict[str, Any]:
+    model: dict[str, Any] = copy.deepcopy(tokenizers[0].content["model"])
+    if isinstance(model["vocab"], list):
+        scores = {piece: score for t in reversed(tokenizers) for piece, score in t.content["model"]["vocab"]}
+        ordered = sorted((token for token in scores if token in ids), key=lambda token: ids[token])
+        if [ids[token] for token in ordered] != list(range(len(ordered))):
+            raise UserError(
+                f"{tokenizers[0].where}: its pieces are numbered by their places, and the joined tokens would leave "
+                "gaps between them; write vocabulary: pad"
+            )
+        model["vocab"] = [[token, scores[token]] for token in ordered]
+        if model.get("unk_id") is not None:
+            unknown = tokenizers[0].content["model"]["vocab"][model["unk_id"]][0]
+            model["unk_id"] = _number(unknown, ids, tokenizers[0].where)
+        return model
+    own = set(model["vocab"])
+    held = {token for t in tokenizers for token in t.content["model"]["vocab"] if token in ids}
+    model["vocab"] = {token: ids[token] for token in sorted(held, key=lambda token: ids[token])}
+    if "merges" in model:
+        merges: dict[tuple[str, str], Any] = {}
+        for t in tokenizers:
+            for merge in t.content["model"]["merges"]:
+                left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+                # Others' merges make others' tokens: the first's own text is cut up as before.
+                if {left, right, left + right} <= held and (t is tokenizers[0] or left + right not in own):
+                    merges.setdefault((left, right), merge)
+        model["merges"] = list(merges.values())
+    return model
+
+
+def _renumber(processor: Any, ids: Mapping[str, int], where: str) -> None:
+    """New numbers in a post_processor, in place."""
+    if not isinstance(processor, dict):
+        return
+    for inner in processor.get("processors") or []:
+        _renumber(inner, ids, where)
+    for name in ("sep", "cls"):
+        if isinstance(processor.get(name), list):
+            processor[name] = [processor[name][0], _number(processor[name][0], ids, where)]
+    special = processor.get("special_tokens")
+    for one in special.values() if isinstance(special, dict) else []:
+        one["ids"] = [_number(token, ids, where) for token in one["tokens"]]
+
+
+def _number(token: Any, ids: Mapping[str, int], where: str) -> int:
+    if token not in ids:
+        raise UserError(f"{where}: needs the token {token!r}, which the merged vocabulary has not")
+    return ids[token]
+
+
+def renumbered(
+    companions: Companions, tokenizer: Tokenizer, ids: Mapping[str, int], joined: bytes, rows: int
+) -> dict[str, Path | bytes]:
+    """Companions of weights whose tokens get new numbers: `joined` as tokenizer.json, and whatever names tokens.
+
+    ids:  token -> number in the output.
+    rows: of the output's embeddings.
+    """
+    by_number = {number: token for token, number in tokenizer.ids.items()}
+    out: dict[str, Path | bytes] = {name: c for name, c in companions.items() if name not in STALE}
+    out[FILE] = joined
+    for name in ("config.json", "generation_config.json"):
+        if name in out:
+            content = parse_json(read(out[name]), f"{tokenizer.where}: {name}")
+            _renumber_settings(content, by_number, ids, f"{tokenizer.where}: {name}")
+            if name == "config.json":
+                content = adapted_config(content, {"vocab_size": rows})
+            out[name] = as_json(content)
+    if "tokenizer_config.json" in out:
+        content = parse_json(read(out["tokenizer_config.json"]), tokenizer.where)
+        if isinstance(content, dict) and isinstance(content.get("added_tokens_decoder"), dict):
+            content["added_tokens_decoder"] = {
+                str(one["id"]): {key: value for key, value in one.items() if key not in ("id", "content")}
+                | {"content": one["content"]}
+                for one in json.loads(joined)["added_tokens"]
+            }
+            out["tokenizer_config.json"] = as_json(content)
+    return out
+
+
+def _renumber_settings(
+    content: Any, by_number: Mapping[int, str], ids: Mapping[str, int], where: str
+) -> None:
+    """`eos_token_id` and the like, wherever they stand, in place."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _renumber_settings(value, by_number, ids, where)
+        elif NUMBERED.search(key):
+            many = value if isinstance(value, list) else [value]
+            new = [
+                _number(by_number[one], ids, where) if type(one) is int and one in by_number else one
+                for one in many
+            ]
+            content[key] = new if isinstance(value, list) else new[0]
