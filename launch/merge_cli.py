@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="A B [C]...",
-        help="RUN/STAGE[@STEP|@latest|@best], a folder or file of safetensors, a DeepSpeed checkpoint, hf://.",
-    ),
-]
+from launch import merge_flags as flags
+
 Only = Annotated[
     str | None,
     typer.Option(
@@ -39,51 +35,95 @@ Dtype = Annotated[
 
 
 def merge(
-    inputs: Inputs,
-    beta: Annotated[
-        float | None, typer.Option("--beta", metavar="NUMBER", help="Weight of A, from 0 to 1.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights", metavar="W,W[,W]...", help="One share for each input, divided by their sum."
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="A B [C]...",
+            help="RUN/STAGE[@STEP|@latest|@best], a folder or file of weights, a DeepSpeed checkpoint, s3://, hf://.",
         ),
     ] = None,
-    only: Only = None,
-    copy_rest: CopyRest = None,
+    beta: flags.Beta = None,
+    weights: flags.Weights = None,
+    method: flags.Method = None,
+    base: flags.Base = None,
+    lambda_: flags.Lambda = None,
+    density: flags.Density = None,
+    t: flags.T = None,
+    seed: flags.Seed = None,
+    normalize: flags.Normalize = None,
+    window: flags.Window = None,
+    spec: flags.Spec = None,
+    only: flags.Only = None,
+    exclude: flags.Exclude = None,
+    copy_rest: flags.CopyRest = None,
+    rule: flags.Rule = None,
+    layers: flags.Layers = None,
+    curve: flags.Curve = None,
+    vocabulary: flags.Vocabulary = None,
     out: Out = None,
-    dtype: Dtype = None,
+    dtype: flags.Dtype = None,
+    max_shard_size: flags.ShardSize = None,
     dry_run: DryRun = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: the plan as JSON; else the record of the merge.")
+    ] = False,
 ) -> None:
-    """Interpolate checkpoints, or average several.
+    """Merge checkpoints: interpolate two, average several, add differences to a base.
 
     theta = beta * A + (1 - beta) * B, or the weighted mean. beta is the weight of the FIRST input (other tools
-    mean the second's); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3 checkpoints
-    in place from their fp32 shards, needs no torch, and takes the same memory whatever the size. Running it again
-    says what is done; another merge into DIR is refused.
+    mean the second's, their t); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3
+    checkpoints in place from their fp32 shards, needs no torch, and takes the same memory whatever the size.
+    Running it again says what is done; another merge into DIR is refused.
 
     \b
     Examples:
       dromos merge runs/demo/sphinx/real runs/demo/sphinx/synthetic --beta 0.4 --out mix
-      dromos merge A B C --weights 1,2,1 --out soup
+      dromos merge A B C --method soup --out soup
       dromos merge A B --beta 0.5 --only '^llm\\.' --copy-rest B --out mix --dry-run
+      dromos merge A B --method ties --base C --density 0.5 --out ties
+      dromos merge --window runs/r/real,last=8,schedule=1-sqrt --out mean
+      dromos merge --spec mergekit.yml --out merged
     """
+    import json
+
     from data_pipeline.errors import UserError
-    from pretrain.merge.prepare import prepare
-    from pretrain.merge.request import request
+    from pretrain.merge.cost import cost
+    from pretrain.merge.describe import as_json as plain
+    from pretrain.merge.describe import summary
+    from pretrain.merge.layout import parse_size
+    from pretrain.merge.spec import load_spec, prepare_spec
     from pretrain.merge.tool import execute
 
-    shares = _numbers(weights) if weights is not None else None
-    asked = request(inputs, beta=beta, weights=shares, only=only, copy_rest=copy_rest, dtype=dtype)
-    (made,), opened = prepare(asked)
+    asked = {
+        "beta": beta, "weights": weights, "method": method, "base": base, "lambda": lambda_, "density": density,
+        "t": t, "normalize": normalize, "window": window, "only": only, "exclude": exclude,
+        "copy_rest": copy_rest, "vocabulary": vocabulary, "dtype": dtype,
+    }  # fmt: skip
+    if spec is not None:
+        named = asked | {"rule": rule or None, "layers": layers, "curve": curve, "A B": inputs or None}
+        if given := [name for name, value in named.items() if value is not None]:
+            raise UserError(
+                f"--spec says it all; leave {', '.join(given).replace('_', '-')} out, or write it there"
+            )
+        wanted = load_spec(spec)
+    else:
+        wanted = flags.spec_of(inputs, rule, layers, curve, **asked)
+    made, opened = prepare_spec(wanted, parse_size(max_shard_size) if max_shard_size else None, seed)
     if dry_run:
-        typer.echo("\n".join(made.lines()))
+        needs = cost(made, opened.sources)
+        told = json.dumps(plain(made) | {"cost": asdict(needs)}, indent=1)
+        typer.echo(told if as_json else "\n".join([*made.lines(), *needs.lines()]))
         return
     if out is None:
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
+    for note in made.notes:
+        typer.echo(f"note: {note}", err=True)
     with _bar("merging", made.size) as bar:
-        execute([made], opened, [out], progress=bar.add)
-    typer.echo(f"{out}: {made.lines()[-1]}" if bar.moved else f"{out}: done before, left as it is")
+        (record,) = execute([made], opened, [out], progress=bar.add)
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+        return
+    typer.echo(f"{out}: {summary(made)}" if bar.moved else f"{out}: done before, left as it is")
 
 
 def sweep(
@@ -132,15 +172,6 @@ def register(app: typer.Typer) -> None:
     """Add both commands to the `dromos` command."""
     app.command()(merge)
     app.command()(sweep)
-
-
-def _numbers(text: str) -> list[float]:
-    from data_pipeline.errors import UserError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--weights {text}: write numbers with commas between them, such as 1,2,1") from None
 
 
 class _Bar:
