@@ -229,7 +229,7 @@ def read_stats(urls: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             stats = json.loads(found[where])
             successes = stats["successes"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{where} holds no statistics ({error!r}); remove it, then the tar is counted"
             ) from None

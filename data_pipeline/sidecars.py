@@ -125,7 +125,7 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
 def _json(where: str) -> dict[str, Any]:
     try:
         found = json.loads(storage.read_bytes(where))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

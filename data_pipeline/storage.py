@@ -32,6 +32,7 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
+    """Of a file: the url without `file://`. Other urls stay as they are."""
     return url.removeprefix("file://")
 
 
@@ -170,6 +171,7 @@ def is_pattern(path: str) -> bool:
 
 def root_of(path: str) -> str:
     """The folder that a source's shard paths are relative to: what stands before the first pattern."""
+    path = local_path(path)
     found = PATTERN.search(path)
     if found:
         return path[: found.start()].rpartition("/")[0]
@@ -183,8 +185,10 @@ def list_shards(path: str) -> list[str]:
 
     A folder gives the tars directly in it, sorted by name (not those of its subfolders: train/ and test/
     stand side by side); a brace pattern gives what it spells, in its order, without asking whether the files
-    are there; `*` and `?` give what is there, sorted. Raises UserError if nothing is found.
+    are there; `*` and `?` give what is there, sorted. Those of `file://` come without it. Raises UserError if nothing
+    is found.
     """
+    path = local_path(path)
     if is_pattern(path):
         return _expand(path)
     if path.endswith(SHARD_SUFFIX):
@@ -194,6 +198,7 @@ def list_shards(path: str) -> list[str]:
 
 def list_files(path: str, suffix: str) -> list[str]:
     """Urls of a folder's files that end in `suffix`, sorted by name. Raises UserError if there are none."""
+    path = local_path(path)
     names = _folder(path)
     files = sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
     if not files:
@@ -217,7 +222,7 @@ def _expand(path: str) -> list[str]:
         elif is_remote(one):
             shards += ask(one, partial(_matching, one))
         else:
-            shards += sorted(glob.glob(local_path(one)))
+            shards += sorted(glob.glob(one))
     if not shards:
         raise UserError(f"no file matches {path}; correct the pattern or make the data")
     return shards

@@ -45,6 +45,33 @@ def test_index_says_what_it_did(root: str) -> None:
     assert "MB/s" not in again.stdout
 
 
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{0..2}.tar"])
+def test_file_urls_are_paths(root: str, pattern: str) -> None:
+    url = f"file://{root}{pattern}"
+    for arguments in (
+        ["show", url],
+        ["index", url],
+        ["show", url],
+        ["view", url, "--name", "wide", "--where", "width > 20"],
+    ):
+        done = runner.invoke(app, arguments)
+        assert (done.exit_code, done.stderr) == (0, ""), arguments
+    by_url, by_path = (open_source("a", at, "wide") for at in (url, root))
+    assert by_url.fingerprint == by_path.fingerprint
+    assert by_url.url(1) == f"{root}/1.tar"
+
+
+@pytest.mark.parametrize("name", ["0_stats.json", "wids.json"])
+def test_json_nested_without_end_is_told_or_passed_over(root: str, name: str) -> None:
+    Path(root, name).write_text("[" * 200_000)
+    done = runner.invoke(app, ["show", root])
+    if name == "wids.json":
+        assert done.exit_code == 0
+    else:
+        assert done.exit_code == 2
+        assert f"{root}/{name} holds no statistics" in done.output
+
+
 def test_index_warns_of_duplicates(root: str) -> None:
     shutil.copy(f"{root}/1.tar", f"{root}/9.tar")
     done = runner.invoke(app, ["index", root])
