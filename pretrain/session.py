@@ -11,7 +11,6 @@ import torch
 
 from data_pipeline.batch_sizes import Batches
 from data_pipeline.batches import BatchMaker
-from data_pipeline.cache import CacheSettings
 from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
 from data_pipeline.stall import StallLimits
@@ -33,7 +32,7 @@ from pretrain.recipe_fields import Length
 from pretrain.recipe_load import dump_plain, load_recipe, run_dir, stage_record
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
-from pretrain.streams import stage_specs
+from pretrain.streams import cache_settings, stage_specs
 from pretrain.trainer import Plan, Trainer, write_result
 from pretrain.weights import load_into, read_frozen, read_state, write_frozen
 
@@ -81,7 +80,7 @@ class Session:
         specs = stage_specs(stage, self.seed, self.name, objective.streams)
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
-        cache = CacheSettings.of(stage.loader.cache.folder, stage.loader.cache.gigabytes)
+        cache = cache_settings(stage)
         makers = {spec.name: BatchMaker(spec, cache=cache) for spec in specs}
         for maker in makers.values():
             maker.check()  # a tar without images is named before the first step; the launcher looks earlier

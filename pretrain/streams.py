@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.cache import CacheSettings
 from data_pipeline.captions import CaptionSpec
 from data_pipeline.decode import ImageSpec
 from data_pipeline.order import stream_seed
@@ -58,3 +59,8 @@ def evaluation_spec(
         text=text_spec(text) if text else None,
         length=getattr(wanted, "length", None) if stream is None else stream.length,
     )
+
+
+def cache_settings(stage: TrainStage) -> CacheSettings:
+    """Where a stage keeps what it reads of object stores, for training and evaluation alike."""
+    return CacheSettings.of(stage.loader.cache.folder, stage.loader.cache.gigabytes)

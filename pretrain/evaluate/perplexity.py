@@ -6,6 +6,7 @@ from contextlib import closing
 
 import torch
 
+from data_pipeline.cache import CacheSettings
 from data_pipeline.evaluation import EvaluationMaker
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusable
@@ -25,6 +26,7 @@ def token_nll(
     batch: int,
     runtime: Runtime,
     shuffle: bool = False,
+    cache: CacheSettings | None = None,
 ) -> float:
     """Sum of the tokens' negative log-likelihoods over their number, all ranks together.
 
@@ -33,7 +35,7 @@ def token_nll(
     spec = evaluation_spec("held_out", wanted, stream, batch)
     image = stream.image if stream is not None else None
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationMaker(spec)) as maker:
+    with torch.no_grad(), closing(EvaluationMaker(spec, cache=cache)) as maker:
         for rows, made in passes(maker, spec, image, runtime):
             shown = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, shown)

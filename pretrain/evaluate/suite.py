@@ -18,7 +18,7 @@ from pretrain.objectives.base import Forward
 from pretrain.objectives.flip import Flip
 from pretrain.recipe import Evaluation, TrainStage
 from pretrain.recipe_data import Stream
-from pretrain.streams import evaluation_spec
+from pretrain.streams import cache_settings, evaluation_spec
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -38,27 +38,29 @@ def evaluate(
     images shuffled between samples.
     """
     wanted = wanted or stage.eval
+    cache = cache_settings(stage)
     figures: dict[str, Any] = {}
     if isinstance(objective, Flip):
         stream = stage.data[main_stream(stage)]
         for name, task in wanted.zero_shot.items():
-            found = classify(forward, task, stream, tokenizer, wanted.batch, runtime)
+            found = classify(forward, task, stream, tokenizer, wanted.batch, runtime, cache)
             figures.setdefault("zero_shot", {})[name] = found
         return figures
     for name, held in wanted.perplexity.items():
         settings = stage.data.get(held.stream) if held.stream else None
         if held.stream and (settings is None or objective.tower is None):
             continue
-        nll = token_nll(objective, forward, held, settings, wanted.batch, runtime)
+        nll = token_nll(objective, forward, held, settings, wanted.batch, runtime, cache=cache)
         figures.setdefault("perplexity", {})[name] = nll
         if shuffle and settings is not None:
-            mixed = token_nll(objective, forward, held, settings, wanted.batch, runtime, shuffle=True)
+            mixed = token_nll(objective, forward, held, settings, wanted.batch, runtime, True, cache)
             figures.setdefault("perplexity_shuffled", {})[name] = mixed
     return figures
 
 
 def check_held_out(objective: Any, stage: TrainStage) -> None:
     """Open every held-out source that the stage will ask for: a wrong path costs nothing now, the run later."""
+    cache = cache_settings(stage)
     tasks: list[tuple[Any, Stream | None]] = []
     if isinstance(objective, Flip):
         stream = stage.data[main_stream(stage)]
@@ -71,7 +73,7 @@ def check_held_out(objective: Any, stage: TrainStage) -> None:
     for task, given in tasks:
         try:
             with closing(
-                EvaluationMaker(evaluation_spec("held_out", task, given, stage.eval.batch))
+                EvaluationMaker(evaluation_spec("held_out", task, given, stage.eval.batch), cache=cache)
             ) as maker:
                 maker.check()
         except UserError as error:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.cache import CacheSettings
 from data_pipeline.errors import UserError
 from data_pipeline.evaluation import EvaluationMaker
 from data_pipeline.text import Tokenizer, caption_row
@@ -41,6 +42,7 @@ def classify(
     tokenizer: Tokenizer,
     batch: int,
     runtime: Runtime,
+    cache: CacheSettings | None = None,
 ) -> dict[str, Any]:
     """`{"top1", "samples", "classes", "confusion"}`; confusion `[true][predicted]` in counts."""
     assert stream.text is not None
@@ -48,7 +50,7 @@ def classify(
     labels = {label: number for number, label in enumerate(wanted.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationMaker(spec)) as maker:
+    with torch.no_grad(), closing(EvaluationMaker(spec, cache=cache)) as maker:
         weights = classifier(forward, wanted, tokenizer, stream.text.length, runtime.device)
         for rows, made in passes(maker, spec, stream.image, runtime):
             left_out += unusable(made)
