@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,12 +94,15 @@ def _stored(source: WeightSource, name: str) -> str:
     return source.tied.get(name, name)
 
 
-def aligned(sources: Sequence[WeightSource], rule: str | None) -> list[WeightSource]:
+def aligned(
+    sources: Sequence[WeightSource], rule: str | None, mixed: Callable[[str], bool] = bool
+) -> list[WeightSource]:
     """The sources, those with embeddings as views that have the same rows under `rule`.
 
     Token by token for `intersect` (the order of the first source) and `union` (the first source's tokens, then what
     each other has more, in its order), which need a tokenizer.json beside every source; row by row for `pad`.
-    Without a rule, UserError when rows or tokenizers differ. Sources without embeddings stay as they are.
+    Without a rule, UserError when rows or tokenizers differ and one of these tensors is `mixed`. Sources without
+    embeddings stay as they are.
     """
     if rule is not None and rule not in RULES:
         raise UserError(f"vocabulary: {rule!r} is none of {', '.join(RULES)}")
@@ -118,6 +121,8 @@ def aligned(sources: Sequence[WeightSource], rule: str | None) -> list[WeightSou
     if len(set(rows)) == 1 and not differ:
         return list(sources)
     if rule is None:
+        if not any(mixed(name) for i in taking for name in names[i]):
+            return list(sources)
         raise UserError(_difference(taking, chosen, rows, tokenizers))
     _check_alike(chosen, [names[i] for i in taking])
     made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)

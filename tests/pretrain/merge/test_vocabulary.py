@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from data_pipeline.errors import UserError
+from pretrain.merge import merge
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned, vocabulary_names
 from tests.pretrain.merge.build import floats, write
@@ -301,6 +302,28 @@ def test_sources_without_embeddings_stay(tmp_path: Path) -> None:
     views = aligned(sources, "pad")
     assert views[0] is plain
     assert views[1].info("lm_head.weight")[1][0] == 9
+
+
+def test_merges_by_a_rule_and_copies_without_one(tmp_path: Path) -> None:
+    """Through the whole tool: a shared token is mixed, a token of one is its row, the tokenizer says all."""
+    tokenizers = [word_level(A_WORDS), word_level(B_WORDS)]
+    folders = [str(model(tmp_path / str(i), t, t.get_vocab_size(), seed=i)) for i, t in enumerate(tokenizers)]
+    with pytest.raises(UserError, match="vocabularies differ"):
+        merge(folders, tmp_path / "none", beta=0.25)
+    merge(folders, tmp_path / "out", beta=0.25, vocabulary="union")
+    a, b = (source.array("lm_head.weight") for source in opened(*map(Path, folders)))
+    out = open_weights(str(tmp_path / "out"))
+    got, numbers = out.array("lm_head.weight"), joined(out).get_vocab()
+    ours, theirs = (t.get_vocab() for t in tokenizers)
+    for token, number in numbers.items():
+        x, y = (
+            v[n] if (n := known.get(token)) is not None else None for v, known in ((a, ours), (b, theirs))
+        )
+        x, y = (y if x is None else x), (x if y is None else y)
+        wide = 0.25 * x.astype(np.float64) + 0.75 * y.astype(np.float64)
+        np.testing.assert_array_equal(got[number], wide.astype(np.float32))
+    merge(folders, tmp_path / "norms", beta=0.5, only="norm", copy_rest="B")
+    assert open_weights(str(tmp_path / "norms")).array("lm_head.weight").tobytes() == b.tobytes()
 
 
 @pytest.mark.parametrize(
