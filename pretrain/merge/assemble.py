@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.layout import lay_out
+from pretrain.merge.model_config import with_dtype
 from pretrain.merge.plan import Plan, TensorJob, Why
 from pretrain.merge.resolve import Blend, resolve
 from pretrain.merge.safetensors_io import Info
@@ -37,11 +38,16 @@ def assemble(
     method: str,
     weights: Sequence[float],
     asked: dict[str, Any],
+    dtype: str | None,
     frozen: Path | None = None,
     left_out: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Plan:
-    """`main`: the source whose config, tokenizer and ties the output has. Tensors stand in the order of the files."""
+    """Put tensors into files in the order of `decided`.
+
+    main:  the source whose config, tokenizer and ties the output has.
+    dtype: what config.json says the output is; None: as it is there.
+    """
     laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
     jobs = []
     for one in sorted(decided, key=lambda one: laid.places[one.name]):
@@ -78,9 +84,9 @@ def assemble(
         frozen=frozen,
         left_out=tuple(left_out),
         tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
-        companions=dict(sources[main].companions),
+        companions=with_dtype(sources[main].companions, dtype),
         stage_dir=sources[main].located.stage_dir,
-        notes=tuple(notes),
+        notes=(*notes, *sources[main].notes),
     )
 
 

@@ -32,8 +32,10 @@ def lineage_notes(sources: Sequence[WeightSource]) -> list[str]:
 def ancestors(source: WeightSource) -> set[str]:
     """What the weights were made from and are: stages of runs and outside weights; empty where no record says."""
     stage = source.located.stage_dir
+    if stage is None and "://" in source.located.path:
+        return set(source.lineage)
     start = stage if stage is not None else Path(source.located.path)
-    return _ancestors(start, DEPTH)
+    return _ancestors(start, DEPTH) | source.lineage
 
 
 def _ancestors(folder: Path, depth: int) -> set[str]:

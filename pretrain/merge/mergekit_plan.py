@@ -13,7 +13,7 @@ from pretrain.merge.lineage import lineage_notes
 from pretrain.merge.mergekit_parameters import parameter
 from pretrain.merge.mergekit_yaml import BASED, Input, MergekitFile, Slice
 from pretrain.merge.methods import FLOATS
-from pretrain.merge.model_config import with_dtype, with_layers
+from pretrain.merge.model_config import with_layers
 from pretrain.merge.plan import Plan, Term, letter
 from pretrain.merge.prepare import Opened
 from pretrain.merge.request import normalized
@@ -21,6 +21,7 @@ from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import split_layer
 from pretrain.merge.safetensors_io import Info
 from pretrain.merge.sources import WeightSource, open_weights
+from pretrain.merge.vocabulary import aligned
 
 FIRST = ("embed", "wte", "wpe")
 """parts of the names of tensors that stand before the layers; the others outside layers stand after them"""
@@ -48,6 +49,7 @@ def plan_mergekit(
 ) -> Plan:
     """`sources`: as of `open_mergekit`. Raises one UserError with every mismatch."""
     index = {model: number for number, model in enumerate(file.models())}
+    sources, vocabulary = _aligned(file, sources)
     maker = _Maker(file, sources, index, seed)
     wants, taken = _wants(file, sources, index)
     decided = [found for want in wants if (found := maker.decide(want)) is not None]
@@ -68,10 +70,25 @@ def plan_mergekit(
             "inputs": [source.address for source in sources],
             "method": file.method,
         },
-        notes=[*file.notes, *lineage_notes(sources)],
+        dtype=file.dtype,
+        notes=[*file.notes, *vocabulary, *lineage_notes(sources)],
     )
-    companions = with_dtype(plan.companions, file.dtype)
-    return replace(plan, companions=companions if taken is None else with_layers(companions, taken))
+    return plan if taken is None else replace(plan, companions=with_layers(plan.companions, taken))
+
+
+def _aligned(file: MergekitFile, sources: Sequence[WeightSource]) -> tuple[Sequence[WeightSource], list[str]]:
+    """The sources with the same rows, and notes. mergekit merges rows by number where no tokenizer_source is given."""
+    if file.tokenizer == "union":
+        return aligned(sources, "union"), []
+    try:
+        return aligned(sources, None), []
+    except UserError as error:
+        if file.tokenizer is not None:
+            said = (
+                f"{file.path}: tokenizer_source: {file.tokenizer} where vocabularies differ is not supported"
+            )
+            raise UserError(f"{said}; write union. {error}") from None
+        return sources, [f"without tokenizer_source rows are merged by their numbers, and {error}"]
 
 
 class _Maker:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UserError
+from pretrain.merge.companions import as_json, read
+from pretrain.merge.folder import parse_json
 
 CONFIG = "config.json"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -18,12 +18,7 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64
 def read_config(companions: Mapping[str, Path | bytes]) -> dict[str, Any] | None:
     """The content of config.json; None where there is none."""
     content = companions.get(CONFIG)
-    if content is None:
-        return None
-    try:
-        found = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    except ValueError:
-        raise UserError(f"{content if isinstance(content, Path) else CONFIG}: not JSON") from None
+    found = None if content is None else parse_json(read(content), CONFIG)
     return found if isinstance(found, dict) else None
 
 
@@ -33,7 +28,7 @@ def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dic
     keys = [key for key in DTYPE_KEYS if config is not None and key in config]
     if config is None or dtype is None or not keys or all(config[key] == NAMES[dtype] for key in keys):
         return dict(companions)
-    return {**companions, CONFIG: _dump(config | dict.fromkeys(keys, NAMES[dtype]))}
+    return {**companions, CONFIG: as_json(config | dict.fromkeys(keys, NAMES[dtype]))}
 
 
 def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) -> dict[str, Path | bytes]:
@@ -49,8 +44,4 @@ def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) ->
             kinds = section.get("layer_types")
             if isinstance(kinds, list) and len(kinds) == before:
                 section["layer_types"] = [kinds[number] for number in taken]
-    return {**companions, CONFIG: _dump(config)}
-
-
-def _dump(config: Mapping[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return {**companions, CONFIG: as_json(config)}

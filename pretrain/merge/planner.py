@@ -91,6 +91,7 @@ class Planner:
             method=self.request.method,
             weights=weights,
             asked=replace(self.request, weights=tuple(weights)).plain(),
+            dtype=self.dtype,
             frozen=self._frozen,
             left_out=self._left_out,
             notes=[*self.request.notes, *lineage_notes(self.sources)],

@@ -44,7 +44,7 @@ class Rules:
     def mixes(self, name: str) -> bool:
         """Whether a tensor of that name is to be mixed, as far as `only`, `exclude` and the rules say."""
         rule = self.find(name)
-        excluded = rule is not None and rule.exclude
+        excluded = rule is not None and (rule.exclude or rule.copy_from is not None)
         excluded = excluded or (self._exclude is not None and self._exclude.search(name) is not None)
         return not excluded and not self.outside(name)
 
