@@ -16,10 +16,10 @@ from pretrain.merge.methods import FLOATS
 from pretrain.merge.model_config import with_layers
 from pretrain.merge.plan import Plan, Term, letter
 from pretrain.merge.prepare import Opened
-from pretrain.merge.request import normalized
 from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import split_layer
 from pretrain.merge.safetensors_io import Info
+from pretrain.merge.shares import normalized
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pretrain.merge.request import Request, Rule, compiled, normalized
+from pretrain.merge.request import Request, Rule, compiled
+from pretrain.merge.shares import normalized
 
 LAYER = re.compile(r"^(|.*?\.)(layers|layer|blocks|block|resblocks|h)\.(\d+)\.(.+)$")
 

@@ -15,8 +15,9 @@ from data_pipeline.storage import publish
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
-from pretrain.merge.request import request, resolve_weights
+from pretrain.merge.request import request
 from pretrain.merge.safetensors_io import elements
+from pretrain.merge.shares import resolve_weights
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.tool import execute
 from pretrain.merge.writer import Progress, combine_range

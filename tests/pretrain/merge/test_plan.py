@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.request import resolve_weights
+from pretrain.merge.shares import resolve_weights
 from tests.pretrain.merge.build import floats, read_bytes, write
 
 
