@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import xxhash
+
 from data_pipeline import activity
 from data_pipeline.errors import ReadError, UserError
 
@@ -167,6 +169,7 @@ class _Part:
     stop: int | None
     size: int | None  # of the object, once it is known
     etag: str | None = None
+    version: int = 0  # what `version_of` its ETag must be, 0 if that is not known
     data: bytearray = field(default_factory=bytearray)
 
     @property
@@ -174,20 +177,27 @@ class _Part:
         return self.start + len(self.data)
 
 
-def read(url: str, start: int = 0, stop: int | None = None, size: int | None = None) -> bytes:
+def version_of(etag: str) -> int:
+    """A hash of an object's ETag, which changes with its content; never 0."""
+    return xxhash.xxh64_intdigest(etag.encode()) or 1
+
+
+def read(
+    url: str, start: int = 0, stop: int | None = None, size: int | None = None, version: int = 0
+) -> bytes:
     """Bytes [start, stop) of an object, all of it by default; fewer where it ends before `stop`.
 
-    `size` is what the object's size must be. Raises like `ask`; a UserError too if the object is not what it was,
-    in size or between two pieces.
+    `size` and `version`, where they are given, are what the object's must be. Raises like `ask`; a UserError too if
+    the object is not what it was, or changes between two pieces.
     """
     if stop is None:
-        return bytes(_complete(_Part(url, start, None, size)).data)
+        return bytes(_complete(_Part(url, start, None, size, version=version)).data)
     pieces = max(1, -(-(stop - start) // PIECE))
     cuts = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
     parts: list[bytes] = []
     etag = None
     for low, high in itertools.pairwise(cuts):
-        part = _complete(_Part(url, low, high, size, etag))
+        part = _complete(_Part(url, low, high, size, etag, version))
         size, etag = part.size, part.etag
         parts.append(bytes(part.data))
         if len(part.data) < high - low:
@@ -259,6 +269,8 @@ def _check(part: _Part, answer: dict[str, Any]) -> None:
         raise ReadError(f"{part.url}: asked for bytes from {part.at}, got them from {first}")
     if part.size is not None and size != part.size:
         raise changed(part.url, f"{size} bytes, it had {part.size}")
+    if part.version and "ETag" in answer and version_of(str(answer["ETag"])) != part.version:
+        raise changed(part.url, f"its ETag is {answer['ETag']}, it was another when the source was opened")
     part.size, part.etag = size, answer.get("ETag") or part.etag
 
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -202,9 +203,7 @@ class RemoteShards:
         return pieces(self.units.part(shard, start, stop))
 
     def _get(self, shard: int, start: int, stop: int) -> bytes:
-        return storage.read_range(
-            self.manifest.url(shard), start, stop - start, int(self.manifest.sizes[shard])
-        )
+        return _read(self.units.part(shard, start, stop))
 
 
 def local_copy(settings: CacheSettings, url: str) -> str | None:
@@ -225,12 +224,16 @@ def pieces(part: ByteRange) -> Iterator[bytes]:
     count = max(1, -(-(part.stop - part.start) // PIECE))
     cuts = [part.start + (part.stop - part.start) * i // count for i in range(count + 1)]
     if count == 1:
-        yield storage.read_range(part.url, part.start, part.stop - part.start, part.size)
+        yield _read(part)
         return
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for low in range(0, count, AT_ONCE):
-            few = [(a, b) for a, b in zip(cuts[low:-1], cuts[low + 1 :], strict=True)][:AT_ONCE]
-            yield from pool.map(lambda ab: storage.read_range(part.url, ab[0], ab[1] - ab[0], part.size), few)
+            few = [replace(part, start=a, stop=b) for a, b in zip(cuts[low:-1], cuts[low + 1 :], strict=True)]
+            yield from pool.map(_read, few[:AT_ONCE])
+
+
+def _read(part: ByteRange) -> bytes:
+    return storage.read_range(part.url, part.start, part.stop - part.start, part.size, part.version)
 
 
 def _write_starts(path: str, starts: np.ndarray) -> None:

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-import xxhash
-
 from data_pipeline import activity, object_store
 from data_pipeline.errors import UserError
 from data_pipeline.object_store import ask, asking, filesystem
@@ -57,7 +55,7 @@ def size(url: str) -> int:
 def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, int]:
     """Bytes of each file that exists; a remote folder is listed once instead of asked file by file.
 
-    `tags` is filled with a hash of each remote file's ETag, which changes with its content.
+    `tags` is filled with the version of each remote file, see object_store.version_of.
     """
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
@@ -65,7 +63,7 @@ def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, 
             for url, entry in ask(folder, partial(_entries, folder)).items():
                 found[url] = entry["size"] or 0
                 if tags is not None and "ETag" in entry:
-                    tags[url] = xxhash.xxh64_intdigest(str(entry["ETag"]).encode())
+                    tags[url] = object_store.version_of(str(entry["ETag"]))
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -120,15 +118,15 @@ def _read_if_there(url: str) -> tuple[str, bytes | None]:
         return url, None
 
 
-def read_range(url: str, offset: int, length: int, size: int | None = None) -> bytes:
+def read_range(url: str, offset: int, length: int, size: int | None = None, version: int = 0) -> bytes:
     """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file.
 
     A remote file is read in pieces of at most 16 MiB, each resumed where it breaks off; it must have `size` bytes
-    where that is given. Raises UserError for one that was changed, is gone or may not be read.
+    and be the `version` where these are given. Raises UserError for one that was changed, is gone or may not be read.
     """
     if is_remote(url):
         try:
-            data = object_store.read(url, offset, offset + length, size) if length else b""
+            data = object_store.read(url, offset, offset + length, size, version) if length else b""
         except FileNotFoundError as error:
             raise UserError(f"{url} is gone ({error}); put it back") from error
     else:

@@ -134,13 +134,24 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
         storage.read_range(url, 600, 3)
     assert len(proxy.log) == 3  # nobody tries again what no try can mend
 
-    # Same size, other content, between two pieces of one read.
+    # Same size, other content, since it was listed.
+    tags: dict[str, int] = {}
+    storage.sizes([url], tags)
+    assert storage.read_range(url, 3, 3, 500, tags[url]) == b"ern"
+    storage.publish(url, b"after" * 100)
+    before = len(proxy.log)
+    with pytest.raises(UserError, match=rf"{url} was changed: its ETag is .*dromos data index"):
+        storage.read_range(url, 3, 3, 500, tags[url])
+    assert len(proxy.log) == before + 1
+
+    # And between two pieces of one read.
+    proxy.forget()
     monkeypatch.setattr(object_store, "PIECE", 100)
     count = Proxy.count
 
     def change(self: Proxy, key: str, asked: str) -> None:
         count(self, key, asked)
-        if len(proxy.log) == 5:
+        if len(proxy.log) == 2:
             storage.publish(url, b"later" * 100)
 
     monkeypatch.setattr(Proxy, "count", change)
