@@ -1,0 +1,82 @@
+"""`dromos diff`: how far two models are from each other, as a table, as data, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.commands import App
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="An address, as for dromos merge.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="An address, as for dromos merge.")],
+    depth: Annotated[
+        int,
+        typer.Option(
+            "--depth",
+            metavar="N",
+            min=1,
+            help="Modules: the first N parts of a name; layers are one.",
+        ),
+    ] = 3,
+    top: Annotated[
+        int, typer.Option("--top", metavar="K", min=0, help="List the K tensors farthest apart.")
+    ] = 10,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE.svg", help="Layers by modules as a map; open it in a browser."
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="A row a tensor, into a file.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything, for a program.")] = False,
+) -> None:
+    """Compare two models, tensor by tensor.
+
+    Relative L2 distance |B-A|/|A|, cosine, largest difference, the share of elements with the same sign and of equal
+    ones, of each tensor and each module; sums in fp64, in constant memory. Tensors that only one has, or that have
+    other shapes, are listed. Reads whatever dromos merge reads.
+
+    \b
+    Examples:
+      dromos diff runs/demo/sphinx/real runs/demo/sphinx/synthetic --picture diff.svg
+      dromos diff base tuned --depth 2 --top 20 --csv diff.csv
+
+    Exit codes: 0 compared, whatever was found; 2 your input is wrong; 1 anything else.
+    """
+    from data_pipeline.storage import publish
+    from launch.byte_bar import counting
+    from pretrain.merge.diff import as_csv, compared, lines
+    from pretrain.merge.safetensors_io import elements
+    from pretrain.merge.sources import open_weights
+
+    one, two = open_weights(a), open_weights(b)
+    held = set(two.names())
+    total = sum(elements(one.info(name)[1]) for name in one.names() if name in held)
+    with counting("comparing", total, unit="elements") as bar:
+        found = compared(one, two, progress=bar.add)
+    if csv is not None:
+        publish(csv, as_csv(found, depth).encode())
+    if picture is not None:
+        from pretrain.merge.diff_picture import picture as drawn
+
+        publish(picture, drawn(found).encode())
+    if json:
+        from launch.cli import as_json
+
+        typer.echo(as_json(found.plain(depth)))
+        return
+    typer.echo("\n".join(lines(found, depth, top)))
+    for path in (csv, picture):
+        if path is not None:
+            typer.echo(f"written: {path}")
+
+
+def register(app: App) -> None:
+    """Add the command to `dromos`."""
+    app.command()(diff)
