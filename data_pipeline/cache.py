@@ -36,6 +36,7 @@ FULL_TO = 0.9  # share of the limit that eviction leaves
 MOST_GIGABYTES = 100.0
 UNFINISHED = ".part"
 WARMING = "warming-"
+COUNTER = "used"
 _USED = struct.Struct("<q")
 
 
@@ -53,11 +54,12 @@ class CacheSettings:
     @classmethod
     def of(cls, folder: str | None = None, gigabytes: float | None = None) -> CacheSettings:
         """`folder` is DROMOS_CACHE or dromos-cache-UID among the temporary files unless it is given, `gigabytes`
-        (of 10^9 bytes) half of what is free there, at most 100."""
+        (of 10^9 bytes) half of what is free there but for what the cache holds already, at most 100."""
         place = folder or os.environ.get("DROMOS_CACHE") or default_folder()
         if gigabytes is None:
-            above = next(p for p in (Path(place), *Path(place).absolute().parents) if p.exists())
-            gigabytes = min(MOST_GIGABYTES, shutil.disk_usage(above).free / 2e9)
+            above = next(p for p in (Path(place), *Path(place).absolute().parents) if os.path.exists(p))
+            # A restarted run would else halve what is left again and again.
+            gigabytes = min(MOST_GIGABYTES, (shutil.disk_usage(above).free + _held(place)) / 2e9)
         return cls(os.path.abspath(place), int(gigabytes * 1e9))
 
 
@@ -89,7 +91,7 @@ class Cache:
         self.settings = settings
         self.off = settings.limit_bytes <= 0
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._folder = os.path.join(settings.folder, f"ranges-{_boot()}")
+        self._folder = _ranges(settings.folder)
         if not self.off:
             with self._writing():
                 _make_private(settings.folder)
@@ -261,7 +263,7 @@ class Cache:
 
     @contextmanager
     def _counter(self) -> Iterator[int]:
-        descriptor = os.open(os.path.join(self._folder, "used"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(os.path.join(self._folder, COUNTER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
@@ -325,6 +327,18 @@ def _make_private(folder: str) -> None:
         raise PermissionError("it is a link or a file, not a folder")
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise PermissionError("others than this user may write to it")
+
+
+def _ranges(folder: str) -> str:
+    return os.path.join(folder, f"ranges-{_boot()}")
+
+
+def _held(folder: str) -> int:
+    """Bytes in a cache, as its processes count them."""
+    with suppress(OSError, struct.error):
+        used: int = _USED.unpack(Path(_ranges(folder), COUNTER).read_bytes())[0]
+        return used
+    return 0
 
 
 def _boot() -> str:

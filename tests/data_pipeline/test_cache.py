@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,24 @@ def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
     cache = Cache(settings(tmp_path, 0))
     assert not put(cache, part(0))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_default_limit_stays_while_the_cache_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = 2_000_000
+
+    def usage(_: object) -> shutil._ntuple_diskusage:
+        used = sum(path.stat().st_size for path in files(tmp_path))
+        return shutil._ntuple_diskusage(disk, used, disk - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    cache = Cache(CacheSettings.of(str(tmp_path / "cache")))
+    assert cache.settings.limit_bytes == disk // 2
+    for number in range(400):
+        put(cache, part(number))
+    assert len(files(tmp_path)) == 400
+    assert CacheSettings.of(str(tmp_path / "cache")).limit_bytes == disk // 2
 
 
 def test_the_default_place_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
