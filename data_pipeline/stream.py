@@ -94,11 +94,10 @@ class Stream:
             self._steps = self._loader.steps(self._step, sys.maxsize if last is None else last)
         try:
             batch = next(self._steps)[self.name][0]
-        except Exception as error:
-            if not isinstance(error, StopIteration):
-                self._steps = (
-                    None  # an iterator that raised is at its end, and the stream is not: it may try again
-                )
+        except StopIteration:
+            raise
+        except BaseException:  # an iterator that raised, or met a Ctrl-C, is at its end; the stream is not
+            self._steps = None
             raise
         self._step += 1
         return batch

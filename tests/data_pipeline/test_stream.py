@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,20 @@ def test_a_stream_that_could_not_read_tries_the_same_batch_again(
             assert stream.state()["step"] == 0
         away.rename(source / "00001.tar")
         assert [next(stream).batch_digest for _ in range(3)] == want
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """As in a notebook: the loop is interrupted while it waits, and run again."""
+    source = write_packed(tmp_path / "t", [4, 4])
+    with Stream(str(source), 8, length=LENGTH) as stream:
+        want = [next(stream).batch_digest for _ in range(3)]
+    with Stream(str(source), 8, length=LENGTH, workers=workers) as stream:
+        found = [next(stream).batch_digest]
+        with monkeypatch.context() as patch:
+            patch.setattr(stream._loader._pool, "result", lambda ticket: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        assert stream.step == 1
+        found += [batch.batch_digest for batch in islice(stream, 2)]
+    assert found == want
