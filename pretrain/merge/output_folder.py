@@ -148,7 +148,7 @@ def _clear(partial: Path) -> None:
 
 
 def _reserved(partial: Path) -> int:
-    return sum(entry.stat().st_blocks * 512 for entry in partial.iterdir() if entry.is_file())
+    return sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors"))
 
 
 def check_space(out: Path, needed: int) -> None:
