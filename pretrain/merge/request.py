@@ -151,6 +151,9 @@ def request(
         )
     if normalize is None:
         normalize = method in ("linear", "soup", "ties")
+    for name in ("only", "exclude"):
+        if rest.get(name) is not None:
+            compiled(rest[name], name)
     for rule in rules:
         check_rule(rule, count, method)
     return Request(

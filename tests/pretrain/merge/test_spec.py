@@ -1,0 +1,181 @@
+"""What a spec file says becomes the same request as flags; what contradicts itself is one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.merge.layout import parse_size
+from pretrain.merge.mergekit_yaml import MergekitFile
+from pretrain.merge.request import Request, Rule, request
+from pretrain.merge.spec import MergeSpec, load_spec, prepare_spec
+from tests.pretrain.merge.build import floats, write
+
+
+def asked(text: str, folder: Path) -> Request:
+    (folder / "spec.yaml").write_text(text)
+    spec = load_spec(folder / "spec.yaml")
+    assert isinstance(spec, MergeSpec)
+    return spec.request()
+
+
+FULL = r"""
+method: ties
+inputs:
+  - {path: a, weight: 0.6, density: 0.5}
+  - {path: b, weight: 0.4, density: 1}
+base: c
+lambda: 0.7
+normalize: false
+only: ^llm\.
+copy_rest: B
+dtype: bf16
+max_shard_size: 2GB
+rules:
+  - {match: mlp, weights: [1, 0]}
+  - {match: head, copy_from: A}
+  - {match: norm, layers: 0:8, exclude: true}
+"""
+
+
+def test_every_key_of_a_spec(tmp_path: Path) -> None:
+    assert asked(FULL, tmp_path) == Request(
+        inputs=("a", "b"),
+        weights=(0.6, 0.4),
+        method="ties",
+        base="c",
+        densities=(0.5, 1.0),
+        scale=0.7,
+        normalize=False,
+        only=r"^llm\.",
+        copy_rest="B",
+        dtype="BF16",
+        max_shard_size=2 * 10**9,
+        rules=(
+            Rule("mlp", weights=(1.0, 0.0)),
+            Rule("head", copy_from="A"),
+            Rule("norm", layers=(0, 8), exclude=True),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("{inputs: [a, b], beta: 0.4}", request(["a", "b"], beta=0.4)),
+        ("{inputs: [{path: a, weight: 1}, {path: b, weight: 3}]}", request(["a", "b"], weights=[1, 3])),
+        ("{inputs: [a, b, c], weights: [1, 2, 1]}", request(["a", "b", "c"], weights=[1, 2, 1])),
+        ("{inputs: [a, b, c], method: soup}", request(["a", "b", "c"], weights=[1, 1, 1])),
+        ("{inputs: [a, b], method: slerp, t: 0.25}", request(["a", "b"], method="slerp", beta=0.75)),
+        (
+            "{inputs: [a, b], base: c, method: task_arithmetic}",
+            request(["a", "b"], base="c", method="task_arithmetic", weights=[1, 1]),
+        ),
+        (
+            "{inputs: [a], base: c, method: dare_linear, density: 1e-1, seed: 7, rescale: false}",
+            request(["a"], base="c", method="dare_linear", density=0.1, seed=7, rescale=False),
+        ),
+        (
+            "{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0.2, 0.8]}]}",
+            request(["a", "b"], beta=0.5, rules=[Rule("", layers=(0, 4), curve=(0.2, 0.8))]),
+        ),
+        (
+            "{inputs: [a, b], beta: 0.5, rules: [{match: mlp, beta: 0.3}]}",
+            request(["a", "b"], beta=0.5, rules=[Rule("mlp", weights=(0.3, 0.7))]),
+        ),
+    ],
+)
+def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) -> None:
+    assert asked(text, tmp_path) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{inputs: [a, b], beta: 0.5, lamda: 1}", r"spec.yaml:1: lamda: unknown key; did you mean 'lambda'"),
+        ("{inputs: [{path: a, wieght: 1}, b]}", r"inputs.0.wieght: unknown key"),
+        ("{inputs: [a, b], method: karcher}", "'karcher' is none of linear"),
+        ("{inputs: [a, b], beta: 0.5, max_shard_size: lots}", "write a size such as 5GB"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, layers: 3, exclude: true}]}", "rules.0.layers"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, layers: 0-3, exclude: true}]}", "write FIRST:LAST"),
+        ("[a, b]", "a spec is a map of keys"),
+        ("{inputs: [a, b], inputs: [c]}", "written twice"),
+        ("!!python/object/apply:os.system [ls]", "spec.yaml"),
+        ("{inputs: [a, b], beta: 0.5, weights: [1, 1]}", "--beta and --weights"),
+        ("{inputs: [{path: a, weight: 1}, b]}", "weight stands at 1 of 2 inputs"),
+        ("{inputs: [{path: a, weight: 1}, {path: b, weight: 1}], weights: [1, 2]}", "once for all"),
+        ("{inputs: [a, b], beta: 0.5, base: c}", "--base is for"),
+        ("{inputs: [a, b], beta: 0.5, lambda: 2}", "--lambda is for"),
+        ("{inputs: [a, b], beta: 0.5, t: 0.5}", "--t is for slerp"),
+        ("{inputs: [a, b], beta: 0.5, density: 0.5}", "--density is for ties, dare_linear, dare_ties"),
+        ("{inputs: [a, b], beta: 0.5, seed: 3}", "--seed is for"),
+        ("{inputs: [a, b], beta: 0.5, rescale: true}", "--rescale is for"),
+        ("{inputs: [a, b], method: ties}", "say which with --base"),
+        ("{inputs: [a, b], method: ties, base: c, beta: 0.5}", "--beta is for linear and slerp"),
+        ("{inputs: [a, b], method: ties, base: B}", "is an input too"),
+        ("{inputs: [a, b], method: ties, base: c, density: 0}", "above 0, up to 1"),
+        ("{inputs: [a, b], method: ties, base: c, density: [0.1, 0.2, 0.3]}", "3 numbers for 2 inputs"),
+        ("{inputs: [a, b], method: task_arithmetic, base: c, lambda: .inf}", "a finite number"),
+        ("{inputs: [a, b, c], method: slerp, weights: [1, 1, 1]}", "slerp is for two inputs"),
+        ("{inputs: [a, b], method: slerp, t: 2}", "between 0 and 1"),
+        ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "slerp has a share"),
+        ("{inputs: [a, b], method: soup, beta: 0.5}", "takes every input alike"),
+        ("{inputs: [a, b]}", "say how much of each input"),
+        ("{inputs: [a], beta: 0.5}", "two inputs or more"),
+        ("{inputs: [a, b], beta: 0.5, only: '('}", "no regular expression"),
+        ("{inputs: [a, b], beta: 0.5, exclude: '('}", "no regular expression"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: '('}]}", "no regular expression"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x}]}", "says nothing"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, exclude: true}]}", "weights and exclude"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, weights: [1, 1]}]}", "beta or weights"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, t: 0.5}]}", "t is for slerp"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, weights: [1]}]}", "1 weights for 2 inputs"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{curve: [0, 1]}]}", "a curve needs layers"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0, 2]}]}", "betas between 0 and 1"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{layers: '4:4', curve: [0, 1]}]}", "is empty"),
+        ("{inputs: [a, b], beta: 0.5, vocabulary: concat}", "'concat' is none of intersect, pad, union"),
+        ("{inputs: [a, b], beta: 0.5, dtype: int4}", "bf16, fp16, fp32, fp64"),
+    ],
+)
+def test_what_a_spec_cannot_say(text: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=why):
+        asked(text, tmp_path)
+
+
+def test_mergekit_s_files_are_told_by_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "m.yml").write_text("{merge_method: linear, models: [{model: a, parameters: {weight: 1}}]}")
+    assert isinstance(load_spec(tmp_path / "m.yml"), MergekitFile)
+    with pytest.raises(UserError, match="no such spec"):
+        load_spec(tmp_path / "absent.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("200", 200), (7, 7), ("3m", 3 * 10**6)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "0", "5 apples", "1e9"])
+def test_sizes_that_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write a size such as 5GB"):
+        parse_size(text)
+
+
+def test_a_request_comes_back_from_its_record(tmp_path: Path) -> None:
+    for text in (FULL, "{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0.2, 0.8]}]}"):
+        first: Any = asked(text, tmp_path)
+        assert Request.from_plain(first.plain()) == first
+
+
+def test_seed_and_shard_size_stand_once(tmp_path: Path) -> None:
+    folders = [str(write(tmp_path / x, {"w": floats(i, 40)})) for i, x in enumerate("ab")]
+    spec = MergeSpec(inputs=list(folders), beta=0.5, max_shard_size=1000)
+    with pytest.raises(UserError, match="max_shard_size: stands in the spec too"):
+        prepare_spec(spec, 100)
+    assert (
+        prepare_spec(MergeSpec(inputs=list(folders), beta=0.5), 10**6)[0].files[0].name == "model.safetensors"
+    )
