@@ -7,8 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
+from operator import index
+from typing import Any
 
 from data_pipeline.errors import UserError
+
+
+def _whole(number: Any) -> int:
+    """A step or a number of rows, which JSON and YAML may hold as text. Raises UserError for 8.5 or True."""
+    try:
+        if not isinstance(number, bool):
+            return int(number) if isinstance(number, str) else index(number)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(
+        f"batch: {number!r} is no whole number; write rows, or first step -> rows, as in {{0: 1024}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -33,9 +47,11 @@ class Batches:
         """From a number of rows, a map first step -> rows (also as JSON has it), or itself. Raises UserError."""
         if isinstance(batch, Batches):
             return batch
-        if isinstance(batch, int):
-            return Batches((0,), (batch,))
-        by_step = {int(step): rows for step, rows in batch.items()}
+        if not isinstance(batch, Mapping):
+            return Batches((0,), (_whole(batch),))
+        by_step = {_whole(step): _whole(rows) for step, rows in batch.items()}
+        if len(by_step) < len(batch):
+            raise UserError(f"batch: a step stands twice among {', '.join(map(repr, batch))}; write it once")
         return Batches(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
 
     @property

@@ -30,7 +30,9 @@ class Share(Protocol):
 def exact(number: float) -> Fraction:
     """The fraction a decimal stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
     fraction = Fraction(str(number))
-    return fraction if fraction.denominator <= 10**9 else fraction.limit_denominator(10**9)
+    if fraction.denominator <= 10**9:
+        return fraction
+    return fraction.limit_denominator(10**9) or fraction  # what would be rounded to nothing stays as it is
 
 
 def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:
@@ -79,8 +81,8 @@ def size(name: str, source: Share, samples: int) -> Fraction:
 
 
 def root(size: Fraction) -> Fraction:
-    """Square root, exact for squares of whole numbers, else rounded down to a multiple of 2**-20."""
-    return Fraction(isqrt(int(size * 2**40)), 2**20)
+    """Square root, exact for squares of whole numbers, else rounded down to a multiple of 2**-20, at least that."""
+    return Fraction(max(1, isqrt(int(size * 2**40))), 2**20)
 
 
 def shares(sources: Mapping[str, Share], sizes: Sequence[Fraction], by: By = "size") -> list[Fraction]:

@@ -24,14 +24,13 @@ def parse_batch(value: Any) -> Any:
     if not isinstance(value, dict):
         return int(value)
     try:
-        steps = {int(step): int(number) for step, number in value.items()}
-        Batches.of(steps)
-    except (TypeError, ValueError, UserError):
+        schedule = Batches.of(value)
+    except UserError:
         told = ", ".join(map(str, value)) or "missing"
         raise ValueError(
             f"its first steps are {told}; they must begin with 0 and be whole numbers, as in {{0: 1024, 1000: 4096}}"
         ) from None
-    return dict(sorted(steps.items()))
+    return dict(zip(schedule.first, schedule.rows, strict=True))
 
 
 class Source(Strict):

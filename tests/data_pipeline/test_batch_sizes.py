@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,19 @@ def test_a_number_is_the_same_batch_always() -> None:
     assert Batches.of(8) == Batches.of({0: 8})
     assert Batches.of(8).plain() == 8
     assert [Batches.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
+
+
+def test_whole_numbers_of_any_kind_are_rows() -> None:
+    assert Batches.of(np.int64(8)) == Batches.of({"0": np.int32(8)}) == Batches.of(8)
+    assert type(Batches.of(np.int64(8)).rows[0]) is int
+
+
+@pytest.mark.parametrize(
+    "batch", [8.0, True, "8 rows", {0: 8.5}, {0: 8, 2.5: 9}, {0: 8, True: 9}, {0: 8, "0": 9}]
+)
+def test_what_is_no_whole_number_is_refused(batch: Any) -> None:
+    with pytest.raises(UserError, match=r"batch: .*(no whole number|twice)"):
+        Batches.of(batch)
 
 
 @pytest.mark.parametrize("batch", [{}, {1: 8}, {-1: 8, 0: 8}, {0: 0}, {0: 8, 5: -8}, 0])

@@ -46,6 +46,15 @@ def test_weights_follow_shares_or_sizes() -> None:
     assert weights_of(source("a", 7, weight=0.5), source("b", 300), source("c", 100)) == (4, 3, 1)
 
 
+def test_shares_close_to_nothing_are_shares() -> None:
+    tiny = [source("a", 50, weight=1e-12), source("b", 50, weight=3e-12)]
+    assert weights_of(*tiny) == (1, 3)
+    assert weights_of(tiny[0]) == weights_of(source("a", 50, repeat=1e-15)) == (1,)
+    assert StreamOrder([source("a", 50, repeat=1e-30)], 8, None, 0, by="sqrt").weights == (1,)
+    with pytest.raises(UserError, match="'a': its share is below one slot"):
+        weights_of(tiny[0], source("b", 50, weight=1))
+
+
 def test_an_epoch_of_the_stream_counts_sizes() -> None:
     sources = [source("a", 300, repeat=0.5), source("b", 100, repeat=3, cap=250), source("c", 7)]
     assert StreamOrder(sources, 8, None, 0).samples_per_epoch() == 150 + 250 + 7
