@@ -263,7 +263,9 @@ class Cache:
 
     @contextmanager
     def _counter(self) -> Iterator[int]:
-        descriptor = os.open(os.path.join(self._folder, COUNTER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            os.path.join(self._folder, COUNTER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,12 +220,27 @@ def main(descriptor: int, parent: int) -> None:
     die_with(parent)
     channel = socket.socket(fileno=descriptor)
     try:
-        worker = Worker(*receive(channel)[0])
-        threading.Thread(target=worker.run, daemon=True).start()
+        given = receive(channel)[0]
+        try:
+            worker = Worker(*given)
+        except (OSError, UserError) as error:
+            print(f"nothing is fetched ahead: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        threading.Thread(target=_run, args=(worker,), daemon=True).start()
         while True:
             worker.move(receive(channel)[0])
     except (EOFError, ConnectionError):
         os._exit(0)
+
+
+def _run(worker: Worker) -> None:
+    """A process that no longer fetches ends: readers would else wait for its first window, one sample at a time."""
+    try:
+        worker.run()
+    finally:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

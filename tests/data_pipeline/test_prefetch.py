@@ -6,17 +6,18 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.cache import CacheSettings
+from data_pipeline.cache import Cache, CacheSettings
 from data_pipeline.indexing import build_index
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.spec import SourceSpec
 from data_pipeline.stream import Stream
+from data_pipeline.work import Setup
 from tests.data_pipeline.faulty_proxy import Proxy
 from tests.data_pipeline.s3_server import faulty_s3
 from tests.data_pipeline.samples import LENGTH, write_packed
@@ -210,3 +211,46 @@ def test_only_streams_with_something_to_fetch_have_a_prefetcher(source: Source, 
         pid = prefetcher.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
+    counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else readers would go on one sample at a time, waiting for its first window."""
+    with stream(counted.remote, tmp_path) as remote:
+        setup = Setup.of(remote._maker)
+        begun = Prefetcher.of([setup], 0, 1)
+        assert begun is not None
+        cache = Cache(setup.cache or CacheSettings.of())
+        assert cache.warming()
+        try:
+            begun.begin("x", 1)  # type: ignore[arg-type]  # its planning thread cannot count from there
+            while begun._starts < 3 or begun._process.poll() is None:
+                begun._process.wait(30)
+                begun.at(0)
+            assert cache.warming()
+            begun.at(0)
+            assert not cache.warming()
+        finally:
+            begun.close()
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
+    counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stream(counted.remote, tmp_path) as remote:
+        setup = Setup.of(remote._maker)
+    (manifest,) = setup.manifests.values()
+    assert manifest.offsets is not None
+    gone = replace(manifest, offsets=replace(manifest.offsets, url=f"{manifest.offsets.url}.gone"))
+    begun = Prefetcher.of([replace(setup, manifests={"a": gone})], 0, 1)
+    assert begun is not None
+    try:
+        assert begun._process.wait(30) == 1
+    finally:
+        begun.close()
+    said = capfd.readouterr().err
+    assert "nothing is fetched ahead: " in said
+    assert ".gone is gone" in said
+    assert "Traceback" not in said
