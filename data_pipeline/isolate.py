@@ -65,6 +65,8 @@ class Isolation:
         endings: list[str] = []
         stalls: list[str] = []
         while True:
+            if self.closing():
+                raise Closed
             if self._process is None:
                 self._process = WorkerProcess(self.file)
             process = self._process
@@ -78,7 +80,9 @@ class Isolation:
             doing, ended = process.look(), process.end()
             if found is not None:
                 stalls.append(found)
-            elif ended in CRASHES and doing.sample is not None and doing.url is None:
+            elif (
+                ended in CRASHES and doing.url is None and doing.sample and doing.sample not in self.condemned
+            ):
                 self._crashes[doing.sample] += 1
                 if self._crashes[doing.sample] >= VERDICT:
                     self.condemned[doing.sample] = CRASHED

@@ -11,9 +11,11 @@ import pytest
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import ReadError, WorkerError
-from data_pipeline.isolate import CRASHED
+from data_pipeline.isolate import CRASHED, Closed, Isolation
 from data_pipeline.loader import LocalLoader, StallLimits
 from data_pipeline.spec import Batch, StreamSpec
+from data_pipeline.work import Item, Setup
+from data_pipeline.worker_process import SetupFile
 from tests.data_pipeline.samples import pairs, write_source
 from tests.fault.crashing import install, marked
 
@@ -109,6 +111,28 @@ def test_other_deaths_are_an_error_that_names_the_row(
             next(made)
         assert isinstance(error.value, OSError)  # so that a rank saves before it stops
     assert len(marks.read_text().split()) == 5  # two workers, and three tries alone
+
+
+def test_a_crash_at_what_is_condemned_already_is_an_error_and_no_circle(tmp_path: Path, marks: Path) -> None:
+    """As where a source's name is too long for what a process says of itself, so that nothing heeds the verdict."""
+    web = write_source(tmp_path / "web", [8], {(0, 3): marked(0, 3, "SIGSEGV")})
+    spec = pairs(tmp_path, batch=8, **{"w" * 600: web})
+    with (
+        LocalLoader([spec], 0, 1, 1) as loader,
+        pytest.raises(WorkerError, match=r"step 0, row \d of .*SIGSEGV"),
+    ):
+        list(loader.steps(0, 1))
+    assert len(marks.read_text().split()) == 7  # two workers, the verdict's two, three more
+
+
+def test_isolation_ends_between_rows_when_the_pool_is_closed(tmp_path: Path) -> None:
+    setups = [Setup.of(BatchMaker(spec_with(tmp_path)))]
+    file, asked = SetupFile(setups), iter([False, False, True])
+    isolation = Isolation(setups, file, StallLimits(), lambda: next(asked))
+    with pytest.raises(Closed):
+        isolation.make(Item("pairs", 0, 0, BATCH))
+    assert not list(asked)
+    file.close()
 
 
 def test_a_decode_that_hangs_is_named_and_then_an_error(
