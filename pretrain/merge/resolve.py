@@ -27,11 +27,12 @@ def resolve(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> 
     compared, `normalize` divides the weights by their sum here.
     """
     options = dict(blend.options)
-    if options.pop("normalize", False) and blend.method in ("task_arithmetic", "dare_linear"):
-        total = math.fsum(term.weight for term in blend.terms)
-        divisor = total if abs(total) >= 1e-8 else 1.0  # as mergekit does
-        scaled = tuple(replace(term, weight=term.weight / divisor) for term in blend.terms)
-        blend = replace(blend, terms=scaled, options=tuple(options.items()))
+    if blend.method in ("task_arithmetic", "dare_linear"):
+        terms = blend.terms
+        total = math.fsum(term.weight for term in terms)
+        if options.pop("normalize", False) and abs(total) >= 1e-8:  # mergekit's bound
+            terms = tuple(replace(term, weight=term.weight / total) for term in terms)
+        blend = replace(blend, terms=terms, options=tuple(options.items()))
     kept = [(term, dtype) for term, dtype in zip(blend.terms, dtypes, strict=True) if term.weight != 0]
     if blend.base is None and not kept:  # nothing times a tensor is asked for
         kept = [(blend.terms[0], dtypes[0])]
