@@ -90,11 +90,14 @@ class SafetensorsFile:
             raise self._broken("its __metadata__ is no map of texts")
         entries = {name: self._entry(name, entry) for name, entry in header.items()}
         at = 0
-        for name, (dtype, shape, offset) in sorted(entries.items(), key=lambda item: (item[1][2], item[0])):
-            length = elements(shape) * DTYPES[dtype].itemsize
-            if length and offset != at:
-                raise self._broken(f"{name} starts at byte {offset}, the tensor before it ends at {at}")
-            at = max(at, offset + length)
+        places = {
+            n: (at, at + elements(shape) * DTYPES[dtype].itemsize)
+            for n, (dtype, shape, at) in entries.items()
+        }
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if start != at:
+                raise self._broken(f"{name} starts at byte {start}, the tensor before it ends at {at}")
+            at = stop
         if self._base + at != self.size:
             raise self._broken(f"its tensors end at byte {self._base + at}, the file at {self.size}")
         return metadata, entries

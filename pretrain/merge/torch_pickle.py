@@ -20,7 +20,7 @@ TORCH_DTYPES = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
     "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
-MAX_OPERATIONS = 8_000_000  # some 200,000 tensors; each may take a hundred bytes
+MAX_OPERATIONS = 4_000_000  # some 100,000 tensors; each may take a hundred bytes
 
 
 class Stub:

@@ -22,7 +22,7 @@ STORED = 0
 
 @dataclass(frozen=True)
 class Entry:
-    """A member: its size, and the bytes from its header to whatever follows it."""
+    """A member: its size as it is stored, and the bytes from its header to whatever follows it."""
 
     name: str
     method: int
@@ -109,7 +109,7 @@ def _entry(raw: bytes, at: int) -> tuple[Entry, int]:
     if method == STORED and size != packed:
         raise ValueError("a member has two sizes")
     text = raw[body : body + name].decode("utf-8" if flags & 0x800 else "cp437")
-    return Entry(text, method, size, header, 0), end
+    return Entry(text, method, packed, header, 0), end
 
 
 def _wide(extra: bytes, *values: int) -> list[int]:

@@ -316,10 +316,8 @@ def test_merges_by_a_rule_and_copies_without_one(tmp_path: Path) -> None:
     got, numbers = out.array("lm_head.weight"), joined(out).get_vocab()
     ours, theirs = (t.get_vocab() for t in tokenizers)
     for token, number in numbers.items():
-        x, y = (
-            v[n] if (n := known.get(token)) is not None else None for v, known in ((a, ours), (b, theirs))
-        )
-        x, y = (y if x is None else x), (x if y is None else y)
+        x = a[ours[token]] if token in ours else b[theirs[token]]
+        y = b[theirs[token]] if token in theirs else x
         wide = 0.25 * x.astype(np.float64) + 0.75 * y.astype(np.float64)
         np.testing.assert_array_equal(got[number], wide.astype(np.float32))
     merge(folders, tmp_path / "norms", beta=0.5, only="norm", copy_rest="B")
