@@ -8,9 +8,9 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import index, loader, merging, order
+from benchmarks import index, loader, merge, order
 
-BENCHMARKS = {"index": index.run, "loader": loader.run, "merging": merging.run, "order": order.run}
+BENCHMARKS = {"index": index.run, "loader": loader.run, "merge": merge.run, "order": order.run}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -27,8 +27,19 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=_numbers, default=(1, 2), help="loader: worker processes (default 1,2)"
     )
+    parser.add_argument(
+        "--parts",
+        type=lambda text: tuple(text.split(",")),
+        default=merge.PARTS,
+        help=f"merge: which of {','.join(merge.PARTS)}; default: all",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="merge: where to put 25 GB (default: the temporary folder)"
+    )
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
     arguments = parser.parse_args()
+    if wrong := set(arguments.parts) - set(merge.PARTS):
+        parser.error(f"no part {min(wrong)!r}; there are {', '.join(merge.PARTS)}")
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
@@ -36,14 +47,20 @@ def main() -> None:
     print(
         f"{machine['cores']} cores, Python {machine['python']}; best of {arguments.rounds} rounds, taken in turn"
     )
+    own = {
+        "loader": {"data": arguments.data, "workers": arguments.workers},
+        "merge": {"parts": arguments.parts, "folder": arguments.folder},
+    }
     figures = {}
     for name in arguments.names or BENCHMARKS:
-        own = {"data": arguments.data, "workers": arguments.workers} if name == "loader" else {}
-        figures[name] = BENCHMARKS[name](arguments.rounds, **own)
+        figures[name] = BENCHMARKS[name](arguments.rounds, **own.get(name, {}))
         print(f"\n{name}: {figures[name]['what']}")
         most, least = (figures[name].get(kind, {}) for kind in ("most", "least"))
         for row, value in figures[name]["rows"].items():
-            shown, verdict = f"{value:,.0f} {figures[name]['unit']}", ""
+            shown, verdict = (
+                f"{value:,.{2 if value < 100 and name == 'merge' else 0}f} {figures[name]['unit']}",
+                "",
+            )
             if row in most:
                 shown, verdict = f"{value:,.1f}", _verdict(most[row], value < most[row])
             elif row in least:

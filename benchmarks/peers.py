@@ -1,4 +1,4 @@
-"""The environments that the peers of the loader's benchmark run in: below .venv-peers, made once, apart from ours."""
+"""The environments that the benchmarks' peers run in: below .venv-peers, made once, apart from ours."""
 
 from __future__ import annotations
 
@@ -25,18 +25,26 @@ def install() -> tuple[dict[str, Path], dict[str, str]]:
     """Peer -> the Python of its environment, made where it is not there; and peer -> why it could not be made."""
     pythons, missing = {}, {}
     for peer, packages in PEERS.items():
-        folder = FOLDER / peer
-        python, marker = folder / "bin" / "python", folder / "installed"
-        if not marker.exists():
-            problem = _run("venv", "--quiet", "--clear", "--python", sys.executable, str(folder)) or _run(
-                "pip", "install", "--quiet", "--python", str(python), *packages, *_pins()
-            )
-            if problem:
-                missing[peer] = problem
-                continue
-            marker.touch()
-        pythons[peer] = python
+        python, problem = environment(peer, *packages, *_pins())
+        if python is None:
+            missing[peer] = problem
+        else:
+            pythons[peer] = python
     return pythons, missing
+
+
+def environment(peer: str, *packages: str) -> tuple[Path | None, str]:
+    """The Python of a peer's environment, made where it is not there; None and why if it could not be made."""
+    folder = FOLDER / peer
+    python, marker = folder / "bin" / "python", folder / "installed"
+    if not marker.exists():
+        problem = _run("venv", "--quiet", "--clear", "--python", sys.executable, str(folder)) or _run(
+            "pip", "install", "--quiet", "--python", str(python), *packages
+        )
+        if problem:
+            return None, problem
+        marker.touch()
+    return python, ""
 
 
 def _pins() -> list[str]:

@@ -250,7 +250,8 @@ def test_bits_depend_neither_on_blocks_nor_on_threads(
         return kernels.narrow(values.astype(np.float64), stored)
 
     arrays = [as_stored(x) for x in three]
-    options: dict[str, Any] = {"slerp": {"t": 0.4}, "ties": {"normalize": True}}.get(method, {})
+    methods: dict[str, dict[str, Any]] = {"slerp": {"t": 0.4}, "ties": {"normalize": True}}
+    options = methods.get(method, {})
     if method in BASED:
         options |= {
             "base": (arrays[0], stored),

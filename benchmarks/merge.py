@@ -1,0 +1,248 @@
+"""Merging beside mergekit and beside the bare limit: a loop that reads both models and writes one.
+
+Models are random Llamas in bf16. Every merge runs in a process of its own, warm from the page cache; memory is the
+anonymous memory of that process (/proc/PID/smaps_rollup, looked at every few milliseconds), not the cache of files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.merge_models import Llama, write_safetensors, write_zero3
+from benchmarks.peers import environment
+
+PARTS = ("mergekit", "limit", "memory", "sweep", "zero")
+MODEL = Llama()
+LARGER = replace(MODEL, width=4096, inner=11264)
+SHARDED = replace(MODEL, layers=4)
+Result = TypeVar("Result")
+BETAS = 11
+RANKS = 8
+MERGEKIT = """\
+merge_method: linear
+models:
+  - {{model: {a}, parameters: {{weight: 0.4}}}}
+  - {{model: {b}, parameters: {{weight: 0.6}}}}
+dtype: bfloat16
+"""
+MERGE = """\
+import json, sys, time
+from pretrain.merge import merge
+a, b, out = sys.argv[1:]
+began, cpu = time.perf_counter(), time.process_time()
+merge([a, b], out, beta=0.4)
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
+"""
+MEGABYTE = 1e6
+LEAST = {
+    "times as fast as mergekit-yaml, cold start": 15.0,
+    f"{BETAS} betas: times as fast as mergekit": 20.0,
+}
+MOST = {
+    "times the time of the bare loop, without start-up": 2.5,
+    "peak anonymous memory (MB)": 400.0,
+    "peak of a model four times larger over it": 1.1,
+    "ZeRO-3 shards over safetensors, time": 2.0,
+}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a command took: seconds, CPU seconds, peak of its anonymous memory in bytes, and what it printed."""
+
+    wall: float
+    cpu: float
+    peak: int
+    printed: str
+
+
+def run(rounds: int, parts: Sequence[str] = PARTS, folder: Path | None = None) -> dict[str, Any]:
+    """Each of `parts`, best of the rounds; mergekit runs once. `folder`: for some 25 GB of models."""
+    rows: dict[str, float] = {}
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        root = Path(name)
+        if set(parts) & {"mergekit", "limit", "memory", "sweep"}:
+            models = write_pair(root / "models", MODEL)
+        if "mergekit" in parts:
+            notes += mergekit(root, models, rows)
+        if "limit" in parts or "mergekit" in parts:
+            limit(root, models, rows, rounds)
+        if "memory" in parts:
+            memory(root, models, rows)
+        if "sweep" in parts:
+            sweep(root, models, rows)
+        if "zero" in parts:
+            zero(root, rows, rounds)
+    theirs, cold = rows.get("mergekit-yaml (s)"), rows.get("dromos merge, cold start (s)")
+    if theirs and cold:
+        rows["times as fast as mergekit-yaml, cold start"] = theirs / cold
+    if theirs and (swept := rows.get(f"{BETAS} betas in one pass (s)")):
+        rows[f"{BETAS} betas: times as fast as mergekit"] = BETAS * theirs / swept
+    what = f"two bf16 Llamas of {MODEL.parameters / 1e9:.2f}B in four files each; seconds, MB and ratios"
+    return {"what": what, "unit": "", "rows": rows, "most": MOST, "least": LEAST, "notes": notes}
+
+
+def write_pair(folder: Path, model: Llama) -> tuple[Path, Path]:
+    return write_safetensors(folder / "a", model, 1), write_safetensors(folder / "b", model, 2)
+
+
+def mergekit(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> list[str]:
+    """One run of the tool in use; a note where it cannot be had."""
+    python, problem = environment("mergekit", "mergekit==0.1.5", "torch")
+    if python is None:
+        return [f"mergekit is left out: {problem}"]
+    config, out = root / "mergekit.yml", root / "theirs"
+    config.write_text(MERGEKIT.format(a=models[0], b=models[1]))
+    tool = str(python.with_name("mergekit-yaml"))
+    warm(models)
+    spent = watch([tool, str(config), str(out), "--no-copy-tokenizer"])
+    rows["mergekit-yaml (s)"] = spent.wall
+    rows["mergekit-yaml, CPU (s)"] = spent.cpu
+    rows["mergekit-yaml, peak anonymous memory (MB)"] = spent.peak / MEGABYTE
+    shutil.rmtree(out)
+    return []
+
+
+def limit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds: int) -> None:
+    """The loop without arithmetic, the command as a person runs it, and the merge alone: in turn."""
+    loops, commands, merges, cpus = [], [], [], []
+    for _ in range(max(rounds, 1)):
+        warm(models)
+        loops.append(fresh(root / "copy", lambda out: timed(lambda: copy_loop(*models, out))))
+        commands.append(fresh(root / "out", lambda out: watch(merge_command(models, out)).wall))
+        wall, cpu = fresh(root / "out", lambda out: merge_alone(models, out))
+        merges.append(wall)
+        cpus.append(cpu)
+    rows["reading both and writing one (s)"] = min(loops)
+    rows["dromos merge, cold start (s)"] = min(commands)
+    rows["dromos merge, without start-up (s)"] = min(merges)
+    rows["dromos merge, without start-up, CPU (s)"] = min(cpus)
+    rows["times the time of the bare loop, without start-up"] = min(merges) / min(loops)
+
+
+def copy_loop(a: Path, b: Path, out: Path) -> None:
+    """What any merge has to do: read both, write one. Largest buffer that stays in the second-level cache."""
+    first, second = bytearray(1 << 20), bytearray(1 << 20)
+    out.mkdir()
+    for path in sorted(a.glob("*.safetensors")):
+        with (
+            open(path, "rb", 0) as one,
+            open(b / path.name, "rb", 0) as other,
+            open(out / path.name, "wb", 0) as written,
+        ):
+            while count := one.readinto(first):
+                other.readinto(second)
+                written.write(memoryview(first)[:count])
+
+
+def memory(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> None:
+    """Peak of the command, and of one over models of four times the size."""
+    peak = fresh(root / "out", lambda out: watch(merge_command(models, out)).peak)
+    large = write_pair(root / "large", LARGER)
+    larger = fresh(root / "out", lambda out: watch(merge_command(large, out)).peak)
+    shutil.rmtree(root / "large")
+    rows["peak anonymous memory (MB)"] = peak / MEGABYTE
+    rows[f"the same, {LARGER.parameters / 1e9:.1f}B (MB)"] = larger / MEGABYTE
+    rows["peak of a model four times larger over it"] = larger / peak
+
+
+def sweep(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> None:
+    """Both ends and nine betas between them; the disk takes eleven models, so it may be what this measures."""
+    command = [*dromos(), "sweep", *map(str, models), "--betas", f"0:1:{1 / (BETAS - 1)}", "--out"]
+    warm(models)
+    spent = fresh(root / "sweep", lambda out: watch([*command, str(out)]))
+    rows[f"{BETAS} betas in one pass (s)"] = spent.wall
+    rows[f"{BETAS} betas in one pass, CPU (s)"] = spent.cpu
+    rows[f"{BETAS} betas, peak anonymous memory (MB)"] = spent.peak / MEGABYTE
+
+
+def zero(root: Path, rows: dict[str, float], rounds: int) -> None:
+    """The same fp32 weights as safetensors and as the shards of eight ranks, in turn."""
+    plain, sharded = [], []
+    files = tuple(write_safetensors(root / f"plain-{n}", SHARDED, n, "F32") for n in (1, 2))
+    shards = tuple(write_zero3(root / f"zero-{n}", SHARDED, n, RANKS) for n in (1, 2))
+    for _ in range(max(rounds, 1)):
+        plain.append(fresh(root / "out", lambda out: merge_alone(files, out))[0])
+        sharded.append(fresh(root / "out", lambda out: merge_alone(shards, out))[0])
+    for folder in (*files, *shards):
+        shutil.rmtree(folder)
+    rows[f"fp32 safetensors, {SHARDED.parameters / 1e9:.2f}B (s)"] = min(plain)
+    rows[f"the same as ZeRO-3 of {RANKS} ranks (s)"] = min(sharded)
+    rows["ZeRO-3 shards over safetensors, time"] = min(sharded) / min(plain)
+
+
+def dromos() -> list[str]:
+    return [str(Path(sys.executable).with_name("dromos"))]
+
+
+def merge_command(models: Sequence[Path], out: Path) -> list[str]:
+    return [*dromos(), "merge", *map(str, models), "--beta", "0.4", "--out", str(out)]
+
+
+def merge_alone(models: Sequence[Path], out: Path) -> tuple[float, float]:
+    """Seconds and CPU seconds of the merge in a new process, what Python imports left out."""
+    spent = watch([sys.executable, "-c", MERGE, *map(str, models), str(out)])
+    wall, cpu = spent.printed.strip().strip("[]").split(",")
+    return float(wall), float(cpu)
+
+
+def fresh(out: Path, measure: Callable[[Path], Result]) -> Result:
+    """`measure(out)`, where `out` is not there before nor after; what is to be written is on the disk before."""
+    os.sync()
+    try:
+        return measure(out)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def warm(models: Sequence[Path]) -> None:
+    """Read every file once, so that all contenders find them in the page cache."""
+    buffer = bytearray(1 << 22)
+    for path in (file for model in models for file in model.glob("*.safetensors")):
+        with open(path, "rb", 0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def watch(command: Sequence[str]) -> Spent:
+    """Run a command to its end. Raises RuntimeError with what it says when it fails."""
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=said)
+        peak = 0
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.005)
+        wall = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        printed.seek(0)
+        said.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {said.read().decode()[-2000:]}")
+        usage = ended[2]
+        return Spent(wall, usage.ru_utime + usage.ru_stime, peak, printed.read().decode())
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory of a process; 0 when it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:")), 0)
