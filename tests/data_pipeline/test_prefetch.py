@@ -14,7 +14,7 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.cache import Cache, CacheSettings
 from data_pipeline.indexing import build_index
-from data_pipeline.prefetch import Prefetcher
+from data_pipeline.prefetch import STARTS, Prefetcher
 from data_pipeline.spec import SourceSpec
 from data_pipeline.stream import Stream
 from data_pipeline.work import Setup
@@ -225,11 +225,10 @@ def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
         assert cache.warming()
         try:
             begun.begin("x", 1)  # type: ignore[arg-type]  # its planning thread cannot count from there
-            while begun._starts < 3 or begun._process.poll() is None:
-                begun._process.wait(30)
+            for _ in range(STARTS):
+                assert begun._process.wait(30) == 1
+                assert cache.warming()
                 begun.at(0)
-            assert cache.warming()
-            begun.at(0)
             assert not cache.warming()
         finally:
             begun.close()
