@@ -1,0 +1,120 @@
+"""Parts of a merge computed again from its inputs, from what merge.json says alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.errors import UserError
+from pretrain.merge.blocks import Workers, spans
+from pretrain.merge.digests import of_names, of_tensor
+from pretrain.merge.kernels import BLOCK
+from pretrain.merge.methods import prepare
+from pretrain.merge.plan import TensorJob
+from pretrain.merge.safetensors_io import SafetensorsFile, elements
+from pretrain.merge.sources import WeightSource, open_weights
+from pretrain.merge.writer import rounded
+
+UNCHANGED, CHANGED, GONE = "unchanged", "changed", "gone"
+Progress = Callable[[int], None]
+
+
+def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None], list[tuple[str, str]]]:
+    """The sources of a merge where they were, None for those that are no longer as they were; with each its state
+    (UNCHANGED, CHANGED, GONE) and what that is known from."""
+    sources: list[WeightSource | None] = []
+    states: list[tuple[str, str]] = []
+    for entry in record["inputs"]:
+        try:
+            source = open_weights(str(entry["path"]))
+        except UserError as error:
+            sources.append(None)
+            states.append((GONE, str(error)))
+            continue
+        now, then = source.hashes(), dict(entry["files"])
+        other = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))
+        sources.append(source if not other else None)
+        states.append((CHANGED, ", ".join(other)) if other else (UNCHANGED, ""))
+    asked = record.get("asked") or {}
+    if asked.get("vocabulary") and None not in sources:
+        from pretrain.merge.prepare import replan
+
+        sources = list(replan(asked)[1].sources)  # seen through the rows of the joint vocabulary
+    return sources, states
+
+
+def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], workers: Workers) -> str:
+    """The digest over all that the jobs read of source `number`, read again."""
+    names = {term.name for job in jobs for term in job.reads if term.source == number}
+
+    def digest(name: str) -> str:
+        def work(start: int, stop: int) -> bytes:
+            one = xxhash.xxh64()
+            for at in range(start, stop, BLOCK):
+                one.update(source.read(name, at, min(at + BLOCK, stop)).view(np.uint8).data)
+            return one.digest()
+
+        return of_tensor(workers.over(work, elements(source.info(name)[1])))
+
+    return of_names({name: digest(name) for name in names})
+
+
+def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[tuple[int, int, int]]:
+    """(number of the job, start, stop): `count` ranges of at most BLOCK elements, drawn by size; None: everything."""
+    if count is None:
+        for number, job in enumerate(jobs):
+            yield from ((number, *span) for span in spans(elements(job.shape)))
+        return
+    sizes = [elements(job.shape) for job in jobs]
+    if not sum(sizes):
+        return
+    draw = random.Random(seed)
+    for number in sorted(draw.choices(range(len(jobs)), weights=sizes, k=count)):
+        start = draw.randrange(sizes[number])
+        yield number, start, min(start + BLOCK, sizes[number])
+
+
+def differing(
+    folder: Path,
+    jobs: Sequence[tuple[str, TensorJob]],
+    sources: Sequence[WeightSource | None],
+    count: int | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[int, list[str]]:
+    """How many chunks were computed again, and what of them is not what stands in `folder`.
+
+    jobs: (file, job). Only jobs are drawn whose sources are all there.
+    """
+    usable = [
+        (file, job) for file, job in jobs if all(sources[term.source] is not None for term in job.reads)
+    ]
+    files = {file: SafetensorsFile(folder / file) for file in {file for file, _ in usable}}
+    wrong: list[str] = []
+    done = 0
+    opened: Any = sources
+    with Workers(opened, threads=1) as workers, np.errstate(all="ignore"):
+        ready: tuple[int, Any] = (-1, None)
+        for number, start, stop in chunks([job for _, job in usable], count, seed):
+            file, job = usable[number]
+            if ready[0] != number:
+                workers.forget()
+                ready = number, None if job.copy else prepare(job, workers)
+            same = all(
+                np.array_equal(
+                    rounded(block, job, ready[1]).view(np.uint8),
+                    files[file].read(job.name, block.start, block.stop).view(np.uint8),
+                )
+                for block in workers.blocks(start, stop)
+            )
+            if not same:
+                wrong.append(f"{job.name}, elements {start:,} to {stop:,}")
+            done += 1
+            if progress is not None:
+                progress((stop - start) * job.size // max(1, elements(job.shape)))
+    return done, wrong

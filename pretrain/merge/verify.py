@@ -1,0 +1,298 @@
+"""Whether the output of a merge is what was written, whole, and what its inputs give; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.errors import UserError
+from pretrain.merge.blocks import Workers
+from pretrain.merge.diff import places_of
+from pretrain.merge.digests import of_file, of_tensor
+from pretrain.merge.kernels import BLOCK
+from pretrain.merge.layout import INDEX
+from pretrain.merge.plan import TensorJob, letter
+from pretrain.merge.recompute import CHANGED, UNCHANGED, Progress, differing, open_inputs_of, read_digest
+from pretrain.merge.record import is_sealed, jobs_of
+from pretrain.merge.safetensors_io import Info, SafetensorsFile, elements
+from pretrain.merge.sources import FROZEN, WeightSource
+from pretrain.merge.tool import RECORD
+from pretrain.merge.verify_report import Level, Report
+from pretrain.merge.vocabulary import EMBEDDING
+
+CHUNKS = 32
+# dtype -> unsigned integers of its size, bits without the sign, and those of infinity; above them is NaN
+INFINITY = {
+    "F64": ("<u8", (1 << 63) - 1, 0x7FF << 52), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
+    "F16": ("<u2", 0x7FFF, 0x7C00), "BF16": ("<u2", 0x7FFF, 0x7F80),
+}  # fmt: skip
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """merge.json. Raises UserError where `folder` is not the output of a merge."""
+    path = folder / RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no {RECORD} in it; name the folder that dromos merge wrote") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or not {"plan", "inputs", "output"} <= set(content):
+        raise UserError(f"{path}: not what a merge writes")
+    return content
+
+
+def verify(
+    folder: Path | str,
+    *,
+    count: int = CHUNKS,
+    full: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check the output of a merge against its merge.json, and `count` random chunks of it against its inputs.
+
+    full:     all of the inputs is read again, and everything is computed again.
+    progress: is told the bytes that are checked.
+    Raises UserError where `folder` is not the output of a merge.
+    """
+    report = Report(Path(folder))
+    record = read_record(report.folder)
+    try:
+        jobs = jobs_of(record)
+        _check_all(report, record, jobs, None if full else count, seed, threads, progress)
+    except UserError as error:
+        report.add("wrong", str(error))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        report.add("wrong", f"{RECORD}: not as it was written ({error!r})")
+    return report
+
+
+def _check_all(
+    report: Report,
+    record: Mapping[str, Any],
+    jobs: list[tuple[str, TensorJob]],
+    count: int | None,
+    seed: int,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    if is_sealed(record):
+        report.add("good", f"{RECORD} is as it was written")
+    else:
+        report.add("wrong", f"{RECORD} was edited: its seal is of other content")
+    sound: set[str] = set()
+    held: dict[str, Info] = {}
+    places: dict[str, str] = {}
+    with Workers([], threads=threads) as workers:
+        for name, entry in record["output"].items():
+            file = _open(report, name, entry)
+            if file is None:
+                continue
+            held |= {tensor: file.info(tensor) for tensor in file.names()}
+            places |= dict.fromkeys(file.names(), name)
+            if _check_file(report, name, file, entry, record, workers, progress):
+                sound.add(name)
+        if len(sound) == len(record["output"]):
+            report.add("good", f"{len(held)} tensors in {len(sound)} files are as they were written")
+        _check_finite(report, {job.name: job for _, job in jobs})
+        _check_places(report, record, jobs, held, places)
+        _check_config(report, held)
+        _check_inputs(report, record, jobs, sound, count, seed, workers, progress)
+
+
+def _open(report: Report, name: str, entry: Mapping[str, Any]) -> SafetensorsFile | None:
+    path = report.folder / name
+    if Path(name).name != name or not path.is_file():
+        report.add("wrong", f"{name}: not there")
+        return None
+    size = path.stat().st_size
+    if size != entry["size"]:
+        report.add("wrong", f"{name}: {size:,} bytes, written were {entry['size']:,}")
+    try:
+        return SafetensorsFile(path)
+    except UserError as error:
+        report.add("wrong", str(error))
+        return None
+
+
+def _check_file(
+    report: Report,
+    name: str,
+    file: SafetensorsFile,
+    entry: Mapping[str, Any],
+    record: Mapping[str, Any],
+    workers: Workers,
+    progress: Progress | None,
+) -> bool:
+    """Digests of every tensor and of the whole; NaN and infinities on the way."""
+    found = {}
+    for tensor in file.names():
+        found[tensor], *counts = _look_at(file, tensor, workers)
+        if any(counts):
+            report.not_finite[tensor] = counts[0], counts[1]
+        if progress is not None:
+            progress(elements(file.info(tensor)[1]) * file.read(tensor, 0, 0).itemsize)
+    if of_file(file.header, found.values()) == entry["digest"]:
+        return True
+    other = [tensor for tensor, digest in found.items() if record["tensors"].get(tensor) != digest]
+    for tensor in other:
+        known = "other bytes than were written" if tensor in record["tensors"] else "not of this merge"
+        report.add("wrong", f"{name}: {tensor}: {known}")
+    if not other:
+        report.add("wrong", f"{name}: another header than was written, or a tensor is missing")
+    return False
+
+
+def _look_at(file: SafetensorsFile, tensor: str, workers: Workers) -> tuple[str, int, int]:
+    """Digest, NaNs and infinities of a tensor, in one reading."""
+    dtype, shape = file.info(tensor)
+
+    def work(start: int, stop: int) -> tuple[bytes, int, int]:
+        digest, nan, inf = xxhash.xxh64(), 0, 0
+        for at in range(start, stop, BLOCK):
+            block = file.read(tensor, at, min(at + BLOCK, stop))
+            digest.update(block.view(np.uint8).data)
+            if dtype in INFINITY:
+                kind, magnitude, infinite = INFINITY[dtype]
+                bits = block.view(kind) & np.dtype(kind).type(magnitude)
+                nan += int(np.count_nonzero(bits > infinite))
+                inf += int(np.count_nonzero(bits == infinite))
+        return digest.digest(), nan, inf
+
+    parts = list(workers.over(work, elements(shape)))
+    return (
+        of_tensor(part[0] for part in parts),
+        sum(part[1] for part in parts),
+        sum(part[2] for part in parts),
+    )
+
+
+def _check_finite(report: Report, jobs: Mapping[str, TensorJob]) -> None:
+    for name, (nan, inf) in report.not_finite.items():
+        copied = name in jobs and jobs[name].copy
+        text = f"{name}: {nan:,} NaN, {inf:,} infinite" + (", copied from its input" if copied else "")
+        report.add("note" if copied else "wrong", text)
+    if not report.not_finite:
+        report.add("good", "no NaN, nothing infinite")
+
+
+def _check_places(
+    report: Report,
+    record: Mapping[str, Any],
+    jobs: list[tuple[str, TensorJob]],
+    held: Mapping[str, Info],
+    places: Mapping[str, str],
+) -> None:
+    """Every tensor in its file, in its shape; the index says so too; ties lead to something."""
+    for file, job in jobs:
+        if job.name not in held:
+            report.add("wrong", f"{job.name}: not there; it was written to {file}")
+        elif held[job.name] != (job.dtype, job.shape) or places[job.name] != file:
+            dtype, shape = held[job.name]
+            report.add(
+                "wrong",
+                f"{job.name}: {dtype} {list(shape)} in {places[job.name]}, "
+                f"planned was {job.dtype} {list(job.shape)} in {file}",
+            )
+    index = report.folder / INDEX
+    if len(record["output"]) > 1 or index.is_file():
+        try:
+            placed = json.loads(index.read_text())["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError):
+            placed = None
+        if placed != dict(places):
+            report.add("wrong", f"{INDEX}: missing, or it does not say where the tensors are")
+    frozen = record.get("frozen")
+    for alias, name in (record.get("tied") or {}).items():
+        if name not in held and not frozen:
+            report.add("wrong", f"{alias}: tied to {name}, which is not there")
+    if frozen and not (report.folder / FROZEN).is_file():
+        report.add("wrong", f"{FROZEN}: not there")
+    for path in sorted(report.folder.glob("*.safetensors")):
+        if path.name not in record["output"] and path.name != frozen:
+            report.add("note", f"{path.name}: not of this merge")
+
+
+def _check_config(report: Report, held: Mapping[str, Info]) -> None:
+    """What config.json says of sizes, where it is the same in all models: vocabulary, width, number of layers."""
+    path = report.folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError):
+        report.add("wrong", "config.json: not JSON")
+        return
+    if not isinstance(config, dict):
+        return
+    inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    embeddings = [
+        (name, shape) for name, (_, shape) in held.items() if EMBEDDING.search(name) and len(shape) == 2
+    ]
+    checked = []
+    if len(embeddings) == 1:
+        name, shape = embeddings[0]
+        narrower = any(key in inner for key in ("embedding_size", "word_embed_proj_dim"))
+        for key, size in (("vocab_size", shape[0]), ("hidden_size", None if narrower else shape[1])):
+            if isinstance(inner.get(key), int) and size is not None:
+                checked.append(key)
+                if inner[key] != size:
+                    report.add("wrong", f"config.json: {key} {inner[key]}, but {name} is {list(shape)}")
+    layers: dict[str, set[int]] = {}
+    for place in places_of(list(held)).values():
+        if place.layer is not None:
+            layers.setdefault(place.stack, set()).add(place.layer)
+    wanted = inner.get("num_hidden_layers")
+    if isinstance(wanted, int) and layers and wanted > 1:
+        checked.append("num_hidden_layers")
+        if max(map(len, layers.values())) < wanted:
+            report.add("wrong", f"config.json: {wanted} layers, there are {max(map(len, layers.values()))}")
+    if checked and not any(f.text.startswith("config.json") for f in report.findings):
+        report.add("good", f"config.json fits the tensors ({', '.join(checked)})")
+
+
+def _check_inputs(
+    report: Report,
+    record: Mapping[str, Any],
+    jobs: list[tuple[str, TensorJob]],
+    sound: set[str],
+    count: int | None,
+    seed: int,
+    workers: Workers,
+    progress: Progress | None,
+) -> None:
+    """Whether the inputs are what they were, and give what stands in the files."""
+    sources, states = open_inputs_of(record)
+    everything = [job for _, job in jobs]
+    for number, (entry, (state, why)) in enumerate(zip(record["inputs"], states, strict=True)):
+        source = sources[number]
+        if count is None and source is not None and _other_reads(number, source, everything, entry, workers):
+            state, why, sources[number] = CHANGED, "some bytes of what was read", None
+        report.inputs.append((entry["address"], state))
+        level: Level = {UNCHANGED: "good", CHANGED: "wrong"}.get(state, "note")  # type: ignore[assignment]
+        said = f"{letter(number)} ({entry['address']}): {state}" + (f": {why}" if why else "")
+        report.add(level, said)
+    there = [(file, job) for file, job in jobs if file in sound]
+    report.recomputed, wrong = differing(report.folder, there, sources, count, seed, progress)
+    for text in wrong:
+        report.add("wrong", f"computed again, other bytes: {text}")
+    if report.recomputed and not wrong:
+        report.add("good", f"{report.recomputed:,} chunks computed again from the inputs: the same bytes")
+    elif not report.recomputed and count != 0:
+        report.add("note", "nothing could be computed again from the inputs")
+
+
+def _other_reads(
+    number: int,
+    source: WeightSource,
+    jobs: list[TensorJob],
+    entry: Mapping[str, Any],
+    workers: Workers,
+) -> bool:
+    known = entry.get("read") or {}
+    return bool(known.get("tensors")) and read_digest(number, source, jobs, workers) != known.get("digest")
