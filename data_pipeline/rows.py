@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,8 +206,8 @@ class RowMaker:
         if "npy" not in members:
             raise ContentError("missing tokens", f"members: {', '.join(members) or 'none'}")
         try:
-            tokens = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError) as error:
+            tokens = _array(members["npy"])
+        except ValueError as error:
             raise ContentError("undecodable", str(error)) from error
         if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
             what = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
@@ -217,6 +218,25 @@ class RowMaker:
         raise UserError(
             f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {what}"
         )
+
+
+def _array(npy: bytes) -> np.ndarray:
+    """The array of an npy file. Raises ValueError."""
+    file = io.BytesIO(npy)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    except (
+        Exception
+    ) as error:  # numpy evaluates a header as Python, which may fail in any way, for want of memory too
+        raise ValueError(f"its header: {type(error).__name__}: {error}") from error
+    claimed, there = prod(shape) * dtype.itemsize, len(npy) - file.tell()
+    if claimed > there:  # numpy would ask for that memory first
+        raise ValueError(f"its header claims {claimed} bytes of {dtype}, there are {there}")
+    return np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False)
 
 
 def _image_of(members: dict[str, bytes]) -> bytes:

@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import pickle
+import random
+import struct
 import tarfile
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -193,6 +196,47 @@ def test_packed_text_of_another_shape_is_named(tmp_path: Path, written: dict, me
     for attempt in (maker.check, lambda: maker.make(0, 0, 2)):
         with pytest.raises(UserError, match=message):
             attempt()
+
+
+def npy_with_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + bytes(2 * LENGTH)
+
+
+def spoilt_npy() -> Iterator[bytes]:
+    """An archive of arrays, claims of more than there is, headers that defeat Python's parser, and 300 damaged ones."""
+    out = io.BytesIO()
+    np.savez(out, a=np.zeros(LENGTH, np.uint16))
+    yield out.getvalue()
+    header = "{'descr': '<u2', 'fortran_order': False, 'shape': (%s,)}"
+    for shape in (10**15, 10**30, -8, LENGTH + 1, "-" * 8000 + "8"):
+        yield npy_with_header(header % shape)
+    yield from map(npy_with_header, ("(" * 9000, "-" * 9000 + "1", ""))
+    rng = random.Random(4)
+    for _ in range(300):
+        damaged = bytearray(npy_with_header(header % LENGTH))
+        at = rng.randrange(10, 19)  # in "{'descr':"
+        damaged[at] = rng.choice([byte for byte in b"\x00\xff()[]{}'\"" if byte != damaged[at]])
+        yield bytes(damaged)
+
+
+def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
+    spoilt = list(spoilt_npy())
+    source = write_packed(tmp_path / "t", [4])
+    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
+    good = maker.make(0, 0, 4)
+    reader = maker._rows._readers["t"]
+    whole = reader.read
+    for number, npy in enumerate(spoilt):
+        bad = number % 4
+
+        def read(shard: int, index: int, bad: int = bad, npy: bytes = npy) -> tuple[str, dict[str, bytes]]:
+            return ("spoilt", {"npy": npy}) if index == bad else whole(shard, index)
+
+        reader.read = read  # type: ignore[method-assign]
+        batch = maker.make(0, 0, 4)
+        assert batch.skipped == {"t": {"undecodable": 1}}, npy[:200]
+        assert batch.order_digest == good.order_digest
+        assert bad not in batch.tokens[:, 0]
 
 
 def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
