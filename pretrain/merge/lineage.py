@@ -46,7 +46,9 @@ def _ancestors(folder: Path, depth: int) -> set[str]:
         found.add(str(folder.resolve()))
         parents += list(_starts(stage))
     if (record := _read(folder / "merge.json")) is not None:
-        made_of = [entry.get("path") for entry in record.get("inputs", []) if isinstance(entry, dict)]
+        inputs = record.get("inputs")
+        listed = inputs if isinstance(inputs, list) else []
+        made_of = [entry.get("path") for entry in listed if isinstance(entry, dict)]
         parents += [path for path in made_of if isinstance(path, str)]
         found |= {str(folder.resolve())} if parents else set()
     for parent in parents:

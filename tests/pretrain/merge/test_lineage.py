@@ -63,7 +63,7 @@ def test_a_merge_descends_from_its_inputs(tmp_path: Path) -> None:
     assert len(notes(str(tmp_path / "mix"), stage(tmp_path / "c", "three"))) == 1
 
 
-@pytest.mark.parametrize("record", [{"inputs": "damaged"}, {"inputs": [3]}, {}])
+@pytest.mark.parametrize("record", [{"inputs": "damaged"}, {"inputs": 3}, {"inputs": [3]}, {}])
 def test_a_record_that_says_nothing(tmp_path: Path, record: dict[str, object]) -> None:
     folder = write(tmp_path / "mix", {"w": floats(0, 4)})
     (folder / "merge.json").write_text(json.dumps(record))
