@@ -16,6 +16,7 @@ import struct
 import tempfile
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,16 +27,14 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline import activity
+from data_pipeline.cache_leftovers import RANGES, UNFINISHED, WARMING, folders, remove_leftovers
 from data_pipeline.storage import read_descriptor
 
 FILES = 128  # kept open for reading by each process
 LONGEST_WAIT = 120.0  # seconds for another process's download
-STALE = 3600.0  # seconds after which an unfinished file that nobody holds is removed
 USED_UP = 7 * 86400.0  # seconds by which what was used up looks older than it is
 FULL_TO = 0.9  # share of the limit that eviction leaves
 MOST_GIGABYTES = 100.0
-UNFINISHED = ".part"
-WARMING = "warming-"
 COUNTER = "used"
 _USED = struct.Struct("<q")
 
@@ -96,6 +95,14 @@ class Cache:
             with self._writing():
                 _make_private(settings.folder)
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
+                self._hold()
+
+    def _hold(self) -> None:
+        """Show other machines, where they share the folder, that this one's ranges are in use."""
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     @property
     def _warming_file(self) -> str:
@@ -164,7 +171,7 @@ class Cache:
         """Remove what killed processes and earlier boots left here."""
         if not self.off:
             with self._writing():
-                self._remove_leftovers()
+                remove_leftovers(self.settings.folder, self._folder)
 
     def forget(self) -> None:
         """Close open files."""
@@ -276,7 +283,7 @@ class Cache:
         return sum(size for _, size, _ in self._all())
 
     def _evict(self, new: int) -> int:
-        self._remove_leftovers()
+        remove_leftovers(self.settings.folder, self._folder)
         files = sorted(self._all())
         total = new + sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -290,7 +297,7 @@ class Cache:
     def _all(self) -> list[tuple[float, int, str]]:
         """(time of last use, bytes, path) of every whole range."""
         found = []
-        for folder in _folders(self._folder):
+        for folder in folders(self._folder):
             with suppress(FileNotFoundError), os.scandir(folder) as entries:
                 for entry in entries:
                     if not entry.name.endswith(UNFINISHED):
@@ -298,19 +305,6 @@ class Cache:
                             about = entry.stat()
                             found.append((about.st_mtime, about.st_size, entry.path))
         return found
-
-    def _remove_leftovers(self) -> None:
-        """Of killed processes and earlier boots."""
-        for path in _folders(self.settings.folder):
-            if os.path.basename(path).startswith("ranges-") and path != self._folder:
-                shutil.rmtree(path, ignore_errors=True)
-        old = time.time() - STALE
-        for folder in [self.settings.folder, *_folders(self._folder)]:
-            with suppress(FileNotFoundError), os.scandir(folder) as entries:
-                for entry in entries:
-                    left = entry.name.endswith(UNFINISHED) or entry.name.startswith(WARMING)
-                    if left and entry.stat().st_mtime < old:
-                        _remove_unheld(entry.path)
 
 
 class _Download(Exception):
@@ -332,7 +326,7 @@ def _make_private(folder: str) -> None:
 
 
 def _ranges(folder: str) -> str:
-    return os.path.join(folder, f"ranges-{_boot()}")
+    return os.path.join(folder, f"{RANGES}{_boot()}")
 
 
 def _held(folder: str) -> int:
@@ -358,22 +352,7 @@ def _same_file(descriptor: int, path: str) -> bool:
         return False
 
 
-def _remove_unheld(path: str) -> None:
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-        finally:
-            os.close(descriptor)
-
-
 def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _folders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]

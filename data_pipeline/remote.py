@@ -17,6 +17,7 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.cache import ByteRange, Cache, CacheSettings
+from data_pipeline.cache_leftovers import LOCATED
 from data_pipeline.manifest import Manifest
 from data_pipeline.object_store import PIECE
 from data_pipeline.offsets import Offsets
@@ -174,7 +175,7 @@ class RemoteShards:
 
     def _located_by_cache(self, cache: Cache, shard: int) -> np.ndarray:
         whole = self._whole(shard)
-        known = os.path.join(cache.settings.folder, f"offsets-{whole.name}")
+        known = os.path.join(cache.settings.folder, f"{LOCATED}{whole.name}")
         starts = _read_starts(known)
         if starts is not None:
             return starts
@@ -245,6 +246,7 @@ def _write_starts(path: str, starts: np.ndarray) -> None:
 def _read_starts(path: str) -> np.ndarray | None:
     try:
         data = storage.read_bytes(path)
+        os.utime(path)  # what is asked for is kept
     except OSError:
         return None
     content = data[:-8]

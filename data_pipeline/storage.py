@@ -21,6 +21,7 @@ from data_pipeline.object_store import ask, asking, filesystem
 
 PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
+TEMPORARY = ".tmp"
 SIDE_BY_SIDE = 16  # small remote files fetched at once
 
 
@@ -282,7 +283,9 @@ def publishing(path: str) -> Iterator[BinaryIO]:
     path = local_path(path)
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(
+        folder, f".{os.path.basename(path)}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
+    )
     try:
         with open(temporary, "xb") as file:
             yield file

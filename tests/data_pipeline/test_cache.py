@@ -309,12 +309,54 @@ def test_processes_killed_at_any_instant_leave_whole_ranges(tmp_path: Path) -> N
 
 
 def test_files_of_an_earlier_boot_are_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(Cache(settings(tmp_path)), part(0))
+    earlier = Cache(settings(tmp_path))
+    put(earlier, part(0))
+    del earlier
     monkeypatch.setattr("data_pipeline.cache._boot", lambda: "later")
     later = Cache(settings(tmp_path))
     assert whole(later, part(0)) is None
     later.sweep()
     assert not files(tmp_path)
+
+
+def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: Path) -> None:
+    code = """
+    import sys
+    from data_pipeline import cache
+    cache._boot = lambda: "elsewhere"
+    theirs = cache.Cache(cache.CacheSettings(sys.argv[1], 10**6))
+    theirs.ensure(cache.ByteRange("s3://b/0.tar", 10**6, 1, 0, 7), lambda: [b"theirs!"])
+    print("ready", flush=True)
+    sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        ours = Cache(settings(tmp_path))
+        put(ours, part(0))
+        ours.sweep()
+        assert len(files(tmp_path)) == 2
+        other.kill()
+        other.wait()
+    ours.sweep()
+    assert len(files(tmp_path)) == 1
+    assert whole(ours, part(0)) == content(part(0))
+
+
+def test_what_nobody_finishes_or_asks_for_is_removed(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path))
+    put(cache, part(0))
+    names = {"offsets-0", ".offsets-1.7.ab.tmp", "warming-2"}
+    for old in (False, True):
+        for name in names:
+            path = tmp_path / "cache" / name
+            path.write_bytes(b"")
+            if old:
+                os.utime(path, (0, 0))
+        cache.sweep()
+        assert {path.name for path in (tmp_path / "cache").iterdir()} & names == (set() if old else names)
+    assert whole(cache, part(0)) == content(part(0))
 
 
 def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
