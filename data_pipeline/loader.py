@@ -11,6 +11,7 @@ from typing import Self
 
 from data_pipeline.batches import BatchMaker
 from data_pipeline.cache import CacheSettings
+from data_pipeline.errors import UserError
 from data_pipeline.pool import Pool, ThreadPool
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.process_pool import ProcessPool
@@ -47,6 +48,8 @@ class Loader:
         cache: CacheSettings | None = None,
     ) -> None:
         check_ranks(specs, world_size)
+        if workers < 0:
+            raise UserError(f"loader.workers is {workers}; write how many processes decode, or 0 for none")
         self.specs = list(specs)
         self.rank = rank
         self.world_size = world_size

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -70,6 +70,26 @@ class StreamSpec:
             raise UserError(f"data.{self.name}.sources: no source is named")
         if self.packed and self.length is None:
             raise UserError(f"data.{self.name}: needs image and text, or the length of its packed sequences")
+        wrong = next(self._wrong(), None)
+        if wrong is not None:
+            raise UserError(f"data.{self.name}.{wrong}")
+
+    def _wrong(self) -> Iterator[str]:
+        """What no data makes possible, as a recipe's own checks would find it."""
+        if self.image is not None:
+            low, high = self.image.crop
+            if self.image.size < 1:
+                yield f"image.size is {self.image.size}; it must be at least 1 pixel"
+            if not 0 < low <= high <= 1:
+                yield f"image.crop is ({low}, {high}), no range of shares; write 0 < low <= high <= 1"
+            if self.image.max_pixels < 1:
+                yield f"image.max_pixels is {self.image.max_pixels}; it must be at least 1"
+        if self.text is not None and self.text.length < 3:
+            yield f"text.length is {self.text.length}; a start token, a caption and an end token need at least 3"
+        if self.packed and self.length is not None and self.length < 1:
+            yield f"length is {self.length}; it must be at least 1 token"
+        if self.share_by not in get_args(By):
+            yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(By))}"
 
     @property
     def batches(self) -> Batches:

@@ -219,3 +219,27 @@ def test_a_stream_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monke
         assert stream.step == 1
         found += [batch.batch_digest for batch in islice(stream, 2)]
     assert found == want
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image": ImageSpec(0)}, r"image\.size is 0; it must be at least 1 pixel"),
+        (
+            {"image": ImageSpec(SIZE, crop=(0.9, 0.2))},
+            r"image\.crop is \(0\.9, 0\.2\).* 0 < low <= high <= 1",
+        ),
+        ({"image": ImageSpec(SIZE, crop=(0.5, 1.5))}, r"image\.crop is \(0\.5, 1\.5\)"),
+        ({"image": ImageSpec(SIZE, max_pixels=0)}, r"image\.max_pixels is 0"),
+        ({"text": TextSpec("clip-bpe", 2)}, r"text\.length is 2; .* at least 3"),
+        ({"length": 0}, r"stream\.length is 0; it must be at least 1 token"),
+        ({"length": LENGTH, "share_by": "root"}, r"share_by is 'root'; write one of size, sqrt"),
+        ({"length": LENGTH, "workers": -1}, r"loader\.workers is -1; .* 0 for none"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_decoded(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    source = write_packed(tmp_path / "t", [4])
+    with pytest.raises(UserError, match=words):
+        Stream(str(source), 4, **options)
