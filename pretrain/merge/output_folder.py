@@ -81,14 +81,16 @@ def resumed_folder(
 
 
 def _other(out: Path, partial: Path, begun: dict[str, Any], head: dict[str, Any]) -> str:
-    changed = ""
-    if begun.get("jobs") == head.get("jobs"):
-        before, now = begun.get("inputs", {}), head.get("inputs", {})
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        changed = f": {', '.join(names)} changed since" if names else ""
+    before, now = begun.get("inputs", {}), head.get("inputs", {})
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if begun.get("jobs") == head.get("jobs") and changed:
+        return (
+            f"{out}: an unfinished merge lies in {partial}, and {', '.join(changed)} changed since it began; "
+            "put back what was there, or delete that folder to begin anew"
+        )
     return (
-        f"{out}: an unfinished merge of {'these inputs' if changed else 'another plan'} lies in {partial}{changed}; "
-        "finish it with the command that began it, or delete that folder to begin anew"
+        f"{out}: an unfinished merge of another plan lies in {partial}; finish it with the command that began it, or "
+        "delete that folder to begin anew"
     )
 
 

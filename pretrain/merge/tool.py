@@ -98,7 +98,7 @@ def execute(
 def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
     """What an output is made of, for its journal: the plan without its inputs, and they with their times."""
     inputs = {
-        f"{source.address} {Path(file.name).name}": file.identity
+        f"{source.address}: {Path(file.name).name}": file.identity
         for source in opened.sources
         for file in source.files
     }

@@ -112,7 +112,7 @@ def write_tensors(
     with ExitStack() as stack, Workers(sources, len(outputs), threads, block) as workers:
         for output in outputs:
             output.open(stack)
-            told(_keep_what_is_there(output, workers))
+            told(sum(len(file.header) for file in output.plan.files) + _keep_what_is_there(output, workers))
         for task, made in workers.each(
             lambda task: (task, _carry_out(task, workers)), _tasks(outputs, workers)
         ):

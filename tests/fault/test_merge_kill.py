@@ -1,0 +1,233 @@
+"""A merge killed at any moment goes on where it was, and two never write one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.merge import blocks, journal, kernels, merge, output_folder, ties, writer
+from pretrain.merge.output_folder import partial_of
+from tests.pretrain.merge.build import floats, write
+
+SPAN = 64
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    """Two models of several tensors, each of many spans where SPAN is 64."""
+    for seed, name in enumerate("ab"):
+        tensors = {f"layer.{i}.weight": floats(10 * seed + i, 40, 31) for i in range(4)}
+        write(tmp_path / name, tensors | {"norm": floats(seed, 7), "count": np.array([seed], np.int64)})
+    return str(tmp_path / "a"), str(tmp_path / "b")
+
+
+@pytest.fixture
+def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (blocks, kernels, ties, writer):
+        monkeypatch.setattr(module, "SPAN", SPAN)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+class Stopped(BaseException):
+    """Stands for the kill: nothing catches it."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, spans: int) -> list[int]:
+    """Let `spans` lines into the journal, then stop; counts them."""
+    added: list[int] = []
+    real = journal.Journal.add
+
+    def add(self: journal.Journal, *entry: Any) -> None:
+        if len(added) == spans:
+            raise Stopped
+        added.append(1)
+        real(self, *entry)
+
+    monkeypatch.setattr(journal.Journal, "add", add)
+    return added
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_goes_on_where_it_was(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None, method: str
+) -> None:
+    asked: dict[str, Any] = {"beta": 0.3} if method == "linear" else {
+        "method": "ties", "base": pair[0], "density": 0.4
+    }  # fmt: skip
+    inputs = pair if method == "linear" else pair[1:]
+    merge(inputs, tmp_path / "whole", **asked)
+    done = 0
+    while True:
+        with monkeypatch.context() as patch:
+            added = stop_after(patch, 17)
+            try:
+                told: list[int] = []
+                merge(inputs, tmp_path / "out", **asked, progress=told.append)
+            except Stopped:
+                assert not (tmp_path / "out").exists()
+                done += len(added)
+                continue
+        break
+    assert done + len(added) == 4 * -(-40 * 31 // SPAN) + 2  # nothing was done twice
+    assert sum(told) == (tmp_path / "out/model.safetensors").stat().st_size
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def header(folder: Path) -> int:
+    with open(folder / "model.safetensors", "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def stopped(pair: tuple[str, str], out: Path, monkeypatch: pytest.MonkeyPatch, spans: int = 30) -> Path:
+    with monkeypatch.context() as patch:
+        stop_after(patch, spans)
+        with pytest.raises(Stopped):
+            merge(pair, out, beta=0.3)
+    return partial_of(out)
+
+
+def test_what_the_disk_lost_is_written_again(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
+) -> None:
+    """After a power cut the journal may be ahead of the data, or end in half a line."""
+    merge(pair, tmp_path / "whole", beta=0.3)
+    left = stopped(pair, tmp_path / "out", monkeypatch)
+    with open(left / "model.safetensors", "r+b") as file:
+        file.seek(header(left) + 1000)
+        file.write(bytes(3000))
+    with open(left / journal.NAME, "ab") as file:
+        file.write(b'[2,0,"0123')
+    merge(pair, tmp_path / "out", beta=0.3)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_inputs_changed_since_are_noticed(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
+) -> None:
+    stopped(pair, tmp_path / "out", monkeypatch)
+    file = Path(pair[1]) / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(
+        UserError, match=r"unfinished merge lies in .*/b: model\.safetensors changed since"
+    ):
+        merge(pair, tmp_path / "out", beta=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_merge_of_another_plan_is_not_thrown_away(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
+) -> None:
+    left = stopped(pair, tmp_path / "out", monkeypatch)
+    before = content(left)
+    with pytest.raises(UserError, match="unfinished merge of another plan lies in"):
+        merge(pair, tmp_path / "out", beta=0.4)
+    assert content(left) == before
+    merge(pair, tmp_path / "out", beta=0.3)
+
+
+def test_done_is_said_and_another_plan_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    first = merge(pair, tmp_path / "out", beta=0.3)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert merge(pair, tmp_path / "out", beta=0.3) == json.loads(json.dumps(first))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+    with pytest.raises(UserError, match="holds another merge"):
+        merge(pair, tmp_path / "out", beta=0.4)
+
+
+SCRIPT = """\
+import sys
+from pretrain.merge import blocks, kernels, merge, writer
+for module in (blocks, kernels, writer):
+    module.SPAN = 4096
+print("ready", flush=True)
+merge(sys.argv[1:3], sys.argv[3], beta=0.3, chunk=1024)
+"""
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL after ever longer, over and over, until it ends by itself."""
+    inputs = [
+        str(write(tmp_path / name, {f"w{i}": floats(i + seed, 1000, 1000) for i in range(8)}))
+        for seed, name in ((0, "a"), (50, "b"))
+    ]
+    command = [sys.executable, "-c", SCRIPT, *inputs]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    kills, delay, lines = 0, 0.02, [0]
+    while True:
+        process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        process.stdout.close()
+        if (tmp_path / "out").exists():  # it was killed after all was done
+            break
+        found = partial_of(tmp_path / "out") / journal.NAME
+        lines.append(len(found.read_bytes().splitlines()) if found.exists() else 0)
+        kills, delay = kills + 1, delay * 1.3
+    assert kills >= 2
+    assert max(lines) > 10
+    assert lines == sorted(lines)  # no kill costs what another left
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_merges_into_one_folder(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The second is refused by name while the first writes; the first is not disturbed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=hold, args=(tmp_path / "out", theirs))
+    other.start()
+    try:
+        assert ours.recv() == "writing"
+        with pytest.raises(UserError, match=r"out: another process is writing it \(it holds .*\.lock\)"):
+            merge(pair, tmp_path / "out", beta=0.3)
+        ours.send("end")
+        other.join(20)
+    finally:
+        other.kill()
+    assert (tmp_path / "out/mine").read_text() == "whole"
+
+
+def hold(out: Path, pipe: Any) -> None:
+    with output_folder.new_folder(out, 0) as partial:
+        (partial / "mine").write_text("whole")
+        pipe.send("writing")
+        pipe.recv()
+
+
+def test_a_full_disk_and_an_unwritable_folder_are_one_error(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [content(Path(path)) for path in pair]
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match="out: cannot be written: No space left on device; make room"):
+            merge(pair, tmp_path / "out", beta=0.3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        merge(pair, tmp_path / "file/out", beta=0.3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file"]
+    assert [content(Path(path)) for path in pair] == before
