@@ -182,6 +182,8 @@ def _find(located: Located, address: str) -> tuple[Located, Folder]:
     if is_remote(located.path) and (found := WHICH.match(located.path)):
         return _remote_step(found["base"], found["which"], address)
     folder = Folder(located.path)
+    if is_universal(folder):
+        return replace(located, kind="folder"), folder
     if located.kind == "checkpoint" or is_zero_folder(folder):
         return replace(located, kind="checkpoint"), folder
     if "latest" in folder:
@@ -189,7 +191,7 @@ def _find(located: Located, address: str) -> tuple[Located, Folder]:
         if tag not in folder.folders:
             raise UserError(f"{folder.url}/latest: names {tag[:100]!r}, which is no folder beside it")
         below = folder.below(tag)
-        return Located("checkpoint", below.url), below
+        return Located("folder" if is_universal(below) else "checkpoint", below.url), below
     return located, folder
 
 

@@ -50,7 +50,7 @@ def same(remote: WeightSource, local: WeightSource) -> None:
 def sharded(folder: Path) -> Path:
     tensors = {f"layers.{i}.w": floats(i, 40, 30) for i in range(6)}
     names = list(tensors)
-    placed = {}
+    placed: dict[str, str] = {}
     for number, part in enumerate((names[:2], names[2:]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
         write(folder, {name: tensors[name] for name in part}, file)
