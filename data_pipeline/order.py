@@ -145,6 +145,14 @@ class StreamOrder:
         """Rows in one epoch of the stream: the sum of its sources' sizes (samples x repeat, at most cap)."""
         return self._epoch_samples
 
+    def steps(self, samples: int) -> int:
+        """The fewest steps of the run that have at least so many rows; at least the present segment's first."""
+        first = self.segment.first_step
+        before = self.segment.consumed_per_lane * self.lanes
+        if samples <= before:
+            return first
+        return self.batches.steps(self.batches.before(first) + samples - before)
+
     def consumed(self, step: int) -> dict[str, int]:
         """Samples that the steps before `step` took of each source, also of those that have left."""
         phase, slots = self._phase(step)

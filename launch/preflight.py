@@ -49,8 +49,9 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
 
         resolved = recipe.stages[stage.name]
         return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)
-    if stage.steps is not None:
-        return int(result.get("step", 0)) >= stage.steps
+    if stage.steps is not None and int(result.get("step", 0)) >= stage.steps:
+        return True
+    # Epochs, or samples whose batch changed on the way: then steps do not tell, but what was run to its end does.
     finished, wanted = read_record(folder / stage.name), stage_record(recipe, stage.name)
     return finished is not None and _length(finished) == _length(wanted)
 

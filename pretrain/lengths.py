@@ -20,6 +20,12 @@ class Ending(Protocol):
     last_step: int | None
 
 
+class Rows(Protocol):
+    """How many steps have so many samples; a StreamOrder knows also of the batches before an accepted change."""
+
+    def steps(self, samples: int) -> int: ...
+
+
 def main_stream(stage: TrainStage) -> str:
     """The stream that samples and epochs count: the first one with images, else the first one."""
     with_images = [name for name, stream in stage.data.items() if stream.image is not None]
@@ -38,25 +44,27 @@ def train_length(stage: TrainStage) -> Length:
     raise UserError("train: write exactly one of steps, samples, epochs")
 
 
-def length_steps(length: Length, batch: int | Batches, samples_per_epoch: int | None = None) -> int:
+def length_steps(
+    length: Length, batch: int | Mapping[int, int] | Rows, samples_per_epoch: int | None = None
+) -> int:
     """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
+    rows: Rows = Batches.of(batch) if isinstance(batch, int | Mapping) else batch
     value = Fraction(repr(length.value))  # 0.1 epochs of 30 samples are 3 samples, not 3.0000000000000004
     if length.unit == "steps":
         return math.ceil(value)
     if length.unit == "samples":
-        return Batches.of(batch).steps(math.ceil(value))
+        return rows.steps(math.ceil(value))
     if samples_per_epoch is None:
         raise UserError(
             f"{length}: how long an epoch is, is known only once the sources are open; write steps or samples"
         )
-    return Batches.of(batch).steps(math.ceil(value * samples_per_epoch))
+    return rows.steps(math.ceil(value * samples_per_epoch))
 
 
-def total_steps(stage: TrainStage, samples_per_epoch: int | None = None) -> int:
-    """Steps of the whole stage; samples and epochs are those of its main stream."""
-    return max(
-        1, length_steps(train_length(stage), stage.data[main_stream(stage)].batches, samples_per_epoch)
-    )
+def total_steps(stage: TrainStage, samples_per_epoch: int | None = None, rows: Rows | None = None) -> int:
+    """Steps of the whole stage; samples and epochs are those of its main stream, `rows` by default as in the recipe."""
+    batches = stage.data[main_stream(stage)].batches
+    return max(1, length_steps(train_length(stage), rows or batches, samples_per_epoch))
 
 
 def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batch_sizes import Batches
 from data_pipeline.batches import BatchMaker
 from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
+from data_pipeline.order import StreamOrder
 from data_pipeline.stall import StallLimits
 from data_pipeline.storage import publish
 from pretrain import checkpoint, metrics
@@ -87,9 +87,7 @@ class Session:
         accepted: list[str] = []
         if start is not None:
             makers, accepted = resume_data(makers, start.state["order"], self.recipe.run.accept_change)
-        plan = self.plan(
-            makers[objective.main].order.samples_per_epoch(), makers[objective.main].order.batches
-        )
+        plan = self.plan(makers[objective.main].order)
         for line in check_ends({name: maker.order for name, maker in makers.items()}, plan.total):
             if runtime.rank == 0:
                 print(f"dromos: {line}", flush=True)
@@ -153,20 +151,18 @@ class Session:
             write_result(self.folder, plan.total, time.monotonic() - began, last)
         return finished
 
-    def plan(self, samples_per_epoch: int, batches: Batches) -> Plan:
-        stage = self.stage
-
-        def steps(length: Length) -> int:
-            return length_steps(length, batches, samples_per_epoch)
+    def plan(self, order: StreamOrder) -> Plan:
+        """Of the main stream's order, which knows what the steps before a change of the batch had."""
+        stage, epoch, largest = self.stage, order.samples_per_epoch(), order.batches.largest
 
         def every(length: Length) -> int:
             """Intervals in samples are those of the largest batch."""
-            return max(1, length_steps(length, batches.largest, samples_per_epoch))
+            return max(1, length_steps(length, largest, epoch))
 
         return Plan(
-            total=total_steps(stage, samples_per_epoch),
-            warmup=steps(stage.schedule.warmup),
-            peak_rate=peak_rate(stage.optimizer, batches.largest),
+            total=total_steps(stage, epoch, order),
+            warmup=length_steps(stage.schedule.warmup, order, epoch),
+            peak_rate=peak_rate(stage.optimizer, largest),
             save_every=every(stage.checkpoint.every),
             evaluate_every=every(stage.eval.every) if stage.eval.every is not None else None,
             hours=stage.train.hours,

@@ -101,3 +101,17 @@ def test_an_empty_slice_is_empty() -> None:
         getattr(order().refs(3, 5, 5), field).size == 0
         for field in ("row", "source", "epoch", "shard", "index")
     )
+
+
+def test_steps_of_a_length_count_the_batches_before_a_change() -> None:
+    ramp, step = {0: 8, 4: 24, 9: 16}, 5
+    sources = [SourceCounts("a", np.array([60, 40]))]
+    state = StreamOrder(sources, 8, 8, 7).state(step)
+    resumed = StreamOrder(sources, ramp, 8, 7).resume(state, accept_change=True)
+    changed = StreamOrder(sources, ramp, 8, 7, segments=resumed.segments)
+    rows = [8] * step + [Batches.of(ramp).at(later) for later in range(step, 30)]
+    for samples in range(sum(rows[:step]), sum(rows)):
+        assert changed.steps(samples) == next(n for n in range(31) if sum(rows[:n]) >= samples)
+    assert changed.steps(1) == step  # over, wherever it was
+    first = StreamOrder(sources, ramp, 8, 7)
+    assert [first.steps(n) for n in range(300)] == [Batches.of(ramp).steps(n) for n in range(300)]

@@ -11,6 +11,8 @@ import pytest
 from data_pipeline.digest import add, hex16, row_digest
 from data_pipeline.order import stream_seed
 from data_pipeline.tar import TarWriter
+from launch.preflight import is_done, stage_job
+from pretrain.recipe_load import load_recipe
 from tests import tiny
 from tests.data_pipeline.naive_order import Change, Mixture, Source, walk
 from tests.pretrain import rank
@@ -118,6 +120,24 @@ def test_weights_change_then_a_source_goes_and_the_batch_grows(data: Path) -> No
     code, printed = rank.run(written, "data.pairs.lanes=8", "run.accept_change=true")
     assert code == 2
     assert "lanes was 4, is now 8" in printed
+
+
+def test_a_length_in_samples_counts_what_was_served_before_the_batch_grew(data: Path) -> None:
+    sources = {"pairs": str(data / "pairs")}
+    code, printed = rank.run(recipe(data, 3, sources, 8))
+    assert code == 0, printed
+    grown = recipe(data, 3, sources, 16)
+    code, printed = rank.run(grown, "run.accept_change=true", "train.samples=72")
+    assert code == 0, printed
+    assert [row["samples"]["pairs"] for row in logged(data)] == [8, 8, 8, 16, 16, 16]
+    folder, overrides = data / "run", ["train.samples=72"]
+    done = load_recipe(grown, overrides)
+    assert is_done(folder, stage_job(done, "main"), done)
+    shrunk = load_recipe(recipe(data, 3, sources, 4), overrides)
+    assert stage_job(shrunk, "main").steps == 18
+    assert is_done(folder, stage_job(shrunk, "main"), shrunk)
+    longer = load_recipe(grown, ["train.samples=73", "data.pairs.batch=4"])
+    assert not is_done(folder, stage_job(longer, "main"), longer)
 
 
 def test_a_source_that_stopped_the_run_is_taken_out_and_the_run_goes_on(data: Path) -> None:
