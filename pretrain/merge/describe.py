@@ -7,10 +7,25 @@ from typing import Any
 from pretrain.merge.plan import Plan, TensorJob, letter
 from pretrain.merge.sources import FROZEN
 
+THETA = {
+    "linear": "sum of weight x input",
+    "slerp": "sum of factor x input, the factors spherical ones of share t (pretrain.merge.slerp)",
+    "passthrough": "input, times its scale",
+    "task_arithmetic": "base + lambda x sum of weight x (input - base)",
+    "ties": "base + lambda x elected sum of weight x trimmed (input - base) (arXiv 2306.01708)",
+    "dare_linear": "base + lambda x sum of weight x dropped (input - base) (arXiv 2311.03099)",
+    "dare_ties": "base + lambda x elected sum of weight x dropped (input - base) (arXiv 2311.03099)",
+}
+ROUNDING = "each product rounded, added in this order, rounded once to the output type"
+
 
 def lines(plan: Plan) -> list[str]:
     """The plan for people: one line a tensor with its resolved weights, and the sums."""
-    rows = [f"{mark(plan, i)}  {address}" for i, address in enumerate(plan.addresses)]
+    bases = {job.base.source for job in plan.jobs if job.base is not None}
+    rows = [
+        f"{letter(i)}  {address}{'  (base)' if i in bases else ''}"
+        for i, address in enumerate(plan.addresses)
+    ]
     rows.append(f"theta = {formula(plan)}")
     rows += [f"  {job.name}  {job.dtype} {list(job.shape)}  {how(plan, job)}" for job in plan.jobs]
     if plan.frozen is not None:
@@ -31,13 +46,15 @@ def summary(plan: Plan) -> str:
 
 def formula(plan: Plan) -> str:
     """The merge in one line, before any rule."""
-    terms = " + ".join(f"{w:g} x {mark(plan, i)}" for i, w in enumerate(plan.weights))
+    if not plan.weights:
+        return f"{plan.method}, tensor by tensor as {plan.asked['file']} asks"
+    terms = " + ".join(f"{w:g} x {letter(i)}" for i, w in enumerate(plan.weights))
     return terms if plan.method == "linear" else f"{plan.method}({terms})"
 
 
 def how(plan: Plan, job: TensorJob) -> str:
     """What one tensor is made of."""
-    marks = [mark(plan, term.source) for term in job.terms]
+    marks = [letter(term.source) for term in job.terms]
     renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
     if job.copy:
         return f"copy of {marks[0]}{renamed} ({job.why})" if job.why != "mixed" else f"1 {marks[0]}{renamed}"
@@ -49,7 +66,7 @@ def how(plan: Plan, job: TensorJob) -> str:
     if job.method == "linear":
         return joined
     options = "".join(f", {name} {value:g}" for name, value in job.options if name != "t")
-    base = f", base {mark(plan, job.base.source)}" if job.base is not None else ""
+    base = f", base {letter(job.base.source)}" if job.base is not None else ""
     return f"{job.method}({joined}{base}{options})"
 
 
@@ -61,7 +78,10 @@ def mark(plan: Plan, source: int) -> str:
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan for scripts."""
     return {
-        "inputs": [{"address": a, "weight": w} for a, w in zip(plan.addresses, plan.weights, strict=False)],
+        "inputs": [
+            {"address": address, "weight": plan.weights[i] if plan.weights else None}
+            for i, address in enumerate(plan.addresses[: plan.inputs])
+        ],
         "others": list(plan.addresses[plan.inputs :]),
         "method": plan.method,
         "asked": plan.asked,

@@ -39,17 +39,15 @@ class Want:
 
 
 def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> Opened:
-    """Open every model of the file, the base first."""
-    models = file.models()
-    return Opened([open_weights(model, run_dir) for model in models], len(models))
+    """Open every model of the file, the base first, their vocabularies brought together as it asks."""
+    sources, notes = _aligned(file, [open_weights(model, run_dir) for model in file.models()])
+    return Opened(sources, len(sources), notes=tuple(notes))
 
 
-def plan_mergekit(
-    file: MergekitFile, sources: Sequence[WeightSource], max_shard_size: int, seed: int = 0
-) -> Plan:
-    """`sources`: as of `open_mergekit`. Raises one UserError with every mismatch."""
+def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed: int = 0) -> Plan:
+    """`opened`: by `open_mergekit`. Raises one UserError with every mismatch."""
+    sources = opened.sources
     index = {model: number for number, model in enumerate(file.models())}
-    sources, vocabulary = _aligned(file, sources)
     maker = _Maker(file, sources, index, seed)
     wants, taken = _wants(file, sources, index)
     decided = [found for want in wants if (found := maker.decide(want)) is not None]
@@ -65,18 +63,14 @@ def plan_mergekit(
         inputs=len(sources),
         method=file.method,
         weights=[],
-        asked={
-            "mergekit": file.path,
-            "inputs": [source.address for source in sources],
-            "method": file.method,
-        },
+        asked={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
         dtype=file.dtype,
-        notes=[*file.notes, *vocabulary, *lineage_notes(sources)],
+        notes=[*file.notes, *opened.notes, *lineage_notes(sources)],
     )
     return plan if taken is None else replace(plan, companions=with_layers(plan.companions, taken))
 
 
-def _aligned(file: MergekitFile, sources: Sequence[WeightSource]) -> tuple[Sequence[WeightSource], list[str]]:
+def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[WeightSource], list[str]]:
     """The sources with the same rows, and notes. mergekit merges rows by number where no tokenizer_source is given."""
     if file.tokenizer == "union":
         return aligned(sources, "union"), []

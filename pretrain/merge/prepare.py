@@ -17,11 +17,15 @@ from pretrain.merge.vocabulary import aligned, vocabulary_names
 
 @dataclass(frozen=True)
 class Opened:
-    """The sources of a merge: its inputs first, then whatever else it names; `named`: as it was written -> index."""
+    """The sources of a merge: its inputs first, then whatever else it names.
+
+    named: as it was written -> index. notes: what the plan should say of the sources.
+    """
 
     sources: list[WeightSource]
     inputs: int
     named: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def open_inputs(
@@ -66,7 +70,7 @@ def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Op
 
         file = parse(asked["file"], asked["mergekit"])
         opened = open_mergekit(file, run_dir)
-        return plan_mergekit(file, opened.sources, asked["max_shard_size"], asked["seed"]), opened
+        return plan_mergekit(file, opened, asked["max_shard_size"], asked["seed"]), opened
     (plan,), opened = prepare(Request.from_plain(asked), run_dir=run_dir)
     return plan, opened
 

@@ -74,20 +74,27 @@ class Request:
     notes: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
-        """What differs from the defaults, as JSON holds it."""
+        """What differs from the defaults, under the keys of a spec and as JSON and YAML hold it."""
         found = _plain(self)
         found.pop("notes", None)
         found["rules"] = [_plain(rule) for rule in self.rules]
         if set(self.densities) <= {1.0}:
             found["densities"] = []
-        return {name: value for name, value in found.items() if value != []}
+        if self.method != "slerp":
+            found["normalize"] = self.normalize
+        return {KEYS.get(name, name): value for name, value in found.items() if value != []}
 
     @classmethod
     def from_plain(cls, asked: dict[str, Any]) -> Request:
         """What `plain` said; nothing is checked again."""
+        names = {key: name for name, key in KEYS.items()}
+        given = _tuples({names.get(key, key): value for key, value in asked.items()})
         rules = tuple(Rule(**_tuples(rule)) for rule in asked.get("rules", []))
-        given = _tuples(asked) | {"rules": rules}
-        return cls(**({"densities": (1.0,) * len(asked["inputs"])} | given))
+        return cls(**({"densities": (1.0,) * len(asked["inputs"])} | given | {"rules": rules}))
+
+
+KEYS = {"scale": "lambda", "densities": "density"}
+"""fields that a spec calls otherwise"""
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def request(
             "--normalize is for linear merges and those with a base; slerp has a share, --t or --beta"
         )
     if normalize is None:
-        normalize = method in ("linear", "soup", "ties")
+        normalize = method in ("linear", "soup", "slerp", "ties")
     for name in ("only", "exclude"):
         if rest.get(name) is not None:
             compiled(rest[name], name)

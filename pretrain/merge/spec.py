@@ -218,7 +218,7 @@ def prepare_spec(
     """
     if isinstance(spec, MergekitFile):
         opened = open_mergekit(spec)
-        return plan_mergekit(spec, opened.sources, max_shard_size or SHARD_SIZE, seed or 0), opened
+        return plan_mergekit(spec, opened, max_shard_size or SHARD_SIZE, seed or 0), opened
     more = {"max_shard_size": max_shard_size, "seed": seed}
     given = {name: value for name, value in more.items() if value is not None}
     if (twice := sorted(given.keys() & spec.model_fields_set)) and given:

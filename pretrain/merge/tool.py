@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,17 +13,22 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import exists, is_remote, join, read_bytes
 from pretrain.address import locate
 from pretrain.merge import card, digests
+from pretrain.merge.describe import ROUNDING, THETA
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
+from pretrain.merge.lineage import ancestors
+from pretrain.merge.local_output import LocalOutput
 from pretrain.merge.output_folder import link_or_copy, resumed_folder
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.record import jobs_plain, sealed
+from pretrain.merge.remote_output import RemoteOutput, uploaded_folder
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN
-from pretrain.merge.writer import Output, Progress, write_tensors
+from pretrain.merge.writer import Output, Progress, write_tensors, written
 
 RECORD = "merge.json"
 
@@ -53,13 +59,13 @@ def merge(
     Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
     """
     plans, opened = prepare(request(inputs, **asked), run_dir=run_dir)
-    return execute(plans, opened, [Path(out)], chunk, threads, progress, durable=durable)[0]
+    return execute(plans, opened, [out], chunk, threads, progress, durable=durable)[0]
 
 
 def execute(
     plans: Sequence[Plan],
     opened: Opened,
-    folders: Sequence[Path],
+    folders: Sequence[Path | str],
     chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -72,26 +78,28 @@ def execute(
     What an earlier call was killed over goes on. `durable` waits for the disk before a folder appears, so that it is
     whole after a power cut too; without it the system writes in its own time, as it does for a copy, and the digests
     in the record tell. `anew` discards what was begun from other inputs or for another plan.
+    A folder may be in an object store: there nothing goes on, and a merge that was killed begins again.
     """
     prints = [source.hashes() for source in opened.sources]
     keys = [plan.key(prints) for plan in plans]
-    records = [existing(folder, key) for folder, key in zip(folders, keys, strict=True)]
+    records = [existing(str(folder), key) for folder, key in zip(folders, keys, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
     with ExitStack() as stack:
-        outputs = {}
+        outputs: dict[int, LocalOutput | RemoteOutput] = {}
         for i in todo:
-            head = _head(plans[i], opened, prints, keys[i])
-            partial, journal = stack.enter_context(
-                resumed_folder(folders[i], head, plans[i].size, durable, anew)
-            )
-            outputs[i] = Output(plans[i], partial, journal)
+            if is_remote(str(folders[i])):
+                uploads = stack.enter_context(uploaded_folder(str(folders[i])))
+                outputs[i] = RemoteOutput(plans[i], uploads)
+            else:
+                head = _head(plans[i], opened, prints, keys[i])
+                resumed = resumed_folder(Path(folders[i]), head, plans[i].size, durable, anew)
+                outputs[i] = LocalOutput(plans[i], *stack.enter_context(resumed))
         if todo:
             write_tensors(list(outputs.values()), opened.sources, chunk, threads, progress)
         for i, output in outputs.items():
             records[i] = made = sealed(_record(output, opened, prints, keys[i]))
-            _add_companions(plans[i], output.folder)
-            (output.folder / card.NAME).write_bytes(card.card(plans[i], opened.sources, made))
-            (output.folder / RECORD).write_text(json.dumps(records[i], indent=1) + "\n")
+            files = _beside(plans[i]) | {card.NAME: card.card(plans[i], opened.sources, made)}
+            _add(output, files | {RECORD: (json.dumps(made, indent=1) + "\n").encode()})
     return [record for record in records if record is not None]
 
 
@@ -105,23 +113,27 @@ def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) ->
     return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
 
 
-def existing(folder: Path, key: str) -> dict[str, Any] | None:
+def existing(folder: str, key: str) -> dict[str, Any] | None:
     """The record of a complete output of the same plan; None where there is no output yet."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    record = join(folder, RECORD)
+    if is_remote(folder):
+        there = exists(folder)
+    else:
+        there = os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
+    if not there:
         return None
-    record = folder / RECORD
-    if not record.is_file():
+    if not exists(record):
         raise UserError(
             f"{folder} exists and is not the output of a merge; choose another --out, or remove it"
         )
-    content = json.loads(record.read_text())
+    content = json.loads(read_bytes(record))
     if content.get("plan") != key:
         raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
     return content
 
 
 def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
-    plan, written = output.plan, output.written()
+    plan, made = output.plan, written(output)
     inputs = [
         {
             "address": source.address,
@@ -129,14 +141,15 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
             "step": source.located.step,
             "weight": plan.weights[i] if i < len(plan.weights) else None,
             "files": files,
-            "read": {"tensors": len(written.inputs[i]), "digest": digests.of_names(written.inputs[i])},
+            "lineage": sorted(ancestors(source)),
+            "read": {"tensors": len(made.inputs[i]), "digest": digests.of_names(made.inputs[i])},
         }
         for i, (source, files) in enumerate(zip(opened.sources, prints, strict=True))
     ]
     return {
         "plan": key,
         "method": plan.method,
-        "theta": "sum of weight x input; each product rounded, added in this order, rounded once to the output type",
+        "theta": f"{THETA[plan.method]}; {ROUNDING}",
         "inputs": inputs,
         "asked": plan.asked,
         "mixed": sum(job.why == "mixed" for job in plan.jobs),
@@ -144,8 +157,8 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
         "left_out": list(plan.left_out),
         "tied": plan.tied,
         "frozen": FROZEN if plan.frozen else None,
-        "output": {file.name: {"size": file.size, "digest": written.files[file.name]} for file in plan.files},
-        "tensors": written.tensors,
+        "output": {file.name: {"size": file.size, "digest": made.files[file.name]} for file in plan.files},
+        "tensors": made.tensors,
         "digests": {"tensor": digests.RULE, "file": digests.FILE_RULE, "read": digests.READ_RULE},
         "dromos": _version(),
         "jobs": jobs_plain(plan),
@@ -159,16 +172,29 @@ def _version() -> str:
         return "unknown"
 
 
-def _add_companions(plan: Plan, folder: Path) -> None:
-    """Config, tokenizer, frozen tensors, and the stage that says what the model is."""
-    for name, content in plan.companions.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+def _beside(plan: Plan) -> dict[str, bytes | Path]:
+    """Config, tokenizer, index, frozen tensors, and the stage that says what the model is."""
+    files = dict(plan.companions)
     if plan.index is not None:
-        (folder / INDEX).write_bytes(plan.index)
+        files[INDEX] = plan.index
     if plan.frozen is not None:
-        link_or_copy(plan.frozen, folder / FROZEN)
+        files[FROZEN] = plan.frozen
     if plan.stage_dir is not None and (stage := model_stage(plan.stage_dir)) is not None:
-        (folder / "resolved.yaml").write_bytes((stage / "resolved.yaml").read_bytes())
+        files["resolved.yaml"] = (stage / "resolved.yaml").read_bytes()
+    return files
+
+
+def _add(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) -> None:
+    """The files beside the weights; frozen tensors are not copied where the disk can give a file a second name."""
+    for name, content in files.items():
+        if isinstance(output, RemoteOutput):
+            output.uploads.add(name, content)
+        elif name == FROZEN and isinstance(content, Path):
+            link_or_copy(content, output.folder / name)
+        else:
+            (output.folder / name).write_bytes(
+                content if isinstance(content, bytes) else content.read_bytes()
+            )
 
 
 def model_stage(stage_dir: Path) -> Path | None:

@@ -35,7 +35,7 @@ def planned(case: str) -> tuple[Plan, Any]:
     assert is_mergekit(values)
     file = parse(f"{case}.yml", values)
     opened = open_mergekit(file)
-    return plan_mergekit(file, opened.sources, 10**9), opened
+    return plan_mergekit(file, opened, 10**9), opened
 
 
 def expected(method: str, base: str | None, shared: dict[str, Any], inputs: list[Any]) -> tuple[Any, ...]:
@@ -198,4 +198,4 @@ def test_a_repository_of_the_hub_is_an_address() -> None:
 def test_what_the_models_cannot_give(values: dict[str, Any], why: str) -> None:
     file = parse("x.yml", values)
     with pytest.raises(UserError, match="(?s)" + why):
-        plan_mergekit(file, open_mergekit(file).sources, 10**9)
+        plan_mergekit(file, open_mergekit(file), 10**9)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.merge.layout import parse_size
@@ -165,10 +166,23 @@ def test_sizes_that_are_refused(text: str) -> None:
         parse_size(text)
 
 
-def test_a_request_comes_back_from_its_record(tmp_path: Path) -> None:
-    for text in (FULL, "{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0.2, 0.8]}]}"):
-        first: Any = asked(text, tmp_path)
-        assert Request.from_plain(first.plain()) == first
+@pytest.mark.parametrize(
+    "text",
+    [
+        FULL,
+        "{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0.2, 0.8]}]}",
+        "{inputs: [a, b, c], weights: [1, 2, 4]}",
+        "{inputs: [a, b], weights: [1, 1], normalize: false}",
+        "{inputs: [a, b], method: slerp, t: 0.3, rules: [{match: x, t: 0.1}]}",
+        "{inputs: [a, b], method: task_arithmetic, base: c, normalize: true, vocabulary: union}",
+        "{inputs: [a, b], method: dare_ties, base: c, seed: 3, rescale: false, density: 0.5, dtype: fp64}",
+    ],
+)
+def test_a_request_comes_back_from_its_record_and_its_record_is_a_spec(text: str, tmp_path: Path) -> None:
+    first = asked(text, tmp_path)
+    plain = json.loads(json.dumps(first.plain()))
+    assert Request.from_plain(plain) == first
+    assert asked(yaml.safe_dump(plain), tmp_path) == first
 
 
 def test_seed_and_shard_size_stand_once(tmp_path: Path) -> None:
