@@ -158,12 +158,13 @@ def write(work: Work, folder: str, order: list[str], tokenizer: str | None) -> N
 
 
 def _remove_stale(folder: str, keep: str) -> None:
-    """Offsets that no index names; a reader that has them mapped keeps them. Another run may be about to name new
-    ones."""
+    """Offsets that no index names, and files that a killed run had not finished; a reader that has offsets mapped keeps
+    them. Another run may be about to name new ones."""
     for name in os.listdir(folder):
-        old = re.fullmatch(OFFSETS, name) and name != keep
-        if old and time.time() - os.stat(os.path.join(folder, name)).st_mtime > STALE:
-            os.unlink(os.path.join(folder, name))
+        old = name != keep and (re.fullmatch(OFFSETS, name) or name.endswith(storage.TEMPORARY))
+        with suppress(FileNotFoundError):
+            if old and time.time() - os.stat(os.path.join(folder, name)).st_mtime > STALE:
+                os.unlink(os.path.join(folder, name))
 
 
 def remove_empty(folder: str) -> None:

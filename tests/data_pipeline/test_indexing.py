@@ -215,6 +215,18 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(os.listdir(f"{root}/_index")) == 2
 
 
+def test_files_that_a_killed_run_had_not_finished_are_removed_a_day_later(root: str) -> None:
+    build_index(root)
+    for name in (".offsets-0123456789abcdef.bin.7.ab.tmp", ".shards.parquet.7.cd.tmp"):
+        Path(root, "_index", name).write_bytes(b"half")
+    build_index(root)
+    assert len(os.listdir(f"{root}/_index")) == 4  # another run may be at them
+    for path in Path(root, "_index").glob("*.tmp"):
+        os.utime(path, (0, 0))
+    build_index(root)
+    assert len(os.listdir(f"{root}/_index")) == 2
+
+
 AT_ANY_TIME = """
 import sys
 from data_pipeline.indexing import build_index
