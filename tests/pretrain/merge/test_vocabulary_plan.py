@@ -1,0 +1,73 @@
+"""Vocabularies in plans: refused only where embeddings are mixed, and as a spec or mergekit's tokenizer_source says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import UserError
+from pretrain.merge import merge, open_weights, plan
+from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
+from pretrain.merge.mergekit_yaml import parse
+from pretrain.merge.prepare import replan
+from pretrain.merge.tool import execute
+from tests.pretrain.merge.test_vocabulary import model, word_level
+
+A, B = ["<s>", "x", "y"], ["<s>", "y", "z", "w"]
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    return [
+        str(model(tmp_path / n, word_level(w), len(w), i)) for i, (n, w) in enumerate([("a", A), ("b", B)])
+    ]
+
+
+def mergekit(inputs: list[str], **more: Any) -> Any:
+    models = [{"model": path, "parameters": {"weight": 0.5}} for path in inputs]
+    return parse("m.yml", {"merge_method": "linear", "models": models} | more)
+
+
+def test_mixed_embeddings_of_other_vocabularies_are_refused(pair: list[str]) -> None:
+    with pytest.raises(UserError, match="the vocabularies differ"):
+        plan(pair, beta=0.5)
+    assert plan(pair, beta=0.5, only="norm", copy_rest="B").jobs
+    assert plan(pair, beta=0.5, exclude="embed|lm_head", copy_rest="A").jobs
+
+
+def test_union_by_a_spec_and_by_mergekit_s_key(pair: list[str], tmp_path: Path) -> None:
+    merge(pair, tmp_path / "ours", beta=0.5, vocabulary="union")
+    file = mergekit(pair, tokenizer_source="union")
+    opened = open_mergekit(file)
+    made = plan_mergekit(file, opened, 10**9)
+    execute([made], opened, [tmp_path / "theirs"])
+    assert replan(made.asked)[0] == made
+    rows = ["<s>", "x", "y", "z", "w"]
+    a, b = (open_weights(path).array(EMBED).astype(np.float64) for path in pair)
+    want = [
+        0.5 * (a[A.index(t)] if t in A else b[B.index(t)])
+        + 0.5 * (b[B.index(t)] if t in B else a[A.index(t)])
+        for t in rows
+    ]
+    for folder in ("ours", "theirs"):
+        got = open_weights(str(tmp_path / folder)).array(EMBED)
+        np.testing.assert_array_equal(got, np.array(want).astype(np.float32))
+
+
+def test_mergekit_without_a_tokenizer_source_goes_by_row_and_says_so(tmp_path: Path) -> None:
+    words = [["<s>", "x", "y"], ["<s>", "y", "x"]]
+    inputs = [str(model(tmp_path / str(i), word_level(w), 3, i)) for i, w in enumerate(words)]
+    made = plan_mergekit(file := mergekit(inputs), open_mergekit(file), 10**9)
+    assert any("rows are merged by their numbers" in note for note in made.notes)
+    with pytest.raises(UserError, match="tokenizer_source: base where vocabularies differ is not supported"):
+        open_mergekit(mergekit(inputs, tokenizer_source="base"))
+
+
+def test_mergekit_s_base_tokenizer_where_all_are_the_same(tmp_path: Path) -> None:
+    inputs = [str(model(tmp_path / str(i), word_level(A), 3, i)) for i in range(2)]
+    file = mergekit(inputs, tokenizer_source="base")
+    assert plan_mergekit(file, open_mergekit(file), 10**9).notes == ()
