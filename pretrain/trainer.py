@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from data_pipeline.batches import Batch
+from data_pipeline.errors import UserError
 from data_pipeline.storage import publish
 from pretrain import checkpoint
 from pretrain.agreement import Agreement, Batches
@@ -90,7 +91,7 @@ class Trainer:
     def run(self, first: int) -> bool:
         """Steps first..total-1. True when the stage reached its end, False when it saved because it was asked to.
 
-        Raises Unreadable, after a save, when a rank's data could not be had.
+        Raises Unreadable, or the UserError of a tar that changed, after a save, when a rank's data could not be had.
         """
         self.last_saved = first
         made = iter(self.loader.steps(first, self.plan.total))
@@ -141,25 +142,25 @@ class Trainer:
         """What to tell the user of a shard with too many unusable samples."""
         return url and self.bad_shards.told(url, read(self.stage_dir / "bad_samples.jsonl"))
 
-    def receive(self, made: Iterator[Batches]) -> tuple[Batches, OSError | None]:
-        """The next step's batches, or why they could not be read: the other ranks must hear of it first."""
+    def receive(self, made: Iterator[Batches]) -> tuple[Batches, Exception | None]:
+        """The next step's batches, or why they could not be made: the other ranks must hear of it first."""
         try:
             return next(made), None
-        except OSError as error:
+        except (OSError, UserError, MemoryError) as error:
             return {name: [] for name in self.objective.streams}, error
 
-    def give_up(self, done: int, failure: OSError | None) -> NoReturn:
-        """Save what has been done and stop with the name of what could not be read."""
+    def give_up(self, done: int, failure: Exception | None) -> NoReturn:
+        """Save what has been done and stop with the name of what could not be read, or is not what it was."""
         if done > self.last_saved:
             self.save(done)
         why = (
-            str(failure)
+            str(failure) or "out of memory"
             if failure is not None
             else "another rank could not read its data; its log says which"
         )
-        raise Unreadable(
-            f"step {done + 1}: {why}. The run is saved at step {done}; run it again to go on."
-        )
+        kept = f"The run is saved at step {done}" if done else "Nothing was done yet"
+        kind = UserError if isinstance(failure, UserError) else Unreadable
+        raise kind(f"step {done + 1}: {why}. {kept}; run it again to go on.")
 
     def step(self, step: int, batches: Batches, agreed: Agreement) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""

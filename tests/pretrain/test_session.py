@@ -251,3 +251,29 @@ def test_a_loss_that_is_no_number_stops_the_rank_before_the_update(tiny_runs: Pa
     assert complete_steps(stage / "checkpoints") == [1]
     assert "checkpoint is of step 1" in printed
     assert not (stage / "result.json").exists()
+
+
+def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Path) -> None:
+    """It is no verdict on its samples; once the tar is what it was, the run goes on as if nothing had been."""
+    tiny.make_data(tmp_path)
+    length = {"train": {"steps": 60}, "checkpoint": {"every": 1000}, "loader": {"workers": 0}}
+    recipe, stage = flip(tmp_path, tmp_path, **length), tmp_path / "run" / "main"
+    shard = tmp_path / "pairs" / "00000.tar"
+    whole = shard.read_bytes()
+    running = rank.start(recipe)
+    running.wait_for(lambda: len(steps(stage)) >= 3)
+    os.truncate(shard, 1024)
+    assert running.code() == 2
+    done = len(steps(stage))
+    assert 3 <= done < 60
+    printed = running.log.read_text()
+    assert f"step {done + 1}: " in printed
+    assert "00000.tar is shorter than it was" in printed
+    assert f"The run is saved at step {done}; run it again to go on" in printed
+    assert complete_steps(stage / "checkpoints") == [done]
+    shard.write_bytes(whole)
+    code, printed = rank.run(recipe)
+    assert code == 0, printed
+    assert f"main goes on after step {done}" in printed
+    assert steps(stage) == list(range(1, 61))
+    assert not (stage / "bad_samples.jsonl").read_text()
