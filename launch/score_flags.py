@@ -1,0 +1,17 @@
+"""The flags of commands that score models: `dromos sweep` and `dromos soup`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+PROTOCOL = "{} is the checkpoint folder; no shell runs; the last line printed is a number, or a JSON object of numbers."
+Metric = Annotated[
+    str | None, typer.Option("--metric", metavar="NAME", help="The figure that decides; default: the first.")
+]
+Lower = Annotated[bool, typer.Option("--lower-is-better", help="Less is better; default: more.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Stop the command after so long; default: never."),
+]

@@ -1,0 +1,104 @@
+"""`dromos sweep`: two checkpoints merged at many betas, and what each is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import merge_flags as flags
+from launch import score_flags
+from launch.commands import App
+
+
+def sweep(
+    a: Annotated[str, typer.Argument(metavar="A", help="An address, as for dromos merge.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="An address, as for dromos merge.")],
+    betas: Annotated[
+        str,
+        typer.Option("--betas", metavar="START:STOP:STEP", help="Both ends included; or a list, 0,0.5,1."),
+    ] = "0:1:0.1",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder of outputs and results.")
+    ] = None,
+    eval_cmd: Annotated[
+        str | None,
+        typer.Option("--eval-cmd", metavar="CMD", help=f"Scores an output. {score_flags.PROTOCOL}"),
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep/--no-keep", help="Keep the outputs, or have one at a time, until it is scored."),
+    ] = True,
+    metric: score_flags.Metric = None,
+    lower_is_better: score_flags.Lower = False,
+    timeout: score_flags.Timeout = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="linear or slerp.")] = "linear",
+    only: flags.Only = None,
+    exclude: flags.Exclude = None,
+    copy_rest: flags.CopyRest = None,
+    vocabulary: flags.Vocabulary = None,
+    dtype: flags.Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+) -> None:
+    """Merge two checkpoints at many betas in one pass, and score them.
+
+    theta = beta * A + (1 - beta) * B for each. Writes DIR/beta-0.30/ and so on, each as dromos merge would; A and B
+    are read once for all. With --eval-cmd every output is scored: a table here, DIR/sweep.json, sweep.csv and the
+    curve in sweep.svg, what the command prints in DIR/logs. Run again, it goes on with what is not done or scored.
+
+    \b
+    Examples:
+      dromos sweep runs/demo/sphinx/real runs/demo/sphinx/synthetic --out sweep
+      dromos sweep A B --betas 0:1:0.1 --out sweep --no-keep --eval-cmd 'python eval.py --model {}'
+      dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss --lower-is-better
+
+    Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
+    """
+    from data_pipeline.errors import UserError
+    from launch.byte_bar import counting
+    from launch.guard import guarded
+    from pretrain.merge.betas import folder_names, parse_betas
+    from pretrain.merge.score import parse_command
+    from pretrain.merge.scored_sweep import run_sweep
+    from pretrain.merge.sweep import plan_sweep
+
+    if method not in ("linear", "slerp"):
+        raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")
+    command = parse_command(eval_cmd, "--eval-cmd", timeout, guarded) if eval_cmd is not None else None
+    numbers = parse_betas(betas)
+    asked = {
+        "only": only,
+        "exclude": exclude,
+        "copy_rest": copy_rest,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
+    }
+    plans, opened = plan_sweep(a, b, numbers, method=method, **asked)
+    if dry_run:
+        typer.echo("\n".join(plans[len(plans) // 2].lines()))
+        typer.echo(f"and so for {len(numbers)} betas: {', '.join(folder_names(numbers))}")
+        return
+    if out is None:
+        raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
+    for note in plans[0].notes:
+        typer.echo(f"note: {note}", err=True)
+    with counting("sweeping", sum(plan.size for plan in plans)) as bar:
+        made = run_sweep(
+            plans, opened, numbers, out, command, keep=keep, metric=metric, lower=lower_is_better,
+            progress=bar.add, told=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+    if command is not None:
+        typer.echo("\n".join(made.lines()))
+        typer.echo(f"written: {out}/sweep.json, sweep.csv, sweep.svg")
+        return
+    for one in made.betas:
+        if one.folder is not None and one.beta in numbers:
+            typer.echo(f"beta {one.beta:g}: {out / one.folder}")
+    if not bar.moved:
+        typer.echo("done before, left as they are")
+
+
+def register(app: App) -> None:
+    """Add the command to `dromos`."""
+    app.command()(sweep)

@@ -1,0 +1,93 @@
+"""`dromos sweep` as a person meets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner, Result
+
+from launch import sweep_cli
+from launch.commands import group
+from tests.pretrain.merge.build import floats, write
+from tests.pretrain.merge.scorers import scorer
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        write(tmp_path / name, {"w": floats(seed, 4, 3), "head": floats(seed + 5, 2)})
+    return "./a", "./b"
+
+
+def dromos(*words: str) -> Result:
+    app = group("test")
+    sweep_cli.register(app)
+    app.command(name="other")(lambda: None)  # a group of one command would take no name
+    return CliRunner().invoke(app, list(words))
+
+
+def test_outputs(pair: tuple[str, str]) -> None:
+    result = dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s")
+    assert result.exit_code == 0, result.output
+    assert "beta 0.5: s/beta-0.50" in result.output
+    for beta, parent in (("0.00", "b"), ("1.00", "a")):
+        got, want = load_file(f"s/beta-{beta}/model.safetensors"), load_file(f"{parent}/model.safetensors")
+        assert all(got[n].tobytes() == want[n].tobytes() for n in want)
+    assert "done before" in dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s").output
+
+
+def test_scores_are_a_table_and_files(pair: tuple[str, str]) -> None:
+    words = ("sweep", *pair, "--betas", "0:1:0.5", "--out", "s", "--no-keep", "--lower-is-better")
+    result = dromos(*words, "--eval-cmd", scorer(Path(), "print(abs(x))"), "--timeout", "60")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[0] == ["beta", "score"]
+    assert [row[0] for row in rows[1:4]] == ["0", "0.5", "1"]
+    assert rows[1][-2:] == ["B:", "./b"]
+    assert rows[3][-2:] == ["A:", "./a"]
+    assert sum("best" in row for row in rows) == 1
+    assert {p.name for p in Path("s").iterdir()} >= {"sweep.json", "sweep.csv", "sweep.svg", "logs"}
+    assert not list(Path("s").glob("beta-*"))
+
+
+def test_a_command_that_fails_is_one_message(pair: tuple[str, str]) -> None:
+    result = dromos("sweep", *pair, "--betas", "0.5", "--out", "s", "--eval-cmd", "sh -c 'exit 4; {}'")
+    assert result.exit_code == 2
+    assert "exit code 4; see s/logs/beta-0.50.err" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_dry_run_writes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
+    result = dromos("sweep", *pair, "--dry-run", "--out", "s")
+    assert result.exit_code == 0
+    assert "11 betas: beta-0.00" in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--betas", "0:2:1", "--out", "x"), "not between 0 and 1"),
+        (("--betas", "0,1"), "--out DIR is missing"),
+        (("--out", "x", "--no-keep"), "--eval-cmd"),
+        (("--out", "x", "--eval-cmd", "python eval.py"), "write {}"),
+        (("--out", "x", "--eval-cmd", "nowhere-to-be-found {}"), "no such program"),
+        (("--out", "x", "--method", "ties"), "linear or slerp"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(
+    pair: tuple[str, str], tmp_path: Path, words: tuple[str, ...], why: str
+) -> None:
+    result = dromos("sweep", *pair, *words)
+    assert result.exit_code == 2
+    assert why in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_help_says_what_beta_means() -> None:
+    text = " ".join(dromos("sweep", "--help").output.split())
+    assert "theta = beta * A + (1 - beta) * B" in text
+    assert "Exit codes:" in text
