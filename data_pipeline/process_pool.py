@@ -127,7 +127,7 @@ class ProcessPool:
             job = self._jobs[ticket]
             self._changed.wait_for(lambda: job.done or self._failure or self._closing)
             if not job.done:
-                kind = WorkerError if isinstance(self._failure, WorkerError) else RuntimeError
+                kind = WorkerError if isinstance(self._failure, OSError) else RuntimeError
                 raise kind(str(self._failure or "the loader is closed")) from self._failure
             del self._jobs[ticket]
             parts = [part for part in job.found if isinstance(part, Batch)]
@@ -174,6 +174,10 @@ class ProcessPool:
                 self._assign()
                 self._collect()
                 self._watch()
+        except WorkerError as error:
+            self._failure = error
+        except OSError as error:
+            self._failure = WorkerError(f"no more workers of the loader can be started or heard: {error}")
         except BaseException as error:
             self._failure = error
         finally:

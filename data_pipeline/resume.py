@@ -29,7 +29,8 @@ def go_on(
         free = [("batch", state["batch"], batches.plain()), *_pairs(before[-1], now)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"the checkpoint's data position cannot be read ({error!r}); use another checkpoint"
+            f"the checkpoint's data position cannot be read ({error!r}): another version of dromos wrote it, or it is "
+            "damaged. Go on with that version or from another checkpoint, or take the weights alone into a new run"
         ) from error
     kept, changed = (
         [f"{what} was {old}, is now {new}" for what, old, new in pairs if old != new]

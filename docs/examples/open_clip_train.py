@@ -1,6 +1,7 @@
 """Train open_clip with its own `train_one_epoch` on batches from Stream; started again, it goes on where it was saved.
 
 python open_clip_train.py TARS CHECKPOINT --model ViT-B-32 --batch-size 256 --epochs 3 --workers 8 (open_clip's flags)
+One process. For several: rank, world_size and the global batch for Stream, DistributedDataParallel for the model.
 """
 
 import itertools

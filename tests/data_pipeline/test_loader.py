@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import SourceSpec, UserError, activity, pool
+from data_pipeline import SourceSpec, UserError, activity, pool, process_pool
 from data_pipeline import loader as loader_module
 from data_pipeline.batches import BatchMaker
 from data_pipeline.errors import ReadError, WorkerError
@@ -183,6 +184,22 @@ def test_workers_that_cannot_start_are_an_error(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with LocalLoader(specs, 0, 1, 2) as loader, pytest.raises(WorkerError, match="exit code 1"):
+        next(loader.steps(0, 1))
+
+
+def test_a_system_that_starts_no_worker_is_an_error_after_which_a_rank_can_save(
+    specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> WorkerProcess:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(process_pool, "WorkerProcess", full)
+    with (
+        LocalLoader(specs, 0, 1, 2) as loader,
+        pytest.raises(
+            WorkerError, match=r"no more workers of the loader can be started .*Too many open files"
+        ),
+    ):
         next(loader.steps(0, 1))
 
 
