@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,9 +45,12 @@ def _scalar(value: Any) -> Scalar:
     if isinstance(value, bool):
         return value
     try:
-        return float(value)  # YAML reads 1e-3 as text
-    except (TypeError, ValueError):
-        raise UserError(f"mergekit parameter {value!r}: a number") from None
+        number = float(value)  # YAML reads 1e-3 as text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"mergekit parameter {value!r}: a finite number")
+    return number
 
 
 def scopes(file: MergekitFile, part: Slice, source: Input | None) -> Iterable[Settings]:
