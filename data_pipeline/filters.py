@@ -92,8 +92,8 @@ def resolve(table: pa.Table, name: str) -> Any:
         alike = [other for other in names if other.lower() == name.lower()]
         if len(alike) != 1:
             near = difflib.get_close_matches(name, names, 1)
-            hint = f", did you mean {near[0]}" if near else ""
-            raise UserError(f"there is no column {name!r}{hint}? There are {', '.join(names)}")
+            hint = f", did you mean {near[0]}?" if near else "."
+            raise UserError(f"there is no column {name!r}{hint} There are {', '.join(names)}")
         name = alike[0]
     return table[name]
 

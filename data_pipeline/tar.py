@@ -23,6 +23,7 @@ META = re.compile(r"__[^/]*__($|/)")
 # name, size, checksum, kind, magic, prefix of a header (POSIX ustar, IEEE Std 1003.1).
 FIELDS = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 MODULUS = 65521  # Adler-32's
+LONGEST_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read into memory
 
 
 class Bytes(Protocol):
@@ -266,6 +267,11 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
             first = position
         elif kind in b"LKx":
             extended = True
+            if size > LONGEST_HEADER:
+                raise UserError(
+                    f"{where} is damaged: the header at byte {content - BLOCK} says that a name takes {size} bytes; "
+                    "make it again or remove it"
+                )
             if kind == b"L":
                 long_name = _text(data[content : content + size])
             elif kind == b"x":

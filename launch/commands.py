@@ -75,6 +75,13 @@ class App(typer.Typer):
         return super().command(name, **{"cls": Command, **settings})
 
 
+def printable(text: str) -> str:
+    """Lines in which nothing commands the terminal: names of files come from others."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
+    )
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn a UserError, unreadable data, a missing extra and Ctrl-C into one message and an exit code."""
@@ -83,10 +90,10 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"dromos: {error}", err=True)
+        typer.echo(f"dromos: {printable(str(error))}", err=True)
         raise typer.Exit(USER_ERROR) from None
     except ReadError as error:
-        typer.echo(f"dromos: {error}", err=True)
+        typer.echo(f"dromos: {printable(str(error))}", err=True)
         raise typer.Exit(FAILED) from None
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.commands import group
+from launch.commands import group, printable
 from pretrain.exit_codes import USER_ERROR
 
 app = group("Index, show, filter and prepare sources of tars.")
@@ -45,7 +45,7 @@ def index(
         with ProgressLine(path) as progress:
             indexed = build_index(path, jobs or len(os.sched_getaffinity(0)), progress)
         for line, odd in lines(path, indexed):
-            typer.secho(line, fg="yellow" if odd else None, err=odd)
+            typer.secho(printable(line), fg="yellow" if odd else None, err=odd)
 
 
 @app.command()

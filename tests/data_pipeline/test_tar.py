@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import UserError
-from data_pipeline.tar import BLOCK, Sample, TarWriter, member_table, split_name
+from data_pipeline.tar import BLOCK, Sample, TarWriter, member_table, split_name, walk
 
 SAMPLES = {
     "000000000": {"txt": b"a red circle", "jpg": b"\xff\xd8" + bytes(700), "json": b"{}"},
@@ -206,6 +206,27 @@ def test_pax_sizes_below_zero_do_not_loop() -> None:
     data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + file + bytes(1024)
     with pytest.raises(UserError, match="negative size"):
         member_table(data)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_names_of_gigabytes_are_refused_unread(kind: bytes) -> None:
+    info = tarfile.TarInfo("name")
+    info.type, info.size = kind, 3 << 30
+
+    class Sparse:
+        """A header, then 3 GiB that nobody may read."""
+
+        def __len__(self) -> int:
+            return 4 << 30
+
+        def __getitem__(self, part: slice, /) -> bytes:
+            assert (part.start, part.stop) == (0, BLOCK)
+            return info.tobuf(tarfile.USTAR_FORMAT)
+
+    with pytest.raises(
+        UserError, match=r"a\.tar is damaged: the header at byte 0 says that a name takes 3221225472"
+    ):
+        list(walk(Sparse(), "a.tar"))
 
 
 def test_a_member_twice_is_refused(tmp_path: Path) -> None:

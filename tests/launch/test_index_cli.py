@@ -79,6 +79,22 @@ def test_index_warns_of_duplicates(root: str) -> None:
     assert "the same samples are in 1.tar, 9.tar; keep one of them" in done.stderr
 
 
+def test_names_of_files_do_not_command_the_terminal(root: str) -> None:
+    hostile = Path(root, "9\x1b]0;title\x07\x1b[2J.tar")
+    shutil.copy(f"{root}/1.tar", hostile)
+    done = runner.invoke(app, ["index", root])
+    assert done.exit_code == 0
+    assert r"the same samples are in 1.tar, 9\x1b]0;title\x07\x1b[2J.tar" in done.stderr
+    hostile.write_bytes(b"")
+    refused = runner.invoke(app, ["index", root])
+    assert refused.exit_code == 2
+    assert r"9\x1b]0;title\x07\x1b[2J.tar is empty" in refused.stderr
+    shown = runner.invoke(app, ["show", root])
+    assert shown.exit_code == 2
+    for output in (done.output, refused.output, shown.output):
+        assert not set(output) & {"\x1b", "\x07"}
+
+
 def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
