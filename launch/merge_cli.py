@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,8 @@ import typer
 from launch import merge_flags as flags
 
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; it appears when complete.")
+    str | None,
+    typer.Option("--out", metavar="DIR", help="The folder or s3:// URL to write; it appears when complete."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 
@@ -45,6 +45,10 @@ def merge(
     out: Out = None,
     dtype: flags.Dtype = None,
     max_shard_size: flags.ShardSize = None,
+    durable: Annotated[
+        bool,
+        typer.Option("--durable", help="Wait for the disk before DIR appears: whole after a power cut too."),
+    ] = False,
     dry_run: DryRun = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: the plan as JSON; else the record of the merge.")
@@ -102,7 +106,7 @@ def merge(
     for note in made.notes:
         typer.echo(f"note: {note}", err=True)
     with counting("merging", made.size) as bar:
-        (record,) = execute([made], opened, [out], progress=bar.add)
+        (record,) = execute([made], opened, [out], progress=bar.add, durable=durable)
     if as_json:
         typer.echo(json.dumps(record, indent=1))
         return
