@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch import data_cli, diff_cli, merge_cli, recipe_cli, sweep_cli, verify_cli
+from launch import data_cli, diff_cli, merge_cli, recipe_cli, soup_cli, sweep_cli, verify_cli
 from launch.commands import group
 
 app = group(
@@ -121,7 +121,7 @@ def train(
 
 app.add_typer(recipe_cli.app, name="recipe")
 app.add_typer(data_cli.app, name="data")
-for merging in (merge_cli, sweep_cli, verify_cli, diff_cli):
+for merging in (merge_cli, sweep_cli, soup_cli, verify_cli, diff_cli):
     merging.register(app)
 
 

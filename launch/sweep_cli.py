@@ -50,8 +50,8 @@ def sweep(
     \b
     Examples:
       dromos sweep runs/demo/sphinx/real runs/demo/sphinx/synthetic --out sweep
-      dromos sweep A B --betas 0:1:0.1 --out sweep --no-keep --eval-cmd 'python eval.py --model {}'
-      dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss --lower-is-better
+      dromos sweep A B --out sweep --no-keep --eval-cmd 'python eval.py --model {}'
+      dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss
 
     Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
     """

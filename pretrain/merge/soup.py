@@ -1,0 +1,250 @@
+"""Model soups: the mean of those models whose mean scores best, found greedily (arXiv 2203.05482, recipe 1).
+
+Every model is scored by itself; from the best one downwards each is added if the score of the mean does not drop.
+Every mean is computed from the inputs and rounded once, never from a mean.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.storage import publish
+from pretrain.lock import FolderLock
+from pretrain.merge.diff import table
+from pretrain.merge.plan import Plan, letter
+from pretrain.merge.planner import Planner
+from pretrain.merge.prepare import Opened
+from pretrain.merge.request import Request
+from pretrain.merge.score import Command, Figures, metric_of, score
+from pretrain.merge.tool import RECORD, execute
+from pretrain.merge.writer import Progress
+
+RESULTS, LOGS = "soup.json", "logs"
+
+
+@dataclass
+class Trial:
+    """One mean that was scored.
+
+    of:      inputs in it, by number, ascending; a single one is that model itself.
+    plan:    key of its merge.
+    kept:    whether the soup went on from it; None while that is open.
+    """
+
+    of: tuple[int, ...]
+    plan: str
+    figures: Figures
+    kept: bool | None = None
+
+
+@dataclass
+class Soup:
+    """The search as far as it went.
+
+    inputs:  addresses.
+    chosen:  inputs in the soup, in the order in which they were added; empty while it is not known.
+    trials:  every mean scored, in order; first each input by itself.
+    """
+
+    inputs: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    metric: str | None = None
+    lower: bool = False
+    uniform: bool = False
+    chosen: tuple[int, ...] = ()
+    trials: list[Trial] = field(default_factory=list)
+
+    def trial(self, of: Sequence[int]) -> Trial | None:
+        return next((trial for trial in self.trials if trial.of == tuple(sorted(of))), None)
+
+    def worth(self, trial: Trial) -> float:
+        """Of the figure that decides, more is better; what is not finite is worst."""
+        value = trial.figures.get(self.metric or "")
+        return float("-inf") if value is None else -value if self.lower else value
+
+    def plain(self) -> dict[str, Any]:
+        """As soup.json has it."""
+        return {
+            "inputs": {letter(number): address for number, address in enumerate(self.inputs)},
+            "command": list(self.command),
+            "metric": self.metric,
+            "lower_is_better": self.lower,
+            "recipe": "uniform" if self.uniform else "greedy",
+            "chosen": [letter(number) for number in self.chosen],
+            "trials": [
+                {"of": list(t.of), "plan": t.plan, "figures": t.figures, "kept": t.kept} for t in self.trials
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """Every trial in a row, and what came out."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.figures))
+        rows = []
+        for trial in self.trials:
+            cells = [_shown(trial.figures.get(name)) for name in names]
+            mark = "" if trial.kept is None else "kept" if trial.kept else "dropped"
+            rows.append((_marks(trial.of), *cells, mark))
+        shown = table(("mean of", *names, ""), rows) if rows else []
+        shown = [f"{letter(number)}  {address}" for number, address in enumerate(self.inputs)] + shown
+        return [*shown, f"soup: the mean of {_marks(self.chosen)}"] if self.chosen else shown
+
+
+def cook(
+    request: Request,
+    opened: Opened,
+    out: Path,
+    command: Command | None = None,
+    *,
+    uniform: bool = False,
+    metric: str | None = None,
+    lower: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Soup:
+    """Find the soup of the inputs and write it to `out`; goes on where an earlier call stopped.
+
+    request: a linear merge of the inputs; its weights are not looked at.
+    uniform: the mean of all; scored if there is a command.
+    While it searches, trials and logs are in the folder `OUT.trials`; at the end soup.json and logs are in `out`.
+    Raises UserError when the command fails on one (what was scored stays), and for an `out` with something else.
+    """
+    if command is None and not uniform:
+        raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
+    kitchen = _Kitchen(request, opened, out, command, threads, progress, told)
+    lock = FolderLock(kitchen.folder, wait=0)
+    try:
+        soup = kitchen.resume(uniform, metric, lower)
+        soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)
+        if uniform and command is not None:
+            kitchen.score(soup, soup.chosen)
+        execute([kitchen.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
+        kitchen.serve(soup)
+        return soup
+    finally:
+        lock.release()
+
+
+class _Kitchen:
+    """What a search works with: plans of means, and the folder of its trials."""
+
+    def __init__(
+        self,
+        request: Request,
+        opened: Opened,
+        out: Path,
+        command: Command | None,
+        threads: int | None,
+        progress: Progress | None,
+        told: Callable[[str], None] | None,
+    ) -> None:
+        self.opened, self.out, self.command = opened, out, command
+        self.folder = out.with_name(f"{out.name}.trials")
+        self._threads, self._progress, self._told = threads, progress, told
+        self._planner = Planner(opened.sources, request, opened.named)
+        self._prints = [source.hashes() for source in opened.sources]
+
+    def plan(self, of: Sequence[int]) -> Plan:
+        """The mean of these inputs alone; the others are not read."""
+        weights = [1.0 / len(of) if i in of else 0.0 for i in range(self.opened.inputs)]
+        return self._planner.plan(weights)
+
+    def key(self, of: Sequence[int]) -> str:
+        return self.plan(of).key(self._prints)
+
+    def resume(self, uniform: bool, metric: str | None, lower: bool) -> Soup:
+        """The search as soup.json knows it."""
+        words = self.command.words if self.command is not None else ()
+        inputs = tuple(source.address for source in self.opened.sources[: self.opened.inputs])
+        soup = Soup(inputs, words, metric, lower, uniform)
+        for path in (self.folder / RESULTS, self.out / RESULTS):
+            if path.is_file():
+                self._take(soup, path, metric)
+                return soup
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(
+                f"{self.out} exists and is not the output of a soup; choose another --out, or remove it"
+            )
+        return soup
+
+    def _take(self, soup: Soup, path: Path, metric: str | None) -> None:
+        try:
+            content = json.loads(path.read_text())
+            words, known = tuple(content["command"]), content["metric"]
+            trials = [Trial(tuple(t["of"]), t["plan"], t["figures"]) for t in content["trials"]]
+        except (OSError, LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{path}: not what a soup writes; choose another --out, or delete that file"
+            ) from None
+        if trials and words != soup.command:
+            raise UserError(
+                f"{path}: scored by another command, {' '.join(words)}; choose another --out, or delete it"
+            )
+        for trial in trials:
+            if max(trial.of) >= self.opened.inputs or trial.plan != self.key(trial.of):
+                raise UserError(f"{path}: of other models or options; choose another --out, or remove it")
+        soup.trials, soup.metric = trials, metric or known
+
+    def search(self, soup: Soup) -> tuple[int, ...]:
+        """The greedy recipe."""
+        alone = [self.score(soup, (number,)) for number in range(self.opened.inputs)]
+        order = sorted(range(len(alone)), key=lambda number: (-soup.worth(alone[number]), number))
+        chosen: tuple[int, ...] = (order[0],)
+        best = alone[order[0]]
+        best.kept = True
+        for number in order[1:]:
+            trial = self.score(soup, (*chosen, number))
+            trial.kept = soup.worth(trial) >= soup.worth(best) > float("-inf")
+            if trial.kept:
+                chosen, best = (*chosen, number), trial
+        return chosen
+
+    def score(self, soup: Soup, of: Sequence[int]) -> Trial:
+        """The trial of a mean, scored now if it was not before."""
+        found = soup.trial(of)
+        if found is None:
+            assert self.command is not None
+            plan, of = self.plan(of), tuple(sorted(of))
+            name = "".join(f"-{letter(number)}" for number in of).removeprefix("-")
+            if len(name) > 100:
+                name = f"{len(of)}-models-{plan.key(self._prints)}"
+            place = self.folder / name
+            execute([plan], self.opened, [place], threads=self._threads, progress=self._progress)
+            figures = score(self.command, place, self.folder / LOGS / name)
+            soup.metric = metric_of(figures, soup.metric)
+            found = Trial(of, plan.key(self._prints), figures)
+            soup.trials.append(found)
+            publish(self.folder / RESULTS, _json(soup))
+            if (place / RECORD).is_file():
+                shutil.rmtree(place)
+            if self._told is not None:
+                listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
+                self._told(f"{_marks(of)}: {listed}")
+        metric_of(found.figures, soup.metric)
+        return found
+
+    def serve(self, soup: Soup) -> None:
+        """The results beside the soup; the trials' folder goes."""
+        logs = self.folder / LOGS
+        if logs.is_dir():
+            shutil.copytree(logs, self.out / LOGS, dirs_exist_ok=True)
+        publish(self.out / RESULTS, _json(soup))
+        shutil.rmtree(self.folder)
+
+
+def _json(soup: Soup) -> bytes:
+    return (json.dumps(soup.plain(), indent=1) + "\n").encode()
+
+
+def _marks(of: Sequence[int]) -> str:
+    return " ".join(letter(number) for number in of)
+
+
+def _shown(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.6g}"

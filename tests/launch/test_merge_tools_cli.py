@@ -1,0 +1,89 @@
+"""`dromos soup`, `verify` and `diff` as a person meets them: output, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launch.cli import app
+from tests.pretrain.merge.build import floats, write
+from tests.pretrain.merge.scorers import scorer
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("abc"):
+        layers = {f"l.{i}.mlp.w": floats(seed * 9 + i, 4, 3) for i in range(2)}
+        write(tmp_path / name, {"w": floats(seed, 4, 3), **layers})
+    return tmp_path
+
+
+def dromos(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_soup(models: Path) -> None:
+    command = scorer(models, "print(-abs(x))")
+    result = dromos("soup", "./a", "./b", "./c", "--score-cmd", command, "--out", "s")
+    assert result.exit_code == 0, result.output
+    assert "soup: the mean of " in result.output
+    assert Path("s/model.safetensors").is_file()
+    again = dromos("soup", "./a", "./b", "./c", "--score-cmd", command, "--out", "s")
+    assert again.exit_code == 0
+    assert "done before" in again.output
+
+
+def test_a_soup_without_scores_is_uniform_or_refused(models: Path) -> None:
+    refused = dromos("soup", "./a", "./b", "--out", "s")
+    assert refused.exit_code == 2
+    assert "--score-cmd CMD is missing" in refused.output
+    assert dromos("soup", "./a", "./b", "--uniform", "--out", "s").exit_code == 0
+    assert json.loads(Path("s/soup.json").read_text())["recipe"] == "uniform"
+
+
+def test_verify(models: Path) -> None:
+    assert dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "m").exit_code == 0
+    result = dromos("verify", "m", "--chunks", "5")
+    assert result.exit_code == 0, result.output
+    assert "5 chunks computed again from the inputs: the same bytes" in result.output
+    assert result.output.endswith("m: nothing is wrong\n")
+    raw = bytearray(Path("m/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("m/model.safetensors").write_bytes(raw)
+    broken = dromos("verify", "m")
+    assert broken.exit_code == 1
+    assert broken.output.startswith("WRONG  model.safetensors: ")
+    found = json.loads(dromos("verify", "m", "--json").stdout)
+    assert found["wrong"] is True
+    assert [one["state"] for one in found["inputs"]] == ["unchanged", "unchanged"]
+    for folder in ("a", "nowhere"):
+        refused = dromos("verify", folder)
+        assert refused.exit_code == 2
+        assert "merge.json" in refused.output
+
+
+def test_diff(models: Path) -> None:
+    result = dromos("diff", "./a", "./b", "--top", "1", "--csv", "d.csv", "--picture", "d.svg")
+    assert result.exit_code == 0, result.output
+    assert "l.*.mlp" in result.output
+    assert "... and 2 more" in result.output
+    assert len(Path("d.csv").read_text().splitlines()) == 4
+    ElementTree.parse("d.svg")
+    found = json.loads(dromos("diff", "./a", "./b", "--json", "--depth", "1").stdout)
+    assert set(found["modules"]) == {"w", "l.*"}
+    assert len(found["tensors"]) == 3
+    assert dromos("diff", "./a", "./nowhere").exit_code == 2
+    assert "the same: 3 tensors" in dromos("diff", "./a", "./a").output
+
+
+@pytest.mark.parametrize("command", ["merge", "sweep", "soup", "verify", "diff"])
+def test_help_has_examples_that_begin_with_the_command(command: str) -> None:
+    result = dromos(command, "--help")
+    assert result.exit_code == 0
+    assert f"  dromos {command} " in result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 100
