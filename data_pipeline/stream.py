@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -70,7 +71,7 @@ class Stream:
             name, order, specs, Batches.of(batch), lanes, image, text, length, share_by=share_by
         )
         cache = cache or CacheSettings.of()
-        self._loader = LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache)
+        self._own(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))
         self._maker = self._loader.makers[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
@@ -127,20 +128,28 @@ class Stream:
         """The same rank's loader for another specification of the stream."""
         loader = self._loader
         maker = self._maker.remade(spec)
-        loader.close()
+        self.close()
         self._maker = maker
-        self._loader = LocalLoader(
-            [spec],
-            loader.rank,
-            loader.world_size,
-            loader.workers,
-            makers={spec.name: maker},
-            limits=loader.limits,
+        self._own(
+            LocalLoader(
+                [spec],
+                loader.rank,
+                loader.world_size,
+                loader.workers,
+                makers={spec.name: maker},
+                limits=loader.limits,
+            )
         )
+
+    def _own(self, loader: LocalLoader) -> None:
+        """Take a loader, whose workers end with this stream also where nobody closes it, as in a notebook."""
+        self._loader = loader
+        self._end = weakref.finalize(self, loader.close)
+        self._end.atexit = False
 
     def close(self) -> None:
         """End the workers."""
-        self._loader.close()
+        self._end()
 
     def __enter__(self) -> Self:
         return self

@@ -243,3 +243,13 @@ def test_what_cannot_work_is_said_before_anything_is_decoded(
     source = write_packed(tmp_path / "t", [4])
     with pytest.raises(UserError, match=words):
         Stream(str(source), 4, **options)
+
+
+def test_workers_end_with_a_stream_that_nobody_closed(tmp_path: Path) -> None:
+    source = write_packed(tmp_path / "t", [4, 4])
+    stream = Stream(str(source), 8, length=LENGTH, workers=1)
+    kept = next(stream).tokens
+    (worker,) = stream._loader.worker_pids
+    del stream
+    assert not Path(f"/proc/{worker}").exists()
+    assert kept.shape == (8, LENGTH)
