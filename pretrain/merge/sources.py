@@ -215,7 +215,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
         return WeightSource(address, located, {folder.url: shards}, shards.files, shards.tied, shards.frozen)
     if is_universal(folder):
         universal = Universal(folder)
-        return WeightSource(address, located, {folder.url: universal}, universal.files)
+        return WeightSource(address, located, {folder.url: universal}, universal.files, universal.tied)
     readers: dict[str, Reader] = {}
     files: list[ByteFile] = []
     tied: dict[str, str] = {}

@@ -23,17 +23,19 @@ def is_universal(folder: Folder) -> bool:
 
 
 class Universal:
-    """Parameters in `zero/NAME/fp32.pt`. Those of ZeRO-3 are flat there; their shapes stand in the model file, where
-    there is one. Raises UserError naming the file that is not what it should be.
+    """Parameters in `zero/NAME/fp32.pt`. Those of ZeRO-3 are flat there; the model file beside `zero` has their shapes,
+    the buffers, and which names share one weight (`tied`). Raises UserError naming the file that is not what it should
+    be.
     """
 
     def __init__(self, folder: Folder) -> None:
         zero = folder.below("zero")
-        names = [name for name in zero.folders if not name.endswith((".tmp", "_tmp"))]
-        shapes = _shapes(folder)
+        model = _Model(folder)
+        self.tied = {alias: name for alias, name in model.shared.items() if name in zero.folders}
+        names = [n for n in zero.folders if not n.endswith((".tmp", "_tmp")) and n not in self.tied]
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             opened = list(pool.map(lambda name: _open(zero, name), names))
-        self.files: list[ByteFile] = [file for file, _ in opened]
+        self.files: list[ByteFile] = [*model.files, *(file for file, _ in opened)]
         self._tensors = {name: tensor for name, (_, tensor) in zip(names, opened, strict=True)}
         if not self._tensors:
             raise UserError(f"{zero.url}: no folders of parameters in it")
@@ -41,18 +43,20 @@ class Universal:
         for name, tensor in self._tensors.items():
             if not is_name(name) or tensor.dtype != "F32":
                 raise UserError(f"{zero.url}/{name}/{MASTER}: holds no fp32 master")
-            shape = shapes.get(name, tensor.shape)
+            shape = model.shapes.get(name, tensor.shape)
             if elements(shape) != tensor.numel:
                 raise UserError(
                     f"{zero.url}/{name}/{MASTER}: {tensor.numel} elements, the model file says {list(shape)}"
                 )
             self._shapes[name] = shape
+        for name, tensor in model.buffers.items():  # `zero` may have them too, all as fp32
+            self._tensors[name], self._shapes[name] = tensor, tensor.shape
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def info(self, name: str) -> Info:
-        return "F32", self._shapes[name]
+        return self._tensors[name].dtype, self._shapes[name]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._tensors[name].read(start, stop)
@@ -70,15 +74,25 @@ def _open(zero: Folder, name: str) -> tuple[ByteFile, Tensor]:
     return file, tensor
 
 
-def _shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
-    """param_shapes of a model file that was copied beside `zero`."""
-    for name in folder.matching("*_model_states.pt")[:1]:
-        content: Any = TorchFile(folder.open(name)).content
-        groups = content.get("param_shapes") if isinstance(content, dict) else None
-        found: dict[str, tuple[int, ...]] = {}
+class _Model:
+    """What the first model file beside `zero` says; all is empty where there is none."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.files: list[ByteFile] = []
+        content: Any = None
+        for name in folder.matching("*_model_states.pt")[:1]:
+            self.files.append(file := folder.open(name))
+            content = TorchFile(file).content
+        state: dict[str, Any] = content if isinstance(content, dict) else {}
+        groups, shared, module = (state.get(key) for key in ("param_shapes", "shared_params", "module"))
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for group in groups if isinstance(groups, list) else []:
             for key, shape in group.items() if isinstance(group, dict) else ():
                 if isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
-                    found[str(key)] = shape
-        return found
-    return {}
+                    self.shapes[str(key)] = shape
+        pairs = shared.items() if isinstance(shared, dict) else ()
+        self.shared = {a: n for a, n in pairs if isinstance(a, str) and isinstance(n, str)}
+        names = state.get("buffer_names")
+        kept = [n for n in names if is_name(n)] if isinstance(names, list) else []
+        held = module if isinstance(module, dict) else {}
+        self.buffers = {name: held[name] for name in kept if isinstance(held.get(name), Tensor)}

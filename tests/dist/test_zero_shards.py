@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
-from pretrain.merge import merge
+from pretrain.merge import merge, open_weights
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.zero_shards import ZeroShards
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.dist
 
 NAMES = [f"zero{stage}_{dtype}" for stage in range(4) for dtype in ("fp32", "bf16")]
 NAMES += [f"zero{stage}_fp32_all" for stage in (1, 2, 3)] + ["zero3_bf16_all"]
+ACCUMULATED = "zero1_bf16_accumulated"
 
 
 def start(out: Path, world: int, seed: int, names: list[str]) -> list[subprocess.Popen[bytes]]:
@@ -49,7 +51,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w1/NAME and w2/NAME: checkpoints of one and of two ranks, each with its reference."""
     root = tmp_path_factory.mktemp("zero")
     for world in (1, 2):
-        ranks = start(root / f"w{world}", world, seed=world, names=NAMES)
+        ranks = start(root / f"w{world}", world, seed=world, names=[*NAMES, ACCUMULATED])
         errors = [rank.communicate(timeout=280)[1] for rank in ranks]
         assert all(rank.returncode == 0 for rank in ranks), b"\n".join(errors).decode()[-3000:]
     return root
@@ -82,6 +84,44 @@ def test_every_tensor_is_deepspeed_s_bit_for_bit(written: Path, name: str, world
     frozen = {"frozen.weight", "frozen.bias"} if name.endswith("_all") else set()
     assert shards.frozen == frozen
     assert shards.info("body.weight") == ("F32", (3, 5))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_masters_behind_gradients_in_fp32(written: Path, world: int) -> None:
+    """Files bf16_zero_pp_*: the masters that they hold round to the module's weights, and are not them."""
+    folder = written / f"w{world}" / ACCUMULATED
+    assert list((folder / "step").glob("bf16_zero_pp_rank_*"))
+    expected = dict(np.load(folder / "reference.npz"))
+    got, shards = read_all(folder / "step")
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        wide = got[key]
+        if key not in ("count", "running"):
+            wide = torch.from_numpy(wide.copy()).bfloat16().float().numpy()
+        assert wide.tobytes() == value.tobytes(), key
+    assert got["up.weight"].tobytes() != expected["up.weight"].tobytes()
+    assert shards.info("up.weight") == ("F32", (5, 11))
+
+
+@pytest.mark.parametrize("name", ["zero2_fp32", "zero3_fp32", ACCUMULATED])
+def test_universal_checkpoints_are_the_shards(written: Path, tmp_path: Path, name: str) -> None:
+    shards = open_weights(str(written / "w2" / name / "step"))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += [
+        "--input_folder",
+        str(written / "w2" / name / "step"),
+        "--output_folder",
+        str(tmp_path / "out"),
+    ]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=200)
+    universal = open_weights(str(tmp_path / "out"))
+    assert universal.tied == shards.tied == {"head.weight": "embed.weight"}
+    assert set(shards.names()) <= set(universal.names())
+    for key in shards.names():
+        assert universal.info(key) == shards.info(key), key
+        assert universal.array(key).tobytes() == shards.array(key).tobytes(), key
 
 
 @pytest.mark.parametrize("name", ["zero2_fp32", "zero3_fp32"])

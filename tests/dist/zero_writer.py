@@ -1,8 +1,9 @@
 """One rank that writes small DeepSpeed checkpoints, and DeepSpeed's own reading of them, for test_zero_shards.py.
 
 Started as `python -m tests.dist.zero_writer OUT SEED NAME...` with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set.
-A NAME is zero{0,1,2,3}_{fp32,bf16}, with `_all` when frozen parameters are saved too. Writes OUT/NAME/step and, on
-rank 0, OUT/NAME/reference.npz: every parameter and buffer in fp32.
+A NAME is zero{0,1,2,3}_{fp32,bf16}, with `_all` when frozen parameters are saved too, with `_accumulated` when
+gradients add up in fp32 (DeepSpeed's BF16_Optimizer). Writes OUT/NAME/step and, on rank 0, OUT/NAME/reference.npz:
+every parameter and buffer in fp32; of `_accumulated`, which zero_to_fp32 cannot read, the rounded ones of the module.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Odd(nn.Module):
         return self.head(self.up(self.frozen(hidden))) * self.scale
 
 
-def write(deepspeed: Any, out: Path, stage: int, dtype: str, all_parameters: bool, seed: int) -> None:
+def write(deepspeed: Any, out: Path, stage: int, dtype: str, kind: str, seed: int) -> None:
     """Three steps of training, then a save as pretrain/engine.py does it."""
     torch.manual_seed(seed)
     model = Odd()
@@ -61,6 +62,8 @@ def write(deepspeed: Any, out: Path, stage: int, dtype: str, all_parameters: boo
         "steps_per_print": 1 << 31,
         "bf16": {"enabled": dtype == "bf16"},
     }
+    if kind == "accumulated":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     names = {id(p): n for n, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -70,18 +73,16 @@ def write(deepspeed: Any, out: Path, stage: int, dtype: str, all_parameters: boo
         loss = nn.functional.cross_entropy(engine(rows).float().flatten(0, 1), (rows.flatten() + 1) % 7)
         engine.backward(loss)
         engine.step()
-    engine.save_checkpoint(
-        str(out), tag="step", save_latest=False, exclude_frozen_parameters=not all_parameters
-    )
+    engine.save_checkpoint(str(out), tag="step", save_latest=False, exclude_frozen_parameters=kind != "all")
     if rank == 0:
-        np.savez(out / "reference.npz", **reference(engine, out, stage, all_parameters, names))
+        np.savez(out / "reference.npz", **reference(engine, out, stage, kind, names))
 
 
-def reference(
-    engine: Any, out: Path, stage: int, all_parameters: bool, names: dict[int, str]
-) -> dict[str, Any]:
+def reference(engine: Any, out: Path, stage: int, kind: str, names: dict[int, str]) -> dict[str, Any]:
     """Stage 1 to 3: what DeepSpeed's zero_to_fp32 makes of the files; stage 0: the live parameters and masters."""
-    if stage == 0:
+    if kind == "accumulated":
+        state = {n: t for n, t in engine.module.state_dict().items() if not n.startswith("frozen.")}
+    elif stage == 0:
         state = {n: t for n, t in engine.module.state_dict().items() if not n.startswith("frozen.")}
         wrapper = engine.optimizer
         if hasattr(wrapper, "fp32_groups"):
@@ -97,7 +98,7 @@ def reference(
             contextlib.redirect_stderr(void),
         ):
             state = get_fp32_state_dict_from_zero_checkpoint(str(out), tag="step")
-        if all_parameters and stage == 1:  # zero_to_fp32 forgets them: the module holds them
+        if kind == "all" and stage == 1:  # zero_to_fp32 forgets them: the module holds them
             state |= {n: t for n, t in engine.module.state_dict().items() if n.startswith("frozen.")}
     return {n: (t.float() if t.is_floating_point() else t).detach().numpy() for n, t in state.items()}
 
@@ -111,7 +112,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     for name in names:
         stage, dtype, *rest = name.removeprefix("zero").split("_")
-        write(deepspeed, out / name, int(stage), dtype, rest == ["all"], seed)
+        write(deepspeed, out / name, int(stage), dtype, "".join(rest), seed)
     torch.distributed.destroy_process_group()
 
 
