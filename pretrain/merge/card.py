@@ -58,16 +58,16 @@ def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any])
 
 
 def front_matter(plan: Plan, sources: Sequence[WeightSource]) -> dict[str, Any]:
-    """base_model, library, licence (where all inputs that say one say the same) and tags, as the hub has them."""
+    """base_model, library, licence (where all inputs say the same) and tags, as the hub has them."""
     found: dict[str, Any] = {}
     names = sorted({name.removeprefix(HUB) for s in sources for name in _hub_names(s)})
     if names:
         found |= {"base_model": names, "base_model_relation": "merge"}
     if (library := _library(plan)) != "safetensors":
         found["library_name"] = library
-    licences = {licence for source in sources if (licence := _licence(source))}
-    if len(licences) == 1:
-        found["license"] = licences.pop()
+    licences = {_licence(source) for source in sources}
+    if len(licences) == 1 and (licence := licences.pop()):
+        found["license"] = licence
     return found | {"tags": ["merge", "dromos"]}
 
 
