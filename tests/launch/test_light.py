@@ -10,8 +10,10 @@ import pytest
 
 from data_pipeline.formats import refinedweb
 from data_pipeline.indexing import build_index
+from pretrain.merge import merge
 from pretrain.recipe_load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
+from tests.pretrain.merge.build import floats, write
 from tests.tiny import write_pairs
 
 DEMO = str(ROOT / "configs/demo/flip.yaml")
@@ -34,9 +36,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     recipe = write_recipe(folder)
     (run / "recipe.yaml").write_text(dump(load_recipe(recipe)))
     (run / "masked" / "metrics.jsonl").write_text('{"step": 20, "loss": 1.5}\n')
-    return {name: str(folder / name) for name in ("tars", "indexed", "documents", "runs", "runs/small")} | {
-        "recipe": str(recipe)
-    }
+    for seed, name in enumerate(("model_a", "model_b")):
+        write(folder / name, {"layers.0.w": floats(seed, 8, 8), "layers.1.w": floats(seed + 2, 8, 8)})
+    merge([str(folder / "model_a"), str(folder / "model_b")], folder / "merged", beta=0.4)
+    names = ("model_a", "model_b", "merged", "drawn")
+    return {
+        name: str(folder / name) for name in (*names, "tars", "indexed", "documents", "runs", "runs/small")
+    } | {"recipe": str(recipe)}
 
 
 # A command with its inputs -> what of SOME it may import.
@@ -44,6 +50,13 @@ COMMANDS: dict[str, set[str]] = {
     "--help": set(),
     "run --help": set(),
     "merge --help": set(),
+    "sweep --help": set(),
+    "soup --help": set(),
+    "verify --help": set(),
+    "diff --help": set(),
+    "diff {model_a} {model_b} --picture {drawn}": {"numpy", "rich"},
+    "verify {merged}": {"numpy", "rich"},
+    "sweep {model_a} {model_b} --dry-run": {"numpy"},
     "--version": set(),
     "run {recipe} --ranks-per-node 1 --dry-run": {"numpy", "rich"},
     "recipe check {recipe}": set(),
