@@ -84,14 +84,19 @@ class Workers:
     """
 
     def __init__(
-        self, sources: Sequence[WeightSource], plans: int = 1, threads: int | None = None, block: int = BLOCK
+        self,
+        sources: Sequence[WeightSource],
+        plans: int = 1,
+        threads: int | None = None,
+        block: int = BLOCK,
+        ahead: int = 2,
     ) -> None:
         self.sources, self.block = sources, block
         self._threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
         self._own = threading.local()
         self._found: dict[Any, Any] = {}
-        self._plans = plans
+        self._plans, self._ahead = plans, ahead * self._threads
 
     def __enter__(self) -> Workers:
         return self
@@ -113,7 +118,7 @@ class Workers:
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(self._pool.submit(self._quietly, work, item))
-            if len(waiting) > 2 * self._threads:
+            if len(waiting) > self._ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, journal, kernels, merge, output_folder, ties, writer
+from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder, ties
 from pretrain.merge.output_folder import partial_of
 from tests.pretrain.merge.build import floats, write
 
@@ -35,7 +35,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, kernels, ties, writer):
+    for module in (blocks, kernels, local_output, ties):
         monkeypatch.setattr(module, "SPAN", SPAN)
 
 
@@ -72,7 +72,7 @@ def test_goes_on_where_it_was(
     inputs = pair if method == "linear" else pair[1:]
     merge(inputs, tmp_path / "whole", **asked)
     done = 0
-    while True:
+    for _ in range(10):
         with monkeypatch.context() as patch:
             added = stop_after(patch, 17)
             try:
@@ -153,8 +153,8 @@ def test_done_is_said_and_another_plan_is_refused(pair: tuple[str, str], tmp_pat
 
 SCRIPT = """\
 import sys
-from pretrain.merge import blocks, kernels, merge, writer
-for module in (blocks, kernels, writer):
+from pretrain.merge import blocks, kernels, local_output, merge
+for module in (blocks, kernels, local_output):
     module.SPAN = 4096
 print("ready", flush=True)
 merge(sys.argv[1:3], sys.argv[3], beta=0.3, chunk=1024)
@@ -170,7 +170,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, *inputs]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
     kills, delay, lines = 0, 0.02, [0]
-    while True:
+    while delay < 20:
         process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
