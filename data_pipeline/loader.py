@@ -56,6 +56,7 @@ class Loader:
         self.workers = workers
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
+        self._turn = 0
         self.limits = limits or StallLimits()
         self.makers = dict(makers or {spec.name: BatchMaker(spec, cache=cache) for spec in self.specs})
         self._prefetcher: Prefetcher | None = None
@@ -71,7 +72,13 @@ class Loader:
         return [Setup.of(maker) for maker in self.makers.values()]
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
-        """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches."""
+        """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches.
+
+        One iterator at a time: where another has begun, the one before it raises RuntimeError.
+        """
+        self._turn += 1
+        turn = self._turn
+        self._pool.cancel()  # what an iterator before this one has asked for
         todo = self._items(first, last)
         following = next(todo, None)
         asked: deque[tuple[Item, int]] = deque()
@@ -88,6 +95,10 @@ class Loader:
 
         try:
             for step in range(first, last):
+                if turn != self._turn:
+                    raise RuntimeError(
+                        "another iterator over this loader's steps has begun; go on with that one"
+                    )
                 began = time.perf_counter()
                 if self._prefetcher is not None:
                     self._prefetcher.at(step)
@@ -101,7 +112,8 @@ class Loader:
                 self.wait_seconds = time.perf_counter() - began
                 yield found
         finally:
-            self._pool.cancel()
+            if turn == self._turn:
+                self._pool.cancel()
 
     def _items(self, first: int, last: int) -> Iterator[tuple[Item, int]]:
         """This rank's items in order, each with the number of pieces that keeps all workers busy.

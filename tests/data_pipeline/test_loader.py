@@ -106,6 +106,23 @@ def test_a_resumed_loader_goes_on(specs: list[StreamSpec], truth: list[dict[str,
     assert loader.wait_seconds > 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_older_iterator_leaves_the_newer_one_alone(
+    specs: list[StreamSpec], truth: list[dict[str, Batch]], workers: int
+) -> None:
+    with LocalLoader(specs, 0, 1, workers) as loader:
+        older, ended = loader.steps(0, STEPS), loader.steps(0, STEPS)
+        next(older)
+        next(ended)
+        newer = loader.steps(1, STEPS)
+        next(newer)
+        del ended
+        with pytest.raises(RuntimeError, match="another iterator over this loader's steps has begun"):
+            next(older)
+        (batch,) = next(newer)["pairs"]
+    assert batch.batch_digest == truth[2]["pairs"].batch_digest
+
+
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     specs: list[StreamSpec], truth: list[dict[str, Batch]]
 ) -> None:
