@@ -22,6 +22,7 @@ from pretrain.merge.torch_zip import Stub, Tensor, TorchFile
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 EXPERTS = re.compile(r"(^|_)expert_\d+_|^expp_rank_\d+_")
+BLOCK = 1 << 18  # elements that are compared at once
 SIDE_BY_SIDE = 8  # remote files whose heads are read at once
 LAYERS = re.compile(r"^layer_\d+")
 
@@ -191,14 +192,21 @@ class ZeroShards:
         and then errs by less than that rounding.
         """
         for master in masters:
-            values = master.read(0, master.numel)
             for name, entry in self._entries.items():
-                info = entry.info
-                if info[0] in ("BF16", "F16") and info[1] == master.shape:
-                    stored = self.read(name, 0, master.numel)
-                    if np.array_equal(narrow(values, info[0]).view(np.uint16), stored.view(np.uint16)):
-                        self._add(name, master)
-                        break
+                fits = entry.info in (("BF16", master.shape), ("F16", master.shape))
+                if fits and self._rounds_to(master, name):
+                    self._add(name, master)
+                    break
+
+    def _rounds_to(self, master: Tensor, name: str) -> bool:
+        """Whether all of a master rounds to the stored tensor of its shape; compared block by block."""
+        dtype = self.info(name)[0]
+        for at in range(0, master.numel, BLOCK):
+            stop = min(at + BLOCK, master.numel)
+            stored = self.read(name, at, stop).view(np.uint16)
+            if not np.array_equal(narrow(master.read(at, stop), dtype).view(np.uint16), stored):
+                return False
+        return True
 
     def _sharded(
         self, optimizers: list[str], groups: list[dict[str, tuple[int, ...]]], state: dict[str, Any]
