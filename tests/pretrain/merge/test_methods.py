@@ -90,6 +90,36 @@ def test_linear_is_the_stated_formula(
     assert got == expected
 
 
+@given(
+    fmt=st.sampled_from(["F32", "F16", "BF16"]),
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=3),
+    beta=st.floats(0, 1),
+    near=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_an_ulp_from_exact_sums_or_a_small_part_of_the_largest_term(
+    fmt: str, bits: list[int], beta: float, near: bool
+) -> None:
+    """At most one ulp of the output, or 2**-22 of the largest term where terms cancel."""
+    if near:
+        bits = [bits[0] ^ (b & 15) for b in bits]
+    arrays = [stored(b & (2 ** (DTYPES[fmt].itemsize * 8) - 1), fmt) for b in bits]
+    values = [value_of(array, fmt) for array in arrays]
+    weights = [beta, 1 - beta, -0.25][: len(values)]
+    if not all(map(math.isfinite, values)):
+        return
+    terms = [Fraction(w) * Fraction(v) for w, v in zip(weights, values, strict=True)]
+    exact = sum(terms, Fraction(0))
+    expected = rounded(exact, fmt)
+    precision, low, high = FORMATS[fmt]
+    if not isinstance(expected, Fraction) or max(map(abs, terms)) >= Fraction(2) ** high:
+        return
+    got = Fraction(value_of(linear(arrays, [fmt] * len(arrays), weights, fmt), fmt))
+    exponent = max(low, _exponent(abs(exact))) if exact else low
+    ulp = Fraction(2) ** (exponent - precision + 1)
+    assert abs(got - exact) <= max(ulp, max(map(abs, terms)) / 2**22)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_narrowing_to_bf16_rounds_once(kind: type) -> None:
     """Around every tie of a few exponents, also those that fp64 -> fp32 -> bf16 gets wrong."""
