@@ -120,9 +120,7 @@ class Offsets:
             else:
                 data = _map(file.url)
         except FileNotFoundError:
-            raise UserError(
-                f"{file.url} is gone: the index was made anew since the source was opened; run again"
-            ) from None
+            raise offsets_gone(file.url) from None
         last = int(np.argmax(self._blocks))
         end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
         if len(data) % 4 or end > len(data):
@@ -228,8 +226,18 @@ class Offsets:
         return (bases + self._narrow[blocks // 2 + entries + 2 * (groups + 1)]) * BLOCK
 
 
-def _damaged(url: str) -> UserError:
-    root = os.path.dirname(os.path.dirname(url))
+def offsets_gone(url: str) -> UserError:
+    """The error for a table of shards without its offsets."""
     return UserError(
-        f"{url} is damaged or does not belong to the shards.parquet beside it; run: dromos data index {root}"
+        f"{url} is gone: run again if the index was made anew meanwhile; else run: dromos data index {_root(url)}"
+    )
+
+
+def _root(url: str) -> str:
+    return os.path.dirname(os.path.dirname(url))
+
+
+def _damaged(url: str) -> UserError:
+    return UserError(
+        f"{url} is damaged or does not belong to the shards.parquet beside it; run: dromos data index {_root(url)}"
     )

@@ -6,12 +6,28 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from data_pipeline.errors import ReadError, UserError
 from launch.commands import group, printable
 from pretrain.exit_codes import USER_ERROR
+
+
+@contextmanager
+def named_files() -> Iterator[None]:
+    """A file that cannot be read or written, of those that a command is about, is no fault of the program's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        name = os.fsdecode(error.filename2 or error.filename)
+        raise ReadError(f"{name} cannot be used ({error.strerror}); mend that, then run again") from error
+
 
 app = group("Index, show, filter and prepare sources of tars.")
 
@@ -42,7 +58,7 @@ def index(
     from launch.index_report import ProgressLine, lines
 
     for path in sources:
-        with ProgressLine(path) as progress:
+        with named_files(), ProgressLine(path) as progress:
             indexed = build_index(path, jobs or len(os.sched_getaffinity(0)), progress)
         for line, odd in lines(path, indexed):
             typer.secho(printable(line), fg="yellow" if odd else None, err=odd)
@@ -76,24 +92,23 @@ def show(
 
     Exit codes: 0, or 2 when something is wrong with a source.
     """
-    from data_pipeline.errors import UserError
-
     if samples is not None and samples < 0:
         raise UserError(f"--samples {samples}: a number of samples is 0 or more")
     if html is not None and len(sources) > 1:
         raise UserError(
             f"--html {html}: a page is about one source, not {len(sources)}; show them one by one"
         )
-    if html is not None:
-        from data_pipeline.show.page import write_page
+    with named_files():
+        if html is not None:
+            from data_pipeline.show.page import write_page
 
-        described = [write_page(sources[0], html, 24 if samples is None else samples, images).about]
-    else:
-        from data_pipeline.show import describe
+            described = [write_page(sources[0], html, 24 if samples is None else samples, images).about]
+        else:
+            from data_pipeline.show import describe
 
-        described = [
-            describe(path, first=5 if samples is None else samples, images=images) for path in sources
-        ]
+            described = [
+                describe(path, first=5 if samples is None else samples, images=images) for path in sources
+            ]
     if as_json:
         text = json.dumps(described, indent=2, ensure_ascii=False)
         typer.echo(text.encode("utf-8", "replace").decode())
@@ -151,7 +166,7 @@ def view(
     from data_pipeline.view_maker import Rule, make_view
     from launch.index_report import ProgressLine
 
-    with ProgressLine(source) as progress:
+    with named_files(), ProgressLine(source) as progress:
         made = make_view(
             source, name, Rule(where, ids, column), jobs or len(os.sched_getaffinity(0)), progress
         )
@@ -218,7 +233,6 @@ def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The re
     Example:
       dromos data prepare configs/demo/flip.yaml
     """
-    from data_pipeline.errors import UserError
     from pretrain.recipe_load import load_recipe
 
     loaded = load_recipe(recipe, runnable=False)

@@ -7,6 +7,7 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import INDEX_FOLDER, Manifest
+from data_pipeline.offsets import Offsets, offsets_gone
 from data_pipeline.show.survey import Survey
 from data_pipeline.sidecars import INFO, SUFFIXES
 from data_pipeline.views import folder_of
@@ -16,12 +17,27 @@ def look(found: Survey, root: str, manifest: Manifest | None) -> None:
     """Fill in "index" (in use, unusable or none), "views" and "sidecars"; a view that is no longer one is a note."""
     about = found.about
     if manifest is not None and manifest.counted_by == "manifest":
-        about["index"] = "in use"
+        about["index"] = "in use" if _has_offsets(found, manifest) else "unusable"
     else:
         indexed = storage.exists(storage.join(storage.join(root, INDEX_FOLDER), "shards.parquet"))
         about["index"] = "unusable" if indexed else "none"
     about["views"] = [_view(found, name, manifest) for name in _views(root)] if manifest else []
     about["sidecars"] = _sidecars(root)
+
+
+def _has_offsets(found: Survey, manifest: Manifest) -> bool:
+    """Is the other half of the index there? A remote one is not fetched for this."""
+    if manifest.offsets is None:
+        return False
+    try:
+        if not storage.is_remote(manifest.offsets.url):
+            Offsets(manifest)
+        elif not storage.exists(manifest.offsets.url):
+            raise offsets_gone(manifest.offsets.url)
+    except UserError as error:
+        found.problems.append(str(error))
+        return False
+    return True
 
 
 def _views(root: str) -> list[str]:
@@ -38,8 +54,8 @@ def _view(found: Survey, name: str, manifest: Manifest) -> dict[str, Any]:
 
     about: dict[str, Any] = {"name": name, "rule": None, "samples": None}
     try:
-        about["rule"] = read_table(storage.join(folder_of(manifest.root), f"{name}.parquet"))[1].get("rule")
         about["samples"] = manifest.seen_through(name).samples
+        about["rule"] = read_table(storage.join(folder_of(manifest.root), f"{name}.parquet"))[1].get("rule")
     except (UserError, ValueError) as error:
         found.notes.append(str(error))
     return about

@@ -104,7 +104,8 @@ def _tables(urls: Sequence[str], found: Survey) -> dict[str, list[Sample]]:
         try:
             tables[url] = member_table(url)
         except UserError as error:
-            problems.append(str(error))
+            if not any(problem.startswith(str(error)) for problem in problems):  # said when it was counted
+                problems.append(str(error))
             continue
         if url in stats and stats[url]["successes"] != len(tables[url]):
             problems.append(str(wrong_count(url, stats[url]["successes"], len(tables[url]), stats_url(url))))

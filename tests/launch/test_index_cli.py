@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,45 @@ def test_index_warns_of_duplicates(root: str) -> None:
     done = runner.invoke(app, ["index", root])
     assert done.exit_code == 0
     assert "the same samples are in 1.tar, 9.tar; keep one of them" in done.stderr
+
+
+def test_files_that_cannot_be_read_are_named(root: str) -> None:
+    os.unlink(f"{root}/1.parquet")
+    os.mkdir(f"{root}/1.parquet")
+    for arguments, name in (
+        (["show", root, "--html", root], ""),
+        (["view", root, "--name", "a", "--where", "width > 3"], "/1.parquet"),
+        (["view", root, "--name", "a", "--ids", root], ""),
+    ):
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 1, arguments
+        assert (
+            done.stderr
+            == f"dromos: {root}{name} cannot be used (Is a directory); mend that, then run again\n"
+        )
+
+
+def test_an_index_without_offsets_and_a_broken_view_are_told(root: str) -> None:
+    runner.invoke(app, ["index", root])
+    runner.invoke(app, ["view", root, "--name", "wide", "--where", "width > 20"])
+    assert runner.invoke(app, ["show", root]).exit_code == 0
+    (offsets,) = Path(root, "_index").glob("offsets-*")
+    offsets.unlink()
+    Path(root, "_index", "views", "wide.parquet").write_bytes(b"")
+    done = runner.invoke(app, ["show", root])
+    assert done.exit_code == 2
+    assert f"wrong: {offsets} is gone" in done.stdout
+    assert f"run: dromos data index {root}" in done.stdout
+    assert f"note: {root}/_index/views/wide.parquet is no view" in done.stdout
+    assert runner.invoke(app, ["index", root]).exit_code == 0
+    assert runner.invoke(app, ["show", root]).exit_code == 0
+
+
+def test_a_cut_tar_is_told_once(root: str) -> None:
+    os.truncate(f"{root}/1.tar", 3000)
+    done = runner.invoke(app, ["show", root])
+    assert done.exit_code == 2
+    assert done.stdout.count("1.tar is cut off") == 1
 
 
 def test_names_of_files_do_not_command_the_terminal(root: str) -> None:
