@@ -128,7 +128,7 @@ def test_narrowing_to_bf16_rounds_once(kind: type) -> None:
     ]
     shift = [Fraction(0), Fraction(1, 2**40), -Fraction(1, 2**40), Fraction(1, 2**12), -Fraction(1, 2**12)]
     edges = [3.4e38, 3.39e38, 1e-45, 0.0] + ([1e39] if kind is np.float64 else [])
-    values = np.array([float(t + t * s) for t in ties for s in shift] + edges).astype(kind)
+    values: np.ndarray = np.array([float(t + t * s) for t in ties for s in shift] + edges).astype(kind)
     values = np.concatenate([values, -values])
     values = values[np.isfinite(values)]
     got = (narrow(values, "BF16").astype(np.uint32) << 16).view(np.float32)
