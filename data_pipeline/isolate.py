@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import selectors
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_pipeline.activity import Sample
+from data_pipeline.activity import Activity, Sample
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.slices import join
 from data_pipeline.spec import Batch
@@ -53,6 +54,7 @@ class Isolation:
         """Raises WorkerError or ReadError when it cannot be made, and what its making raises."""
         self._crashes: Counter[Sample] = Counter()
         self._process: WorkerProcess | None = None
+        self._starting: Activity | None = None
         try:
             return join(
                 [self._row(replace(item, start=row, stop=row + 1)) for row in range(item.start, item.stop)]
@@ -68,7 +70,7 @@ class Isolation:
             if self.closing():
                 raise Closed
             if self._process is None:
-                self._process = WorkerProcess(self.file)
+                self._process, self._starting = WorkerProcess(self.file), starting()
             process = self._process
             process.ask(Work(0, item, condemned={item.stream: self.condemned}))
             found = self._answer(process)
@@ -96,21 +98,27 @@ class Isolation:
     def _answer(self, process: WorkerProcess) -> Any:
         """A batch or an error; in words, what takes too long; None if the process is dead."""
         watch = StallWatch(self.limits, f"worker {process.pid}", lambda sample: place(self.setups, sample))
-        number = READY
         with selectors.PollSelector() as selector:
             selector.register(process, selectors.EVENT_READ)
-            while number == READY:
+            while True:
                 while not selector.select(min(LOOK, self.limits.warn)):
                     if self.closing():
                         raise Closed
-                    told = watch.see(process.look())
+                    told = watch.see(self._starting or process.look())
                     if told:
                         return told
                 try:
                     number, found = process.answer()
                 except (EOFError, ConnectionError):
                     return None
-        return found
+                if number != READY:
+                    return found
+                self._starting = None
+
+
+def starting() -> Activity:
+    """What a process does that was started now, until it says that it is ready."""
+    return Activity("the program and the indexes of the sources, to start", time.monotonic())
 
 
 def place(setups: list[Setup], sample: Sample) -> str:

@@ -10,7 +10,6 @@ import selectors
 import signal
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from math import prod
 
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.errors import WorkerError
-from data_pipeline.isolate import LOOK, Closed, Isolation, place, stalled
+from data_pipeline.isolate import LOOK, Closed, Isolation, place, stalled, starting
 from data_pipeline.slabs import Slab, Slabs
 from data_pipeline.slices import cut, join, pixel_shape
 from data_pipeline.spec import Batch
@@ -34,8 +33,6 @@ HELD = 2
 DEATHS = 2
 # Deaths of workers that never got ready, for each worker: then something is wrong with the installation.
 STILLBORN = 3
-# What a worker reads before it says that it is ready.
-STARTING = "the program and the indexes of the sources, to start"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -68,8 +65,7 @@ class _Slice:
 class _Worker:
     process: WorkerProcess
     watch: StallWatch
-    started: float = field(default_factory=time.monotonic)
-    ready: bool = False
+    starting: Activity | None = field(default_factory=starting)
     held: dict[int, _Slice] = field(default_factory=dict)
 
 
@@ -242,7 +238,7 @@ class ProcessPool:
                 self._bury(worker)
                 continue
             if number == READY:
-                worker.ready = True
+                worker.starting = None
             else:
                 self._stillborn = 0
                 self._finish(worker.held.pop(number), found)
@@ -260,8 +256,7 @@ class ProcessPool:
     def _watch(self) -> None:
         for worker in list(self._workers):
             if worker.held:
-                starting = Activity(STARTING, worker.started)
-                told = worker.watch.see(worker.process.look() if worker.ready else starting)
+                told = worker.watch.see(worker.starting or worker.process.look())
                 if told:
                     self._bury(worker, told)
 
@@ -272,7 +267,7 @@ class ProcessPool:
         first = next(iter(worker.held.values()), None)
         if first is not None and stall is not None:
             first.stalls += 1
-        elif first is not None and worker.ready:
+        elif first is not None and worker.starting is None:
             first.deaths += 1
         else:
             self._stillborn += 1

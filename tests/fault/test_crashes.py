@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_isolation_ends_between_rows_when_the_pool_is_closed(tmp_path: Path) -> 
     with pytest.raises(Closed):
         isolation.make(Item("pairs", 0, 0, BATCH))
     assert not list(asked)
+    file.close()
+
+
+def test_a_process_alone_whose_start_stalls_is_named_and_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    setups = [Setup.of(BatchMaker(spec_with(tmp_path)))]
+    file = SetupFile(setups)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ReadError, match=r"row 3 of .* have been reading the program and the indexes"):
+        Isolation(setups, file, StallLimits(0.1, 0.3)).make(Item("pairs", 0, 3, 5))
     file.close()
 
 
