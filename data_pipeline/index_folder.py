@@ -23,6 +23,7 @@ from data_pipeline.offsets import block_bytes, check_of
 from data_pipeline.shard_record import Record, from_table, read_part, to_table
 
 STALE = 24 * 3600.0  # seconds after which nobody is taken to still write or read what no index names
+PROBE = "may-write"
 
 
 @dataclass
@@ -60,6 +61,10 @@ def check_writable(root: str, paths: Sequence[str]) -> None:
         odd = next(path for path in paths if not path.isprintable())
         raise UserError(f"{root}: {odd!r} is no name in UTF-8; rename the tar") from None
     if storage.is_remote(root):
+        probe = storage.join(storage.join(root, INDEX_FOLDER), PROBE)
+        storage.publish(probe, b"")
+        with suppress(UserError):  # who may write need not be allowed to delete
+            storage.remove([probe])
         return
     folder = storage.local_path(storage.join(root, INDEX_FOLDER))
     there = folder if os.path.lexists(folder) else storage.local_path(root) or "."

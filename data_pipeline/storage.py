@@ -268,9 +268,11 @@ def _near_miss(path: str, names: list[str], suffix: str) -> str:
 @contextmanager
 def publishing(path: str) -> Iterator[BinaryIO]:
     """A file to write that appears under `path` only when the block ends well: whole or not at all, also
-    after a power cut (written beside it, fsync, rename). An object store publishes on close by itself."""
+    after a power cut (written beside it, fsync, rename). An object store publishes on close by itself.
+
+    Raises UserError where an object store refuses."""
     if is_remote(path):
-        with asking(path):
+        with asking(path), _refused(path):
             remote = filesystem(path).open(path, "wb")
             try:
                 yield remote
@@ -301,6 +303,18 @@ def publishing(path: str) -> Iterator[BinaryIO]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _refused(url: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is not None:  # a file's that was read meanwhile
+            raise
+        raise UserError(
+            f"{url} may not be written ({error}); give the credentials in use the right to write it, or use others"
+        ) from error
 
 
 def publish(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
