@@ -54,7 +54,7 @@ def merge(
         bool, typer.Option("--json", help="With --dry-run: the plan as JSON; else the record of the merge.")
     ] = False,
 ) -> None:
-    """Merge checkpoints: interpolate two, average several, add differences to a base.
+    """Interpolate two checkpoints, average several, or add up differences.
 
     theta = beta * A + (1 - beta) * B, or the weighted mean. beta is the weight of the FIRST input (other tools
     mean the second's, their t); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from typer.testing import CliRunner, Result
 from launch import sweep_cli
 from launch.commands import group
 from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.scorers import scorer
+from tests.pretrain.merge.scorers import calls, scorer
 
 
 @pytest.fixture
@@ -91,3 +95,38 @@ def test_help_says_what_beta_means() -> None:
     text = " ".join(dromos("sweep", "--help").output.split())
     assert "theta = beta * A + (1 - beta) * B" in text
     assert "Exit codes:" in text
+
+
+def test_after_a_kill_nothing_goes_on_alone_and_the_next_run_does(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    body = (
+        "open('pid.part', 'w').write(str(os.getpid()))\n"
+        "if 'beta-0.50' in folder and not os.path.exists('go'):\n"
+        "    os.rename('pid.part', 'pid')\n"
+        "    import time; time.sleep(60)\n"
+        "print(x)\n"
+    )
+    command = scorer(Path(), body)
+    words = ("sweep", *pair, "--betas", "0:1:0.25", "--out", "s", "--no-keep", "--eval-cmd", command)
+    arguments = [sys.executable, "-P", "-m", "launch.cli", *words]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert _soon(lambda: Path("pid").exists())
+    process.kill()
+    process.wait()
+    scoring = Path("/proc") / Path("pid").read_text()
+    assert _soon(lambda: not scoring.exists() or ") Z " in (scoring / "stat").read_text())
+    Path("go").write_text("")
+    result = dromos(*words)
+    assert result.exit_code == 0, result.output
+    tried = [Path(call).name for call in calls(Path())]
+    assert tried == ["beta-0.00", "beta-0.25", "beta-0.50", "beta-0.50", "beta-0.75", "beta-1.00"]
+    assert not [path for path in Path("s").iterdir() if "beta" in path.name]
+
+
+def _soon(true: Callable[[], bool]) -> bool:
+    for _ in range(600):
+        if true():
+            return True
+        time.sleep(0.05)
+    return False
