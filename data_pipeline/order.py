@@ -30,6 +30,7 @@ from data_pipeline.source_order import SourceOrder
 from data_pipeline.walk import Walk
 
 MOST_LANES = 1024
+NEVER = 2**53  # draws of a source that no run gets to; far below where sums of them overflow
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class StreamOrder:
             ends = {
                 k: self._end(k, limit)
                 for k, limit in enumerate(self._limits)
-                if limit is not None and weights[k]
+                if limit is not None and weights[k] and limit * self.sources[k].samples < NEVER
             }
             if not ends:
                 return

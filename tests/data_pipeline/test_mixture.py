@@ -137,6 +137,15 @@ def test_a_huge_cycle_is_counted_where_it_cannot_be_walked() -> None:
     assert (cycle.consumed(lane, sum(weights)) == np.array(weights)[:, None]).all()
 
 
+@pytest.mark.parametrize("passes", [1e10, 1e18, 1e300])
+def test_an_end_that_no_run_gets_to_is_none(passes: float) -> None:
+    order = StreamOrder([source("large", 2_300_000_000, max_epochs=passes)], 65_536, 1024, 3)
+    assert (order.ends, order.last_step) == ({}, None)
+    assert order.refs(10**9, 0, 4).epoch.tolist() == [10**9 * 65_536 // 2_300_000_000] * 4
+    nearer = StreamOrder([source("large", 2_300_000_000, max_epochs=1e6)], 65_536, 1024, 3)
+    assert nearer.last_step == pytest.approx(2.3e15 / 65_536, rel=1e-9)
+
+
 def test_a_source_ends_after_its_max_epochs_and_the_others_go_on() -> None:
     sources = [source("small", 90, weight=1, max_epochs=2.5), source("large", 4000, weight=3)]
     order = StreamOrder(sources, 32, 8, 3)
