@@ -129,8 +129,8 @@ def is_name(name: Any) -> bool:
 
 
 def short(text: str) -> str:
-    """One line of at most 300 characters, for messages about what others wrote."""
-    line = " ".join(text.split())
+    """One line of at most 300 characters that can be printed, for messages about what others wrote."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text[:2000].split()))
     return line if len(line) <= 300 else line[:297] + "..."
 
 

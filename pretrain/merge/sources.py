@@ -19,7 +19,7 @@ from pretrain.merge.digests import fingerprint
 from pretrain.merge.folder import Folder
 from pretrain.merge.origins import origins
 from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
-from pretrain.merge.safetensors_io import DTYPES, Info, SafetensorsFile, elements
+from pretrain.merge.safetensors_io import DTYPES, Info, SafetensorsFile, elements, short
 from pretrain.merge.state_dict import StateDict
 from pretrain.merge.tied_weights import says_tied, tied_names
 from pretrain.merge.universal import Universal, is_universal
@@ -226,7 +226,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
             tied |= reader.tied
         absent = sorted(expected - {*reader.names(), *tied})
         if absent:
-            raise UserError(f"{file.name}: has no {absent[0]}, which its folder's index says is there")
+            raise UserError(f"{file.name}: has no {short(absent[0])}, which its folder's index says is there")
         readers[file.name] = reader
     source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
     source._tie(_ties(source))

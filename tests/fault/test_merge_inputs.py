@@ -390,6 +390,7 @@ def hidden_zips(root: Path) -> None:
     torch.jit.save(scripted, str(root / "scripted.pt"))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit, deprecated, and still on people's disks
 def test_pickles_and_archives(tmp_path: Path) -> None:
     canary = tmp_path / "it_ran"
     root = tmp_path / "in"
@@ -414,6 +415,39 @@ def test_pickles_and_archives(tmp_path: Path) -> None:
         "doubling": "more than is in it", "latin": "more than is in it", "deep_key": "key that is no text",
     }.items():  # fmt: skip
         assert why in results[str(root / f"{name}.pt")]["message"], results[str(root / f"{name}.pt")]
+
+
+def test_flipped_bytes_of_a_training_s_checkpoint(tmp_path: Path) -> None:
+    """Of its pickle, and of the directory at its end: refused in one line, or read without harm."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    whole = tmp_path / "whole.pt"
+    content = {
+        "state_dict": layer.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "n": np.arange(3),
+        "s": {"x"},
+    }
+    torch.save(content, whole)
+    raw = whole.read_bytes()
+    with zipfile.ZipFile(whole) as file:
+        entry = file.getinfo("whole/data.pkl")
+    ranges = ((entry.header_offset, entry.header_offset + entry.file_size + 200), (len(raw) - 1500, len(raw)))
+    random = np.random.default_rng(0)
+    root = tmp_path / "in"
+    root.mkdir()
+    for number in range(700):
+        spoiled = bytearray(raw)
+        for place in random.integers(*ranges[number % 2], int(random.integers(1, 4))):
+            spoiled[place] = int(random.integers(256))
+        (root / f"{number}.pt").write_bytes(spoiled)
+    results = read_all(tmp_path, [str(path) for path in sorted(root.iterdir())])
+    refused = [result for result in results.values() if result["error"] is not None]
+    assert 200 < len(refused) < 700
+    for result in refused:
+        assert is_clear(result, Path(result["address"]).name), result
 
 
 def test_the_canary_would_sing(tmp_path: Path) -> None:
