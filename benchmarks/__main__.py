@@ -8,13 +8,17 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import index, loader, merge, order
+from benchmarks import index, loader, merge, order, peers
 
 BENCHMARKS = {"index": index.run, "loader": loader.run, "merge": merge.run, "order": order.run}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
 
 
 def main() -> None:
@@ -28,8 +32,12 @@ def main() -> None:
         "--workers", type=_numbers, default=(1, 2), help="loader: worker processes (default 1,2)"
     )
     parser.add_argument(
+        "--peers", type=_words, default=tuple(peers.PEERS), help="loader: beside whom; default: all"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="loader: leave out 50,000 samples of memory")
+    parser.add_argument(
         "--parts",
-        type=lambda text: tuple(text.split(",")),
+        type=_words,
         default=merge.PARTS,
         help=f"merge: which of {','.join(merge.PARTS)}; default: all",
     )
@@ -40,6 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if wrong := set(arguments.parts) - set(merge.PARTS):
         parser.error(f"no part {min(wrong)!r}; there are {', '.join(merge.PARTS)}")
+    if strange := set(arguments.peers) - set(peers.PEERS):
+        parser.error(f"no peer {min(strange)!r}; there are {', '.join(peers.PEERS)}")
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
@@ -48,7 +58,12 @@ def main() -> None:
         f"{machine['cores']} cores, Python {machine['python']}; best of {arguments.rounds} rounds, taken in turn"
     )
     own = {
-        "loader": {"data": arguments.data, "workers": arguments.workers},
+        "loader": {
+            "data": arguments.data,
+            "workers": arguments.workers,
+            "beside": arguments.peers,
+            "memory": not arguments.no_memory,
+        },
         "merge": {"parts": arguments.parts, "folder": arguments.folder},
     }
     figures = {}

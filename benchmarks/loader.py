@@ -30,10 +30,14 @@ TIMEOUT = 900  # seconds for one reader; litdata's first round also writes its o
 
 
 def run(
-    rounds: int, data: Path | None = None, workers: Sequence[int] = (1, 2), memory: bool = True
+    rounds: int,
+    data: Path | None = None,
+    workers: Sequence[int] = (1, 2),
+    memory: bool = True,
+    beside: Sequence[str] = tuple(peers.PEERS),
 ) -> dict[str, Any]:
     """Samples a second of each reader with each number of workers, and what they have to do with ours."""
-    pythons, missing = peers.install()
+    pythons, missing = peers.install(beside)
     notes = [f"{peer}: not installed: {problem}" for peer, problem in missing.items()]
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,11 +22,11 @@ PEERS = {
 SAME = ("torch", "torchvision", "pillow", "numpy", "open_clip_torch")
 
 
-def install() -> tuple[dict[str, Path], dict[str, str]]:
+def install(wanted: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """Peer -> the Python of its environment, made where it is not there; and peer -> why it could not be made."""
     pythons, missing = {}, {}
-    for peer, packages in PEERS.items():
-        python, problem = environment(peer, *packages, *_pins())
+    for peer in wanted:
+        python, problem = environment(peer, *PEERS[peer], *_pins())
         if python is None:
             missing[peer] = problem
         else:
