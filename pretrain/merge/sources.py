@@ -19,7 +19,7 @@ from pretrain.merge.digests import fingerprint
 from pretrain.merge.folder import Folder
 from pretrain.merge.origins import origins
 from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
-from pretrain.merge.safetensors_io import DTYPES, Info, SafetensorsFile, elements, short
+from pretrain.merge.safetensors_io import Info, SafetensorsFile, elements, short
 from pretrain.merge.state_dict import StateDict
 from pretrain.merge.tied_weights import says_tied, tied_names
 from pretrain.merge.universal import Universal, is_universal
@@ -278,7 +278,3 @@ def _by_name(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
     if len(named) == len(files):
         return named
     return {"/".join(Path(file.name).parts[-2:]): file for file in files}
-
-
-def nbytes(info: Info) -> int:
-    return elements(info[1]) * DTYPES[info[0]].itemsize
