@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-PROTOCOL = "{} is the checkpoint folder; no shell runs; the last line printed is a number, or a JSON object of numbers."
+PROTOCOL = "{} is the checkpoint folder; no shell runs; what it prints last is a number, or a JSON object of numbers."
 Metric = Annotated[
     str | None, typer.Option("--metric", metavar="NAME", help="The figure that decides; default: the first.")
 ]

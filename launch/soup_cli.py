@@ -52,7 +52,7 @@ def soup(
     from launch.guard import guarded
     from pretrain.merge.prepare import prepare
     from pretrain.merge.request import request
-    from pretrain.merge.score import parse_command
+    from pretrain.merge.score import direction_note, parse_command
     from pretrain.merge.soup import cook
 
     if score_cmd is None and not uniform:
@@ -77,6 +77,8 @@ def soup(
             progress=bar.add, told=lambda line: typer.echo(line, err=True),
         )  # fmt: skip
     typer.echo("\n".join(made.lines()))
+    if advice := direction_note(made.metric, made.lower):
+        typer.echo(f"note: {advice}", err=True)
     typer.echo(f"written: {out}" if bar.moved else f"{out}: done before, left as it is")
 
 

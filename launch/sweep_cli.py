@@ -50,7 +50,7 @@ def sweep(
     \b
     Examples:
       dromos sweep runs/demo/sphinx/real runs/demo/sphinx/synthetic --out sweep
-      dromos sweep A B --out sweep --no-keep --eval-cmd 'python eval.py --model {}'
+      dromos sweep A B --out sweep --no-keep --eval-cmd 'dromos eval {}' --lower-is-better
       dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss
 
     Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
@@ -59,7 +59,7 @@ def sweep(
     from launch.byte_bar import counting
     from launch.guard import guarded
     from pretrain.merge.betas import folder_names, parse_betas
-    from pretrain.merge.score import parse_command
+    from pretrain.merge.score import direction_note, parse_command
     from pretrain.merge.scored_sweep import run_sweep
     from pretrain.merge.sweep import plan_sweep
 
@@ -90,6 +90,8 @@ def sweep(
         )  # fmt: skip
     if command is not None:
         typer.echo("\n".join(made.lines()))
+        if advice := direction_note(made.metric, made.lower):
+            typer.echo(f"note: {advice}", err=True)
         typer.echo(f"written: {out}/sweep.json, sweep.csv, sweep.svg")
         return
     for one in made.betas:

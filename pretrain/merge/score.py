@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from data_pipeline.errors import UserError
 PLACE = "{}"
 SCORE = "score"
 TAIL = 1 << 20  # bytes of the output in which its last line is looked for
+OBJECT = 2000  # lines that an object at the end may have
+FALLING = re.compile(r"(?i)(^|[._-])(nll|ppl|fid|wer|cer)([._-]|$)|loss|perplexity|error")
 Figures = dict[str, float | None]
 """name -> number; None where what was printed is not finite"""
 
@@ -66,7 +70,7 @@ def parse_command(
 
 
 def score(command: Command, folder: Path, log: Path) -> Figures:
-    """Run the command on `folder`; the figures of its last line.
+    """Run the command on `folder`; the figures of its last line, or of the JSON object that ends its output.
 
     log: without suffix; standard output goes to LOG.out, standard error to LOG.err, from the start each time.
     Raises UserError naming the log when the command fails, takes too long, or prints no figure.
@@ -84,7 +88,7 @@ def score(command: Command, folder: Path, log: Path) -> Figures:
         how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
         raise UserError(f"{command.flag}: {shown}: {how}; see {err}{_said(err)}")
     try:
-        return read_figures(_last_line(out))
+        return read_figures(_ending(out))
     except ValueError as error:
         raise UserError(f"{command.flag}: {shown}: {error}; see {out}") from None
 
@@ -116,6 +120,13 @@ def metric_of(figures: Mapping[str, float | None], wanted: str | None) -> str:
     if wanted is not None and wanted not in figures:
         raise UserError(f"--metric {wanted}: the command printed {', '.join(figures)}")
     return wanted or next(iter(figures))
+
+
+def direction_note(metric: str | None, lower: bool) -> str | None:
+    """What to say where more is taken for better, and the figure's name sounds as if less were."""
+    if lower or metric is None or not FALLING.search(metric):
+        return None
+    return f"more {metric} is taken for better; --lower-is-better says otherwise"
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float | None]]:
@@ -157,9 +168,18 @@ def _run(command: Command, words: list[str], out: Path, err: Path) -> int | None
                 process.wait()
 
 
-def _last_line(path: Path) -> str:
+def _ending(path: Path) -> str:
+    """The last line, or all lines of an object that is closed by it."""
     lines = _tail(path)
-    return lines[-1] if lines else ""
+    if not lines or not lines[-1].endswith("}"):
+        return lines[-1] if lines else ""
+    for start in range(len(lines) - 1, max(-1, len(lines) - OBJECT), -1):
+        if lines[start].startswith("{"):
+            text = "\n".join(lines[start:])
+            with suppress(ValueError, RecursionError):
+                json.loads(text)
+                return text
+    return lines[-1]
 
 
 def _said(err: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge.score import metric_of, parse_command, read_figures, score
+from pretrain.merge.score import direction_note, metric_of, parse_command, read_figures, score
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,16 @@ def test_both_streams_are_logged_and_only_the_output_counts(tmp_path: Path) -> N
     command = parse_command("sh -c 'echo 0.5; echo 9 >&2; : {}'", "--eval-cmd")
     assert score(command, tmp_path, tmp_path / "l") == {"score": 0.5}
     assert (tmp_path / "l.err").read_text() == "9\n"
+
+
+def test_an_object_may_end_the_output_over_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "o").write_text(
+        '{"a": 1}\nloading\n{\n  "x": {\n    "y": 2\n  },\n  "l": [\n    {"z": 3}\n  ]\n}\n'
+    )
+    assert score(parse_command("cat {}/o", "--eval-cmd"), tmp_path, tmp_path / "l") == {"x.y": 2.0}
+    (tmp_path / "o").write_text('{\n"x": 2\n}\n}\n')
+    with pytest.raises(UserError, match="its last line, '}'"):
+        score(parse_command("cat {}/o", "--eval-cmd"), tmp_path, tmp_path / "l")
 
 
 @pytest.mark.parametrize(
@@ -114,3 +124,17 @@ def test_the_metric_is_the_first_or_the_named_one() -> None:
     assert metric_of({"a": 1.0, "b": 2.0}, "b") == "b"
     with pytest.raises(UserError, match="the command printed a, b"):
         metric_of({"a": 1.0, "b": 2.0}, "c")
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower", "said"),
+    [
+        ("perplexity.text", False, True), ("val_loss", False, True), ("nll", False, True), ("real.nll", False, True),
+        ("perplexity.text", True, False), ("top1", False, False), ("score", False, False), (None, False, False),
+        ("fidelity", False, False),
+    ],
+)  # fmt: skip
+def test_figures_that_sound_as_if_less_were_better_are_noted(
+    metric: str | None, lower: bool, said: bool
+) -> None:
+    assert (direction_note(metric, lower) is not None) is said

@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
+from pretrain.merge.digests import fingerprint
 from pretrain.merge.recompute import chunks
 from pretrain.merge.record import is_sealed, jobs_of, jobs_plain, sealed
+from pretrain.merge.remote_file import LocalFile
 from pretrain.merge.tool import plan
 from pretrain.merge.verify import verify
 from pretrain.merge.verify_report import Report
@@ -166,6 +168,28 @@ def test_a_changed_input_is_found(out: Path, pair: list[str]) -> None:
     assert [state for _, state in report.inputs] == ["unchanged", "changed"]
     assert "B (" in wrong(report)
     assert "changed: model.safetensors" in wrong(report)
+
+
+def test_a_bit_in_a_large_input_is_found_by_reading_all_of_it(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / x, {"w": floats(i, 3 << 20)}) for i, x in enumerate("ab"))  # 12 MiB each
+    merge([str(a), str(b)], tmp_path / "m", beta=0.5)
+    path = a / "model.safetensors"
+    before, stamp = fingerprint(LocalFile(path)), path.stat()
+    at = next(at for at in range(6 << 20, 7 << 20, 4096) if _unseen(path, at, before))
+    flip(path, at)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert [state for _, state in verify(tmp_path / "m", count=0).inputs] == ["unchanged", "unchanged"]
+    report = verify(tmp_path / "m", full=True)
+    assert [state for _, state in report.inputs] == ["changed", "unchanged"]
+    assert "some bytes of what was read" in wrong(report)
+
+
+def _unseen(path: Path, at: int, before: str) -> bool:
+    """Whether a changed byte there leaves the fingerprint as it was."""
+    flip(path, at)
+    same = fingerprint(LocalFile(path)) == before
+    flip(path, at)
+    return same
 
 
 def test_an_input_that_is_gone_is_no_mistake(out: Path, pair: list[str]) -> None:
