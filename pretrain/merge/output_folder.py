@@ -28,12 +28,12 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
     Raises UserError when someone else is writing it, when `needed` bytes are not free, or when the disk refuses.
     """
-    with _writing(out) as (partial, lock):
+    with _writing(out) as partial:
         try:
             _clear(partial)
             check_space(out, needed)
             yield partial
-            _publish(partial, out, lock)
+            _publish(partial, out)
             _sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -50,7 +50,7 @@ def resumed_folder(
     what was begun for another head, unless it is to begin `anew`. `durable`: before it appears the disk has the
     weights too, and not only the small files beside them.
     """
-    with _writing(out) as (partial, lock):
+    with _writing(out) as partial:
         if not (partial / NAME).exists():
             _clear(partial)
         journal = Journal(partial, head)
@@ -63,13 +63,12 @@ def resumed_folder(
                 journal = Journal(partial, head)
             check_space(out, needed - _reserved(partial))
             yield partial, journal
-            journal.path.unlink()
             for file in partial.iterdir():
                 if durable or file.suffix != ".safetensors":
                     _sync(file)
             if durable:
                 _sync(partial)
-            _publish(partial, out, lock)
+            _publish(partial, out)
             if durable:
                 _sync(out.parent)
         except BaseException:
@@ -95,7 +94,7 @@ def _other(out: Path, partial: Path, begun: dict[str, Any], head: dict[str, Any]
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[tuple[Path, TextIO]]:
+def _writing(out: Path) -> Iterator[Path]:
     """The partial folder of `out`, locked. What the disk refuses becomes a UserError."""
     partial = partial_of(out)
     try:
@@ -103,7 +102,7 @@ def _writing(out: Path) -> Iterator[tuple[Path, TextIO]]:
         with open(partial / LOCK, "a") as lock:
             if not _locked(lock, partial):
                 raise UserError(f"{out}: another process is writing it (it holds {partial / LOCK})")
-            yield partial, lock
+            yield partial
     except ReadError:  # of an input
         raise
     except OSError as error:
@@ -126,11 +125,17 @@ def _locked(lock: TextIO, partial: Path) -> bool:
         return False
 
 
-def _publish(partial: Path, out: Path, lock: TextIO) -> None:
-    """The lock goes last and with the folder: nobody takes the folder for one that is left over."""
+def _publish(partial: Path, out: Path) -> None:
+    """Lock and journal go last and with the folder: nobody takes it for one that is left over, nor begins it anew."""
     os.rename(partial, out)
-    with suppress(FileNotFoundError):
-        (out / LOCK).unlink()
+    tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a kill at the very end may leave in a complete folder."""
+    for name in (LOCK, NAME):
+        with suppress(FileNotFoundError):
+            (out / name).unlink()
 
 
 def _sync(path: Path) -> None:

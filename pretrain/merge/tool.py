@@ -21,7 +21,7 @@ from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
 from pretrain.merge.lineage import ancestors
 from pretrain.merge.local_output import LocalOutput
-from pretrain.merge.output_folder import link_or_copy, resumed_folder
+from pretrain.merge.output_folder import link_or_copy, resumed_folder, tidy
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.record import jobs_plain, sealed
@@ -129,6 +129,8 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
     content = json.loads(read_bytes(record))
     if content.get("plan") != key:
         raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
+    if not is_remote(folder):
+        tidy(Path(folder))
     return content
 
 
