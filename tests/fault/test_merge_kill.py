@@ -124,9 +124,7 @@ def test_inputs_changed_since_are_noticed(
     raw = bytearray(file.read_bytes())
     raw[-100] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(
-        UserError, match=r"unfinished merge lies in .*/b: model\.safetensors changed since"
-    ):
+    with pytest.raises(UserError, match=r"unfinished merge lies in .*/b: model\.safetensors changed since"):
         merge(pair, tmp_path / "out", beta=0.3)
     assert not (tmp_path / "out").exists()
 
@@ -231,3 +229,25 @@ def test_a_full_disk_and_an_unwritable_folder_are_one_error(
         merge(pair, tmp_path / "file/out", beta=0.3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file"]
     assert [content(Path(path)) for path in pair] == before
+
+
+def test_a_kill_at_the_very_end_costs_nothing(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
+) -> None:
+    """Before the folder has its name, and after, when lock and journal still lie in it."""
+    merge(pair, tmp_path / "whole", beta=0.3)
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    for module, name in ((os, "rename"), (output_folder, "tidy")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            with pytest.raises(Stopped):
+                merge(pair, tmp_path / "out", beta=0.3)
+    assert (tmp_path / "out" / journal.NAME).exists()
+    with monkeypatch.context() as patch:
+        added = stop_after(patch, -1)
+        merge(pair, tmp_path / "out", beta=0.3)
+    assert added == []
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
