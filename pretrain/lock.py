@@ -14,9 +14,12 @@ WAIT_SECONDS = 30.0
 
 
 class FolderLock:
-    """Holds `folder/.lock`; waits a little for a previous writer that is still going down."""
+    """Holds `folder/.lock`; waits a little for a previous writer that is still going down.
 
-    def __init__(self, folder: Path, wait: float = WAIT_SECONDS) -> None:
+    where: what names the folder, for the message of the UserError when another process has it.
+    """
+
+    def __init__(self, folder: Path, wait: float = WAIT_SECONDS, where: str = "run.dir") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / ".lock", "a+")  # noqa: SIM115  (held until release)
         deadline = time.monotonic() + wait
@@ -30,14 +33,14 @@ class FolderLock:
                     holder = self.file.read().strip() or "an unknown process"
                     self.file.close()
                     raise UserError(
-                        f"{folder} is being written by {holder}. Wait for it, stop it, or choose another run.dir."
+                        f"{folder} is being written by {holder}. Wait for it, stop it, or choose another {where}."
                     ) from None
                 time.sleep(0.2)
             except OSError as error:
                 self.file.close()
                 raise UserError(
                     f"{folder}: its file system does not lock files ({error.strerror}), so a second writer could not "
-                    f"be kept out; choose a run.dir on one that does"
+                    f"be kept out; choose a {where} on one that does"
                 ) from None
         self.file.seek(0)
         self.file.truncate()

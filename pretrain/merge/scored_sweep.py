@@ -139,7 +139,7 @@ def run_sweep(
     """
     if not keep and command is None:
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
-    lock = FolderLock(out, wait=0)
+    lock = FolderLock(out, wait=0, where="--out")
     try:
         sweep = _resumed(plans, opened, betas, out, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]

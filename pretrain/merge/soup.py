@@ -118,7 +118,7 @@ def cook(
     if command is None and not uniform:
         raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
     kitchen = _Kitchen(request, opened, out, command, threads, progress, told)
-    lock = FolderLock(kitchen.folder, wait=0)
+    lock = FolderLock(kitchen.folder, wait=0, where="--out")
     try:
         soup = kitchen.resume(uniform, metric, lower)
         soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from pretrain.lock import FolderLock
 from pretrain.merge import merge, parse_betas
 from pretrain.merge.curve import picture
 from pretrain.merge.score import parse_command
@@ -150,6 +151,16 @@ def test_without_a_command_nothing_can_be_thrown_away(pair: tuple[str, str]) -> 
     with pytest.raises(UserError, match="--eval-cmd"):
         run_sweep(plans, opened, [0.5], Path("s"), keep=False)
     assert not Path("s").exists()
+
+
+def test_two_sweeps_into_one_folder(pair: tuple[str, str]) -> None:
+    lock = FolderLock(Path("s"))
+    try:
+        with pytest.raises(UserError, match=r"s is being written by pid .* or choose another --out"):
+            run(pair, "0.5", PEAK)
+    finally:
+        lock.release()
+    assert run(pair, "0.5", PEAK).best is not None
 
 
 def scored(values: dict[float, float | None], lower: bool = False) -> Sweep:

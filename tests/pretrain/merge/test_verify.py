@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -221,6 +222,41 @@ def test_an_input_that_is_gone_is_no_mistake(out: Path, pair: list[str]) -> None
 def test_an_edited_record_is_found(out: Path, changes: dict[str, Any]) -> None:
     edit(out, **changes)
     assert "merge.json" in wrong(verify(out))
+
+
+OTHER: list[Any] = [None, -1, 1 << 70, 0.5, "", "../x", "é" * 300, [], {}, [[]], {"x": 1}, True]
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """A copy in which one thing somewhere is another thing, or missing."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(list(value))
+        if draw.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        at = draw.randrange(len(value))
+        return [*value[:at], mutated(value[at], draw), *value[at + 1 :]]
+    return draw.choice([other for other in OTHER if other != value])
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+def test_whatever_stands_in_a_record_is_judged_and_never_crashes(out: Path, resealed: bool) -> None:
+    whole = json.loads((out / "merge.json").read_text())
+    found = 0
+    for seed in range(150):
+        record = mutated(whole, random.Random(seed))
+        record = sealed(record) if resealed and isinstance(record, dict) else record
+        (out / "merge.json").write_text(json.dumps(record))
+        try:
+            report = verify(out, count=4)
+        except UserError:
+            found += 1
+            continue
+        found += report.wrong
+        assert report.wrong or resealed, record
+        json.dumps(report.plain())
+    assert found > (20 if resealed else 149)
 
 
 def test_an_edited_weight_does_not_compute_to_the_file_even_when_sealed_again(out: Path) -> None:
