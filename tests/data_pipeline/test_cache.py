@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -317,6 +318,48 @@ def test_files_of_an_earlier_boot_are_not_served(tmp_path: Path, monkeypatch: py
     assert whole(later, part(0)) is None
     later.sweep()
     assert not files(tmp_path)
+
+
+def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -> None:
+    """He waits for the lock of a file that is gone when he gets it."""
+    begun, waiting = threading.Event(), threading.Event()
+
+    def failing() -> Iterator[bytes]:
+        begun.set()
+        assert waiting.wait(10)
+        time.sleep(0.1)
+        raise ReadError("gone")
+        yield b""
+
+    failed: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            Cache(settings(tmp_path)).ensure(part(0), failing)
+        except ReadError as error:
+            failed.append(error)
+
+    first = threading.Thread(target=other)
+    first.start()
+    assert begun.wait(10)
+    locks, flock = [], fcntl.flock
+
+    def counted(descriptor: int, kind: int) -> None:
+        locks.append(kind)
+        if len(locks) == 2:  # the unfinished file's, after that of the folder
+            waiting.set()
+            flock(descriptor, fcntl.LOCK_EX)  # as who comes in the moment before it is removed
+        else:
+            flock(descriptor, kind)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(fcntl, "flock", counted)
+        cache = Cache(settings(tmp_path))
+        assert put(cache, part(0))
+    first.join()
+    assert failed
+    assert whole(cache, part(0)) == content(part(0))
 
 
 def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: Path) -> None:

@@ -159,6 +159,30 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
         storage.read_range(url, 0, 300, 500)
 
 
+@pytest.mark.parametrize(
+    ("answered", "kind", "said"),
+    [
+        ({"ContentRange": "bytes 12-19/100"}, ReadError, "asked for bytes from 10, got them from 12"),
+        ({"ContentLength": 100}, UserError, "does not answer ranges"),
+    ],
+)
+def test_other_bytes_than_those_asked_for_are_not_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch, answered: dict[str, object], kind: type, said: str
+) -> None:
+    import s3fs
+
+    root, _ = store
+    ask = s3fs.S3FileSystem._call_s3
+
+    async def lying(self: object, *args: object, **kwargs: object) -> object:
+        answer = await ask(self, *args, **kwargs)
+        return {"Body": answer["Body"], **answered}
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", lying)
+    with pytest.raises(kind, match=said):
+        storage.read_range(f"{root}/a.bin", 10, 8)
+
+
 def test_what_is_gone_or_refused_is_said_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     root, proxy = store
     with pytest.raises(UserError, match=rf"{root}/no\.tar is gone"):
