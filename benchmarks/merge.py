@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from benchmarks.peers import environment
 
 PARTS = ("mergekit", "limit", "memory", "sweep", "zero")
 MODEL = Llama()
-LARGER = replace(MODEL, width=4096, inner=11264)
+LARGER = replace(MODEL, width=4096, inner=11264, layers=16)
 SHARDED = replace(MODEL, layers=4)
 Result = TypeVar("Result")
 BETAS = 11
@@ -118,7 +119,7 @@ def limit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds:
     loops, commands, merges, cpus = [], [], [], []
     for _ in range(max(rounds, 1)):
         warm(models)
-        loops.append(fresh(root / "copy", lambda out: timed(lambda: copy_loop(*models, out))))
+        loops.append(fresh(root / "copy", lambda out: timed(lambda: copy_loop(*models, [out]))))
         commands.append(fresh(root / "out", lambda out: watch(merge_command(models, out)).wall))
         wall, cpu = fresh(root / "out", lambda out: merge_alone(models, out))
         merges.append(wall)
@@ -130,19 +131,20 @@ def limit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds:
     rows["times the time of the bare loop, without start-up"] = min(merges) / min(loops)
 
 
-def copy_loop(a: Path, b: Path, out: Path) -> None:
-    """What any merge has to do: read both, write one. Largest buffer that stays in the second-level cache."""
+def copy_loop(a: Path, b: Path, outs: Sequence[Path]) -> None:
+    """What any merge has to do: read both, write each output."""
     first, second = bytearray(1 << 20), bytearray(1 << 20)
-    out.mkdir()
     for path in sorted(a.glob("*.safetensors")):
-        with (
-            open(path, "rb", 0) as one,
-            open(b / path.name, "rb", 0) as other,
-            open(out / path.name, "wb", 0) as written,
-        ):
+        with ExitStack() as stack:
+            one, other = (stack.enter_context(open(model / path.name, "rb", 0)) for model in (a, b))
+            written = []
+            for out in outs:
+                out.mkdir(parents=True, exist_ok=True)
+                written.append(stack.enter_context(open(out / path.name, "wb", 0)))
             while count := one.readinto(first):
                 other.readinto(second)
-                written.write(memoryview(first)[:count])
+                for file in written:
+                    file.write(memoryview(first)[:count])
 
 
 def memory(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> None:
@@ -161,6 +163,9 @@ def sweep(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> None
     command = [*dromos(), "sweep", *map(str, models), "--betas", f"0:1:{1 / (BETAS - 1)}", "--out"]
     warm(models)
     spent = fresh(root / "sweep", lambda out: watch([*command, str(out)]))
+    outs = [root / "copies" / str(number) for number in range(BETAS)]
+    loop = fresh(root / "copies", lambda _: timed(lambda: copy_loop(*models, outs)))
+    rows[f"reading both and writing {BETAS} (s)"] = loop
     rows[f"{BETAS} betas in one pass (s)"] = spent.wall
     rows[f"{BETAS} betas in one pass, CPU (s)"] = spent.cpu
     rows[f"{BETAS} betas, peak anonymous memory (MB)"] = spent.peak / MEGABYTE
