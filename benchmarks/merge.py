@@ -98,13 +98,14 @@ def write_pair(folder: Path, model: Llama) -> tuple[Path, Path]:
 
 
 def mergekit(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> list[str]:
-    """One run of the tool in use; a note where it cannot be had."""
+    """One run of the tool in use, its packages warm; a note where it cannot be had."""
     python, problem = environment("mergekit", "mergekit==0.1.5", "torch")
     if python is None:
         return [f"mergekit is left out: {problem}"]
     config, out = root / "mergekit.yml", root / "theirs"
     config.write_text(MERGEKIT.format(a=models[0], b=models[1]))
     tool = str(python.with_name("mergekit-yaml"))
+    watch([tool, "--help"])  # its packages into the page cache, as ours are
     warm(models)
     spent = watch([tool, str(config), str(out), "--no-copy-tokenizer"])
     rows["mergekit-yaml (s)"] = spent.wall
