@@ -51,7 +51,8 @@ def lines(path: str, indexed: Indexed) -> Iterator[tuple[str, bool]]:
         size += f"; {indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
     yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {manifest.fingerprint}", False
     for group in indexed.findings.same[:NAMED]:
-        yield f"{path}: the same samples are in {', '.join(group)}; keep one of them", True
+        more = f" and {len(group) - NAMED:,} more" if len(group) > NAMED else ""
+        yield f"{path}: the same samples are in {', '.join(group[:NAMED])}{more}; keep one of them", True
     if len(indexed.findings.same) > NAMED:
         yield (
             f"{path}: {len(indexed.findings.same) - NAMED} more groups of shards hold the same samples",

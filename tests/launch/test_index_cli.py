@@ -78,6 +78,10 @@ def test_index_warns_of_duplicates(root: str) -> None:
     done = runner.invoke(app, ["index", root])
     assert done.exit_code == 0
     assert "the same samples are in 1.tar, 9.tar; keep one of them" in done.stderr
+    for shard in range(3, 9):
+        shutil.copy(f"{root}/1.tar", f"{root}/{shard}.tar")
+    many = runner.invoke(app, ["index", root])
+    assert "are in 1.tar, 3.tar, 4.tar, 5.tar, 6.tar and 3 more; keep one of them" in many.stderr
 
 
 def test_files_that_cannot_be_read_are_named(root: str) -> None:
