@@ -53,12 +53,6 @@ def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair
         yield Pair(url, (caption,) if caption else ())
 
 
-def has_header(first: bytes) -> bool:
-    """Whether a file that begins with these bytes begins with the names of its columns."""
-    line = first.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
-    return tuple(part.strip().lower() for part in line.decode("utf-8", "replace").split("\t")) == HEADER
-
-
 def is_swapped(pairs: Iterable[Pair]) -> bool:
     """Whether url and caption stand in each other's place, as they do in CC12M's file."""
     found = list(pairs)

@@ -53,19 +53,6 @@ TITLES = {
     "datacomp": "DataComp metadata",
     "pairs": "addresses and captions of pictures",
 }
-# What a table of pictures has and one of web documents has not.
-PICTURES = {
-    "width",
-    "height",
-    "similarity",
-    "punsafe",
-    "pwatermark",
-    "aesthetic",
-    "nsfw",
-    "license",
-    "hash",
-    "md5",
-}
 
 
 @dataclass(frozen=True, slots=True)
