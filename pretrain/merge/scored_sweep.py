@@ -19,7 +19,7 @@ from pretrain.merge.diff import table
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
-from pretrain.merge.score import Command, Figures, metric_of, score
+from pretrain.merge.score import Command, Figures, metric_of, on_disk, score
 from pretrain.merge.tool import RECORD, execute
 from pretrain.merge.writer import Progress
 
@@ -139,6 +139,7 @@ def run_sweep(
     """
     if not keep and command is None:
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
+    on_disk(out)
     lock = FolderLock(out, wait=0, where="--out")
     try:
         sweep = _resumed(plans, opened, betas, out, command, metric, lower)
@@ -182,6 +183,8 @@ def _resumed(
     a, b = plans[0].addresses[:2]
     sweep = Sweep(a, b, words, metric, lower)
     earlier = _read(out / RESULTS)
+    if not any(one.figures for one in earlier.betas):
+        earlier.command = ()  # nothing hangs on a command that never gave a figure
     if earlier.command and words and earlier.command != words:
         raise UserError(
             f"{out / RESULTS}: scored by another command, {' '.join(earlier.command)}: its figures cannot stand beside "

@@ -21,7 +21,7 @@ from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner
 from pretrain.merge.prepare import Opened
 from pretrain.merge.request import Request
-from pretrain.merge.score import Command, Figures, metric_of, score
+from pretrain.merge.score import Command, Figures, metric_of, on_disk, score
 from pretrain.merge.tool import RECORD, execute
 from pretrain.merge.writer import Progress
 
@@ -118,12 +118,16 @@ def cook(
     if command is None and not uniform:
         raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
     kitchen = _Kitchen(request, opened, out, command, threads, progress, told)
+    kitchen.check_place()
     lock = FolderLock(kitchen.folder, wait=0, where="--out")
     try:
         soup = kitchen.resume(uniform, metric, lower)
         soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)
         if uniform and command is not None:
             kitchen.score(soup, soup.chosen)
+        publish(
+            kitchen.folder / RESULTS, _json(soup)
+        )  # else a kill before `serve` leaves an `out` that nobody knows
         execute([kitchen.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
         kitchen.serve(soup)
         return soup
@@ -158,6 +162,15 @@ class _Kitchen:
     def key(self, of: Sequence[int]) -> str:
         return self.plan(of).key(self._prints)
 
+    def check_place(self) -> None:
+        """Before anything is written: UserError where `out` cannot be had."""
+        on_disk(self.out)
+        known = any((folder / RESULTS).is_file() for folder in (self.folder, self.out))
+        if not known and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(
+                f"{self.out} exists and is not the output of a soup; choose another --out, or remove it"
+            )
+
     def resume(self, uniform: bool, metric: str | None, lower: bool) -> Soup:
         """The search as soup.json knows it."""
         words = self.command.words if self.command is not None else ()
@@ -166,11 +179,7 @@ class _Kitchen:
         for path in (self.folder / RESULTS, self.out / RESULTS):
             if path.is_file():
                 self._take(soup, path, metric)
-                return soup
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(
-                f"{self.out} exists and is not the output of a soup; choose another --out, or remove it"
-            )
+                break
         return soup
 
     def _take(self, soup: Soup, path: Path, metric: str | None) -> None:

@@ -146,6 +146,26 @@ def test_another_command_or_other_weights_are_refused(pair: tuple[str, str], tmp
         run(pair, "0:1:0.5", PEAK, keep=False)
 
 
+def test_a_command_that_never_scored_is_forgotten(pair: tuple[str, str]) -> None:
+    betas = [0.0, 0.5, 1.0]
+    plans, opened = plan_sweep(*pair, betas)
+    typo = parse_command("ls {}/x", "--eval-cmd")
+    with pytest.raises(UserError, match="exit code"):
+        run_sweep(plans, opened, betas, Path("s"), typo)
+    made = run(pair, "0:1:0.5", "print(x)")
+    assert [one.figures for one in made.betas] == [{"score": expected(beta)} for beta in betas]
+    with pytest.raises(UserError, match="another command"):
+        run_sweep(plans, opened, betas, Path("s"), typo)
+
+
+def test_a_store_is_refused_and_no_folder_takes_its_name(pair: tuple[str, str], tmp_path: Path) -> None:
+    plans, opened = plan_sweep(*pair, [0.5])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="on a disk"):
+        run_sweep(plans, opened, [0.5], Path("s3://bucket/sweep"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_without_a_command_nothing_can_be_thrown_away(pair: tuple[str, str]) -> None:
     plans, opened = plan_sweep(*pair, [0.5])
     with pytest.raises(UserError, match="--eval-cmd"):

@@ -137,6 +137,25 @@ def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
     ]
 
 
+def test_a_kill_before_the_results_are_beside_a_uniform_soup(
+    inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(inputs, method="soup")
+    _, opened = prepare(asked)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.merge.soup._Kitchen.serve", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cook(asked, opened, Path("soup"), uniform=True)
+    assert Path("soup/model.safetensors").is_file()
+    cook(asked, opened, Path("soup"), uniform=True)
+    assert json.loads(Path("soup/soup.json").read_text())["recipe"] == "uniform"
+    assert not Path("soup.trials").exists()
+
+
 def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> None:
     run(inputs)
     with pytest.raises(UserError, match="of other models"):
@@ -148,6 +167,10 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     before = len(calls(Path()))
     with pytest.raises(UserError, match="is not the output of a soup"):
         run(inputs, out="m0")
+    with pytest.raises(UserError, match="on a disk"):
+        run(inputs, out="s3://bucket/soup")
+    assert not Path("m0.trials").exists()
+    assert not Path("s3:").exists()
     assert len(calls(Path())) == before  # said before hours of scoring
     (Path("soup") / "soup.json").write_text("[]")
     with pytest.raises(UserError, match="not what a soup writes"):
