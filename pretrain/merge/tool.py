@@ -126,7 +126,12 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
         raise UserError(
             f"{folder} exists and is not the output of a merge; choose another --out, or remove it"
         )
-    content = json.loads(read_bytes(record))
+    try:
+        content = json.loads(read_bytes(record))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{record}: not what a merge writes; choose another --out, or remove {folder}")
     if content.get("plan") != key:
         raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
     if not is_remote(folder):

@@ -42,7 +42,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no {RECORD} in it; name the folder that dromos merge wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or not {"plan", "inputs", "output"} <= set(content):
         raise UserError(f"{path}: not what a merge writes")

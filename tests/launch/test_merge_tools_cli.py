@@ -67,6 +67,19 @@ def test_verify(models: Path) -> None:
         assert "merge.json" in refused.output
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", "{", '{"plan": 1, "inputs": [], "output": []}', "[" * 100_000])
+def test_a_damaged_record_is_one_message(models: Path, content: str) -> None:
+    words = ("merge", "./a", "./b", "--beta", "0.3", "--out", "m")
+    assert dromos(*words).exit_code == 0
+    Path("m/merge.json").write_text(content)
+    again, checked = dromos(*words), dromos("verify", "m")
+    assert again.exit_code == 2
+    assert "m/merge.json" in again.output
+    assert "choose another --out" in again.output
+    assert checked.exit_code in (1, 2)
+    assert "merge.json" in checked.output
+
+
 def test_diff(models: Path) -> None:
     result = dromos("diff", "./a", "./b", "--top", "1", "--csv", "d.csv", "--picture", "d.svg")
     assert result.exit_code == 0, result.output
