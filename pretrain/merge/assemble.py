@@ -95,7 +95,7 @@ def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
     listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
     more = len(problems) - LISTED
     return UserError(
-        f"cannot merge {names}, {len(problems)} mismatches:{listed}"
+        f"cannot merge {names}, {len(problems)} mismatch{'es' if len(problems) > 1 else ''}:{listed}"
         + (f"\n  ... and {more} more" if more > 0 else "")
         + f"\n{advice}"
     )

@@ -56,8 +56,10 @@ class Planner:
         self._left_out: list[str] = []
         self._slots: list[Slot] = []
         order = [rest for rest in (self.rest, self.base) if rest is not None] + list(range(self.inputs))
-        for name in dict.fromkeys(name for i in order for name in sources[i].names()):
+        every = dict.fromkeys(name for i in order for name in sources[i].names())
+        for name in every:
             self._decide(name)
+        self._problems += self._rules.idle(every)
         if not any(slot.why == "mixed" for slot in self._slots) and not self._problems:
             found = f"matches {request.only!r}" if request.only is not None else "could be mixed"
             self._problems.append(f"no tensor {found}")

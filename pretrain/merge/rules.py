@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pretrain.merge.request import Request, Rule, compiled
 from pretrain.merge.shares import normalized
@@ -59,6 +59,25 @@ class Rules:
             if pattern.search(name) and (rule.layers is None or _within(rule.layers, name)):
                 return rule
         return None
+
+    def idle(self, names: Collection[str]) -> list[str]:
+        """What of `exclude` and the rules finds nothing among `names`, in words: most often a slip of the pen."""
+        found = []
+        if self._exclude is not None and not any(map(self._exclude.search, names)):
+            found.append(f"exclude {self._exclude.pattern!r} matches no tensor")
+        for pattern, rule in self._rules:
+            matched = [name for name in names if pattern.search(name)]
+            if not matched:
+                found.append(f"rule {rule.match!r} matches no tensor")
+            elif rule.layers is not None:
+                end = max(
+                    (number + 1 for name in matched if (number := layer_of(name)) is not None), default=0
+                )
+                first, stop = rule.layers
+                if end <= first or (rule.curve is not None and end < stop):
+                    there = f"there are layers 0:{end}" if end else "no name has a layer"
+                    found.append(f"rule {rule.match!r} is for layers {first}:{stop}, and {there}")
+        return found
 
     def weights(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
         """One resolved weight for each input, for a tensor that is mixed."""

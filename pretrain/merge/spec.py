@@ -72,6 +72,11 @@ class RuleSpec(Strict):
         if self.beta is not None:
             if weights is not None:
                 raise UserError(f"rule {self.match!r}: give beta or weights, not both")
+            if not 0 <= self.beta <= 1:
+                raise UserError(
+                    f"rule {self.match!r}: beta {self.beta:g} is not between 0 and 1; to extrapolate give weights, "
+                    f"{self.beta:g} and {1 - self.beta:g}"
+                )
             weights = (self.beta, 1.0 - self.beta)
         curve = tuple(self.curve) if self.curve is not None else None
         return Rule(self.match, weights, self.t, self.exclude, self.copy_from, self.layers, curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,31 @@ def test_a_curve_spans_its_layers(models: list[str]) -> None:
     only_mlp = jobs(models[:2], beta=0.5, rules=[Rule("mlp", layers=(0, 5), curve=(0.0, 1.0))])
     assert weights(only_mlp["m.layers.1.mlp.up"]) == (0.25, 0.75)
     assert weights(only_mlp["m.layers.1.attn.q"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"rules": [Rule("mlq", weights=(1, 2))]}, "rule 'mlq' matches no tensor"),
+        ({"rules": [Rule("bias", copy_from="A")]}, "rule 'bias' matches no tensor"),
+        ({"exclude": "bias"}, "exclude 'bias' matches no tensor"),
+        (
+            {"rules": [Rule("", layers=(0, 32), curve=(0.2, 0.8))]},
+            "is for layers 0:32, and there are layers 0:5",
+        ),
+        (
+            {"rules": [Rule("mlp", layers=(5, 8), weights=(1, 2))]},
+            "is for layers 5:8, and there are layers 0:5",
+        ),
+        (
+            {"rules": [Rule("norm", layers=(0, 5), weights=(1, 2))]},
+            "is for layers 0:5, and no name has a layer",
+        ),
+    ],
+)
+def test_what_matches_nothing_is_told(models: list[str], asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        plan(models[:2], beta=0.5, **asked)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

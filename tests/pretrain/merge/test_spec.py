@@ -132,6 +132,10 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x}]}", "says nothing"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, exclude: true}]}", "weights and exclude"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, weights: [1, 1]}]}", "beta or weights"),
+        (
+            "{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1.7}]}",
+            "to extrapolate give weights, 1.7 and -0.7",
+        ),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, t: 0.5}]}", "t is for slerp"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, weights: [1]}]}", "1 weights for 2 inputs"),
         ("{inputs: [a, b], beta: 0.5, rules: [{curve: [0, 1]}]}", "a curve needs layers"),
