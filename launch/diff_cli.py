@@ -55,6 +55,9 @@ def diff(
     from pretrain.merge.safetensors_io import elements
     from pretrain.merge.sources import open_weights
 
+    for path in (csv, picture):
+        if path is not None:
+            check_writable(path)
     one, two = open_weights(a), open_weights(b)
     held = set(two.names())
     total = sum(elements(one.info(name)[1]) for name in one.names() if name in held)
@@ -75,6 +78,17 @@ def diff(
     for path in (csv, picture):
         if path is not None:
             typer.echo(f"written: {path}")
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where a file cannot be written, before hours of comparing."""
+    import os
+
+    from data_pipeline.errors import UserError
+
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written; name a file in a folder that can")
 
 
 def register(app: App) -> None:

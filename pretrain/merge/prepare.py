@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.merge.plan import Plan
+from data_pipeline.errors import UserError
+from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner
 from pretrain.merge.request import Request
 from pretrain.merge.rules import Rules
@@ -40,6 +41,11 @@ def open_inputs(
         if other not in addresses and 0 <= number < len(inputs):
             named[other] = number
             continue
+        if 0 <= number < 26 and other not in addresses and not Path(other).exists():
+            last = letter(len(inputs) - 1)
+            raise UserError(
+                f"{other}: no such input; they are A to {last}, and there is nothing of that name"
+            )
         if other not in addresses:
             addresses.append(other)
         named[other] = addresses.index(other)

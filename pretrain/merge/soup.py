@@ -117,6 +117,9 @@ def cook(
     """
     if command is None and not uniform:
         raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
+    on_disk(out)
+    if out.name in ("", ".."):
+        raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
     kitchen = _Kitchen(request, opened, out, command, threads, progress, told)
     kitchen.check_place()
     lock = FolderLock(kitchen.folder, wait=0, where="--out")
@@ -164,7 +167,6 @@ class _Kitchen:
 
     def check_place(self) -> None:
         """Before anything is written: UserError where `out` cannot be had."""
-        on_disk(self.out)
         known = any((folder / RESULTS).is_file() for folder in (self.folder, self.out))
         if not known and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(

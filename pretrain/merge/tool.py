@@ -115,6 +115,8 @@ def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) ->
 
 def existing(folder: str, key: str) -> dict[str, Any] | None:
     """The record of a complete output of the same plan; None where there is no output yet."""
+    if not is_remote(folder) and Path(folder).name in ("", ".."):
+        raise UserError(f"--out {folder!r}: name the folder that is to be made")
     record = join(folder, RECORD)
     if is_remote(folder):
         there = exists(folder)

@@ -38,6 +38,25 @@ def test_soup(models: Path) -> None:
     assert "done before" in again.output
 
 
+@pytest.mark.parametrize("out", ["", ".", ".."])
+@pytest.mark.parametrize("command", [("merge", "--method", "soup"), ("soup", "--uniform")])
+def test_out_is_the_name_of_a_folder(
+    models: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], out: str
+) -> None:
+    (models / "inner" / "empty").mkdir(parents=True)
+    monkeypatch.chdir(models / "inner" / "empty")
+    result = dromos(*command, str(models / "a"), str(models / "b"), "--out", out)
+    assert result.exit_code == 2
+    assert "name the folder that is to be made" in result.output
+    assert [path.name for path in (models / "inner").rglob("*")] == ["empty"]
+
+
+def test_letters_are_those_of_inputs(models: Path) -> None:
+    result = dromos("merge", "./a", "./b", "--beta", "0.5", "--only", "w", "--copy-rest", "C", "--out", "m")
+    assert result.exit_code == 2
+    assert "C: no such input; they are A to B" in result.output
+
+
 def test_a_soup_without_scores_is_uniform_or_refused(models: Path) -> None:
     refused = dromos("soup", "./a", "./b", "--out", "s")
     assert refused.exit_code == 2
@@ -91,6 +110,11 @@ def test_diff(models: Path) -> None:
     assert set(found["modules"]) == {"w", "l.*"}
     assert len(found["tensors"]) == 3
     assert dromos("diff", "./a", "./nowhere").exit_code == 2
+    Path("file").touch()
+    for option, path in (("--csv", "a"), ("--picture", "file/d.svg")):
+        refused = dromos("diff", "./a", "./b", option, path)
+        assert refused.exit_code == 2
+        assert f"{path}: cannot be written" in refused.output
     assert "the same: 3 tensors" in dromos("diff", "./a", "./a").output
 
 
