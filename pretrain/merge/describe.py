@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from pretrain.merge.plan import Plan, TensorJob, letter
@@ -38,10 +39,14 @@ def lines(plan: Plan) -> list[str]:
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors are mixed and copied, and what is written."""
-    mixed = sum(job.why == "mixed" for job in plan.jobs)
+    """How many tensors are mixed, copied and why, left out, and what is written."""
+    whys = Counter(job.why for job in plan.jobs)
+    mixed = whys.pop("mixed", 0)
+    listed = [*whys] if len(whys) == 1 else [f"{count} {why}" for why, count in whys.items()]
+    reasons = f" ({', '.join(listed)})" if whys else ""
+    left = f", {len(plan.left_out)} left out" if plan.left_out else ""
     name = plan.files[0].name if len(plan.files) == 1 else f"{len(plan.files)} files"
-    return f"{mixed} tensors mixed, {len(plan.jobs) - mixed} copied, {plan.size:,} bytes in {name}"
+    return f"{mixed} tensors mixed, {whys.total()} copied{reasons}{left}, {plan.size:,} bytes in {name}"
 
 
 def formula(plan: Plan) -> str:

@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -49,6 +50,19 @@ def test_out_is_the_name_of_a_folder(
     assert result.exit_code == 2
     assert "name the folder that is to be made" in result.output
     assert [path.name for path in (models / "inner").rglob("*")] == ["empty"]
+
+
+def test_what_is_not_mixed_is_said(models: Path) -> None:
+    for name in "ab":
+        extra = {"ids": np.arange(3), **({"only_a": floats(3, 2)} if name == "a" else {})}
+        write(models / f"{name}i", {"w": floats(ord(name), 4), **extra})
+    pair = ("merge", "./ai", "./bi", "--beta", "0.5")
+    assert (
+        "1 tensors mixed, 1 copied (integer), 1 left out, "
+        in dromos(*pair, "--copy-rest", "B", "--out", "m1").output
+    )
+    result = dromos(*pair, "--copy-rest", "A", "--rule", "ids=copy:B", "--out", "m2")
+    assert "1 tensors mixed, 2 copied (1 rule, 1 rest), " in result.output
 
 
 def test_letters_are_those_of_inputs(models: Path) -> None:
