@@ -76,7 +76,10 @@ def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec])
             image = Image.open(io.BytesIO(sample["png"]))
             x, y, w, h = choose_crop(*image.size, spec.image.crop, draw_rows(np.array([key]))[0].crop)
             mirrored = int(hash64(key, Purpose.FLIP)) & 1
-            image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            image = image.crop((x, y, x + w, y + h)).resize(
+                (SIZE, h), Image.Resampling.BICUBIC
+            )  # rows, then columns
+            image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             pixels = np.asarray(image)[:, ::-1] if mirrored else np.asarray(image)
             np.testing.assert_array_equal(batch.pixels[i], pixels)
             np.testing.assert_array_equal(batch.images[i], pixels.transpose(2, 0, 1))

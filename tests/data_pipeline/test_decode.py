@@ -40,10 +40,10 @@ def chosen(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> B
 
 
 def pillow(data: bytes, crop: tuple[int, ...], size: int) -> np.ndarray:
-    """The same crop by Pillow alone, from a full decode."""
+    """The same crop by Pillow alone, from a full decode, resized along rows and then along columns."""
     x, y, w, h, mirrored = crop
     image = Image.open(io.BytesIO(data)).convert("RGB").crop((x, y, x + w, y + h))
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, h), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
     if mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
@@ -78,7 +78,7 @@ def test_scaled_jpeg_decode_stays_on_the_grid(monkeypatch: pytest.MonkeyPatch) -
             error = np.abs(found.astype(int) - pillow(data, crop, size))
             # 753 pixels at 1/8 become 95, not 94.125; taking 95/753 for the scale costs 0.8 to 1.3 at size 24.
             assert error.mean() < 0.4
-    assert eighths == {1, 2, 3, 4, 5, 6, 8}
+    assert eighths == {1, 2, 3, 4, 8}
 
 
 @pytest.mark.parametrize("size", [224, 96])
