@@ -19,6 +19,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data_pipeline.resample import resize
+
 PHOTOS = 400
 
 
@@ -63,14 +65,26 @@ def one(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> 
     out[...] = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def work(jpegs: list[bytes], samples: int, size: int, scale: tuple[float, float]) -> tuple[float, float]:
+def one_by_kernel(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> None:
+    """The same with the loader's own resize, and so without scaling by more than a half."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    x, y, w, h = crop(width, height, scale)
+    pixels = simplejpeg.decode_jpeg(data, "RGB")
+    if not resize(pixels[y : y + h, x : x + w], (0, 0, w, h), out):
+        raise RuntimeError("the kernel was not built: no compiler")
+
+
+def work(
+    jpegs: list[bytes], samples: int, size: int, scale: tuple[float, float], kernel: bool
+) -> tuple[float, float]:
     """Samples a second and milliseconds of processor a sample, after a few that do not count."""
+    each = one_by_kernel if kernel else one
     out = np.empty((64, size, size, 3), np.uint8)
     for number in range(32):
-        one(jpegs[number % len(jpegs)], size, scale, out[number % 64])
+        each(jpegs[number % len(jpegs)], size, scale, out[number % 64])
     began, used = time.perf_counter(), time.process_time()
     for number in range(samples):
-        one(jpegs[number % len(jpegs)], size, scale, out[number % 64])
+        each(jpegs[number % len(jpegs)], size, scale, out[number % 64])
     return samples / (time.perf_counter() - began), 1000 * (time.process_time() - used) / samples
 
 
@@ -80,7 +94,9 @@ def main() -> None:
     for _ in range(max(1, settings["workers"])):
         reading, writing = os.pipe()
         if os.fork() == 0:
-            figures = work(jpegs, settings["samples"], settings["size"], settings["scale"])
+            figures = work(
+                jpegs, settings["samples"], settings["size"], settings["scale"], settings["kernel"]
+            )
             os.write(writing, json.dumps(figures).encode())
             os._exit(0)
         os.close(writing)

@@ -21,6 +21,9 @@ from benchmarks import peers, photos
 
 ROOT = peers.ROOT
 OURS, LIMIT = "dromos", "decode + crop alone"
+# The same with our own resize in place of Pillow's.
+OWN_LIMIT = "decode + our crop alone"
+LIMITS = (LIMIT, OWN_LIMIT)
 # open_clip's defaults of image size and of the crop's share of the image.
 SIZE, SCALE, BATCH = 224, (0.9, 1.0), 64
 WARM, COUNTED = 512, 3072
@@ -45,7 +48,7 @@ def run(
         what = photos.write_tars(folder / "tars", data)
         for _ in range(rounds):
             for count in workers:
-                for reader in (LIMIT, OURS, *pythons):
+                for reader in (*LIMITS, OURS, *pythons):
                     settings = _settings(folder, count)
                     python = pythons.get(reader, Path(sys.executable))
                     figures = _measure(reader, python, settings)
@@ -103,7 +106,8 @@ def _settings(folder: Path, workers: int) -> dict[str, Any]:
 def _measure(reader: str, python: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The figures that a reader's process prints, or `problem`: the last line of what it complains about."""
     text = json.dumps(settings)
-    if reader == LIMIT:
+    if reader in LIMITS:
+        text = json.dumps(settings | {"kernel": reader == OWN_LIMIT})
         command = [str(python), "-m", "benchmarks.bare", text]
     else:
         command = [str(python), str(ROOT / "benchmarks" / "contenders.py"), reader, text]
@@ -142,7 +146,7 @@ def _compare(
         if count == workers:
             processor = statistics.median(one["processor_ms"] for one in many)
             lines.append(f"{_workers(workers)}: {reader} takes {processor:.2f} ms of processor a sample")
-        if count == workers and reader != LIMIT:
+        if count == workers and reader not in LIMITS:
             first = [one["first_batch_seconds"] for one in many]
             lines.append(
                 f"{_workers(workers)}: first batch of {reader} after {min(first):.2f} s "
