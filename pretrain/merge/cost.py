@@ -13,8 +13,8 @@ from pretrain.merge.sources import WeightSource
 
 RATE = 1e9
 """bytes a second, read, combined and written, that an estimate takes for granted"""
-START = 25e6
-"""bytes of an interpreter with numpy"""
+START = 32e6
+"""bytes of the command with numpy before it merges, as measured"""
 WORK = {"slerp": 2, "dare_linear": 3, "dare_ties": 3, "ties": 8}
 """how long a method takes for a byte it reads, beside a linear merge: as measured, rounded"""
 

@@ -21,6 +21,7 @@ from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.writer import rounded
 
 UNCHANGED, CHANGED, GONE = "unchanged", "changed", "gone"
+RELATIVE = " (its path is relative: verify where the merge was made)"
 Progress = Callable[[int], None]
 
 
@@ -34,7 +35,8 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
             source = open_weights(str(entry["path"]))
         except UserError as error:
             sources.append(None)
-            states.append((GONE, str(error)))
+            relative = "" if "://" in (path := str(entry["path"])) or Path(path).is_absolute() else RELATIVE
+            states.append((GONE, f"{error}{relative}"))
             continue
         now, then = source.hashes(), dict(entry["files"])
         other = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))

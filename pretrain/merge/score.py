@@ -51,8 +51,8 @@ def on_disk(out: Path) -> None:
     """Raises UserError for an object store, which takes neither locks nor a file of results that is written again."""
     if ":/" in str(out):
         raise UserError(
-            f"--out {out}: scores are kept, and gone on with, on a disk; name a folder there and copy what you keep "
-            "(dromos merge --out s3://... writes a single output to a store)"
+            f"--out {str(out).replace(':/', '://', 1)}: scores are kept, and gone on with, on a disk; name a folder "
+            "there and copy what you keep (dromos merge --out s3://... writes a single output to a store)"
         )
 
 

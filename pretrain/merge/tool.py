@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,8 @@ from pretrain.merge.sources import FROZEN
 from pretrain.merge.writer import Output, Progress, write_tensors, written
 
 RECORD = "merge.json"
+OPEN = 200
+"""files that may be open besides those of outputs"""
 
 
 def plan(inputs: Sequence[str], *, run_dir: Path | None = None, **asked: Any) -> Plan:
@@ -84,6 +87,7 @@ def execute(
     keys = [plan.key(prints) for plan in plans]
     records = [existing(str(folder), key) for folder, key in zip(folders, keys, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
+    _allow_open(OPEN + sum(len(plans[i].files) + 2 for i in todo))
     with ExitStack() as stack:
         outputs: dict[int, LocalOutput | RemoteOutput] = {}
         for i in todo:
@@ -101,6 +105,19 @@ def execute(
             files = _beside(plans[i]) | {card.NAME: card.card(plans[i], opened.sources, made)}
             _add(output, files | {RECORD: (json.dumps(made, indent=1) + "\n").encode()})
     return [record for record in records if record is not None]
+
+
+def _allow_open(files: int) -> None:
+    """Raise this process's limit of open files, which a sweep of many betas needs. UserError where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or files <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and files > hard:
+        raise UserError(
+            f"{files:,} files would be open at once, and {hard:,} may be; write fewer outputs at a time, or raise the "
+            "limit (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
 def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
@@ -132,13 +149,25 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
         content = json.loads(read_bytes(record))
     except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("output", {}), dict):
         raise UserError(f"{record}: not what a merge writes; choose another --out, or remove {folder}")
     if content.get("plan") != key:
         raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
     if not is_remote(folder):
+        _check_whole(Path(folder), content)
         tidy(Path(folder))
     return content
+
+
+def _check_whole(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises UserError where a file of weights is gone or has another size: what is done is not said to be."""
+    for name, entry in record.get("output", {}).items():
+        path = folder / name
+        size = entry.get("size") if isinstance(entry, dict) else None
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(
+                f"{path}: not as this merge wrote it (dromos verify tells more); remove {folder} to merge again"
+            )
 
 
 def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:

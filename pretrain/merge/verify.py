@@ -37,7 +37,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """merge.json. Raises UserError where `folder` is not the output of a merge."""
     path = folder / RECORD
     if ":/" in str(folder):
-        raise UserError(f"{folder}: only folders on a disk are verified; fetch it first")
+        raise UserError(
+            f"{str(folder).replace(':/', '://', 1)}: only folders on a disk are verified; fetch it first"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -24,8 +24,8 @@ EMBEDDING = re.compile(
 )
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out|decoder)\.(weight|bias)$")
 ADVICE = (
-    "say how with vocabulary: intersect (tokens that all have), union (a token that one has takes its row) or pad "
-    "(rows by their numbers, the shorter padded from the longer)"
+    "say how with --vocabulary (in a spec, vocabulary): intersect (tokens that all have), union (a token that one has "
+    "takes its row) or pad (rows by their numbers, the shorter padded from the longer)"
 )
 
 

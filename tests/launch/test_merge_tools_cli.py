@@ -52,6 +52,28 @@ def test_out_is_the_name_of_a_folder(
     assert [path.name for path in (models / "inner").rglob("*")] == ["empty"]
 
 
+def test_a_folder_whose_weights_are_gone_is_not_done(models: Path) -> None:
+    words = ("merge", "./a", "./b", "--beta", "0.3", "--out", "m")
+    assert dromos(*words).exit_code == 0
+    weights = Path("m/model.safetensors")
+    whole = weights.read_bytes()
+    for content in (whole[:-1], None):
+        weights.unlink() if content is None else weights.write_bytes(content)
+        again = dromos(*words)
+        assert again.exit_code == 2
+        assert "m/model.safetensors: not as this merge wrote it" in again.output
+    weights.write_bytes(whole)
+    assert "done before" in dromos(*words).output
+
+
+def test_verify_elsewhere_says_why_inputs_are_gone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "m").exit_code == 0
+    monkeypatch.chdir("/")
+    result = dromos("verify", str(models / "m"))
+    assert result.exit_code == 0
+    assert "its path is relative: verify where the merge was made" in result.output
+
+
 def test_what_is_not_mixed_is_said(models: Path) -> None:
     for name in "ab":
         extra = {"ids": np.arange(3), **({"only_a": floats(3, 2)} if name == "a" else {})}

@@ -43,6 +43,17 @@ def test_outputs(pair: tuple[str, str]) -> None:
     assert "done before" in dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s").output
 
 
+@pytest.mark.parametrize(("hard", "betas"), [(4096, 51), (256, 0)])
+def test_many_betas_raise_the_limit_of_open_files(pair: tuple[str, str], hard: int, betas: int) -> None:
+    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, %d)); from launch.cli import app; app()"
+    words = ("sweep", *pair, "--betas", "0:1:0.02", "--out", "s")
+    result = subprocess.run(
+        [sys.executable, "-c", code % hard, *words], capture_output=True, text=True, check=False
+    )
+    assert len(list(Path("s").glob("beta-*/model.safetensors"))) == betas
+    assert ("353 files would be open at once, and 256 may be" in result.stderr) is not bool(betas)
+
+
 def test_scores_are_a_table_and_files(pair: tuple[str, str]) -> None:
     words = ("sweep", *pair, "--betas", "0:1:0.5", "--out", "s", "--no-keep", "--lower-is-better")
     result = dromos(*words, "--eval-cmd", scorer(Path(), "print(abs(x))"), "--timeout", "60")
