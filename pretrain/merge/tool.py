@@ -152,7 +152,10 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not isinstance(content.get("output", {}), dict):
         raise UserError(f"{record}: not what a merge writes; choose another --out, or remove {folder}")
     if content.get("plan") != key:
-        raise UserError(f"{folder} holds another merge (see {record}); choose another --out, or remove it")
+        raise UserError(
+            f"{folder} holds another merge, or this one of inputs that changed since (see {record}); choose another "
+            "--out, or remove it"
+        )
     if not is_remote(folder):
         _check_whole(Path(folder), content)
         tidy(Path(folder))

@@ -66,6 +66,17 @@ def test_a_folder_whose_weights_are_gone_is_not_done(models: Path) -> None:
     assert "done before" in dromos(*words).output
 
 
+def test_an_input_that_changed_is_named_as_a_reason(models: Path) -> None:
+    words = ("merge", "./a", "./b", "--beta", "0.3", "--out", "m")
+    assert dromos(*words).exit_code == 0
+    raw = bytearray(Path("a/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("a/model.safetensors").write_bytes(raw)
+    again = dromos(*words)
+    assert again.exit_code == 2
+    assert "inputs that changed since" in again.output
+
+
 def test_verify_elsewhere_says_why_inputs_are_gone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "m").exit_code == 0
     monkeypatch.chdir("/")
