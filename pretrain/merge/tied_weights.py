@@ -10,7 +10,8 @@ from typing import Any
 TIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"^(.*?)(?:model\.)?(?:language_model\.|decoder\.)?embed_tokens\.weight$", (r"\1lm_head.weight",)),
     (r"^(.*?)(?:transformer\.)?(?:wte|word_embeddings)\.weight$", (r"\1lm_head.weight",)),
-    (r"^(.*?)gpt_neox\.embed_in\.weight$", (r"\1embed_out.weight", r"\1lm_head.weight")),  # before and since transformers 5
+    # The first before transformers 5, the second since.
+    (r"^(.*?)gpt_neox\.embed_in\.weight$", (r"\1embed_out.weight", r"\1lm_head.weight")),
     (r"^(.*?)backbone\.embeddings\.weight$", (r"\1lm_head.weight",)),
     (
         r"^(.*?)shared\.weight$",

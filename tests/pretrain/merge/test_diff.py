@@ -82,7 +82,11 @@ def test_sums_over_modules_and_layers(tmp_path: Path) -> None:
     [
         (("l.0.a.w", "l.1.a.w"), "l.1.a.w", ("l", 1, "a")),
         (("v.0.blocks.0.mlp.w", "v.0.blocks.1.mlp.w"), "v.0.blocks.1.mlp.w", ("v.0.blocks", 1, "mlp")),
-        (("l.0.experts.0.w1.w", "l.0.experts.1.w1.w", "l.1.experts.0.w1.w"), "l.0.experts.1.w1.w", ("l", 0, "experts.*.w1")),
+        (
+            ("l.0.experts.0.w1.w", "l.0.experts.1.w1.w", "l.1.experts.0.w1.w"),
+            "l.0.experts.1.w1.w",
+            ("l", 0, "experts.*.w1"),
+        ),
         (("projector.0.weight", "projector.2.weight"), "projector.2.weight", ("", None, "projector.2")),
         (("w",), "w", ("", None, "w")),
     ],
