@@ -48,6 +48,8 @@ def assemble(
     main:  the source whose config, tokenizer and ties the output has.
     dtype: what config.json says the output is; None: as it is there.
     """
+    if (unfit := sources[main].unfit) is not None:
+        raise UserError(f"{unfit}; the output has the config of {sources[main].address}")
     laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
     jobs = []
     for one in sorted(decided, key=lambda one: laid.places[one.name]):

@@ -48,7 +48,10 @@ class WeightSource:
     tied:    name -> the name under which the same weight is stored; not in `names()`.
     files:   every file that holds tensors.
     folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
+    unfit:   why its config cannot be that of a merge; None where it can.
     """
+
+    unfit: str | None = None
 
     def __init__(
         self,

@@ -55,8 +55,10 @@ class View(WeightSource):
         rows: Rows,
         companions: Mapping[str, Path | bytes],
         notes: Sequence[str],
+        unfit: str | None,
     ) -> None:
         self.__dict__.update(source.__dict__)
+        self.unfit = unfit or source.unfit
         self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
         self._source, self._sources, self._names, self._rows = source, sources, frozenset(names), rows
 
@@ -128,8 +130,7 @@ def aligned(
     made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
     views = list(sources)
     for place, i in enumerate(taking):
-        mapped, companions, notes = made[place]
-        views[i] = View(sources[i], chosen, names[i], mapped, companions, notes)
+        views[i] = View(sources[i], chosen, names[i], *made[place])
     return views
 
 
@@ -191,7 +192,8 @@ def _check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]
             raise UserError(f"{name}: under a vocabulary rule rows must be of one width and dtype: {listed}")
 
 
-Made = tuple[Rows, dict[str, Path | bytes], list[str]]
+Made = tuple[Rows, dict[str, Path | bytes], list[str], str | None]
+"""rows, companions, notes, and why the companions cannot be those of the output"""
 
 
 def _pad(
@@ -224,7 +226,7 @@ def _pad(
         if "config.json" in companions:
             config = parse_json(read(companions["config.json"]), f"{source.address}: config.json")
             companions["config.json"] = as_json(adapted_config(config, {"vocab_size": total}))
-        made.append((Rows.of(owner, np.arange(total)), companions, notes))
+        made.append((Rows.of(owner, np.arange(total)), companions, notes, None))
     return made
 
 
@@ -259,10 +261,15 @@ def _by_token(
         for token, number in ids.items():
             from_whom = i if token in tokenizer.ids else holder[token]
             owner[number], row[number] = from_whom, tokenizers[from_whom].ids[token]
-        companions = renumbered(source.companions, tokenizer, ids, joined, total)
+        companions: dict[str, Path | bytes] = {FILE: joined}
+        unfit = None
+        try:
+            companions = renumbered(source.companions, tokenizer, ids, joined, total)
+        except UserError as error:  # matters only where the output is to have this config
+            unfit = str(error)
         stale = [name for name in source.companions if name in STALE]
         notes = [f"{', '.join(stale)} of {source.address} left out: tokenizer.json says it"] if stale else []
-        made.append((Rows.of(owner, row), companions, notes))
+        made.append((Rows.of(owner, row), companions, notes, unfit))
     return made
 
 

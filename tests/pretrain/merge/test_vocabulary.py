@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from data_pipeline.errors import UserError
-from pretrain.merge import merge
+from pretrain.merge import merge, plan
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned, vocabulary_names
 from tests.pretrain.merge.build import floats, write
@@ -172,11 +173,12 @@ def test_intersection_keeps_the_order_of_the_first(tmp_path: Path) -> None:
 
 def test_a_token_that_a_setting_needs_must_stay(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS, ["<s>"]), word_level(B_WORDS, [])]
-    sources = opened(
-        *(model(tmp_path / str(i), t, t.get_vocab_size(), seed=i) for i, t in enumerate(tokenizers))
-    )
-    with pytest.raises(UserError, match=r"config\.json: needs the token '<s>'"):
-        aligned(sources, "intersect")
+    folders = [str(model(tmp_path / str(i), t, t.get_vocab_size(), seed=i)) for i, t in enumerate(tokenizers)]
+    wrong = r"config\.json: needs the token '<s>'"
+    unfit = [view.unfit for view in aligned(opened(*map(Path, folders)), "intersect")]
+    assert re.search(wrong, unfit[0] or "")
+    with pytest.raises(UserError, match=wrong):
+        plan(folders, beta=0.5, vocabulary="intersect")
 
 
 @pytest.mark.parametrize("rule", ["union", "intersect"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_union_by_a_spec_and_by_mergekit_s_key(pair: list[str], tmp_path: Path) 
     for folder in ("ours", "theirs"):
         got = open_weights(str(tmp_path / folder)).array(EMBED)
         np.testing.assert_array_equal(got, np.array(want).astype(np.float32))
+
+
+def test_only_the_config_that_the_output_has_must_fit(tmp_path: Path) -> None:
+    inputs = [
+        str(model(tmp_path / n, word_level(w), len(w), i)) for i, (n, w) in enumerate([("a", A), ("b", B)])
+    ]
+    config = Path(inputs[1]) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": B.index("w")}))
+    merge(inputs, tmp_path / "out", beta=0.5, vocabulary="intersect")
+    made = json.loads((tmp_path / "out/config.json").read_text())
+    assert made["vocab_size"] == 2  # <s>, y
+    assert made["eos_token_id"] == 0
+    with pytest.raises(UserError, match=r"needs the token 'w'.*the output has the config of .*b$"):
+        plan(inputs, beta=0.5, vocabulary="intersect", only="embed|lm_head", copy_rest="B")
 
 
 def test_mergekit_without_a_tokenizer_source_goes_by_row_and_says_so(tmp_path: Path) -> None:
