@@ -66,7 +66,9 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     for key, value in changes.items():
         places = [part for part in (adapted, *sections) if key in part]
         if not places:
-            raise UserError(f"config.json has no {key}, which would be {value!r} after the merge; add it there")
+            raise UserError(
+                f"config.json has no {key}, which would be {value!r} after the merge; add it there"
+            )
         for part in places:
             part[key] = value
     return adapted

@@ -80,7 +80,9 @@ class Tensor:
         last = self.offset + _reach(self.shape, self.stride)
         span = self.storage.bytes(self.offset * kind.itemsize, (last + 1) * kind.itemsize)
         strides = tuple(step * kind.itemsize for step in self.stride)
-        return np.lib.stride_tricks.as_strided(np.frombuffer(span, kind), self.shape, strides, writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            np.frombuffer(span, kind), self.shape, strides, writeable=False
+        )
 
     @property
     def contiguous(self) -> bool:
