@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from pretrain.merge.sources import WeightSource
@@ -43,14 +45,14 @@ def _ancestors(folder: Path, depth: int) -> set[str]:
     parents: list[str] = []
     if (content := _read(folder / "resolved.yaml")) is not None:
         stage = content.get("stage", {})
-        found.add(str(folder.resolve()))
+        found.add(_mark(folder))
         parents += list(_starts(stage))
     if (record := _read(folder / "merge.json")) is not None:
         inputs = record.get("inputs")
         listed = inputs if isinstance(inputs, list) else []
         made_of = [entry.get("path") for entry in listed if isinstance(entry, dict)]
         parents += [path for path in made_of if isinstance(path, str)]
-        found |= {str(folder.resolve())} if parents else set()
+        found |= {_mark(folder)} if parents else set()
     for parent in parents:
         found |= _of(parent, folder, depth)
     return found
@@ -65,8 +67,14 @@ def _of(parent: str, folder: Path, depth: int) -> set[str]:
     for candidate in candidates:
         place = candidate.parent.parent if candidate.parent.name == "checkpoints" else candidate
         if depth and place.is_dir() and place.resolve() != folder.resolve():
-            return {str(place.resolve())} | _ancestors(place, depth - 1)
+            return {_mark(place)} | _ancestors(place, depth - 1)
     return {name}
+
+
+def _mark(folder: Path) -> str:
+    """RUN/STAGE and a hash of where it lies: records are published, and nobody's home folder with them."""
+    place = folder.resolve()
+    return f"{place.parent.name}/{place.name}#{xxhash.xxh64_hexdigest(os.fsencode(place))[:8]}"
 
 
 def _starts(value: Any) -> list[str]:

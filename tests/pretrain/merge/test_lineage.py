@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.merge import merge, plan
+from pretrain.merge import merge, open_weights, plan
+from pretrain.merge.lineage import ancestors
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.runs import finish, recipe, training
 
@@ -68,3 +69,10 @@ def test_a_record_that_says_nothing(tmp_path: Path, record: dict[str, object]) -
     folder = write(tmp_path / "mix", {"w": floats(0, 4)})
     (folder / "merge.json").write_text(json.dumps(record))
     assert notes(str(folder), stage(tmp_path / "a", "one")) == []
+
+
+def test_no_record_tells_where_somebodys_folders_lie(tmp_path: Path) -> None:
+    source = open_weights(stage(tmp_path / "secret" / "run", "lm"))
+    found = ancestors(source)
+    assert found
+    assert not any("secret" in one for one in found)
