@@ -8,6 +8,7 @@ import io
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -68,7 +69,10 @@ def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, 
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
-                found[url] = os.stat(local_path(url)).st_size
+                status = os.stat(local_path(url))
+                if not stat.S_ISREG(status.st_mode):
+                    raise UserError(f"{url} is no regular file; remove it, or narrow the pattern")
+                found[url] = status.st_size
     return {url: found[url] for url in urls if url in found}
 
 

@@ -15,6 +15,7 @@ from data_pipeline.errors import ReadError, UserError
 from data_pipeline.index import ShardReader, open_source
 from data_pipeline.tar import TarWriter
 from tests.data_pipeline.s3_server import s3_server, stop
+from tests.data_pipeline.samples import write_source
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +227,10 @@ def test_below() -> None:
     assert storage.below("data", "data//0.tar") == "0.tar"
     assert storage.below("", "a/0.tar") == "a/0.tar"
     assert storage.below("s3://b/x", "s3://b/x/y/0.tar") == "y/0.tar"
+
+
+def test_a_fifo_among_tars_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "pairs", [3])
+    os.mkfifo(source / "00001.tar")
+    with pytest.raises(UserError, match=r"00001\.tar is no regular file"):
+        open_source("pairs", str(source))
