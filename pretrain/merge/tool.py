@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from data_pipeline.errors import UserError
@@ -101,8 +102,12 @@ def execute(
         if todo:
             write_tensors(list(outputs.values()), opened.sources, chunk, threads, progress)
         for i, output in outputs.items():
-            records[i] = made = sealed(_record(output, opened, prints, keys[i]))
-            files = _beside(plans[i]) | {card.NAME: card.card(plans[i], opened.sources, made)}
+            files = _beside(plans[i])
+            beside = {
+                n: xxhash.xxh64_hexdigest(_bytes(content)) for n, content in files.items() if n != FROZEN
+            }
+            records[i] = made = sealed(_record(output, opened, prints, keys[i]) | {"beside": beside})
+            files |= {card.NAME: card.card(plans[i], opened.sources, made)}
             _add(output, files | {RECORD: (json.dumps(made, indent=1) + "\n").encode()})
     return [record for record in records if record is not None]
 
@@ -233,9 +238,11 @@ def _add(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) 
         elif name == FROZEN and isinstance(content, Path):
             link_or_copy(content, output.folder / name)
         else:
-            (output.folder / name).write_bytes(
-                content if isinstance(content, bytes) else content.read_bytes()
-            )
+            (output.folder / name).write_bytes(_bytes(content))
+
+
+def _bytes(content: bytes | Path) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def model_stage(stage_dir: Path) -> Path | None:

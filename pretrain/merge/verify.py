@@ -107,6 +107,7 @@ def _check_all(
             report.add("good", f"{len(held)} tensors in {len(sound)} files are as they were written")
         _check_finite(report, {job.name: job for _, job in jobs})
         _check_places(report, record, jobs, held, places)
+        _check_beside(report, record)
         _check_config(report, held)
         _check_inputs(report, record, jobs, sound, count, seed, workers, progress)
 
@@ -222,6 +223,27 @@ def _check_places(
     for path in sorted(report.folder.glob("*.safetensors")):
         if path.name not in record["output"] and path.name != frozen:
             report.add("note", f"{path.name}: not of this merge")
+
+
+def _check_beside(report: Report, record: Mapping[str, Any]) -> None:
+    """Config, tokenizer and the like against the digests that they were written with."""
+    beside = record.get("beside", {})
+    if not isinstance(beside, dict):
+        report.add("wrong", f"{RECORD}: beside is no list of files")
+        return
+    changed = [name for name, digest in beside.items() if _digest_of(report.folder, name) != digest]
+    for name in changed:
+        report.add("wrong", f"{name}: gone, or not as it was written")
+    if beside and not changed:
+        report.add("good", f"{len(beside)} files beside the weights are as they were written")
+
+
+def _digest_of(folder: Path, name: str) -> str | None:
+    """xxh64 of a file of this folder; None where it is none of it."""
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        return None
+    return xxhash.xxh64_hexdigest(path.read_bytes())
 
 
 def _check_config(report: Report, held: Mapping[str, Info]) -> None:

@@ -268,6 +268,17 @@ def test_an_edited_weight_does_not_compute_to_the_file_even_when_sealed_again(ou
     assert "computed again, other bytes" in wrong(verify(out))
 
 
+@pytest.mark.parametrize("change", ["edit", "remove"])
+def test_an_edited_config_is_found(out: Path, change: str) -> None:
+    path = out / "config.json"
+    assert path.name in json.loads((out / "merge.json").read_text())["beside"]
+    if change == "edit":
+        path.write_text(path.read_text().replace("{", "{ ", 1))
+    else:
+        path.unlink()
+    assert wrong(verify(out)) == "config.json: gone, or not as it was written"
+
+
 def test_nan_and_infinities_are_counted(tmp_path: Path) -> None:
     for dtype, make in (("f32", write), ("bf16", write_bf16), ("f16", write)):
         values = floats(1, 200)
