@@ -33,7 +33,7 @@ class InProcess:
         for step in range(first, last):
             made = {}
             for name, maker in self.makers.items():
-                mine = rows_of(self.rank, self.world, maker.spec.batch)
+                mine = rows_of(self.rank, self.world, maker.spec.rows(step))
                 made[name] = [maker.make(step, *part) for part in micro_batches(*mine, self.micro)]
             yield made
 
