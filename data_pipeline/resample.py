@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_pipeline import compiled
 
 Inner = tuple[float, float, float, float]
 
@@ -16,18 +16,12 @@ Inner = tuple[float, float, float, float]
 @cache
 def kernel() -> Any:
     """The function of resample.c, built by setuptools when the package was installed; None where no compiler was."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_resample{suffix}")
-        if path.exists():
-            try:
-                function = ctypes.CDLL(str(path)).dromos_resample
-            except (OSError, AttributeError):  # built for another machine
-                continue
-            box = [ctypes.c_float] * 4
-            size = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-            function.argtypes = [ctypes.c_void_p, *size, *box, ctypes.c_void_p, *[ctypes.c_int] * 3]
-            return function
-    return None
+    found = compiled.function(__file__, "_resample", "dromos_resample")
+    if found is not None:
+        box = [ctypes.c_float] * 4
+        size = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+        found.argtypes = [ctypes.c_void_p, *size, *box, ctypes.c_void_p, *[ctypes.c_int] * 3]
+    return found
 
 
 def resize(

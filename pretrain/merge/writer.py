@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from pretrain.merge import digests
+from pretrain.merge import digests, fused
 from pretrain.merge.blocks import Block, Workers, spans
 from pretrain.merge.journal import Done
 from pretrain.merge.kernels import BLOCK, narrow_into
@@ -158,7 +158,8 @@ def rounded(block: Block, job: TensorJob, compute: Compute | None) -> np.ndarray
     if compute is None:
         return block.stored(job.terms[0])
     stored = block.array("stored", DTYPES[job.dtype])
-    narrow_into(stored, compute(block), job.dtype, block.scratch)
+    if not fused.linear(job, block, stored):
+        narrow_into(stored, compute(block), job.dtype, block.scratch)
     return stored
 
 
