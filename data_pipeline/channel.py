@@ -43,7 +43,7 @@ def receive(channel: socket.socket) -> tuple[Any, list[int]]:
     (count,) = struct.unpack("<Q", begun + bytes(_exactly(channel, 8 - len(begun))))
     sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
     head, *buffers = [_exactly(channel, size) for size in sizes]
-    return pickle.loads(head, buffers=buffers), descriptors
+    return pickle.loads(head, buffers=buffers), descriptors  # see above: no bytes of data come this way
 
 
 def _exactly(channel: socket.socket, size: int) -> memoryview:
@@ -69,14 +69,14 @@ def shared_message(message: Any) -> int:
 def read_shared(descriptor: int) -> Any:
     """The message of a file that `shared_message` made."""
     with mmap(descriptor, 0) as content:
-        return pickle.loads(content)
+        return pickle.loads(content)  # written by shared_message of the process that started this one
 
 
 def can_travel(message: Any) -> bool:
     """Whether a message arrives: a library's error class may fail in any way when it is rebuilt."""
     try:
-        pickle.loads(pickle.dumps(message))
-    except Exception:
+        pickle.loads(pickle.dumps(message))  # our own bytes, made in this line
+    except Exception:  # whatever it raises here would be raised where the message arrives
         return False
     return True
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.image_path import SURROGATE, check_image_path
-from data_pipeline.formats.json_stream import records
+from data_pipeline.formats.json_stream import parsed
 from data_pipeline.formats.lines import LONGEST, reading
 from data_pipeline.formats.verdict import Verdict
 
@@ -62,14 +62,7 @@ def conversations_of(
     path: str, file: BinaryIO, images: str | None = None, longest: int = LONGEST
 ) -> Iterator[tuple[str, Conversation | Verdict]]:
     """`read_conversations` of an opened file."""
-    for place, value in records(path, file, longest):
-        if isinstance(value, Verdict):
-            yield place, value
-            continue
-        try:
-            yield place, parse(value, images)
-        except ContentError as error:
-            yield place, Verdict(path, place, error.reason, error.detail)
+    return parsed(path, file, longest, lambda value: parse(value, images))
 
 
 def parse(value: Any, images: str | None = None) -> Conversation:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
+from data_pipeline.errors import ContentError
 from data_pipeline.formats.lines import LONGEST, lines
 from data_pipeline.formats.verdict import Verdict
 
@@ -14,6 +15,23 @@ CHUNK = 1 << 18
 # A literal, number or escape that the end of the buffer cuts is reported this far before it at most.
 CUT = 16
 SPACE = " \t\r\n"
+
+
+Record = TypeVar("Record")
+
+
+def parsed(
+    path: str, file: BinaryIO, longest: int, parse: Callable[[Any], Record]
+) -> Iterator[tuple[str, Record | Verdict]]:
+    """(place, `parse` of its value) of each record; a Verdict where `records` has one or `parse` finds the value unfit."""
+    for place, value in records(path, file, longest):
+        if isinstance(value, Verdict):
+            yield place, value
+            continue
+        try:
+            yield place, parse(value)
+        except ContentError as error:
+            yield place, Verdict(path, place, error.reason, error.detail)
 
 
 def records(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[str, Any]]:
