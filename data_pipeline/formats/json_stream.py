@@ -23,7 +23,7 @@ Record = TypeVar("Record")
 def parsed(
     path: str, file: BinaryIO, longest: int, parse: Callable[[Any], Record]
 ) -> Iterator[tuple[str, Record | Verdict]]:
-    """(place, `parse` of its value) of each record; a Verdict where `records` has one or `parse` finds the value unfit."""
+    """(place, what `parse` makes of it) of each record; a Verdict where it cannot be read or parsed."""
     for place, value in records(path, file, longest):
         if isinstance(value, Verdict):
             yield place, value
