@@ -132,7 +132,8 @@ def _carry_out(task: Task, workers: Workers) -> list[tuple[Done, bytearray]]:
     jobs = [output.plan.jobs[task.number] for output, _ in task.todo]
     made = [(xxhash.xxh64(), bytearray()) for _ in jobs]
     read = {term_key(term): (term, xxhash.xxh64()) for job in jobs for term in job.reads}
-    for block in workers.blocks(*task.span):
+    one_pass = all(fused.takes(job, workers.sources) or job.copy for job in jobs)
+    for block in workers.blocks(*task.span, workers.block * (fused.WIDER if one_pass else 1)):
         for term, digest in read.values():
             digest.update(block.stored(term).view(np.uint8).data)
         for (output, compute), job, (digest, kept) in zip(task.todo, jobs, made, strict=True):
