@@ -22,7 +22,7 @@ def fetch(address: str, name: str) -> str:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"{address}: needs huggingface_hub; pip install 'dromos[train]'") from None
+        raise UserError(f"{address}: needs huggingface_hub; pip install 'dromos[hf]'") from None
 
     def download(*patterns: str) -> str:
         return snapshot_download(
