@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint_folder import complete_steps
+from pretrain.run_files import json_mapping
 from pretrain.yaml_file import load_yaml
 
 
@@ -52,7 +53,7 @@ def run_status(run: str | Path) -> list[StageStatus]:
 
 
 def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:
-    result = _json(folder / "result.json")
+    result = json_mapping(folder / "result.json")
     last = last_row(folder / "metrics.jsonl")
     saved = complete_steps(folder / "checkpoints")
     step = int((result or last).get("step") or 0)
@@ -77,14 +78,6 @@ def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:
         if isinstance(row, dict):
             return row
     return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:

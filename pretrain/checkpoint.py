@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage import publish, sync
 from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.ranks import barrier, from_first, gather, rank, world_size
 
@@ -24,14 +24,6 @@ def _hash(path: Path) -> dict[str, Any]:
             digest.update(block)
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "xxh64": digest.hexdigest()}
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(
@@ -59,11 +51,11 @@ def save(
         manifest = {name: entry for part in parts for name, entry in part.items()}
         publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
         publish(str(partial / "COMPLETE"), b"")
-        _sync_folder(partial)
+        sync(partial)
         if final.exists():
             _remove(final)
         partial.rename(final)
-        _sync_folder(folder)
+        sync(folder)
         publish(str(folder / "latest"), final.name.encode())
         for old in complete_steps(folder)[:-keep]:
             _remove(folder / tag_of(old))

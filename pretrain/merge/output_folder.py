@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ReadError, UserError
+from data_pipeline.storage import sync
 from pretrain.merge.journal import NAME, Journal
 
 LOCK = ".lock"
@@ -34,7 +35,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             check_space(out, needed)
             yield partial
             _publish(partial, out)
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -65,12 +66,12 @@ def resumed_folder(
             yield partial, journal
             for file in partial.iterdir():
                 if durable or file.suffix != ".safetensors":
-                    _sync(file)
+                    sync(file)
             if durable:
-                _sync(partial)
+                sync(partial)
             _publish(partial, out)
             if durable:
-                _sync(out.parent)
+                sync(out.parent)
         except BaseException:
             if not journal.done and journal.begun == head:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -136,14 +137,6 @@ def tidy(out: Path) -> None:
     for name in (LOCK, NAME):
         with suppress(FileNotFoundError):
             (out / name).unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _clear(partial: Path) -> None:

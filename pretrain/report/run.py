@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain import metrics
+from pretrain.run_files import json_mapping
 
 EXAMPLES = 5
 
@@ -130,8 +130,8 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         name=str((settings.get("run") or {}).get("name") or folder.resolve().name),
         recipe=recipe,
-        environment=_json(folder / "env.json"),
-        job=_json(folder / "job.json"),
+        environment=json_mapping(folder / "env.json"),
+        job=json_mapping(folder / "job.json"),
         stages=[_stage(folder / name, described.get(name)) for name in names],
     )
 
@@ -155,7 +155,7 @@ def _stage(folder: Path, settings: dict[str, Any] | None) -> Stage:
         name=folder.name,
         settings=settings,
         rows=[row for row in rows if isinstance(row.get("step"), int)],
-        result=_json(folder / "result.json") or None,
+        result=json_mapping(folder / "result.json") or None,
         bad=metrics.read(folder / "bad_samples.jsonl")[:EXAMPLES],
         started=folder.is_dir(),
     )
@@ -176,11 +176,3 @@ def _recipe(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not what a run writes there: a mapping is expected")
     return content
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
