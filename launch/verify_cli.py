@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,9 @@ from launch.commands import App
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that dromos merge wrote.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The folder or s3:// URL that dromos merge wrote.")
+    ],
     chunks: Annotated[
         int,
         typer.Option("--chunks", metavar="N", min=0, help="Compute N random chunks again from the inputs."),
@@ -33,15 +34,16 @@ def verify(
       dromos verify mix
       dromos verify mix --chunks 1000 --seed 7
       dromos verify mix --full --json
+      dromos verify s3://bucket/mix
 
     Exit codes: 0 nothing is wrong; 1 something is wrong; 2 OUT is not the output of a merge.
     """
     from launch.byte_bar import counting
     from pretrain.exit_codes import FAILED
     from pretrain.merge.verify import verify as check
+    from pretrain.merge.verify import weight_bytes
 
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors") if file.is_file())
-    with counting("verifying", size * (2 if full else 1)) as bar:
+    with counting("verifying", weight_bytes(out) * (2 if full else 1)) as bar:
         report = check(out, count=chunks, full=full, seed=seed, progress=bar.add)
     if json:
         from launch.cli import as_json

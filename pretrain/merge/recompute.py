@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from pretrain.merge.blocks import Workers, spans
 from pretrain.merge.digests import of_names, of_tensor
 from pretrain.merge.kernels import BLOCK
@@ -20,25 +20,29 @@ from pretrain.merge.safetensors_io import SafetensorsFile, elements
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.writer import rounded
 
-UNCHANGED, CHANGED, GONE = "unchanged", "changed", "gone"
+UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"
 RELATIVE = " (its path is relative: verify where the merge was made)"
 Progress = Callable[[int], None]
 
 
 def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None], list[tuple[str, str]]]:
     """The sources of a merge where they were, None for those that are no longer as they were; with each its state
-    (UNCHANGED, CHANGED, GONE) and what that is known from."""
+    (UNCHANGED, CHANGED, GONE, UNREACHED) and what that is known from."""
     sources: list[WeightSource | None] = []
     states: list[tuple[str, str]] = []
     for entry in record["inputs"]:
         try:
             source = open_weights(str(entry["path"]))
+            now, then = source.hashes(), dict(entry["files"])
+        except ReadError as error:  # what stands in the output can be checked all the same
+            sources.append(None)
+            states.append((UNREACHED, str(error)))
+            continue
         except UserError as error:
             sources.append(None)
             relative = "" if "://" in (path := str(entry["path"])) or Path(path).is_absolute() else RELATIVE
             states.append((GONE, f"{error}{relative}"))
             continue
-        now, then = source.hashes(), dict(entry["files"])
         other = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))
         sources.append(source if not other else None)
         states.append((CHANGED, ", ".join(other)) if other else (UNCHANGED, ""))
@@ -82,21 +86,20 @@ def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[
 
 
 def differing(
-    folder: Path,
+    files: Mapping[str, SafetensorsFile],
     jobs: Sequence[tuple[str, TensorJob]],
     sources: Sequence[WeightSource | None],
     count: int | None,
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """How many chunks were computed again, and what of them is not what stands in `folder`.
+    """How many chunks were computed again, and what of them is not what stands in `files`.
 
-    jobs: (file, job). Only jobs are drawn whose sources are all there.
+    jobs: (name of the file, job). Only jobs are drawn whose sources are all there.
     """
     usable = [
         (file, job) for file, job in jobs if all(sources[term.source] is not None for term in job.reads)
     ]
-    files = {file: SafetensorsFile(folder / file) for file in {file for file, _ in usable}}
     wrong: list[str] = []
     done = 0
     opened: Any = sources

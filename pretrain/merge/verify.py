@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import join, sizes
 from pretrain.merge.blocks import Workers
 from pretrain.merge.diff import places_of
 from pretrain.merge.digests import of_file, of_tensor
+from pretrain.merge.folder import Folder
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
 from pretrain.merge.plan import TensorJob, letter
@@ -33,22 +34,28 @@ INFINITY = {
 }  # fmt: skip
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """merge.json. Raises UserError where `folder` is not the output of a merge."""
-    path = folder / RECORD
-    if ":/" in str(folder):
-        raise UserError(
-            f"{str(folder).replace(':/', '://', 1)}: only folders on a disk are verified; fetch it first"
-        )
+def open_output(url: str) -> tuple[Folder, dict[str, Any]]:
+    """The folder and its merge.json. Raises UserError where it is not the output of a merge."""
+    absent = f"{url}: no {RECORD} in it; name the folder that dromos merge wrote"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no {RECORD} in it; name the folder that dromos merge wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        folder = Folder(url)
+    except UserError:
+        raise UserError(absent) from None
+    if RECORD not in folder:
+        raise UserError(absent)
+    content = folder.json(RECORD)
     if not isinstance(content, dict) or not {"plan", "inputs", "output"} <= set(content):
-        raise UserError(f"{path}: not what a merge writes")
-    return content
+        raise UserError(f"{folder.url}/{RECORD}: not what a merge writes")
+    return folder, content
+
+
+def weight_bytes(url: str) -> int:
+    """Of the weights in a folder: what `verify` reads of it at least. 0 where it is none."""
+    try:
+        folder = Folder(url)
+    except UserError:
+        return 0
+    return sum(sizes([join(folder.url, name) for name in folder.matching("*.safetensors")]).values())
 
 
 def verify(
@@ -62,15 +69,16 @@ def verify(
 ) -> Report:
     """Check the output of a merge against its merge.json, and `count` random chunks of it against its inputs.
 
+    folder:   on a disk or in a store.
     full:     all of the inputs is read again, and everything is computed again.
     progress: is told the bytes that are checked.
-    Raises UserError where `folder` is not the output of a merge.
+    Raises UserError where `folder` is not the output of a merge, ReadError where a store does not answer.
     """
-    report = Report(Path(folder))
-    record = read_record(report.folder)
+    report = Report(str(folder))
+    opened, record = open_output(report.folder)
     try:
         jobs = jobs_of(record)
-        _check_all(report, record, jobs, None if full else count, seed, threads, progress)
+        _check_all(report, opened, record, jobs, None if full else count, seed, threads, progress)
     except UserError as error:
         report.add("wrong", str(error))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -80,6 +88,7 @@ def verify(
 
 def _check_all(
     report: Report,
+    folder: Folder,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
     count: int | None,
@@ -91,37 +100,36 @@ def _check_all(
         report.add("good", f"{RECORD} is as it was written")
     else:
         report.add("wrong", f"{RECORD} was edited: its seal is of other content")
-    sound: set[str] = set()
+    sound: dict[str, SafetensorsFile] = {}
     held: dict[str, Info] = {}
     places: dict[str, str] = {}
     with Workers([], threads=threads) as workers:
         for name, entry in record["output"].items():
-            file = _open(report, name, entry)
+            file = _open(report, folder, name, entry)
             if file is None:
                 continue
             held |= {tensor: file.info(tensor) for tensor in file.names()}
             places |= dict.fromkeys(file.names(), name)
             if _check_file(report, name, file, entry, record, workers, progress):
-                sound.add(name)
+                sound[name] = file
         if len(sound) == len(record["output"]):
             report.add("good", f"{len(held)} tensors in {len(sound)} files are as they were written")
         _check_finite(report, {job.name: job for _, job in jobs})
-        _check_places(report, record, jobs, held, places)
-        _check_beside(report, record)
-        _check_config(report, held)
+        _check_places(report, folder, record, jobs, held, places)
+        _check_beside(report, folder, record)
+        _check_config(report, folder, held)
         _check_inputs(report, record, jobs, sound, count, seed, workers, progress)
 
 
-def _open(report: Report, name: str, entry: Mapping[str, Any]) -> SafetensorsFile | None:
-    path = report.folder / name
-    if Path(name).name != name or not path.is_file():
+def _open(report: Report, folder: Folder, name: str, entry: Mapping[str, Any]) -> SafetensorsFile | None:
+    if name not in folder:
         report.add("wrong", f"{name}: not there")
         return None
-    size = path.stat().st_size
-    if size != entry["size"]:
-        report.add("wrong", f"{name}: {size:,} bytes, written were {entry['size']:,}")
     try:
-        return SafetensorsFile(path)
+        file = folder.open(name)
+        if file.size != entry["size"]:
+            report.add("wrong", f"{name}: {file.size:,} bytes, written were {entry['size']:,}")
+        return SafetensorsFile(file)
     except UserError as error:
         report.add("wrong", str(error))
         return None
@@ -190,6 +198,7 @@ def _check_finite(report: Report, jobs: Mapping[str, TensorJob]) -> None:
 
 def _check_places(
     report: Report,
+    folder: Folder,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
     held: Mapping[str, Info],
@@ -206,52 +215,56 @@ def _check_places(
                 f"{job.name}: {dtype} {list(shape)} in {places[job.name]}, "
                 f"planned was {job.dtype} {list(job.shape)} in {file}",
             )
-    index = report.folder / INDEX
-    if len(record["output"]) > 1 or index.is_file():
-        try:
-            placed = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError):
-            placed = None
+    if len(record["output"]) > 1 or INDEX in folder:
+        index = _json(folder, INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
         if placed != dict(places):
             report.add("wrong", f"{INDEX}: missing, or it does not say where the tensors are")
     frozen = record.get("frozen")
     for alias, name in (record.get("tied") or {}).items():
         if name not in held and not frozen:
             report.add("wrong", f"{alias}: tied to {name}, which is not there")
-    if frozen and not (report.folder / FROZEN).is_file():
+    if frozen and FROZEN not in folder:
         report.add("wrong", f"{FROZEN}: not there")
-    for path in sorted(report.folder.glob("*.safetensors")):
-        if path.name not in record["output"] and path.name != frozen:
-            report.add("note", f"{path.name}: not of this merge")
+    for name in folder.matching("*.safetensors"):
+        if name not in record["output"] and name != frozen:
+            report.add("note", f"{name}: not of this merge")
 
 
-def _check_beside(report: Report, record: Mapping[str, Any]) -> None:
+def _json(folder: Folder, name: str) -> Any:
+    """None where it is not there, or is no JSON."""
+    try:
+        return folder.json(name) if name in folder else None
+    except UserError:
+        return None
+
+
+def _check_beside(report: Report, folder: Folder, record: Mapping[str, Any]) -> None:
     """Config, tokenizer and the like against the digests that they were written with."""
     beside = record.get("beside", {})
     if not isinstance(beside, dict):
         report.add("wrong", f"{RECORD}: beside is no list of files")
         return
-    changed = [name for name, digest in beside.items() if _digest_of(report.folder, name) != digest]
+    changed = [name for name, digest in beside.items() if _digest_of(folder, name) != digest]
     for name in changed:
         report.add("wrong", f"{name}: gone, or not as it was written")
     if beside and not changed:
         report.add("good", f"{len(beside)} files beside the weights are as they were written")
 
 
-def _digest_of(folder: Path, name: str) -> str | None:
+def _digest_of(folder: Folder, name: str) -> str | None:
     """xxh64 of a file of this folder; None where it is none of it."""
-    path = folder / name
-    if Path(name).name != name or not path.is_file():
-        return None
-    return xxhash.xxh64_hexdigest(path.read_bytes())
-
-
-def _check_config(report: Report, held: Mapping[str, Info]) -> None:
-    """What config.json says of sizes, where it is the same in all models: vocabulary, width, number of layers."""
-    path = report.folder / "config.json"
     try:
-        config: Any = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError):
+        return xxhash.xxh64_hexdigest(folder.bytes(name)) if name in folder else None
+    except UserError:
+        return None
+
+
+def _check_config(report: Report, folder: Folder, held: Mapping[str, Info]) -> None:
+    """What config.json says of sizes, where it is the same in all models: vocabulary, width, number of layers."""
+    try:
+        config: Any = folder.json("config.json") if "config.json" in folder else {}
+    except UserError:
         report.add("wrong", "config.json: not JSON")
         return
     if not isinstance(config, dict):
@@ -286,7 +299,7 @@ def _check_inputs(
     report: Report,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
-    sound: set[str],
+    sound: Mapping[str, SafetensorsFile],
     count: int | None,
     seed: int,
     workers: Workers,
@@ -304,7 +317,7 @@ def _check_inputs(
         said = f"{letter(number)} ({entry['address']}): {state}" + (f": {why}" if why else "")
         report.add(level, said)
     there = [(file, job) for file, job in jobs if file in sound]
-    report.recomputed, wrong = differing(report.folder, there, sources, count, seed, progress)
+    report.recomputed, wrong = differing(sound, there, sources, count, seed, progress)
     for text in wrong:
         report.add("wrong", f"computed again, other bytes: {text}")
     if report.recomputed and not wrong:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 Level = Literal["wrong", "note", "good"]
@@ -22,11 +21,11 @@ class Report:
     """What `verify` found.
 
     not_finite: name -> (NaNs, infinities) of tensors that have any.
-    inputs:     (address, unchanged | changed | gone).
+    inputs:     (address, unchanged | changed | gone | not reached).
     recomputed: chunks that were computed again.
     """
 
-    folder: Path
+    folder: str
     findings: list[Finding] = field(default_factory=list)
     not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
     inputs: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +41,7 @@ class Report:
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            "folder": str(self.folder),
+            "folder": self.folder,
             "wrong": self.wrong,
             "findings": [{"level": f.level, "text": f.text} for f in self.findings],
             "not_finite": {n: {"nan": nan, "inf": inf} for n, (nan, inf) in self.not_finite.items()},

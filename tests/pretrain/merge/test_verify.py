@@ -314,7 +314,7 @@ def test_what_is_no_merge_is_refused(tmp_path: Path, pair: list[str]) -> None:
         with pytest.raises(UserError, match=r"merge\.json"):
             verify(folder)
     (tmp_path / "a/merge.json").write_text("[1")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"merge\.json: not JSON"):
         verify(tmp_path / "a")
 
 
