@@ -130,7 +130,7 @@ class Workers:
     def once(self, key: Any, find: Callable[[], Result]) -> Result:
         """find(), or what it found for the same key since `forget`: plans of one sweep look at a tensor once."""
         if key not in self._found:
-            self._found[key] = find()
+            self._found[key] = self._quietly(lambda _: find(), None)
         return self._found[key]
 
     def forget(self) -> None:
