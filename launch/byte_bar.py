@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
+
 
 class Bar:
-    """Counts what is done and shows it. `moved`: what was done, shown or not."""
+    """Counts what is done and shows it. `moved`: what was done, shown or not. `say`: a line, above the bar."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
+    def __init__(self, advance: Callable[[int], None], say: Callable[[str], None]) -> None:
         self.moved = 0
+        self.say = say
         self._advance = advance
 
     def add(self, count: int) -> None:
@@ -47,4 +50,11 @@ def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task(what, total=total)
-        yield Bar(lambda count: progress.advance(task, count))
+
+        def say(text: str) -> None:
+            if console.is_terminal:
+                progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                typer.echo(text, err=True)
+
+        yield Bar(lambda count: progress.advance(task, count), say)

@@ -71,9 +71,11 @@ def merge(
       dromos merge --spec mergekit.yml --out merged
     """
     import json
+    from os.path import expanduser
 
     from data_pipeline.errors import UserError
     from launch.byte_bar import counting
+    from launch.resumable import resumable
     from pretrain.merge.cost import cost
     from pretrain.merge.describe import as_json as plain
     from pretrain.merge.describe import summary
@@ -103,9 +105,10 @@ def merge(
         return
     if out is None:
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
+    out = expanduser(out)
     for note in made.notes:
         typer.echo(f"note: {note}", err=True)
-    with counting("merging", made.size) as bar:
+    with resumable(), counting("merging", made.size) as bar:
         (record,) = execute([made], opened, [out], progress=bar.add, durable=durable)
     if as_json:
         typer.echo(json.dumps(record, indent=1))

@@ -50,6 +50,7 @@ def soup(
     from data_pipeline.errors import UserError
     from launch.byte_bar import counting
     from launch.guard import guarded
+    from launch.resumable import resumable
     from pretrain.merge.prepare import prepare
     from pretrain.merge.request import request
     from pretrain.merge.score import direction_note, parse_command
@@ -59,6 +60,7 @@ def soup(
         raise UserError(
             "--score-cmd CMD is missing: how a model is scored (or --uniform for the mean of all)"
         )
+    out = out.expanduser()
     command = parse_command(score_cmd, "--score-cmd", timeout, guarded) if score_cmd is not None else None
     rest = {
         "only": only,
@@ -71,10 +73,10 @@ def soup(
     (plan,), opened = prepare(asked)
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
-    with counting("merging", plan.size * (1 if uniform else 2 * len(inputs))) as bar:
+    with resumable(), counting("merging", plan.size * (1 if uniform else 2 * len(inputs))) as bar:
         made = cook(
             asked, opened, out, command, uniform=uniform, metric=metric, lower=lower_is_better,
-            progress=bar.add, told=lambda line: typer.echo(line, err=True),
+            progress=bar.add, told=bar.say,
         )  # fmt: skip
     typer.echo("\n".join(made.lines()))
     if advice := direction_note(made.metric, made.lower):

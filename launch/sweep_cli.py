@@ -58,6 +58,7 @@ def sweep(
     from data_pipeline.errors import UserError
     from launch.byte_bar import counting
     from launch.guard import guarded
+    from launch.resumable import resumable
     from pretrain.merge.betas import folder_names, parse_betas
     from pretrain.merge.score import direction_note, parse_command
     from pretrain.merge.scored_sweep import run_sweep
@@ -65,6 +66,7 @@ def sweep(
 
     if method not in ("linear", "slerp"):
         raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")
+    out = out.expanduser() if out is not None else None
     command = parse_command(eval_cmd, "--eval-cmd", timeout, guarded) if eval_cmd is not None else None
     numbers = parse_betas(betas)
     asked = {
@@ -83,10 +85,10 @@ def sweep(
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
     for note in plans[0].notes:
         typer.echo(f"note: {note}", err=True)
-    with counting("sweeping", sum(plan.size for plan in plans)) as bar:
+    with resumable(), counting("sweeping", sum(plan.size for plan in plans)) as bar:
         made = run_sweep(
             plans, opened, numbers, out, command, keep=keep, metric=metric, lower=lower_is_better,
-            progress=bar.add, told=lambda line: typer.echo(line, err=True),
+            progress=bar.add, told=bar.say,
         )  # fmt: skip
     if command is not None:
         typer.echo("\n".join(made.lines()))

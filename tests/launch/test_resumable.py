@@ -1,0 +1,83 @@
+"""Commands that are stopped: what they say, leave behind and return; what they print beside a progress bar."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.merge.build import floats, write
+from tests.pretrain.merge.scorers import scorer
+
+SLOW = "\nopen('pid', 'w').write(str(os.getpid()))\nimport time; time.sleep(60)\n"
+COMMANDS = {"sweep": ("--betas", "0:1:0.5", "--eval-cmd"), "soup": ("--score-cmd",)}
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        write(tmp_path / name, {"w": floats(seed, 4, 3)})
+    return "./a", "./b"
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from launch.cli import main; main()", *words]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_stop_is_said_ends_the_scorer_and_goes_on(
+    pair: tuple[str, str], name: str, number: signal.Signals
+) -> None:
+    words = command(name, *pair, "--out", "out", *COMMANDS[name])
+    process = subprocess.Popen([*words, scorer(Path(), SLOW)], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not (Path("pid").exists() and Path("pid").read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (
+        75,
+        "dromos: interrupted; the same command goes on with what is done\n",
+    )
+    assert not Path(f"/proc/{Path('pid').read_text()}").exists()
+    again = subprocess.run([*words, scorer(Path(), "print(x)")], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+
+
+def test_scores_stand_on_lines_of_their_own_above_the_bar(pair: tuple[str, str]) -> None:
+    seen = b""
+
+    def keep(terminal: int) -> bytes:
+        nonlocal seen
+        data = os.read(terminal, 4096)
+        seen += data
+        return data
+
+    words = command("sweep", *pair, "--out", "out", *COMMANDS["sweep"], scorer(Path(), "print(x)"))
+    code = pty.spawn(["env", "TERM=xterm", *words], keep)
+    assert os.waitstatus_to_exitcode(code) == 0, seen
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    lines = [part for line in text.split("\n") for part in line.rstrip("\r").split("\r")]
+    assert sum(line.startswith("beta 0.5: score ") for line in lines) == 1, text
+    assert not [line for line in lines if "sweeping" in line and "score" in line], text
+
+
+def test_a_home_is_a_home_in_out_as_in_inputs(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for words in (("sweep", "--betas", "1"), ("soup", "--uniform"), ("merge", "--beta", "0.5")):
+        name, *rest = words
+        done = subprocess.run(command(name, *pair, *rest, "--out", f"~/{name}"), check=False)
+        assert done.returncode == 0
+        assert (tmp_path / "home" / name).is_dir()
+    assert not (tmp_path / "~").exists()
