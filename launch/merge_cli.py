@@ -80,6 +80,7 @@ def merge(
     from pretrain.merge.describe import as_json as plain
     from pretrain.merge.describe import summary
     from pretrain.merge.layout import parse_size
+    from pretrain.merge.overflow import note as overflow_note
     from pretrain.merge.spec import load_spec, prepare_spec
     from pretrain.merge.tool import execute
 
@@ -110,6 +111,8 @@ def merge(
         typer.echo(f"note: {note}", err=True)
     with resumable(), counting("merging", made.size) as bar:
         (record,) = execute([made], opened, [out], progress=bar.add, durable=durable)
+    if (said := overflow_note(record)) is not None:
+        typer.echo(f"note: {said}", err=True)
     if as_json:
         typer.echo(json.dumps(record, indent=1))
         return

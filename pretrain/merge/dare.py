@@ -26,10 +26,19 @@ def chosen(key: bytes, density: float, block: Block) -> np.ndarray:
         number = block.scratch.take("number", np.uint32, high - low)
         number[:] = np.arange(low - first, high - first, dtype=np.uint32)
         hashed = _mix(number, xxhash.xxh64_intdigest(key, lattice), block)
-        np.less(
-            hashed, np.uint32(min(round(density * 2**32), 2**32 - 1)), out=stays[low - start : high - start]
-        )
+        np.less(hashed, np.uint32(below(density)), out=stays[low - start : high - start])
     return stays
+
+
+def keys(key: bytes, start: int, stop: int) -> np.ndarray:
+    """Of every lattice that elements [start, stop) lie in, uint64: what a compiled pass asks for."""
+    lattices = range(start // LATTICE, -(-stop // LATTICE))
+    return np.array([xxhash.xxh64_intdigest(key, lattice) for lattice in lattices], np.uint64)
+
+
+def below(density: float) -> int:
+    """An element stays whose hash is less."""
+    return min(round(density * 2**32), 2**32 - 1)
 
 
 def _mix(number: np.ndarray, key: int, block: Block) -> np.ndarray:

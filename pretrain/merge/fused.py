@@ -1,49 +1,167 @@
-"""The linear merge of bf16 tensors in one pass, by a small compiled function; numpy's passes give the same bits."""
+"""The methods' arithmetic in one pass over a block, by small compiled functions; numpy's passes give the same bits."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.compiled import function
+from pretrain.merge import dare
 from pretrain.merge.blocks import Block
-from pretrain.merge.plan import TensorJob
-from pretrain.merge.sources import WeightSource
+from pretrain.merge.kernels import FLOATS, Kind
+from pretrain.merge.plan import Term
 
 WIDER = 4
 """times the elements of a block that numpy's passes work on: nothing but the result is held, and writes are dearer
 than the arithmetic (four times 128 KiB: 0.5 s where 128 KiB take 0.85 s; sixteen times take 1.5 s)"""
+TILE = 512
+"""as numbers.h has it"""
+
+Pass = Callable[[Block, np.ndarray], bool]
+"""puts a block's elements, as stored, into an array; whether one of them is not finite"""
+
+_PLACE, _INT, _SIZE, _REAL, _U64 = (
+    ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_double, ctypes.c_uint64,
+)  # fmt: skip
+_PAIR = (_PLACE, _INT, _PLACE, _INT)
+_BASED = (_PLACE, _INT, _PLACE, _INT, _U64, _SIZE, _PLACE, _INT)
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "linear": (_INT, (_PLACE, _PLACE, _PLACE, _INT, _SIZE, _PLACE, _INT)),
+    "arithmetic": (_INT, _BASED),
+    "consensus": (_INT, (*_BASED, _REAL, _INT, _PLACE)),
+    "histogram": (None, (*_PAIR, _SIZE, _INT, _PLACE)),
+    "place": (_SIZE, (*_PAIR, _SIZE, ctypes.c_uint32, _U64, _PLACE)),
+    "products": (None, (*_PAIR, _SIZE, _SIZE, _PLACE)),
+}
+
+
+class Difference(ctypes.Structure):
+    """One term, as difference.c explains it."""
+
+    _fields_ = (
+        ("stored", _PLACE), ("keys", _PLACE), ("factor", _REAL), ("weight", _REAL), ("cut", ctypes.c_int64),
+        ("end", ctypes.c_int64), ("below", ctypes.c_uint32), ("dtype", _INT),
+    )  # fmt: skip
+
+
+def compiled(name: str, kind: Kind | None = None) -> Any:
+    """A function of the C files, of those that there are for both accumulation types that for `kind`; None where
+    nothing was built."""
+    return _found(name, "" if kind is None else "_float" if kind is np.float32 else "_double")
 
 
 @cache
-def kernel() -> Any:
-    """The function of linear.c, or None."""
-    found = function(__file__, "_linear", "dromos_linear_bf16")
+def _found(name: str, suffix: str) -> Any:
+    found = function(__file__, "_passes", f"dromos_{name}{suffix}") if sys.byteorder == "little" else None
     if found is not None:
-        found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p]
-        found.restype = None
+        found.restype, found.argtypes = SIGNATURES[name]
     return found
 
 
-def takes(job: TensorJob, sources: Sequence[WeightSource]) -> bool:
-    """Whether `linear` computes this job: bf16 from bf16, and the function was built."""
-    if job.method != "linear" or job.dtype != "BF16" or kernel() is None:
-        return False
-    return all(sources[term.source].info(term.name)[0] == "BF16" for term in job.terms)
+def stored(term: Term, block: Block) -> tuple[np.ndarray, int]:
+    """A term's elements of a block in one piece, which must outlive the call; and their dtype's number."""
+    dtype = block.sources[term.source].info(term.name)[0]
+    return np.ascontiguousarray(block.stored(term)), FLOATS.index(dtype)
 
 
-def linear(job: TensorJob, block: Block, out: np.ndarray) -> bool:
-    """The block's elements of `job`, as stored, into `out`; False where it does not take the job."""
-    if not takes(job, block.sources):
-        return False
-    stored = [block.stored(term) for term in job.terms]
-    if not all(one.flags.c_contiguous for one in (*stored, out)):
-        return False
-    places = (ctypes.c_void_p * len(stored))(*(one.ctypes.data for one in stored))
-    weights = np.array([term.weight for term in job.terms], np.float64).astype(np.float32)
-    kernel()(places, weights.ctypes.data, len(stored), len(out), out.ctypes.data)
-    return True
+def linear(terms: Sequence[Term], factors: Sequence[np.floating], kind: Kind, dtype: str) -> Pass | None:
+    """sum_i f_i x_i, rounded to `dtype`."""
+    call = compiled("linear", kind)
+    if call is None:
+        return None
+    scales = np.array(factors, np.float64)
+
+    def run(block: Block, out: np.ndarray) -> bool:
+        held = [stored(term, block) for term in terms]
+        places = (_PLACE * len(held))(*(array.ctypes.data for array, _ in held))
+        dtypes = (_INT * len(held))(*(number for _, number in held))
+        given = places, dtypes, scales.ctypes.data, len(held)
+        return bool(call(*given, len(out), out.ctypes.data, FLOATS.index(dtype)))
+
+    return run
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a difference x - base is added.
+
+    factor: what it is multiplied with; weight: what it counts where the sum is divided by those that agree.
+    cut:    key and end of pretrain.merge.ties.Cut; None where nothing is trimmed.
+    key:    of pretrain.merge.dare; None where nothing is dropped.
+    """
+
+    term: Term
+    factor: np.floating
+    weight: np.floating
+    cut: tuple[int, int] | None = None
+    key: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Election:
+    """The sum of those of the elected sign, times `scale`; whether divided by the weights of those that agree."""
+
+    scale: np.floating
+    divided: bool
+
+
+def based(
+    parts: Sequence[Part], base: Term, election: Election | None, kind: Kind, dtype: str
+) -> Pass | None:
+    """base + sum of the parts, or what is elected of them, rounded to `dtype`."""
+    call = compiled("arithmetic" if election is None else "consensus", kind)
+    if call is None:
+        return None
+
+    def run(block: Block, out: np.ndarray) -> bool:
+        rows, held = (Difference * len(parts))(), [stored(part.term, block) for part in parts]
+        keys = [None if part.key is None else dare.keys(part.key, block.start, block.stop) for part in parts]
+        for row, part, (array, number), own in zip(rows, parts, held, keys, strict=True):
+            row.stored, row.dtype, row.factor, row.weight = (
+                array.ctypes.data, number, float(part.factor), float(part.weight),
+            )  # fmt: skip
+            row.cut, row.end = part.cut or (-1, 0)
+            row.keys, row.below = (
+                (None, 0) if own is None else (own.ctypes.data, dare.below(part.term.density))
+            )
+        under, number = stored(base, block)
+        given = (
+            rows, len(parts), under.ctypes.data, number, block.start, len(out), out.ctypes.data, FLOATS.index(dtype),
+        )  # fmt: skip
+        if election is None:
+            return bool(call(*given))
+        work = block.scratch.take("work", kind, TILE * len(parts))
+        return bool(call(*given, float(election.scale), election.divided, work.ctypes.data))
+
+    return run
+
+
+def histogram(term: Term, base: Term, kind: Kind, high: int, block: Block, out: np.ndarray) -> None:
+    """Adds the block's keys of x - base to `out`, uint32 [65536]: upper halves, or for high >= 0 the lower halves of
+    keys with that upper one."""
+    (x, x_dtype), (under, base_dtype) = stored(term, block), stored(base, block)
+    call = compiled("histogram", kind)
+    call(x.ctypes.data, x_dtype, under.ctypes.data, base_dtype, len(block), high, out.ctypes.data)
+
+
+def place(term: Term, base: Term, kind: Kind, key: int, wanted: int, block: Block) -> tuple[int, int]:
+    """The element after the `wanted`-th of the block whose key is `key`, and how many there are up to it."""
+    (x, x_dtype), (under, base_dtype) = stored(term, block), stored(base, block)
+    found = ctypes.c_uint64()
+    call = compiled("place", kind)
+    given = x.ctypes.data, x_dtype, under.ctypes.data, base_dtype, len(block)
+    return block.start + call(*given, key, wanted, ctypes.byref(found)), found.value
+
+
+def products(first: Term, second: Term, start: int, count: int, block: Block) -> tuple[float, ...]:
+    """x.x, y.y, x.y of `count` elements from the block's element `start` on."""
+    (x, x_dtype), (y, y_dtype) = stored(first, block), stored(second, block)
+    sums = (_REAL * 3)()
+    compiled("products")(x.ctypes.data, x_dtype, y.ctypes.data, y_dtype, start, count, sums)
+    return tuple(sums)

@@ -17,10 +17,14 @@ NAME = ".journal"
 
 @dataclass(frozen=True)
 class Done:
-    """One span of one tensor: its digest, and those of what was read for it, each 16 hex digits."""
+    """One span of one tensor: its digest, and those of what was read for it, each 16 hex digits.
+
+    overflow: elements that are not finite though all inputs are.
+    """
 
     digest: str
     inputs: tuple[str, ...]
+    overflow: int = 0
 
 
 class Journal:
@@ -53,8 +57,8 @@ class Journal:
                 if number == 0 and isinstance(entry, dict):
                     self.begun = entry
                 else:
-                    job, span, digest, inputs = entry
-                    self.done[job, span] = Done(digest, tuple(inputs))
+                    job, span, digest, inputs, overflow = entry
+                    self.done[job, span] = Done(digest, tuple(inputs), int(overflow))
             except (ValueError, TypeError):
                 break
             whole += len(line)
@@ -62,7 +66,7 @@ class Journal:
 
     def add(self, job: int, span: int, done: Done) -> None:
         self.done[job, span] = done
-        self._add([job, span, done.digest, done.inputs])
+        self._add([job, span, done.digest, done.inputs, done.overflow])
 
     def _add(self, entry: Any) -> None:
         os.write(self._file, json.dumps(entry, separators=(",", ":")).encode() + b"\n")

@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 
+from pretrain.merge import fused
 from pretrain.merge.blocks import Workers
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Term
@@ -20,7 +21,8 @@ SHORTEST = 1e-8
 def factors(first: Term, second: Term, t: float, count: int, workers: Workers) -> tuple[float, float]:
     """Of both inputs, for the share `t` of the second: (1 - t, t) where they point almost the same or opposite way.
 
-    Norms and product are fp64 sums of blocks of 65,536 elements, whose sums are added without rounding.
+    Norms and product are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added
+    without rounding.
     """
     pair = first.source, first.name, second.source, second.name
     cosine = workers.once(pair, lambda: _cosine(first, second, count, workers))
@@ -41,6 +43,11 @@ def _cosine(first: Term, second: Term, count: int, workers: Workers) -> float:
 
 
 def _sums(first: Term, second: Term, start: int, stop: int, workers: Workers) -> Iterator[tuple[float, ...]]:
+    if fused.compiled("products") is not None:
+        for block in workers.blocks(start, stop, BLOCK * fused.WIDER):
+            for at in range(0, len(block), BLOCK):
+                yield fused.products(first, second, at, min(BLOCK, len(block) - at), block)
+        return
     for block in workers.blocks(start, stop, BLOCK):
         a, b = block.wide(first, np.float64), block.wide(second, np.float64)
         product = block.array("product", np.float64)

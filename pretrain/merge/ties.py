@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.kernels import BITS, SPAN, Kind
+from pretrain.merge import fused
+from pretrain.merge.blocks import Block, Workers, spans
+from pretrain.merge.kernels import BITS, Kind
 from pretrain.merge.plan import Term
 
 HALF = 1 << 16
+FEW = 1 << 14
+"""bins of a span's histogram that are kept"""
+NAN = 0x7F800001
+"""the key of every NaN: which payload comes out of a subtraction differs between processors"""
 
 
 @dataclass(frozen=True)
 class Cut:
     """Which entries of a difference stay: keys above `key`, and those equal to it before element `end`.
 
-    A key is the bits of the magnitude as float32; they sort as the numbers do, NaN last.
+    A key is the bits of the magnitude as float32; they sort as the numbers do, NaN last and all alike.
     """
 
     key: int
@@ -30,42 +35,86 @@ def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut
 
     At least one entry stays, as in mergekit.
 
-    Three passes over both tensors: a histogram of the keys' upper halves, one of the lower halves within the bin
-    where the cut falls, and the number of entries equal to the cut, span by span.
+    Two passes over both tensors: a histogram of the keys' upper halves, and one of the lower halves within the bin
+    where the cut falls, which is kept span by span as far as it has few bins; then a look at the span where it ends.
     """
     wanted = max(1, int(term.density * count))
     if wanted >= count:
         return None
-
-    def keys(start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        for block in workers.blocks(start, stop):
-            yield block.start, _keys(block.difference(term, base, block.array("difference", kind)), block)
-
-    def upper(start: int, stop: int) -> np.ndarray:
-        return _histogram(found >> 16 for _, found in keys(start, stop))
-
-    def lower(start: int, stop: int) -> np.ndarray:
-        return _histogram(found[found >> 16 == high] & 0xFFFF for _, found in keys(start, stop))
-
-    def equal(start: int, stop: int) -> int:
-        return sum(int(np.count_nonzero(found == key)) for _, found in keys(start, stop))
-
-    high, wanted = _bin(_sum(workers.over(upper, count)), wanted)
-    low, wanted = _bin(_sum(workers.over(lower, count)), wanted)
+    look = Look(term, base, kind, workers)
+    upper = np.zeros(HALF, np.int64)
+    for found in workers.over(lambda start, stop: look.histogram(start, stop, -1), count):
+        upper += found
+    high, wanted = _bin(upper, wanted)
+    lower, parts = np.zeros(HALF, np.int64), []
+    for values, found in workers.over(lambda start, stop: look.filled(start, stop, high), count):
+        lower[values] += found
+        parts.append((values, found) if len(values) <= FEW else None)
+    low, wanted = _bin(lower, wanted)
     key = high * HALF + low
-    for number, found in enumerate(list(workers.over(equal, count))):
-        if wanted <= found:
-            return Cut(key, _end(keys(number * SPAN, min((number + 1) * SPAN, count)), key, wanted))
-        wanted -= found
+    for (start, stop), part in zip(spans(count), parts, strict=True):
+        if part is None:
+            equal = look.place(start, stop, key, HALF * HALF)[1]
+        else:
+            equal = int(part[1][part[0] == low].sum())
+        if wanted <= equal:
+            return Cut(key, look.place(start, stop, key, wanted)[0])
+        wanted -= equal
     raise AssertionError("unreachable")
 
 
-def _histogram(halves: Iterator[np.ndarray]) -> np.ndarray:
-    return _sum(np.bincount(half.astype(np.intp), minlength=HALF) for half in halves)
+@dataclass(frozen=True)
+class Look:
+    """The keys of x - base, span by span."""
+
+    term: Term
+    base: Term
+    kind: Kind
+    workers: Workers
+
+    def histogram(self, start: int, stop: int, high: int) -> np.ndarray:
+        """[65536] of the keys' upper halves; for high >= 0 of the lower halves of those with that upper one."""
+        found = np.zeros(HALF, np.uint32)
+        for block in self._blocks(start, stop):
+            if _compiled():
+                fused.histogram(self.term, self.base, self.kind, high, block, found)
+                continue
+            keys = self._keys(block)
+            halves = keys >> 16 if high < 0 else keys[keys >> 16 == high] & 0xFFFF
+            found += np.bincount(halves.astype(np.intp), minlength=HALF).astype(np.uint32)
+        return found
+
+    def filled(self, start: int, stop: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """The bins of such a histogram that are not empty, and their entries."""
+        found = self.histogram(start, stop, high)
+        values = np.flatnonzero(found).astype(np.uint16)
+        return values, found[values]
+
+    def place(self, start: int, stop: int, key: int, wanted: int) -> tuple[int, int]:
+        """The element after the `wanted`-th one whose key is `key`, or `stop`; and how many there are up to it."""
+        seen = 0
+        for block in self._blocks(start, stop):
+            if _compiled():
+                end, equal = fused.place(self.term, self.base, self.kind, key, wanted - seen, block)
+                if seen + equal == wanted:
+                    return end, wanted
+            else:
+                places = np.flatnonzero(self._keys(block) == key)
+                equal = len(places)
+                if seen + equal >= wanted:
+                    return block.start + int(places[wanted - seen - 1]) + 1, wanted
+            seen += equal
+        return stop, seen
+
+    def _blocks(self, start: int, stop: int) -> Iterator[Block]:
+        return self.workers.blocks(start, stop, self.workers.block * (fused.WIDER if _compiled() else 1))
+
+    def _keys(self, block: Block) -> np.ndarray:
+        return _keys(block.difference(self.term, self.base, block.array("difference", self.kind)), block)
 
 
-def _sum(histograms: Iterable[np.ndarray]) -> np.ndarray:
-    return sum(histograms, np.zeros(HALF, np.int64))
+def _compiled() -> bool:
+    return fused.compiled("histogram", np.float32) is not None
 
 
 def _bin(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
@@ -75,20 +124,11 @@ def _bin(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
     return place, wanted - int(at_least[place] - histogram[place])
 
 
-def _end(keys: Iterator[tuple[int, np.ndarray]], key: int, wanted: int) -> int:
-    """The element after the `wanted`-th one that equals `key`."""
-    for start, found in keys:
-        places = np.flatnonzero(found == key)
-        if wanted <= len(places):
-            return start + int(places[wanted - 1]) + 1
-        wanted -= len(places)
-    raise AssertionError("unreachable")
-
-
 def _keys(difference: np.ndarray, block: Block) -> np.ndarray:
     keys = block.array("keys", np.uint32)
     np.copyto(keys.view(np.float32), difference, casting="same_kind")
-    return np.bitwise_and(keys, 0x7FFFFFFF, out=keys)
+    np.bitwise_and(keys, 0x7FFFFFFF, out=keys)
+    return np.minimum(keys, np.uint32(NAN), out=keys)
 
 
 def trim(difference: np.ndarray, kept: Cut | None, block: Block) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from pretrain.merge import digests, fused
+from pretrain.merge import digests, fused, overflow
 from pretrain.merge.blocks import Block, Workers, spans
 from pretrain.merge.journal import Done
 from pretrain.merge.kernels import BLOCK, narrow_into
@@ -55,11 +55,13 @@ class Written:
     """Digests (pretrain.merge.digests) of an output.
 
     tensors, files: by name. inputs: of every source, by name, the tensors that were read.
+    overflow: tensors with elements that are not finite though all inputs are, and how many.
     """
 
     tensors: dict[str, str]
     files: dict[str, str]
     inputs: list[dict[str, str]]
+    overflow: dict[str, int]
 
 
 def written(output: Output) -> Written:
@@ -67,9 +69,12 @@ def written(output: Output) -> Written:
     plan = output.plan
     tensors: dict[str, str] = {}
     inputs: list[dict[str, str]] = [{} for _ in plan.addresses]
+    overflows: dict[str, int] = {}
     for number, job in enumerate(plan.jobs):
         parts = [output.done[number, place] for place in range(len(list(spans(elements(job.shape)))))]
         tensors[job.name] = digests.of_tensor(bytes.fromhex(part.digest) for part in parts)
+        if count := sum(part.overflow for part in parts):
+            overflows[job.name] = count
         for place, term in enumerate(job.reads):
             read = digests.of_tensor(bytes.fromhex(part.inputs[place]) for part in parts)
             inputs[term.source][term.name] = read
@@ -77,7 +82,7 @@ def written(output: Output) -> Written:
         file.name: digests.of_file(file.header, [tensors[j.name] for j in plan.jobs if j.file == number])
         for number, file in enumerate(plan.files)
     }
-    return Written(tensors, files, inputs)
+    return Written(tensors, files, inputs, overflows)
 
 
 @dataclass(frozen=True)
@@ -131,21 +136,27 @@ def _carry_out(task: Task, workers: Workers) -> list[tuple[Done, bytearray]]:
     """Read, combine, round, put; the digests on the way, while the bytes are in the cache."""
     jobs = [output.plan.jobs[task.number] for output, _ in task.todo]
     made = [(xxhash.xxh64(), bytearray()) for _ in jobs]
+    overflows = [0] * len(jobs)
     read = {term_key(term): (term, xxhash.xxh64()) for job in jobs for term in job.reads}
-    one_pass = all(fused.takes(job, workers.sources) or job.copy for job in jobs)
+    one_pass = all(compute is None or compute.fused for _, compute in task.todo)
     for block in workers.blocks(*task.span, workers.block * (fused.WIDER if one_pass else 1)):
         for term, digest in read.values():
             digest.update(block.stored(term).view(np.uint8).data)
-        for (output, compute), job, (digest, kept) in zip(task.todo, jobs, made, strict=True):
-            stored = rounded(block, job, compute).view(np.uint8).data
-            digest.update(stored)
+        for number, (output, compute) in enumerate(task.todo):
+            array, count = combined(block, jobs[number], compute)
+            stored = array.view(np.uint8).data
+            overflows[number] += count
+            made[number][0].update(stored)
             if output.in_order:
-                kept += stored
+                made[number][1].extend(stored)
             else:
-                output.put(job, block.start, stored)
+                output.put(jobs[number], block.start, stored)
     return [
-        (Done(digest.hexdigest(), tuple(read[term_key(term)][1].hexdigest() for term in job.reads)), kept)
-        for job, (digest, kept) in zip(jobs, made, strict=True)
+        (
+            Done(digest.hexdigest(), tuple(read[term_key(term)][1].hexdigest() for term in job.reads), count),
+            kept,
+        )
+        for job, (digest, kept), count in zip(jobs, made, overflows, strict=True)
     ]
 
 
@@ -154,14 +165,21 @@ def term_key(term: Term) -> tuple[int, str]:
     return term.source, term.name
 
 
+def combined(block: Block, job: TensorJob, compute: Compute | None) -> tuple[np.ndarray, int]:
+    """The block's elements of the output as they are stored, read-only, and gone with the next block; how many of
+    them are not finite though all inputs are."""
+    if compute is None:
+        return block.stored(job.terms[0]), 0
+    stored = block.array("stored", DTYPES[job.dtype])
+    if compute.fused is None:
+        narrow_into(stored, compute.total(block), job.dtype, block.scratch)
+        return stored, overflow.born(block, job, stored)
+    return stored, overflow.born(block, job, stored) if compute.fused(block, stored) else 0
+
+
 def rounded(block: Block, job: TensorJob, compute: Compute | None) -> np.ndarray:
     """The block's elements of the output as they are stored; read-only, and gone with the next block."""
-    if compute is None:
-        return block.stored(job.terms[0])
-    stored = block.array("stored", DTYPES[job.dtype])
-    if not fused.linear(job, block, stored):
-        narrow_into(stored, compute(block), job.dtype, block.scratch)
-    return stored
+    return combined(block, job, compute)[0]
 
 
 def combine_range(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder, ties
+from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder
 from pretrain.merge.output_folder import partial_of
 from tests.pretrain.merge.build import floats, write
 
@@ -35,7 +35,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, kernels, local_output, ties):
+    for module in (blocks, kernels, local_output):
         monkeypatch.setattr(module, "SPAN", SPAN)
 
 

@@ -153,7 +153,6 @@ def test_the_cut_is_found_in_any_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal entries in several spans: the places before the cut's are counted span by span."""
     monkeypatch.setattr(kernels, "SPAN", 64)
     monkeypatch.setattr(blocks, "SPAN", 64)
-    monkeypatch.setattr(ties, "SPAN", 64)
     values = np.random.default_rng(0).integers(0, 3, 1000).astype(np.float32)
     zero = np.zeros(1000, np.float32)
     for density in (0.1, 0.3333, 0.5, 0.777, 0.999):

@@ -1,22 +1,66 @@
-"""The compiled pass over bf16 against numpy's many: the same bits, whatever the numbers."""
+"""The compiled passes against numpy's many: the same bits, whatever method, numbers, dtypes, blocks and threads."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pretrain.merge import fused, merge
+from pretrain.merge import blocks, dare, fused, kernels, merge, ties
+from pretrain.merge.safetensors_io import DTYPES
 from tests.pretrain.merge.build import write_bf16
+from tests.pretrain.merge.jobs import run
+
+WORDS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+EDGES = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1e-45,
+    -1e-40,
+    6e-8,
+    6e-5,
+    65504.0,
+    65520.0,
+    3.38e38,
+    3.4e38,
+    1e300,
+    math.inf,
+    -math.inf,
+)
 
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if fused.kernel() is None:
-        assert not os.environ.get("CI"), "CI has a compiler, so the kernel must have been built"
-        pytest.skip("the kernel was not built: no compiler")
+    if fused.compiled("products") is None:
+        assert not os.environ.get("CI"), "CI has a compiler, so the passes must have been built"
+        pytest.skip("the passes were not built: no compiler")
+
+
+def both(work: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `work` gives by compiled passes, and by numpy's."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        known = fused.compiled
+
+        def counted(*given: Any) -> Any:
+            calls.append(given)
+            return known(*given)
+
+        patch.setattr(fused, "compiled", counted)
+        one = work()
+        assert calls, "no compiled pass was asked for"
+        patch.setattr(fused, "compiled", lambda *_: None)
+        return one, work()
 
 
 def bf16(bits: np.ndarray) -> np.ndarray:
@@ -26,9 +70,7 @@ def bf16(bits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "weights", [[0.4, 0.6], [1.7, -0.7], [0.2, 0.3, 0.5], [1e-30, 1.0], [3e38, -2e38, 1.0]]
 )
-def test_every_pattern_merges_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: list[float]
-) -> None:
+def test_every_pattern_merges_to_the_same_bytes(tmp_path: Path, weights: list[float]) -> None:
     """All 65,536 numbers, NaN and infinities and subnormals among them, against all in another order."""
     random = np.random.default_rng(0)
     every = np.arange(1 << 16, dtype=np.uint16)
@@ -36,17 +78,156 @@ def test_every_pattern_merges_to_the_same_bytes(
     for number in range(len(weights)):
         order = random.permutation(every)
         inputs.append(str(write_bf16(tmp_path / f"in{number}", {"w": bf16(order), "odd": bf16(order[:777])})))
-    calls, linear = [], fused.linear
-
-    def counted(*given: object) -> bool:
-        calls.append(linear(*given))  # type: ignore[arg-type]
-        return calls[-1]
-
-    monkeypatch.setattr(fused, "linear", counted)
-    merge(inputs, tmp_path / "fused", weights=weights)
-    assert calls
-    assert all(calls)
-    monkeypatch.setattr(fused, "linear", lambda *_: False)
-    merge(inputs, tmp_path / "numpy", weights=weights)
+    names = iter(("fused", "numpy"))
+    records = both(lambda: merge(inputs, tmp_path / next(names), weights=weights))
+    assert records[0] == records[1]
     one, other = (tmp_path / name / "model.safetensors" for name in ("fused", "numpy"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["F16", "BF16"])
+@pytest.mark.parametrize("out", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("beside", ["same", "F32", "F64"])
+def test_all_conversions_of_every_16_bit_pattern(stored: str, out: str, beside: str) -> None:
+    """Widened to fp32 and to fp64; by themselves, and added to numbers that make ties and overflows of them."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[stored])
+    beside = stored if beside == "same" else beside
+    with np.errstate(all="ignore"):
+        wide = kernels.widen_into(np.empty(1 << 16, np.float64), every, stored, kernels.Scratch())
+        other = kernels.narrow(np.roll(wide, 1), beside)
+    for weights in ([1.0, 0.0], [0.5, 0.5], [1.0, 2.0**-11], [1.0, 2.0**-24], [2.0, 0.0]):
+        one, two = both(lambda w=weights: run("linear", [every, other], [stored, beside], w, out))  # type: ignore[misc]
+        assert one.tobytes() == two.tobytes()
+
+
+def stored_numbers(draw: st.DrawFn, dtype: str, count: int, seed: int, near: np.ndarray | None) -> np.ndarray:
+    """Random bits, edges, or neighbours of other numbers."""
+    random = np.random.default_rng(seed)
+    kind = draw(st.sampled_from(["bits", "edges", "normal", "few"]))
+    if kind == "bits":
+        words = random.integers(0, 2**64, count, np.uint64)
+        return words.astype(WORDS[dtype]).view(DTYPES[dtype])
+    if kind == "edges":
+        values = random.choice(EDGES, count)
+    elif kind == "few":
+        values = random.integers(-2, 3, count) * 0.25
+    else:
+        values = random.standard_normal(count) * 0.02
+    if near is not None and kind != "edges":
+        values = near + values * 0.125
+    return kernels.narrow(values.astype(np.float64), dtype)
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Any method of tensors of any dtypes, as jobs.run takes it."""
+    method = draw(st.sampled_from(["linear", "slerp", *BASED]))
+    count = draw(st.sampled_from([1, 3, 7, 8, 63, 129, 1000, 2500]))
+    number = 2 if method == "slerp" else draw(st.integers(1, 4))
+    floats = st.sampled_from(["F64", "F32", "F16", "BF16"])
+    dtypes = draw(st.one_of(floats.map(lambda d: [d] * 5), st.lists(floats, min_size=5, max_size=5)))
+    seed = draw(st.integers(0, 2**32))
+    near = np.random.default_rng(seed).standard_normal(count) * 0.02 if draw(st.booleans()) else None
+    arrays = [stored_numbers(draw, dtypes[i], count, seed + i, near) for i in range(number)]
+    weights = draw(st.lists(st.sampled_from([0.3, 0.7, 1.0, -0.4, 2.5]), min_size=number, max_size=number))
+    options: dict[str, Any] = {"block": draw(st.sampled_from([5, 512, 700, 1 << 16])), "threads": 2}
+    if method == "slerp":
+        options["t"] = draw(st.floats(0, 1))
+    if method in BASED:
+        options["base"] = stored_numbers(draw, dtypes[4], count, seed + 9, near), dtypes[4]
+        options["scale"] = draw(st.sampled_from([1.0, 0.7, -1.5]))
+        options["normalize"] = draw(st.booleans())
+    if method in BASED[1:]:
+        options["densities"] = draw(st.lists(st.floats(0.01, 1), min_size=number, max_size=number))
+        options["seed"] = seed
+    return (method, arrays, dtypes[:number], weights, draw(floats)), options
+
+
+@given(asked=merges())
+@settings(max_examples=400, deadline=None)
+def test_any_merge_has_numpys_bits(asked: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    given, options = asked
+    one, other = both(lambda: run(*given, **options))
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("count", [65536 * 2 + 77, 65536 * 3])
+def test_keys_of_dare_and_sums_of_slerp_over_many_blocks(count: int) -> None:
+    """Tiles, lattices and the blocks of sums end at other elements."""
+    arrays = [np.random.default_rng(i).standard_normal(count).astype(np.float32) for i in range(3)]
+    for method, options in (
+        ("dare_ties", {"base": (arrays[2], "F32"), "densities": [0.3, 0.6], "seed": 7}),
+        ("slerp", {"t": 0.3}),
+    ):
+        found = set()
+        for block, threads in ((1000, 2), (65536, 1), (100_001, 2)):
+            given = method, arrays[:2], ["F32"] * 2, [0.4, 0.6], "BF16"
+            pair = both(lambda g=given, b=block, t=threads, o=options: run(*g, block=b, threads=t, **o))  # type: ignore[misc]
+            found |= {one.tobytes() for one in pair}
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "length", [1, 2, 7, 8, 9, 15, 127, 128, 129, 136, 255, 257, 1000, 4099, 65535, 65536]
+)
+def test_sums_are_added_as_numpy_adds(length: int) -> None:
+    random = np.random.default_rng(length)
+    a, b = (random.standard_normal(length) * 10.0 ** random.integers(-9, 9, length) for _ in range(2))
+    function = fused.compiled("products")
+    found = np.empty(3)
+    function(a.ctypes.data, 0, b.ctypes.data, 0, 0, length, found.ctypes.data)
+    assert found.tolist() == [float(np.add.reduce(x * y)) for x, y in ((a, a), (b, b), (a, b))]
+
+
+def test_choices_of_dare_are_pinned() -> None:
+    """What is dropped must not change: it is what a seed means."""
+    block = blocks.Block([]).move(65_530, 65_546)
+    key = dare.key_of(3, "model.layers.0.mlp.up_proj.weight", 1)
+    assert np.packbits(dare.chosen(key, 0.3, block)).tolist() == [58, 10]
+    ones, zero = np.ones(65_546, np.float32), np.zeros(65_546, np.float32)
+
+    def kept() -> list[int]:
+        got = run(
+            "dare_linear", [zero, ones], ["F32"] * 2, [1.0, 1.0], "F32", densities=[1.0, 0.3], base=(zero, "F32"),
+            seed=3, rescale=False, name="model.layers.0.mlp.up_proj.weight",
+        )  # fmt: skip
+        return np.packbits(got[65_530:] != 0).tolist()
+
+    assert both(kept) == ([58, 10], [58, 10])
+
+
+@pytest.mark.parametrize("few", [0, 3, 1 << 14])
+def test_cuts_are_numpys_in_any_span(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Whether a span's histogram was kept or has to be counted again."""
+    monkeypatch.setattr(kernels, "SPAN", 256)
+    monkeypatch.setattr(blocks, "SPAN", 256)
+    monkeypatch.setattr(ties, "FEW", few)
+    random = np.random.default_rng(few)
+    values = (random.integers(-40, 40, 3000) * 2.0**-12).astype(np.float32) + np.float32(1)
+    base = np.ones(3000, np.float32)
+    for density in (0.001, 0.1, 0.3333, 0.777, 0.9999):
+        given: dict[str, Any] = {
+            "base": (base, "F32"),
+            "densities": [density],
+            "block": 100,
+            "normalize": False,
+        }
+        one, other = both(lambda g=given: run("ties", [values], ["F32"], [1.0], "F32", **g))  # type: ignore[misc]
+        assert one.tobytes() == other.tobytes()
+        kept = np.argsort(-np.abs(values - base), kind="stable")[: max(1, int(density * 3000))]
+        expected = base.copy()
+        expected[kept] = values[kept]
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_tensors_that_begin_at_odd_bytes() -> None:
+    raw = np.random.default_rng(0).standard_normal(1001).astype(np.float32).tobytes()
+    odd = np.frombuffer(b"x" + raw, np.float32, 1001, 1)
+    assert odd.ctypes.data % 4
+    even = odd.copy()
+    for method in ("linear", "slerp", "ties"):
+        options: dict[str, Any] = {"base": (odd[::-1].copy(), "F32")} if method == "ties" else {}
+        one = run(method, [odd, even], ["F32"] * 2, [0.3, 0.7], "BF16", **options)
+        assert (
+            one.tobytes() == run(method, [even, even], ["F32"] * 2, [0.3, 0.7], "BF16", **options).tobytes()
+        )

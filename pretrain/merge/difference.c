@@ -1,0 +1,139 @@
+/* base + what is made of differences x_i - base, as pretrain/merge/methods.py computes it in many passes: each operation
+ * rounded to the accumulation type, in the order of the terms, without FMA; one rounding at the end.
+ */
+#ifndef REAL
+#include "numbers.h"
+
+enum { LATTICE = 1 << 16 }; /* elements that share a key of pretrain.merge.dare */
+
+/* One term, as pretrain.merge.fused.Difference lays it out.
+ *
+ * keys:     DARE's, of the lattices from that of the first element on; NULL where nothing is dropped.
+ * cut, end: TIES' (pretrain.merge.ties.Cut); cut -1 where nothing is trimmed.
+ */
+typedef struct {
+    const void *stored;
+    const uint64_t *keys;
+    double factor, weight;
+    int64_t cut, end;
+    uint32_t below;
+    int dtype;
+} Term;
+
+/* Whether DARE keeps an element: a keyed integer hash, constants of hash-prospector's lowbias32. */
+INLINE int chosen(uint32_t number, uint64_t key, uint32_t below) {
+    uint32_t mixed = number ^ (uint32_t)key;
+    mixed = (mixed ^ mixed >> 16) * 0x7FEB352D;
+    mixed = (mixed ^ mixed >> 15) * 0x846CA68B;
+    mixed += (uint32_t)(key >> 32);
+    return (mixed ^ mixed >> 16) < below;
+}
+
+/* Bits of the magnitude as float; every NaN above infinity, and none above another. */
+INLINE int32_t key_of(float difference) {
+    int32_t key = (int32_t)(bits32(difference) & 0x7FFFFFFF);
+    return key < 0x7F800001 ? key : 0x7F800001;
+}
+
+#define REAL float
+#define OF(name) name##_float
+#include "difference.c"
+#undef REAL
+#undef OF
+#define REAL double
+#define OF(name) name##_double
+#include "difference.c"
+#else
+
+/* x - base, zero where it is dropped or trimmed; the tile begins at element `start` and lies within a lattice. */
+INLINE void OF(difference)(
+    const Term *term, const REAL *restrict base, uint64_t first, size_t at, size_t length, REAL *restrict out) {
+    uint64_t start = first + at;
+    widen(out, term->stored, term->dtype, at, length);
+    for (size_t i = 0; i < length; i++) out[i] = out[i] - base[i];
+    if (term->keys) {
+        uint64_t key = term->keys[start / LATTICE - first / LATTICE];
+        uint32_t number = (uint32_t)(start % LATTICE), below = term->below;
+        for (size_t i = 0; i < length; i++) out[i] = chosen(number + (uint32_t)i, key, below) ? out[i] : (REAL)0;
+    }
+    if (term->cut >= 0) {
+        int32_t above = (int32_t)term->cut;
+        int64_t before = term->end - (int64_t)start;
+        size_t equal = before < 0 ? 0 : (uint64_t)before < length ? (size_t)before : length;
+        for (size_t i = 0; i < equal; i++) out[i] = key_of((float)out[i]) > above - 1 ? out[i] : (REAL)0;
+        for (size_t i = equal; i < length; i++) out[i] = key_of((float)out[i]) > above ? out[i] : (REAL)0;
+    }
+}
+
+INLINE size_t OF(tile)(uint64_t first, size_t at, size_t count) {
+    size_t left = count - at, lattice = LATTICE - (size_t)((first + at) % LATTICE);
+    size_t length = left < lattice ? left : lattice;
+    return length < TILE ? length : TILE;
+}
+
+/* base + sum_i f_i d_i of the elements from `first` on. Whether a number that was written is not finite. */
+CLONES int OF(dromos_arithmetic)(
+    const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
+    int dtype) {
+    REAL base[TILE], total[TILE], one[TILE];
+    int strange = 0;
+    for (size_t at = 0, length; at < count; at += length) {
+        length = OF(tile)(first, at, count);
+        widen(base, stored, stored_dtype, at, length);
+        for (int term = 0; term < number; term++) {
+            REAL factor = (REAL)terms[term].factor;
+            OF(difference)(terms + term, base, first, at, length, one);
+            if (term == 0)
+                for (size_t i = 0; i < length; i++) total[i] = one[i] * factor;
+            else
+                for (size_t i = 0; i < length; i++) total[i] = total[i] + one[i] * factor;
+        }
+        for (size_t i = 0; i < length; i++) total[i] = base[i] + total[i];
+        strange |= narrow(total, out, dtype, at, length);
+    }
+    return strange;
+}
+
+/* base + scale * elect_i(f_i d_i), where `divided` divided by the weights of those that agree (pretrain.merge.ties.elect).
+ *
+ * work: room for a tile of every term. Whether a number that was written is not finite.
+ */
+CLONES int OF(dromos_consensus)(
+    const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
+    int dtype, double scale, int divided, REAL *work) {
+    REAL base[TILE], total[TILE], sign[TILE], share[TILE], factor, scaled = (REAL)scale;
+    int strange = 0;
+    for (size_t at = 0, length; at < count; at += length) {
+        length = OF(tile)(first, at, count);
+        widen(base, stored, stored_dtype, at, length);
+        for (int term = 0; term < number; term++) {
+            REAL *one = work + (size_t)term * TILE;
+            OF(difference)(terms + term, base, first, at, length, one);
+            factor = (REAL)terms[term].factor;
+            for (size_t i = 0; i < length; i++) one[i] = one[i] * factor;
+            if (term == 0)
+                for (size_t i = 0; i < length; i++) total[i] = one[i];
+            else
+                for (size_t i = 0; i < length; i++) total[i] = total[i] + one[i];
+        }
+        for (size_t i = 0; i < length; i++) {
+            sign[i] = total[i] >= 0 ? (REAL)1 : (REAL)-1;
+            total[i] = share[i] = 0;
+        }
+        for (int term = 0; term < number; term++) {
+            const REAL *one = work + (size_t)term * TILE;
+            REAL weight = (REAL)terms[term].weight;
+            for (size_t i = 0; i < length; i++) {
+                REAL agreed = one[i] * sign[i];
+                total[i] = total[i] + (agreed <= 0 ? (REAL)0 : agreed); /* NaN stays */
+                share[i] = share[i] + (agreed > 0 ? weight : (REAL)0);
+            }
+        }
+        if (divided)
+            for (size_t i = 0; i < length; i++) total[i] = total[i] / (share[i] == 0 ? (REAL)1 : share[i]);
+        for (size_t i = 0; i < length; i++) total[i] = base[i] + total[i] * sign[i] * scaled;
+        strange |= narrow(total, out, dtype, at, length);
+    }
+    return strange;
+}
+#endif

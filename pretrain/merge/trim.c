@@ -1,0 +1,64 @@
+/* How large the entries of x - base are: what pretrain/merge/ties.py counts to cut exactly. */
+#ifndef REAL
+#include "numbers.h"
+
+/* Bits of the magnitude as float; every NaN above infinity, and none above another. */
+INLINE uint32_t key_of(float difference) {
+    uint32_t key = bits32(difference) & 0x7FFFFFFF;
+    return key < 0x7F800001 ? key : 0x7F800001;
+}
+
+#define REAL float
+#define OF(name) name##_float
+#include "trim.c"
+#undef REAL
+#undef OF
+#define REAL double
+#define OF(name) name##_double
+#include "trim.c"
+#else
+
+INLINE void OF(keys)(
+    const void *x, int x_dtype, const void *base, int base_dtype, size_t at, size_t length, uint32_t *restrict out) {
+    REAL wide[TILE], other[TILE];
+    widen(wide, x, x_dtype, at, length);
+    widen(other, base, base_dtype, at, length);
+    for (size_t i = 0; i < length; i++) out[i] = key_of((float)(wide[i] - other[i]));
+}
+
+/* Adds to a histogram, [65536], of the keys' upper halves; where high >= 0, of the lower halves of keys with that upper. */
+CLONES void OF(dromos_histogram)(
+    const void *x, int x_dtype, const void *base, int base_dtype, size_t count, int high, uint32_t *histogram) {
+    uint32_t keys[TILE];
+    for (size_t at = 0; at < count; at += TILE) {
+        size_t length = count - at < TILE ? count - at : TILE;
+        OF(keys)(x, x_dtype, base, base_dtype, at, length, keys);
+        if (high < 0)
+            for (size_t i = 0; i < length; i++) histogram[keys[i] >> 16]++;
+        else
+            for (size_t i = 0; i < length; i++)
+                if (keys[i] >> 16 == (uint32_t)high) histogram[keys[i] & 0xFFFF]++;
+    }
+}
+
+/* The place after the `wanted`-th key that equals `key`; `found`: how many there are up to there. */
+CLONES size_t OF(dromos_place)(
+    const void *x, int x_dtype, const void *base, int base_dtype, size_t count, uint32_t key, uint64_t wanted,
+    uint64_t *found) {
+    uint32_t keys[TILE];
+    *found = 0;
+    for (size_t at = 0; at < count; at += TILE) {
+        size_t length = count - at < TILE ? count - at : TILE;
+        uint32_t equal = 0;
+        OF(keys)(x, x_dtype, base, base_dtype, at, length, keys);
+        for (size_t i = 0; i < length; i++) equal += keys[i] == key;
+        if (*found + equal < wanted) {
+            *found += equal;
+            continue;
+        }
+        for (size_t i = 0; i < length; i++)
+            if (keys[i] == key && ++*found == wanted) return at + i + 1;
+    }
+    return count;
+}
+#endif
