@@ -141,9 +141,10 @@ def asking(url: str) -> Iterator[None]:
         raise ReadError(f"{url} cannot be had: {_said(error)}") from error
 
 
-def ask(url: str, call: Callable[[Any], Result]) -> Result:
+def ask(url: str, call: Callable[[Any], Result], *, to: str = "read") -> Result:
     """call(file system), tried again while the store is at fault.
 
+    to: read or write, for messages. What is written twice must be as if it had been written once.
     Raises FileNotFoundError, UserError for what is refused or set wrong, ReadError when the tries are used up.
     """
     patience = Patience.of_environment()
@@ -152,10 +153,11 @@ def ask(url: str, call: Callable[[Any], Result]) -> Result:
             with asking(url), activity.reading(url):
                 return call(_reader(url))
         except OSError as error:
-            _raise_if_final(url, error)
+            _raise_if_final(url, error, to)
             requests.failures += 1
             if tries == patience.tries:
-                raise ReadError(f"{url} cannot be had after {tries} tries: {_said(error)}") from error
+                done = "had" if to == "read" else "written"
+                raise ReadError(f"{url} cannot be {done} after {tries} tries: {_said(error)}") from error
             patience.wait(tries)
     raise AssertionError("unreachable")
 
@@ -281,15 +283,15 @@ def changed(url: str, how: str) -> UserError:
     )
 
 
-def _raise_if_final(url: str, error: OSError) -> None:
+def _raise_if_final(url: str, error: OSError, to: str = "read") -> None:
     """Raise what no other try can mend, in words."""
     if isinstance(error, FileNotFoundError):
         raise error
-    code, status = _answer(error)
+    code, status = answer_of(error)
     if isinstance(error, PermissionError) or status in (401, 403):
         raise UserError(
-            f"{url} may not be read ({code or status or 'refused'}: {error}); give the credentials in use the right "
-            "to read it, or use others"
+            f"{url} may not be {'read' if to == 'read' else 'written'} ({code or status or 'refused'}: {error}); give "
+            f"the credentials in use the right to {to} it, or use others"
         ) from error
     if status == 412:
         raise changed(url, "its content is not what it was a moment ago") from error
@@ -301,7 +303,7 @@ def _raise_if_final(url: str, error: OSError) -> None:
         ) from error
 
 
-def _answer(error: BaseException) -> tuple[str, int]:
+def answer_of(error: BaseException) -> tuple[str, int]:
     """S3's code and HTTP status of a failure; ("", 0) where the store did not answer."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if not isinstance(response, dict):
@@ -318,7 +320,7 @@ def _said(error: BaseException) -> str:
     """An error in words: the store's own where it stands behind ours."""
     if isinstance(error, ReadError) and error.__cause__ is not None:
         error = error.__cause__
-    code, status = _answer(error)
+    code, status = answer_of(error)
     answered = ""
     if status:
         answered = f"{status}, " if code == str(status) else f"{status} {code}, "

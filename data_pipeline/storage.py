@@ -327,12 +327,21 @@ def _refused(url: str) -> Iterator[None]:
 
 
 def publish(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write `content`, bytes or a function that writes to a file, under `path` atomically."""
-    with publishing(os.fspath(path)) as file:
+    """Write `content`, bytes or a function that writes to a file, under `path` atomically; bytes into an object store
+    with the patience of reads."""
+    url = os.fspath(path)
+    if is_remote(url) and isinstance(content, bytes):
+        ask(url, partial(_put, url, content), to="write")
+        return
+    with publishing(url) as file:
         if callable(content):
             content(file)
         else:
             file.write(content)
+
+
+def _put(url: str, content: bytes, store: Any) -> None:
+    store.pipe_file(url, content)
 
 
 def publish_table(path: str | os.PathLike[str], table: Any) -> None:

@@ -1,47 +1,71 @@
 """An output in an object store: files sent in order as parts of a bounded size, and seen by nobody before the end.
 
-There is no journal: a merge into a store that is killed begins again. What it had sent stays invisible; a rule of the
-bucket that aborts incomplete uploads clears it away.
+There is no journal: a merge into a store that is killed computes again what it had computed. What it had sent is found
+there and not sent again; what nobody goes on with, a rule of the bucket that aborts incomplete uploads clears away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.object_store import asking, filesystem
-from data_pipeline.storage import join
+from data_pipeline.object_store import EXTRAS, asking, filesystem
+from data_pipeline.storage import exists, join, publish, read_bytes, remove
 from pretrain.merge.blocks import Workers
 from pretrain.merge.journal import Done
+from pretrain.merge.multipart import Begun, Multipart, abort, begun_below
 from pretrain.merge.plan import Plan, TensorJob
 from pretrain.merge.writer import Key
 
-PART, MOST_PARTS = 16 << 20, 10_000
+PART, SMALLEST_PART, MOST_PARTS = 16 << 20, 5 << 20, 10_000
+IN_MEMORY = 64 << 20
+"""Bytes of the parts that are filled at once, over all outputs; S3 takes none below 5 MiB."""
+
+SENDERS = 4  # parts that are sent at once, over all outputs; of each output at least one
 MEBIBYTE = 1 << 20
+MARK = ".dromos-publishing"
 
 
 class Uploads:
     """Files on their way to one folder of a store.
 
+    key:  of the plan, which stands in the folder while its files appear: what a kill leaves then is known again.
+    many: outputs that are written at once, each with its own Uploads; the more, the smaller the parts.
+
     `begin` and `write` send a file from its start to its end; nothing appears before `publish`, and what is not
     published by then is taken back by `abort`.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, key: str, many: int = 1) -> None:
+        self.folder, self._key = folder, key
+        self._part = max(SMALLEST_PART, min(PART, IN_MEMORY // many // MEBIBYTE * MEBIBYTE))
+        self._ahead = max(1, SENDERS // many)
+        self._pool = ThreadPoolExecutor(self._ahead, thread_name_prefix="sending")
+        self._is_s3 = folder.partition("://")[0] in EXTRAS
+        self._earlier: dict[str, Begun] = {}
+        if self._is_s3:
+            self._earlier = {begun.key: begun for begun in begun_below(folder)}
+        self._marked = half_published(folder, key)
         self._sent: list[Any] = []
         self._open: Any = None
+        self._last = ""
 
     def begin(self, name: str, size: int) -> None:
         """The next file, of `size` bytes: S3 takes at most 10,000 parts."""
         self.end()
-        part = max(PART, -(-size // (MOST_PARTS * MEBIBYTE)) * MEBIBYTE)
+        part = max(self._part, -(-size // (MOST_PARTS * MEBIBYTE)) * MEBIBYTE)
         url = join(self.folder, name)
-        with asking(url):
-            self._open = filesystem(url).open(url, "wb", block_size=part, autocommit=False)
+        if self._is_s3:
+            earlier = self._earlier.get(url.partition("://")[2].partition("/")[2])
+            self._open = Multipart(url, size, part, self._pool, self._ahead, earlier)
+        else:
+            with asking(url):
+                self._open = filesystem(url).open(url, "wb", block_size=part, autocommit=False)
+        self._last = url
         self._sent.append(self._open)
 
     def write(self, data: bytes | bytearray) -> None:
@@ -67,12 +91,21 @@ class Uploads:
                 self.write(piece)
 
     def publish(self) -> None:
-        """Let every file appear, in the order in which they were begun."""
+        """Let every file appear, in the order in which they were begun; the last one says that all are there."""
         self.end()
+        if exists(self._last) or (half_published(self.folder, self._key) and not self._marked):
+            raise UserError(
+                f"{self.folder}: another process wrote it meanwhile; run this again to see what it is"
+            )
+        publish(join(self.folder, MARK), self._key.encode())
         while self._sent:
             with asking(self.folder):
                 self._sent[0].commit()
             self._sent.pop(0)
+        remove([join(self.folder, MARK)])
+        if self._is_s3:  # what else a killed merge left, and uploads whose beginning was tried twice
+            abort(self.folder, begun_below(self.folder))
+        self._pool.shutdown()
 
     def abort(self) -> None:
         for file in self._sent:
@@ -81,6 +114,22 @@ class Uploads:
             ):  # the store may be what failed; the error that led here is the one to tell
                 file.discard()
             file.closed = True  # else the garbage collector closes it, which would send its rest
+        if self._is_s3:
+            abort(self.folder, list(self._earlier.values()))
+        self._pool.shutdown(cancel_futures=True)
+
+
+def half_published(folder: str, key: str) -> bool:
+    """Whether a kill hit the merge of plan `key` into `folder` while its files appeared. UserError: another plan's."""
+    mark = join(folder, MARK)
+    if not exists(mark):
+        return False
+    if read_bytes(mark).decode("utf-8", "replace") != key:
+        raise UserError(
+            f"{folder}: another merge was killed while its files appeared there; finish it with the command that began "
+            "it, or remove the folder"
+        )
+    return True
 
 
 class RemoteOutput:
@@ -118,18 +167,24 @@ class RemoteOutput:
 
 
 @contextmanager
-def uploaded_folder(out: str) -> Iterator[Uploads]:
-    """Files that appear below `out` when the block ends well, and not at all when it does not."""
-    uploads = Uploads(out.rstrip("/"))
+def uploaded_folder(out: str, key: str, many: int = 1) -> Iterator[Uploads]:
+    """Files that appear below `out` when the block ends well, and not at all when it does not; see Uploads."""
+    with _refused(out):
+        uploads = Uploads(out.rstrip("/"), key, many)
     try:
-        yield uploads
-        uploads.publish()
-    except FileNotFoundError as error:
-        uploads.abort()
-        raise UserError(f"{out}: cannot be written: {error}; make the bucket, or correct its name") from error
-    except PermissionError as error:
-        uploads.abort()
-        raise UserError(f"{out}: may not be written: {error}") from error
+        with _refused(out):
+            yield uploads
+            uploads.publish()
     except BaseException:
         uploads.abort()
         raise
+
+
+@contextmanager
+def _refused(out: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{out}: cannot be written: {error}; make the bucket, or correct its name") from error
+    except PermissionError as error:
+        raise UserError(f"{out}: may not be written: {error}") from error

@@ -15,7 +15,7 @@ import xxhash
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import exists, is_remote, join, read_bytes
+from data_pipeline.storage import exists, is_remote, join, read_bytes, remove, sizes
 from pretrain.address import locate
 from pretrain.merge import card, digests
 from pretrain.merge.describe import ROUNDING, THETA
@@ -27,7 +27,7 @@ from pretrain.merge.output_folder import link_or_copy, resumed_folder, tidy
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.record import jobs_plain, sealed
-from pretrain.merge.remote_output import RemoteOutput, uploaded_folder
+from pretrain.merge.remote_output import MARK, RemoteOutput, half_published, uploaded_folder
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN
 from pretrain.merge.writer import Output, Progress, write_tensors, written
@@ -82,7 +82,7 @@ def execute(
     What an earlier call was killed over goes on. `durable` waits for the disk before a folder appears, so that it is
     whole after a power cut too; without it the system writes in its own time, as it does for a copy, and the digests
     in the record tell. `anew` discards what was begun from other inputs or for another plan.
-    A folder may be in an object store: there nothing goes on, and a merge that was killed begins again.
+    A folder may be in an object store: what was sent before a kill is computed again, but not sent again.
     """
     prints = [source.hashes() for source in opened.sources]
     keys = [plan.key(prints) for plan in plans]
@@ -93,7 +93,8 @@ def execute(
         outputs: dict[int, LocalOutput | RemoteOutput] = {}
         for i in todo:
             if is_remote(str(folders[i])):
-                uploads = stack.enter_context(uploaded_folder(str(folders[i])))
+                folder = uploaded_folder(str(folders[i]), keys[i], len(folders))
+                uploads = stack.enter_context(folder)
                 outputs[i] = RemoteOutput(plans[i], uploads)
             else:
                 head = _head(plans[i], opened, prints, keys[i])
@@ -147,6 +148,8 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
     if not there:
         return None
     if not exists(record):
+        if is_remote(folder) and half_published(folder, key):
+            return None
         raise UserError(
             f"{folder} exists and is not the output of a merge; choose another --out, or remove it"
         )
@@ -161,20 +164,22 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
             f"{folder} holds another merge, or this one of inputs that changed since (see {record}); choose another "
             "--out, or remove it"
         )
-    if not is_remote(folder):
-        _check_whole(Path(folder), content)
+    _check_whole(folder, content)
+    if is_remote(folder):
+        remove([join(folder, MARK)])
+    else:
         tidy(Path(folder))
     return content
 
 
-def _check_whole(folder: Path, record: Mapping[str, Any]) -> None:
+def _check_whole(folder: str, record: Mapping[str, Any]) -> None:
     """Raises UserError where a file of weights is gone or has another size: what is done is not said to be."""
-    for name, entry in record.get("output", {}).items():
-        path = folder / name
-        size = entry.get("size") if isinstance(entry, dict) else None
-        if not path.is_file() or path.stat().st_size != size:
+    files = {join(folder, name): entry for name, entry in record.get("output", {}).items()}
+    there = sizes(list(files))
+    for url, entry in files.items():
+        if url not in there or not isinstance(entry, dict) or entry.get("size") != there[url]:
             raise UserError(
-                f"{path}: not as this merge wrote it (dromos verify tells more); remove {folder} to merge again"
+                f"{url}: not as this merge wrote it (dromos verify tells more); remove {folder} to merge again"
             )
 
 
@@ -205,7 +210,6 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
         "frozen": FROZEN if plan.frozen else None,
         "output": {file.name: {"size": file.size, "digest": made.files[file.name]} for file in plan.files},
         "tensors": made.tensors,
-        "overflow": made.overflow,
         "digests": {"tensor": digests.RULE, "file": digests.FILE_RULE, "read": digests.READ_RULE},
         "dromos": _version(),
         "jobs": jobs_plain(plan),

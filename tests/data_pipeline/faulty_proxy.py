@@ -27,7 +27,8 @@ class Proxy:
     """Passes requests on to `upstream` (host:port).
 
     gets, bytes: GETs of an object and the bytes of bodies sent, by bucket/key; faults: what was done, by kind.
-    rate: share of GETs and HEADs that fail, each by one of `kinds`; stall: seconds a stalled one stays silent.
+    rate: share of requests by `methods` that fail, each by one of `kinds`; what is answered with a stall, truncated or
+    reset may have been done all the same. stall: seconds a stalled one stays silent.
     delay: seconds before each answer.
     """
 
@@ -37,6 +38,7 @@ class Proxy:
         self.stall = stall
         self.delay = 0.0
         self.kinds: tuple[str, ...] = KINDS
+        self.methods: tuple[str, ...] = ("GET", "HEAD")
         self.gets: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
@@ -124,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_object = self.command == "GET" and "/" in key.rstrip("/") and "list-type" not in parts.query
         if is_object:
             self.owner.count(key, self.headers.get("Range", ""))
-        fault = self.owner.draw() if self.command in ("GET", "HEAD") else None
+        fault = self.owner.draw() if self.command in self.owner.methods else None
         if fault == "reset":
             self._reset()
             return

@@ -11,10 +11,12 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from pretrain.merge import merge, open_weights, remote_output
+from pretrain.merge import merge, multipart, open_weights, remote_output
 from tests.data_pipeline.s3_server import s3_server
 from tests.pretrain.merge.build import floats, write
 
+botocore = pytest.importorskip("botocore.exceptions")
+s3fs_errors = pytest.importorskip("s3fs.errors")
 LARGE = (1500, 1000)  # 6 MB in fp32: more than the smallest part
 
 
@@ -105,3 +107,170 @@ def test_what_stands_there_is_left_alone(pair: tuple[str, str], bucket: str) -> 
     with pytest.raises(UserError, match="mine exists and is not the output of a merge"):
         merge(pair, f"{bucket}/mine", beta=0.3)
     assert objects(f"{bucket}/mine") == {"notes.txt": b"keep me"}
+
+
+def killed_at(patch: pytest.MonkeyPatch, where: type, name: str, call: int) -> None:
+    """From the call of this number on a method does nothing but fail, and nothing is taken back: as after a kill."""
+    real, seen = getattr(where, name), []
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        seen.append(name)
+        if len(seen) >= call:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    patch.setattr(where, name, fail)
+    patch.setattr(remote_output.Uploads, "abort", lambda self: None)
+
+
+def test_after_a_kill_only_the_rest_is_sent(
+    pair: tuple[str, str], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another plan was killed in between, whose parts are overwritten."""
+    out, parts = f"{bucket}/killed", []
+    with monkeypatch.context() as patch:
+        killed_at(patch, multipart.Multipart, "_put", 4)
+        with pytest.raises(KeyboardInterrupt):
+            merge(pair, out, beta=0.3)
+    assert len(uploads(bucket)) == 1
+    assert objects(out) == {}
+    real = multipart.ask
+
+    def ask(url: str, call: Any, **options: Any) -> Any:
+        if call.__qualname__.startswith("Multipart._put.") and url.startswith(out):
+            parts.append(url)
+        return real(url, call, **options)
+
+    monkeypatch.setattr(multipart, "ask", ask)
+    merge(pair, out, beta=0.3)
+    merge(pair, tmp_path / "out", beta=0.3)
+    assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(parts) == -(-(tmp_path / "out/model.safetensors").stat().st_size // (5 << 20)) - 3
+    assert uploads(bucket) == []
+    other = f"{bucket}/other"
+    with monkeypatch.context() as patch:
+        killed_at(patch, multipart.Multipart, "_put", 4)
+        with pytest.raises(KeyboardInterrupt):
+            merge(pair, other, beta=0.9)
+    merge(pair, other, beta=0.3)
+    same = objects(out)
+    assert {name: data == same[name] for name, data in objects(other).items()} == dict.fromkeys(same, True)
+    assert uploads(bucket) == []
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_a_kill_while_the_files_appear(
+    pair: tuple[str, str], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    out = f"{bucket}/appearing-{call}"
+    with monkeypatch.context() as patch:
+        killed_at(patch, multipart.Multipart, "commit", call)
+        with pytest.raises(KeyboardInterrupt):
+            merge(pair, out, beta=0.3)
+    assert len(objects(out)) == call  # the mark and what was before
+    assert "merge.json" not in objects(out)
+    with pytest.raises(UserError, match="another merge was killed while its files appeared"):
+        merge(pair, out, beta=0.4)
+    merge(pair, out, beta=0.3)
+    merge(pair, tmp_path / "out", beta=0.3)
+    assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert uploads(bucket) == []
+
+
+def test_the_mark_goes_where_all_the_rest_was_done(
+    pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{bucket}/marked"
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_output, "remove", lambda urls: None)
+        merge(pair, out, beta=0.3)
+    assert remote_output.MARK in objects(out)
+    merge(pair, out, beta=0.3)
+    assert remote_output.MARK not in objects(out)
+
+
+def test_an_output_that_lost_a_file_is_not_said_to_be_done(pair: tuple[str, str], bucket: str) -> None:
+    out = f"{bucket}/lost"
+    merge(pair, out, beta=0.3)
+    storage.publish(f"{out}/model.safetensors", b"cut")
+    with pytest.raises(UserError, match=r"lost/model\.safetensors: not as this merge wrote it"):
+        merge(pair, out, beta=0.3)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.4])
+def test_two_merges_at_once_into_one_folder(
+    pair: tuple[str, str], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, beta: float
+) -> None:
+    """One is there, whole; the other says so."""
+    out, real = f"{bucket}/twice-{beta}", remote_output.Uploads.publish
+
+    def publish(self: remote_output.Uploads) -> None:
+        monkeypatch.setattr(remote_output.Uploads, "publish", real)
+        merge(pair, out, beta=beta)
+        real(self)
+
+    monkeypatch.setattr(remote_output.Uploads, "publish", publish)
+    with pytest.raises(UserError, match="another process wrote it meanwhile"):
+        merge(pair, out, beta=0.3)
+    merge(pair, tmp_path / "out", beta=beta)
+    assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert uploads(bucket) == []
+
+
+class Answers:
+    """A store that does what it is asked, and then gives S3's answer to an upload that is no more (moto has none)."""
+
+    def __init__(self, store: Any, method: str, times: list[int]) -> None:
+        self._store, self._method, self._times = store, method, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def call_s3(self, method: str, **asked: Any) -> Any:
+        answer = self._store.call_s3(method, **asked)
+        if method == self._method and self._times:
+            code, status = ("NoSuchUpload", 404) if self._times.pop() else ("InternalError", 500)
+            said = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise s3fs_errors.translate_boto_error(botocore.ClientError(said, method))
+        return answer
+
+
+def test_an_upload_that_somebody_took_back_and_one_whose_answer_got_lost(
+    pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = multipart.ask
+
+    def answering(method: str, times: list[int]) -> None:
+        monkeypatch.setattr(
+            multipart, "ask", lambda url, call, **o: real(url, lambda s: call(Answers(s, method, times)), **o)
+        )
+
+    for method in ("upload_part", "complete_multipart_upload"):
+        answering(method, [1])
+        with pytest.raises(UserError, match="another process writes it too"):
+            merge(pair, f"{bucket}/taken-{method}", beta=0.3)
+    answering("complete_multipart_upload", [1, 0])
+    merge(pair, f"{bucket}/lost-answer", beta=0.3)
+    assert "merge.json" in objects(f"{bucket}/lost-answer")
+
+
+def test_who_may_not_list_uploads_begins_anew(
+    pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(url: str, call: Any, **options: Any) -> Any:
+        if "_begun" in call.__code__.co_names:
+            raise UserError(f"{url} may not be read")
+        return real(url, call, **options)
+
+    real = multipart.ask
+    monkeypatch.setattr(multipart, "ask", denied)
+    merge(pair, f"{bucket}/unlisted", beta=0.3)
+    assert "merge.json" in objects(f"{bucket}/unlisted")
+
+
+def test_many_outputs_take_a_bounded_memory() -> None:
+    folder = "memory://folder"
+    for many in (1, 2, 4, 11):
+        one = remote_output.Uploads(folder, "key", many)
+        assert many * one._part * (1 + one._ahead) <= 160 << 20, many
+        assert one._part >= 5 << 20
