@@ -210,6 +210,7 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
         "frozen": FROZEN if plan.frozen else None,
         "output": {file.name: {"size": file.size, "digest": made.files[file.name]} for file in plan.files},
         "tensors": made.tensors,
+        "overflow": made.overflow,
         "digests": {"tensor": digests.RULE, "file": digests.FILE_RULE, "read": digests.READ_RULE},
         "dromos": _version(),
         "jobs": jobs_plain(plan),
