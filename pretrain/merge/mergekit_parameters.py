@@ -34,7 +34,10 @@ def evaluate(setting: Any, name: str, at: float) -> Scalar | None:
         return interpolate(values, at)
     for entry in setting:
         if not isinstance(entry, dict) or not set(entry) <= {"filter", "value"} or "value" not in entry:
-            raise UserError(f"mergekit parameter {entry!r}: write filter and value")
+            raise UserError(
+                f"mergekit parameter {entry!r}: write filter and value; mergekit passes over other keys, so that "
+                "this would hold for every tensor"
+            )
         wanted = entry.get("filter")
         if wanted is None or wanted == "*" or str(wanted) in name:
             return evaluate(entry["value"], name, at)
@@ -54,10 +57,11 @@ def _scalar(value: Any) -> Scalar:
 
 
 def scopes(file: MergekitFile, part: Slice, source: Input | None) -> Iterable[Settings]:
-    """From the scope that wins to the one that is asked last: source, slice, whole file."""
+    """From the scope that wins to the one that is asked last: source, slice, module, whole file."""
     if source is not None:
         yield source.parameters
     yield part.parameters
+    yield file.module
     yield file.parameters
 
 

@@ -11,6 +11,8 @@ from data_pipeline.errors import UserError
 from pretrain.merge.assemble import Decided, assemble, refusal
 from pretrain.merge.lineage import lineage_notes
 from pretrain.merge.mergekit_parameters import parameter
+from pretrain.merge.mergekit_template import template_text, with_template
+from pretrain.merge.mergekit_vocabulary import same_tokens
 from pretrain.merge.mergekit_yaml import BASED, Input, MergekitFile, Slice
 from pretrain.merge.methods import FLOATS
 from pretrain.merge.model_config import with_layers
@@ -40,8 +42,13 @@ class Want:
 
 def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> Opened:
     """Open every model of the file, the base first, their vocabularies brought together as it asks."""
-    sources, notes = _aligned(file, [open_weights(model, run_dir) for model in file.models()])
-    return Opened(sources, len(sources), notes=tuple(notes))
+    opened = [open_weights(model, run_dir) for model in _addresses(file)]
+    models = len(file.models())
+    text, told = template_text(opened[:models], file.template)
+    sources, notes = _aligned(file, opened)
+    if text is not None:
+        sources = [with_template(source, text) for source in sources]
+    return Opened(sources, models, notes=(*notes, *told))
 
 
 def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed: int = 0) -> Plan:
@@ -60,7 +67,7 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
         sources,
         main,
         max_shard_size,
-        inputs=len(sources),
+        inputs=opened.inputs,
         method=file.method,
         weights=[],
         asked={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
@@ -72,17 +79,19 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
 
 def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[WeightSource], list[str]]:
     """The sources with the same rows, and notes. mergekit merges rows by number where no tokenizer_source is given."""
-    if file.tokenizer == "union":
-        return aligned(sources, "union"), []
+    if file.tokens is not None:
+        first, last = ({one.model for one in file.slices[end].inputs} for end in (0, -1))
+        return same_tokens(sources, _addresses(file), file.base, file.tokens, (first, last))
     try:
         return aligned(sources, None), []
     except UserError as error:
-        if file.tokenizer is not None:
-            said = (
-                f"{file.path}: tokenizer_source: {file.tokenizer} where vocabularies differ is not supported"
-            )
-            raise UserError(f"{said}; write union. {error}") from None
         return sources, [f"without tokenizer_source rows are merged by their numbers, and {error}"]
+
+
+def _addresses(file: MergekitFile) -> list[str]:
+    """Of the models, and of one that gives its tokenizer only."""
+    wanted = file.tokens.source if file.tokens is not None else "base"
+    return list(dict.fromkeys([*file.models(), *([wanted] if wanted not in ("base", "union") else [])]))
 
 
 class _Maker:
@@ -118,7 +127,8 @@ class _Maker:
             self.problems.append(f"{want.name}: {error}")
             return None
         dtype = self._file.dtype or _promoted([dtype for dtype, _ in infos])
-        return Decided(want.name, (dtype, infos[0][1]), "mixed", blend)
+        kept = self._file.method == "passthrough" and blend.terms[0].weight == 1
+        return Decided(want.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
 
     def _same(self, want: Want, terms: list[Term], infos: list[Info]) -> Decided | None:
         """What is no float is copied, and must be the same in every input."""
@@ -159,11 +169,11 @@ class _Maker:
         normalize = bool(self._shared("normalize", want, float(method == "ties")))
         sparse, dare = method != "task_arithmetic", method.startswith("dare")
         rescale = bool(self._shared("rescale", want, float(dare)))
-        if rescale and method == "ties":
-            raise UserError("rescale is not supported for ties")
         options: dict[str, Any] = {"lambda": self._shared("lambda", want, 1.0), "normalize": normalize}
+        if dare or (rescale and sparse):
+            options["rescale"] = "l1" if rescale else False
         if dare:
-            options |= {"rescale": rescale, "seed": self._seed}
+            options["seed"] = self._seed
         terms = []
         for one, term in inputs:
             if term is base:

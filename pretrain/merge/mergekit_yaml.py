@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from pretrain.merge.mergekit_tokens import Tokens, tokens_of
 from pretrain.merge.request import check_dtype
 
 Settings = Mapping[str, Any]
@@ -24,10 +25,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BASED, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")),
 }
 """method -> parameters that have a meaning there; others are noted and have none"""
-KNOWN = {name for names in PARAMETERS.values() for name in names}
 TOP = (
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "name",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "chat_template", "name",
 )  # fmt: skip
 
 
@@ -53,8 +53,11 @@ class Slice:
 class MergekitFile:
     """A merge in mergekit's terms.
 
-    whole:  written as `models`, so that there is one slice of all layers.
-    values: the file's content.
+    whole:    written as `models`, so that there is one slice of all layers.
+    module:   parameters of the one module, which go before the file's.
+    tokens:   whose tokens the output has; None: every tensor keeps its rows.
+    template: what chat_template says.
+    values:   the file's content.
     """
 
     path: str
@@ -63,8 +66,10 @@ class MergekitFile:
     whole: bool
     base: str | None
     parameters: Settings
+    module: Settings
     dtype: str | None
-    tokenizer: str | None
+    tokens: Tokens | None
+    template: str | None
     values: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
 
@@ -81,34 +86,37 @@ def is_mergekit(values: Mapping[str, Any]) -> bool:
 
 
 def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
-    """Raises UserError naming the key of whatever is missing or not supported."""
+    """Raises UserError naming the key of whatever is missing or not supported.
+
+    What mergekit passes over without a word (keys and parameters it does not know) is passed over with a note.
+    """
     where = f"{path} (mergekit)"
-    _known_keys(where, values, TOP)
+    notes: list[str] = []
+    _unknown(notes, "", values, TOP)
     method = values.get("merge_method")
     if method not in METHODS:
         raise UserError(f"{where}: merge_method {method!r} is not supported; supported: {', '.join(METHODS)}")
     base = _model(where, values["base_model"]) if values.get("base_model") is not None else None
-    if ("models" in values) == ("slices" in values):
-        raise UserError(f"{where}: exactly one of models and slices")
-    whole = "models" in values
+    body, module = _body(where, values, notes)
+    whole = body.get("models") is not None
     if whole:
-        slices = [_whole_slice(where, values["models"], base, method)]
+        slices = [_whole_slice(where, body["models"], base, notes)]
     else:
-        slices = [_slice(where, entry, base) for entry in _list(where, "slices", values["slices"])]
+        slices = [_slice(where, entry, base, notes) for entry in _list(where, "slices", body["slices"])]
     for part in slices:
         _check_slice(where, part, method)
-    notes: list[str] = []
-    settings = [_parameters(where, values.get("parameters"))]
-    settings += [part.parameters for part in slices] + [
-        one.parameters for part in slices for one in part.inputs
-    ]
-    for name in sorted({name for each in settings for name in each} - set(PARAMETERS[method])):
+    settings = [_parameters(where, values.get("parameters")), _parameters(where, module)]
+    settings += [part.parameters for part in slices]
+    settings += [one.parameters for part in slices for one in part.inputs]
+    for name in sorted({str(name) for each in settings for name in each} - set(PARAMETERS[method])):
         notes.append(f"parameter {name} has no meaning for {method} and changes nothing")
     if any("int8_mask" in each for each in settings):
         notes.append("int8_mask saves memory in mergekit; here it changes nothing")
-    if values.get("chat_template") not in (None, "auto"):
-        raise UserError(f"{where}: chat_template is not supported; edit chat_template.jinja of the output")
-    source = values.get("tokenizer_source")
+    if method.startswith("dare"):
+        notes.append("what DARE drops is drawn by --seed and tensor: other entries than mergekit's, as many")
+    template = values.get("chat_template")
+    if template is not None and (not isinstance(template, str) or not template):
+        raise UserError(f"{where}: chat_template {template!r} is no template; write auto, or the template")
     return MergekitFile(
         path=path,
         method=method,
@@ -116,11 +124,35 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
         whole=whole,
         base=base,
         parameters=settings[0],
+        module=settings[1],
         dtype=_dtype(where, values),
-        tokenizer=source if source in (None, "base", "union") else _model(where, source),
+        tokens=tokens_of(where, values, lambda given: _model(where, given)),
+        template=template,
         values=values,
         notes=tuple(notes),
     )
+
+
+def _body(where: str, values: Mapping[str, Any], notes: list[str]) -> tuple[Mapping[str, Any], Any]:
+    """What holds models or slices, the file itself or its only module, and that module's parameters."""
+    given = [key for key in ("models", "slices", "modules") if values.get(key) is not None]
+    if len(given) != 1:
+        raise UserError(f"{where}: exactly one of models and slices (or modules)")
+    if given != ["modules"]:
+        return values, None
+    modules = values["modules"]
+    if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
+        raise UserError(f"{where}: modules is a map of names to models or slices")
+    if len(modules) > 1:
+        raise UserError(
+            f"{where}: modules {', '.join(map(str, modules))}: several modules are not supported; write models, which "
+            "merges every part, or a spec of dromos with rules by name"
+        )
+    (inner,) = modules.values()
+    if (inner.get("models") is None) == (inner.get("slices") is None):
+        raise UserError(f"{where}: modules: exactly one of models and slices")
+    _unknown(notes, "modules: ", inner, ("models", "slices", "parameters"))
+    return inner, inner.get("parameters")
 
 
 def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
@@ -135,21 +167,23 @@ def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
     return found
 
 
-def _whole_slice(where: str, models: Any, base: str | None, method: str) -> Slice:
+def _whole_slice(where: str, models: Any, base: str | None, notes: list[str]) -> Slice:
     inputs = []
     for entry in _list(where, "models", models):
-        _known_keys(f"{where}: models", entry, ("model", "parameters"))
+        _unknown(notes, "models: ", entry, ("model", "parameters"))
+        _no_revision(where, entry)
         inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
     if base is not None and base not in [one.model for one in inputs]:
         inputs.append(Input(base, None, {}))  # as mergekit does, for every method
     return Slice(tuple(inputs), base, {})
 
 
-def _slice(where: str, entry: Any, base: str | None) -> Slice:
-    _known_keys(f"{where}: slices", entry, ("sources", "base_model", "parameters"))
+def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
+    _unknown(notes, "slices: ", entry, ("sources", "base_model", "parameters"))
     inputs = []
     for source in _list(where, "sources", entry.get("sources")):
-        _known_keys(f"{where}: sources", source, ("model", "layer_range", "parameters"))
+        _unknown(notes, "sources: ", source, ("model", "layer_range", "parameters"))
+        _no_revision(where, source)
         layers = source.get("layer_range")
         if not (
             isinstance(layers, list)
@@ -197,7 +231,6 @@ def _parameters(where: str, given: Any) -> Settings:
         return {}
     if not isinstance(given, dict):
         raise UserError(f"{where}: parameters are a map of names")
-    _known_keys(f"{where}: parameters", given, tuple(sorted(KNOWN)))
     return given
 
 
@@ -228,6 +261,23 @@ def _model(where: str, given: Any) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and not given.startswith("."):
         return f"hf://{given}"
     return given
+
+
+def _unknown(notes: list[str], at: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    notes += [
+        note
+        for key in given
+        if key not in known
+        and (note := f"{at}{key} is no key of mergekit's files; it passes over it, and so does this")
+        not in notes
+    ]
+
+
+def _no_revision(where: str, entry: Mapping[str, Any]) -> None:
+    """mergekit would take another model than the one that is meant."""
+    if "revision" in entry:
+        named = f"{entry.get('model')}@{entry['revision']}"
+        raise UserError(f"{where}: revision is no key beside model (mergekit passes over it); write {named}")
 
 
 def _list(where: str, key: str, given: Any) -> list[Any]:

@@ -17,7 +17,7 @@ METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ti
 BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 """methods that add differences to a base"""
 
-Why = Literal["mixed", "rest", "frozen", "integer", "excluded", "rule"]
+Why = Literal["mixed", "rest", "frozen", "integer", "excluded", "rule", "layer"]
 Option = float | bool | int | str
 Options = tuple[tuple[str, Option], ...]
 
@@ -48,7 +48,7 @@ class TensorJob:
     base:    what TIES, DARE and task arithmetic add to.
     options: `t` (slerp: the share of the second term), `lambda`, `normalize` (of TIES and DARE-TIES, which divide at
              each entry by the weights that agree), `rescale`, `seed`; sorted by name.
-    why:     mixed, or why it is not: rest, frozen, integer, excluded, rule.
+    why:     mixed, or why it is not: rest, frozen, integer, excluded, rule, layer (of a passthrough).
     file:    index into the plan's files.
     offset:  in bytes from the start of that file.
     """

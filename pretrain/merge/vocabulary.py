@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from data_pipeline.errors import UserError
 from pretrain.merge.companions import adapted_config, as_json, read
 from pretrain.merge.folder import parse_json
 from pretrain.merge.plan import letter
-from pretrain.merge.safetensors_io import DTYPES, Info, elements
 from pretrain.merge.sources import WeightSource
 from pretrain.merge.vocabulary_files import FILE, STALE, Tokenizer, read_tokenizer, renumbered, rewritten
+from pretrain.merge.vocabulary_view import Rows, View, stored_name
 
 RULES = ("intersect", "pad", "union")
 EMBEDDING = re.compile(
@@ -27,73 +26,6 @@ ADVICE = (
     "say how with --vocabulary (in a spec, vocabulary): intersect (tokens that all have), union (a token that one has "
     "takes its row) or pad (rows by their numbers, the shorter padded from the longer)"
 )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
-    both go on by one."""
-
-    owner: np.ndarray  # int64[rows]
-    row: np.ndarray  # int64[rows]
-    starts: np.ndarray  # int64[runs]
-
-    @classmethod
-    def of(cls, owner: np.ndarray, row: np.ndarray) -> Rows:
-        breaks = (np.diff(row) != 1) | (np.diff(owner) != 0)
-        return cls(owner, row, np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64))
-
-
-class View(WeightSource):
-    """A source whose vocabulary's tensors are read in the rows of the output; all else is as it is."""
-
-    def __init__(
-        self,
-        source: WeightSource,
-        sources: Sequence[WeightSource],
-        names: Sequence[str],
-        rows: Rows,
-        companions: Mapping[str, Path | bytes],
-        notes: Sequence[str],
-        unfit: str | None,
-    ) -> None:
-        self.__dict__.update(source.__dict__)
-        self.unfit = unfit or source.unfit
-        self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
-        self._source, self._sources, self._names, self._rows = source, sources, frozenset(names), rows
-
-    def info(self, name: str) -> Info:
-        dtype, shape = self._source.info(name)
-        return (dtype, (len(self._rows.row), *shape[1:])) if name in self._names else (dtype, shape)
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        if name not in self._names:
-            return self._source.read(name, start, stop)
-        dtype, shape = self.info(name)
-        width = elements(shape[1:])
-        out = np.empty(stop - start, DTYPES[dtype])
-        at = start
-        run = int(np.searchsorted(self._rows.starts, start // max(1, width), side="right")) - 1
-        while at < stop:
-            first = int(self._rows.starts[run])
-            last = int(self._rows.starts[run + 1]) if run + 1 < len(self._rows.starts) else shape[0]
-            end = min(stop, last * width)
-            shift = (int(self._rows.row[first]) - first) * width
-            part = _read(self._sources[int(self._rows.owner[first])], name, at + shift, end + shift)
-            if end - at == stop - start:
-                return part
-            out[at - start : end - start] = part
-            at, run = end, run + 1
-        return out
-
-
-def _read(source: WeightSource, name: str, start: int, stop: int) -> np.ndarray:
-    return source.read(_stored(source, name), start, stop)
-
-
-def _stored(source: WeightSource, name: str) -> str:
-    """The name under which a source stores a tensor that may be tied there."""
-    return source.tied.get(name, name)
 
 
 def aligned(
@@ -126,18 +58,24 @@ def aligned(
         if not any(mixed(name) for i in taking for name in names[i]):
             return list(sources)
         raise UserError(_difference(taking, chosen, rows, tokenizers))
-    _check_alike(chosen, [names[i] for i in taking])
+    check_alike(chosen, [names[i] for i in taking])
     made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
     views = list(sources)
     for place, i in enumerate(taking):
-        views[i] = View(sources[i], chosen, names[i], *made[place])
+        moved, companions, notes, unfit = made[place]
+        views[i] = View(sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, unfit)
     return views
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor of that name is the input's; else it may be the output's."""
+    return EMBEDDING.search(name) is not None
 
 
 def vocabulary_names(source: WeightSource) -> list[str]:
     """Tensors with a row for every token: embeddings, and heads that have as many rows."""
     held = source.names()
-    embeddings = [name for name in held if EMBEDDING.search(name) and len(source.info(name)[1]) == 2]
+    embeddings = [name for name in held if is_embedding(name) and len(source.info(name)[1]) == 2]
     rows = {source.info(name)[1][0] for name in embeddings}
     heads = [n for n in held if HEAD.search(n) and source.info(n)[1][:1] and source.info(n)[1][0] in rows]
     return embeddings + [name for name in heads if name not in embeddings]
@@ -176,15 +114,15 @@ def _difference(
     return f"the vocabularies differ: {'; '.join(said)}{note}; {ADVICE}"
 
 
-def _check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
+def check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
     """Rows of one source are read in another's place: they must be as wide and of the same type."""
     for name in dict.fromkeys(name for found in names for name in found):
         for source in sources:
-            if _stored(source, name) not in source.names():
+            if stored_name(source, name) not in source.names():
                 raise UserError(
                     f"{name}: missing in {source.address}; under a vocabulary rule all must have it"
                 )
-        infos = [source.info(_stored(source, name)) for source in sources]
+        infos = [source.info(stored_name(source, name)) for source in sources]
         if len({(dtype, shape[1:]) for dtype, shape in infos}) > 1:
             listed = ", ".join(
                 f"{d} {list(s)} in {x.address}" for (d, s), x in zip(infos, sources, strict=True)

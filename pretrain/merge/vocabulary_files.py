@@ -20,7 +20,13 @@ NUMBERED = re.compile(r"_token_(id|ids|index)$")
 # These say again what tokenizer.json says, in other forms, with the numbers of the tokenizer they came with.
 STALE = ("added_tokens.json", "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
+OURS = (FILE, "tokenizer_config.json", "special_tokens_map.json", *STALE)
 Companions = Mapping[str, Path | bytes]
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion belongs to the tokenizer, chat templates aside."""
+    return name in OURS or name.endswith((".model", ".tiktoken")) or name.startswith(("tokenizer", "vocab."))
 
 
 @dataclass(frozen=True)

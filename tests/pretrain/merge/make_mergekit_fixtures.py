@@ -4,7 +4,8 @@
 
 For every CASE.yml in tests/pretrain/merge/mergekit/ writes CASE.json (for every output tensor the parameters that
 mergekit resolved, and the tensors it read) and, except where it draws random numbers, CASE.safetensors (what it
-computed). The models a, b and c there are made by this script when they are missing.
+computed). The models there are made by this script when they are missing: a, b and c are alike; d, e and f have one
+layer, tokenizers of different tokens, and rows beyond them.
 """
 
 from __future__ import annotations
@@ -33,16 +34,21 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+TOKENS = {
+    "d": (["<unk>", "sun", "moon"], ["<s>"]),
+    "e": (["<unk>", "moon", "sky", "sun"], ["<s>", "<img>"]),
+    "f": (["<unk>", "sun", "moon", "sky"], ["<pad>", "<s>"]),
+}
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, layers: int = LAYERS, rows: int = VOCABULARY) -> None:
     random = np.random.default_rng(seed)
     shapes = {
-        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "model.embed_tokens.weight": (rows, WIDTH),
         "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCABULARY, WIDTH),
+        "lm_head.weight": (rows, WIDTH),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"model.layers.{layer}."
         shapes |= {f"{at}self_attn.{x}_proj.weight": (WIDTH, WIDTH) for x in "qkvo"}
         shapes |= {f"{at}mlp.{x}_proj.weight": (WIDTH, WIDTH) for x in ("up", "gate", "down")}
@@ -50,7 +56,21 @@ def write_model(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    config = CONFIG | {"num_hidden_layers": layers, "vocab_size": rows}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_tokenizer(folder: Path, words: list[str], added: list[str]) -> None:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": len(words) + i, "content": one, **plain} for i, one in enumerate(added)],
+        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)}, "unk_token": "<unk>"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<s>", "chat_template": words[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
 
 
 def resolved(planner: Any) -> dict[str, Any]:
@@ -58,7 +78,8 @@ def resolved(planner: Any) -> dict[str, Any]:
     found = {}
     for weight, task in planner._tensors:
         inputs = []
-        for model, info in task.gather_tensors.weight_info.items():
+        gathered = task.gather_tensors
+        for model, info in getattr(gathered, "gather_tensors", gathered).weight_info.items():
             own = dict(task.input_parameters[model].items())
             numbers = {
                 name: own[name] for name in ("weight", "density", "scale") if own.get(name) is not None
@@ -67,6 +88,14 @@ def resolved(planner: Any) -> dict[str, Any]:
         base = task.base_model.model.path if task.base_model is not None else None
         found[weight.name] = [base, dict(task.parameters.items()), inputs]
     return found
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token -> row in a tokenizer.json that mergekit wrote; empty where it wrote none."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    return content["model"]["vocab"] | {one["content"]: one["id"] for one in content["added_tokens"]}
 
 
 def run(path: Path) -> None:
@@ -95,9 +124,11 @@ def run(path: Path) -> None:
                     path.with_suffix(".safetensors"),
                 )
             layers = json.loads((Path(out) / "config.json").read_text())["num_hidden_layers"]
+            tokens = vocabulary(Path(out) / "tokenizer.json")
     finally:
         plan.MergePlanner._plan = inner
     content = {"num_hidden_layers": layers, "tensors": resolved(planners[-1])}
+    content |= {"tokens": tokens} if tokens else {}
     text = json.dumps(content, sort_keys=True, separators=(",", ":")).replace(',"model.', ',\n"model.')
     path.with_suffix(".json").write_text(text + "\n")
 
@@ -106,6 +137,10 @@ def main() -> None:
     for seed, name in enumerate("abc"):
         if not (FIXTURES / name).exists():
             write_model(FIXTURES / name, seed)
+    for seed, (name, (words, added)) in enumerate(TOKENS.items(), 3):
+        if not (FIXTURES / name).exists():
+            write_model(FIXTURES / name, seed, 1, len(words) + len(added) + seed % 2)
+            write_tokenizer(FIXTURES / name, words, added)
     os.chdir(FIXTURES)
     for path in sorted(FIXTURES.glob("*.yml")):
         print(path.name)

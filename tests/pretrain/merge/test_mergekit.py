@@ -79,7 +79,7 @@ def test_every_tensor_resolves_to_what_mergekit_resolves(case: str) -> None:
             if job.method in ("ties", "dare_ties"):
                 assert job.option("normalize", 0) == shared["normalize"]
             if job.method.startswith("dare"):
-                assert job.option("rescale", 0) == shared["rescale"]
+                assert bool(job.option("rescale", 0)) == shared["rescale"]
         if not want:  # nothing is added to the base, or everything is scaled by nothing
             (term,) = job.terms if job.terms else [None]
             if term is not None:
@@ -102,12 +102,29 @@ def test_results_are_mergekit_s_within_1e_6(case: str, tmp_path: Path) -> None:
     got = open_weights(str(tmp_path / "out"))
     assert set(got.names()) == set(want.names())
     bound = 1e-6 if case != "out_dtype" else 2**-8
+    truth = json.loads(Path(f"{case}.json").read_text())
     for name in want.names():
         assert got.info(name) == want.info(name)
         theirs, mine = want.array(name), got.array(name)
+        if "tokens" in truth and name in EMBEDDINGS:
+            mine = numbered_as(truth["tokens"], mine, tmp_path / "out/tokenizer.json")
         np.testing.assert_allclose(mine, theirs, rtol=bound, atol=bound, err_msg=name)
-    layers = json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"]
-    assert layers == json.loads(Path(f"{case}.json").read_text())["num_hidden_layers"]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_hidden_layers"] == truth["num_hidden_layers"]
+    assert config["vocab_size"] == len(want.array("lm_head.weight"))
+
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def numbered_as(theirs: dict[str, int], rows: np.ndarray, path: Path) -> np.ndarray:
+    """Our rows in mergekit's order: of a union, which of the other models comes first is chance there."""
+    from tokenizers import Tokenizer
+
+    ours = Tokenizer.from_file(str(path)).get_vocab()
+    assert set(ours) == set(theirs)
+    order = [ours[token] for token in sorted(theirs, key=lambda token: theirs[token])]
+    return np.concatenate([rows[order], rows[len(order) :]])
 
 
 def test_passthrough_copies_bytes_and_renumbers_layers(tmp_path: Path) -> None:
@@ -157,24 +174,154 @@ BASE = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weig
     [
         ({"merge_method": "model_stock"}, "merge_method 'model_stock' is not supported"),
         ({"merge_method": "della"}, "merge_method 'della' is not supported"),
-        ({"modules": {}}, "modules not supported"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer not supported"),
-        ({"parameters": {"embed_slerp": True}}, "embed_slerp not supported"),
-        ({"parameters": {"gamma": 0.1}}, "gamma not supported"),
+        ({"modules": {"x": {"models": []}}}, "exactly one of models and slices"),
+        ({"modules": {"x": {}}, "models": None}, "modules: exactly one of models and slices"),
+        ({"modules": {"text": {}, "vision": {}}, "models": None}, "several modules are not supported"),
+        ({"modules": [], "models": None}, "modules is a map"),
+        ({"tokenizer": {}, "tokenizer_source": "base"}, "say the same"),
+        ({"tokenizer": "base"}, "tokenizer is a map"),
+        ({"tokenizer": {"padding": 8}}, "tokenizer: padding not supported"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of 0"),
+        ({"tokenizer": {"tokens": {"x": {}}}}, "x: write source"),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": {"kind": "mean"}}}}},
+            "x: kind 'mean': zero or model_token",
+        ),
+        ({"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}}, "either token"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported"),
-        ({"chat_template": "chatml"}, "chat_template is not supported"),
+        ({"chat_template": 3}, "chat_template 3 is no template"),
+        ({"models": [{"model": "a", "revision": "v1"}]}, "write a@v1"),
         ({"slices": []}, "exactly one of models and slices"),
         ({"merge_method": "ties"}, "ties needs base_model"),
         ({"merge_method": "slerp", "base_model": "a"}, "one other model, here are 1"),
         ({"merge_method": "passthrough", "base_model": "b"}, "passthrough takes one source"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "stands twice"),
         ({"models": [{"model": "nobody/x+lora"}]}, r"adapters \(LoRA\) are not supported"),
-        ({"models": [{"model": "a", "weight": 1}]}, "models: weight not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         parse("x.yml", BASE | change)
+
+
+def test_what_mergekit_passes_over_is_passed_over_with_a_note() -> None:
+    made, _ = planned("passed_over")
+    for word in ("dype is no key", "random_seed is no key", "models: density is no key", "embed_slerp has no meaning",
+                 "gamma has no meaning"):  # fmt: skip
+        assert any(word in note for note in made.notes), word
+    assert any("residual_weight" in note for note in planned("passthrough_whole")[0].notes)
+
+
+def test_what_is_passed_through_counts_as_copied() -> None:
+    from pretrain.merge.describe import summary
+
+    assert summary(planned("passthrough_whole")[0]).startswith("0 tensors mixed, 57 copied (layer)")
+    scaled = planned("passthrough")[0]
+    mixed = sum(not job.copy for job in scaled.jobs)
+    assert 0 < mixed < len(scaled.jobs)
+    assert summary(scaled).startswith(f"{mixed} tensors mixed, {len(scaled.jobs) - mixed} copied (layer)")
+
+
+def test_dare_in_a_mergekit_file_keeps_the_l1_norm() -> None:
+    """mergekit's rescale: what is left of a difference has the L1 norm of the whole."""
+    from pretrain.merge.blocks import Workers
+    from pretrain.merge.methods import prepare
+
+    values = {"merge_method": "dare_linear", "base_model": "a", "models": [{"model": "b"}], "dtype": "float32",
+              "parameters": {"weight": 1, "density": 0.4}}  # fmt: skip
+    file = parse("x.yml", values)
+    opened = open_mergekit(file)
+    made = plan_mergekit(file, opened, 10**9)
+    assert any("drawn by --seed" in note for note in made.notes)
+    job = next(job for job in made.jobs if job.name.endswith("0.mlp.up_proj.weight"))
+    base, other = (source.array(job.name).ravel().astype(np.float64) for source in opened.sources)
+    with Workers(opened.sources) as workers:
+        total = prepare(job, workers)
+        (block,) = workers.blocks(0, len(base))
+        got = np.array(getattr(total, "total", total)(block)) - base
+    kept = got != 0
+    assert 0 < kept.sum() < len(kept)
+    whole = np.abs(other - base).sum()
+    assert np.abs(got).sum() == pytest.approx(whole, rel=1e-12)
+    ratio = whole / np.abs(other - base)[kept].sum()
+    np.testing.assert_allclose(got[kept], (other - base)[kept] * ratio, rtol=1e-12)
+
+
+TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi\n"}]
+
+
+def template_written(wanted: str, models: list[str], out: Path) -> str:
+    inputs = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    values = {
+        "merge_method": "linear",
+        "models": inputs,
+        "chat_template": wanted,
+        "tokenizer_source": "union",
+    }
+    file = parse("x.yml", values)
+    opened = open_mergekit(file)
+    execute([plan_mergekit(file, opened, 10**9)], opened, [out])
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    return (out / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("chatml", "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+                   "<|im_start|>assistant\n"),
+        ("llama3", "<BOS><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+                   "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                   "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("{{ messages[0].content }}", "Be kind."),
+    ],
+)  # fmt: skip
+def test_chat_templates(wanted: str, said: str, tmp_path: Path) -> None:
+    """Rendered by Jinja with the settings of transformers."""
+    from jinja2 import Environment
+
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        template_written(wanted, ["d", "e"], tmp_path / "out")
+    )
+    assert template.render(messages=TURNS, add_generation_prompt=True, bos_token="<BOS>") == said
+
+
+def test_the_template_that_most_models_have(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in Path("e").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "chat_template.jinja").write_text("sky\n")
+    assert template_written("auto", ["d", str(other), "f"], tmp_path / "out") == "sky"
+
+
+def test_a_chat_template_of_no_known_name_is_refused() -> None:
+    file = parse("x.yml", BASE | {"chat_template": "alpaca"})
+    with pytest.raises(UserError, match="'alpaca' is not known here; known: auto, chatml, llama3"):
+        open_mergekit(file)
+
+
+def test_the_tokenizer_of_a_model_that_is_not_merged() -> None:
+    """Its rows are not read; tokens that the others lack have zeros."""
+    models = [{"model": "d", "parameters": {"weight": 0.5}}, {"model": "e", "parameters": {"weight": 0.5}}]
+    file = parse("x.yml", {"merge_method": "linear", "models": models, "tokenizer_source": "model:f"})
+    opened = open_mergekit(file)
+    made = plan_mergekit(file, opened, 10**9)
+    assert (made.inputs, len(opened.sources)) == (2, 3)
+    assert all(term.source < 2 for job in made.jobs for term in job.terms)
+    d, e = (open_weights(x).array("lm_head.weight") for x in "de")
+    for source, own in zip(opened.sources[:2], (d, e), strict=True):
+        rows = source.array("lm_head.weight")
+        assert rows.shape == (6, 4)
+        assert not rows[4].any()  # <pad>
+        ours = (
+            {"<unk>": 0, "sun": 1, "moon": 2, "<s>": 3}
+            if own is d
+            else {"<unk>": 0, "moon": 1, "sky": 2, "sun": 3}
+        )
+        for token, row in ours.items():
+            number = {"<unk>": 0, "sun": 1, "moon": 2, "sky": 3, "<pad>": 4, "<s>": 5}[token]
+            assert np.array_equal(rows[number], own[row])
 
 
 def test_a_repository_of_the_hub_is_an_address() -> None:

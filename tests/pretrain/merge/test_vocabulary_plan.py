@@ -78,8 +78,9 @@ def test_mergekit_without_a_tokenizer_source_goes_by_row_and_says_so(tmp_path: P
     inputs = [str(model(tmp_path / str(i), word_level(w), 3, i)) for i, w in enumerate(words)]
     made = plan_mergekit(file := mergekit(inputs), open_mergekit(file), 10**9)
     assert any("rows are merged by their numbers" in note for note in made.notes)
-    with pytest.raises(UserError, match="tokenizer_source: base where vocabularies differ is not supported"):
-        open_mergekit(mergekit(inputs, tokenizer_source="base"))
+    opened = open_mergekit(mergekit(inputs, tokenizer_source="base"))
+    second = open_weights(inputs[1]).array("lm_head.weight")
+    np.testing.assert_array_equal(opened.sources[1].array("lm_head.weight"), second[[0, 2, 1]])
 
 
 def test_mergekit_s_base_tokenizer_where_all_are_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""A source seen with other rows in its embeddings: taken from other places, other models, or made of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.merge.kernels import narrow
+from pretrain.merge.safetensors_io import DTYPES, Info, elements
+from pretrain.merge.sources import WeightSource
+
+MADE = -1
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
+    both go on by one.
+
+    made: rows whose owner is MADE -> the (owner, row) whose mean they are: zeros for none, of all rows of this
+          tensor that are not made so for None.
+    """
+
+    owner: np.ndarray  # int64[rows]
+    row: np.ndarray  # int64[rows]
+    starts: np.ndarray  # int64[runs]
+    made: Mapping[int, tuple[tuple[int, int], ...] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        owner: np.ndarray,
+        row: np.ndarray,
+        made: Mapping[int, tuple[tuple[int, int], ...] | None] | None = None,
+    ) -> Rows:
+        breaks = (np.diff(row) != 1) | (np.diff(owner) != 0) | (owner[1:] == MADE)
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
+        return cls(owner, row, starts, made or {})
+
+
+class View(WeightSource):
+    """A source whose vocabulary's tensors (those of `rows`) are read in the rows of the output; all else is as it is.
+
+    sources: whom `owner` counts.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        sources: Sequence[WeightSource],
+        rows: Mapping[str, Rows],
+        companions: Mapping[str, Path | bytes],
+        notes: Sequence[str],
+        unfit: str | None,
+    ) -> None:
+        self.__dict__.update(source.__dict__)
+        self.unfit = unfit or source.unfit
+        self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
+        self._source, self._sources, self._rows = source, sources, dict(rows)
+        self._mean: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def beside(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> View:
+        """The same weights with other files beside them."""
+        return cls(source, [], {}, companions, [], None)
+
+    def info(self, name: str) -> Info:
+        dtype, shape = self._source.info(name)
+        return (dtype, (len(self._rows[name].row), *shape[1:])) if name in self._rows else (dtype, shape)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        if name not in self._rows:
+            return self._source.read(name, start, stop)
+        rows, (dtype, shape) = self._rows[name], self.info(name)
+        width = elements(shape[1:])
+        out = np.empty(stop - start, DTYPES[dtype])
+        at = start
+        run = int(np.searchsorted(rows.starts, start // max(1, width), side="right")) - 1
+        while at < stop:
+            first = int(rows.starts[run])
+            last = int(rows.starts[run + 1]) if run + 1 < len(rows.starts) else shape[0]
+            end = min(stop, last * width)
+            if int(rows.owner[first]) == MADE:
+                part = self._made(name, first)[at - first * width : end - first * width]
+            else:
+                shift = (int(rows.row[first]) - first) * width
+                source = self._sources[int(rows.owner[first])]
+                part = source.read(stored_name(source, name), at + shift, end + shift)
+            if end - at == stop - start:
+                return part
+            out[at - start : end - start] = part
+            at, run = end, run + 1
+        return out
+
+    def _made(self, name: str, number: int) -> np.ndarray:
+        """One row, as stored: the mean in fp64, rounded once."""
+        dtype, shape = self.info(name)
+        width, places = elements(shape[1:]), self._rows[name].made[number]
+        if places is None:
+            if name not in self._mean:
+                self._mean[name] = narrow(self._mean_row(name, width), dtype)
+            return self._mean[name]
+        total = np.zeros(width)
+        for owner, row in places:
+            source = self._sources[owner]
+            total += _wide(source.read(stored_name(source, name), row * width, (row + 1) * width), dtype)
+        return narrow(total / max(1, len(places)), dtype)
+
+    def _mean_row(self, name: str, width: int) -> np.ndarray:
+        """The mean of all rows that are not themselves such a mean."""
+        rows = self._rows[name]
+        means = {number for number, places in rows.made.items() if places is None}
+        count = len(rows.row) - len(means)
+        assert means == set(range(count, count + len(means)))
+        total = np.zeros(width)
+        step = max(1, BLOCK // max(1, width))
+        for at in range(0, count, step):
+            end = min(at + step, count)
+            block = _wide(self.read(name, at * width, end * width), self.info(name)[0])
+            total += block.reshape(end - at, width).sum(axis=0)
+        return total / max(1, count)
+
+
+def stored_name(source: WeightSource, name: str) -> str:
+    """The name under which a source stores a tensor that may be tied there."""
+    return source.tied.get(name, name)
+
+
+def _wide(flat: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        flat = (flat.astype(np.uint32) << 16).view(np.float32)
+    return flat.astype(np.float64)
