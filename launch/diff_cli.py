@@ -49,15 +49,19 @@ def diff(
 
     Exit codes: 0 compared, whatever was found; 2 your input is wrong; 1 anything else.
     """
+    from data_pipeline.errors import UserError
     from data_pipeline.storage import publish
     from launch.byte_bar import counting
     from pretrain.merge.diff import as_csv, compared, lines
     from pretrain.merge.safetensors_io import elements
     from pretrain.merge.sources import open_weights
 
+    csv, picture = (path.expanduser() if path is not None else None for path in (csv, picture))
     for path in (csv, picture):
         if path is not None:
             check_writable(path)
+    if picture is not None and picture.suffix.lower() != ".svg":
+        raise UserError(f"--picture {picture}: the picture is SVG; name it {picture.with_suffix('.svg')}")
     one, two = open_weights(a), open_weights(b)
     held = set(two.names())
     total = sum(elements(one.info(name)[1]) for name in one.names() if name in held)

@@ -48,6 +48,8 @@ def _gain(sweep: Sweep) -> str:
     if best is None or len(ends) < 2:
         return ""
     parent = min(ends) if sweep.lower else max(ends)
+    if best == parent:
+        return " (no mix is better than the better parent)"
     return f" ({best - parent:+.3g} against the better parent)"
 
 
@@ -123,7 +125,7 @@ def _chord(points: list[Point], lower: bool, shaded: bool) -> list[str]:
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
     sign = 1.0 if lower else -1.0  # y grows downwards
-    parts = []
+    areas: list[list[Point]] = [[]]
     for one, other in pairwise(points) if shaded else ():
         gains = [sign * (y - chord(x)) for x, y in (one, other)]
         if gains[0] <= 0 and gains[1] <= 0:
@@ -133,8 +135,16 @@ def _chord(points: list[Point], lower: bool, shaded: bool) -> list[str]:
             share = gains[0] / (gains[0] - gains[1])
             cross = one[0] + share * (other[0] - one[0])
             ends[0 if gains[0] < 0 else 1] = (cross, chord(cross))
-        corners = [*ends, *((x, chord(x)) for x, _ in reversed(ends))]
-        parts.append(svg.path(corners, close=True, fill=GAIN))
+        if (
+            areas[-1] and areas[-1][-1] != ends[0]
+        ):  # one shape as far as it goes: between two a seam would show
+            areas.append([])
+        areas[-1] += ends
+    parts = [
+        svg.path([*area, *((x, chord(x)) for x, _ in reversed(area))], close=True, fill=GAIN)
+        for area in areas
+        if area
+    ]
     line = svg.line(x0, y0, x1, y1, stroke=svg.FAINT, stroke_width=1.2, stroke_dasharray="5 4")
     return [*parts, line]
 

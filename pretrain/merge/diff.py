@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.merge.blocks import Workers
 from pretrain.merge.distance import Distance, distance, total
+from pretrain.merge.kernels import FLOATS
 from pretrain.merge.plan import Term
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.sources import WeightSource, open_weights, same_tensor
@@ -62,9 +63,15 @@ class Diff:
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     opaque: dict[str, bool] = field(default_factory=dict)
 
+    @cached_property
+    def numbers(self) -> tuple[Row, ...]:
+        """What is summed: floats. A counter or positions in a buffer would outweigh every weight."""
+        floats = tuple(row for row in self.rows if set(row.dtypes) <= set(FLOATS))
+        return floats or self.rows
+
     @property
     def total(self) -> Distance:
-        return total(row.distance for row in self.rows)
+        return total(row.distance for row in self.numbers)
 
     @property
     def same(self) -> bool:
@@ -73,12 +80,12 @@ class Diff:
         return every and not (self.only_a or self.only_b or self.reshaped) and all(self.opaque.values())
 
     def farthest(self, count: int) -> list[Row]:
-        """The tensors with the largest relative distance, largest first."""
-        return sorted(self.rows, key=lambda row: (-row.distance.relative, row.name))[:count]
+        """The tensors with the largest relative distance, largest first; last those that are 0 in A."""
+        return sorted(self.numbers, key=lambda row: (_nearness(row.distance), row.name))[:count]
 
     def modules(self, depth: int) -> dict[str, Distance]:
         """Sums over tensors of the same module (see module_of)."""
-        return grouped(self.rows, lambda row: module_of(self.places[row.name], depth))
+        return grouped(self.numbers, lambda row: module_of(self.places[row.name], depth))
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -182,6 +189,11 @@ def _numbers(parts: Sequence[str]) -> list[int]:
     return [i for i, part in enumerate(parts[:-2]) if part.isdecimal()]
 
 
+def _nearness(one: Distance) -> tuple[bool, float]:
+    """Sorts the largest relative distance first, and what has none, being 0 in A, last."""
+    return math.isinf(one.relative), -one.relative
+
+
 def _starred(parts: Sequence[str]) -> str:
     return ".".join("*" if part.isdecimal() else part for part in parts)
 
@@ -216,14 +228,14 @@ def lines(found: Diff, depth: int, top: int) -> list[str]:
     if found.same:
         rows.append(f"the same: {len(found.rows)} tensors, {whole.count:,} elements, all of them equal")
         return rows
-    modules = sorted(found.modules(depth).items(), key=lambda item: (-item[1].relative, item[0]))
+    modules = sorted(found.modules(depth).items(), key=lambda item: (_nearness(item[1]), item[0]))
     rows += ["", *table(("module", *heads[1:]), [_cells(n, d) for n, d in [*modules, ("all", whole)]])]
     if top:
         rows += [
             "",
             *table(("tensor", *heads[1:]), [_cells(r.name, r.distance) for r in found.farthest(top)]),
         ]
-        left = len(found.rows) - top
+        left = len(found.numbers) - top
         rows += [f"... and {left} more (--top, --csv, --json)"] if left > 0 else []
     return rows + _others(found)
 
@@ -245,7 +257,7 @@ def _cells(name: str, one: Distance) -> tuple[str, ...]:
     return (
         name,
         f"{one.count:,}",
-        f"{one.relative:.3g}" if math.isfinite(one.relative) else "inf",
+        f"{one.relative:.3g}" if math.isfinite(one.relative) else "A is 0",
         "-" if one.cosine is None else f"{one.cosine:.6f}",
         f"{one.max_abs:.3g}",
         f"{one.sign_agreement:.2%}",
@@ -257,12 +269,21 @@ def _others(found: Diff) -> list[str]:
     """What cannot be compared, and what is not finite."""
     rows = _alike("only in A", found.only_a) + _alike("only in B", found.only_b)
     rows += [f"shape: {n}  {list(one)} in A, {list(two)} in B" for n, (one, two) in found.reshaped.items()]
+    summed = {row.name for row in found.numbers}
+    counted = [row for row in found.rows if row.name not in summed]
+    rows += [f"integer: {row.name}  {_unequal(row.distance)}" for row in counted]
     rows += [f"8-bit: {n}  {'the same bytes' if s else 'other bytes'}" for n, s in found.opaque.items()]
     bad = [(r.name, r.distance.count - r.distance.compared) for r in found.rows]
     rows += [
         f"not finite: {name}  {count:,} elements, left out of the figures" for name, count in bad if count
     ]
     return ["", *rows] if rows else []
+
+
+def _unequal(one: Distance) -> str:
+    if one.equal == one.count:
+        return f"{one.count:,} elements, all equal; in no sum"
+    return f"{one.count - one.equal:,} of {one.count:,} elements differ; in no sum"
 
 
 def _alike(what: str, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pretrain.merge.distance import Distance
 WIDTH, MARGIN, LABELS, BARS = 1040.0, 28.0, 230.0, 210.0
 ROW, TOP = 22.0, 92.0
 MAP = WIDTH - 2 * MARGIN - LABELS - BARS
-EQUAL = "#eceef1"
+EQUAL, NONE = "#eceef1", "#e9c8b4"
 LETTERS = 34  # of a label; longer ones lose their beginning
 
 
@@ -42,11 +42,12 @@ class Scale:
 
 def picture(found: Diff) -> str:
     """The comparison as SVG; the pointer over a cell shows its figures."""
-    rows = [(found.places[row.name], row) for row in found.rows]
+    rows = [(found.places[row.name], row) for row in found.numbers]
     stacks = list(dict.fromkeys(place.stack for place, _ in rows if place.layer is not None))
     cells = grouped_by(rows, lambda place: place)
     scale = _scale([one.relative for one in cells.values()])
-    most = max((_capped(d.relative, scale) for d in grouped_by(rows, _across).values()), default=0.0)
+    sums = [one.relative for one in grouped_by(rows, _across).values()]
+    most = max((value for value in sums if math.isfinite(value)), default=0.0)
     parts, y = _heading(found, scale), TOP
     for stack in stacks:
         inside = {
@@ -79,16 +80,12 @@ def _scale(values: Sequence[float]) -> Scale:
     return Scale(low, high, high / low > 30)
 
 
-def _capped(value: float, scale: Scale) -> float:
-    return min(value, scale.high)
-
-
 def _heading(found: Diff, scale: Scale) -> list[str]:
     whole = found.total
     cosine = "" if whole.cosine is None else f",  cosine {whole.cosine:.6f}"
     said = f"|B-A| / |A| = {svg.short(whole.relative)} over {whole.count:,} elements{cosine}"
     others = len(found.only_a) + len(found.only_b) + len(found.reshaped)
-    said += f";  {others} tensors cannot be compared" if others else ""
+    said += f";  {others} tensor{'s' if others > 1 else ''} cannot be compared" if others else ""
     parts = [
         svg.text(MARGIN, 34, "How far B is from A", font_size=19, font_weight=650),
         svg.text(MARGIN, 54, f"A: {_cut(found.a, 50)}", fill=svg.FAINT),
@@ -96,7 +93,8 @@ def _heading(found: Diff, scale: Scale) -> list[str]:
         svg.text(MARGIN, 71, said, fill=svg.FAINT),
     ]
     if not scale.high > 0:
-        return [*parts, svg.text(WIDTH - MARGIN, 34, "all elements are equal", text_anchor="end")]
+        verdict = "all elements are equal" if found.rows else "no tensor to compare"
+        return [*parts, svg.text(WIDTH - MARGIN, 34, verdict, text_anchor="end")]
     left, width, steps = WIDTH - MARGIN - 240, 240.0, 48
     parts += [
         svg.rect(left + width * i / steps, 24, width / steps + 0.4, 11, fill=svg.ramp(i / (steps - 1)))
@@ -107,11 +105,8 @@ def _heading(found: Diff, scale: Scale) -> list[str]:
         parts.append(
             svg.text(left + width * share, 50, label, font_size=11, fill=svg.FAINT, text_anchor=anchor)
         )
-    kind = (
-        "relative distance, logarithmic; grey: equal"
-        if scale.logarithmic
-        else "relative distance; grey: equal"
-    )
+    kind = f"relative distance{', logarithmic' if scale.logarithmic else ''}; grey: equal"
+    kind += "; brown: A is 0" if any(math.isinf(row.distance.relative) for row in found.numbers) else ""
     parts.append(svg.text(left, 18, kind, font_size=11, fill=svg.FAINT))
     return parts
 
@@ -186,15 +181,17 @@ def _outside(
 
 
 def _colour(one: Distance, scale: Scale) -> str:
-    return svg.ramp(scale.share(_capped(one.relative, scale))) if one.relative else EQUAL
+    if math.isinf(one.relative):
+        return NONE
+    return svg.ramp(scale.share(one.relative)) if one.relative else EQUAL
 
 
 def _bar(one: Distance, scale: Scale, most: float, top: float, part: str) -> list[str]:
     left, room = WIDTH - MARGIN - BARS + 16, BARS - 76
-    width = room * _part_of(_capped(one.relative, scale), most)
+    width = room * _part_of(one.relative, most) if math.isfinite(one.relative) else 0.0
     return [
         svg.rect(left, top + 4, max(width, 0.6), ROW - 9, f"{part}: {_tip(one)}", fill=svg.BLUE, rx=1.5),
-        svg.text(left + max(width, 0.6) + 6, top + 15, svg.short(one.relative), font_size=11, fill=svg.FAINT),
+        svg.text(left + max(width, 0.6) + 6, top + 15, _figure(one), font_size=11, fill=svg.FAINT),
     ]
 
 
@@ -202,10 +199,14 @@ def _part_of(value: float, most: float) -> float:
     return min(value / most, 1.0) if 0 < most < math.inf else 0.0
 
 
+def _figure(one: Distance) -> str:
+    return svg.short(one.relative) if math.isfinite(one.relative) else "A is 0"
+
+
 def _tip(one: Distance) -> str:
     cosine = "-" if one.cosine is None else f"{one.cosine:.6f}"
     return (
-        f"|B-A|/|A| {svg.short(one.relative)}, cosine {cosine}, max |B-A| {svg.short(one.max_abs)}, "
+        f"|B-A|/|A| {_figure(one)}, cosine {cosine}, max |B-A| {svg.short(one.max_abs)}, "
         f"same sign {one.sign_agreement:.2%}, equal {one.equal_share:.2%}, {one.count:,} elements"
     )
 

@@ -18,7 +18,7 @@ def document(width: float, height: float, title: str, parts: Sequence[str]) -> s
     """A whole picture, `width` x `height` in CSS pixels."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" font-family="{FONT}" font-size="12" role="img">\n'
+        f'height="{height:g}" style="max-width:100%;height:auto" font-family="{FONT}" font-size="12" role="img">\n'
         f"<title>{escape(title)}</title>\n"
         f'<rect width="100%" height="100%" fill="{PAPER}"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )

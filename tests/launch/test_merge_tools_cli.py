@@ -162,6 +162,9 @@ def test_diff(models: Path) -> None:
         refused = dromos("diff", "./a", "./b", option, path)
         assert refused.exit_code == 2
         assert f"{path}: cannot be written" in refused.output
+    refused = dromos("diff", "./a", "./b", "--picture", "d.png")
+    assert (refused.exit_code, Path("d.png").exists()) == (2, False)
+    assert "--picture d.png: the picture is SVG; name it d.svg" in refused.output
     assert "the same: 3 tensors" in dromos("diff", "./a", "./a").output
 
 

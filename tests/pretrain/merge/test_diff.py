@@ -178,3 +178,42 @@ def test_ticks_are_round_and_cover() -> None:
         assert len({f"{v:.6g}" for v in found}) == len(found)
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert (ramp(0), ramp(1)) == ("#f7fbf0", "#0b1f4f")
+
+
+def test_counters_and_positions_are_in_no_sum(tmp_path: Path) -> None:
+    a = {"norm.w": floats(1, 9), "norm.batches": np.array([2**40]), "positions.ids": np.arange(6)}
+    b = {"norm.w": floats(2, 9), "norm.batches": np.array([2**41]), "positions.ids": np.arange(6)}
+    found = diff(str(write(tmp_path / "a", a)), str(write(tmp_path / "b", b)))
+    want = brute_force(a["norm.w"], b["norm.w"])
+    assert found.total.plain() == pytest.approx(want, rel=1e-11)
+    assert found.modules(3) == {"norm": found.rows[[r.name for r in found.rows].index("norm.w")].distance}
+    assert [row.name for row in found.farthest(5)] == ["norm.w"]
+    told = "\n".join(lines(found, 3, 5))
+    assert "integer: norm.batches  1 of 1 elements differ; in no sum" in told
+    assert "integer: positions.ids  6 elements, all equal; in no sum" in told
+    assert ">positions" not in picture(found)
+    assert {"norm.batches", "positions.ids"} <= {t["name"] for t in found.plain(3)["tensors"]}
+
+
+def test_integers_alone_are_compared_as_numbers(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": np.arange(1, 4)}), write(tmp_path / "b", {"w": 2 * np.arange(1, 4)})
+    assert diff(str(a), str(b)).total.relative == 1.0
+
+
+def test_what_is_zero_in_a_hides_nothing(tmp_path: Path) -> None:
+    a = {"q.bias": np.zeros(4, np.float32), "q.weight": floats(1, 5), "v.bias": np.zeros(2, np.float32)}
+    b = {name: value + floats(3, *value.shape) for name, value in a.items()}
+    found = diff(str(write(tmp_path / "a", a)), str(write(tmp_path / "b", b)))
+    assert [row.name for row in found.farthest(3)] == ["q.weight", "q.bias", "v.bias"]
+    assert "A is 0" in "\n".join(lines(found, 3, 3))
+    drawn = picture(found)
+    assert "brown: A is 0" in drawn
+    assert drawn.count('fill="#e9c8b4"') == 1  # v alone; q has a weight too
+
+
+def test_a_picture_of_nothing_does_not_call_it_equal(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"x": floats(1, 5)}), write(tmp_path / "b", {"y": floats(2, 5)})
+    drawn = picture(diff(str(a), str(b)))
+    assert "no tensor to compare" in drawn
+    assert "equal" not in drawn
+    assert "max-width:100%" in drawn

@@ -214,3 +214,14 @@ def test_the_picture_stands_for_the_figures(values: dict[float, float | None]) -
         assert (f"beta {beta:g}: {value:.8g}" in tips) is (value is not None) if value is not None else True
     dashed = [e for e in root.iter("{http://www.w3.org/2000/svg}line") if e.get("stroke-dasharray")]
     assert len(dashed) == (0.0 in values and 1.0 in values)
+
+
+def test_what_is_better_than_the_line_is_one_shape_and_a_parent_that_wins_is_said() -> None:
+    above, twice = (
+        {0.0: 1.0, 0.25: 3.0, 0.5: 4.0, 1.0: 2.0},
+        {0.0: 1.0, 0.2: 3.0, 0.5: 1.0, 0.8: 3.0, 1.0: 1.5},
+    )
+    assert picture(scored(above)).count('fill="#e7f0fa"') == 1
+    assert "+2 against the better parent" in picture(scored(above))
+    assert picture(scored(twice)).count('fill="#e7f0fa"') == 2
+    assert "no mix is better than the better parent" in picture(scored({0.0: 1.0, 0.5: 1.5, 1.0: 2.0}))
