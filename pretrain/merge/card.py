@@ -20,14 +20,17 @@ HUB = "hf://"
 LISTED = 30  # files; more only make the card long, merge.json has them all
 
 LOADS = {
-    "transformers": """from transformers import AutoModel, AutoTokenizer  # or the class that config.json names
+    "transformers": """import transformers
 
-model = AutoModel.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")""",
+model = transformers.CLASS.from_pretrained("PATH")
+tokenizer = transformers.AutoTokenizer.from_pretrained("PATH")""",
     "open_clip": """import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH")
 tokenizer = open_clip.get_tokenizer("local-dir:PATH")""",
+    "open_clip weights": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("ARCHITECTURE", pretrained="PATH/FILE")""",
     "safetensors": """from safetensors.torch import load_file
 
 weights = load_file("PATH/FILE")""",
@@ -36,7 +39,6 @@ weights = load_file("PATH/FILE")""",
 
 def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> bytes:
     """README.md of the output that `record` (merge.json) describes. The same merge has the same card."""
-    library = _library(plan)
     mixed = sum(job.why == "mixed" for job in plan.jobs)
     parts = [
         f"---\n{yaml.safe_dump(front_matter(plan, sources), sort_keys=False, allow_unicode=True)}---",
@@ -46,12 +48,10 @@ def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any])
         _inputs(plan, sources, record),
         _notes(plan),
         _how_computed(plan),
-        "## Load\n\n```python\n" + LOADS[library].replace("FILE", plan.files[0].name) + "\n```",
+        f"## Load\n\n```python\n{_load(plan)}\n```",
         "The digests of every tensor and the whole plan are in `merge.json`; `dromos verify PATH` checks them, and "
         "computes parts of the weights again where the inputs are at hand.",
-        "## Spec\n\n```yaml\n"
-        + yaml.safe_dump(plan.asked, sort_keys=False, allow_unicode=True, width=110)
-        + "```",
+        _spec(plan),
         _files(record),
     ]
     return ("\n\n".join(part for part in parts if part) + "\n").encode()
@@ -94,11 +94,39 @@ def _licence(source: WeightSource) -> str | None:
 def _library(plan: Plan) -> str:
     if "open_clip_config.json" in plan.companions:
         return "open_clip"
-    config = plan.companions.get("config.json")
-    if config is None:
-        return "safetensors"
+    return "transformers" if "model_type" in _config(plan) else "safetensors"
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    config = plan.companions.get("config.json", b"{}")
     content = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    return "transformers" if isinstance(content, dict) and "model_type" in content else "safetensors"
+    return content if isinstance(content, dict) else {}
+
+
+def _load(plan: Plan) -> str:
+    """Python that loads the output."""
+    library, config = _library(plan), _config(plan)
+    names = [job.name for job in plan.jobs]
+    if library == "safetensors" and "logit_scale" in names and any(n.startswith("visual.") for n in names):
+        library = "open_clip weights"
+    classes = config.get("architectures") or ["AutoModel"]
+    own = "auto_map" in config or not (isinstance(classes, list) and str(classes[0]).isidentifier())
+    code = LOADS[library].replace("FILE", plan.files[0].name)
+    code = code.replace("CLASS", "AutoModel" if own else classes[0])
+    if library == "transformers" and not any(name.startswith("tokenizer") for name in plan.companions):
+        code = code.rpartition("\n")[0]
+    return code
+
+
+def _spec(plan: Plan) -> str:
+    """What `dromos merge --spec` takes to make the same again: mergekit's own file where that was given."""
+    asked, said = plan.asked, ""
+    if "mergekit" in asked:
+        seed = f" --seed {asked['seed']}" if asked.get("seed") else ""
+        said = f"As mergekit has it; `dromos merge --spec FILE{seed} --out DIR` makes the same again.\n\n"
+        asked = asked["mergekit"]
+    written = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True, width=110)
+    return f"## Spec\n\n{said}```yaml\n{written}```"
 
 
 def _title(plan: Plan, sources: Sequence[WeightSource]) -> str:
@@ -112,7 +140,7 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
     rows = ["| | from | weight | files |", "|---|---|---|---|"]
     used = {term.source for job in plan.jobs for term in job.reads}
     for number, (source, entry) in enumerate(zip(sources, record.get("inputs", []), strict=False)):
-        weight = f"{plan.weights[number]:.10g}" if number < len(plan.weights) else "base, or copied from"
+        weight = _weight(plan, number)
         step = f", step {source.located.step}" if source.located.step is not None else ""
         files = list((entry.get("files") or {}).items())
         listed = "<br>".join(f"{_cell(name)} {digest}" for name, digest in files[:4])
@@ -122,6 +150,21 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
             f"| {mark(plan, number)} | `{_cell(source.address)}`{step} | {weight}{note} | {listed}{more} |"
         )
     return "\n".join(rows)
+
+
+def _weight(plan: Plan, number: int) -> str:
+    """Of one source: its weight, and what it has in other tensors."""
+    mixing = [job for job in plan.jobs if not job.copy]
+    seen = {term.weight for job in mixing for term in job.terms if term.source == number}
+    if number < len(plan.weights):
+        given = plan.weights[number]
+        others = f", {min(seen):.4g} to {max(seen):.4g} by rule" if seen - {given} else ""
+        return f"{given:.10g}{others}"
+    if any(job.base is not None and job.base.source == number for job in mixing):
+        return "base"
+    if not seen:
+        return "copied from"
+    return f"{min(seen):.10g}" + (f" to {max(seen):.10g} by tensor" if len(seen) > 1 else "")
 
 
 def _notes(plan: Plan) -> str:

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from pretrain.merge import merge
+from launch import merge_cli
+from launch.commands import group
+from pretrain.merge import Rule, merge
 from tests.pretrain.merge.build import floats, write
 
 CARD = "---\nlicense: {licence}\nbase_model: org/grandparent\n---\n# A model\n"
@@ -82,7 +85,7 @@ def test_formula_inputs_spec_and_digests(tmp_path: Path) -> None:
         assert all(digest in text for digest in entry["files"].values())
     row = next(line for line in text.splitlines() if line.startswith("| A |"))
     assert "a\\|x" in row
-    assert "AutoModel.from_pretrained" in text
+    assert "transformers.LlamaForCausalLM.from_pretrained" in text
 
 
 def test_the_same_merge_has_the_same_card(tmp_path: Path) -> None:
@@ -107,3 +110,69 @@ def test_without_a_config_it_says_how_to_read_the_file(tmp_path: Path) -> None:
     merge([str(a), str(b)], tmp_path / "out", beta=0.3)
     assert 'load_file("PATH/model.safetensors")' in (tmp_path / "out/README.md").read_text()
     assert matter(tmp_path / "out") == {"tags": ["merge", "dromos"]}
+
+
+def card(out: Path) -> str:
+    return (out / "README.md").read_text()
+
+
+def specs(out: Path) -> str:
+    match = re.search(r"```yaml\n(.*?)```", card(out), re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def test_a_mergekit_file_stands_in_the_card_as_it_is_and_makes_the_same_again(tmp_path: Path) -> None:
+    base, a, b = (model(tmp_path / name, seed) for seed, name in enumerate(("base", "a", "b")))
+    file = {
+        "models": [
+            {"model": base},
+            {"model": a, "parameters": {"weight": 0.5, "density": 0.5}},
+            {"model": b, "parameters": {"weight": [0.2, 0.8], "density": 1.0}},
+        ],
+        "merge_method": "dare_ties",
+        "base_model": base,
+    }
+    (tmp_path / "mk.yml").write_text(yaml.safe_dump(file))
+    app = group("test")
+    merge_cli.register(app)
+    app.command(name="other")(lambda: None)
+    for spec, out in (("mk.yml", "one"), ("again.yml", "two")):
+        words = ["merge", "--spec", str(tmp_path / spec), "--seed", "3", "--out", str(tmp_path / out)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        (tmp_path / "again.yml").write_text(specs(tmp_path / out))
+    assert yaml.safe_load(specs(tmp_path / "one")) == file
+    assert "--seed 3" in card(tmp_path / "one")
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+    weights = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in card(tmp_path / "one").splitlines()
+               if row.startswith(("| A", "| B", "| C"))}  # fmt: skip
+    assert (weights["A"], weights["B"]) == ("base", "0.5")
+
+
+def test_weights_by_rule_are_said_beside_the_merge_s_own(tmp_path: Path) -> None:
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
+    merge([a, b], tmp_path / "out", beta=0.4, rules=[Rule("head", weights=(0.9, 0.1))])
+    assert "| 0.4, 0.4 to 0.9 by rule |" in card(tmp_path / "out")
+    assert "| 0.6, 0.1 to 0.6 by rule |" in card(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_code_names_the_class_and_the_tokenizer_that_are_there(tmp_path: Path, tokenizer: bool) -> None:
+    inputs = [model(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for folder in inputs if tokenizer else ():
+        (Path(folder) / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {}}}')
+    merge(inputs, tmp_path / "out", beta=0.3)
+    assert 'model = transformers.LlamaForCausalLM.from_pretrained("PATH")' in card(tmp_path / "out")
+    assert ("AutoTokenizer" in card(tmp_path / "out")) is tokenizer
+
+
+def test_bare_weights_of_open_clip_load_there(tmp_path: Path) -> None:
+    names = ("logit_scale", "visual.proj", "text_projection")
+    for seed, name in enumerate("ab"):
+        write(tmp_path / name, {key: floats(seed, 2, 2) for key in names})
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", beta=0.3)
+    assert 'open_clip.create_model_and_transforms("ARCHITECTURE", pretrained="PATH/model.saf' in card(
+        tmp_path / "out"
+    )
