@@ -17,10 +17,15 @@ typedef uint64_t any64 __attribute__((aligned(1), may_alias));
 typedef float any_float __attribute__((aligned(1), may_alias));
 typedef double any_double __attribute__((aligned(1), may_alias));
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("avx2", "default")))
-#else
+/* Of an exported function: versions for wider registers, of which the one that the processor has is taken. */
+#ifndef CLONES
+#if !defined(__x86_64__) || !defined(__GNUC__) || !defined(__gnu_linux__)
 #define CLONES
+#elif __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define CLONES __attribute__((target_clones("avx2", "default")))
+#endif
 #endif
 #define INLINE static inline __attribute__((always_inline, unused))
 

@@ -26,6 +26,20 @@ INLINE void OF(keys)(
     for (size_t i = 0; i < length; i++) out[i] = key_of((float)(wide[i] - other[i]));
 }
 
+/* Few keys are in a bin: eight are passed over at once. */
+INLINE void OF(within)(const uint32_t *restrict keys, size_t length, uint32_t high, uint32_t *histogram) {
+    uint8_t in[TILE];
+    uint64_t eight;
+    for (size_t i = 0; i < length; i++) in[i] = keys[i] >> 16 == high;
+    memset(in + length, 0, TILE - length);
+    for (size_t i = 0; i < length; i += 8) {
+        memcpy(&eight, in + i, 8);
+        if (!eight) continue;
+        for (size_t j = i; j < i + 8; j++)
+            if (in[j]) histogram[keys[j] & 0xFFFF]++;
+    }
+}
+
 /* Adds to a histogram, [65536], of the keys' upper halves; where high >= 0, of the lower halves of keys with that upper. */
 CLONES void OF(dromos_histogram)(
     const void *x, int x_dtype, const void *base, int base_dtype, size_t count, int high, uint32_t *histogram) {
@@ -36,8 +50,7 @@ CLONES void OF(dromos_histogram)(
         if (high < 0)
             for (size_t i = 0; i < length; i++) histogram[keys[i] >> 16]++;
         else
-            for (size_t i = 0; i < length; i++)
-                if (keys[i] >> 16 == (uint32_t)high) histogram[keys[i] & 0xFFFF]++;
+            OF(within)(keys, length, (uint32_t)high, histogram);
     }
 }
 

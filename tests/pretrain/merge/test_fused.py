@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +235,41 @@ def test_tensors_that_begin_at_odd_bytes() -> None:
         assert (
             one.tobytes() == run(method, [even, even], ["F32"] * 2, [0.3, 0.7], "BF16", **options).tobytes()
         )
+
+
+@pytest.mark.parametrize("clone", ["", '__attribute__((target("avx2")))'])
+def test_versions_for_other_processors_have_the_same_bits(
+    clone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one takes the widest; the others are built alone and called."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("no compiler, or another processor")
+    if clone and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2")
+    folder = Path(fused.__file__).parent
+    sources = [str(folder / name) for name in ("difference.c", "linear.c", "slerp.c", "trim.c")]
+    options = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-DCLONES={clone}"]
+    built = str(tmp_path / "passes.so")
+    subprocess.run([compiler, "-shared", "-fPIC", *options, *sources, "-o", built], check=True)
+    library = ctypes.CDLL(built)
+    monkeypatch.setattr(fused, "function", lambda _, __, name: getattr(library, name))
+    monkeypatch.setattr(fused, "_found", fused._found.__wrapped__)
+    random = np.random.default_rng(0)
+    for stored in WORDS:
+        bits = [random.integers(0, 2**64, 5000, np.uint64).astype(WORDS[stored]) for _ in range(3)]
+        near = [kernels.narrow(np.ones(5000) + 0.01 * random.standard_normal(5000), stored) for _ in range(3)]
+        for a, b, base in ([one.view(DTYPES[stored]) for one in bits], near):
+            for method in ("linear", "slerp", *BASED):
+                given: dict[str, Any] = {"block": 1777}
+                if method in BASED:
+                    given["base"] = base, stored
+                if method in BASED[1:]:
+                    given["densities"] = [0.3, 0.6]
+                for out in WORDS:
+                    one, other = both(
+                        lambda m=method, p=[a, b], d=[stored] * 2, o=out, g=given: run(
+                            m, p, d, [0.4, 0.6], o, **g
+                        )  # type: ignore[misc]
+                    )
+                    assert one.tobytes() == other.tobytes()
