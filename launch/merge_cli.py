@@ -111,7 +111,7 @@ def merge(
         typer.echo(f"note: {note}", err=True)
     with resumable(), counting("merging", made.size) as bar:
         (record,) = execute([made], opened, [out], progress=bar.add, durable=durable)
-    if (said := overflow_note(record)) is not None:
+    if (said := overflow_note({out: record})) is not None:
         typer.echo(f"note: {said}", err=True)
     if as_json:
         typer.echo(json.dumps(record, indent=1))

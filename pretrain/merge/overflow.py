@@ -31,18 +31,25 @@ def _not_finite(stored: np.ndarray, dtype: str) -> np.ndarray:
     return np.equal(np.bitwise_and(bits, ones), ones)
 
 
-def note(record: Mapping[str, Any]) -> str | None:
-    """What merge.json says of it, and what to do, for people; None where nothing overflowed."""
-    found: Mapping[str, int] = record.get("overflow") or {}
-    if not found:
+def note(records: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What merge.json of these outputs, by name, says of it and what to do, for people; None where nothing overflowed.
+
+    Of several outputs the worst is told, and how many others there are.
+    """
+    counts = {name: sum((record.get("overflow") or {}).values()) for name, record in records.items()}
+    worst = max(counts, key=lambda name: counts[name], default=None)
+    if worst is None or not counts[worst]:
         return None
+    found: Mapping[str, int] = records[worst]["overflow"]
     most = sorted(found.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{name} ({count:,})" for name, count in most[:LISTED])
-    more = f" and {len(most) - LISTED:,} more tensors" if len(most) > LISTED else ""
-    dtypes = {str(job["dtype"]) for job in record["jobs"] if job["name"] in found}
-    what = " and ".join(sorted(dtypes))
-    do = "--dtype bf16 or fp32 has room for them" if dtypes == {"F16"} else "smaller weights, or --dtype fp32"
+    named = ", ".join(f"{name} {count:,}" for name, count in most[:LISTED])
+    more = f", and {len(most) - LISTED:,} more tensors" if len(most) > LISTED else ""
+    dtypes = {str(job["dtype"]) for job in records[worst]["jobs"] if job["name"] in found}
+    do = "--dtype bf16 or fp32 has room for them" if dtypes == {"F16"} else "take smaller weights or --dtype fp32"
+    others = sum(count > 0 for count in counts.values()) - 1
     return (
-        f"{sum(found.values()):,} elements are too large for {what} and became infinite or NaN though all inputs are "
-        f"finite: {named}{more}; {do} (merge.json lists them under overflow)"
+        f"{worst}: {counts[worst]:,} elements became infinite or NaN, though all inputs are finite there: too large for "
+        f"{' and '.join(sorted(dtypes))} ({named}{more}); {do}"
+        + (f". {others:,} other outputs have such elements too" if others else "")
+        + ". merge.json lists all under overflow"
     )
