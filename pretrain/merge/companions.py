@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.folder import Folder, parse_json
+from pretrain.merge.folder import Folder, not_a_pointer, parse_json
+from pretrain.merge.remote_file import open_file
 
 COMPANIONS = (
     "config.json", "generation_config.json", "open_clip_config.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "chat_template*", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "processor_config.json", "video_preprocessor_config.json", "chat_template*", "tokenizer*", "normalizer.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm",
 )  # fmt: skip
-TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab")
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
 LARGE = ("tokenizer.json", "vocab.json")  # never looked into: no setting of transformers stands there
 LIMIT = 256 << 20
 CODE = "auto_map"
@@ -34,6 +35,8 @@ def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
             continue
         path = folder.path(name)
         found[name] = raw = folder.bytes(name, LIMIT) if folder.remote else Path(path)
+        if isinstance(raw, Path):
+            not_a_pointer(open_file(path))
         if name in LARGE or not name.endswith(".json"):
             continue
         content = parse_json(read(raw), path)

@@ -1,10 +1,18 @@
-"""A folder of weights on a disk or in an object store: what is in it, by name, and nothing that lies outside of it."""
+"""A folder of weights on a disk or in an object store: what is in it, by name.
+
+Links are followed to weights wherever they lie: they are parsed as safetensors or as pickles of which nothing runs,
+and nothing but numbers comes out. What stands beside weights is copied into outputs, which people publish; a link in
+a folder from elsewhere (config.json -> ~/.docker/config.json) must not carry a private file there. So a link to a
+companion may lead out of the folder only to where links to weights that were opened lead too, or into a store of the
+repository that holds the folder.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,15 @@ from pretrain.merge.remote_file import Blocks, ByteFile, RemoteFile, open_file
 
 MAX_JSON = 256 << 20
 BLOBS = "blobs"  # where the Hugging Face cache keeps the files that its snapshots link to
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+STORES = (".git/annex/objects", ".dvc/cache")
+HASHED = re.compile(r"[0-9a-f]{2}")
+"""a folder of a store by content, such as dvc's files/md5/3f"""
+POINTERS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; fetch the file itself with git lfs pull",
+    b"/annex/objects/": "a pointer of git-annex; fetch the file itself with git annex get",
+}
+"""how files begin that stand for others"""
 
 
 class Folder:
@@ -34,6 +51,7 @@ class Folder:
         for name, is_folder in sorted(found.items()):
             (self.folders if is_folder else self.names).append(name)
         self._blocks: Blocks | None = None
+        self._linked: set[Path] = set()  # folders outside of this one where opened weights lie
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -43,31 +61,74 @@ class Folder:
         return [n for n in self.names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
 
     def path(self, name: str) -> str:
-        """The address of a file of this folder. Raises UserError for a link that leads out of it."""
+        """The address of a file of this folder that is copied or read as text. Raises UserError for a link that leads
+        to where this folder has no business, and for one that leads nowhere."""
         url = join(self.url, name)
-        if not self.remote and os.path.islink(local_path(url)):
-            _check_link(Path(local_path(self.url)), Path(local_path(url)))
+        if self._is_link(name):
+            link = Path(local_path(url))
+            _check_there(link)
+            if not self._may_follow(link):
+                raise UserError(
+                    f"{link}: a link to {link.resolve()}, which is outside of {self.url} and not where its weights "
+                    "are; put a copy there (cp -L)"
+                )
         return url
 
     def open(self, name: str) -> ByteFile:
+        """A file of weights; links to them are followed wherever they lead."""
         if self.remote and self._blocks is None:
-            self._blocks = Blocks(len(self.matching("*.safetensors", "*.bin", "*.pt", "*.pth")))
-        return open_file(self.path(name), self._blocks)
+            self._blocks = Blocks(len(self.matching(*WEIGHTS)))
+        url = join(self.url, name)
+        file = not_a_pointer(self._checked(name, self._blocks))
+        if self._is_link(name):
+            self._linked.add(Path(local_path(url)).resolve().parent)
+        return file
+
+    def _checked(self, name: str, blocks: Blocks | None = None) -> ByteFile:
+        url = join(self.url, name)
+        if self._is_link(name):
+            _check_there(Path(local_path(url)))
+        return open_file(url, blocks)
+
+    def _is_link(self, name: str) -> bool:
+        return not self.remote and os.path.islink(local_path(join(self.url, name)))
+
+    def _may_follow(self, link: Path) -> bool:
+        target, home = link.resolve(), Path(local_path(self.url)).resolve()
+        cache = home.parent.parent  # models--org--name/snapshots/REVISION
+        if target.is_relative_to(home) or (
+            home.parent.name == "snapshots" and target.parent == cache / BLOBS
+        ):
+            return True
+        if any(target.is_relative_to(above / store) for above in (home, *home.parents) for store in STORES):
+            return True
+        return any(
+            target.parent == other
+            or (
+                target.parent.parent == other.parent
+                and HASHED.fullmatch(target.parent.name)
+                and HASHED.fullmatch(other.name)
+            )
+            for other in self._linked
+        )
 
     def below(self, name: str) -> Folder:
         return Folder(join(self.url, name))
 
-    def bytes(self, name: str, limit: int = MAX_JSON) -> bytes:
-        """A small file, whole."""
-        file = RemoteFile(self.path(name), Blocks(1)) if self.remote else open_file(self.path(name))
+    def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
+        """A small file, whole. `follow`: also where a link leads out of the folder, for what is never copied."""
+        if self.remote:
+            file: ByteFile = RemoteFile(self.path(name), Blocks(1))
+        else:
+            file = self._checked(name) if follow else open_file(self.path(name))
         if file.size > limit:
             raise UserError(
                 f"{file.name}: {file.size:,} bytes, more than {limit:,}; it is not what its name says"
             )
-        return file.peek(0, file.size)
+        return not_a_pointer(file).peek(0, file.size)
 
-    def json(self, name: str) -> Any:
-        return parse_json(self.bytes(name), join(self.url, name))
+    def json(self, name: str, follow: bool = False) -> Any:
+        return parse_json(self.bytes(name, follow=follow), join(self.url, name))
 
 
 def parse_json(raw: bytes, where: str) -> Any:
@@ -104,9 +165,18 @@ def _remote_entries(url: str) -> dict[str, bool]:
     return found
 
 
-def _check_link(folder: Path, link: Path) -> None:
-    target, home = link.resolve(), folder.resolve()
-    cache = home.parent.parent  # models--org--name/snapshots/REVISION
-    in_cache = home.parent.name == "snapshots" and target.parent == cache / BLOBS
-    if not target.is_relative_to(home) and not in_cache:
-        raise UserError(f"{link}: a link to {target}, which is outside of {folder}; put a copy there")
+def not_a_pointer(file: ByteFile) -> ByteFile:
+    """`file`; UserError where it only stands for another, which was not fetched."""
+    start = file.peek(0, min(file.size, 64))
+    for mark, what in POINTERS.items():
+        if start.startswith(mark):
+            raise UserError(f"{file.name}: {what}")
+    return file
+
+
+def _check_there(link: Path) -> None:
+    if not link.exists():
+        raise UserError(
+            f"{link}: a link to {os.readlink(link)}, which is not there; fetch it (git annex get, dvc pull) or mount "
+            "its store"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,14 +17,14 @@ from pretrain.address import WHICH, Located, locate
 from pretrain.checkpoint_folder import step_of
 from pretrain.merge import companions, hub
 from pretrain.merge.digests import fingerprint
-from pretrain.merge.folder import Folder
+from pretrain.merge.folder import Folder, not_a_pointer
 from pretrain.merge.origins import origins
 from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
 from pretrain.merge.safetensors_io import Info, SafetensorsFile, elements, short
 from pretrain.merge.state_dict import StateDict
 from pretrain.merge.tied_weights import says_tied, tied_names
 from pretrain.merge.universal import Universal, is_universal
-from pretrain.merge.weight_folder import FROZEN, weight_files
+from pretrain.merge.weight_folder import FROZEN, OTHERS, weight_files
 from pretrain.merge.zero_shards import ZeroShards, is_zero_folder
 
 BLOCK = 1 << 20
@@ -49,9 +50,11 @@ class WeightSource:
     files:   every file that holds tensors.
     folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
     unfit:   why its config cannot be that of a merge; None where it can.
+    remarks: notes of which files were taken.
     """
 
     unfit: str | None = None
+    remarks: Sequence[str] = ()
 
     def __init__(
         self,
@@ -125,8 +128,8 @@ class WeightSource:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of what is not taken from beside the weights."""
-        return self._beside[1]
+        """What a person should know of what is taken from a folder and what is not."""
+        return [*self.remarks, *self._beside[1]]
 
     @cached_property
     def lineage(self) -> frozenset[str]:
@@ -173,11 +176,36 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
 
 
 def _open_file(address: str, located: Located) -> WeightSource:
-    file = open_file(located.path)
+    """One file; where its folder has no other weights, that folder."""
+    if located.path.endswith(".gguf"):
+        raise UserError(f"{address}: {OTHERS['*.gguf']}")
+    folder, note = (None, None) if is_remote(located.path) else _around(located.path)
+    file = not_a_pointer(open_file(located.path)) if folder is None else folder.open(Path(located.path).name)
     if located.path.endswith(".safetensors"):
-        return WeightSource(address, located, {file.name: SafetensorsFile(file)}, [file])
-    state = StateDict(file)
-    return WeightSource(address, located, {file.name: state}, [file], state.tied)
+        source = WeightSource(address, located, {file.name: SafetensorsFile(file)}, [file], folder=folder)
+    else:
+        state = StateDict(file)
+        source = WeightSource(address, located, {file.name: state}, [file], state.tied, folder=folder)
+    if folder is not None:
+        source._tie(_ties(source))
+    source.remarks = [note] if note else []
+    return source
+
+
+def _around(path: str) -> tuple[Folder | None, str | None]:
+    """The folder of a file of weights that are its only ones; or why it is not taken, where config.json is there."""
+    folder, name = Folder(os.path.dirname(path) or "."), os.path.basename(path)
+    if "config.json" not in folder and "open_clip_config.json" not in folder:
+        return None, None
+    try:
+        files, _ = weight_files(folder, path)
+    except UserError:
+        files = {}
+    if set(files) == {name}:
+        return folder, None
+    if name in files:
+        return None, f"{path} is one of {len(files)} shards; name the folder for the whole model"
+    return None, f"{path} is one of several: config and tokenizer of its folder are not taken"
 
 
 def _find(located: Located, address: str) -> tuple[Located, Folder]:
@@ -222,7 +250,8 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
     readers: dict[str, Reader] = {}
     files: list[ByteFile] = []
     tied: dict[str, str] = {}
-    for name, expected in weight_files(folder, address).items():
+    placed, remarks = weight_files(folder, address)
+    for name, expected in placed.items():
         files.append(file := folder.open(name))
         reader = SafetensorsFile(file) if name.endswith(".safetensors") else StateDict(file)
         if isinstance(reader, StateDict):
@@ -232,6 +261,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
             raise UserError(f"{file.name}: has no {short(absent[0])}, which its folder's index says is there")
         readers[file.name] = reader
     source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
+    source.remarks = remarks
     source._tie(_ties(source))
     return source
 

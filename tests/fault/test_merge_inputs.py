@@ -158,11 +158,16 @@ def tensor_that_no_shard_has(folder: Path) -> None:
     index(folder, {**dict.fromkeys(TENSORS, "m-1.safetensors"), "d": "m-2.safetensors"})
 
 
-def shard_linked_from_outside(folder: Path) -> None:
+def shard_linked_to_nothing(folder: Path) -> None:
     shards(folder)
-    outside = folder.parent / "outside.safetensors"
-    (folder / "m-1.safetensors").rename(outside)
-    (folder / "m-1.safetensors").symlink_to(outside)
+    (folder / "m-1.safetensors").unlink()
+    (folder / "m-1.safetensors").symlink_to("../.git/annex/objects/x/y")
+
+
+def tokenizer_beside_a_link_named_as_weights(folder: Path) -> None:
+    """A link that only looks like one to weights opens no door for what lies beside its target."""
+    tokenizer_linked_from_outside(folder)
+    (folder / "other.pt").symlink_to(folder.parent / "secret.json")
 
 
 def shard_is_a_folder(folder: Path) -> None:
@@ -223,7 +228,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated_shard, "m-2.safetensors: not a safetensors file"),
     "in_two": (tensor_in_two_shards, "is in two files"),
     "in_none": (tensor_that_no_shard_has, "which its folder's index says"),
-    "link": (shard_linked_from_outside, "outside of"),
+    "tokenizer_beside_a_weight_link": (tokenizer_beside_a_link_named_as_weights, "outside of"),
+    "dangling": (shard_linked_to_nothing, "which is not there; fetch it"),
     "folder": (shard_is_a_folder, "which is not there"),
     "pipe": (shard_is_a_pipe, "is no file"),
     "tokenizer_link": (tokenizer_linked_from_outside, "outside of"),
