@@ -76,6 +76,11 @@ def spec_of(
     from data_pipeline.errors import UserError
     from pretrain.merge.spec import merge_spec
 
+    for name in inputs or []:
+        if name.endswith((".yml", ".yaml")):
+            raise UserError(
+                f"{name} says what to merge and holds no weights: dromos merge --spec {name} --out DIR"
+            )
     method = given.get("method") or "linear"
     values = {name: value for name, value in given.items() if value is not None}
     for name in ("weights", "density"):

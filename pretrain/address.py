@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from pretrain import metrics
 from pretrain.checkpoint_folder import complete_steps, is_complete, step_of, tag_of
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 WHICH = re.compile(r"^(?P<base>.+)@(?P<which>\d+|latest|best)$")
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -56,8 +58,9 @@ def locate(address: str, run_dir: Path | None = None) -> Located:
             return _stage(Path(run_dir) / base, which, address)
         if literal.exists():
             return _path(literal, None, address)
+        meant = _near(literal)
         raise UserError(
-            f"{address}: nothing there. A stage is addressed as RUN/STAGE, for example runs/demo/{base}"
+            f"{address}: nothing there{meant}. A stage is addressed as RUN/STAGE, for example runs/demo/{base}"
         )
     candidates = [Path(base).expanduser()]
     if run_dir is not None and not candidates[0].is_absolute() and base.split("/")[0] not in (".", ".."):
@@ -211,4 +214,17 @@ def _absent(candidates: list[Path], address: str) -> UserError:
     for candidate in candidates:
         if (candidate.parent / "recipe.yaml").exists():
             return UserError(f"{address}: stage {stage} of {candidate.parent} has not run; run: {again}")
-    return UserError(f"{address}: not found (looked for {looked}); if it is a stage, make it: {again}")
+    if meant := _near(candidates[0]):
+        return UserError(f"{address}: not found{meant}")
+    hub = f"; on the Hugging Face hub it is hf://{address}" if HUB_NAME.match(address) else ""
+    return UserError(f"{address}: not found (looked for {looked}); if it is a stage, make it: {again}{hub}")
+
+
+def _near(path: Path) -> str:
+    """`; did you mean ...?` where something of almost that name lies beside it."""
+    try:
+        there = {child.name for child in path.absolute().parent.iterdir()}
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, there, n=1, cutoff=0.75)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""

@@ -11,9 +11,20 @@ from typing import Any
 import xxhash
 import yaml
 
+from pretrain.merge.plan import letter
 from pretrain.merge.sources import WeightSource
 
 DEPTH = 20
+
+
+def twin_notes(sources: Sequence[WeightSource]) -> list[str]:
+    """A note for what is named twice, which is most often a slip of the pen."""
+    places: dict[str, list[str]] = {}
+    for number, source in enumerate(sources):
+        path = source.located.path
+        place = path if "://" in path or source.located.kind == "hf" else os.path.realpath(path)
+        places.setdefault(place, []).append(f"{letter(number)} ({source.address})")
+    return [f"{' and '.join(same)} are the same weights" for same in places.values() if len(same) > 1]
 
 
 def lineage_notes(sources: Sequence[WeightSource]) -> list[str]:

@@ -64,11 +64,11 @@ class Rules:
         """What of `exclude` and the rules finds nothing among `names`, in words: most often a slip of the pen."""
         found = []
         if self._exclude is not None and not any(map(self._exclude.search, names)):
-            found.append(f"exclude {self._exclude.pattern!r} matches no tensor")
+            found.append(f"exclude '{self._exclude.pattern}' matches no tensor")
         for pattern, rule in self._rules:
             matched = [name for name in names if pattern.search(name)]
             if not matched:
-                found.append(f"rule {rule.match!r} matches no tensor")
+                found.append(f"rule '{rule.match}' matches no tensor")
             elif rule.layers is not None:
                 end = max(
                     (number + 1 for name in matched if (number := layer_of(name)) is not None), default=0
@@ -76,7 +76,8 @@ class Rules:
                 first, stop = rule.layers
                 if end <= first or (rule.curve is not None and end < stop):
                     there = f"there are layers 0:{end}" if end else "no name has a layer"
-                    found.append(f"rule {rule.match!r} is for layers {first}:{stop}, and {there}")
+                    what = f"rule '{rule.match}'" if rule.match else "the curve"
+                    found.append(f"{what} is for layers {first}:{stop}, and {there}")
         return found
 
     def weights(self, name: str, default: Sequence[float]) -> tuple[float, ...]:

@@ -86,7 +86,9 @@ def execute(
     """
     prints = [source.hashes() for source in opened.sources]
     keys = [plan.key(prints) for plan in plans]
-    records = [existing(str(folder), key) for folder, key in zip(folders, keys, strict=True)]
+    for out in folders:
+        _apart(str(out), opened)
+    records = [existing(str(o), key, plan.asked) for o, key, plan in zip(folders, keys, plans, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
     _allow_open(OPEN + sum(len(plans[i].files) + 2 for i in todo))
     with ExitStack() as stack:
@@ -136,7 +138,20 @@ def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) ->
     return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
 
 
-def existing(folder: str, key: str) -> dict[str, Any] | None:
+def _apart(folder: str, opened: Opened) -> None:
+    """Raises UserError for an output within an input: that stays as it is, and is what it was for whoever copies it."""
+    if is_remote(folder):
+        return
+    for source in opened.sources:
+        place = source.located.path
+        inside = source.located.kind in ("folder", "checkpoint") and not is_remote(place)
+        if inside and Path(place).resolve() in Path(folder).resolve().parents:
+            raise UserError(
+                f"--out {folder}: lies within the input {source.address}; choose a folder outside"
+            )
+
+
+def existing(folder: str, key: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of a complete output of the same plan; None where there is no output yet."""
     if not is_remote(folder) and Path(folder).name in ("", ".."):
         raise UserError(f"--out {folder!r}: name the folder that is to be made")
@@ -161,7 +176,7 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
         raise UserError(f"{record}: not what a merge writes; choose another --out, or remove {folder}")
     if content.get("plan") != key:
         raise UserError(
-            f"{folder} holds another merge, or this one of inputs that changed since (see {record}); choose another "
+            f"{folder} holds another merge{_difference(content.get('asked'), asked)} (see {record}); choose another "
             "--out, or remove it"
         )
     _check_whole(folder, content)
@@ -170,6 +185,17 @@ def existing(folder: str, key: str) -> dict[str, Any] | None:
     else:
         tidy(Path(folder))
     return content
+
+
+def _difference(there: Any, asked: Mapping[str, Any]) -> str:
+    """What is asked otherwise than it was; where nothing is, the inputs are other ones."""
+    there = there if isinstance(there, dict) else {}
+    told = {
+        key: [json.dumps(one.get(key), default=str) for one in (there, asked)] for key in {**there, **asked}
+    }
+    other = [f"{key} {was}, not {now}" for key, (was, now) in told.items() if was != now]
+    short = [text if len(text) <= 100 else text.partition(" ")[0] for text in other]
+    return f": of {'; '.join(short[:3])}" if short else ", or this one of inputs that changed since"
 
 
 def _check_whole(folder: str, record: Mapping[str, Any]) -> None:

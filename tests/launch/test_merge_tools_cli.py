@@ -174,3 +174,42 @@ def test_help_has_examples_that_begin_with_the_command(command: str) -> None:
     assert result.exit_code == 0
     assert f"  dromos {command} " in result.output
     assert max(len(line) for line in result.output.splitlines()) <= 100
+
+
+def test_another_merge_is_told_apart(models: Path) -> None:
+    assert dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "m").exit_code == 0
+    for words, told in (
+        (("--beta", "0.25"), "weights [0.3, 0.7], not [0.25, 0.75]"),
+        (("--beta", "0.3", "--dtype", "bf16"), 'dtype null, not "BF16"'),
+    ):
+        other = dromos("merge", "./a", "./b", *words, "--out", "m")
+        assert other.exit_code == 2
+        assert f"m holds another merge: of {told} (see m/merge.json)" in other.output
+
+
+@pytest.mark.parametrize("out", ["a/mix", "a/x/../mix", "./a/very/deep"])
+def test_an_output_within_an_input_is_refused(models: Path, out: str) -> None:
+    before = sorted(Path("a").iterdir())
+    refused = dromos("merge", "./a", "./b", "--beta", "0.3", "--out", out)
+    assert refused.exit_code == 2
+    assert "lies within the input ./a; choose a folder outside" in refused.output
+    assert sorted(Path("a").iterdir()) == before
+
+
+def test_an_input_named_twice_is_noted_and_a_spec_among_inputs_is_refused(models: Path) -> None:
+    assert (
+        "note: A (./a) and B (b/../a) are the same weights"
+        in dromos("merge", "./a", "b/../a", "--beta", "0.3", "--out", "m").output
+    )
+    refused = dromos("merge", "mergekit.yml", "./out")
+    assert refused.exit_code == 2
+    assert "dromos merge --spec mergekit.yml --out DIR" in refused.output
+
+
+def test_patterns_are_said_as_they_were_typed(models: Path) -> None:
+    assert (
+        r"no tensor matches '^no\.such'"
+        in dromos("merge", "./a", "./b", "--beta", "1", "--only", r"^no\.such").output
+    )
+    curve = dromos("merge", "./a", "./b", "--beta", "0.3", "--layers", "0:9", "--curve", "0,1", "--dry-run")
+    assert "the curve is for layers 0:9, and no name has a layer" in curve.output

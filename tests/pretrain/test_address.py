@@ -223,3 +223,19 @@ def test_nothing_there(tmp_path: Path) -> None:
         locate("no_such_thing_anywhere")
     with pytest.raises(UserError, match="not found"):
         locate(str(tmp_path / "a/b"))
+
+
+def test_a_slip_of_the_pen_is_told_what_lies_there_and_a_hub_name_how_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/tuned").mkdir(parents=True)
+    for address, meant in (("model", "models"), ("models/tunde", "models/tuned"), ("./modls", "modls")):
+        with pytest.raises(UserError, match=f"did you mean (\\./)?{meant.replace('modls', 'models')}\\?"):
+            locate(address)
+    with pytest.raises(UserError, match="on the Hugging Face hub it is hf://meta-llama/Llama-3-8B"):
+        locate("meta-llama/Llama-3-8B")
+    for address in ("/no/such", "./no/such", "a/b/c"):
+        with pytest.raises(UserError) as caught:
+            locate(address)
+        assert "hf://" not in str(caught.value)
