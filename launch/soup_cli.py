@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,10 @@ def soup(
         list[str], typer.Argument(metavar="A B [C]...", help="Addresses, as for dromos merge.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The folder to write; it appears when complete.")
+        str,
+        typer.Option(
+            "--out", metavar="DIR", help="The folder or s3:// URL to write; it appears when complete."
+        ),
     ],
     score_cmd: Annotated[
         str | None, typer.Option("--score-cmd", metavar="CMD", help=f"Scores a model. {score_flags.PROTOCOL}")
@@ -37,7 +39,7 @@ def soup(
     Every model is scored; from the best one downwards each is added if the score of the mean does not drop. Score on
     held-out data that is not the test set. Every mean is computed from the inputs and rounded once. DIR has the soup,
     soup.json with every trial, and the command's logs; until then they are in DIR.trials, and run again it goes on
-    there. One candidate is on the disk at a time.
+    there. One candidate is on the disk at a time, below TMPDIR if DIR is in a store.
 
     \b
     Examples:
@@ -47,10 +49,13 @@ def soup(
 
     Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
     """
+    from os.path import expanduser
+
     from data_pipeline.errors import UserError
     from launch.byte_bar import counting
     from launch.guard import guarded
     from launch.resumable import resumable
+    from pretrain.merge.overflow import note as overflow_note
     from pretrain.merge.prepare import prepare
     from pretrain.merge.request import request
     from pretrain.merge.score import direction_note, parse_command
@@ -60,7 +65,7 @@ def soup(
         raise UserError(
             "--score-cmd CMD is missing: how a model is scored (or --uniform for the mean of all)"
         )
-    out = out.expanduser()
+    out = expanduser(out)
     command = parse_command(score_cmd, "--score-cmd", timeout, guarded) if score_cmd is not None else None
     rest = {
         "only": only,
@@ -78,6 +83,8 @@ def soup(
             asked, opened, out, command, uniform=uniform, metric=metric, lower=lower_is_better,
             progress=bar.add, told=bar.say,
         )  # fmt: skip
+    if (said := overflow_note({"the soup": made.record})) is not None:
+        typer.echo(f"note: {said}", err=True)
     typer.echo("\n".join(made.lines()))
     if advice := direction_note(made.metric, made.lower):
         typer.echo(f"note: {advice}", err=True)

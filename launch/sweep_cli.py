@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,8 @@ def sweep(
         typer.Option("--betas", metavar="START:STOP:STEP", help="Both ends included; or a list, 0,0.5,1."),
     ] = "0:1:0.1",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The folder of outputs and results.")
+        str | None,
+        typer.Option("--out", metavar="DIR", help="The folder or s3:// URL of outputs and results."),
     ] = None,
     eval_cmd: Annotated[
         str | None,
@@ -46,27 +46,33 @@ def sweep(
     theta = beta * A + (1 - beta) * B for each. Writes DIR/beta-0.30/ and so on, each as dromos merge would; A and B
     are read once for all. With --eval-cmd every output is scored: a table here, DIR/sweep.json, sweep.csv and the
     curve in sweep.svg, what the command prints in DIR/logs. Run again, it goes on with what is not done or scored.
+    Of a DIR in a store each output is made once more below TMPDIR, for the command, one at a time.
 
     \b
     Examples:
       dromos sweep runs/demo/sphinx/real runs/demo/sphinx/synthetic --out sweep
       dromos sweep A B --out sweep --no-keep --eval-cmd 'dromos eval {}' --lower-is-better
+      dromos sweep s3://bucket/a s3://bucket/b --out s3://bucket/sweep
       dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss
 
     Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
     """
+    from os.path import expanduser
+
     from data_pipeline.errors import UserError
+    from data_pipeline.storage import is_remote, join
     from launch.byte_bar import counting
     from launch.guard import guarded
     from launch.resumable import resumable
     from pretrain.merge.betas import folder_names, parse_betas
+    from pretrain.merge.overflow import note as overflow_note
     from pretrain.merge.score import direction_note, parse_command
     from pretrain.merge.scored_sweep import run_sweep
     from pretrain.merge.sweep import plan_sweep
 
     if method not in ("linear", "slerp"):
         raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")
-    out = out.expanduser() if out is not None else None
+    out = expanduser(out) if out is not None else None
     command = parse_command(eval_cmd, "--eval-cmd", timeout, guarded) if eval_cmd is not None else None
     numbers = parse_betas(betas)
     asked = {
@@ -85,11 +91,16 @@ def sweep(
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
     for note in plans[0].notes:
         typer.echo(f"note: {note}", err=True)
-    with resumable(), counting("sweeping", sum(plan.size for plan in plans)) as bar:
+    again = 2 if keep and command is not None and is_remote(out) else 1
+    with resumable(), counting("sweeping", again * sum(plan.size for plan in plans)) as bar:
         made = run_sweep(
             plans, opened, numbers, out, command, keep=keep, metric=metric, lower=lower_is_better,
             progress=bar.add, told=bar.say,
         )  # fmt: skip
+    if (
+        said := overflow_note({f"beta {beta:g}": record for beta, record in made.records.items()})
+    ) is not None:
+        typer.echo(f"note: {said}", err=True)
     if command is not None:
         typer.echo("\n".join(made.lines()))
         if advice := direction_note(made.metric, made.lower):
@@ -98,7 +109,7 @@ def sweep(
         return
     for one in made.betas:
         if one.folder is not None and one.beta in numbers:
-            typer.echo(f"beta {one.beta:g}: {out / one.folder}")
+            typer.echo(f"beta {one.beta:g}: {join(out, one.folder)}")
     if not bar.moved:
         typer.echo("done before, left as they are")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,7 @@ class Multipart:
     """An object of `size` bytes, written from its start to its end in parts of `part` bytes, `ahead` of them at once.
 
     earlier: an upload of this object that a killed process left; its parts are used where they are the same.
+    closed: set from outside: nothing more is to be sent.
     Methods raise UserError for what is refused, FileNotFoundError without the bucket, ReadError when the store stays
     away.
     """
@@ -96,7 +97,7 @@ class Multipart:
         self._on_way: deque[Future[None]] = deque()
         self._place: dict[str, str] = {}
         self._earlier: dict[int, str] = {}
-        self._tried = False
+        self._tried = self.closed = False
         if not self._small:
             self._open(earlier)
 
@@ -145,6 +146,8 @@ class Multipart:
             return
 
         def call(store: Any) -> str:
+            if self.closed:  # between two tries
+                raise CancelledError
             try:
                 answer = store.call_s3("upload_part", Body=data, PartNumber=number, **self._place)
             except OSError as error:
@@ -186,12 +189,6 @@ class Multipart:
             ) from error
 
     def discard(self) -> None:
-        """Nothing of it stays. What is being sent is waited for: a part that comes later would stay."""
-        for sending in self._on_way:
-            sending.cancel()
-        for sending in self._on_way:
-            with suppress(BaseException):
-                sending.result()
-        self._on_way.clear()
+        """Nothing of it stays. Nothing of it may be on its way: a part that comes later would stay."""
         if self._place:
             abort(self.url, [Begun(self._place["Key"], self._place["UploadId"])])

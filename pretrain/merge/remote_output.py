@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from data_pipeline.object_store import EXTRAS, asking, filesystem
 from data_pipeline.storage import exists, join, publish, read_bytes, remove
 from pretrain.merge.blocks import Workers
@@ -36,8 +36,7 @@ class Uploads:
     key:  of the plan, which stands in the folder while its files appear: what a kill leaves then is known again.
     many: outputs that are written at once, each with its own Uploads; the more, the smaller the parts.
 
-    `begin` and `write` send a file from its start to its end; nothing appears before `publish`, and what is not
-    published by then is taken back by `abort`.
+    `begin` and `write` send a file from its start to its end; nothing appears before `publish`.
     """
 
     def __init__(self, folder: str, key: str, many: int = 1) -> None:
@@ -107,16 +106,19 @@ class Uploads:
             abort(self.folder, begun_below(self.folder))
         self._pool.shutdown()
 
-    def abort(self) -> None:
+    def stop(self, taking_back: bool) -> None:
+        """Send no more. What was sent is taken back, or stays for the merge that goes on with it."""
         for file in self._sent:
-            with suppress(
-                Exception
-            ):  # the store may be what failed; the error that led here is the one to tell
-                file.discard()
-            file.closed = True  # else the garbage collector closes it, which would send its rest
-        if self._is_s3:
-            abort(self.folder, list(self._earlier.values()))
+            if self._is_s3:
+                file.closed = True
         self._pool.shutdown(cancel_futures=True)
+        for file in self._sent:
+            if taking_back or not self._is_s3:
+                with suppress(Exception):  # the store may have failed; the error that led here is to be told
+                    file.discard()
+            file.closed = True  # else the garbage collector closes it, which would send its rest
+        if self._is_s3 and taking_back:
+            abort(self.folder, list(self._earlier.values()))
 
 
 def half_published(folder: str, key: str) -> bool:
@@ -168,15 +170,19 @@ class RemoteOutput:
 
 @contextmanager
 def uploaded_folder(out: str, key: str, many: int = 1) -> Iterator[Uploads]:
-    """Files that appear below `out` when the block ends well, and not at all when it does not; see Uploads."""
+    """Files that appear below `out` when the block ends well, and not at all when it does not; see Uploads.
+
+    Who is stopped, or cannot read or write for now, leaves what was sent for the next time; after any other error it
+    is taken back.
+    """
     with _refused(out):
         uploads = Uploads(out.rstrip("/"), key, many)
     try:
         with _refused(out):
             yield uploads
             uploads.publish()
-    except BaseException:
-        uploads.abort()
+    except BaseException as error:
+        uploads.stop(taking_back=not isinstance(error, KeyboardInterrupt | ReadError))
         raise
 
 

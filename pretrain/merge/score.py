@@ -47,15 +47,6 @@ class Command:
         return [word.replace(PLACE, str(folder)) for word in self.words]
 
 
-def on_disk(out: Path) -> None:
-    """Raises UserError for an object store, which takes neither locks nor a file of results that is written again."""
-    if ":/" in str(out):
-        raise UserError(
-            f"--out {str(out).replace(':/', '://', 1)}: scores are kept, and gone on with, on a disk; name a folder "
-            "there and copy what you keep (dromos merge --out s3://... writes a single output to a store)"
-        )
-
-
 def parse_command(
     text: str,
     flag: str,

@@ -5,25 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
-from pretrain.lock import FolderLock
+from data_pipeline.storage import join
 from pretrain.merge.betas import folder_names
 from pretrain.merge.diff import table
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
-from pretrain.merge.score import Command, Figures, metric_of, on_disk, score
-from pretrain.merge.tool import RECORD, execute
+from pretrain.merge.score import Command, Figures, metric_of
+from pretrain.merge.tool import execute
+from pretrain.merge.workplace import Workplace, discard
 from pretrain.merge.writer import Progress
 
-RESULTS, LOGS = "sweep.json", "logs"
+RESULTS = "sweep.json"
 
 
 @dataclass
@@ -49,6 +48,7 @@ class Sweep:
     command: that scored; empty for a sweep without.
     metric:  the figure that decides; None before the first score.
     lower:   whether less of it is better.
+    records: of what this call merged or found merged, by beta; not in sweep.json.
     """
 
     a: str
@@ -57,6 +57,7 @@ class Sweep:
     metric: str | None = None
     lower: bool = False
     betas: list[Scored] = field(default_factory=list)
+    records: dict[float, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -120,7 +121,7 @@ def run_sweep(
     plans: Sequence[Plan],
     opened: Opened,
     betas: Sequence[float],
-    out: Path,
+    out: Path | str,
     command: Command | None = None,
     *,
     keep: bool = True,
@@ -134,84 +135,88 @@ def run_sweep(
     """Carry out the plans of `plan_sweep`, one a beta, and score each output; goes on where an earlier call stopped.
 
     keep: write all in one pass over the inputs, and leave them; else one is there at a time, until it is scored.
+    out:  a folder on a disk, or in a store. Of outputs in a store the command gets the same bytes on a disk, merged
+          once more into a folder below TMPDIR, one at a time.
     told: is told each score as it comes.
     Raises UserError when the command fails on one (what was scored stays), and when `out` holds another sweep.
     """
     if not keep and command is None:
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
-    on_disk(out)
-    lock = FolderLock(out, wait=0, where="--out")
-    try:
-        sweep = _resumed(plans, opened, betas, out, command, metric, lower)
+    keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
+    with Workplace(str(out), "\n".join(keys)) as place:
+        sweep = _resumed(plans, keys, betas, place, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]
         names = folder_names(betas)
         if keep:
-            execute(
-                plans, opened, [out / name for name in names], chunk=chunk, threads=threads, progress=progress
-            )
+            folders = [join(place.url, name) for name in names]
+            made = execute(plans, opened, folders, chunk=chunk, threads=threads, progress=progress)
+            sweep.records = dict(zip(betas, made, strict=True))
             for one, name in zip(wanted, names, strict=True):
                 one.folder = name
-            _save(sweep, out)
+            _save(sweep, place)
         for plan, one, name in zip(plans, wanted, names, strict=True):
+            passing = place.remote or one.folder is None
+            trial = place.folder / (name if passing else one.folder or name)
             if command is not None and one.figures is None:
-                if one.folder is None:
-                    execute([plan], opened, [out / name], chunk=chunk, threads=threads, progress=progress)
-                _score(sweep, one, command, out, one.folder or name, metric)
+                if passing:
+                    made = execute([plan], opened, [trial], chunk=chunk, threads=threads, progress=progress)
+                    sweep.records[one.beta] = made[0]
+                one.figures = place.score(command, trial, trial.name)
+                sweep.metric = metric_of(one.figures, metric or sweep.metric)
+                _save(sweep, place)
                 if told is not None:
                     told(_said(sweep, one))
-            if one.folder is None and (out / name / RECORD).is_file():
-                shutil.rmtree(out / name)
+            if passing:
+                discard(trial)
         if command is not None:
-            _show(sweep, out)
+            _show(sweep, place)
         return sweep
-    finally:
-        lock.release()
 
 
 def _resumed(
     plans: Sequence[Plan],
-    opened: Opened,
+    keys: Sequence[str],
     betas: Sequence[float],
-    out: Path,
+    place: Workplace,
     command: Command | None,
     metric: str | None,
     lower: bool,
 ) -> Sweep:
     """The sweep as sweep.json knows it, with a place for every beta."""
-    prints = [source.hashes() for source in opened.sources]
     words = command.words if command is not None else ()
     a, b = plans[0].addresses[:2]
     sweep = Sweep(a, b, words, metric, lower)
-    earlier = _read(out / RESULTS)
+    earlier = _read(place)
     if not any(one.figures for one in earlier.betas):
         earlier.command = ()  # nothing hangs on a command that never gave a figure
     if earlier.command and words and earlier.command != words:
         raise UserError(
-            f"{out / RESULTS}: scored by another command, {' '.join(earlier.command)}: its figures cannot stand beside "
-            "those of this one; choose another --out, or delete that file to score again"
+            f"{join(place.url, RESULTS)}: scored by another command, {' '.join(earlier.command)}: its figures "
+            "cannot stand beside those of this one; choose another --out, or delete that file to score again"
         )
     if not words:
         sweep.command, sweep.metric, sweep.lower = earlier.command, earlier.metric, earlier.lower
     elif metric is None:
         sweep.metric = earlier.metric
     known = {one.beta: one for one in earlier.betas}
-    for plan, beta in zip(plans, betas, strict=True):
-        key = plan.key(prints)
+    for key, beta in zip(keys, betas, strict=True):
         one = known.setdefault(beta, Scored(beta, None, key))
         if one.plan != key:
             raise UserError(
-                f"{out}: holds a sweep of other weights or options (beta {beta:g}); choose another --out, or remove it"
+                f"{place.url}: holds a sweep of other weights or options (beta {beta:g}); choose another --out, or "
+                "remove it"
             )
     sweep.betas = [known[beta] for beta in sorted(known)]
     return sweep
 
 
-def _read(path: Path) -> Sweep:
+def _read(place: Workplace) -> Sweep:
     """sweep.json; an empty sweep where there is none."""
-    if not path.is_file():
+    raw = place.read(RESULTS)
+    if raw is None:
         return Sweep("", "")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(raw)
         return Sweep(
             content["A"],
             content["B"],
@@ -220,28 +225,21 @@ def _read(path: Path) -> Sweep:
             bool(content["lower_is_better"]),
             [Scored(e["beta"], e["folder"], e["plan"], e["figures"]) for e in content["betas"]],
         )
-    except (OSError, LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         raise UserError(
-            f"{path}: not what a sweep writes; choose another --out, or delete that file"
+            f"{join(place.url, RESULTS)}: not what a sweep writes; choose another --out, or delete that file"
         ) from None
 
 
-def _save(sweep: Sweep, out: Path) -> None:
-    publish(out / RESULTS, (json.dumps(sweep.plain(), indent=1) + "\n").encode())
+def _save(sweep: Sweep, place: Workplace) -> None:
+    place.publish(RESULTS, json.dumps(sweep.plain(), indent=1) + "\n")
 
 
-def _score(sweep: Sweep, one: Scored, command: Command, out: Path, name: str, metric: str | None) -> None:
-    figures = score(command, out / name, out / LOGS / name)
-    sweep.metric = metric_of(figures, metric or sweep.metric)
-    one.figures = figures
-    _save(sweep, out)
-
-
-def _show(sweep: Sweep, out: Path) -> None:
+def _show(sweep: Sweep, place: Workplace) -> None:
     from pretrain.merge.curve import picture
 
-    publish(out / "sweep.csv", sweep.as_csv().encode())
-    publish(out / "sweep.svg", picture(sweep).encode())
+    place.publish("sweep.csv", sweep.as_csv())
+    place.publish("sweep.svg", picture(sweep))
 
 
 def _said(sweep: Sweep, one: Scored) -> str:

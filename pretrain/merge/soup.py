@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
-from pretrain.lock import FolderLock
+from data_pipeline.object_store import ask
+from data_pipeline.storage import exists, is_remote, join
 from pretrain.merge.diff import table
 from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner
 from pretrain.merge.prepare import Opened
 from pretrain.merge.request import Request
-from pretrain.merge.score import Command, Figures, metric_of, on_disk, score
-from pretrain.merge.tool import RECORD, execute
+from pretrain.merge.score import Command, Figures, metric_of
+from pretrain.merge.tool import execute
+from pretrain.merge.workplace import LOGS, Workplace, discard
 from pretrain.merge.writer import Progress
 
-RESULTS, LOGS = "soup.json", "logs"
+RESULTS = "soup.json"
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Soup:
     inputs:  addresses.
     chosen:  inputs in the soup, in the order in which they were added; empty while it is not known.
     trials:  every mean scored, in order; first each input by itself.
+    record:  of the soup when it is merged; not in soup.json.
     """
 
     inputs: tuple[str, ...]
@@ -59,6 +61,7 @@ class Soup:
     uniform: bool = False
     chosen: tuple[int, ...] = ()
     trials: list[Trial] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def trial(self, of: Sequence[int]) -> Trial | None:
         return next((trial for trial in self.trials if trial.of == tuple(sorted(of))), None)
@@ -98,7 +101,7 @@ class Soup:
 def cook(
     request: Request,
     opened: Opened,
-    out: Path,
+    out: Path | str,
     command: Command | None = None,
     *,
     uniform: bool = False,
@@ -112,30 +115,27 @@ def cook(
 
     request: a linear merge of the inputs; its weights are not looked at.
     uniform: the mean of all; scored if there is a command.
-    While it searches, trials and logs are in the folder `OUT.trials`; at the end soup.json and logs are in `out`.
+    out:     a folder on a disk, or in a store.
+    While it searches, trials and logs are in the folder `OUT.trials`; at the end soup.json and logs are in `out`. Of an
+    `out` in a store the trials, which the command needs on a disk, are in a folder below TMPDIR.
     Raises UserError when the command fails on one (what was scored stays), and for an `out` with something else.
     """
     if command is None and not uniform:
         raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
-    on_disk(out)
-    if out.name in ("", ".."):
+    if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
-    kitchen = _Kitchen(request, opened, out, command, threads, progress, told)
+    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
     kitchen.check_place()
-    lock = FolderLock(kitchen.folder, wait=0, where="--out")
-    try:
+    with kitchen.place:
         soup = kitchen.resume(uniform, metric, lower)
         soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)
         if uniform and command is not None:
             kitchen.score(soup, soup.chosen)
-        publish(
-            kitchen.folder / RESULTS, _json(soup)
-        )  # else a kill before `serve` leaves an `out` that nobody knows
-        execute([kitchen.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
+        kitchen.save(soup)  # else a kill before `serve` leaves an `out` that nobody knows
+        made = execute([kitchen.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
+        soup.record = made[0]
         kitchen.serve(soup)
         return soup
-    finally:
-        lock.release()
 
 
 class _Kitchen:
@@ -145,17 +145,18 @@ class _Kitchen:
         self,
         request: Request,
         opened: Opened,
-        out: Path,
+        out: str,
         command: Command | None,
         threads: int | None,
         progress: Progress | None,
         told: Callable[[str], None] | None,
     ) -> None:
-        self.opened, self.out, self.command = opened, out, command
-        self.folder = out.with_name(f"{out.name}.trials")
+        self.opened, self.out, self.command = opened, out.rstrip("/"), command
         self._threads, self._progress, self._told = threads, progress, told
         self._planner = Planner(opened.sources, request, opened.named)
         self._prints = [source.hashes() for source in opened.sources]
+        key = self.key(range(opened.inputs))
+        self.place, self._done = Workplace(f"{self.out}.trials", key), Workplace(self.out, key)
 
     def plan(self, of: Sequence[int]) -> Plan:
         """The mean of these inputs alone; the others are not read."""
@@ -167,39 +168,45 @@ class _Kitchen:
 
     def check_place(self) -> None:
         """Before anything is written: UserError where `out` cannot be had."""
-        known = any((folder / RESULTS).is_file() for folder in (self.folder, self.out))
-        if not known and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if any(self._known()) or not exists(self.out):
+            return
+        if is_remote(self.out) or not Path(self.out).is_dir() or any(Path(self.out).iterdir()):
             raise UserError(
                 f"{self.out} exists and is not the output of a soup; choose another --out, or remove it"
             )
+
+    def _known(self) -> Iterator[tuple[str, bytes]]:
+        """soup.json of the trials, or of what is done: its address and content."""
+        for place in (self.place, self._done):
+            if (content := place.read(RESULTS)) is not None:
+                yield join(place.url, RESULTS), content
 
     def resume(self, uniform: bool, metric: str | None, lower: bool) -> Soup:
         """The search as soup.json knows it."""
         words = self.command.words if self.command is not None else ()
         inputs = tuple(source.address for source in self.opened.sources[: self.opened.inputs])
         soup = Soup(inputs, words, metric, lower, uniform)
-        for path in (self.folder / RESULTS, self.out / RESULTS):
-            if path.is_file():
-                self._take(soup, path, metric)
-                break
+        for url, content in self._known():
+            self._take(soup, url, content, metric)
+            break
         return soup
 
-    def _take(self, soup: Soup, path: Path, metric: str | None) -> None:
+    def _take(self, soup: Soup, url: str, raw: bytes, metric: str | None) -> None:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(raw)
             words, known = tuple(content["command"]), content["metric"]
             trials = [Trial(tuple(t["of"]), t["plan"], t["figures"]) for t in content["trials"]]
-        except (OSError, LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             raise UserError(
-                f"{path}: not what a soup writes; choose another --out, or delete that file"
+                f"{url}: not what a soup writes; choose another --out, or delete that file"
             ) from None
         if trials and words != soup.command:
             raise UserError(
-                f"{path}: scored by another command, {' '.join(words)}; choose another --out, or delete it"
+                f"{url}: scored by another command, {' '.join(words)}; choose another --out, or delete it"
             )
         for trial in trials:
             if max(trial.of) >= self.opened.inputs or trial.plan != self.key(trial.of):
-                raise UserError(f"{path}: of other models or options; choose another --out, or remove it")
+                raise UserError(f"{url}: of other models or options; choose another --out, or remove it")
         soup.trials, soup.metric = trials, metric or known
 
     def search(self, soup: Soup) -> tuple[int, ...]:
@@ -225,32 +232,45 @@ class _Kitchen:
             name = "".join(f"-{letter(number)}" for number in of).removeprefix("-")
             if len(name) > 100:
                 name = f"{len(of)}-models-{plan.key(self._prints)}"
-            place = self.folder / name
-            execute([plan], self.opened, [place], threads=self._threads, progress=self._progress)
-            figures = score(self.command, place, self.folder / LOGS / name)
+            trial = self.place.folder / name
+            execute([plan], self.opened, [trial], threads=self._threads, progress=self._progress)
+            figures = self.place.score(self.command, trial, name)
             soup.metric = metric_of(figures, soup.metric)
             found = Trial(of, plan.key(self._prints), figures)
             soup.trials.append(found)
-            publish(self.folder / RESULTS, _json(soup))
-            if (place / RECORD).is_file():
-                shutil.rmtree(place)
+            self.save(soup)
+            discard(trial)
             if self._told is not None:
                 listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
                 self._told(f"{_marks(of)}: {listed}")
         metric_of(found.figures, soup.metric)
         return found
 
+    def save(self, soup: Soup) -> None:
+        self.place.publish(RESULTS, _json(soup))
+
     def serve(self, soup: Soup) -> None:
         """The results beside the soup; the trials' folder goes."""
-        logs = self.folder / LOGS
-        if logs.is_dir():
-            shutil.copytree(logs, self.out / LOGS, dirs_exist_ok=True)
-        publish(self.out / RESULTS, _json(soup))
-        shutil.rmtree(self.folder)
+        trials, done = self.place, self._done
+        if trials.remote:
+            ask(
+                trials.url,
+                lambda store: _copy_all(store, join(trials.url, LOGS), join(done.url, LOGS)),
+                to="write",
+            )
+        elif (trials.folder / LOGS).is_dir():
+            shutil.copytree(trials.folder / LOGS, done.folder / LOGS, dirs_exist_ok=True)
+        done.publish(RESULTS, _json(soup))
+        trials.remove()
 
 
-def _json(soup: Soup) -> bytes:
-    return (json.dumps(soup.plain(), indent=1) + "\n").encode()
+def _copy_all(store: Any, source: str, target: str) -> None:
+    for path in store.find(source):
+        store.cp_file(path, join(target, path.rpartition("/")[2]))
+
+
+def _json(soup: Soup) -> str:
+    return json.dumps(soup.plain(), indent=1) + "\n"
 
 
 def _marks(of: Sequence[int]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import join
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
@@ -19,29 +20,33 @@ from pretrain.merge.shares import resolve_weights
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.writer import Progress, combine_range
 
+Place = TypeVar("Place", Path, str)
+
 
 def sweep(
     a: str,
     b: str,
     betas: Sequence[float],
-    out: Path | str,
+    out: Place,
     *,
     run_dir: Path | None = None,
     chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
     **asked: Any,
-) -> dict[float, Path]:
+) -> dict[float, Place]:
     """theta = beta * A + (1 - beta) * B for every beta, in `out/beta-0.30/` and so on, each as `merge` writes it.
+
+    out: a folder on a disk or in a store.
 
     Every chunk of A and B is read once for all betas. Outputs that are complete are not done again.
     asked: as of `merge`: only, copy_rest, dtype, ...
-    Returns beta -> folder, and writes it as `out/sweep.json`.
+    Returns beta -> folder, a path or a URL as `out` is, and writes it as `out/sweep.json`.
     """
     plans, opened = plan_sweep(a, b, betas, run_dir=run_dir, **asked)
-    made = run_sweep(plans, opened, betas, Path(out), chunk=chunk, threads=threads, progress=progress)
+    made = run_sweep(plans, opened, betas, out, chunk=chunk, threads=threads, progress=progress)
     folders = {one.beta: one.folder for one in made.betas}
-    return {beta: Path(out) / (folders[beta] or "") for beta in betas}
+    return {beta: type(out)(join(str(out), folders[beta] or "")) for beta in betas}
 
 
 def plan_sweep(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from pretrain.merge import merge, multipart, open_weights, remote_output
 from tests.data_pipeline.s3_server import s3_server
 from tests.pretrain.merge.build import floats, write
@@ -110,7 +110,7 @@ def test_what_stands_there_is_left_alone(pair: tuple[str, str], bucket: str) -> 
 
 
 def killed_at(patch: pytest.MonkeyPatch, where: type, name: str, call: int) -> None:
-    """From the call of this number on a method does nothing but fail, and nothing is taken back: as after a kill."""
+    """From the call of this number on a method does nothing but fail, and nothing is tidied up: as after a kill."""
     real, seen = getattr(where, name), []
 
     def fail(self: Any, *arguments: Any) -> Any:
@@ -120,7 +120,7 @@ def killed_at(patch: pytest.MonkeyPatch, where: type, name: str, call: int) -> N
         return real(self, *arguments)
 
     patch.setattr(where, name, fail)
-    patch.setattr(remote_output.Uploads, "abort", lambda self: None)
+    patch.setattr(remote_output.Uploads, "stop", lambda self, taking_back: None)
 
 
 def test_after_a_kill_only_the_rest_is_sent(
@@ -195,6 +195,38 @@ def test_an_output_that_lost_a_file_is_not_said_to_be_done(pair: tuple[str, str]
     storage.publish(f"{out}/model.safetensors", b"cut")
     with pytest.raises(UserError, match=r"lost/model\.safetensors: not as this merge wrote it"):
         merge(pair, out, beta=0.3)
+
+
+def test_who_is_stopped_leaves_what_was_sent(
+    pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C, and a store or an input that cannot be had for now."""
+    for number, error in enumerate((KeyboardInterrupt(), ReadError("s3://x cannot be had"))):
+        out, real = f"{bucket}/stopped-{number}", remote_output.Uploads.write
+        written: list[int] = []
+
+        def write(
+            self: remote_output.Uploads, data: bytes | bytearray, error: BaseException = error, real: Any = real,
+            written: list[int] = written,
+        ) -> None:  # fmt: skip
+            written.append(len(data))
+            if sum(written) > 17_000_000:
+                raise error
+            real(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(remote_output.Uploads, "write", write)
+            with pytest.raises(type(error)):
+                merge(pair, out, beta=0.3)
+        assert objects(out) == {}
+        (left,) = multipart.begun_below(out)
+        store = storage.filesystem(out)
+        parts = store.call_s3(
+            "list_parts", Bucket=store.split_path(out)[0], Key=left.key, UploadId=left.upload
+        )
+        assert len(parts["Parts"]) >= 1
+        merge(pair, out, beta=0.3)
+        assert uploads(bucket) == []
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.4])

@@ -161,7 +161,7 @@ def test_a_command_that_never_scored_is_forgotten(pair: tuple[str, str]) -> None
 def test_a_store_is_refused_and_no_folder_takes_its_name(pair: tuple[str, str], tmp_path: Path) -> None:
     plans, opened = plan_sweep(*pair, [0.5])
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match="on a disk"):
+    with pytest.raises(UserError, match="write s3://BUCKET"):
         run_sweep(plans, opened, [0.5], Path("s3://bucket/sweep"))
     assert sorted(tmp_path.iterdir()) == before
 

@@ -167,7 +167,7 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     before = len(calls(Path()))
     with pytest.raises(UserError, match="is not the output of a soup"):
         run(inputs, out="m0")
-    with pytest.raises(UserError, match="on a disk"):
+    with pytest.raises(UserError, match="write s3://BUCKET"):
         run(inputs, out="s3://bucket/soup")
     assert not Path("m0.trials").exists()
     assert not Path("s3:").exists()
