@@ -45,11 +45,16 @@ def note(records: Mapping[str, Mapping[str, Any]]) -> str | None:
     named = ", ".join(f"{name} {count:,}" for name, count in most[:LISTED])
     more = f", and {len(most) - LISTED:,} more tensors" if len(most) > LISTED else ""
     dtypes = {str(job["dtype"]) for job in records[worst]["jobs"] if job["name"] in found}
-    do = "--dtype bf16 or fp32 has room for them" if dtypes == {"F16"} else "take smaller weights or --dtype fp32"
+    do = (
+        "--dtype bf16 or fp32 has room for them"
+        if dtypes == {"F16"}
+        else "take smaller weights or --dtype fp32"
+    )
     others = sum(count > 0 for count in counts.values()) - 1
+    too = f"{others:,} other outputs have" if others > 1 else "1 other output has"
     return (
-        f"{worst}: {counts[worst]:,} elements became infinite or NaN, though all inputs are finite there: too large for "
-        f"{' and '.join(sorted(dtypes))} ({named}{more}); {do}"
-        + (f". {others:,} other outputs have such elements too" if others else "")
+        f"{worst}: {counts[worst]:,} elements became infinite or NaN, though all inputs are finite there: too large "
+        f"for {' and '.join(sorted(dtypes))} ({named}{more}); {do}"
+        + (f". {too} such elements too" if others else "")
         + ". merge.json lists all under overflow"
     )
