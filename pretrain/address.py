@@ -60,7 +60,7 @@ def locate(address: str, run_dir: Path | None = None) -> Located:
             return _path(literal, None, address)
         meant = _near(literal)
         raise UserError(
-            f"{address}: nothing there{meant}. A stage is addressed as RUN/STAGE, for example runs/demo/{base}"
+            f"{address}: nothing there{meant or '.'} A stage is addressed as RUN/STAGE, for example runs/demo/{base}"
         )
     candidates = [Path(base).expanduser()]
     if run_dir is not None and not candidates[0].is_absolute() and base.split("/")[0] not in (".", ".."):
