@@ -18,6 +18,7 @@ from pretrain.merge.methods import FLOATS
 from pretrain.merge.model_config import with_layers
 from pretrain.merge.plan import Plan, Term, letter
 from pretrain.merge.prepare import Opened
+from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import split_layer
 from pretrain.merge.safetensors_io import Info
@@ -55,6 +56,8 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
     """`opened`: by `open_mergekit`. Raises one UserError with every mismatch."""
     sources = opened.sources
     index = {model: number for number, model in enumerate(file.models())}
+    if file.method != "passthrough" and (told := quantised_inputs(sources[: opened.inputs])):
+        raise UserError("\n".join(told))
     maker = _Maker(file, sources, index, seed)
     wants, taken = _wants(file, sources, index)
     decided = [found for want in wants if (found := maker.decide(want)) is not None]

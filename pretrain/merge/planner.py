@@ -6,17 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_pipeline.errors import UserError
 from pretrain.merge.assemble import Decided, assemble, refusal
 from pretrain.merge.kernels import FLOATS
-from pretrain.merge.lineage import lineage_notes
+from pretrain.merge.lineage import lineage_notes, twin_notes
 from pretrain.merge.plan import BASED, Method, Options, Plan, Term, Why, letter
+from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.request import Request
 from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import Rules
 from pretrain.merge.safetensors_io import Info
 from pretrain.merge.sources import WeightSource
 
-ADVICE = "--only narrows what is mixed, --copy-rest says from whom the rest is taken"
+ADVICE = {
+    "missing": "--only narrows what is mixed, --copy-rest says from whom the rest is taken",
+    "shape": "tensors of other shapes cannot be mixed: --exclude leaves them out, --copy-rest says from whom they are",
+    "dtype": "--dtype says which type is written",
+    "f8": "8-bit floats cannot be mixed: bring them back to 16 bits, or leave them out with --exclude and --copy-rest",
+    "rule": "mend the rules, or leave them out",
+    "differ": "--copy-rest says whose tensors are taken",
+    "none": "--only, --exclude and the rules say what is mixed",
+}
+"""what to do, by what is wrong"""
 
 
 @dataclass(frozen=True)
@@ -52,21 +63,29 @@ class Planner:
         self._active = list(active) if active else list(range(self.inputs))
         self._rules = Rules(request)
         self._held = [set(source.names()) for source in sources]
-        self._problems: list[str] = []
+        self._problems: list[tuple[str, str]] = []  # what is wrong (a key of ADVICE), in words
         self._left_out: list[str] = []
         self._slots: list[Slot] = []
         order = [rest for rest in (self.rest, self.base) if rest is not None] + list(range(self.inputs))
         every = dict.fromkeys(name for i in order for name in sources[i].names())
         for name in every:
             self._decide(name)
-        self._problems += self._rules.idle(every)
+        self._refuse_quantised()
+        self._problems += [("rule", problem) for problem in self._rules.idle(every)]
         if not any(slot.why == "mixed" for slot in self._slots) and not self._problems:
-            found = f"matches {request.only!r}" if request.only is not None else "could be mixed"
-            self._problems.append(f"no tensor {found}")
+            found = f"matches '{request.only}'" if request.only is not None else "could be mixed"
+            self._problems.append(("none", f"no tensor {found}"))
         if self._problems:
             names = " and ".join(self._name(i) for i in range(self.inputs))
-            raise refusal(names, self._problems, ADVICE)
+            advice = dict.fromkeys(ADVICE[kind] for kind, _ in self._problems)
+            raise refusal(names, [problem for _, problem in self._problems], "\n".join(advice))
         self._frozen = self._shared_frozen()
+
+    def _refuse_quantised(self) -> None:
+        taking = [*range(self.inputs), *([self.base] if self.base is not None else [])]
+        mixing = any(slot.why == "mixed" for slot in self._slots) or self._problems
+        if mixing and (found := quantised_inputs([self.sources[i] for i in taking])):
+            raise UserError("\n".join(found))
 
     def plan(self, weights: Sequence[float] | None = None) -> Plan:
         """`weights`: one resolved weight for each input; default: the request's."""
@@ -96,7 +115,7 @@ class Planner:
             dtype=self.dtype,
             frozen=self._frozen,
             left_out=self._left_out,
-            notes=[*self.request.notes, *lineage_notes(self.sources)],
+            notes=[*self.request.notes, *twin_notes(self.sources), *lineage_notes(self.sources)],
         )
 
     def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:
@@ -149,7 +168,8 @@ class Planner:
         if name in self._held[origin]:
             self._slots.append(Slot(name, self.sources[origin].info(name), "rule", origin))
         else:
-            self._problems.append(f"{name}: a rule copies it from {self._name(origin)}, which has none")
+            problem = f"{name}: a rule copies it from {self._name(origin)}, which has none"
+            self._problems.append(("rule", problem))
 
     def _unmixed(self, name: str, holders: Sequence[int], why: Why, what: str) -> None:
         if self.rest is not None:
@@ -164,18 +184,17 @@ class Planner:
             shapes = ", ".join(
                 f"{list(s)} in {self._name(i)}" for i, (_, s) in zip(taking, infos, strict=True)
             )
-            self._problems.append(f"{name}: shape {shapes}")
+            self._problems.append(("shape", f"{name}: shape {shapes}"))
             return
         dtypes = [dtype for dtype, _ in infos]
         floats = all(dtype in FLOATS for dtype in dtypes)
         if len(set(dtypes)) > 1 and not (floats and self.dtype):
             listed = ", ".join(f"{d} in {self._name(i)}" for i, d in zip(taking, dtypes, strict=True))
-            hint = "; --dtype says which to write" if floats else ""
-            self._problems.append(f"{name}: dtype {listed}{hint}")
+            self._problems.append(("dtype" if floats else "shape", f"{name}: dtype {listed}"))
         elif floats:
             self._slots.append(Slot(name, infos[0], "mixed", None))
         elif any(dtype.startswith("F8") for dtype in dtypes):
-            self._problems.append(f"{name}: dtype {dtypes[0]} cannot be mixed; leave it out with --exclude")
+            self._problems.append(("f8", f"{name}: dtype {dtypes[0]} cannot be mixed"))
         elif self.rest is not None:
             self._from_rest(name, "integer")
         else:
@@ -195,10 +214,8 @@ class Planner:
         first = self._active[0]
         for other in self._active[1:]:
             if not self.sources[first].equal(name, self.sources[other]):
-                self._problems.append(
-                    f"{name}: {what}, and differs between {self._name(first)} and {self._name(other)}; "
-                    "--copy-rest says whose to take"
-                )
+                differs = f"{name}: {what}, and differs between {self._name(first)} and {self._name(other)}"
+                self._problems.append(("differ", differs))
                 return
         self._slots.append(Slot(name, self.sources[first].info(name), why, first))
 
@@ -209,7 +226,8 @@ class Planner:
         where = ", ".join(self._name(i) for i in absent)
         tie = next((self.sources[i].tied[name] for i in absent if name in self.sources[i].tied), None)
         note = f" (there it is tied to {tie})" if tie else ""
-        self._problems.append(f"{name}: only in {self._name(holders[0])}, missing in {where}{note}")
+        problem = f"{name}: only in {self._name(holders[0])}, missing in {where}{note}"
+        self._problems.append(("missing", problem))
 
     def _is_frozen(self, slot: Slot) -> bool:
         return slot.origin is not None and slot.name in self.sources[slot.origin].frozen

@@ -131,7 +131,7 @@ def test_dtype(pair: tuple[str, str], tmp_path: Path) -> None:
         tmp_path / "d", {n: a for n, a in load_file(pair[0] + "/model.safetensors").items() if n != "count"}
     )
     mixed = [str(tmp_path / "d"), str(tmp_path / "c")]
-    with pytest.raises(UserError, match=r"dtype F32 in A .*, BF16 in B .*--dtype"):
+    with pytest.raises(UserError, match=r"(?s)dtype F32 in A .*, BF16 in B .*--dtype"):
         merge(mixed, tmp_path / "out", beta=0.5)
     merge(mixed, tmp_path / "out", beta=0.5, dtype="fp16")
     got = load_file(tmp_path / "out/model.safetensors")["llm.up.weight"]

@@ -176,3 +176,61 @@ def test_weights_that_are_refused(
 def test_one_input_is_no_merge(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two inputs or more"):
         plan([str(write(tmp_path / "a", {"w": floats(0, 4)}))], weights=[1])
+
+
+@pytest.mark.parametrize(
+    ("b", "options", "advice"),
+    [
+        ({"w": floats(1, 3, 2)}, {}, ["tensors of other shapes cannot be mixed"]),
+        ({"w": floats(1, 2, 3).astype(np.float16)}, {}, ["--dtype says which type is written"]),
+        ({"w": floats(1, 2, 3), "x": floats(2, 2)}, {}, ["--only narrows what is mixed, --copy-rest says"]),
+        ({"w": floats(1, 2, 3)}, {"exclude": "w"}, ["--copy-rest says whose tensors are taken"]),
+        ({"w": floats(1, 2, 3)}, {"only": "nothing", "copy_rest": "A"}, ["--only, --exclude and the rules"]),
+    ],
+)  # fmt: skip
+def test_the_last_lines_advise_on_what_is_wrong(
+    tmp_path: Path, b: dict[str, np.ndarray], options: dict[str, str], advice: list[str]
+) -> None:
+    inputs = [str(write(tmp_path / "a", {"w": floats(0, 2, 3)})), str(write(tmp_path / "b", b))]
+    with pytest.raises(UserError) as error:
+        plan(inputs, beta=0.5, **options)
+    lines = [line for line in str(error.value).splitlines()[1:] if not line.startswith("  ")]
+    assert len(lines) == len(advice)
+    for line, start in zip(lines, advice, strict=True):
+        assert line.startswith(start)
+
+
+CODES = {"q.qweight": np.ones((2, 2), np.int32), "q.scales": floats(1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        (
+            '{"quantization_config": {"quant_method": "gptq"}}',
+            CODES,
+            r"quantised \(gptq\): q\.qweight is I32",
+        ),
+        ('{"quantization_config": {}}', {"w": np.ones(2, np.uint8)}, r"quantised \(by its config\): w is U8"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', {"w": floats(1, 2)}, None),
+        ("{}", CODES, None),
+    ],
+)
+def test_quantised_models_are_refused(
+    tmp_path: Path, config: str, tensors: dict[str, np.ndarray], said: str | None
+) -> None:
+    folders = [write(tmp_path / name, tensors) for name in "ab"]
+    for folder in folders:
+        (folder / "config.json").write_text(config)
+    inputs = list(map(str, folders))
+    if said is None:
+        assert plan(inputs, beta=0.5).jobs
+        return
+    tensors = tensors | {"more": floats(2, 2)}
+    for folder in folders:
+        write(folder, tensors)
+    for merging in (inputs, [str(write(tmp_path / "plain", tensors)), inputs[1]]):
+        with pytest.raises(UserError, match=said + ".*name the weights before quantisation"):
+            plan(merging, beta=0.5)
+    with pytest.raises(UserError, match=said):
+        plan(inputs, method="ties", base=str(tmp_path / "plain"), density=0.5)
