@@ -36,13 +36,16 @@ INFINITY = {
 
 def open_output(url: str) -> tuple[Folder, dict[str, Any]]:
     """The folder and its merge.json. Raises UserError where it is not the output of a merge."""
-    absent = f"{url}: no {RECORD} in it; name the folder that dromos merge wrote"
     try:
         folder = Folder(url)
     except UserError:
-        raise UserError(absent) from None
+        raise UserError(
+            f"{url}: no such folder, so no {RECORD}; name the folder that dromos merge wrote"
+        ) from None
     if RECORD not in folder:
-        raise UserError(absent)
+        if swept := [name for name in folder.folders if name.startswith("beta-")]:
+            raise UserError(f"{url}: a sweep; name one of its outputs, such as {join(url, swept[0])}")
+        raise UserError(f"{url}: no {RECORD} in it; name the folder that dromos merge wrote")
     content = folder.json(RECORD)
     if not isinstance(content, dict) or not {"plan", "inputs", "output"} <= set(content):
         raise UserError(f"{folder.url}/{RECORD}: not what a merge writes")
@@ -323,7 +326,8 @@ def _check_inputs(
     if report.recomputed and not wrong:
         report.add("good", f"{report.recomputed:,} chunks computed again from the inputs: the same bytes")
     elif not report.recomputed and count != 0:
-        report.add("note", "nothing could be computed again from the inputs")
+        why = "" if sound else ": no file of weights is as it was written"
+        report.add("note", f"nothing could be computed again from the inputs{why}")
 
 
 def _other_reads(

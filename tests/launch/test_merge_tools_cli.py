@@ -213,3 +213,28 @@ def test_patterns_are_said_as_they_were_typed(models: Path) -> None:
     )
     curve = dromos("merge", "./a", "./b", "--beta", "0.3", "--layers", "0:9", "--curve", "0,1", "--dry-run")
     assert "the curve is for layers 0:9, and no name has a layer" in curve.output
+
+
+def test_verify_says_what_a_folder_is_that_is_no_merge(models: Path) -> None:
+    assert dromos("sweep", "./a", "./b", "--betas", "0,1", "--out", "s").exit_code == 0
+    for folder, told in (
+        ("s", "s: a sweep; name one of its outputs, such as s/beta-0.00"),
+        ("./nowhere", "./nowhere: no such folder"),
+        ("a", "a: no merge.json in it"),
+    ):
+        refused = dromos("verify", folder)
+        assert (refused.exit_code, told in refused.output) == (2, True), refused.output
+    assert dromos("verify", "s/beta-0.00").exit_code == 0
+
+
+def test_verify_says_why_nothing_is_computed_again(models: Path) -> None:
+    assert dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "m").exit_code == 0
+    raw = bytearray(Path("m/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("m/model.safetensors").write_bytes(raw)
+    result = dromos("verify", "m")
+    assert result.exit_code == 1
+    assert (
+        "nothing could be computed again from the inputs: no file of weights is as it was written"
+        in result.output
+    )
