@@ -104,7 +104,12 @@ def load_yaml(path: str | Path, what: str = "recipe") -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: {error.problem or error.context or 'not YAML'}") from None
+        why = error.problem or error.context or "not YAML"
+        if why == "but found another document":
+            why = (
+                f"here a second document begins (after ---); a {what} is one: put each into a file of its own"
+            )
+        raise UserError(f"{path}{line}: {why}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from pretrain.merge.plan import Plan, TensorJob, letter
+from pretrain.merge.plan import Option, Plan, TensorJob, letter
 from pretrain.merge.sources import FROZEN
 
 THETA = {
@@ -70,9 +70,13 @@ def how(plan: Plan, job: TensorJob) -> str:
     joined = " + ".join(terms) + renamed
     if job.method == "linear":
         return joined
-    options = "".join(f", {name} {value:g}" for name, value in job.options if name != "t")
+    options = "".join(f", {name} {_option(value)}" for name, value in job.options if name != "t")
     base = f", base {letter(job.base.source)}" if job.base is not None else ""
     return f"{job.method}({joined}{base}{options})"
+
+
+def _option(value: Option) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def mark(plan: Plan, source: int) -> str:

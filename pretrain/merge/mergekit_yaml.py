@@ -268,8 +268,7 @@ def _unknown(notes: list[str], at: str, given: Mapping[str, Any], known: tuple[s
         note
         for key in given
         if key not in known
-        and (note := f"{at}{key} is no key of mergekit's files; it passes over it, and so does this")
-        not in notes
+        and (note := f"{at}{key} means nothing to mergekit, which passes over it; so does this") not in notes
     ]
 
 

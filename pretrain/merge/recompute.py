@@ -47,7 +47,9 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
         sources.append(source if not other else None)
         states.append((CHANGED, ", ".join(other)) if other else (UNCHANGED, ""))
     asked = record.get("asked") or {}
-    if asked.get("vocabulary") and None not in sources:
+    file = asked.get("mergekit") or {}
+    joint = asked.get("vocabulary") or file.get("tokenizer_source") or file.get("tokenizer") is not None
+    if joint and None not in sources:
         from pretrain.merge.prepare import replan
 
         sources = list(replan(asked)[1].sources)  # seen through the rows of the joint vocabulary

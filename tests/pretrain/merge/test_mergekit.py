@@ -17,7 +17,9 @@ from pretrain.merge.mergekit_parameters import evaluate
 from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit_yaml import is_mergekit, parse
 from pretrain.merge.plan import Plan, TensorJob
+from pretrain.merge.spec import load_spec
 from pretrain.merge.tool import execute
+from pretrain.merge.verify import verify
 from pretrain.yaml_file import load_yaml
 
 FIXTURES = Path(__file__).parent / "mergekit"
@@ -127,6 +129,23 @@ def numbered_as(theirs: dict[str, int], rows: np.ndarray, path: Path) -> np.ndar
     return np.concatenate([rows[order], rows[len(order) :]])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_is_verified(case: str, tmp_path: Path) -> None:
+    """From merge.json alone the same bytes come again, whatever rows and tokens the file asks for."""
+    made, opened = planned(case)
+    execute([made], opened, [tmp_path / "out"])
+    report = verify(tmp_path / "out", full=True)
+    assert [finding.text for finding in report.findings if finding.level == "wrong"] == []
+    assert report.recomputed
+
+
+def test_several_documents_in_one_file_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.yml"
+    path.write_text("merge_method: linear\n---\nmerge_method: slerp\n")
+    with pytest.raises(UserError, match=r"m\.yml:2: here a second document begins .*a spec is one"):
+        load_spec(path)
+
+
 def test_passthrough_copies_bytes_and_renumbers_layers(tmp_path: Path) -> None:
     made, opened = planned("passthrough")
     execute([made], opened, [tmp_path / "out"])
@@ -206,10 +225,21 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], why: s
 
 def test_what_mergekit_passes_over_is_passed_over_with_a_note() -> None:
     made, _ = planned("passed_over")
-    for word in ("dype is no key", "random_seed is no key", "models: density is no key", "embed_slerp has no meaning",
-                 "gamma has no meaning"):  # fmt: skip
+    for word in ("dype means nothing", "random_seed means nothing", "models: density means nothing",
+                 "embed_slerp has no meaning", "gamma has no meaning"):  # fmt: skip
         assert any(word in note for note in made.notes), word
     assert any("residual_weight" in note for note in planned("passthrough_whole")[0].notes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_plan_can_be_read(case: str) -> None:
+    made, _ = planned(case)
+    told = made.lines()
+    assert sum(
+        job.name in line for job, line in zip(made.jobs, told[len(made.addresses) + 1 :], strict=False)
+    ) == len(made.jobs)
+    if case == "ties_rescale":
+        assert any("rescale l1" in line for line in told)
 
 
 def test_what_is_passed_through_counts_as_copied() -> None:
