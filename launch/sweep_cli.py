@@ -84,8 +84,12 @@ def sweep(
     }
     plans, opened = plan_sweep(a, b, numbers, method=method, **asked)
     if dry_run:
-        typer.echo("\n".join(plans[len(plans) // 2].lines()))
-        typer.echo(f"and so for {len(numbers)} betas: {', '.join(folder_names(numbers))}")
+        middle, size = len(plans) // 2, sum(plan.size for plan in plans)
+        typer.echo("\n".join(plans[middle].lines()))
+        typer.echo(
+            f"so for beta {numbers[middle]:g}, and for {len(numbers)} betas: {', '.join(folder_names(numbers))}"
+        )
+        typer.echo(f"writes {size:,} bytes{'' if keep else ', those of one beta at a time'}")
         return
     if out is None:
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")

@@ -18,7 +18,7 @@ from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
 from pretrain.merge.score import Command, Figures, metric_of
-from pretrain.merge.tool import execute
+from pretrain.merge.tool import check_apart, execute
 from pretrain.merge.workplace import Workplace, discard
 from pretrain.merge.writer import Progress
 
@@ -143,6 +143,7 @@ def run_sweep(
     if not keep and command is None:
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
     keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
+    check_apart(str(out), opened)
     with Workplace(str(out), "\n".join(keys)) as place:
         sweep = _resumed(plans, keys, betas, place, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]

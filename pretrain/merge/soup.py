@@ -22,7 +22,7 @@ from pretrain.merge.planner import Planner
 from pretrain.merge.prepare import Opened
 from pretrain.merge.request import Request
 from pretrain.merge.score import Command, Figures, metric_of
-from pretrain.merge.tool import execute
+from pretrain.merge.tool import check_apart, execute
 from pretrain.merge.workplace import LOGS, Workplace, discard
 from pretrain.merge.writer import Progress
 
@@ -124,6 +124,7 @@ def cook(
         raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
+    check_apart(str(out), opened)
     kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
     kitchen.check_place()
     with kitchen.place:

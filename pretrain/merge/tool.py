@@ -87,7 +87,7 @@ def execute(
     prints = [source.hashes() for source in opened.sources]
     keys = [plan.key(prints) for plan in plans]
     for out in folders:
-        _apart(str(out), opened)
+        check_apart(str(out), opened)
     records = [existing(str(o), key, plan.asked) for o, key, plan in zip(folders, keys, plans, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
     _allow_open(OPEN + sum(len(plans[i].files) + 2 for i in todo))
@@ -138,7 +138,7 @@ def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) ->
     return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
 
 
-def _apart(folder: str, opened: Opened) -> None:
+def check_apart(folder: str, opened: Opened) -> None:
     """Raises UserError for an output within an input: that stays as it is, and is what it was for whoever copies it."""
     if is_remote(folder):
         return

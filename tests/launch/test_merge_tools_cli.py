@@ -190,9 +190,10 @@ def test_another_merge_is_told_apart(models: Path) -> None:
 @pytest.mark.parametrize("out", ["a/mix", "a/x/../mix", "./a/very/deep"])
 def test_an_output_within_an_input_is_refused(models: Path, out: str) -> None:
     before = sorted(Path("a").iterdir())
-    refused = dromos("merge", "./a", "./b", "--beta", "0.3", "--out", out)
-    assert refused.exit_code == 2
-    assert "lies within the input ./a; choose a folder outside" in refused.output
+    for command in (("merge", "--beta", "0.3"), ("sweep", "--betas", "0.5"), ("soup", "--uniform")):
+        refused = dromos(command[0], "./a", "./b", *command[1:], "--out", out)
+        assert refused.exit_code == 2
+        assert "lies within the input ./a; choose a folder outside" in refused.output
     assert sorted(Path("a").iterdir()) == before
 
 

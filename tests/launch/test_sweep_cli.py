@@ -78,7 +78,8 @@ def test_a_command_that_fails_is_one_message(pair: tuple[str, str]) -> None:
 def test_a_dry_run_writes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
     result = dromos("sweep", *pair, "--dry-run", "--out", "s")
     assert result.exit_code == 0
-    assert "11 betas: beta-0.00" in result.output
+    assert "so for beta 0.5, and for 11 betas: beta-0.00" in result.output
+    assert result.output.endswith(f"writes {11 * Path('a/model.safetensors').stat().st_size:,} bytes\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
