@@ -6,26 +6,23 @@ anonymous memory of that process (/proc/PID/smaps_rollup, looked at every few mi
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from benchmarks import merge_methods
 from benchmarks.merge_models import Llama, write_safetensors, write_zero3
-from benchmarks.peers import environment
+from benchmarks.watched import MEGABYTE, dromos, fresh, timed, warm, watch
 
-PARTS = ("mergekit", "limit", "memory", "sweep", "zero")
+PARTS = ("mergekit", "limit", "memory", "sweep", "zero", "methods")
 MODEL = Llama()
 LARGER = replace(MODEL, width=4096, inner=11264, layers=16)
 SHARDED = replace(MODEL, layers=4)
-Result = TypeVar("Result")
 BETAS = 11
 RANKS = 8
 MERGEKIT = """\
@@ -43,7 +40,6 @@ began, cpu = time.perf_counter(), time.process_time()
 merge([a, b], out, beta=0.4)
 print(json.dumps([time.perf_counter() - began, time.process_time() - cpu]))
 """
-MEGABYTE = 1e6
 LEAST = {
     "times as fast as mergekit-yaml, cold start": 15.0,
     f"{BETAS} betas: times as fast as mergekit": 20.0,
@@ -54,16 +50,6 @@ MOST = {
     "peak of a model four times larger over it": 1.1,
     "ZeRO-3 shards over safetensors, time": 2.0,
 }
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a command took: seconds, CPU seconds, peak of its anonymous memory in bytes, and what it printed."""
-
-    wall: float
-    cpu: float
-    peak: int
-    printed: str
 
 
 def run(rounds: int, parts: Sequence[str] = PARTS, folder: Path | None = None) -> dict[str, Any]:
@@ -84,6 +70,8 @@ def run(rounds: int, parts: Sequence[str] = PARTS, folder: Path | None = None) -
             sweep(root, models, rows)
         if "zero" in parts:
             zero(root, rows, rounds)
+        if "methods" in parts:
+            notes += merge_methods.run(root, SHARDED, rows)
     theirs, cold = rows.get("mergekit-yaml (s)"), rows.get("dromos merge, cold start (s)")
     if theirs and cold:
         rows["times as fast as mergekit-yaml, cold start"] = theirs / cold
@@ -99,13 +87,11 @@ def write_pair(folder: Path, model: Llama) -> tuple[Path, Path]:
 
 def mergekit(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> list[str]:
     """One run of the tool in use, its packages warm; a note where it cannot be had."""
-    python, problem = environment("mergekit", "mergekit==0.1.5", "torch")
-    if python is None:
+    tool, problem = merge_methods.mergekit_yaml()
+    if not tool:
         return [f"mergekit is left out: {problem}"]
     config, out = root / "mergekit.yml", root / "theirs"
     config.write_text(MERGEKIT.format(a=models[0], b=models[1]))
-    tool = str(python.with_name("mergekit-yaml"))
-    watch([tool, "--help"])  # its packages into the page cache, as ours are
     warm(models)
     spent = watch([tool, str(config), str(out), "--no-copy-tokenizer"])
     rows["mergekit-yaml (s)"] = spent.wall
@@ -187,10 +173,6 @@ def zero(root: Path, rows: dict[str, float], rounds: int) -> None:
     rows["ZeRO-3 shards over safetensors, time"] = min(sharded) / min(plain)
 
 
-def dromos() -> list[str]:
-    return [str(Path(sys.executable).with_name("dromos"))]
-
-
 def merge_command(models: Sequence[Path], out: Path) -> list[str]:
     return [*dromos(), "merge", *map(str, models), "--beta", "0.4", "--out", str(out)]
 
@@ -200,55 +182,3 @@ def merge_alone(models: Sequence[Path], out: Path) -> tuple[float, float]:
     spent = watch([sys.executable, "-c", MERGE, *map(str, models), str(out)])
     wall, cpu = spent.printed.strip().strip("[]").split(",")
     return float(wall), float(cpu)
-
-
-def fresh(out: Path, measure: Callable[[Path], Result]) -> Result:
-    """`measure(out)`, where `out` is not there before nor after; what is to be written is on the disk before."""
-    os.sync()
-    try:
-        return measure(out)
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-
-
-def timed(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def warm(models: Sequence[Path]) -> None:
-    """Read every file once, so that all contenders find them in the page cache."""
-    buffer = bytearray(1 << 22)
-    for path in (file for model in models for file in model.glob("*.safetensors")):
-        with open(path, "rb", 0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def watch(command: Sequence[str]) -> Spent:
-    """Run a command to its end. Raises RuntimeError with what it says when it fails."""
-    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=printed, stderr=said)
-        peak = 0
-        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-            peak = max(peak, anonymous(process.pid))
-            time.sleep(0.005)
-        wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(ended[1])
-        printed.seek(0)
-        said.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {said.read().decode()[-2000:]}")
-        usage = ended[2]
-        return Spent(wall, usage.ru_utime + usage.ru_stime, peak, printed.read().decode())
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process; 0 when it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:")), 0)

@@ -15,8 +15,8 @@ RATE = 1e9
 """bytes a second, read, combined and written, that an estimate takes for granted"""
 START = 32e6
 """bytes of the command with numpy before it merges, as measured"""
-WORK = {"slerp": 2, "dare_linear": 3, "dare_ties": 3, "ties": 8}
-"""how long a method takes for a byte it reads, beside a linear merge: as measured, rounded"""
+WORK = {"slerp": 2, "ties": 3}
+"""how often a method goes over what it reads, where that is more than once"""
 
 
 @dataclass(frozen=True)
