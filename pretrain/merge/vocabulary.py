@@ -34,7 +34,7 @@ def aligned(
     """The sources, those with embeddings as views that have the same rows under `rule`.
 
     Token by token for `intersect` (the order of the first source) and `union` (the first source's tokens, then what
-    each other has more, in its order), which need a tokenizer.json beside every source; row by row for `pad`.
+    each other has more, in its order), which need a tokenizer beside every source; row by row for `pad`.
     Without a rule, UserError when rows or tokenizers differ and one of these tensors is `mixed`. Sources without
     embeddings stay as they are.
     """
@@ -46,12 +46,12 @@ def aligned(
         return list(sources)
     chosen = [sources[i] for i in taking]
     rows = [_rows_of(source, names[i]) for i, source in zip(taking, chosen, strict=True)]
-    same_files = len({_raw(source) for source in chosen}) == 1
-    if len(set(rows)) == 1 and same_files:
+    files = {_raw(source) for source in chosen}
+    if len(set(rows)) == len(files) == 1 and None not in files:
         return list(sources)
     tokenizers = [read_tokenizer(source.companions, source.address) for source in chosen]
     known = [t for t in tokenizers if t is not None]
-    differ = any(t.ids != known[0].ids for t in known)
+    differ = any(t.contradicts(known[0]) or (rule and t.ids != known[0].ids) for t in known[1:])
     if len(set(rows)) == 1 and not differ:
         return list(sources)
     if rule is None:
@@ -214,6 +214,7 @@ def _by_token(
 def _needed(tokenizer: Tokenizer | None, source: WeightSource, rule: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
-            f"{source.address}: vocabulary: {rule} goes by token and needs a {FILE} beside the weights"
+            f"{source.address}: vocabulary: {rule} goes by token and needs a {FILE} beside the weights (transformers "
+            "writes it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
         )
     return tokenizer

@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.merge.companions import adapted_config, as_json, read
 from pretrain.merge.folder import parse_json
+from pretrain.merge.vocabulary_ids import read_ids
 
 FILE = "tokenizer.json"
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
@@ -31,11 +32,24 @@ def is_tokenizer_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json: `where` it is from, its content, token -> id (added tokens included)."""
+    """A tokenizer.json: `where` it is from, its content, token -> id (added tokens included).
+
+    content: empty where older files name the tokens, and maybe not all of them.
+    """
 
     where: str
     content: dict[str, Any]
     ids: dict[str, int]
+
+    def contradicts(self, other: Tokenizer) -> bool:
+        """Whether a row is one token's here and another's there, or, where both are known in full, nobody's."""
+        if self.content and other.content:
+            return self.ids != other.ids
+        tokens = {number: token for token, number in other.ids.items()}
+        return any(
+            other.ids.get(token, number) != number or tokens.get(number, token) != token
+            for token, number in self.ids.items()
+        )
 
     @property
     def kind(self) -> str:
@@ -43,9 +57,11 @@ class Tokenizer:
 
 
 def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
-    """The tokenizer beside weights; None where there is no tokenizer.json. UserError for one that is damaged."""
+    """The tokenizer beside weights, from tokenizer.json, else from older files (pretrain.merge.vocabulary_ids); None
+    where there is none. UserError for one that is damaged."""
     if FILE not in companions:
-        return None
+        ids = read_ids(companions, where)
+        return None if ids is None else Tokenizer(where, {}, ids)
     where = f"{where}: {FILE}"
     content = parse_json(read(companions[FILE]), where)
     try:
@@ -76,6 +92,7 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     merges or scores they have there. Raises UserError naming the part in which the tokenizers differ otherwise.
     """
     first = tokenizers[0]
+    _check_content(first)
     content = copy.deepcopy(first.content)
     added = {one["content"]: one for one in first.content.get("added_tokens") or []}
     for other in tokenizers[1:]:
@@ -86,6 +103,7 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
         t for t in tokenizers[1:] if any(x in t.ids and x not in first.ids and x not in added for x in ids)
     ]
     for one in donors:
+        _check_content(one)
         _check_alike(first, one)
     content["model"] = _model([first, *donors], ids)
     kept = [{**one, "id": ids[token]} for token, one in added.items() if token in ids]
@@ -97,6 +115,14 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     if isinstance(content.get("padding"), dict):
         content["padding"]["pad_id"] = _number(content["padding"].get("pad_token"), ids, first.where)
     return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8")
+
+
+def _check_content(tokenizer: Tokenizer) -> None:
+    if not tokenizer.content:
+        raise UserError(
+            f"{tokenizer.where}: has no {FILE}, from which a joint one could be made; write it with transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
 
 
 def _check_alike(first: Tokenizer, other: Tokenizer) -> None:

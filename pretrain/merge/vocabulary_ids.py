@@ -1,0 +1,96 @@
+"""Token -> row from the files of tokenizers that came before tokenizer.json: vocab.json, vocab.txt, SentencePiece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pretrain.merge.companions import read
+from pretrain.merge.folder import parse_json
+
+Companions = Mapping[str, Path | bytes]
+MODELS = ("tokenizer.model", "spiece.model")
+VARINT, LENGTH = 0, 2
+FIXED = {1: 8, 5: 4}  # wire types of protobuf that are skipped, and their bytes
+
+
+def read_ids(companions: Companions, where: str) -> dict[str, int] | None:
+    """Tokens with their numbers, as far as the files say them (settings of a tokenizer's class may add some); None
+    where there is no such file, or of a form that is not known. UserError for damaged JSON."""
+    ids = _own(companions, where)
+    if ids is None:
+        return None
+    for token, number in _added(companions, where):
+        ids.setdefault(token, number)
+    return ids if len(set(ids.values())) == len(ids) else None
+
+
+def _own(companions: Companions, where: str) -> dict[str, int] | None:
+    if "vocab.json" in companions:
+        content = parse_json(read(companions["vocab.json"]), f"{where}: vocab.json")
+        return dict(content) if isinstance(content, dict) and _numbers(content) else None
+    if "vocab.txt" in companions:
+        lines = read(companions["vocab.txt"]).decode("utf-8", "replace").rstrip("\n").split("\n")
+        return {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    for name in MODELS:
+        if name in companions:
+            try:
+                pieces = list(_pieces(read(companions[name])))
+            except (ValueError, IndexError):  # some models have files of that name in another form
+                return None
+            return {piece: number for number, piece in enumerate(pieces)} or None
+    return None
+
+
+def _added(companions: Companions, where: str) -> Iterator[tuple[str, int]]:
+    if "added_tokens.json" in companions:
+        content = parse_json(read(companions["added_tokens.json"]), f"{where}: added_tokens.json")
+        if isinstance(content, dict) and _numbers(content):
+            yield from content.items()
+    if "tokenizer_config.json" in companions:
+        content = parse_json(read(companions["tokenizer_config.json"]), f"{where}: tokenizer_config.json")
+        known = content.get("added_tokens_decoder") if isinstance(content, dict) else None
+        for number, one in known.items() if isinstance(known, dict) else ():
+            if str(number).isdigit() and isinstance(one, dict) and isinstance(one.get("content"), str):
+                yield one["content"], int(number)
+
+
+def _numbers(content: Mapping[str, object]) -> bool:
+    return all(type(number) is int and 0 <= number < 1 << 31 for number in content.values())
+
+
+def _pieces(raw: bytes) -> Iterator[str]:
+    """`pieces` (field 1) of sentencepiece_model.proto's ModelProto, of each its text (field 1)."""
+    for field, value in _fields(raw):
+        if field == 1:
+            yield next(text for inner, text in _fields(value) if inner == 1).decode("utf-8")
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the fields of a protobuf message that have a length; ValueError where it is none."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        field, kind = key >> 3, key & 7
+        if kind == VARINT:
+            _, at = _varint(raw, at)
+        elif kind == LENGTH:
+            size, at = _varint(raw, at)
+            if at + size > len(raw):
+                raise ValueError("cut off")
+            yield field, raw[at : at + size]
+            at += size
+        elif kind in FIXED:
+            at += FIXED[kind]
+        else:
+            raise ValueError("no protobuf")
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (raw[at] & 0x7F) << shift
+        at += 1
+        if raw[at - 1] < 0x80:
+            return value, at
+    raise ValueError("no number")
