@@ -91,7 +91,7 @@ def test_a_joint_tokenizer_needs_a_tokenizer_json_and_says_how(tmp_path: Path) -
     with pytest.raises(UserError, match=r"has no tokenizer\.json.*AutoTokenizer.*save_pretrained"):
         merge([str(folder) for folder in folders], tmp_path / "out", beta=0.5, vocabulary="union")
     shutil.rmtree(folders[1])
-    bare = model(tmp_path / "bare", None, 8, seed=3)
+    bare = model(tmp_path / "bare", None, 9, seed=3)
     with pytest.raises(
         UserError, match=r"union goes by token and needs a tokenizer\.json .*transformers writes it"
     ):
