@@ -387,7 +387,7 @@ def test_task_arithmetic(tmp_path: Path, seed: int, normalize: bool) -> None:
         deltas = [terms.deltas(i) for i in range(len(weights))]
         return based(terms, deltas, [scale * (w / total) for w in weights])
 
-    asked = {"method": "task_arithmetic", "scale": scale, "normalize": normalize}
+    asked: dict[str, Any] = {"method": "task_arithmetic", "scale": scale, "normalize": normalize}
     check(tmp_path, rng, odd, weights, expected, True, **asked)
 
 
@@ -403,7 +403,7 @@ def test_ties(tmp_path: Path, seed: int, normalize: bool) -> None:
         deltas = [trimmed(terms, terms.deltas(i), densities[i]) for i in range(count)]
         return elected(terms, deltas, weights, scale, normalize)
 
-    asked = {"method": "ties", "scale": scale, "density": densities, "normalize": normalize}
+    asked: dict[str, Any] = {"method": "ties", "scale": scale, "density": densities, "normalize": normalize}
     check(tmp_path, rng, odd, weights, expected, True, **asked)
 
 
@@ -425,7 +425,7 @@ def test_dare(tmp_path: Path, seed: int, method: str) -> None:
             return based(terms, deltas, [scale * factor for factor in rescaled])
         return elected(terms, deltas, rescaled, scale, False)
 
-    asked = {"method": method, "scale": scale, "density": densities, "seed": key}
+    asked: dict[str, Any] = {"method": method, "scale": scale, "density": densities, "seed": key}
     check(tmp_path, rng, odd, weights, expected, True, **asked)
 
 
