@@ -2,39 +2,113 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import COMPANIONS
+from pretrain.merge.companions import COMPANIONS, TEXTS
+from pretrain.merge.folder import MAX_JSON, Folder
+from pretrain.merge.remote_file import ByteFile, LocalFile
 from pretrain.merge.safetensors_io import short
+from pretrain.merge.weight_folder import weight_files
 
-SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-PICKLES = ("*.bin", "*.bin.index.json")
+BESIDE = ("README.md", "merge.json")  # they say where weights come from, and what is tied
+AWAY = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")
+VERBOSE = ("HF_HUB_VERBOSITY", "HF_DEBUG")
+QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # of an address: it may hold a signature that lets anyone read
+
+
+class Listing(Folder):
+    """What stands at the top of a repository, as a folder: `fetch` gives a file's local path."""
+
+    def __init__(self, address: str, names: Sequence[str], fetch: Callable[[str], str]) -> None:
+        self.url, self.remote, self._fetch = address, False, fetch
+        self.names = sorted(name for name in names if "/" not in name)
+        self.folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+
+    def open(self, name: str) -> ByteFile:
+        return LocalFile(self._fetch(name))
+
+    def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
+        file = self.open(name)
+        if file.size > limit:
+            raise UserError(f"{self.url}: {name} has {file.size:,} bytes, more than {limit:,}")
+        return file.peek(0, file.size)
 
 
 def fetch(address: str, name: str) -> str:
-    """The local folder of `org/name[@revision]`; safetensors where there are any, else pickles of torch.
+    """The local folder of `org/name[@revision]`: the weights that a merge reads, and what stands beside them.
 
+    Of several copies of the weights one is fetched: safetensors before pickles, what an index names before all else.
     Without a network, what the cache holds. Raises UserError in one line.
     """
     repository, _, revision = name.partition("@")
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub as hub
     except ImportError:
         raise UserError(f"{address}: needs huggingface_hub; pip install 'dromos[hf]'") from None
-
-    def download(*patterns: str) -> str:
-        return snapshot_download(
-            repository, revision=revision or None, allow_patterns=[*patterns, *COMPANIONS, "README.md"]
-        )
-
+    where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     try:
-        folder = download(*SAFETENSORS)
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = download(*PICKLES)
+        listed = [one.rfilename for one in hub.HfApi().model_info(**where).siblings or ()]
     except Exception as error:  # the client lets its HTTP library's own errors through
+        return _cached(address, hub, where, error)
+    there = Listing(address, listed, lambda file: hub.hf_hub_download(filename=file, **where))
+    try:
+        with _quietly(hub.utils):
+            wanted = [glob.escape(file) for file in files_wanted(there)]
+            return str(hub.snapshot_download(allow_patterns=wanted, **where))
+    except UserError:
+        raise
+    except Exception as error:  # as above
         raise UserError(f"{address}: {_why(error)}") from None
+
+
+def files_wanted(folder: Folder) -> list[str]:
+    """What a merge reads of a folder: one copy of the weights with its index, config, tokenizer and the like."""
+    weights, _ = weight_files(folder, folder.url)
+    beside = [name for name in folder.matching(*COMPANIONS) if name.endswith(TEXTS)]
+    through_index = any(weights.values())
+    indexes = folder.matching(f"*{Path(min(weights)).suffix}.index.json") if through_index else []
+    return sorted({*weights, *indexes, *folder.matching(*BESIDE), *beside})
+
+
+@contextmanager
+def _quietly(utils: Any) -> Iterator[None]:
+    """Without what the client would draw into files, and without its log, which holds signed addresses."""
+    logger, bars = utils.logging.get_logger(), sys.stderr.isatty() or utils.are_progress_bars_disabled()
+    level = logger.level
+    if not any(os.environ.get(name) for name in VERBOSE):
+        logger.setLevel(CRITICAL)
+    if not bars:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            utils.enable_progress_bars()
+
+
+def _cached(address: str, hub: Any, where: dict[str, Any], error: Exception) -> str:
+    """What the cache holds, if it is whole, where the hub would not say what there is."""
+    if _is(error, "RevisionNotFoundError", "HFValidationError"):
+        raise UserError(f"{address}: {_why(error)}") from None
+    try:
+        # A pattern that nothing matches: the client would ask for all that the repository has.
+        folder = str(hub.snapshot_download(local_files_only=True, allow_patterns=["/"], **where))
+    except Exception:
+        raise UserError(f"{address}: {_why(error)}") from None
+    try:
+        weight_files(Folder(folder), address)
+    except UserError as missing:
+        raise UserError(f"{address}: {_why(error)} (in the cache it is not whole: {missing})") from None
     return folder
 
 
@@ -57,11 +131,29 @@ def fetch_open_clip(address: str, name: str) -> str:
 
 
 def _why(error: Exception) -> str:
-    kind = type(error).__name__
-    if kind == "LocalEntryNotFoundError" or "Connect" in kind or "Offline" in kind:
-        return "is not in the cache, and the hub does not answer; go online, or copy the folder here and name its path"
-    if kind == "RepositoryNotFoundError":
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if _is(error, "GatedRepoError"):
+        return "is gated; ask for access on its page, and log in (hf auth login)"
+    if _is(error, "RepositoryNotFoundError") or status == 401:
         return "no such repository, or one that needs a login (hf auth login)"
-    if kind == "RevisionNotFoundError":
+    if _is(error, "RevisionNotFoundError"):
         return "no such revision; correct what stands after @"
-    return f"cannot be fetched: {kind}: {short(str(error))}"
+    if _is(error, "HFValidationError"):
+        return "no name of a repository; write hf://ORG/NAME[@REVISION]"
+    if isinstance(error, ConnectionError | TimeoutError) or status >= 500 or _is(error, *AWAY):
+        said = f" (it says {status})" if status else f" ({_said(error)[:200]})"
+        said = "" if _is(error, "OfflineModeIsEnabled") else said
+        return (
+            f"is not in the cache, and the hub does not answer{said}; go online, or copy the folder here and name its "
+            "path"
+        )
+    return f"cannot be fetched: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {short(QUERY.sub('', str(error)))}"
+
+
+def _is(error: Exception, *names: str) -> bool:
+    """By name: the client, and the HTTP library that it lets through, are imported where they are used."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
