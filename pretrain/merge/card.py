@@ -125,7 +125,7 @@ def _spec(plan: Plan) -> str:
         seed = f" --seed {asked['seed']}" if asked.get("seed") else ""
         said = f"As mergekit has it; `dromos merge --spec FILE{seed} --out DIR` makes the same again.\n\n"
         asked = asked["mergekit"]
-    written = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True, width=110)
+    written = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
     return f"## Spec\n\n{said}```yaml\n{written}```"
 
 
@@ -154,15 +154,16 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
 
 def _weight(plan: Plan, number: int) -> str:
     """Of one source: its weight, and what it has in other tensors."""
-    mixing = [job for job in plan.jobs if not job.copy]
-    seen = {term.weight for job in mixing for term in job.terms if term.source == number}
+    mixing = [job for job in plan.jobs if job.why == "mixed"]
+    if any(job.base is not None and job.base.source == number for job in mixing):
+        return "base"
+    own = [[term.weight for term in job.terms if term.source == number] for job in mixing]
+    seen = {weight for weights in own for weight in weights or [0.0]}
     if number < len(plan.weights):
         given = plan.weights[number]
         others = f", {min(seen):.4g} to {max(seen):.4g} by rule" if seen - {given} else ""
         return f"{given:.10g}{others}"
-    if any(job.base is not None and job.base.source == number for job in mixing):
-        return "base"
-    if not seen:
+    if not any(own):
         return "copied from"
     return f"{min(seen):.10g}" + (f" to {max(seen):.10g} by tensor" if len(seen) > 1 else "")
 

@@ -55,7 +55,8 @@ def aligned(
     if len(set(rows)) == 1 and not differ:
         return list(sources)
     if rule is None:
-        if not any(mixed(name) for i in taking for name in names[i]):
+        shared = {name for i in taking for j in taking if i < j for name in {*names[i]} & {*names[j]}}
+        if not any(map(mixed, shared)):  # those of other names are never mixed: the planner lists them
             return list(sources)
         raise UserError(_difference(taking, chosen, rows, tokenizers))
     check_alike(chosen, [names[i] for i in taking])

@@ -153,9 +153,9 @@ def test_a_mergekit_file_stands_in_the_card_as_it_is_and_makes_the_same_again(tm
 
 def test_weights_by_rule_are_said_beside_the_merge_s_own(tmp_path: Path) -> None:
     a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
-    merge([a, b], tmp_path / "out", beta=0.4, rules=[Rule("head", weights=(0.9, 0.1))])
-    assert "| 0.4, 0.4 to 0.9 by rule |" in card(tmp_path / "out")
-    assert "| 0.6, 0.1 to 0.6 by rule |" in card(tmp_path / "out")
+    merge([a, b], tmp_path / "out", beta=0.4, rules=[Rule("head", weights=(1.0, 0.0))])
+    assert "| 0.4, 0.4 to 1 by rule |" in card(tmp_path / "out")
+    assert "| 0.6, 0 to 0.6 by rule |" in card(tmp_path / "out")
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])

@@ -15,6 +15,7 @@ from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit_yaml import parse
 from pretrain.merge.prepare import replan
 from pretrain.merge.tool import execute
+from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.test_vocabulary import model, word_level
 
 A, B = ["<s>", "x", "y"], ["<s>", "y", "z", "w"]
@@ -87,3 +88,12 @@ def test_mergekit_s_base_tokenizer_where_all_are_the_same(tmp_path: Path) -> Non
     inputs = [str(model(tmp_path / str(i), word_level(A), 3, i)) for i in range(2)]
     file = mergekit(inputs, tokenizer_source="base")
     assert plan_mergekit(file, open_mergekit(file), 10**9).notes == ()
+
+
+def test_models_of_other_kinds_are_told_apart_by_their_tensors(pair: list[str], tmp_path: Path) -> None:
+    clip = {"token_embedding.weight": floats(1, 9, 8), "visual.proj": floats(2, 4, 4)}
+    with pytest.raises(UserError) as caught:
+        plan([pair[0], str(write(tmp_path / "clip", clip))], beta=0.5)
+    told = str(caught.value)
+    assert "vocabular" not in told
+    assert all(f"{name}: only in" in told for name in (EMBED, *clip))
