@@ -22,6 +22,8 @@ WIDER = 4
 than the arithmetic (four times 128 KiB: 0.5 s where 128 KiB take 0.85 s; sixteen times take 1.5 s)"""
 TILE = 512
 """as numbers.h has it"""
+VECTORS = 16
+"""that `products` takes, MOST in products.c"""
 
 Pass = Callable[[Block, np.ndarray], bool]
 """puts a block's elements, as stored, into an array; whether one of them is not finite"""
@@ -37,7 +39,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "consensus": (_INT, (*_BASED, _REAL, _INT, _PLACE)),
     "histogram": (None, (*_PAIR, _SIZE, _INT, _PLACE)),
     "place": (_SIZE, (*_PAIR, _SIZE, ctypes.c_uint32, _U64, _PLACE)),
-    "products": (None, (*_PAIR, _SIZE, _SIZE, _PLACE)),
+    "products": (None, (_PLACE, _PLACE, _INT, _PLACE, _INT, _SIZE, _SIZE, _PLACE)),
 }
 
 
@@ -79,9 +81,7 @@ def linear(terms: Sequence[Term], factors: Sequence[np.floating], kind: Kind, dt
 
     def run(block: Block, out: np.ndarray) -> bool:
         held = [stored(term, block) for term in terms]
-        places = (_PLACE * len(held))(*(array.ctypes.data for array, _ in held))
-        dtypes = (_INT * len(held))(*(number for _, number in held))
-        given = places, dtypes, scales.ctypes.data, len(held)
+        given = _places(held), _dtypes(held), scales.ctypes.data, len(held)
         return bool(call(*given, len(out), out.ctypes.data, FLOATS.index(dtype)))
 
     return run
@@ -159,9 +159,23 @@ def place(term: Term, base: Term, kind: Kind, key: int, wanted: int, block: Bloc
     return block.start + call(*given, key, wanted, ctypes.byref(found)), found.value
 
 
-def products(first: Term, second: Term, start: int, count: int, block: Block) -> tuple[float, ...]:
-    """x.x, y.y, x.y of `count` elements from the block's element `start` on."""
-    (x, x_dtype), (y, y_dtype) = stored(first, block), stored(second, block)
-    sums = (_REAL * 3)()
-    compiled("products")(x.ctypes.data, x_dtype, y.ctypes.data, y_dtype, start, count, sums)
-    return tuple(sums)
+def products(
+    terms: Sequence[Term], base: Term | None, start: int, count: int, block: Block
+) -> list[list[float]]:
+    """For every term the products of it and of each up to it, less the base where there is one: of `count` elements
+    from the block's element `start` on. At most VECTORS terms."""
+    held = [stored(term, block) for term in terms]
+    under, number = stored(base, block) if base is not None else (None, 0)
+    sums = (_REAL * (len(terms) * (len(terms) + 1) // 2))()
+    given = _places(held), _dtypes(held), len(held), None if under is None else under.ctypes.data, number
+    compiled("products")(*given, start, count, sums)
+    found = iter(sums)
+    return [[next(found) for _ in range(i + 1)] for i in range(len(terms))]
+
+
+def _places(held: Sequence[tuple[np.ndarray, int]]) -> Any:
+    return (_PLACE * len(held))(*(array.ctypes.data for array, _ in held))
+
+
+def _dtypes(held: Sequence[tuple[np.ndarray, int]]) -> Any:
+    return (_INT * len(held))(*(number for _, number in held))

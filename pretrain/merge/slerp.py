@@ -46,7 +46,10 @@ def _sums(first: Term, second: Term, start: int, stop: int, workers: Workers) ->
     if fused.compiled("products") is not None:
         for block in workers.blocks(start, stop, BLOCK * fused.WIDER):
             for at in range(0, len(block), BLOCK):
-                yield fused.products(first, second, at, min(BLOCK, len(block) - at), block)
+                (aa,), (ab, bb) = fused.products(
+                    (first, second), None, at, min(BLOCK, len(block) - at), block
+                )
+                yield aa, bb, ab
         return
     for block in workers.blocks(start, stop, BLOCK):
         a, b = block.wide(first, np.float64), block.wide(second, np.float64)

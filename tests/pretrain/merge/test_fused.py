@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.merge import blocks, dare, fused, kernels, merge, ties
+from pretrain.merge.plan import Term
 from pretrain.merge.safetensors_io import DTYPES
 from tests.pretrain.merge.build import write_bf16
-from tests.pretrain.merge.jobs import run
+from tests.pretrain.merge.jobs import Held, run
 
 WORDS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
@@ -174,13 +175,18 @@ def test_keys_of_dare_and_sums_of_slerp_over_many_blocks(count: int) -> None:
 @pytest.mark.parametrize(
     "length", [1, 2, 7, 8, 9, 15, 127, 128, 129, 136, 255, 257, 1000, 4099, 65535, 65536]
 )
-def test_sums_are_added_as_numpy_adds(length: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 5, fused.VECTORS])
+@pytest.mark.parametrize("based", [False, True])
+def test_products_are_added_as_numpy_adds(length: int, number: int, based: bool) -> None:
     random = np.random.default_rng(length)
-    a, b = (random.standard_normal(length) * 10.0 ** random.integers(-9, 9, length) for _ in range(2))
-    function = fused.compiled("products")
-    found = np.empty(3)
-    function(a.ctypes.data, 0, b.ctypes.data, 0, 0, length, found.ctypes.data)
-    assert found.tolist() == [float(np.add.reduce(x * y)) for x, y in ((a, a), (b, b), (a, b))]
+    x = random.standard_normal((number + 1, length)) * 10.0 ** random.integers(-9, 9, (number + 1, length))
+    terms = [Term(i, "w") for i in range(number)]
+    block = blocks.Block([Held(row, "F64") for row in x]).move(0, length)  # type: ignore[misc]
+    found = fused.products(terms, Term(number, "w") if based else None, 0, length, block)
+    if based:
+        x = x - x[number]
+    expected = [[float(np.add.reduce(x[i] * x[j])) for j in range(i + 1)] for i in range(number)]
+    assert found == expected
 
 
 def test_choices_of_dare_are_pinned() -> None:
@@ -248,7 +254,7 @@ def test_versions_for_other_processors_have_the_same_bits(
     if clone and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
     folder = Path(fused.__file__).parent
-    sources = [str(folder / name) for name in ("difference.c", "linear.c", "slerp.c", "trim.c")]
+    sources = [str(folder / name) for name in ("difference.c", "linear.c", "products.c", "trim.c")]
     options = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-DCLONES={clone}"]
     built = str(tmp_path / "passes.so")
     subprocess.run([compiler, "-shared", "-fPIC", *options, *sources, "-o", built], check=True)
