@@ -10,12 +10,13 @@ enum { LATTICE = 1 << 16 }; /* elements that share a key of pretrain.merge.dare 
  *
  * keys:     DARE's, of the lattices from that of the first element on; NULL where nothing is dropped.
  * cut, end: TIES' (pretrain.merge.ties.Cut); cut -1 where nothing is trimmed.
+ * top, top_end: such a cut, of which what would stay goes; top -1 where nothing is too large.
  */
 typedef struct {
     const void *stored;
     const uint64_t *keys;
     double factor, weight;
-    int64_t cut, end;
+    int64_t cut, end, top, top_end;
     uint32_t below;
     int dtype;
 } Term;
@@ -33,6 +34,12 @@ INLINE int chosen(uint32_t number, uint64_t key, uint32_t below) {
 INLINE int32_t key_of(float difference) {
     int32_t key = (int32_t)(bits32(difference) & 0x7FFFFFFF);
     return key < 0x7F800001 ? key : 0x7F800001;
+}
+
+/* How many elements of a tile lie before `end`. */
+INLINE size_t before(int64_t end, uint64_t start, size_t length) {
+    int64_t left = end - (int64_t)start;
+    return left < 0 ? 0 : (uint64_t)left < length ? (size_t)left : length;
 }
 
 #define REAL float
@@ -58,10 +65,15 @@ INLINE void OF(difference)(
     }
     if (term->cut >= 0) {
         int32_t above = (int32_t)term->cut;
-        int64_t before = term->end - (int64_t)start;
-        size_t equal = before < 0 ? 0 : (uint64_t)before < length ? (size_t)before : length;
+        size_t equal = before(term->end, start, length);
         for (size_t i = 0; i < equal; i++) out[i] = key_of((float)out[i]) > above - 1 ? out[i] : (REAL)0;
         for (size_t i = equal; i < length; i++) out[i] = key_of((float)out[i]) > above ? out[i] : (REAL)0;
+    }
+    if (term->top >= 0) {
+        int32_t above = (int32_t)term->top;
+        size_t equal = before(term->top_end, start, length);
+        for (size_t i = 0; i < equal; i++) out[i] = key_of((float)out[i]) > above - 1 ? (REAL)0 : out[i];
+        for (size_t i = equal; i < length; i++) out[i] = key_of((float)out[i]) > above ? (REAL)0 : out[i];
     }
 }
 

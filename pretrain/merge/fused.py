@@ -48,7 +48,8 @@ class Difference(ctypes.Structure):
 
     _fields_ = (
         ("stored", _PLACE), ("keys", _PLACE), ("factor", _REAL), ("weight", _REAL), ("cut", ctypes.c_int64),
-        ("end", ctypes.c_int64), ("below", ctypes.c_uint32), ("dtype", _INT),
+        ("end", ctypes.c_int64), ("top", ctypes.c_int64), ("top_end", ctypes.c_int64), ("below", ctypes.c_uint32),
+        ("dtype", _INT),
     )  # fmt: skip
 
 
@@ -94,6 +95,7 @@ class Part:
     factor: what it is multiplied with; weight: what it counts where the sum is divided by those that agree.
     cut:    key and end of pretrain.merge.ties.Cut; None where nothing is trimmed.
     key:    of pretrain.merge.dare; None where nothing is dropped.
+    top:    as `cut`, of what is too large; None where nothing is.
     """
 
     term: Term
@@ -101,6 +103,7 @@ class Part:
     weight: np.floating
     cut: tuple[int, int] | None = None
     key: bytes | None = None
+    top: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def based(
                 array.ctypes.data, number, float(part.factor), float(part.weight),
             )  # fmt: skip
             row.cut, row.end = part.cut or (-1, 0)
+            row.top, row.top_end = part.top or (-1, 0)
             row.keys, row.below = (
                 (None, 0) if own is None else (own.ctypes.data, dare.below(part.term.density))
             )
