@@ -16,6 +16,12 @@ THETA = {
     "ties": "base + lambda x elected sum of weight x trimmed (input - base) (arXiv 2306.01708)",
     "dare_linear": "base + lambda x sum of weight x dropped (input - base) (arXiv 2311.03099)",
     "dare_ties": "base + lambda x elected sum of weight x dropped (input - base) (arXiv 2311.03099)",
+    "breadcrumbs": "base + lambda x sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
+    "breadcrumbs_ties": "base + lambda x elected sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
+    "nuslerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.gram",
+    "multislerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.gram",
+    "karcher": "sum of factor x input, as in pretrain.merge.gram (arXiv 2603.04972)",
+    "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
 }
 ROUNDING = "each product rounded, added in this order, rounded once to the output type"
 

@@ -13,10 +13,10 @@ from pretrain.merge.lineage import lineage_notes
 from pretrain.merge.mergekit_parameters import parameter
 from pretrain.merge.mergekit_template import template_text, with_template
 from pretrain.merge.mergekit_vocabulary import same_tokens
-from pretrain.merge.mergekit_yaml import BASED, Input, MergekitFile, Slice
+from pretrain.merge.mergekit_yaml import BASED, SPANNED, Input, MergekitFile, Slice
 from pretrain.merge.methods import FLOATS
 from pretrain.merge.model_config import with_layers
-from pretrain.merge.plan import Plan, Term, letter
+from pretrain.merge.plan import Method, Plan, Term, letter
 from pretrain.merge.prepare import Opened
 from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.resolve import Blend
@@ -163,7 +163,42 @@ class _Maker:
             return Blend(
                 "linear", tuple(replace(t, weight=w) for (_, t), w in zip(inputs, weights, strict=True))
             )
+        if method in SPANNED:
+            return self._spanned(want, inputs, base)
         return self._differences(want, inputs, base)
+
+    def _spanned(self, want: Want, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+        """Methods whose factors come from norms and angles."""
+        method: Method = self._file.method  # type: ignore[assignment]
+        if method == "karcher":
+            steps, tol = self._shared("max_iter", want, 10), self._shared("tol", want, 1e-5)
+            return Blend(
+                method,
+                tuple(t for _, t in inputs),
+                options=(("max_iter", int(steps or 0)), ("tol", tol or 0.0)),
+            )
+        others = [(one, term) for one, term in inputs if term is not base]
+        if method == "model_stock":
+            self._refuse("filter_wise", want, False)
+            return Blend(method, tuple(term for _, term in others), base)
+        weights = [self._weight(want, one, term) for one, term in others]
+        if method == "nuslerp":
+            self._refuse("nuslerp_flatten", want, True)
+            t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
+            weights, options = [1.0 - t, t], [("t", t)]
+        else:
+            if self._shared("normalize_weights", want, 1.0):
+                weights = list(normalized(weights))
+            options = [("eps", self._shared("eps", want, 1e-8) or 0.0)]
+        terms = (replace(term, weight=weight) for (_, term), weight in zip(others, weights, strict=True))
+        return Blend(method, tuple(terms), base, tuple(options))
+
+    def _refuse(self, key: str, want: Want, default: bool) -> None:
+        """A switch that is only supported as mergekit has it by default."""
+        if bool(self._shared(key, want, float(default))) is not default:
+            raise UserError(
+                f"{key}: {str(not default).lower()} (row by row) is not supported; leave {key} out"
+            )
 
     def _differences(self, want: Want, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
         assert base is not None
@@ -177,10 +212,13 @@ class _Maker:
             options["rescale"] = "l1" if rescale else False
         if dare:
             options["seed"] = self._seed
+        gammas: set[float] = set()
         terms = []
         for one, term in inputs:
             if term is base:
                 continue
+            if method.startswith("breadcrumbs"):
+                gammas.add(self._own("gamma", want, one, term, 0.01) or 0.0)
             density = self._own("density", want, one, term, 1.0) if sparse else 1.0
             assert density is not None
             weight = self._weight(want, one, term)
@@ -189,6 +227,11 @@ class _Maker:
                     raise UserError("density 0 of a weighted model cannot be normalized; give weight 0")
                 continue
             terms.append(replace(term, weight=weight, density=min(density, 1.0)))
+        if len(gammas) > 1:
+            raise UserError(
+                f"gamma differs between models ({', '.join(f'{g:g}' for g in sorted(gammas))}): give one"
+            )
+        options |= dict.fromkeys(("gamma",) if gammas else (), max(gammas, default=0.0))
         return Blend(method, tuple(terms), base, tuple(options.items()))  # type: ignore[arg-type]
 
     def _weight(self, want: Want, one: Input, term: Term) -> float:

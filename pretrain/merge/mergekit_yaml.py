@@ -16,13 +16,21 @@ from pretrain.merge.mergekit_tokens import Tokens, tokens_of
 from pretrain.merge.request import check_dtype
 
 Settings = Mapping[str, Any]
-METHODS = ("linear", "slerp", "ties", "dare_linear", "dare_ties", "task_arithmetic", "passthrough")
-BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic")
+BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties")
+SPANNED = ("nuslerp", "multislerp", "karcher", "model_stock")
+METHODS = ("linear", "slerp", *BASED, *SPANNED, "passthrough")
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("weight", "normalize"),
     "slerp": ("t",),
     "passthrough": ("scale",),
     **dict.fromkeys(BASED, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")),
+    **dict.fromkeys(
+        BASED[-2:], ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask")
+    ),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "karcher": ("max_iter", "tol"),
+    "model_stock": ("filter_wise",),
 }
 """method -> parameters that have a meaning there; others are noted and have none"""
 TOP = (
@@ -213,7 +221,7 @@ def _check_slice(where: str, part: Slice, method: str) -> None:
     models = [one.model for one in part.inputs]
     if len(set(models)) != len(models):
         raise UserError(f"{where}: a model stands twice among the inputs of one slice")
-    if method in (*BASED, "slerp"):
+    if method in (*BASED, "slerp", "model_stock"):
         if part.base is None:
             raise UserError(f"{where}: {method} needs base_model")
         if part.base not in models:
@@ -222,6 +230,11 @@ def _check_slice(where: str, part: Slice, method: str) -> None:
         raise UserError(
             f"{where}: slerp merges base_model and one other model, here are {len(models)} in all"
         )
+    others = len([model for model in models if model != part.base])
+    if method == "nuslerp" and others != 2:
+        raise UserError(f"{where}: nuslerp merges two models besides base_model, here are {others}")
+    if method == "model_stock" and others < 2:
+        raise UserError(f"{where}: model_stock takes two models or more besides base_model, here is {others}")
     if method == "passthrough" and len(models) != 1:
         raise UserError(f"{where}: passthrough takes one source for a slice, here are {len(models)}")
 

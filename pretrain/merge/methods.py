@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from pretrain.merge import dare, fused, rescale, slerp, ties
+from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, slerp, ties
 from pretrain.merge.blocks import Block, Workers
+from pretrain.merge.breadcrumbs import Band
 from pretrain.merge.fused import Election, Part, Pass
 from pretrain.merge.kernels import FLOATS, Kind, accumulator, narrow
 from pretrain.merge.plan import TensorJob, Term
 from pretrain.merge.safetensors_io import elements
+
+Cuts = Mapping[Term, ties.Cut | Band | None]
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,27 @@ def _slerp(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
 def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """base + sum_i f_i (x_i - base), f_i = lambda w_i, divided by the sum of the weights where normalised;
     with DARE only of what was chosen, and f_i divided by the density where rescaled"""
-    base, divisor = job.base, _divisor(job)
-    assert base is not None
-    scale, cuts = float(job.option("lambda", 1.0)), dict.fromkeys(job.terms)
+    scale, divisor, cuts = float(job.option("lambda", 1.0)), _divisor(job), _cuts(job, kind, workers)
     factors = [kind(scale * _rescaled(job, term, kind, cuts, workers) / divisor) for term in job.terms]
+    return _added(job, factors, cuts, kind)
+
+
+def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+    """The sum of the inputs, or of their differences to the base, with the factors of pretrain.merge.gram"""
+    factors = [kind(factor) for factor in gram.factors(job, workers)]
+    return _weighted(job, factors, kind) if job.base is None else _added(job, factors, {}, kind)
+
+
+def _added(job: TensorJob, factors: Sequence[np.floating], cuts: Cuts, kind: Kind) -> Compute:
+    """base + sum_i f_i d_i, d_i what is left of x_i - base"""
+    base = job.base
+    assert base is not None
 
     def compute(block: Block) -> np.ndarray:
         total = block.array("total", kind)
         for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
             use = total if number == 0 else block.array("difference", kind)
-            _difference(job, term, base, block, use)
+            _left(job, term, base, cuts, block, use)
             np.multiply(use, factor, out=use)
             if number:
                 np.add(total, use, out=total)
@@ -73,14 +88,14 @@ def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
         Part(term, factor, kind(0), None, _key(job, term))
         for term, factor in zip(job.terms, factors, strict=True)
     ]
-    return Compute(compute, fused.based(parts, base, None, kind, job.dtype))
+    whole = not any(isinstance(cut, Band) for cut in cuts.values())
+    return Compute(compute, fused.based(parts, base, None, kind, job.dtype) if whole else None)
 
 
 def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """base + lambda elect_i(w_i d_i), d_i what trimming (ties) or choice (dare_ties) leaves of x_i - base"""
-    base, count = job.base, elements(job.shape)
+    base, cuts = job.base, _cuts(job, kind, workers)
     assert base is not None
-    cuts = {term: _cut(term, base, kind, count, workers) for term in job.terms if job.method == "ties"}
     factors = [kind(_rescaled(job, term, kind, cuts, workers)) for term in job.terms]
     divided = bool(job.option("normalize", job.method == "ties"))
     weights = [kind(term.weight) for term in job.terms]
@@ -90,17 +105,19 @@ def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
         weighted = []
         for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
             one = block.array(f"difference {number}", kind)
-            _difference(job, term, base, block, one)
-            ties.trim(one, cuts.get(term), block)
+            _left(job, term, base, cuts, block, one)
             weighted.append(np.multiply(one, factor, out=one))
         total = ties.elect(weighted, weights if divided else None, block)
         np.multiply(total, scale, out=total)
         return np.add(block.wide(base, kind), total, out=total)
 
-    parts = [
-        Part(term, factor, weight, (cut.key, cut.end) if (cut := cuts.get(term)) else None, _key(job, term))
-        for term, factor, weight in zip(job.terms, factors, weights, strict=True)
-    ]
+    parts = []
+    for term, factor, weight in zip(job.terms, factors, weights, strict=True):
+        cut = cuts.get(term)
+        if isinstance(cut, Band):
+            return Compute(compute, None)
+        place = (cut.key, cut.end) if cut is not None else None
+        parts.append(Part(term, factor, weight, place, _key(job, term)))
     return Compute(compute, fused.based(parts, base, Election(scale, divided), kind, job.dtype))
 
 
@@ -111,6 +128,9 @@ METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
     "ties": _consensus,
     "dare_linear": _task_arithmetic,
     "dare_ties": _consensus,
+    "breadcrumbs": _task_arithmetic,
+    "breadcrumbs_ties": _consensus,
+    **dict.fromkeys(("nuslerp", "multislerp", "karcher", "model_stock"), _spanned),
 }
 
 
@@ -142,14 +162,33 @@ def _key(job: TensorJob, term: Term) -> bytes | None:
     return dare.key_of(int(job.option("seed", 0)), job.name, term.source)
 
 
-def _cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> ties.Cut | None:
-    key = replace(term, weight=0.0), base
-    return workers.once(key, lambda: ties.cut(term, base, kind, count, workers))
+def _left(job: TensorJob, term: Term, base: Term, cuts: Cuts, block: Block, out: np.ndarray) -> None:
+    """What choice or trimming leaves of x - base."""
+    _difference(job, term, base, block, out)
+    cut = cuts.get(term)
+    if isinstance(cut, Band):
+        breadcrumbs.trim(out, cut, block)
+    else:
+        ties.trim(out, cut, block)
 
 
-def _rescaled(
-    job: TensorJob, term: Term, kind: Kind, cuts: Mapping[Term, ties.Cut | None], workers: Workers
-) -> float:
+def _cuts(job: TensorJob, kind: Kind, workers: Workers) -> Cuts:
+    """Where TIES and Breadcrumbs cut each difference; one look serves all plans of a sweep."""
+    base, count = job.base, elements(job.shape)
+    assert base is not None
+    found: dict[Term, ties.Cut | Band | None] = {}
+    for term in job.terms:
+        key = replace(term, weight=0.0), base
+        if job.method == "ties":
+            found[term] = workers.once(key, partial(ties.cut, term, base, kind, count, workers))
+        elif job.method.startswith("breadcrumbs"):
+            gamma = float(job.option("gamma", 0.01))
+            find = partial(breadcrumbs.band, term, base, gamma, kind, count, workers)
+            found[term] = workers.once((*key, gamma), find)
+    return found
+
+
+def _rescaled(job: TensorJob, term: Term, kind: Kind, cuts: Cuts, workers: Workers) -> float:
     """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off; for `l1` so much
     larger that what is left of the difference has its norm (pretrain.merge.rescale)."""
     rule, base = job.option("rescale", job.method.startswith("dare")), job.base
@@ -161,8 +200,7 @@ def _rescaled(
         return term.weight
 
     def left(block: Block, out: np.ndarray) -> None:
-        _difference(job, term, base, block, out)
-        ties.trim(out, cuts.get(term), block)
+        _left(job, term, base, cuts, block, out)
 
     def whole(block: Block, out: np.ndarray) -> None:
         block.difference(term, base, out)

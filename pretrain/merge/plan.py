@@ -12,7 +12,11 @@ import xxhash
 
 from pretrain.merge.safetensors_io import DTYPES, elements
 
-Method = Literal["copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+Method = Literal[
+    "copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
+    "nuslerp", "multislerp", "karcher", "model_stock",
+]  # fmt: skip
+# The others are for mergekit's files.
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 """methods that add differences to a base"""

@@ -15,7 +15,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge import open_weights
 from pretrain.merge.mergekit_parameters import evaluate
 from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
-from pretrain.merge.mergekit_yaml import is_mergekit, parse
+from pretrain.merge.mergekit_yaml import BASED, is_mergekit, parse
 from pretrain.merge.plan import Plan, TensorJob
 from pretrain.merge.spec import load_spec
 from pretrain.merge.tool import execute
@@ -44,11 +44,20 @@ def expected(method: str, base: str | None, shared: dict[str, Any], inputs: list
     """What the terms of a job should be, from mergekit's own parameters: {(model, name): (weight, density)}."""
     if method == "slerp":
         weights = {model: (1 - shared["t"] if model == base else shared["t"]) for model, _, _ in inputs}
+    elif method in ("karcher", "model_stock"):
+        weights = {model: 1.0 for model, _, _ in inputs if method == "karcher" or model != base}
+    elif method == "nuslerp":
+        (_, first), (_, second) = ((m, own["weight"]) for m, _, own in inputs if m != base)
+        t = second / (first + second)
+        weights = dict(zip([m for m, _, _ in inputs if m != base], (1 - t, t), strict=True))
     elif method == "passthrough":
         weights = {model: own.get("scale", 1.0) for model, _, own in inputs}
     else:
         weights = {model: own["weight"] for model, _, own in inputs if "weight" in own}
-    if method in ("linear", "task_arithmetic", "dare_linear") and shared["normalize"]:
+    if method in ("linear", "task_arithmetic", "dare_linear", "breadcrumbs") and shared["normalize"]:
+        total = math.fsum(weights.values())
+        weights = {model: weight / total for model, weight in weights.items()}
+    if method == "multislerp" and shared["normalize_weights"]:
         total = math.fsum(weights.values())
         weights = {model: weight / total for model, weight in weights.items()}
     found = {
@@ -72,13 +81,13 @@ def test_every_tensor_resolves_to_what_mergekit_resolves(case: str) -> None:
     for name, (base, shared, inputs) in truth["tensors"].items():
         job = jobs[name]
         want, shared = expected(made.method, base, shared, [(m, n or name, own) for m, n, own in inputs])
-        if made.method in ("ties", "task_arithmetic", "dare_ties", "dare_linear") and want:
+        if made.method in BASED and want:
             assert job.base is not None
             assert (models[job.base.source], job.base.name) == (
                 base, next(n or name for m, n, _ in inputs if m == base),
             )  # fmt: skip
             assert job.option("lambda", 0.0) == shared["lambda"]
-            if job.method in ("ties", "dare_ties"):
+            if job.method.endswith("ties"):
                 assert job.option("normalize", 0) == shared["normalize"]
             if job.method.startswith("dare"):
                 assert bool(job.option("rescale", 0)) == shared["rescale"]
@@ -191,7 +200,7 @@ BASE = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weig
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"merge_method": "model_stock"}, "merge_method 'model_stock' is not supported"),
+        ({"merge_method": "sce"}, "merge_method 'sce' is not supported"),
         ({"merge_method": "della"}, "merge_method 'della' is not supported"),
         ({"modules": {"x": {"models": []}}}, "exactly one of models and slices"),
         ({"modules": {"x": {}}, "models": None}, "modules: exactly one of models and slices"),
@@ -213,6 +222,11 @@ BASE = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weig
         ({"slices": []}, "exactly one of models and slices"),
         ({"merge_method": "ties"}, "ties needs base_model"),
         ({"merge_method": "slerp", "base_model": "a"}, "one other model, here are 1"),
+        ({"merge_method": "nuslerp"}, "nuslerp merges two models besides base_model, here are 1"),
+        (
+            {"merge_method": "model_stock", "base_model": "b"},
+            "two models or more besides base_model, here is 1",
+        ),
         ({"merge_method": "passthrough", "base_model": "b"}, "passthrough takes one source"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "stands twice"),
         ({"models": [{"model": "nobody/x+lora"}]}, r"adapters \(LoRA\) are not supported"),
