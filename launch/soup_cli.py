@@ -58,7 +58,7 @@ def soup(
     from pretrain.merge.overflow import note as overflow_note
     from pretrain.merge.prepare import prepare
     from pretrain.merge.request import request
-    from pretrain.merge.score import direction_note, parse_command
+    from pretrain.merge.score import parse_command
     from pretrain.merge.soup import cook
 
     if score_cmd is None and not uniform:
@@ -86,8 +86,6 @@ def soup(
     if (said := overflow_note({"the soup": made.record})) is not None:
         typer.echo(f"note: {said}", err=True)
     typer.echo("\n".join(made.lines()))
-    if advice := direction_note(made.metric, made.lower):
-        typer.echo(f"note: {advice}", err=True)
     typer.echo(f"written: {out}" if bar.moved else f"{out}: done before, left as it is")
 
 

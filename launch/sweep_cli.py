@@ -66,7 +66,7 @@ def sweep(
     from launch.resumable import resumable
     from pretrain.merge.betas import folder_names, parse_betas
     from pretrain.merge.overflow import note as overflow_note
-    from pretrain.merge.score import direction_note, parse_command
+    from pretrain.merge.score import parse_command
     from pretrain.merge.scored_sweep import run_sweep
     from pretrain.merge.sweep import plan_sweep
 
@@ -107,8 +107,6 @@ def sweep(
         typer.echo(f"note: {said}", err=True)
     if command is not None:
         typer.echo("\n".join(made.lines()))
-        if advice := direction_note(made.metric, made.lower):
-            typer.echo(f"note: {advice}", err=True)
         typer.echo(f"written: {out}/sweep.json, sweep.csv, sweep.svg")
         return
     for one in made.betas:

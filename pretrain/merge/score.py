@@ -129,6 +129,22 @@ def direction_note(metric: str | None, lower: bool) -> str | None:
     return f"more {metric} is taken for better; --lower-is-better says otherwise"
 
 
+def telling(told: Callable[[str], None] | None, lower: bool) -> Callable[[str, str | None], None]:
+    """Tells a score; after the first one, while others can be spared, also what direction_note says of its metric."""
+    pending = told is not None
+
+    def tell(line: str, metric: str | None) -> None:
+        nonlocal pending
+        if told is None:
+            return
+        told(line)
+        if pending and (advice := direction_note(metric, lower)):
+            told(f"note: {advice}")
+        pending = False
+
+    return tell
+
+
 def _numbers(name: str, value: Any) -> list[tuple[str, float | None]]:
     if isinstance(value, dict):
         return [

@@ -17,7 +17,7 @@ from pretrain.merge.diff import table
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
-from pretrain.merge.score import Command, Figures, metric_of
+from pretrain.merge.score import Command, Figures, metric_of, telling
 from pretrain.merge.tool import check_apart, execute
 from pretrain.merge.workplace import Workplace, discard
 from pretrain.merge.writer import Progress
@@ -144,6 +144,7 @@ def run_sweep(
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
     keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
     check_apart(str(out), opened)
+    tell = telling(told, lower)
     with Workplace(str(out), "\n".join(keys)) as place:
         sweep = _resumed(plans, keys, betas, place, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]
@@ -165,8 +166,7 @@ def run_sweep(
                 one.figures = place.score(command, trial, trial.name)
                 sweep.metric = metric_of(one.figures, metric or sweep.metric)
                 _save(sweep, place)
-                if told is not None:
-                    told(_said(sweep, one))
+                tell(_said(sweep, one), sweep.metric)
             if passing:
                 discard(trial)
         if command is not None:

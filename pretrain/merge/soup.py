@@ -21,7 +21,7 @@ from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner
 from pretrain.merge.prepare import Opened
 from pretrain.merge.request import Request
-from pretrain.merge.score import Command, Figures, metric_of
+from pretrain.merge.score import Command, Figures, metric_of, telling
 from pretrain.merge.tool import check_apart, execute
 from pretrain.merge.workplace import LOGS, Workplace, discard
 from pretrain.merge.writer import Progress
@@ -125,7 +125,7 @@ def cook(
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
     check_apart(str(out), opened)
-    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
+    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told, lower)
     kitchen.check_place()
     with kitchen.place:
         soup = kitchen.resume(uniform, metric, lower)
@@ -151,9 +151,10 @@ class _Kitchen:
         threads: int | None,
         progress: Progress | None,
         told: Callable[[str], None] | None,
+        lower: bool,
     ) -> None:
         self.opened, self.out, self.command = opened, out.rstrip("/"), command
-        self._threads, self._progress, self._told = threads, progress, told
+        self._threads, self._progress, self._tell = threads, progress, telling(told, lower)
         self._planner = Planner(opened.sources, request, opened.named)
         self._prints = [source.hashes() for source in opened.sources]
         key = self.key(range(opened.inputs))
@@ -213,6 +214,11 @@ class _Kitchen:
     def search(self, soup: Soup) -> tuple[int, ...]:
         """The greedy recipe."""
         alone = [self.score(soup, (number,)) for number in range(self.opened.inputs)]
+        if all(soup.worth(trial) == float("-inf") for trial in alone):
+            raise UserError(
+                f"--score-cmd: of no model is {soup.metric} a finite number, so none is the best; see "
+                f"{self.place.folder / LOGS}, and delete {join(self.place.url, RESULTS)} to score again"
+            )
         order = sorted(range(len(alone)), key=lambda number: (-soup.worth(alone[number]), number))
         chosen: tuple[int, ...] = (order[0],)
         best = alone[order[0]]
@@ -241,9 +247,8 @@ class _Kitchen:
             soup.trials.append(found)
             self.save(soup)
             discard(trial)
-            if self._told is not None:
-                listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
-                self._told(f"{_marks(of)}: {listed}")
+            listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
+            self._tell(f"{_marks(of)}: {listed}", soup.metric)
         metric_of(found.figures, soup.metric)
         return found
 

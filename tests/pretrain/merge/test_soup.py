@@ -175,3 +175,22 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     (Path("soup") / "soup.json").write_text("[]")
     with pytest.raises(UserError, match="not what a soup writes"):
         run(inputs)
+
+
+def test_without_a_finite_score_nothing_is_the_best(inputs: list[str]) -> None:
+    with pytest.raises(UserError, match="of no model is score a finite number"):
+        run(inputs[:2], "print('nan')")
+    assert not Path("soup").exists()
+
+
+def test_a_metric_that_sounds_as_if_less_were_better_is_noted_after_the_first_score(
+    inputs: list[str],
+) -> None:
+    told: list[str] = []
+    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", told=told.append)
+    assert told[0] == "A: loss 1"
+    assert told[1].startswith("note: more loss is taken for better")
+    assert [line for line in told if "note" in line] == told[1:2]
+    told.clear()
+    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", "other", told=told.append, lower=True)
+    assert not [line for line in told if "note" in line]
