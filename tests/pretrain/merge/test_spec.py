@@ -197,3 +197,23 @@ def test_seed_and_shard_size_stand_once(tmp_path: Path) -> None:
     assert (
         prepare_spec(MergeSpec(inputs=list(folders), beta=0.5), 10**6)[0].files[0].name == "model.safetensors"
     )
+
+
+def test_the_spec_of_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/merge.md").read_text()
+    shown = page.partition("`--spec FILE` is YAML")[2].partition("\n\n")[2].partition("\n\n")[0]
+    (tmp_path / "own.yml").write_text("\n".join(line.removeprefix("    ") for line in shown.splitlines()))
+    weights = {f"layers.{i}.{part}.w": floats(i, 2) for i in range(32) for part in ("mlp", "attn")}
+    for seed, name in enumerate("AB"):
+        write(
+            tmp_path / name, {n: w + seed for n, w in weights.items()} | {"embed_tokens.w": floats(seed, 2)}
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        plan, _ = prepare_spec(load_spec("own.yml"))
+    terms = {job.name: {term.source: term.weight for term in job.terms} for job in plan.jobs}
+    assert terms["layers.3.mlp.w"][0] == 0.7
+    assert (terms["layers.0.attn.w"][0], terms["layers.31.attn.w"][0]) == (0.2, 0.8)
+    assert [(job.copy, job.terms[0].source) for job in plan.jobs if job.name == "embed_tokens.w"] == [
+        (True, 0)
+    ]
