@@ -146,7 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             digest = entry["lfs"]["oid"]
             headers |= {
                 "X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"',
-                "Location": f"{hub.url.replace('127.0.0.1', 'localhost')}/lfs/{digest}?{SIGNATURE}", "Content-Length": "0",
+                "Location": f"{hub.url.replace('127.0.0.1', 'localhost')}/lfs/{digest}?{SIGNATURE}",
+                "Content-Length": "0",
             }  # fmt: skip
             self._send(302, headers, b"")
         else:

@@ -1,0 +1,185 @@
+"""Sweeps into an object store that fails, and that are killed: what appears is whole, and nothing is left over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.errors import ReadError
+from pretrain.merge import merge, multipart, remote_output, sweep
+from pretrain.merge.verify import verify
+from tests.data_pipeline.faulty_proxy import KINDS, Proxy
+from tests.data_pipeline.s3_server import faulty_s3
+from tests.launch.helpers import ROOT
+from tests.pretrain.merge.build import floats, write
+from tests.pretrain.merge.test_remote_output import objects
+from tests.pretrain.merge.test_remote_sources import upload
+from tests.pretrain.merge.test_remote_sweep import PEAK, run, tree
+
+BETAS = [0.0, 0.3, 1.0]
+EVERY = ("GET", "HEAD", "PUT", "POST", "DELETE")
+Store = tuple[str, Proxy]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Store]:
+    with faulty_s3(seed=11) as (root, proxy):
+        proxy.stall = 1.5
+        yield root, proxy
+
+
+@pytest.fixture
+def store(
+    server: Store, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """A folder of this test's own. Parts are as small as S3 takes them."""
+    monkeypatch.setattr(remote_output, "PART", 5 << 20)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    root, proxy = server
+    proxy.forget()
+    yield f"{root}/{request.node.name.replace('[', '-').rstrip(']')}", proxy
+    calm(proxy)
+
+
+def calm(proxy: Proxy) -> None:
+    proxy.rate, proxy.delay, proxy.kinds, proxy.methods = 0.0, 0.0, KINDS, ("GET", "HEAD")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    for seed, name in enumerate("ab"):
+        w = floats(seed, 50, 3)
+        w[0, 0] = (3.0, -1.0)[seed]
+        layers = {f"layer.{i}.weight": floats(9 * seed + i, 1500, 1000) for i in range(2)}
+        folder = write(tmp_path / name, {"w": w, **layers})
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(tmp_path / "a"), str(tmp_path / "b")
+
+
+def test_a_tenth_of_all_requests_fails(pair: tuple[str, str], store: Store) -> None:
+    """Reads and writes, answered with 503, not at all, in part, or with a reset after they were done."""
+    out, proxy = store
+    inputs = [upload(Path(path), f"{out}/{Path(path).name}") for path in pair]
+    sweep(*pair, BETAS, "s")
+    proxy.rate, proxy.methods = 0.1, EVERY
+    sweep(inputs[0], inputs[1], BETAS, f"{out}/s")
+    reports = [verify(f"{out}/s/beta-{beta:.2f}", full=True) for beta in BETAS]
+    calm(proxy)
+    for beta, report in zip(BETAS, reports, strict=True):
+        name = f"s/beta-{beta:.2f}/model.safetensors"
+        assert storage.read_bytes(f"{out}/{name}") == Path(name).read_bytes()
+        assert not report.wrong, report.lines()
+        assert report.recomputed
+    assert sum(proxy.faults.values()) > 10
+    assert multipart.begun_below(out) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_fault_while_scores_are_kept(pair: tuple[str, str], store: Store, kind: str) -> None:
+    out, proxy = store
+    run(pair, "s", PEAK, betas=BETAS)
+    proxy.rate, proxy.methods, proxy.kinds = 0.15, EVERY, (kind,)
+    run(pair, f"{out}/s", PEAK, betas=BETAS)
+    calm(proxy)
+    assert tree(f"{out}/s") == tree("s")
+    assert proxy.faults[kind] > 3
+    assert multipart.begun_below(out) == []
+
+
+def test_a_store_that_stays_away_while_it_is_written(
+    pair: tuple[str, str], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error that says so; nothing appeared; the next try goes on with what was sent."""
+    out, proxy = store
+    monkeypatch.setenv("DROMOS_READ_TRIES", "2")
+    real, sent = multipart.Multipart._put, []
+
+    def put(self: multipart.Multipart, number: int, data: bytes) -> None:
+        if number == 2:
+            proxy.rate, proxy.methods, proxy.kinds = 1.0, EVERY, ("503",)
+        real(self, number, data)
+        sent.append(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multipart.Multipart, "_put", put)
+        with pytest.raises(ReadError, match=r"model\.safetensors cannot be written after 2 tries: 503"):
+            merge(pair, f"{out}/m", beta=0.3)
+    calm(proxy)
+    assert objects(f"{out}/m") == {}
+    assert len(multipart.begun_below(out)) == 1
+    merge(pair, f"{out}/m", beta=0.3)
+    merge(pair, "m", beta=0.3)
+    assert tree(f"{out}/m") == tree("m")
+    assert multipart.begun_below(out) == []
+
+
+CODE = """
+import sys, launch.cli
+from pretrain.merge import remote_output
+remote_output.PART = 5 << 20
+sys.exit(launch.cli.main())
+"""
+
+
+def names(out: str) -> list[str]:
+    """What stands below a folder now."""
+    store = storage.filesystem(out)
+    bucket, key, _ = store.split_path(out)
+    found = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
+    return [entry["Key"].removeprefix(f"{key}/") for entry in found]
+
+
+def complete(out: str) -> list[str]:
+    """Outputs of a sweep that say that they are whole."""
+    return [name for name in names(out) if name.endswith("/merge.json")]
+
+
+MOMENTS: dict[str, Callable[[str], bool]] = {
+    "the first part": lambda out: bool(multipart.begun_below(out)),
+    "the first mark": lambda out: any(name.endswith(remote_output.MARK) for name in names(out)),
+    "the first weights": lambda out: any(name.endswith(".safetensors") for name in names(out)),
+    "the first output": lambda out: bool(complete(out)),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_sweep_that_is_killed_goes_on(
+    pair: tuple[str, str], store: Store, tmp_path: Path, moment: str
+) -> None:
+    out, proxy = store
+    out = f"{out.replace(' ', '-')}/s"
+    command = [sys.executable, "-c", CODE, "sweep", *pair, "--betas", "0,0.3,1", "--out", out]
+    proxy.delay = 0.05
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while process.poll() is None and not MOMENTS[moment](out):
+        time.sleep(0.02)
+    was_running = process.poll() is None
+    process.kill()
+    said: Any = process.communicate()[0]
+    assert was_running, said
+    proxy.delay = 0.0
+    for name in complete(out):
+        report = verify(f"{out}/{name.rpartition('/')[0]}")
+        assert not report.wrong, report.lines()
+    assert len(complete(out)) < len(BETAS)
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    sweep(*pair, BETAS, "s")
+    assert tree(out) == tree("s")
+    assert multipart.begun_below(out) == []
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "done before" in done.stdout
