@@ -148,4 +148,41 @@ CLONES int OF(dromos_consensus)(
     }
     return strange;
 }
+
+/* |x - base|_1 of the whole difference, then of what is left of it, in fp64: of `count` elements from number `from` on,
+ * at most LEAF of them.
+ */
+CLONES void OF(dromos_leaf_norms)(
+    const Term *term, const void *stored, int stored_dtype, uint64_t first, size_t from, size_t count, double *sums) {
+    REAL base[LEAF], one[LEAF];
+    double size[LEAF];
+    Term whole = *term;
+    const Term *both[2] = {&whole, term};
+    whole.keys = NULL;
+    whole.cut = whole.top = -1;
+    widen(base, stored, stored_dtype, from, count);
+    for (int k = 0; k < 2; k++) {
+        for (size_t at = 0, length; at < count; at += length) {
+            length = OF(tile)(first, from + at, from + count);
+            OF(difference)(both[k], base + at, first, from + at, length, one + at);
+        }
+        for (size_t i = 0; i < count; i++) size[i] = __builtin_fabs((double)one[i]);
+        sums[k] = added(size, count);
+    }
+}
+
+/* The same of any number of elements, added pairwise. */
+void OF(dromos_norms)(
+    const Term *term, const void *stored, int stored_dtype, uint64_t first, size_t from, size_t count, double *sums) {
+    if (count <= LEAF) {
+        OF(dromos_leaf_norms)(term, stored, stored_dtype, first, from, count, sums);
+        return;
+    }
+    size_t some = half(count);
+    double other[2];
+    OF(dromos_norms)(term, stored, stored_dtype, first, from, some, sums);
+    OF(dromos_norms)(term, stored, stored_dtype, first, from + some, count - some, other);
+    sums[0] = sums[0] + other[0];
+    sums[1] = sums[1] + other[1];
+}
 #endif

@@ -37,6 +37,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (_INT, (_PLACE, _PLACE, _PLACE, _INT, _SIZE, _PLACE, _INT)),
     "arithmetic": (_INT, _BASED),
     "consensus": (_INT, (*_BASED, _REAL, _INT, _PLACE)),
+    "norms": (None, (_PLACE, _PLACE, _INT, _U64, _SIZE, _SIZE, _PLACE)),
     "histogram": (None, (*_PAIR, _SIZE, _INT, _PLACE)),
     "place": (_SIZE, (*_PAIR, _SIZE, ctypes.c_uint32, _U64, _PLACE)),
     "products": (None, (_PLACE, _PLACE, _INT, _PLACE, _INT, _SIZE, _SIZE, _PLACE)),
@@ -123,18 +124,7 @@ def based(
         return None
 
     def run(block: Block, out: np.ndarray) -> bool:
-        rows, held = (Difference * len(parts))(), [stored(part.term, block) for part in parts]
-        keys = [None if part.key is None else dare.keys(part.key, block.start, block.stop) for part in parts]
-        for row, part, (array, number), own in zip(rows, parts, held, keys, strict=True):
-            row.stored, row.dtype, row.factor, row.weight = (
-                array.ctypes.data, number, float(part.factor), float(part.weight),
-            )  # fmt: skip
-            row.cut, row.end = part.cut or (-1, 0)
-            row.top, row.top_end = part.top or (-1, 0)
-            row.keys, row.below = (
-                (None, 0) if own is None else (own.ctypes.data, dare.below(part.term.density))
-            )
-        under, number = stored(base, block)
+        (rows, _held), (under, number) = _rows(parts, block), stored(base, block)
         given = (
             rows, len(parts), under.ctypes.data, number, block.start, len(out), out.ctypes.data, FLOATS.index(dtype),
         )  # fmt: skip
@@ -144,6 +134,31 @@ def based(
         return bool(call(*given, float(election.scale), election.divided, work.ctypes.data))
 
     return run
+
+
+def _rows(parts: Sequence[Part], block: Block) -> tuple[Any, list[Any]]:
+    """The parts as difference.c takes them, and the arrays that they point into."""
+    rows, held = (Difference * len(parts))(), []
+    for row, part in zip(rows, parts, strict=True):
+        array, row.dtype = stored(part.term, block)
+        row.stored, row.factor, row.weight = array.ctypes.data, float(part.factor), float(part.weight)
+        row.cut, row.end = part.cut or (-1, 0)
+        row.top, row.top_end = part.top or (-1, 0)
+        held.append(array)
+        if part.key is not None:
+            keys = dare.keys(part.key, block.start, block.stop)
+            row.keys, row.below = keys.ctypes.data, dare.below(part.term.density)
+            held.append(keys)
+    return rows, held
+
+
+def norms(part: Part, base: Term, kind: Kind, start: int, count: int, block: Block) -> tuple[float, float]:
+    """L1 norms of the whole difference and of what is left of it: of `count` elements from the block's element `start`
+    on."""
+    (rows, _held), (under, number) = _rows([part], block), stored(base, block)
+    sums = (_REAL * 2)()
+    compiled("norms", kind)(rows, under.ctypes.data, number, block.start, start, count, sums)
+    return sums[0], sums[1]
 
 
 def histogram(term: Term, base: Term, kind: Kind, high: int, block: Block, out: np.ndarray) -> None:

@@ -9,6 +9,7 @@
 
 enum { F64, F32, F16, BF16 };  /* as pretrain.merge.kernels.FLOATS counts them */
 enum { TILE = 512 };           /* numbers that stay in the first-level cache from one step to the next */
+enum { LEAF = 128 };           /* numbers that a pairwise sum adds without splitting them in two */
 
 /* A tensor begins where its file says, at odd bytes too. */
 typedef uint16_t any16 __attribute__((aligned(1), may_alias));
@@ -169,6 +170,22 @@ INLINE int narrow_double(const double *restrict total, void *out, int dtype, siz
     }
     return (seen & 0x8000) != 0;
 }
+
+/* A sum of at most LEAF numbers as numpy's add.reduce adds them: in eight lanes. More are split in two: `half`. */
+INLINE double added(const double *restrict x, size_t count) {
+    double lane[8], total = 0;
+    size_t at = 0;
+    if (count >= 8) {
+        for (int j = 0; j < 8; j++) lane[j] = x[j];
+        for (at = 8; at + 8 <= count; at += 8)
+            for (int j = 0; j < 8; j++) lane[j] = lane[j] + x[at + j];
+        total = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+    }
+    for (; at < count; at++) total = total + x[at];
+    return total;
+}
+
+INLINE size_t half(size_t count) { return count / 2 - count / 2 % 8; }
 
 /* For files that are read twice, once with REAL float and once with REAL double. */
 #define widen(wide, ...) _Generic((wide), float *: widen_float, double *: widen_double)(wide, __VA_ARGS__)
