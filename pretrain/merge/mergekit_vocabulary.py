@@ -84,7 +84,8 @@ def same_tokens(
     views = list(sources)
     made_of = [sources[i] for i in taking]
     for place, i in enumerate(taking):
-        before, after = (maker.rows(place, ids, total) for maker in makers)
+        before = makers[0].rows(place, ids, total)
+        after = makers[1].rows(place, ids, total) if set(ends[0]) != set(ends[1]) else before
         rows = {name: before if is_embedding(name) else after for name in names[i]}
         companions = _companions(sources[i], sources[donor], joined, total)
         views[i] = View(sources[i], made_of, rows, companions, [], None)
@@ -98,19 +99,20 @@ def _vocabulary(
 ) -> tuple[dict[str, int], bytes | None]:
     """Token -> row of the output; and its tokenizer.json, None where it is the donor's."""
     ids = dict(tokenizers[donor].ids)
+    free = max(ids.values(), default=-1) + 1
     order = [tokenizers[donor]]
     if tokens.source == "union":
-        order = [t for number, t in enumerate(tokenizers) if t not in tokenizers[:number]]
-        for one in order[1:]:
-            for token in sorted(one.ids, key=lambda t: one.ids[t]):
-                ids.setdefault(token, max(ids.values(), default=-1) + 1)
+        for one in tokenizers[1:]:
+            more = sorted(one.ids.keys() - ids.keys(), key=lambda token: one.ids[token])
+            order += [one] if more else []
+            ids |= {token: free + place for place, token in enumerate(more)}
+            free += len(more)
     fresh = [token for token in tokens.rows if token not in ids]
-    known = len(ids)
-    if known == len(tokenizers[donor].ids) and not fresh:
+    if len(order) == 1 and not fresh:
         return ids, None
     content = json.loads(rewritten(order, ids))
-    for token in fresh:
-        ids[token] = max(ids.values(), default=-1) + 1
+    for number, token in enumerate(fresh, free):
+        ids[token] = number
         added = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
         content["added_tokens"].append({"id": ids[token], "content": token, **added, "normalized": True})
         if isinstance(content["model"]["vocab"], dict):
