@@ -1,11 +1,15 @@
-"""A progress bar of bytes or elements, with its rate: on a terminal only, on standard error, gone at the end."""
+"""Progress of bytes or elements, with its rate, on standard error: a bar on a terminal, elsewhere a line a minute."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
+
+PERIOD = 60.0
+"""seconds between two lines in a log"""
 
 
 class Bar:
@@ -23,8 +27,13 @@ class Bar:
 
 @contextmanager
 def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
-    """`what` is said before the bar; `total` in `unit`, which is bytes or elements."""
+    """`what` is said before the figures; `total` in `unit`, which is bytes or elements."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Bar(_log(what, total, unit), lambda text: typer.echo(text, err=True))
+        return
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -39,22 +48,34 @@ def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
     figures: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit != "bytes":
         figures = (TaskProgressColumn(),)
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn(what),
-        BarColumn(),
-        *figures,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
+    columns = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
 
         def say(text: str) -> None:
-            if console.is_terminal:
-                progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                typer.echo(text, err=True)
+            progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         yield Bar(lambda count: progress.advance(task, count), say)
+
+
+def _log(what: str, total: int, unit: str) -> Callable[[int], None]:
+    """Says every PERIOD how far it is: the log of a job that runs for hours shows that it goes on."""
+    begun = said = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        now = time.monotonic()
+        if now - said >= PERIOD:
+            said = now
+            share = f"{done / total:.0%} of " if total else ""
+            rate = done / (now - begun)
+            figures = (
+                f"{total / 1e9:,.1f} GB, {rate / 1e6:,.0f} MB/s"
+                if unit == "bytes"
+                else f"{total:,} {unit}, {rate:,.0f} a second"
+            )
+            typer.echo(f"{what}: {share}{figures}", err=True)
+
+    return advance
