@@ -9,6 +9,8 @@ import typer
 
 from launch.commands import App
 
+OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".webp", ".gif", ".html")
+
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="An address, as for dromos merge.")],
@@ -60,7 +62,7 @@ def diff(
     for path in (csv, picture):
         if path is not None:
             check_writable(path)
-    if picture is not None and picture.suffix.lower() != ".svg":
+    if picture is not None and picture.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"--picture {picture}: the picture is SVG; name it {picture.with_suffix('.svg')}")
     one, two = open_weights(a), open_weights(b)
     held = set(two.names())
