@@ -55,7 +55,10 @@ Rule = _flag(
 Layers = _flag(str | None, "--layers", "FIRST:END", "With --curve: the layers that it spans.")
 Curve = _flag(str | None, "--curve", "B,B[,B]...", "Betas at equal distances over --layers.")
 Vocabulary = _flag(
-    str | None, "--vocabulary", "HOW", "Inputs of different vocabularies: intersect, pad or union by token."
+    str | None,
+    "--vocabulary",
+    "HOW",
+    "Inputs of different vocabularies: first, intersect, union by token, or pad.",
 )
 Dtype = _flag(
     str | None, "--dtype", "bf16|fp16|fp32|fp64", "Type of the mixed tensors; default: as in the inputs."

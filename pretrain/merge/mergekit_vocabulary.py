@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import adapted_config, as_json, read
-from pretrain.merge.folder import parse_json
 from pretrain.merge.mergekit_tokens import TokenRow, Tokens
 from pretrain.merge.sources import WeightSource
 from pretrain.merge.vocabulary import check_alike, is_embedding, vocabulary_names
 from pretrain.merge.vocabulary_files import (
     FILE,
-    NUMBERED,
-    Companions,
     Tokenizer,
-    is_tokenizer_file,
     read_tokenizer,
     rewritten,
+    with_tokenizer,
 )
 from pretrain.merge.vocabulary_view import MADE, Rows, View, stored_name
 
@@ -87,7 +81,9 @@ def same_tokens(
         before = makers[0].rows(place, ids, total)
         after = makers[1].rows(place, ids, total) if set(ends[0]) != set(ends[1]) else before
         rows = {name: before if is_embedding(name) else after for name in names[i]}
-        companions = _companions(sources[i], sources[donor], joined, total)
+        companions = with_tokenizer(
+            sources[i].companions, sources[donor].companions, joined, total, sources[i].address
+        )
         views[i] = View(sources[i], made_of, rows, companions, [], None)
     if any(count > total for count in rows_in):
         notes.append(f"rows beyond the {total} of the tokenizer are left out, as mergekit does")
@@ -184,43 +180,6 @@ class _Maker:
         if not 0 <= row < self._counts[place]:
             raise UserError(f"tokenizer: {token}: {asked.model} has no token {wanted!r}")
         return ((place, row),)
-
-
-def _companions(
-    source: WeightSource, donor: WeightSource, joined: bytes | None, total: int
-) -> dict[str, Path | bytes]:
-    """What the output has beside it: the donor's tokenizer, and numbers of special tokens as the donor says them."""
-    out: Companions = {name: c for name, c in source.companions.items() if not is_tokenizer_file(name)}
-    theirs = {name: c for name, c in donor.companions.items() if is_tokenizer_file(name)}
-    if joined is not None:
-        theirs = {name: c for name, c in theirs.items() if name.startswith(("tokenizer_config", "special"))}
-        theirs[FILE] = joined
-    found: dict[str, Path | bytes] = {**out, **theirs}
-    for name in ("config.json", "generation_config.json"):
-        if name not in found:
-            continue
-        content = parse_json(read(found[name]), f"{source.address}: {name}")
-        if not isinstance(content, dict):
-            continue
-        if donor is not source and name in donor.companions:
-            content = _with_numbers(content, parse_json(read(donor.companions[name]), donor.address))
-        found[name] = as_json(
-            adapted_config(content, {"vocab_size": total}) if name == "config.json" else content
-        )
-    return found
-
-
-def _with_numbers(content: dict[str, Any], donor: Any) -> dict[str, Any]:
-    """`eos_token_id` and the like as the donor's settings say, here and in the same sections."""
-    if not isinstance(donor, dict):
-        return content
-    out = dict(content)
-    for key, value in content.items():
-        if isinstance(value, dict):
-            out[key] = _with_numbers(value, donor.get(key))
-        elif NUMBERED.search(key) and key in donor:
-            out[key] = donor[key]
-    return out
 
 
 def _rows(source: WeightSource, names: Sequence[str]) -> int:

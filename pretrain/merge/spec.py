@@ -20,7 +20,7 @@ from pretrain.recipe_fields import Strict
 from pretrain.schema_errors import describe
 from pretrain.yaml_file import load_yaml
 
-Vocabulary = Literal["intersect", "pad", "union"]
+Vocabulary = Literal["first", "intersect", "pad", "union"]
 
 
 def _range(value: Any) -> Any:

@@ -13,18 +13,27 @@ from pretrain.merge.companions import adapted_config, as_json, read
 from pretrain.merge.folder import parse_json
 from pretrain.merge.plan import letter
 from pretrain.merge.sources import WeightSource
-from pretrain.merge.vocabulary_files import FILE, STALE, Tokenizer, read_tokenizer, renumbered, rewritten
+from pretrain.merge.vocabulary_files import (
+    FILE,
+    STALE,
+    Tokenizer,
+    read_tokenizer,
+    renumbered,
+    rewritten,
+    with_tokenizer,
+)
 from pretrain.merge.vocabulary_view import Rows, View, stored_name
 
-RULES = ("intersect", "pad", "union")
+RULES = ("first", "intersect", "pad", "union")
 EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|token_embedding|tok_embeddings|shared)\.weight$"
     r"|(^|\.)backbone\.embeddings\.weight$"
 )
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out|decoder)\.(weight|bias)$")
 ADVICE = (
-    "say how with --vocabulary (in a spec, vocabulary): intersect (tokens that all have), union (a token that one has "
-    "takes its row) or pad (rows by their numbers, the shorter padded from the longer)"
+    "say how with --vocabulary (in a spec, vocabulary): first (the first input's tokens; one that another lacks takes "
+    "the first's row), intersect (tokens that all have), union (a token that one has takes its row) or pad (rows by "
+    "their numbers, the shorter padded from the longer)"
 )
 
 
@@ -33,10 +42,10 @@ def aligned(
 ) -> list[WeightSource]:
     """The sources, those with embeddings as views that have the same rows under `rule`.
 
-    Token by token for `intersect` (the order of the first source) and `union` (the first source's tokens, then what
-    each other has more, in its order), which need a tokenizer beside every source; row by row for `pad`.
-    Without a rule, UserError when rows or tokenizers differ and one of these tensors is `mixed`. Sources without
-    embeddings stay as they are.
+    Token by token for `first` (its tokens, numbers and tokenizer), `intersect` (the order of the first source) and
+    `union` (the first source's tokens, then what each other has more, in its order), which need a tokenizer beside
+    every source; row by row for `pad`. Without a rule, UserError when rows or tokenizers differ and one of these
+    tensors is `mixed`. Sources without embeddings stay as they are.
     """
     if rule is not None and rule not in RULES:
         raise UserError(f"vocabulary: {rule!r} is none of {', '.join(RULES)}")
@@ -183,6 +192,8 @@ def _by_token(
         total = len(ids)
         if not common:
             raise UserError("vocabulary: intersect: the tokenizers have no token in common")
+    elif rule == "first":
+        ids, total = dict(first), rows[0]
     else:
         ids = dict(first)
         free = max(ids.values(), default=-1) + 1
@@ -191,7 +202,7 @@ def _by_token(
             ids |= {token: free + place for place, token in enumerate(extra)}
             free += len(extra)
         total = max(rows[0], free)
-    joined = rewritten(tokenizers, ids)
+    joined = rewritten(tokenizers, ids) if rule != "first" else b""
     holder = {t: next(k for k, one in enumerate(tokenizers) if t in one.ids) for t in ids}
     made: list[Made] = []
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
@@ -200,8 +211,14 @@ def _by_token(
         for token, number in ids.items():
             from_whom = i if token in tokenizer.ids else holder[token]
             owner[number], row[number] = from_whom, tokenizers[from_whom].ids[token]
-        companions: dict[str, Path | bytes] = {FILE: joined}
+        companions: dict[str, Path | bytes]
         unfit = None
+        if rule == "first":
+            companions = with_tokenizer(source.companions, sources[0].companions, None, total, source.address)
+            notes = [f"the tokenizer is that of {sources[0].address}"] if i else []
+            made.append((Rows.of(owner, row), companions, notes, None))
+            continue
+        companions = {FILE: joined}
         try:
             companions = renumbered(source.companions, tokenizer, ids, joined, total)
         except UserError as error:  # matters only where the output is to have this config

@@ -235,3 +235,39 @@ def _renumber_settings(
                 for one in many
             ]
             content[key] = new if isinstance(value, list) else new[0]
+
+
+def with_tokenizer(
+    companions: Companions, donor: Companions, joined: bytes | None, rows: int, where: str
+) -> dict[str, Path | bytes]:
+    """Companions of weights that get another's tokens: the donor's tokenizer (with `joined` in place of its own
+    tokenizer.json), the numbers of special tokens as the donor's settings say them, and the rows in config.json."""
+    out = {name: content for name, content in companions.items() if not is_tokenizer_file(name)}
+    theirs = {name: content for name, content in donor.items() if is_tokenizer_file(name)}
+    if joined is not None:
+        theirs = {name: c for name, c in theirs.items() if name.startswith(("tokenizer_config", "special"))}
+        theirs[FILE] = joined
+    found: dict[str, Path | bytes] = {**out, **theirs}
+    for name in ("config.json", "generation_config.json"):
+        content = parse_json(read(found[name]), f"{where}: {name}") if name in found else None
+        if not isinstance(content, dict):
+            continue
+        if donor is not companions and name in donor:
+            content = _with_numbers(content, parse_json(read(donor[name]), name))
+        found[name] = as_json(
+            adapted_config(content, {"vocab_size": rows}) if name == "config.json" else content
+        )
+    return found
+
+
+def _with_numbers(content: dict[str, Any], donor: Any) -> dict[str, Any]:
+    """`eos_token_id` and the like as the donor's settings say, here and in the same sections."""
+    if not isinstance(donor, dict):
+        return content
+    out = dict(content)
+    for key, value in content.items():
+        if isinstance(value, dict):
+            out[key] = _with_numbers(value, donor.get(key))
+        elif NUMBERED.search(key) and key in donor:
+            out[key] = donor[key]
+    return out

@@ -201,6 +201,38 @@ def test_merges_of_byte_pairs_go_with_their_tokens(tmp_path: Path, rule: str) ->
     assert {t.content for t in out.get_added_tokens_decoder().values()} == kept
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_first_s_tokens_and_no_others(tmp_path: Path, padding: int) -> None:
+    tokenizers = [word_level(A_WORDS, ["<s>"]), word_level(B_WORDS, ["<img>", "<s>"])]
+    folders = [
+        model(tmp_path / str(i), t, t.get_vocab_size() + padding, seed=i) for i, t in enumerate(tokenizers)
+    ]
+    sources = opened(*folders)
+    views = aligned(sources, "first")
+    check(views, sources, tokenizers)
+    assert joined(views[1]).get_vocab() == tokenizers[0].get_vocab()
+    assert [read_config(view)["vocab_size"] for view in views] == [
+        tokenizers[0].get_vocab_size() + padding
+    ] * 2
+    assert [read_config(view)["eos_token_id"] for view in views] == [tokenizers[0].token_to_id("<s>")] * 2
+    assert views[1].unfit is None
+    merge(
+        list(map(str, folders)),
+        tmp_path / "out",
+        beta=0.5,
+        vocabulary="first",
+        only="norm|lm_head",
+        copy_rest="B",
+    )
+    out = open_weights(str(tmp_path / "out"))
+    assert joined(out).get_vocab() == tokenizers[0].get_vocab()
+    np.testing.assert_array_equal(
+        out.array("model.embed_tokens.weight"), views[1].array("model.embed_tokens.weight")
+    )
+    back = aligned(list(reversed(sources)), "first")
+    check(back, list(reversed(sources)), list(reversed(tokenizers)))
+
+
 def test_union_of_three(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS), word_level([*B_WORDS, "ice", "sun"])]
     sources = opened(
@@ -257,7 +289,7 @@ def test_without_a_rule_differences_are_refused_with_the_rules(tmp_path: Path) -
     sources = opened(model(tmp_path / "r0", None, 8, seed=1), model(tmp_path / "r1", None, 9, seed=1))
     with pytest.raises(UserError, match=r"vocabularies differ: A .* 8 rows; B .* 9 rows"):
         aligned(sources, None)
-    with pytest.raises(UserError, match="'rows' is none of intersect, pad, union"):
+    with pytest.raises(UserError, match="'rows' is none of first, intersect, pad, union"):
         aligned(sources, "rows")
 
 
