@@ -145,10 +145,9 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
         files = list((entry.get("files") or {}).items())
         listed = "<br>".join(f"{_cell(name)} {digest}" for name, digest in files[:4])
         more = f"<br>and {len(files) - 4} more" if len(files) > 4 else ""
-        note = "" if number in used else " (not read)"
-        rows.append(
-            f"| {mark(plan, number)} | `{_cell(source.address)}`{step} | {weight}{note} | {listed}{more} |"
-        )
+        if number not in used:
+            weight = f"{weight} (not read)" if number < plan.inputs else "config only"
+        rows.append(f"| {mark(plan, number)} | `{_cell(source.address)}`{step} | {weight} | {listed}{more} |")
     return "\n".join(rows)
 
 

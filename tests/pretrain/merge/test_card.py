@@ -176,3 +176,17 @@ def test_bare_weights_of_open_clip_load_there(tmp_path: Path) -> None:
     assert 'open_clip.create_model_and_transforms("ARCHITECTURE", pretrained="PATH/model.saf' in card(
         tmp_path / "out"
     )
+
+
+def test_whoever_gives_the_config_alone_is_named_for_that(tmp_path: Path) -> None:
+    bare = [
+        str(write(tmp_path / name, {"w": floats(i, 8, 2), "head": floats(i, 3)}))
+        for i, name in enumerate("ab")
+    ]
+    merge(bare, tmp_path / "out", beta=0.3, copy_rest=model(tmp_path / "whole", 3))
+    (row,) = (line for line in card(tmp_path / "out").splitlines() if line.startswith("| C |"))
+    assert "| config only |" in row
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    merge(bare, tmp_path / "one", weights=(1.0, 0.0))
+    (row,) = (line for line in card(tmp_path / "one").splitlines() if line.startswith("| B |"))
+    assert "| 0 (not read) |" in row
