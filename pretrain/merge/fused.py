@@ -15,6 +15,7 @@ from data_pipeline.compiled import function
 from pretrain.merge import dare
 from pretrain.merge.blocks import Block
 from pretrain.merge.kernels import FLOATS, Kind
+from pretrain.merge.parts import Part
 from pretrain.merge.plan import Term
 
 WIDER = 4
@@ -90,48 +91,38 @@ def linear(terms: Sequence[Term], factors: Sequence[np.floating], kind: Kind, dt
 
 
 @dataclass(frozen=True)
-class Part:
-    """What of a difference x - base is added.
-
-    factor: what it is multiplied with; weight: what it counts where the sum is divided by those that agree.
-    cut:    key and end of pretrain.merge.ties.Cut; None where nothing is trimmed.
-    key:    of pretrain.merge.dare; None where nothing is dropped.
-    top:    as `cut`, of what is too large; None where nothing is.
-    """
-
-    term: Term
-    factor: np.floating
-    weight: np.floating
-    cut: tuple[int, int] | None = None
-    key: bytes | None = None
-    top: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
 class Election:
-    """The sum of those of the elected sign, times `scale`; whether divided by the weights of those that agree."""
+    """The sum of those of the elected sign, times `scale`; with `weights` divided by those of the parts that agree."""
 
     scale: np.floating
-    divided: bool
+    weights: Sequence[np.floating] | None
 
 
 def based(
-    parts: Sequence[Part], base: Term, election: Election | None, kind: Kind, dtype: str
+    parts: Sequence[Part],
+    factors: Sequence[np.floating],
+    base: Term,
+    election: Election | None,
+    kind: Kind,
+    dtype: str,
 ) -> Pass | None:
-    """base + sum of the parts, or what is elected of them, rounded to `dtype`."""
+    """base + sum of factor * part, or what is elected of these, rounded to `dtype`."""
     call = compiled("arithmetic" if election is None else "consensus", kind)
     if call is None:
         return None
+    weights = election.weights if election is not None else None
 
     def run(block: Block, out: np.ndarray) -> bool:
         (rows, _held), (under, number) = _rows(parts, block), stored(base, block)
+        for row, factor, weight in zip(rows, factors, weights or factors, strict=True):
+            row.factor, row.weight = float(factor), float(weight)
         given = (
             rows, len(parts), under.ctypes.data, number, block.start, len(out), out.ctypes.data, FLOATS.index(dtype),
         )  # fmt: skip
         if election is None:
             return bool(call(*given))
         work = block.scratch.take("work", kind, TILE * len(parts))
-        return bool(call(*given, float(election.scale), election.divided, work.ctypes.data))
+        return bool(call(*given, float(election.scale), weights is not None, work.ctypes.data))
 
     return run
 
@@ -141,9 +132,9 @@ def _rows(parts: Sequence[Part], block: Block) -> tuple[Any, list[Any]]:
     rows, held = (Difference * len(parts))(), []
     for row, part in zip(rows, parts, strict=True):
         array, row.dtype = stored(part.term, block)
-        row.stored, row.factor, row.weight = array.ctypes.data, float(part.factor), float(part.weight)
-        row.cut, row.end = part.cut or (-1, 0)
-        row.top, row.top_end = part.top or (-1, 0)
+        row.stored = array.ctypes.data
+        row.cut, row.end = (part.cut.key, part.cut.end) if part.cut is not None else (-1, 0)
+        row.top, row.top_end = (part.top.key, part.top.end) if part.top is not None else (-1, 0)
         held.append(array)
         if part.key is not None:
             keys = dare.keys(part.key, block.start, block.stop)

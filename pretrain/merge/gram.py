@@ -14,8 +14,9 @@ from itertools import chain
 import numpy as np
 
 from data_pipeline.errors import UserError
+from pretrain.merge import fused
 from pretrain.merge.blocks import Workers
-from pretrain.merge.kernels import BLOCK
+from pretrain.merge.kernels import BLOCK, exact_sum
 from pretrain.merge.plan import TensorJob
 from pretrain.merge.safetensors_io import elements
 
@@ -45,7 +46,7 @@ def factors(job: TensorJob, workers: Workers) -> list[float]:
 def gram(job: TensorJob, workers: Workers) -> np.ndarray:
     """fp64 [terms, terms]: products of any two of the terms, less the base where there is one.
 
-    Sums of blocks of 65,536 elements, whose sums are added without rounding.
+    Sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without rounding.
     """
 
     def work(start: int, stop: int) -> list[np.ndarray]:
@@ -56,12 +57,23 @@ def gram(job: TensorJob, workers: Workers) -> np.ndarray:
     found = np.zeros((count, count))
     for i in range(count):
         for j in range(i + 1):
-            found[i, j] = found[j, i] = math.fsum(part[i, j] for part in parts)
+            found[i, j] = found[j, i] = exact_sum(part[i, j] for part in parts)
     return found
 
 
 def _products(job: TensorJob, start: int, stop: int, workers: Workers) -> Iterator[np.ndarray]:
     count = len(job.terms)
+    if count <= fused.VECTORS and fused.compiled("products") is not None:
+        for block in workers.blocks(start, stop, BLOCK * fused.WIDER):
+            for at in range(0, len(block), BLOCK):
+                found = np.zeros((count, count))
+                found[np.tril_indices(count)] = list(
+                    chain.from_iterable(
+                        fused.products(job.terms, job.base, at, min(BLOCK, len(block) - at), block)
+                    )
+                )
+                yield found
+        return
     for block in workers.blocks(start, stop, BLOCK):
         vectors = []
         for number, term in enumerate(job.terms):

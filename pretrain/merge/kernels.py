@@ -6,7 +6,8 @@ files. Integer operations on the bits stand where numpy converts one number at a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -141,3 +142,12 @@ def narrow(total: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(all="ignore"):
         narrow_into(stored, total.copy(), dtype, Scratch())
     return stored
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Added without rounding, rounded once; by plain additions where infinities are among them or come of them."""
+    held = list(values)
+    try:
+        return math.fsum(held)
+    except (ValueError, OverflowError):
+        return sum(held)

@@ -7,7 +7,7 @@ rounded once to that type; every product, difference and sum is rounded, in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,13 +15,11 @@ import numpy as np
 
 from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, slerp, ties
 from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.breadcrumbs import Band
-from pretrain.merge.fused import Election, Part, Pass
+from pretrain.merge.fused import Election, Pass
 from pretrain.merge.kernels import FLOATS, Kind, accumulator, narrow
+from pretrain.merge.parts import Part
 from pretrain.merge.plan import TensorJob, Term
 from pretrain.merge.safetensors_io import elements
-
-Cuts = Mapping[Term, ties.Cut | Band | None]
 
 
 @dataclass(frozen=True)
@@ -56,69 +54,58 @@ def _slerp(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
 
 
 def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
-    """base + sum_i f_i (x_i - base), f_i = lambda w_i, divided by the sum of the weights where normalised;
-    with DARE only of what was chosen, and f_i divided by the density where rescaled"""
-    scale, divisor, cuts = float(job.option("lambda", 1.0)), _divisor(job), _cuts(job, kind, workers)
-    factors = [kind(scale * _rescaled(job, term, kind, cuts, workers) / divisor) for term in job.terms]
-    return _added(job, factors, cuts, kind)
+    """base + sum_i f_i d_i, d_i what choice or trimming leaves of x_i - base, f_i = lambda w_i, divided by the sum of
+    the weights where normalised, and as much larger as rescaling says"""
+    scale, divisor, parts = float(job.option("lambda", 1.0)), _divisor(job), _parts(job, kind, workers)
+    factors = [kind(scale * _rescaled(job, part, kind, workers) / divisor) for part in parts]
+    return _added(job, parts, factors, kind)
 
 
 def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """The sum of the inputs, or of their differences to the base, with the factors of pretrain.merge.gram"""
     factors = [kind(factor) for factor in gram.factors(job, workers)]
-    return _weighted(job, factors, kind) if job.base is None else _added(job, factors, {}, kind)
+    if job.base is None:
+        return _weighted(job, factors, kind)
+    return _added(job, [Part(term) for term in job.terms], factors, kind)
 
 
-def _added(job: TensorJob, factors: Sequence[np.floating], cuts: Cuts, kind: Kind) -> Compute:
-    """base + sum_i f_i d_i, d_i what is left of x_i - base"""
-    base = job.base
-    assert base is not None
+def _added(job: TensorJob, parts: Sequence[Part], factors: Sequence[np.floating], kind: Kind) -> Compute:
+    """base + sum of factor * part"""
+    base = _base(job)
 
     def compute(block: Block) -> np.ndarray:
         total = block.array("total", kind)
-        for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
+        for number, (part, factor) in enumerate(zip(parts, factors, strict=True)):
             use = total if number == 0 else block.array("difference", kind)
-            _left(job, term, base, cuts, block, use)
+            _fill(part, base, block, use)
             np.multiply(use, factor, out=use)
             if number:
                 np.add(total, use, out=total)
         return np.add(block.wide(base, kind), total, out=total)
 
-    parts = [
-        Part(term, factor, kind(0), None, _key(job, term))
-        for term, factor in zip(job.terms, factors, strict=True)
-    ]
-    whole = not any(isinstance(cut, Band) for cut in cuts.values())
-    return Compute(compute, fused.based(parts, base, None, kind, job.dtype) if whole else None)
+    return Compute(compute, fused.based(parts, factors, base, None, kind, job.dtype))
 
 
 def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
-    """base + lambda elect_i(w_i d_i), d_i what trimming (ties) or choice (dare_ties) leaves of x_i - base"""
-    base, cuts = job.base, _cuts(job, kind, workers)
-    assert base is not None
-    factors = [kind(_rescaled(job, term, kind, cuts, workers)) for term in job.terms]
+    """base + lambda elect_i(w_i d_i), d_i what choice or trimming leaves of x_i - base"""
+    base, parts = _base(job), _parts(job, kind, workers)
+    factors = [kind(_rescaled(job, part, kind, workers)) for part in parts]
     divided = bool(job.option("normalize", job.method == "ties"))
-    weights = [kind(term.weight) for term in job.terms]
+    weights = [kind(term.weight) for term in job.terms] if divided else None
     scale = kind(float(job.option("lambda", 1.0)))
 
     def compute(block: Block) -> np.ndarray:
         weighted = []
-        for number, (term, factor) in enumerate(zip(job.terms, factors, strict=True)):
+        for number, (part, factor) in enumerate(zip(parts, factors, strict=True)):
             one = block.array(f"difference {number}", kind)
-            _left(job, term, base, cuts, block, one)
+            _fill(part, base, block, one)
             weighted.append(np.multiply(one, factor, out=one))
-        total = ties.elect(weighted, weights if divided else None, block)
+        total = ties.elect(weighted, weights, block)
         np.multiply(total, scale, out=total)
         return np.add(block.wide(base, kind), total, out=total)
 
-    parts = []
-    for term, factor, weight in zip(job.terms, factors, weights, strict=True):
-        cut = cuts.get(term)
-        if isinstance(cut, Band):
-            return Compute(compute, None)
-        place = (cut.key, cut.end) if cut is not None else None
-        parts.append(Part(term, factor, weight, place, _key(job, term)))
-    return Compute(compute, fused.based(parts, base, Election(scale, divided), kind, job.dtype))
+    election = Election(scale, weights)
+    return Compute(compute, fused.based(parts, factors, base, election, kind, job.dtype))
 
 
 METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
@@ -148,67 +135,56 @@ def _sum(terms: Sequence[Term], factors: Sequence[np.floating], block: Block) ->
     return total
 
 
-def _difference(job: TensorJob, term: Term, base: Term, block: Block, out: np.ndarray) -> None:
-    """x - base; for DARE only of the entries that were chosen."""
-    block.difference(term, base, out)
-    if (key := _key(job, term)) is not None:
-        ties.keep(out, dare.chosen(key, term.density, block), block)
+def _fill(part: Part, base: Term, block: Block, out: np.ndarray) -> None:
+    """What is left of x - base."""
+    block.difference(part.term, base, out)
+    if part.key is not None:
+        ties.keep(out, dare.chosen(part.key, part.term.density, block), block)
+    if part.cut is not None:
+        ties.keep(out, ties.within(out, part.cut, block), block)
+    if part.top is not None:
+        found = ties.within(out, part.top, block)
+        ties.keep(out, np.logical_not(found, out=found), block)
 
 
-def _key(job: TensorJob, term: Term) -> bytes | None:
-    """Of what DARE drops of a term; None where it drops nothing."""
-    if not job.method.startswith("dare") or term.density >= 1:
-        return None
-    return dare.key_of(int(job.option("seed", 0)), job.name, term.source)
+def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[Part]:
+    """What DARE chooses, TIES and Breadcrumbs cut of each difference; one look serves all plans of a sweep."""
+    return [_part(job, term, kind, workers) for term in job.terms]
 
 
-def _left(job: TensorJob, term: Term, base: Term, cuts: Cuts, block: Block, out: np.ndarray) -> None:
-    """What choice or trimming leaves of x - base."""
-    _difference(job, term, base, block, out)
-    cut = cuts.get(term)
-    if isinstance(cut, Band):
-        breadcrumbs.trim(out, cut, block)
-    else:
-        ties.trim(out, cut, block)
+def _part(job: TensorJob, term: Term, kind: Kind, workers: Workers) -> Part:
+    base, count = _base(job), elements(job.shape)
+    look = replace(term, weight=0.0), base
+    if job.method.startswith("dare") and term.density < 1:
+        return Part(term, key=dare.key_of(int(job.option("seed", 0)), job.name, term.source))
+    if job.method == "ties":
+        return Part(term, cut=workers.once(look, partial(ties.cut, term, base, kind, count, workers)))
+    if job.method.startswith("breadcrumbs"):
+        gamma = float(job.option("gamma", 0.01))
+        find = partial(breadcrumbs.band, term, base, gamma, kind, count, workers)
+        cut, top = workers.once((*look, gamma), find)
+        return Part(term, cut=cut, top=top)
+    return Part(term)
 
 
-def _cuts(job: TensorJob, kind: Kind, workers: Workers) -> Cuts:
-    """Where TIES and Breadcrumbs cut each difference; one look serves all plans of a sweep."""
-    base, count = job.base, elements(job.shape)
-    assert base is not None
-    found: dict[Term, ties.Cut | Band | None] = {}
-    for term in job.terms:
-        key = replace(term, weight=0.0), base
-        if job.method == "ties":
-            found[term] = workers.once(key, partial(ties.cut, term, base, kind, count, workers))
-        elif job.method.startswith("breadcrumbs"):
-            gamma = float(job.option("gamma", 0.01))
-            find = partial(breadcrumbs.band, term, base, gamma, kind, count, workers)
-            found[term] = workers.once((*key, gamma), find)
-    return found
-
-
-def _rescaled(job: TensorJob, term: Term, kind: Kind, cuts: Cuts, workers: Workers) -> float:
+def _rescaled(job: TensorJob, part: Part, kind: Kind, workers: Workers) -> float:
     """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off; for `l1` so much
     larger that what is left of the difference has its norm (pretrain.merge.rescale)."""
-    rule, base = job.option("rescale", job.method.startswith("dare")), job.base
-    if not rule or base is None:
+    rule, term = job.option("rescale", job.method.startswith("dare")), part.term
+    if not rule:
         return term.weight
     if rule != "l1":
         return term.weight / term.density
     if term.density >= 1:
         return term.weight
+    base, count = _base(job), elements(job.shape)
+    find = partial(rescale.l1, part, base, _fill, kind, count, workers)
+    return term.weight * workers.once(("l1", replace(term, weight=0.0), base), find)
 
-    def left(block: Block, out: np.ndarray) -> None:
-        _left(job, term, base, cuts, block, out)
 
-    def whole(block: Block, out: np.ndarray) -> None:
-        block.difference(term, base, out)
-
-    key = "l1", replace(term, weight=0.0), base
-    return term.weight * workers.once(
-        key, lambda: rescale.l1(whole, left, kind, elements(job.shape), workers)
-    )
+def _base(job: TensorJob) -> Term:
+    assert job.base is not None
+    return job.base
 
 
 def _divisor(job: TensorJob) -> float:

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 
 import numpy as np
 
+from pretrain.merge import fused
 from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.kernels import BLOCK, Kind
+from pretrain.merge.kernels import BLOCK, Kind, exact_sum
+from pretrain.merge.parts import Part
+from pretrain.merge.plan import Term
 
 SHORTEST = 1e-7
 """a norm below which nothing is rescaled; mergekit's, so that its files give its results"""
 
-Fill = Callable[[Block, np.ndarray], None]
-"""writes a block's difference, or what is left of it, into an array"""
+Fill = Callable[[Part, Term, Block, np.ndarray], None]
+"""writes what is left of a block's difference to the base into an array"""
 
 
-def l1(whole: Fill, left: Fill, kind: Kind, count: int, workers: Workers) -> float:
-    """|whole|_1 / |left|_1, or 1 where either is next to nothing.
+def l1(part: Part, base: Term, fill: Fill, kind: Kind, count: int, workers: Workers) -> float:
+    """|x - base|_1 over that of the part, or 1 where either is next to nothing.
 
-    Norms are fp64 sums of blocks of 65,536 elements, whose sums are added without rounding.
+    Norms are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without
+    rounding.
     """
 
     def work(start: int, stop: int) -> list[tuple[float, float]]:
-        return list(_sums(whole, left, kind, start, stop, workers))
+        return list(_sums(part, base, fill, kind, start, stop, workers))
 
     sums = list(chain.from_iterable(workers.over(work, count)))
-    before, after = (math.fsum(part[i] for part in sums) for i in range(2))
+    before, after = (exact_sum(one[i] for one in sums) for i in range(2))
     return before / after if before >= SHORTEST and after >= SHORTEST else 1.0
 
 
 def _sums(
-    whole: Fill, left: Fill, kind: Kind, start: int, stop: int, workers: Workers
+    part: Part, base: Term, fill: Fill, kind: Kind, start: int, stop: int, workers: Workers
 ) -> Iterator[tuple[float, float]]:
+    if fused.compiled("norms", kind) is not None:
+        for block in workers.blocks(start, stop, BLOCK * fused.WIDER):
+            for at in range(0, len(block), BLOCK):
+                yield fused.norms(part, base, kind, at, min(BLOCK, len(block) - at), block)
+        return
     for block in workers.blocks(start, stop, BLOCK):
+        one, size = block.array("rescaled", kind), block.array("size", np.float64)
         found = []
-        for fill in (whole, left):
-            one = block.array("rescaled", kind)
-            fill(block, one)
-            found.append(float(np.sum(np.abs(one, out=one), dtype=np.float64)))
+        for what in (Part(part.term), part):
+            fill(what, base, block, one)
+            np.copyto(size, one)
+            found.append(float(np.add.reduce(np.abs(size, out=size))))
         yield found[0], found[1]

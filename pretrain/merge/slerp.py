@@ -10,7 +10,7 @@ import numpy as np
 
 from pretrain.merge import fused
 from pretrain.merge.blocks import Workers
-from pretrain.merge.kernels import BLOCK
+from pretrain.merge.kernels import BLOCK, exact_sum
 from pretrain.merge.plan import Term
 
 COLINEAR = 0.9995
@@ -37,7 +37,7 @@ def _cosine(first: Term, second: Term, count: int, workers: Workers) -> float:
         return list(_sums(first, second, start, stop, workers))
 
     sums = list(chain.from_iterable(workers.over(work, count)))
-    aa, bb, ab = (math.fsum(part[i] for part in sums) for i in range(3))
+    aa, bb, ab = (exact_sum(part[i] for part in sums) for i in range(3))
     norms = [norm if (norm := math.sqrt(square)) > SHORTEST else 1.0 for square in (aa, bb)]
     return ab / norms[0] / norms[1]
 

@@ -10,6 +10,7 @@ import numpy as np
 from pretrain.merge import fused
 from pretrain.merge.blocks import Block, Workers, spans
 from pretrain.merge.kernels import BITS, Kind
+from pretrain.merge.parts import Cut
 from pretrain.merge.plan import Term
 
 HALF = 1 << 16
@@ -17,17 +18,6 @@ FEW = 1 << 14
 """bins of a span's histogram that are kept"""
 NAN = 0x7F800001
 """the key of every NaN: which payload comes out of a subtraction differs between processors"""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which entries of a difference stay: keys above `key`, and those equal to it before element `end`.
-
-    A key is the bits of the magnitude as float32; they sort as the numbers do, NaN last and all alike.
-    """
-
-    key: int
-    end: int
 
 
 def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut | None:
@@ -131,19 +121,16 @@ def _keys(difference: np.ndarray, block: Block) -> np.ndarray:
     return np.minimum(keys, np.uint32(NAN), out=keys)
 
 
-def trim(difference: np.ndarray, kept: Cut | None, block: Block) -> None:
-    """Set what is cut off to zero."""
-    if kept is None:
-        return
-    keys, stays = _keys(difference, block), block.array("stays", bool)
-    if block.stop <= kept.end:
-        np.greater_equal(keys, np.uint32(kept.key), out=stays)
-    else:
-        np.greater(keys, np.uint32(kept.key), out=stays)
-        if block.start < kept.end:
-            ends = kept.end - block.start
-            np.greater_equal(keys[:ends], np.uint32(kept.key), out=stays[:ends])
-    keep(difference, stays, block)
+def within(difference: np.ndarray, cut: Cut, block: Block) -> np.ndarray:
+    """Which entries of a block's difference are in the cut."""
+    keys, found = _keys(difference, block), block.array("within", bool)
+    if block.stop <= cut.end:
+        return np.greater_equal(keys, np.uint32(cut.key), out=found)
+    np.greater(keys, np.uint32(cut.key), out=found)
+    if block.start < cut.end:
+        ends = cut.end - block.start
+        np.greater_equal(keys[:ends], np.uint32(cut.key), out=found[:ends])
+    return found
 
 
 def keep(values: np.ndarray, stays: np.ndarray, block: Block) -> None:
