@@ -110,7 +110,7 @@ def _writing(out: Path) -> Iterator[Path]:
         message = f"{out}: cannot be written: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             message += "; make room and run it again"
-        if partial.exists():
+        if os.path.exists(partial):  # False, too, of a name that is too long
             message += f"; what is written so far is kept in {partial}"
         raise UserError(message) from error
 

@@ -84,6 +84,7 @@ def execute(
     in the record tell. `anew` discards what was begun from other inputs or for another plan.
     A folder may be in an object store: what was sent before a kill is computed again, but not sent again.
     """
+    folders = [_followed(str(folder)) for folder in folders]
     prints = [source.hashes() for source in opened.sources]
     keys = [plan.key(prints) for plan in plans]
     for out in folders:
@@ -136,6 +137,12 @@ def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) ->
         for file in source.files
     }
     return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
+
+
+def _followed(folder: str) -> str:
+    """Where a link to a folder leads: the folder that appears at the end cannot take the link's place."""
+    link = folder.rstrip("/")
+    return os.path.realpath(link) if not is_remote(folder) and os.path.islink(link) else folder
 
 
 def check_apart(folder: str, opened: Opened) -> None:

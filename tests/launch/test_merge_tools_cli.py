@@ -239,3 +239,28 @@ def test_verify_says_why_nothing_is_computed_again(models: Path) -> None:
         "nothing could be computed again from the inputs: no file of weights is as it was written"
         in result.output
     )
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("out", ["link", "link/"])
+def test_an_output_through_a_link_goes_where_it_leads(models: Path, there: bool, out: str) -> None:
+    Path("scratch").mkdir()
+    if there:
+        Path("scratch/m").mkdir()
+    Path("link").symlink_to("scratch/m")
+    for command in (("merge", "--beta", "0.3"), ("merge", "--beta", "0.3"), ("soup", "--uniform")):
+        words = (command[0], "./a", "./b", *command[1:], "--out", out if command[0] == "merge" else "link2")
+        if command[0] == "soup":
+            Path("link2").symlink_to("scratch/s")
+        result = dromos(*words)
+        assert result.exit_code == 0, result.output
+    assert Path("link").is_symlink()
+    assert Path("scratch/m/model.safetensors").is_file()
+    assert Path("scratch/s/soup.json").is_file()
+    assert dromos("verify", "link").exit_code == 0
+
+
+def test_a_name_that_is_too_long_is_one_message(models: Path) -> None:
+    refused = dromos("merge", "./a", "./b", "--beta", "0.3", "--out", "x" * 300)
+    assert refused.exit_code == 2
+    assert "cannot be written: File name too long" in refused.output
