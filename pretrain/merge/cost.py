@@ -15,7 +15,8 @@ RATE = 1e9
 """bytes a second, read, combined and written, that an estimate takes for granted"""
 START = 32e6
 """bytes of the command with numpy before it merges, as measured"""
-WORK = {"slerp": 2, "ties": 3}
+SPANNED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+WORK = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 5, "breadcrumbs_ties": 5}
 """how often a method goes over what it reads, where that is more than once"""
 
 

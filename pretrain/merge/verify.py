@@ -117,7 +117,7 @@ def _check_all(
                 sound[name] = file
         if len(sound) == len(record["output"]):
             report.add("good", f"{len(held)} tensors in {len(sound)} files are as they were written")
-        _check_finite(report, {job.name: job for _, job in jobs})
+        _check_finite(report, {job.name: job for _, job in jobs}, record.get("overflow") or {})
         _check_places(report, folder, record, jobs, held, places)
         _check_beside(report, folder, record)
         _check_config(report, folder, held)
@@ -190,10 +190,12 @@ def _look_at(file: SafetensorsFile, tensor: str, workers: Workers) -> tuple[str,
     )
 
 
-def _check_finite(report: Report, jobs: Mapping[str, TensorJob]) -> None:
+def _check_finite(report: Report, jobs: Mapping[str, TensorJob], overflow: Mapping[str, int]) -> None:
     for name, (nan, inf) in report.not_finite.items():
         copied = name in jobs and jobs[name].copy
         text = f"{name}: {nan:,} NaN, {inf:,} infinite" + (", copied from its input" if copied else "")
+        if name in overflow and name in jobs:
+            text += f"; the merge made {overflow[name]:,} of them, too large for {jobs[name].dtype}"
         report.add("note" if copied else "wrong", text)
     if not report.not_finite:
         report.add("good", "no NaN, nothing infinite")
