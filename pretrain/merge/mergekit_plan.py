@@ -21,8 +21,9 @@ from pretrain.merge.rules import split_layer
 from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned
 
-FIRST = ("embed", "wte", "wpe")
-"""parts of the names of tensors that stand before the layers; the others outside layers stand after them"""
+FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
+"""parts of the names of tensors that stand before the layers; the others outside layers, and GPT-NeoX's head, stand
+after them"""
 
 
 def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> Opened:
@@ -114,7 +115,7 @@ def _outside(name: str, part: Slice) -> Want:
 
 
 def _is_first(name: str) -> bool:
-    return any(word in name for word in FIRST)
+    return any(word in name for word in FIRST) and LAST not in name
 
 
 def _plain_names(part: Slice, sources: Sequence[WeightSource], index: dict[str, int]) -> list[str]:

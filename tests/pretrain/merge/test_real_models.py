@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pretrain.merge import merge, open_weights
+from pretrain.merge.spec import load_spec, prepare_spec
+from pretrain.merge.tool import execute
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -118,6 +121,41 @@ def test_transformers(kind: str, tmp_path: Path) -> None:
     assert wanted.isfinite().all()
     assert not torch.equal(wanted, said(b, what))
     assert torch.equal(said(loaded, what), wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2, tied", "gemma 3", "mixtral", "gpt-neox", "gpt2", "mamba"])
+def test_layers_of_two_models_stacked_by_a_mergekit_file(kind: str, tmp_path: Path) -> None:
+    """Loads unaided with more layers than either has, and says what the same layers in one model say."""
+    transformers = pytest.importorskip("transformers")
+    model_name, config_name, sizes, what = MODELS[kind]
+    model_class, config = getattr(transformers, model_name), getattr(transformers, config_name)
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made.append(moved(model_class(config(**sizes)), seed))
+        made[-1].save_pretrained(tmp_path / str(seed))
+    count = made[0].config.num_hidden_layers
+    slices = [
+        {"sources": [{"model": str(tmp_path / "0"), "layer_range": [0, count]}]},
+        {"sources": [{"model": str(tmp_path / "1"), "layer_range": [count - 1, count]}]},
+    ]
+    (tmp_path / "x.yml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    plan, opened = prepare_spec(load_spec(tmp_path / "x.yml"))
+    execute([plan], opened, [tmp_path / "out"])
+    loaded, how = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(how.values()), how
+    a, b = (model.state_dict() for model in made)
+    state = loaded.state_dict()
+    last = [name for name in state if f".{count}." in name]
+    assert last
+    for name in state:
+        source = b if name in last or name not in a else a
+        theirs = name.replace(f".{count}.", f".{count - 1}.") if name in last else name
+        outside = not any(f".{number}." in name for number in range(count + 1))
+        if outside and "embed" not in name and "wte" not in name and "wpe" not in name:
+            source = a if loaded.config.tie_word_embeddings and name == "lm_head.weight" else b
+        assert torch.equal(state[name], source[theirs]), name
+    assert said(loaded, what).isfinite().all()
 
 
 def test_what_stands_beside_a_model_that_sees_and_speaks(tmp_path: Path) -> None:
