@@ -10,7 +10,12 @@ PROTOCOL = "{} is the checkpoint folder; no shell runs; what it prints last is a
 Metric = Annotated[
     str | None, typer.Option("--metric", metavar="NAME", help="The figure that decides; default: the first.")
 ]
-Lower = Annotated[bool, typer.Option("--lower-is-better", help="Less is better; default: more.")]
+Lower = Annotated[
+    bool | None,
+    typer.Option(
+        "--lower-is-better/--more-is-better", help="Default: more, or as it was before for that metric."
+    ),
+]
 Timeout = Annotated[
     float | None,
     typer.Option("--timeout", metavar="SECONDS", help="Stop the command after so long; default: never."),

@@ -26,7 +26,7 @@ def soup(
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="The mean of all; needs no score.")] = False,
     metric: score_flags.Metric = None,
-    lower_is_better: score_flags.Lower = False,
+    lower_is_better: score_flags.Lower = None,
     timeout: score_flags.Timeout = None,
     only: flags.Only = None,
     exclude: flags.Exclude = None,

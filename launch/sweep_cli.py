@@ -31,7 +31,7 @@ def sweep(
         typer.Option("--keep/--no-keep", help="Keep the outputs, or have one at a time, until it is scored."),
     ] = True,
     metric: score_flags.Metric = None,
-    lower_is_better: score_flags.Lower = False,
+    lower_is_better: score_flags.Lower = None,
     timeout: score_flags.Timeout = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="linear or slerp.")] = "linear",
     only: flags.Only = None,

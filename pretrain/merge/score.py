@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 
+SHELL = ("|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1", "&>")
 PLACE = "{}"
 SCORE = "score"
 TAIL = 1 << 20  # bytes of the output in which its last line is looked for
@@ -60,6 +61,10 @@ def parse_command(
         raise UserError(f"{flag} {text}: {error}") from None
     if not any(PLACE in word for word in words):
         raise UserError(f"{flag} {text!r}: write {PLACE} where the checkpoint folder belongs")
+    if signs := [word for word in words if word in SHELL]:
+        raise UserError(
+            f"{flag} {text!r}: no shell runs that knows {signs[0]}; write sh -c '... {PLACE} ...'"
+        )
     if shutil.which(words[0]) is None:
         raise UserError(
             f"{flag}: {words[0]}: no such program (no shell runs: write its path, or sh -c '...')"
@@ -129,11 +134,11 @@ def direction_note(metric: str | None, lower: bool) -> str | None:
     return f"more {metric} is taken for better; --lower-is-better says otherwise"
 
 
-def telling(told: Callable[[str], None] | None, lower: bool) -> Callable[[str, str | None], None]:
+def telling(told: Callable[[str], None] | None) -> Callable[[str, str | None, bool], None]:
     """Tells a score; after the first one, while others can be spared, also what direction_note says of its metric."""
     pending = told is not None
 
-    def tell(line: str, metric: str | None) -> None:
+    def tell(line: str, metric: str | None, lower: bool) -> None:
         nonlocal pending
         if told is None:
             return

@@ -126,7 +126,7 @@ def run_sweep(
     *,
     keep: bool = True,
     metric: str | None = None,
-    lower: bool = False,
+    lower: bool | None = None,
     chunk: int = BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -144,7 +144,7 @@ def run_sweep(
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
     keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
     check_apart(str(out), opened)
-    tell = telling(told, lower)
+    tell = telling(told)
     with Workplace(str(out), "\n".join(keys)) as place:
         sweep = _resumed(plans, keys, betas, place, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]
@@ -166,7 +166,7 @@ def run_sweep(
                 one.figures = place.score(command, trial, trial.name)
                 sweep.metric = metric_of(one.figures, metric or sweep.metric)
                 _save(sweep, place)
-                tell(_said(sweep, one), sweep.metric)
+                tell(_said(sweep, one), sweep.metric, sweep.lower)
             if passing:
                 discard(trial)
         if command is not None:
@@ -181,12 +181,12 @@ def _resumed(
     place: Workplace,
     command: Command | None,
     metric: str | None,
-    lower: bool,
+    lower: bool | None,
 ) -> Sweep:
     """The sweep as sweep.json knows it, with a place for every beta."""
     words = command.words if command is not None else ()
     a, b = plans[0].addresses[:2]
-    sweep = Sweep(a, b, words, metric, lower)
+    sweep = Sweep(a, b, words, metric, bool(lower))
     earlier = _read(place)
     if not any(one.figures for one in earlier.betas):
         earlier.command = ()  # nothing hangs on a command that never gave a figure
@@ -197,8 +197,8 @@ def _resumed(
         )
     if not words:
         sweep.command, sweep.metric, sweep.lower = earlier.command, earlier.metric, earlier.lower
-    elif metric is None:
-        sweep.metric = earlier.metric
+    elif metric in (None, earlier.metric):
+        sweep.metric, sweep.lower = earlier.metric, earlier.lower if lower is None else lower
     known = {one.beta: one for one in earlier.betas}
     for key, beta in zip(keys, betas, strict=True):
         one = known.setdefault(beta, Scored(beta, None, key))

@@ -106,7 +106,7 @@ def cook(
     *,
     uniform: bool = False,
     metric: str | None = None,
-    lower: bool = False,
+    lower: bool | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
@@ -125,7 +125,7 @@ def cook(
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
     check_apart(str(out), opened)
-    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told, lower)
+    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
     kitchen.check_place()
     with kitchen.place:
         soup = kitchen.resume(uniform, metric, lower)
@@ -151,10 +151,9 @@ class _Kitchen:
         threads: int | None,
         progress: Progress | None,
         told: Callable[[str], None] | None,
-        lower: bool,
     ) -> None:
         self.opened, self.out, self.command = opened, out.rstrip("/"), command
-        self._threads, self._progress, self._tell = threads, progress, telling(told, lower)
+        self._threads, self._progress, self._tell = threads, progress, telling(told)
         self._planner = Planner(opened.sources, request, opened.named)
         self._prints = [source.hashes() for source in opened.sources]
         key = self.key(range(opened.inputs))
@@ -183,20 +182,20 @@ class _Kitchen:
             if (content := place.read(RESULTS)) is not None:
                 yield join(place.url, RESULTS), content
 
-    def resume(self, uniform: bool, metric: str | None, lower: bool) -> Soup:
+    def resume(self, uniform: bool, metric: str | None, lower: bool | None) -> Soup:
         """The search as soup.json knows it."""
         words = self.command.words if self.command is not None else ()
         inputs = tuple(source.address for source in self.opened.sources[: self.opened.inputs])
-        soup = Soup(inputs, words, metric, lower, uniform)
+        soup = Soup(inputs, words, metric, bool(lower), uniform)
         for url, content in self._known():
-            self._take(soup, url, content, metric)
+            self._take(soup, url, content, metric, lower)
             break
         return soup
 
-    def _take(self, soup: Soup, url: str, raw: bytes, metric: str | None) -> None:
+    def _take(self, soup: Soup, url: str, raw: bytes, metric: str | None, lower: bool | None) -> None:
         try:
             content = json.loads(raw)
-            words, known = tuple(content["command"]), content["metric"]
+            words, known, less = tuple(content["command"]), content["metric"], content["lower_is_better"]
             trials = [Trial(tuple(t["of"]), t["plan"], t["figures"]) for t in content["trials"]]
         except (LookupError, TypeError, ValueError):
             raise UserError(
@@ -210,6 +209,8 @@ class _Kitchen:
             if max(trial.of) >= self.opened.inputs or trial.plan != self.key(trial.of):
                 raise UserError(f"{url}: of other models or options; choose another --out, or remove it")
         soup.trials, soup.metric = trials, metric or known
+        if lower is None and metric in (None, known):
+            soup.lower = bool(less)
 
     def search(self, soup: Soup) -> tuple[int, ...]:
         """The greedy recipe."""
@@ -248,7 +249,7 @@ class _Kitchen:
             self.save(soup)
             discard(trial)
             listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
-            self._tell(f"{_marks(of)}: {listed}", soup.metric)
+            self._tell(f"{_marks(of)}: {listed}", soup.metric, soup.lower)
         metric_of(found.figures, soup.metric)
         return found
 

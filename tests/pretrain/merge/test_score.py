@@ -104,6 +104,8 @@ def _runs(pid: int) -> bool:
         ("", None, "write {}"),
         ("eval 'x {}", None, "No closing quotation"),
         ("no-such-program-here {}", None, "no such program"),
+        ("cat {} | tail -1", None, r"no shell runs that knows \|; write sh -c"),
+        ("cat {} 2>&1", None, "no shell runs that knows 2>&1"),
         ("cat {}", 0.0, "above 0"),
         ("cat {}", float("nan"), "above 0"),
     ],

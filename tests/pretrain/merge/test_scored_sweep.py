@@ -217,11 +217,18 @@ def test_the_picture_stands_for_the_figures(values: dict[float, float | None]) -
 
 
 def test_what_is_better_than_the_line_is_one_shape_and_a_parent_that_wins_is_said() -> None:
-    above, twice = (
-        {0.0: 1.0, 0.25: 3.0, 0.5: 4.0, 1.0: 2.0},
-        {0.0: 1.0, 0.2: 3.0, 0.5: 1.0, 0.8: 3.0, 1.0: 1.5},
-    )
+    above: dict[float, float | None] = {0.0: 1.0, 0.25: 3.0, 0.5: 4.0, 1.0: 2.0}
+    twice: dict[float, float | None] = {0.0: 1.0, 0.2: 3.0, 0.5: 1.0, 0.8: 3.0, 1.0: 1.5}
     assert picture(scored(above)).count('fill="#e7f0fa"') == 1
     assert "+2 against the better parent" in picture(scored(above))
     assert picture(scored(twice)).count('fill="#e7f0fa"') == 2
     assert "no mix is better than the better parent" in picture(scored({0.0: 1.0, 0.5: 1.5, 1.0: 2.0}))
+
+
+def test_which_way_is_better_is_remembered_with_the_metric(pair: tuple[str, str]) -> None:
+    body = "print(json.dumps({'top1': 1, 'loss': x}))"
+    first = run(pair, "0:1:0.5", body, metric="loss", lower=True)
+    assert run(pair, "0:1:0.25", body).best == first.best
+    assert run(pair, "0:1:0.25", body, metric="loss").lower
+    assert not run(pair, "0:1:0.25", body, metric="top1").lower
+    assert not run(pair, "0:1:0.25", body, metric="loss", lower=False).lower

@@ -177,6 +177,15 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
         run(inputs)
 
 
+def test_which_way_is_better_is_remembered_with_the_metric(inputs: list[str]) -> None:
+    body = "print(json.dumps({'far': abs(x - 1.1), 'x': x}))"
+    first = run(inputs, body, metric="far", lower=True)
+    assert run(inputs, body) == first
+    assert run(inputs, body, metric="far") == first
+    with pytest.raises(UserError, match="another merge"):
+        run(inputs, body, metric="far", lower=False)
+
+
 def test_without_a_finite_score_nothing_is_the_best(inputs: list[str]) -> None:
     with pytest.raises(UserError, match="of no model is score a finite number"):
         run(inputs[:2], "print('nan')")
