@@ -14,9 +14,9 @@ from data_pipeline import object_store
 from data_pipeline.errors import UserError
 from data_pipeline.storage import is_remote, local_path, read_descriptor
 
-LARGEST_BLOCK, SMALLEST_BLOCK = 16 << 20, 1 << 20
-BUDGET = 128 << 20
-"""Bytes that the blocks of one source take, however many files it has (with 1 MiB blocks: from 43 files on, more)."""
+LARGEST_BLOCK, SMALLEST_BLOCK = 8 << 20, 1 << 20
+BUDGET = 64 << 20
+"""Bytes that the blocks of one source take, however many files it has (with 1 MiB blocks: from 22 files on, more)."""
 FETCHES = 4  # blocks of one source that are asked for at once
 
 

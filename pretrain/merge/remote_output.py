@@ -22,7 +22,7 @@ from pretrain.merge.plan import Plan, TensorJob
 from pretrain.merge.writer import Key
 
 PART, SMALLEST_PART, MOST_PARTS = 16 << 20, 5 << 20, 10_000
-IN_MEMORY = 64 << 20
+IN_MEMORY = 32 << 20
 """Bytes of the parts that are filled at once, over all outputs; S3 takes none below 5 MiB."""
 
 SENDERS = 4  # parts that are sent at once, over all outputs; of each output at least one

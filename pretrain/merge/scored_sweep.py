@@ -155,6 +155,7 @@ def run_sweep(
             sweep.records = dict(zip(betas, made, strict=True))
             for one, name in zip(wanted, names, strict=True):
                 one.folder = name
+        if keep or place.remote:  # a store that may not be written is found before hours of scoring
             _save(sweep, place)
         for plan, one, name in zip(plans, wanted, names, strict=True):
             passing = place.remote or one.folder is None

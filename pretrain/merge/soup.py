@@ -125,10 +125,14 @@ def cook(
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
     check_apart(str(out), opened)
+    if is_remote(str(out)) and "/" not in str(out).rstrip("/").partition("://")[2]:
+        raise UserError(f"--out {out}: name a folder in the bucket")
     kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
     kitchen.check_place()
     with kitchen.place:
         soup = kitchen.resume(uniform, metric, lower)
+        if kitchen.place.remote:  # one that may not be written is found before hours of scoring
+            kitchen.save(soup)
         soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)
         if uniform and command is not None:
             kitchen.score(soup, soup.chosen)

@@ -60,7 +60,14 @@ class Workplace:
             return None
 
     def publish(self, name: str, content: str) -> None:
-        publish(join(self.url, name), content.encode())
+        try:
+            publish(join(self.url, name), content.encode())
+        except FileNotFoundError as error:
+            if not self.remote:
+                raise
+            raise UserError(
+                f"{self.url}: cannot be written: {error}; make the bucket, or correct its name"
+            ) from error
 
     def remove(self) -> None:
         """All of it, results and logs too."""

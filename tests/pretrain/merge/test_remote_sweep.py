@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from launch.cli import app
 from pretrain.merge import open_weights, remote_output, scored_sweep, sweep, workplace
 from pretrain.merge.prepare import prepare
 from pretrain.merge.request import request
@@ -293,3 +295,29 @@ def test_diff_and_interpolation_of_what_a_sweep_left(pair: tuple[str, str], stor
     made = sweep(*pair, [0.5], f"{store}/s")
     local = sweep(*pair, [0.5], "s")
     assert open_weights(made[0.5]).array("w").tobytes() == open_weights(local[0.5]).array("w").tobytes()
+
+
+def test_the_commands(three: list[str], store: str) -> None:
+    swept = CliRunner().invoke(app, ["sweep", *three[:2], "--betas", "0,1", "--out", f"{store}/s"])
+    assert swept.exit_code == 0, swept.output
+    assert f"beta 1: {store}/s/beta-1.00" in swept.stdout
+    scored = ["--score-cmd", scorer(Path(), PEAK), "--out", f"{store}/soup"]
+    cooked = CliRunner().invoke(app, ["soup", *three, *scored])
+    assert cooked.exit_code == 0, cooked.output
+    assert f"written: {store}/soup" in cooked.stdout
+    assert "done before" in CliRunner().invoke(app, ["soup", *three, *scored]).stdout
+    typo = CliRunner().invoke(app, ["soup", *three, "--uniform", "--out", store.replace("//", "/")])
+    assert typo.exit_code == 2
+    assert "write s3://BUCKET/FOLDER" in typo.output
+    bare = CliRunner().invoke(app, ["soup", *three, "--uniform", "--out", "s3://bucket"])
+    assert "name a folder in the bucket" in bare.output
+    before = len(calls(Path()))
+    to = ["--out", "s3://nowhere-at-all/s"]
+    for words in (["sweep", *three[:2]], ["sweep", *three[:2], "--no-keep", "--eval-cmd", scored[1]]):
+        missing = CliRunner().invoke(app, [*words, *to])
+        assert missing.exit_code == 2
+        assert "make the bucket, or correct its name" in missing.output.replace("\n", " ")
+    missing = CliRunner().invoke(app, ["soup", *three, *scored[:2], *to])
+    assert missing.exit_code == 2
+    assert "make the bucket, or correct its name" in missing.output
+    assert len(calls(Path())) == before
