@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 from pretrain.merge import ties
 from pretrain.merge.blocks import Workers
@@ -11,21 +11,25 @@ from pretrain.merge.parts import NOTHING, Cut
 from pretrain.merge.plan import Term
 
 
-def band(
-    term: Term, base: Term, gamma: float, kind: Kind, count: int, workers: Workers
-) -> tuple[Cut | None, Cut | None]:
-    """What stays of x - base, and what of that goes as too large (None: all, and nothing): int(density * count) entries
-    below the int(gamma * count) largest, of equal ones the first. As in mergekit, fewer of the largest go where the
-    density asks for more than is left."""
-    if term.density >= 1:
-        return None, None
-    stay, top = int(term.density * count), int(gamma * count)
-    if stay <= 0:
-        return NOTHING, None
-    outer = min(count, stay + top)
-
-    def largest(wanted: int) -> Cut | None:
-        exact = replace(term, density=(wanted + 0.5) / count)  # int() of its product is `wanted`
-        return ties.cut(exact, base, kind, count, workers)
-
-    return largest(outer) if outer < count else None, largest(outer - stay) if outer > stay else None
+def bands(
+    terms: Sequence[Term], base: Term, gamma: float, kind: Kind, count: int, workers: Workers
+) -> list[tuple[Cut | None, Cut | None]]:
+    """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing): there are left
+    int(density * count) entries below the int(gamma * count) largest, of equal ones the first. As in mergekit, fewer of
+    the largest go where the density asks for more than is left."""
+    sizes = []
+    for term in terms:
+        stay = int(term.density * count) if term.density < 1 else count
+        outer = min(count, stay + int(gamma * count)) if stay else 0
+        sizes.append((stay, outer))
+    asked = [
+        (term, size)
+        for term, (stay, outer) in zip(terms, sizes, strict=True)
+        for size in (outer, outer - stay)
+    ]
+    needed = [one for one in asked if one[1] > 0]
+    found = dict(zip(needed, ties.cuts(needed, base, kind, count, workers), strict=True))
+    return [
+        (found.get((term, outer)), found.get((term, outer - stay))) if stay else (NOTHING, None)
+        for term, (stay, outer) in zip(terms, sizes, strict=True)
+    ]

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, slerp, ties
+from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, sce, slerp, ties
 from pretrain.merge.blocks import Block, Workers
 from pretrain.merge.fused import Election, Pass
 from pretrain.merge.kernels import FLOATS, Kind, accumulator, narrow
@@ -118,6 +118,7 @@ METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
     "breadcrumbs": _task_arithmetic,
     "breadcrumbs_ties": _consensus,
     **dict.fromkeys(("nuslerp", "multislerp", "karcher", "model_stock"), _spanned),
+    "sce": lambda job, kind, workers: Compute(sce.prepare(job, kind, workers), None),
 }
 
 
@@ -149,22 +150,27 @@ def _fill(part: Part, base: Term, block: Block, out: np.ndarray) -> None:
 
 def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[Part]:
     """What DARE chooses, TIES and Breadcrumbs cut of each difference; one look serves all plans of a sweep."""
-    return [_part(job, term, kind, workers) for term in job.terms]
-
-
-def _part(job: TensorJob, term: Term, kind: Kind, workers: Workers) -> Part:
-    base, count = _base(job), elements(job.shape)
-    look = replace(term, weight=0.0), base
-    if job.method.startswith("dare") and term.density < 1:
-        return Part(term, key=dare.key_of(int(job.option("seed", 0)), job.name, term.source))
+    base, count, terms = _base(job), elements(job.shape), job.terms
+    look = tuple(replace(term, weight=0.0) for term in terms), base
+    if job.method.startswith("dare"):
+        return [Part(term, key=_key(job, term)) for term in terms]
     if job.method == "ties":
-        return Part(term, cut=workers.once(look, partial(ties.cut, term, base, kind, count, workers)))
+        asked = [(term, max(1, int(term.density * count))) for term in terms]  # at least one, as in mergekit
+        cuts = workers.once(look, partial(ties.cuts, asked, base, kind, count, workers))
+        return [Part(term, cut=cut) for term, cut in zip(terms, cuts, strict=True)]
     if job.method.startswith("breadcrumbs"):
         gamma = float(job.option("gamma", 0.01))
-        find = partial(breadcrumbs.band, term, base, gamma, kind, count, workers)
-        cut, top = workers.once((*look, gamma), find)
-        return Part(term, cut=cut, top=top)
-    return Part(term)
+        find = partial(breadcrumbs.bands, terms, base, gamma, kind, count, workers)
+        bands = workers.once((*look, gamma), find)
+        return [Part(term, cut=cut, top=top) for term, (cut, top) in zip(terms, bands, strict=True)]
+    return [Part(term) for term in terms]
+
+
+def _key(job: TensorJob, term: Term) -> bytes | None:
+    """Of what DARE drops of a term; None where it drops nothing."""
+    if term.density >= 1:
+        return None
+    return dare.key_of(int(job.option("seed", 0)), job.name, term.source)
 
 
 def _rescaled(job: TensorJob, part: Part, kind: Kind, workers: Workers) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -18,35 +19,66 @@ FEW = 1 << 14
 """bins of a span's histogram that are kept"""
 NAN = 0x7F800001
 """the key of every NaN: which payload comes out of a subtraction differs between processors"""
+Filled = tuple[np.ndarray, np.ndarray]
+"""bins of a histogram that are not empty, and their entries"""
 
 
-def cut(term: Term, base: Term, kind: Kind, count: int, workers: Workers) -> Cut | None:
-    """The cut that leaves exactly int(density * count) entries of x - base, of equal ones the first; None for all.
+def cuts(
+    asked: Sequence[tuple[Term, int]], base: Term, kind: Kind, count: int, workers: Workers
+) -> list[Cut | None]:
+    """For every term and number of entries the cut in which exactly so many of x - base are, of equal ones the first;
+    None for all of them.
 
-    At least one entry stays, as in mergekit.
-
-    Two passes over both tensors: a histogram of the keys' upper halves, and one of the lower halves within the bin
+    Two passes over the tensors: a histogram of the keys' upper halves, and one of the lower halves within the bin
     where the cut falls, which is kept span by span as far as it has few bins; then a look at the span where it ends.
     """
-    wanted = max(1, int(term.density * count))
-    if wanted >= count:
-        return None
-    look = Look(term, base, kind, workers)
-    upper = np.zeros(HALF, np.int64)
-    for found in workers.over(lambda start, stop: look.histogram(start, stop, -1), count):
-        upper += found
-    high, wanted = _bin(upper, wanted)
-    lower, parts = np.zeros(HALF, np.int64), []
-    for values, found in workers.over(lambda start, stop: look.filled(start, stop, high), count):
-        lower[values] += found
-        parts.append((values, found) if len(values) <= FEW else None)
-    low, wanted = _bin(lower, wanted)
-    key = high * HALF + low
-    for (start, stop), part in zip(spans(count), parts, strict=True):
+    tiles = list(spans(count))
+    looks = {
+        number: Look(term, base, kind, workers)
+        for number, (term, wanted) in enumerate(asked)
+        if wanted < count
+    }
+    tensors = {(look.term.source, look.term.name): look for look in looks.values()}
+
+    upper = {tensor: np.zeros(HALF, np.int64) for tensor in tensors}
+    work = product(tiles, tensors)
+    for tensor, found in workers.each(lambda one: (one[1], tensors[one[1]].histogram(*one[0], -1)), work):
+        upper[tensor] += found
+    bins = {
+        number: _bin(upper[look.term.source, look.term.name], asked[number][1])
+        for number, look in looks.items()
+    }
+
+    lower = {number: np.zeros(HALF, np.int64) for number in looks}
+    parts: dict[int, list[Filled | None]] = {number: [] for number in looks}
+    halves = product(tiles, looks)
+    for number, filled in workers.each(
+        lambda one: (one[1], looks[one[1]].filled(*one[0], bins[one[1]][0])), halves
+    ):
+        lower[number][filled[0]] += filled[1]
+        parts[number].append(filled if len(filled[0]) <= FEW else None)
+
+    made: list[Cut | None] = [None] * len(asked)
+    for number, look in looks.items():
+        high, wanted = bins[number]
+        low, wanted = _bin(lower[number], wanted)
+        made[number] = _end(look, tiles, parts[number], high * HALF + low, wanted)
+    return made
+
+
+def _end(
+    look: Look,
+    tiles: Sequence[tuple[int, int]],
+    parts: Sequence[Filled | None],
+    key: int,
+    wanted: int,
+) -> Cut:
+    """The cut at the `wanted`-th entry that equals `key`; parts: the lower histograms of spans, where they were kept."""
+    for (start, stop), part in zip(tiles, parts, strict=True):
         if part is None:
             equal = look.place(start, stop, key, HALF * HALF)[1]
         else:
-            equal = int(part[1][part[0] == low].sum())
+            equal = int(part[1][part[0] == key % HALF].sum())
         if wanted <= equal:
             return Cut(key, look.place(start, stop, key, wanted)[0])
         wanted -= equal
@@ -74,7 +106,7 @@ class Look:
             found += np.bincount(halves.astype(np.intp), minlength=HALF).astype(np.uint32)
         return found
 
-    def filled(self, start: int, stop: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    def filled(self, start: int, stop: int, high: int) -> Filled:
         """The bins of such a histogram that are not empty, and their entries."""
         found = self.histogram(start, stop, high)
         values = np.flatnonzero(found).astype(np.uint16)
