@@ -14,9 +14,9 @@ from pretrain.merge.plan import Term
 def bands(
     terms: Sequence[Term], base: Term, gamma: float, kind: Kind, count: int, workers: Workers
 ) -> list[tuple[Cut | None, Cut | None]]:
-    """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing): there are left
-    int(density * count) entries below the int(gamma * count) largest, of equal ones the first. As in mergekit, fewer of
-    the largest go where the density asks for more than is left."""
+    """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing), so that
+    int(density * count) entries are left below the int(gamma * count) largest, of equal ones the first. As in
+    mergekit, fewer of the largest go where the density asks for more than is left."""
     sizes = []
     for term in terms:
         stay = int(term.density * count) if term.density < 1 else count

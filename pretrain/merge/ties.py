@@ -73,7 +73,7 @@ def _end(
     key: int,
     wanted: int,
 ) -> Cut:
-    """The cut at the `wanted`-th entry that equals `key`; parts: the lower histograms of spans, where they were kept."""
+    """The cut at the `wanted`-th entry that equals `key`; parts: lower histograms by span, None where not kept."""
     for (start, stop), part in zip(tiles, parts, strict=True):
         if part is None:
             equal = look.place(start, stop, key, HALF * HALF)[1]
