@@ -264,6 +264,8 @@ def models(
     rng: random.Random, dtypes: Sequence[str], element: Callable[[random.Random, str], int]
 ) -> list[Model]:
     lengths = {f"layers.{i}.w": rng.choice((1, 2, 3, 7, 8, 9, 17, 40)) for i in range(5)}
+    if rng.random() < 0.2:
+        lengths["long.w"] = rng.choice((511, 513, 1031))  # beyond what is computed at once
     return [
         {name: [element(rng, dtype) for _ in range(n)] for name, n in lengths.items()} for dtype in dtypes
     ]
