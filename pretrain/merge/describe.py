@@ -21,6 +21,7 @@ THETA = {
     "nuslerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.gram",
     "multislerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.gram",
     "karcher": "sum of factor x input, as in pretrain.merge.gram (arXiv 2603.04972)",
+    "sce": "base + elected mean of selected (input - base), by their mean squares (arXiv 2408.07990)",
     "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
 }
 ROUNDING = "each product rounded, added in this order, rounded once to the output type"

@@ -96,12 +96,12 @@ class Maker:
             return Blend(
                 "linear", tuple(replace(t, weight=w) for (_, t), w in zip(inputs, weights, strict=True))
             )
-        if method in SPANNED:
+        if method in (*SPANNED, "sce"):
             return self._spanned(want, inputs, base)
         return self._differences(want, inputs, base)
 
     def _spanned(self, want: Want, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
-        """Methods whose factors come from norms and angles."""
+        """Methods that weigh the models themselves."""
         method: Method = self._file.method  # type: ignore[assignment]
         if method == "karcher":
             steps, tol = self._shared("max_iter", want, 10), self._shared("tol", want, 1e-5)
@@ -111,6 +111,9 @@ class Maker:
                 options=(("max_iter", int(steps or 0)), ("tol", tol or 0.0)),
             )
         others = [(one, term) for one, term in inputs if term is not base]
+        if method == "sce":
+            share = self._shared("select_topk", want, 1.0)
+            return Blend(method, tuple(term for _, term in others), base, (("select_topk", share or 0.0),))
         if method == "model_stock":
             self._refuse("filter_wise", want, False)
             return Blend(method, tuple(term for _, term in others), base)

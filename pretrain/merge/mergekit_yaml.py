@@ -18,7 +18,7 @@ from pretrain.merge.request import check_dtype
 Settings = Mapping[str, Any]
 BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties")
 SPANNED = ("nuslerp", "multislerp", "karcher", "model_stock")
-METHODS = ("linear", "slerp", *BASED, *SPANNED, "passthrough")
+METHODS = ("linear", "slerp", *BASED, *SPANNED, "sce", "passthrough")
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("weight", "normalize"),
     "slerp": ("t",),
@@ -31,6 +31,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "multislerp": ("weight", "normalize_weights", "eps"),
     "karcher": ("max_iter", "tol"),
     "model_stock": ("filter_wise",),
+    "sce": ("select_topk", "int8_mask"),
 }
 """method -> parameters that have a meaning there; others are noted and have none"""
 TOP = (
@@ -221,7 +222,7 @@ def _check_slice(where: str, part: Slice, method: str) -> None:
     models = [one.model for one in part.inputs]
     if len(set(models)) != len(models):
         raise UserError(f"{where}: a model stands twice among the inputs of one slice")
-    if method in (*BASED, "slerp", "model_stock"):
+    if method in (*BASED, "slerp", "model_stock", "sce"):
         if part.base is None:
             raise UserError(f"{where}: {method} needs base_model")
         if part.base not in models:

@@ -14,7 +14,7 @@ from pretrain.merge.safetensors_io import DTYPES, elements
 
 Method = Literal[
     "copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-    "nuslerp", "multislerp", "karcher", "model_stock",
+    "nuslerp", "multislerp", "karcher", "model_stock", "sce",
 ]  # fmt: skip
 # The others are for mergekit's files.
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")

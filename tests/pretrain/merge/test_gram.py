@@ -159,3 +159,37 @@ def test_breadcrumbs_are_the_middle_entries(dtype: str, density: float, gamma: f
         np.testing.assert_allclose(
             got, base + 0.8 * elected, rtol=1e-6 if dtype == "BF16" else 1e-13, atol=1e-6
         )
+
+
+def sce(base: np.ndarray, vectors: list[np.ndarray], share: float, kind: type) -> np.ndarray:
+    """Select, calculate, erase, entry by entry as arXiv 2408.07990 and mergekit put it."""
+    offsets = np.stack([vector.astype(kind) - base.astype(kind) for vector in vectors])
+    variance = np.var(offsets, axis=0).astype(np.float32)
+    stay = int(np.count_nonzero(variance) * share)
+    selected = np.zeros(len(base), bool)
+    selected[np.argsort(-variance, kind="stable")[:stay]] = True
+    if share >= 1:
+        selected[:] = True
+    left = (offsets * selected).astype(np.float64)
+    weights = np.mean(left**2, axis=1)
+    weights = weights / weights.sum() if weights.sum() >= 1e-6 else np.full(len(vectors), 1 / len(vectors))
+    sign = np.where(left.sum(axis=0) >= 0, 1, -1)
+    share_of = weights[:, None] * (np.sign(left) == sign)
+    return base + (left * share_of).sum(axis=0) / np.maximum(share_of.sum(axis=0), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("share", "scale"), [(1.0, 1.0), (0.4, 1.0), (0.9, 1e-4), (0.0, 1.0), (1e-6, 1.0)])
+def test_sce_selects_weighs_and_erases(dtype: str, share: float, scale: float) -> None:
+    arrays = [BASE, *(BASE + (vector - BASE) * np.float32(scale) for vector in VECTORS)]
+    stored = arrays
+    if dtype == "BF16":  # with many equal variances: of equal ones the first
+        stored = [bf16_bits(array) for array in arrays]
+        arrays = [(one.astype(np.uint32) << 16).view(np.float32) for one in stored]
+    kind = np.float32 if dtype == "BF16" else np.float64
+    wanted = sce(*wide(arrays[0]), wide(*arrays[1:]), share, kind)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "BF16" else {"rtol": 1e-12, "atol": 1e-12}
+    for block, threads in ((1 << 16, 2), (999, 3)):
+        got = run("sce", stored[1:], [dtype] * 3, [1.0] * 3, "F64", base=(stored[0], dtype), block=block,
+                  threads=threads, select_topk=share)  # fmt: skip
+        np.testing.assert_allclose(got, wanted, **close)

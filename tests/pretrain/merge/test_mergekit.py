@@ -44,7 +44,7 @@ def expected(method: str, base: str | None, shared: dict[str, Any], inputs: list
     """What the terms of a job should be, from mergekit's own parameters: {(model, name): (weight, density)}."""
     if method == "slerp":
         weights = {model: (1 - shared["t"] if model == base else shared["t"]) for model, _, _ in inputs}
-    elif method in ("karcher", "model_stock"):
+    elif method in ("karcher", "model_stock", "sce"):
         weights = {model: 1.0 for model, _, _ in inputs if method == "karcher" or model != base}
     elif method == "nuslerp":
         (_, first), (_, second) = ((m, own["weight"]) for m, _, own in inputs if m != base)
@@ -200,7 +200,8 @@ BASE = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weig
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"merge_method": "sce"}, "merge_method 'sce' is not supported"),
+        ({"merge_method": "arcee_fusion"}, "merge_method 'arcee_fusion' is not supported"),
+        ({"merge_method": "sce"}, "sce needs base_model"),
         ({"merge_method": "della"}, "merge_method 'della' is not supported"),
         ({"modules": {"x": {"models": []}}}, "exactly one of models and slices"),
         ({"modules": {"x": {}}, "models": None}, "modules: exactly one of models and slices"),
