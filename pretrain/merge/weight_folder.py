@@ -16,6 +16,7 @@ SINGLE = (
 ASIDE = (FROZEN, "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
+SCANNED, SHOWN = 100, 3
 OTHERS = {
     "*.gguf": "GGUF, whose numbers are quantised for llama.cpp; name the safetensors that it was made from",
     "model_index.json": "a pipeline of diffusers; name one of its parts, such as unet or transformer",
@@ -87,7 +88,24 @@ def _nothing(folder: Folder, address: str) -> str:
     for pattern, what in OTHERS.items():
         if found := folder.matching(pattern):
             return f"{address}: no safetensors file and no checkpoint in {folder.url}; {found[0]}: {what}"
-    return f"{address}: no safetensors file and no checkpoint in {folder.url}; name one file, or RUN/STAGE"
+    near = ", ".join(_below(folder))
+    advice = f"there are some in {near}" if near else "name one file, or RUN/STAGE"
+    return f"{address}: no safetensors file and no checkpoint in {folder.url}; {advice}"
+
+
+def _below(folder: Folder) -> list[str]:
+    """A few folders below that hold weights: a Trainer's checkpoints, a snapshot in the Hub's cache."""
+    if folder.remote:
+        return []
+    found = []
+    for name in folder.folders[:SCANNED]:
+        try:
+            inner = folder.below(name)
+            deeper = [inner.below(one) for one in inner.folders[:SCANNED]] if name == "snapshots" else [inner]
+        except UserError:  # one that cannot be read
+            continue
+        found += [one.url for one in deeper if one.matching(*WEIGHTS)]
+    return found[-SHOWN:]
 
 
 def _by_index(folder: Folder, index: str) -> dict[str, set[str]]:

@@ -245,6 +245,21 @@ def test_what_is_no_model_is_told_by_its_name(tmp_path: Path, files: dict[str, s
         open_weights(str(folder))
 
 
+def test_a_folder_above_names_those_with_weights(tmp_path: Path) -> None:
+    for step in (500, 1000, 1500):
+        model(tmp_path / f"trainer/checkpoint-{step}")
+    (tmp_path / "trainer/runs").mkdir()
+    with pytest.raises(
+        UserError, match=r"there are some in .*checkpoint-1000, .*checkpoint-1500, .*checkpoint-500$"
+    ):
+        open_weights(str(tmp_path / "trainer"))
+    snapshot = tmp_path / "models--org--name/snapshots/0123"
+    model(snapshot)
+    (tmp_path / "models--org--name/refs").mkdir()
+    with pytest.raises(UserError, match=f"there are some in {snapshot}$"):
+        open_weights(str(tmp_path / "models--org--name"))
+
+
 def test_a_gguf_given_by_itself(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(UserError, match="name the safetensors that it was made from"):
