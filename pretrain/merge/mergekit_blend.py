@@ -15,7 +15,7 @@ from pretrain.merge.plan import Method, Term, letter
 from pretrain.merge.resolve import Blend
 from pretrain.merge.safetensors_io import Info
 from pretrain.merge.shares import normalized
-from pretrain.merge.sources import WeightSource
+from pretrain.merge.sources import WeightSource, same_tensor
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
@@ -68,9 +68,13 @@ class Maker:
 
     def _same(self, want: Want, terms: list[Term], infos: list[Info]) -> Decided | None:
         """What is no float is copied, and must be the same in every input."""
+        if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
+            advice = "8-bit floats cannot be mixed; bring them back to 16 bits first"
+            self.problems.append(f"{want.name}: dtype {infos[0][0]}: {advice}")
+            return None
         first = self._sources[terms[0].source]
         for term in terms[1:]:
-            if not first.equal(want.name, self._sources[term.source]):
+            if not same_tensor(first, terms[0].name, self._sources[term.source], term.name):
                 self.problems.append(f"{want.name}: {infos[0][0]}, and not the same in every input")
                 return None
         return Decided(want.name, infos[0], "integer", Blend("copy", (terms[0],)))

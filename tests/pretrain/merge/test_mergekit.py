@@ -148,6 +148,51 @@ def test_what_is_written_is_verified(case: str, tmp_path: Path) -> None:
     assert report.recomputed
 
 
+def stacked(folder: Path, layers: int, counter: list[int], dtype: str = "int64") -> Path:
+    """Layers with an integer buffer each (`counter`), or 8-bit floats in its place."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {}
+    for layer in range(layers):
+        tensors[f"model.layers.{layer}.w.weight"] = torch.full((2, 2), float(layer))
+        tensors[f"model.layers.{layer}.steps"] = torch.tensor([counter[layer]]).to(getattr(torch, dtype))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("counters", "fits"), [([7, 5, 6], True), ([5, 6, 7], False)])
+def test_integers_are_compared_between_the_layers_that_meet(
+    tmp_path: Path, counters: list[int], fits: bool
+) -> None:
+    a, b = stacked(tmp_path / "a", 2, [5, 6]), stacked(tmp_path / "b", 3, counters)
+    sources = [{"model": str(a), "layer_range": [0, 2]}, {"model": str(b), "layer_range": [1, 3]}]
+    values = {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 0.5}}
+    file = parse("x.yml", values)
+    if not fits:
+        with pytest.raises(UserError, match=r"0\.steps: I64, and not the same in every input"):
+            plan_mergekit(file, open_mergekit(file), 10**9)
+        return
+    made = plan_mergekit(file, opened := open_mergekit(file), 10**9)
+    execute([made], opened, [tmp_path / "out"])
+    got = open_weights(str(tmp_path / "out"))
+    assert [int(got.array(f"model.layers.{layer}.steps")[0]) for layer in range(2)] == [5, 6]
+    assert got.array("model.layers.1.w.weight").tolist() == [[1.5, 1.5], [1.5, 1.5]]
+
+
+def test_8_bit_floats_are_stacked_and_not_mixed(tmp_path: Path) -> None:
+    models = [stacked(tmp_path / name, 2, [1, 2], "float8_e4m3fn") for name in "ab"]
+    slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]} for model in models]
+    file = parse("x.yml", {"merge_method": "passthrough", "slices": slices})
+    execute([plan_mergekit(file, opened := open_mergekit(file), 10**9)], opened, [tmp_path / "out"])
+    assert open_weights(str(tmp_path / "out")).info("model.layers.3.steps") == ("F8_E4M3", (1,))
+    inputs = [{"model": str(model), "parameters": {"weight": 1}} for model in models]
+    file = parse("x.yml", {"merge_method": "linear", "models": inputs})
+    with pytest.raises(UserError, match="dtype F8_E4M3: 8-bit floats cannot be mixed; bring them back"):
+        plan_mergekit(file, open_mergekit(file), 10**9)
+
+
 def test_several_documents_in_one_file_are_told(tmp_path: Path) -> None:
     path = tmp_path / "m.yml"
     path.write_text("merge_method: linear\n---\nmerge_method: slerp\n")
