@@ -100,8 +100,8 @@ def test_linear_is_the_stated_formula(
 def test_an_ulp_from_exact_sums_or_a_small_part_of_the_largest_term(
     fmt: str, bits: list[int], beta: float, near: bool
 ) -> None:
-    """At most one ulp of the output, or 2**-22 of the largest term where terms cancel; for weights that fp32 has to full
-    precision, so not between 0 and 2**-126."""
+    """At most one ulp of the output, or 2**-22 of the largest term where terms cancel; for weights that fp32 has to
+    full precision, so not between 0 and 2**-126."""
     assume(beta == 0 or fmt == "F32" or beta >= 2.0**-126)
     if near:
         bits = [bits[0] ^ (b & 15) for b in bits]
