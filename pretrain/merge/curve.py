@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 
 def picture(sweep: Sweep) -> str:
-    """The figure that decides, large; the others below it, two side by side."""
+    """The figure that decides, large; the others below it, two side by side, an odd one across."""
     names = sweep.names
     parts = _heading(sweep)
     if not names:
@@ -24,9 +24,11 @@ def picture(sweep: Sweep) -> str:
     y += TALL + 62
     half = (WIDTH - 3 * MARGIN) / 2
     for number, name in enumerate(names[1:]):
+        last = number == len(names) - 2
         left = MARGIN + (number % 2) * (half + MARGIN)
-        parts += _panel(sweep, name, (left, y), (half, SMALL), False)
-        if number % 2 or number == len(names) - 2:
+        width = WIDTH - 2 * MARGIN if last and number % 2 == 0 else half
+        parts += _panel(sweep, name, (left, y), (width, SMALL), False)
+        if number % 2 or last:
             y += SMALL + 56
     return svg.document(WIDTH, y - 6, f"sweep between {sweep.b} and {sweep.a}", parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -232,3 +233,15 @@ def test_which_way_is_better_is_remembered_with_the_metric(pair: tuple[str, str]
     assert run(pair, "0:1:0.25", body, metric="loss").lower
     assert not run(pair, "0:1:0.25", body, metric="top1").lower
     assert not run(pair, "0:1:0.25", body, metric="loss", lower=False).lower
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_no_half_of_the_picture_stays_empty(count: int) -> None:
+    betas = [Scored(beta, None, "k", {f"m{i}": beta + i for i in range(count)}) for beta in (0.0, 0.5, 1.0)]
+    drawn = picture(Sweep("a", "b", ("x",), "m0", False, betas))
+    ends = [
+        float(x)
+        for x in re.findall(r'<line x1="[0-9.]+" y1="[0-9.]+" x2="([0-9.]+)"[^>]*stroke-dasharray', drawn)
+    ]
+    assert len(ends) == count
+    assert ends[-1] == ends[0]
