@@ -19,6 +19,8 @@ from pretrain.merge.plan import Plan, TensorJob, Term
 from pretrain.merge.safetensors_io import DTYPES, elements
 from pretrain.merge.sources import WeightSource
 
+MANY = 4  # outputs in order of which several spans may be held
+
 Progress = Callable[[int], None]
 Key = tuple[int, int]
 """numbers of a job and of a span of it"""
@@ -107,7 +109,8 @@ def write_tensors(
     The bytes depend neither on `block` (elements) nor on `threads`. `progress` is told the bytes that are done.
     """
     told = progress or (lambda _: None)
-    ahead = 1 if any(output.in_order for output in outputs) else 2
+    in_order = sum(output.in_order for output in outputs)  # of each, spans that are ahead are held whole
+    ahead = 2 if not in_order else 1 if in_order <= MANY else 0
     with ExitStack() as stack, Workers(sources, len(outputs), threads, block, ahead) as workers:
         for output in outputs:
             told(output.open(stack, workers))
