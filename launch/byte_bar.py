@@ -10,6 +10,8 @@ import typer
 
 PERIOD = 60.0
 """seconds between two lines in a log"""
+NARROW = 64
+"""columns of a terminal on which a bar and all figures would not stand in one line"""
 
 
 class Bar:
@@ -48,7 +50,9 @@ def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
     figures: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit != "bytes":
         figures = (TaskProgressColumn(),)
-    columns = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
+    columns: tuple[ProgressColumn, ...] = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
+    if console.width < NARROW:
+        columns = (TextColumn(what), TaskProgressColumn(), *figures[1:], TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
 

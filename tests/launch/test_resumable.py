@@ -53,7 +53,8 @@ def test_a_stop_is_said_ends_the_scorer_and_goes_on(
     assert again.returncode == 0, again.stderr
 
 
-def test_scores_stand_on_lines_of_their_own_above_the_bar(pair: tuple[str, str]) -> None:
+def on_terminal(words: list[str], columns: int) -> tuple[str, list[str]]:
+    """What a command prints on a terminal of so many columns, without its signs, and that in lines."""
     seen = b""
 
     def keep(terminal: int) -> bytes:
@@ -62,11 +63,24 @@ def test_scores_stand_on_lines_of_their_own_above_the_bar(pair: tuple[str, str])
         seen += data
         return data
 
-    words = command("sweep", *pair, "--out", "out", *COMMANDS["sweep"], scorer(Path(), "print(x)"))
-    code = pty.spawn(["env", "TERM=xterm", *words], keep)
+    code = pty.spawn(["env", "TERM=xterm", f"COLUMNS={columns}", *words], keep)
     assert os.waitstatus_to_exitcode(code) == 0, seen
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
-    lines = [part for line in text.split("\n") for part in line.rstrip("\r").split("\r")]
+    return text, [part for line in text.split("\n") for part in line.rstrip("\r").split("\r")]
+
+
+@pytest.mark.parametrize("columns", [40, 63, 64, 100])
+def test_progress_stands_in_one_line(pair: tuple[str, str], columns: int) -> None:
+    text, lines = on_terminal(command("merge", *pair, "--beta", "0.5", "--out", "out"), columns)
+    bars = [line for line in lines if line.startswith("merging")]
+    assert bars
+    assert all(line.rstrip().endswith((":00", "--:--")) and len(line) <= columns for line in bars), text
+    assert not [line for line in lines if "…" in line]
+
+
+def test_scores_stand_on_lines_of_their_own_above_the_bar(pair: tuple[str, str]) -> None:
+    words = command("sweep", *pair, "--out", "out", *COMMANDS["sweep"], scorer(Path(), "print(x)"))
+    text, lines = on_terminal(words, 80)
     assert sum(line.startswith("beta 0.5: score ") for line in lines) == 1, text
     assert not [line for line in lines if "sweeping" in line and "score" in line], text
 
