@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from launch import byte_bar
@@ -40,3 +42,18 @@ def test_what_is_over_in_a_moment_says_nothing(capsys: pytest.CaptureFixture[str
         bar.add(10)
         bar.say("a line [of] its own")
     assert capsys.readouterr().err == "a line [of] its own\n"
+
+
+@pytest.mark.parametrize("columns", [40, 63, 64, 100])
+def test_a_bar_stands_in_one_line(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", str(columns))):
+        monkeypatch.setenv(name, value)
+    with counting("sweeping", 167_800_000_000) as bar:
+        bar.add(125_800_000_000)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    lines = [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    assert lines
+    assert all(line.startswith("sweeping ") and len(line) <= columns for line in lines), lines
+    assert "…" not in text

@@ -69,15 +69,6 @@ def on_terminal(words: list[str], columns: int) -> tuple[str, list[str]]:
     return text, [part for line in text.split("\n") for part in line.rstrip("\r").split("\r")]
 
 
-@pytest.mark.parametrize("columns", [40, 63, 64, 100])
-def test_progress_stands_in_one_line(pair: tuple[str, str], columns: int) -> None:
-    text, lines = on_terminal(command("merge", *pair, "--beta", "0.5", "--out", "out"), columns)
-    bars = [line for line in lines if line.startswith("merging")]
-    assert bars
-    assert all(line.rstrip().endswith((":00", "--:--")) and len(line) <= columns for line in bars), text
-    assert not [line for line in lines if "…" in line]
-
-
 def test_scores_stand_on_lines_of_their_own_above_the_bar(pair: tuple[str, str]) -> None:
     words = command("sweep", *pair, "--out", "out", *COMMANDS["sweep"], scorer(Path(), "print(x)"))
     text, lines = on_terminal(words, 80)
