@@ -204,9 +204,10 @@ def _resumed(
     for key, beta in zip(keys, betas, strict=True):
         one = known.setdefault(beta, Scored(beta, None, key))
         if one.plan != key:
+            there = "" if (earlier.a, earlier.b) == (a, b) else f": A is {earlier.a} there, and B {earlier.b}"
             raise UserError(
-                f"{place.url}: holds a sweep of other weights or options (beta {beta:g}); choose another --out, or "
-                "remove it"
+                f"{place.url}: holds a sweep of other weights or options (beta {beta:g}){there}; choose another --out, "
+                "or remove it"
             )
     sweep.betas = [known[beta] for beta in sorted(known)]
     return sweep

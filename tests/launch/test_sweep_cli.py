@@ -43,6 +43,13 @@ def test_outputs(pair: tuple[str, str]) -> None:
     assert "done before" in dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s").output
 
 
+def test_inputs_that_were_swapped_are_told(pair: tuple[str, str]) -> None:
+    assert dromos("sweep", *pair, "--betas", "0,1", "--out", "s").exit_code == 0
+    swapped = dromos("sweep", *pair[::-1], "--betas", "0,1", "--out", "s")
+    assert swapped.exit_code == 2
+    assert "(beta 0): A is ./a there, and B ./b; choose another --out" in swapped.output
+
+
 @pytest.mark.parametrize(("hard", "betas"), [(4096, 51), (256, 0)])
 def test_many_betas_raise_the_limit_of_open_files(pair: tuple[str, str], hard: int, betas: int) -> None:
     code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, %d)); from launch.cli import app; app()"
