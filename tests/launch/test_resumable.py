@@ -32,7 +32,7 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-c", "from launch.cli import main; main()", *words]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stop_is_said_ends_the_scorer_and_goes_on(
     pair: tuple[str, str], name: str, number: signal.Signals
@@ -51,6 +51,21 @@ def test_a_stop_is_said_ends_the_scorer_and_goes_on(
     assert not Path(f"/proc/{Path('pid').read_text()}").exists()
     again = subprocess.run([*words, scorer(Path(), "print(x)")], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
+
+
+def test_what_is_ignored_stays_ignored(pair: tuple[str, str]) -> None:
+    words = command("sweep", *pair, "--out", "out", "--betas", "1", "--eval-cmd")
+    body = "\nopen('pid', 'w').write('x')\nimport time; time.sleep(1)\nprint(x)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        process = subprocess.Popen([*words, scorer(Path(), body)], stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    until = time.monotonic() + 30
+    while not Path("pid").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 0
 
 
 def on_terminal(words: list[str], columns: int) -> tuple[str, list[str]]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge import blocks, dare, kernels, ties
+from pretrain.merge import blocks, dare, kernels
 from tests.pretrain.merge.build import bf16_bits, floats
 from tests.pretrain.merge.jobs import run
 
