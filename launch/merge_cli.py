@@ -13,6 +13,8 @@ Out = Annotated[
     str | None,
     typer.Option("--out", metavar="DIR", help="The folder or s3:// URL to write; it appears when complete."),
 ]
+FEW = 4
+"""inputs that the end of a merge tells with their weights: who swapped two sees it"""
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 
 
@@ -78,7 +80,7 @@ def merge(
     from launch.resumable import resumable
     from pretrain.merge.cost import cost
     from pretrain.merge.describe import as_json as plain
-    from pretrain.merge.describe import summary
+    from pretrain.merge.describe import formula, summary
     from pretrain.merge.layout import parse_size
     from pretrain.merge.overflow import note as overflow_note
     from pretrain.merge.spec import load_spec, prepare_spec
@@ -116,6 +118,8 @@ def merge(
     if as_json:
         typer.echo(json.dumps(record, indent=1))
         return
+    if bar.moved and len(made.weights) in range(1, FEW + 1):
+        typer.echo(f"{out} = {formula(made, addresses=True)}")
     typer.echo(f"{out}: {summary(made)}" if bar.moved else f"{out}: done before, left as it is")
 
 

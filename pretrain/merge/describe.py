@@ -56,11 +56,12 @@ def summary(plan: Plan) -> str:
     return f"{mixed} tensors mixed, {whys.total()} copied{reasons}{left}, {plan.size:,} bytes in {name}"
 
 
-def formula(plan: Plan) -> str:
-    """The merge in one line, before any rule."""
+def formula(plan: Plan, addresses: bool = False) -> str:
+    """The merge in one line, before any rule; inputs by letter or by address."""
     if not plan.weights:
         return f"{plan.method}, tensor by tensor as {plan.asked['file']} asks"
-    terms = " + ".join(f"{w:g} x {letter(i)}" for i, w in enumerate(plan.weights))
+    names = plan.addresses if addresses else tuple(map(letter, range(len(plan.weights))))
+    terms = " + ".join(f"{w:g} x {name}" for w, name in zip(plan.weights, names, strict=False))
     return terms if plan.method == "linear" else f"{plan.method}({terms})"
 
 

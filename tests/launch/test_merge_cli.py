@@ -32,6 +32,7 @@ def dromos(*words: str) -> Result:
 def test_merge(pair: tuple[str, str], tmp_path: Path) -> None:
     result = dromos("merge", *pair, "--beta", "0.4", "--out", "mix")
     assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-2] == "mix = 0.4 x ./a + 0.6 x ./b"
     assert "mix: 2 tensors mixed, 0 copied" in result.output
     a, b, got = (load_file(f"{x}/model.safetensors")["llm.w"].astype(np.float64) for x in (*pair, "mix"))
     np.testing.assert_array_equal(got, (0.4 * a + 0.6 * b).astype(np.float32))
