@@ -141,7 +141,10 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], beta: 0.5, rules: [{curve: [0, 1]}]}", "a curve needs layers"),
         ("{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0, 2]}]}", "betas between 0 and 1"),
         ("{inputs: [a, b], beta: 0.5, rules: [{layers: '4:4', curve: [0, 1]}]}", "is empty"),
-        ("{inputs: [a, b], beta: 0.5, vocabulary: concat}", "'concat' is none of first, intersect, pad, union"),
+        (
+            "{inputs: [a, b], beta: 0.5, vocabulary: concat}",
+            "'concat' is none of first, intersect, pad, union",
+        ),
         ("{inputs: [a, b], beta: 0.5, dtype: int4}", "bf16, fp16, fp32, fp64"),
     ],
 )
