@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from data_pipeline.errors import ReadError, UserError
 from pretrain.merge.blocks import Workers, spans
 from pretrain.merge.digests import of_names, of_tensor
 from pretrain.merge.kernels import BLOCK
-from pretrain.merge.methods import prepare
+from pretrain.merge.methods import Compute, prepare
 from pretrain.merge.plan import TensorJob
 from pretrain.merge.safetensors_io import SafetensorsFile, elements
 from pretrain.merge.sources import WeightSource, open_weights
@@ -23,11 +23,14 @@ from pretrain.merge.writer import rounded
 UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"
 RELATIVE = " (its path is relative: verify where the merge was made)"
 Progress = Callable[[int], None]
+Chunk = tuple[int, int, int, Compute | None]
+"""number of a job, elements from and to, and how they are computed; None: copied"""
 
 
 def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None], list[tuple[str, str]]]:
     """The sources of a merge where they were, None for those that are no longer as they were; with each its state
-    (UNCHANGED, CHANGED, GONE, UNREACHED) and what that is known from."""
+    (UNCHANGED, CHANGED, GONE, UNREACHED) and what that is known from. Of a joint vocabulary, rows of one are read in
+    another's place: there all are None where one is."""
     sources: list[WeightSource | None] = []
     states: list[tuple[str, str]] = []
     for entry in record["inputs"]:
@@ -49,11 +52,17 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
     asked = record.get("asked") or {}
     file = asked.get("mergekit") or {}
     joint = asked.get("vocabulary") or file.get("tokenizer_source") or file.get("tokenizer") is not None
-    if joint and None not in sources:
-        from pretrain.merge.prepare import replan
+    return _rejoined(sources, asked) if joint else sources, states
 
-        sources = list(replan(asked)[1].sources)  # seen through the rows of the joint vocabulary
-    return sources, states
+
+def _rejoined(sources: list[WeightSource | None], asked: dict[str, Any]) -> list[WeightSource | None]:
+    """The sources seen through the rows of the joint vocabulary."""
+    from pretrain.merge.prepare import replan
+
+    try:
+        return [*replan(asked)[1].sources] if None not in sources else [None] * len(sources)
+    except (UserError, ReadError):  # what was asked for by another name, or from another folder
+        return [None] * len(sources)
 
 
 def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], workers: Workers) -> str:
@@ -93,6 +102,7 @@ def differing(
     sources: Sequence[WeightSource | None],
     count: int | None,
     seed: int,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
     """How many chunks were computed again, and what of them is not what stands in `files`.
@@ -105,23 +115,39 @@ def differing(
     wrong: list[str] = []
     done = 0
     opened: Any = sources
-    with Workers(opened, threads=1) as workers, np.errstate(all="ignore"):
-        ready: tuple[int, Any] = (-1, None)
-        for number, start, stop in chunks([job for _, job in usable], count, seed):
+    with Workers(opened, threads=threads) as workers:
+        drawn = _prepared(
+            [job for _, job in usable], chunks([job for _, job in usable], count, seed), workers
+        )
+
+        def same(chunk: Chunk) -> bool:
+            number, start, stop, compute = chunk
             file, job = usable[number]
-            if ready[0] != number:
-                workers.forget()
-                ready = number, None if job.copy else prepare(job, workers)
-            same = all(
+            return all(
                 np.array_equal(
-                    rounded(block, job, ready[1]).view(np.uint8),
+                    rounded(block, job, compute).view(np.uint8),
                     files[file].read(job.name, block.start, block.stop).view(np.uint8),
                 )
                 for block in workers.blocks(start, stop)
             )
-            if not same:
+
+        for (number, start, stop, _), equal in workers.each(lambda chunk: (chunk, same(chunk)), drawn):
+            job = usable[number][1]
+            if not equal:
                 wrong.append(f"{job.name}, elements {start:,} to {stop:,}")
             done += 1
             if progress is not None:
                 progress((stop - start) * job.size // max(1, elements(job.shape)))
     return done, wrong
+
+
+def _prepared(
+    jobs: Sequence[TensorJob], drawn: Iterable[tuple[int, int, int]], workers: Workers
+) -> Iterator[Chunk]:
+    """Each chunk with how its job is computed; a method that looks at a whole tensor does so when its turn comes."""
+    last, compute = -1, None
+    for number, start, stop in drawn:
+        if number != last:
+            workers.forget()
+            last, compute = number, None if jobs[number].copy else prepare(jobs[number], workers)
+        yield number, start, stop, compute

@@ -109,12 +109,18 @@ def _check_all(
             if check_file(report, name, file, entry, record, workers, progress):
                 sound[name] = file
         if len(sound) == len(record["output"]):
-            report.add("good", f"{len(held)} tensors in {len(sound)} files are as they were written")
+            report.add(
+                "good", f"{len(held)} tensors in {_counted(len(sound), 'file')} are as they were written"
+            )
         _check_finite(report, {job.name: job for _, job in jobs}, record.get("overflow") or {})
         _check_places(report, folder, record, jobs, held, places)
         _check_beside(report, folder, record)
         _check_config(report, folder, held)
-        _check_inputs(report, record, jobs, sound, count, seed, workers, progress)
+        _check_inputs(report, record, jobs, sound, count, seed, workers, threads, progress)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _check_finite(report: Report, jobs: Mapping[str, TensorJob], overflow: Mapping[str, int]) -> None:
@@ -235,6 +241,7 @@ def _check_inputs(
     count: int | None,
     seed: int,
     workers: Workers,
+    threads: int | None,
     progress: Progress | None,
 ) -> None:
     """Whether the inputs are what they were, and give what stands in the files."""
@@ -249,7 +256,7 @@ def _check_inputs(
         said = f"{letter(number)} ({entry['address']}): {state}" + (f": {why}" if why else "")
         report.add(level, said)
     there = [(file, job) for file, job in jobs if file in sound]
-    report.recomputed, wrong = differing(sound, there, sources, count, seed, progress)
+    report.recomputed, wrong = differing(sound, there, sources, count, seed, threads, progress)
     for text in wrong:
         report.add("wrong", f"computed again, other bytes: {text}")
     if report.recomputed and not wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from pretrain.merge import merge, open_weights, plan
 from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit_yaml import parse
 from pretrain.merge.prepare import replan
+from pretrain.merge.record import sealed
+from pretrain.merge.request import Rule
 from pretrain.merge.tool import execute
+from pretrain.merge.verify import verify
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.test_vocabulary import model, word_level
 
@@ -97,3 +101,31 @@ def test_models_of_other_kinds_are_told_apart_by_their_tensors(pair: list[str], 
     told = str(caught.value)
     assert "vocabular" not in told
     assert all(f"{name}: only in" in told for name in (EMBED, *clip))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_left_of_the_inputs_of_a_union_is_not_said_to_have_changed(
+    pair: list[str], tmp_path: Path, full: bool
+) -> None:
+    """B's rows of tokens that only A has are A's: without A nothing of B can be read as it was."""
+    out = tmp_path / "out"
+    merge(pair, out, beta=0.5, vocabulary="union", rules=[Rule("lm_head", copy_from="B")])
+    whole = verify(out, full=full)
+    assert not whole.wrong
+    assert whole.recomputed >= 3
+    shutil.rmtree(pair[0])
+    report = verify(out, full=full)
+    assert [state for _, state in report.inputs] == ["gone", "unchanged"]
+    assert not report.wrong, report.lines()
+
+
+def test_a_union_that_cannot_be_planned_again_is_checked_as_far_as_it_can(
+    pair: list[str], tmp_path: Path
+) -> None:
+    """The inputs are where the record says, but were asked for by names of a run that lead nowhere without it."""
+    record = merge(pair, tmp_path / "out", beta=0.5, vocabulary="union")
+    record["asked"]["inputs"] = ["real", "synthetic"]
+    (tmp_path / "out/merge.json").write_text(json.dumps(sealed(record)))
+    report = verify(tmp_path / "out")
+    assert [state for _, state in report.inputs] == ["unchanged", "unchanged"]
+    assert not report.wrong, report.lines()
