@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.kernels import FLOATS
+from pretrain.merge.kernels import FLOATS, exact_sum
 from pretrain.merge.plan import Term
 from pretrain.merge.safetensors_io import elements
 
@@ -81,7 +81,7 @@ def total(parts: Iterable[Distance]) -> Distance:
         if field.name == "max_abs":
             sums[field.name] = max(values, default=0.0)
         else:
-            sums[field.name] = math.fsum(values) if isinstance(field.default, float) else sum(values)
+            sums[field.name] = exact_sum(values) if isinstance(field.default, float) else sum(values)
     return Distance(**sums)
 
 

@@ -217,3 +217,15 @@ def test_a_picture_of_nothing_does_not_call_it_equal(tmp_path: Path) -> None:
     assert "no tensor to compare" in drawn
     assert "equal" not in drawn
     assert "max-width:100%" in drawn
+
+
+@pytest.mark.parametrize("large", [1e200, 5e151])
+def test_numbers_whose_squares_fp64_does_not_hold(tmp_path: Path, large: float) -> None:
+    """Sums of blocks that are infinite both ways, or finite and too large together."""
+    x = np.full(200_000, large)
+    x[:70_000] *= -1
+    a, b = (str(write(tmp_path / n, {"w": w})) for n, w in (("a", x), ("b", np.full(200_000, large))))
+    total = diff(a, b).total
+    assert total.max_abs == 2 * large
+    assert total.sign_agreement == 0.65
+    assert total.cosine is None
