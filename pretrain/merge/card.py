@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.merge.describe import formula, mark
+from pretrain.merge.describe import formula
 from pretrain.merge.origins import CARD_LIMIT, FRONT_MATTER
-from pretrain.merge.plan import Plan
+from pretrain.merge.plan import Plan, letter
 from pretrain.merge.sources import WeightSource
 
 NAME = "README.md"
@@ -147,7 +147,7 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
         more = f"<br>and {len(files) - 4} more" if len(files) > 4 else ""
         if number not in used:
             weight = f"{weight} (not read)" if number < plan.inputs else "config only"
-        rows.append(f"| {mark(plan, number)} | `{_cell(source.address)}`{step} | {weight} | {listed}{more} |")
+        rows.append(f"| {letter(number)} | `{_cell(source.address)}`{step} | {weight} | {listed}{more} |")
     return "\n".join(rows)
 
 

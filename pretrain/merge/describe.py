@@ -87,11 +87,6 @@ def _option(value: Option) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def mark(plan: Plan, source: int) -> str:
-    """A, B, ... as people call the sources."""
-    return letter(source)
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan for scripts."""
     return {

@@ -8,9 +8,9 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.assemble import Decided
+from pretrain.merge.kernels import FLOATS
 from pretrain.merge.mergekit_parameters import parameter
 from pretrain.merge.mergekit_yaml import BASED, SPANNED, Input, MergekitFile, Slice
-from pretrain.merge.methods import FLOATS
 from pretrain.merge.plan import Method, Term, letter
 from pretrain.merge.resolve import Blend
 from pretrain.merge.safetensors_io import Info

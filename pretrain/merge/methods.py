@@ -16,7 +16,7 @@ import numpy as np
 from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, sce, slerp, ties
 from pretrain.merge.blocks import Block, Workers
 from pretrain.merge.fused import Election, Pass
-from pretrain.merge.kernels import FLOATS, Kind, accumulator, narrow
+from pretrain.merge.kernels import Kind, accumulator
 from pretrain.merge.parts import Part
 from pretrain.merge.plan import TensorJob, Term
 from pretrain.merge.safetensors_io import elements
@@ -196,6 +196,3 @@ def _base(job: TensorJob) -> Term:
 def _divisor(job: TensorJob) -> float:
     total = math.fsum(term.weight for term in job.terms) if job.option("normalize", False) else 1.0
     return total if abs(total) >= 1e-8 else 1.0
-
-
-__all__ = ["FLOATS", "METHODS", "Compute", "accumulator", "narrow", "prepare"]

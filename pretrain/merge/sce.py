@@ -12,8 +12,8 @@ from pretrain.merge.kernels import BLOCK, Kind, exact_sum
 from pretrain.merge.parts import Cut
 from pretrain.merge.plan import TensorJob, Term
 from pretrain.merge.safetensors_io import elements
+from pretrain.merge.ties import HALF, largest
 
-HALF = 1 << 16
 LEAST = 1e-6
 """mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""
 
@@ -91,8 +91,8 @@ def _cut(
     wanted = int(varies * share)
     if wanted <= 0:
         return None
-    high, wanted = _bin(histogram(lambda one: one >> 16), wanted)
-    low, wanted = _bin(histogram(lambda one: one[one >> 16 == high] & 0xFFFF), wanted)
+    high, wanted = largest(histogram(lambda one: one >> 16), wanted)
+    low, wanted = largest(histogram(lambda one: one[one >> 16 == high] & 0xFFFF), wanted)
     key = high * HALF + low
     for start, stop in spans(count):
         for at, one in keys(start, stop):
@@ -101,13 +101,6 @@ def _cut(
                 return Cut(key, at + int(places[wanted - 1]) + 1)
             wanted -= len(places)
     raise AssertionError("unreachable")
-
-
-def _bin(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
-    """The bin in which the `wanted`-th largest lies, and which one it is there."""
-    at_least = np.cumsum(histogram[::-1])[::-1]
-    place = int(np.flatnonzero(at_least >= wanted)[-1])
-    return place, wanted - int(at_least[place] - histogram[place])
 
 
 def _weights(

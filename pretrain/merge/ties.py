@@ -45,7 +45,7 @@ def cuts(
     for tensor, found in workers.each(lambda one: (one[1], tensors[one[1]].histogram(*one[0], -1)), work):
         upper[tensor] += found
     bins = {
-        number: _bin(upper[look.term.source, look.term.name], asked[number][1])
+        number: largest(upper[look.term.source, look.term.name], asked[number][1])
         for number, look in looks.items()
     }
 
@@ -61,7 +61,7 @@ def cuts(
     made: list[Cut | None] = [None] * len(asked)
     for number, look in looks.items():
         high, wanted = bins[number]
-        low, wanted = _bin(lower[number], wanted)
+        low, wanted = largest(lower[number], wanted)
         made[number] = _end(look, tiles, parts[number], high * HALF + low, wanted)
     return made
 
@@ -139,8 +139,8 @@ def _compiled() -> bool:
     return fused.compiled("histogram", np.float32) is not None
 
 
-def _bin(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
-    """The bin in which the `wanted`-th largest lies, and which one it is there."""
+def largest(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
+    """The bin in which the `wanted`-th largest key lies, and which one it is there."""
     at_least = np.cumsum(histogram[::-1])[::-1]
     place = int(np.flatnonzero(at_least >= wanted)[-1])
     return place, wanted - int(at_least[place] - histogram[place])

@@ -189,7 +189,10 @@ def test_sce_selects_weighs_and_erases(dtype: str, share: float, scale: float) -
     kind = np.float32 if dtype == "BF16" else np.float64
     wanted = sce(*wide(arrays[0]), wide(*arrays[1:]), share, kind)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "BF16" else {"rtol": 1e-12, "atol": 1e-12}
+    found = set()
     for block, threads in ((1 << 16, 2), (999, 3)):
         got = run("sce", stored[1:], [dtype] * 3, [1.0] * 3, "F64", base=(stored[0], dtype), block=block,
                   threads=threads, select_topk=share)  # fmt: skip
         np.testing.assert_allclose(got, wanted, **close)
+        found.add(got.tobytes())
+    assert len(found) == 1
