@@ -89,6 +89,7 @@ def assemble(
         companions=with_dtype(sources[main].companions, dtype),
         stage_dir=sources[main].located.stage_dir,
         notes=(*notes, *sources[main].notes),
+        rows=tuple(source.rows for source in sources),
     )
 
 

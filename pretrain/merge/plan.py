@@ -111,6 +111,7 @@ class Plan:
     companions: file name -> the file to copy, or its content.
     stage_dir:  whose resolved.yaml describes the model.
     notes:      what a person should know before they start.
+    rows:       of every source a digest of the rows in which its embeddings are seen, where a vocabulary rule says so.
     """
 
     addresses: tuple[str, ...]
@@ -127,6 +128,7 @@ class Plan:
     companions: dict[str, Path | bytes]
     stage_dir: Path | None
     notes: tuple[str, ...] = field(default=())
+    rows: tuple[str, ...] = field(default=())
 
     @property
     def size(self) -> int:
@@ -155,11 +157,11 @@ class Plan:
             for j in self.jobs
         ]
         companions = [
-            [n, None if isinstance(c, Path) else xxhash.xxh64(c).hexdigest()]
+            [n, xxhash.xxh64_hexdigest(c.read_bytes() if isinstance(c, Path) else c)]
             for n, c in sorted(self.companions.items())
         ]
         files = [file.name for file in self.files]
-        parts = [hashes, jobs, files, self.left_out, companions, self.frozen is not None]
+        parts = [hashes, jobs, files, self.left_out, companions, self.rows, self.frozen is not None]
         return xxhash.xxh64(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -50,10 +50,12 @@ class WeightSource:
     files:   every file that holds tensors.
     folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
     unfit:   why its config cannot be that of a merge; None where it can.
+    rows:    a digest of the rows in which its embeddings are seen; empty where they are seen as they are stored.
     remarks: notes of which files were taken.
     """
 
     unfit: str | None = None
+    rows: str = ""
     remarks: Sequence[str] = ()
 
     def __init__(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from pretrain.merge.kernels import narrow
 from pretrain.merge.safetensors_io import DTYPES, Info, elements
@@ -41,6 +42,12 @@ class Rows:
         starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
         return cls(owner, row, starts, made or {})
 
+    @property
+    def digest(self) -> str:
+        """Of where every row comes from."""
+        made = repr(sorted(self.made.items())).encode()
+        return xxhash.xxh64_hexdigest(self.owner.tobytes() + self.row.tobytes() + made)
+
 
 class View(WeightSource):
     """A source whose vocabulary's tensors (those of `rows`) are read in the rows of the output; all else is as it is.
@@ -61,6 +68,7 @@ class View(WeightSource):
         self.unfit = unfit or source.unfit
         self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
         self._source, self._sources, self._rows = source, sources, dict(rows)
+        self.rows = " ".join([source.rows, *(f"{name} {one.digest}" for name, one in rows.items())]).strip()
         self._mean: dict[str, np.ndarray] = {}
 
     @classmethod

@@ -234,3 +234,16 @@ def test_quantised_models_are_refused(
             plan(merging, beta=0.5)
     with pytest.raises(UserError, match=said):
         plan(inputs, method="ties", base=str(tmp_path / "plain"), density=0.5)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_stands_beside_the_weights_belongs_to_the_plan(tmp_path: Path, name: str) -> None:
+    """Who mends a config and merges again is not told that all is done."""
+    inputs = [str(write(tmp_path / one, {"w": floats(seed, 2)})) for seed, one in enumerate("ab")]
+    beside = tmp_path / "a" / name
+    beside.write_text('{"model": {"vocab": {}}}')
+    before = merge(inputs, tmp_path / "out", beta=0.5)["plan"]
+    assert merge(inputs, tmp_path / "out", beta=0.5)["plan"] == before
+    beside.write_text('{"model": {"vocab": {"a": 0}}}')
+    with pytest.raises(UserError, match="another merge, or this one of inputs that changed since"):
+        merge(inputs, tmp_path / "out", beta=0.5)
