@@ -26,8 +26,8 @@ FLAT, TINY = 1e-7, 1e-6
 
 def factors(job: TensorJob, workers: Workers) -> list[float]:
     """One factor for each term of the job."""
-    if len(job.terms) == 1:
-        return [1.0]
+    if len(job.terms) == 1:  # the others weigh nothing, or there are none
+        return [abs(job.terms[0].weight) if job.method == "multislerp" else 1.0]
     key = "gram", tuple((term.source, term.name) for term in job.reads)
     products = workers.once(key, lambda: gram(job, workers))
     weights = np.array([term.weight for term in job.terms])

@@ -16,6 +16,7 @@ from pretrain.merge.resolve import Blend
 from pretrain.merge.safetensors_io import Info
 from pretrain.merge.shares import normalized
 from pretrain.merge.sources import WeightSource, same_tensor
+from pretrain.merge.vocabulary import is_vocabulary
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
@@ -36,9 +37,15 @@ class Maker:
     def __init__(
         self, file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], seed: int
     ) -> None:
-        self.problems: list[str] = []
+        self._problems: list[str] = []
+        self._unset: dict[str, list[str]] = {}  # what is wrong with parameters -> tensors
         self._file, self._sources, self._index, self._seed = file, sources, index, seed
         self._held = [set(source.names()) for source in sources]
+
+    @property
+    def problems(self) -> list[str]:
+        """What does not fit, tensor by tensor; a parameter that is wrong for many of them once."""
+        return self._problems + [f"{_several(names)}: {why}" for why, names in self._unset.items()]
 
     def decide(self, want: Want) -> Decided | None:
         """The tensor, or None and a problem."""
@@ -49,18 +56,23 @@ class Maker:
         absent = [term for _, term in inputs if term.name not in self._held[term.source]]
         if absent:
             where = ", ".join(f"{letter(t.source)} ({self._sources[t.source].address})" for t in absent)
-            self.problems.append(f"{want.name}: {absent[0].name} is missing in {where}")
+            tie = self._sources[absent[0].source].tied.get(absent[0].name)
+            note = f" (tied to {tie} there)" if tie else ""
+            self._problems.append(f"{want.name}: {absent[0].name} is missing in {where}{note}")
             return None
         infos = [self._sources[term.source].info(term.name) for _, term in inputs]
         if len({shape for _, shape in infos}) > 1:
-            self.problems.append(f"{want.name}: shapes {', '.join(str(list(shape)) for _, shape in infos)}")
+            shapes = ", ".join(str(list(shape)) for _, shape in infos)
+            rows = self._file.tokens is None and is_vocabulary(want.name)
+            advice = "; tokenizer_source: base (or union) gives all the same rows" if rows else ""
+            self._problems.append(f"{want.name}: shapes {shapes}{advice}")
             return None
         if not all(dtype in FLOATS for dtype, _ in infos):
             return self._same(want, [term for _, term in inputs], infos)
         try:
             blend = self._blend(want, inputs)
         except UserError as error:
-            self.problems.append(f"{want.name}: {error}")
+            self._unset.setdefault(str(error), []).append(want.name)
             return None
         dtype = self._file.dtype or _promoted([dtype for dtype, _ in infos])
         kept = self._file.method == "passthrough" and blend.terms[0].weight == 1
@@ -70,12 +82,12 @@ class Maker:
         """What is no float is copied, and must be the same in every input."""
         if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
             advice = "8-bit floats cannot be mixed; bring them back to 16 bits first"
-            self.problems.append(f"{want.name}: dtype {infos[0][0]}: {advice}")
+            self._problems.append(f"{want.name}: dtype {infos[0][0]}: {advice}")
             return None
         first = self._sources[terms[0].source]
         for term in terms[1:]:
             if not same_tensor(first, terms[0].name, self._sources[term.source], term.name):
-                self.problems.append(f"{want.name}: {infos[0][0]}, and not the same in every input")
+                self._problems.append(f"{want.name}: {infos[0][0]}, and not the same in every input")
                 return None
         return Decided(want.name, infos[0], "integer", Blend("copy", (terms[0],)))
 
@@ -127,7 +139,9 @@ class Maker:
             t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
             weights, options = [1.0 - t, t], [("t", t)]
         else:
-            if self._shared("normalize_weights", want, 1.0):
+            if len(weights) == 1:  # mergekit takes that model as it is
+                weights = [1.0]
+            elif self._shared("normalize_weights", want, 1.0):
                 weights = list(normalized(weights))
             options = [("eps", self._shared("eps", want, 1e-8) or 0.0)]
         terms = (replace(term, weight=weight) for (_, term), weight in zip(others, weights, strict=True))
@@ -163,7 +177,7 @@ class Maker:
             assert density is not None
             weight = self._weight(want, one, term)
             if density <= 0:
-                if method == "dare_linear" and normalize and weight:
+                if method in ("dare_linear", "breadcrumbs") and normalize and weight:
                     raise UserError("density 0 of a weighted model cannot be normalized; give weight 0")
                 continue
             terms.append(replace(term, weight=weight, density=min(density, 1.0)))
@@ -189,6 +203,11 @@ class Maker:
         """A parameter of the whole tensor: filters see its name in the output."""
         found = parameter(self._file, want.part, None, key, want.name, want.at)
         return default if found is None else float(found)
+
+
+def _several(names: Sequence[str]) -> str:
+    more = len(names) - 1
+    return names[0] + (f" and {more} more tensor{'s' if more > 1 else ''}" if more else "")
 
 
 def _promoted(dtypes: Sequence[str]) -> str:

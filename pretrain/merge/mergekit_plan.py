@@ -19,7 +19,7 @@ from pretrain.merge.prepare import Opened
 from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.rules import split_layer
 from pretrain.merge.sources import WeightSource, open_weights
-from pretrain.merge.vocabulary import aligned
+from pretrain.merge.vocabulary import ADVICE, aligned
 
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
 """parts of the names of tensors that stand before the layers; the others outside layers, and GPT-NeoX's head, stand
@@ -44,12 +44,12 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
     if file.method != "passthrough" and (told := quantised_inputs(sources[: opened.inputs])):
         raise UserError("\n".join(told))
     maker = Maker(file, sources, index, seed)
-    wants, taken = _wants(file, sources, index)
+    main = index[file.base] if file.base is not None else index[file.slices[0].inputs[0].model]
+    wants, taken = _wants(file, sources, index, sources[main])
     decided = [found for want in wants if (found := maker.decide(want)) is not None]
     if maker.problems:
         names = " and ".join(f"{letter(i)} ({source.address})" for i, source in enumerate(sources))
         raise refusal(names, maker.problems, f"as {file.path} asks")
-    main = index[file.base] if file.base is not None else index[file.slices[0].inputs[0].model]
     plan = assemble(
         decided,
         sources,
@@ -73,7 +73,9 @@ def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[Weig
     try:
         return aligned(sources, None), []
     except UserError as error:
-        return sources, [f"without tokenizer_source rows are merged by their numbers, and {error}"]
+        why = str(error).removesuffix(f"; {ADVICE}")
+        advice = "tokenizer_source: base (or union) goes by token"
+        return sources, [f"without tokenizer_source rows are merged by their numbers, and {why}; {advice}"]
 
 
 def _addresses(file: MergekitFile) -> list[str]:
@@ -83,12 +85,16 @@ def _addresses(file: MergekitFile) -> list[str]:
 
 
 def _wants(
-    file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int]
+    file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], main: WeightSource
 ) -> tuple[list[Want], list[int] | None]:
-    """Every tensor of the output in order, and, for slices, the first source's layer that each layer comes from."""
+    """Every tensor of the output in order, and, for slices, the first source's layer that each layer comes from.
+
+    main: whose config the output has. A head that it stores, and another model ties, is that model's embedding.
+    """
     layers = [_layers(source) for source in sources]
     first, last = file.slices[0], file.slices[-1]
-    wants = [_outside(name, first) for name in _plain_names(first, sources, index) if _is_first(name)]
+    ends = [[sources[index[one.model]] for one in part.inputs] for part in (first, last)]
+    wants = [_outside(name, first, ends[0]) for name in _plain_names(ends[0]) if _is_first(name)]
     taken: list[int] = []
     for stack in _stacks(file, layers, index, sources):
         number = 0
@@ -106,21 +112,26 @@ def _wants(
                     wants.append(Want(f"{stack}.{number}.{suffix}", part, names, at))
                 taken.append(places[0])
                 number += 1
-    wants += [_outside(name, last) for name in _plain_names(last, sources, index) if not _is_first(name)]
+    stored = set(main.names())
+    heads = [name for source in ends[1] for name in source.tied if name in stored]
+    for name in dict.fromkeys([*_plain_names(ends[1]), *heads]):
+        if not _is_first(name):
+            wants.append(_outside(name, last, ends[1], name in stored))
     return wants, None if file.whole else taken
 
 
-def _outside(name: str, part: Slice) -> Want:
-    return Want(name, part, (name,) * len(part.inputs), 0.0)
+def _outside(name: str, part: Slice, inputs: Sequence[WeightSource], through_ties: bool = False) -> Want:
+    names = (source.tied.get(name, name) if through_ties else name for source in inputs)
+    return Want(name, part, tuple(names), 0.0)
 
 
 def _is_first(name: str) -> bool:
     return any(word in name for word in FIRST) and LAST not in name
 
 
-def _plain_names(part: Slice, sources: Sequence[WeightSource], index: dict[str, int]) -> list[str]:
+def _plain_names(inputs: Sequence[WeightSource]) -> list[str]:
     """Names outside layers, of every input of a slice."""
-    held = (name for one in part.inputs for name in sources[index[one.model]].names())
+    held = (name for source in inputs for name in source.names())
     return list(dict.fromkeys(name for name in held if split_layer(name) is None))
 
 

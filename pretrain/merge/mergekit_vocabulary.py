@@ -7,6 +7,7 @@ it; zeros where none has. Rows that no token has are left out, unless the file p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -59,11 +60,12 @@ def same_tokens(
     ]
     tokenizers = [one or first for one in found]
     donor = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
-    ids, joined = _vocabulary(tokens, tokenizers, donor)
+    stored = [_rows(source, held) if held else math.inf for source, held in zip(sources, names, strict=True)]
+    ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
     total = max(len(ids), max(ids.values(), default=-1) + 1)
     total += -total % tokens.multiple
     check_alike([sources[i] for i in taking], [names[i] for i in taking])
-    rows_in = [_rows(sources[i], names[i]) for i in taking]
+    rows_in = [int(stored[i]) for i in taking]
     makers = [
         _Maker(
             [tokenizers[i].ids for i in taking],
@@ -91,20 +93,28 @@ def same_tokens(
 
 
 def _vocabulary(
-    tokens: Tokens, tokenizers: list[Tokenizer], donor: int
+    tokens: Tokens, tokenizers: Sequence[Tokenizer], donor: int, rows: Sequence[float]
 ) -> tuple[dict[str, int], bytes | None]:
-    """Token -> row of the output; and its tokenizer.json, None where it is the donor's."""
-    ids = dict(tokenizers[donor].ids)
+    """Token -> row of the output; and its tokenizer.json, None where it is the donor's.
+
+    rows: of every model's embeddings. From `base` and from a `union` mergekit strips the tokens beyond them.
+    """
+    joint = tokens.source in ("base", "union")
+    known = [
+        {token: row for token, row in one.ids.items() if row < count or not joint}
+        for one, count in zip(tokenizers, rows, strict=True)
+    ]
+    ids = dict(known[donor])
     free = max(ids.values(), default=-1) + 1
     order = [tokenizers[donor]]
     if tokens.source == "union":
-        for one in tokenizers[1:]:
-            more = sorted(one.ids.keys() - ids.keys(), key=lambda token: one.ids[token])
+        for one, theirs in zip(tokenizers[1:], known[1:], strict=True):
+            more = sorted(theirs.keys() - ids.keys(), key=lambda token: theirs[token])
             order += [one] if more else []
             ids |= {token: free + place for place, token in enumerate(more)}
             free += len(more)
     fresh = [token for token in tokens.rows if token not in ids]
-    if len(order) == 1 and not fresh:
+    if len(order) == 1 and not fresh and len(ids) == len(tokenizers[donor].ids):
         return ids, None
     content = json.loads(rewritten(order, ids))
     for number, token in enumerate(fresh, free):

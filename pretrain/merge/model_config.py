@@ -11,6 +11,7 @@ from pretrain.merge.folder import parse_json
 
 CONFIG = "config.json"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -41,7 +42,8 @@ def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) ->
         if key in section:
             before = section[key]
             section[key] = len(taken)
-            kinds = section.get("layer_types")
-            if isinstance(kinds, list) and len(kinds) == before:
-                section["layer_types"] = [kinds[number] for number in taken]
+            for name in LAYER_LISTS:
+                kinds = section.get(name)
+                if isinstance(kinds, list) and len(kinds) == before:
+                    section[name] = [kinds[number] for number in taken]
     return {**companions, CONFIG: as_json(config)}

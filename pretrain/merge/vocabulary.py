@@ -26,10 +26,13 @@ from pretrain.merge.vocabulary_view import Rows, View, stored_name
 
 RULES = ("first", "intersect", "pad", "union")
 EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|token_embedding|tok_embeddings|shared)\.weight$"
-    r"|(^|\.)backbone\.embeddings\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|embed_in|token_embedding|tok_embeddings|shared)\.weight$"
+    r"|(^|\.)(backbone|rwkv)\.embeddings\.weight$"
 )
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|proj_out|decoder)\.(weight|bias)$")
+HEAD = re.compile(
+    r"(^|\.)(lm_head|generator_lm_head|lm_loss|head|embed_out|output|output_layer|proj_out|decoder|predictions)"
+    r"\.(weight|bias)$"
+)
 ADVICE = (
     "say how with --vocabulary (in a spec, vocabulary): first (the first input's tokens; one that another lacks takes "
     "the first's row), intersect (tokens that all have), union (a token that one has takes its row) or pad (rows by "
@@ -54,14 +57,15 @@ def aligned(
     if len(taking) < 2:
         return list(sources)
     chosen = [sources[i] for i in taking]
-    rows = [_rows_of(source, names[i]) for i, source in zip(taking, chosen, strict=True)]
+    rows = [_rows_of(source, names[i], rule) for i, source in zip(taking, chosen, strict=True)]
     files = {_raw(source) for source in chosen}
     if len(set(rows)) == len(files) == 1 and None not in files:
         return list(sources)
     tokenizers = [read_tokenizer(source.companions, source.address) for source in chosen]
     known = [t for t in tokenizers if t is not None]
     differ = any(t.contradicts(known[0]) or (rule and t.ids != known[0].ids) for t in known[1:])
-    if len(set(rows)) == 1 and not differ:
+    by_token = rule not in (None, "pad")  # which needs to know every source's tokens
+    if len(set(rows)) == 1 and not differ and not (by_token and None in tokenizers):
         return list(sources)
     if rule is None:
         shared = {name for i in taking for j in taking if i < j for name in {*names[i]} & {*names[j]}}
@@ -82,6 +86,11 @@ def is_embedding(name: str) -> bool:
     return EMBEDDING.search(name) is not None
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor of that name most likely has a row for every token."""
+    return is_embedding(name) or HEAD.search(name) is not None
+
+
 def vocabulary_names(source: WeightSource) -> list[str]:
     """Tensors with a row for every token: embeddings, and heads that have as many rows."""
     held = source.names()
@@ -91,12 +100,16 @@ def vocabulary_names(source: WeightSource) -> list[str]:
     return embeddings + [name for name in heads if name not in embeddings]
 
 
-def _rows_of(source: WeightSource, names: Sequence[str]) -> int:
-    counts = {source.info(name)[1][0] for name in names}
-    if len(counts) > 1:
-        listed = ", ".join(f"{name} {source.info(name)[1][0]}" for name in names)
-        raise UserError(f"{source.address}: its embeddings have different numbers of rows: {listed}")
-    return counts.pop()
+def _rows_of(source: WeightSource, names: Sequence[str], rule: str | None) -> int:
+    """Rows of its embeddings; of the first, where it has several vocabularies and no rule is to join them."""
+    counts = [source.info(name)[1][0] for name in names]
+    if rule is not None and len(set(counts)) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+        raise UserError(
+            f"{source.address}: its embeddings have different numbers of rows, {listed}, so there is no one "
+            f"vocabulary to join; without vocabulary: {rule} they are merged row by row, where all have as many"
+        )
+    return counts[0]
 
 
 def _raw(source: WeightSource) -> bytes | None:
@@ -214,9 +227,16 @@ def _by_token(
         companions: dict[str, Path | bytes]
         unfit = None
         if rule == "first":
-            companions = with_tokenizer(source.companions, sources[0].companions, None, total, source.address)
             notes = [f"the tokenizer is that of {sources[0].address}"] if i else []
-            made.append((Rows.of(owner, row), companions, notes, None))
+            donor = sources[0].companions
+            companions = dict(donor)
+            try:
+                companions = with_tokenizer(
+                    source.companions, donor, None, total, source.address, (tokenizer, ids)
+                )
+            except UserError as error:  # matters only where the output is to have this config
+                unfit = str(error)
+            made.append((Rows.of(owner, row), companions, notes, unfit))
             continue
         companions = {FILE: joined}
         try:

@@ -207,28 +207,34 @@ def renumbered(
             if name == "config.json":
                 content = adapted_config(content, {"vocab_size": rows})
             out[name] = as_json(content)
-    if "tokenizer_config.json" in out:
-        content = parse_json(read(out["tokenizer_config.json"]), tokenizer.where)
-        if isinstance(content, dict) and isinstance(content.get("added_tokens_decoder"), dict):
-            content["added_tokens_decoder"] = {
-                str(one["id"]): {key: value for key, value in one.items() if key not in ("id", "content")}
-                | {"content": one["content"]}
-                for one in json.loads(joined)["added_tokens"]
-            }
-            out["tokenizer_config.json"] = as_json(content)
-    return out
+    return _with_added(out, joined, tokenizer.where)
+
+
+def _with_added(companions: Companions, joined: bytes, where: str) -> dict[str, Path | bytes]:
+    """The tokens that tokenizer_config.json lists, where it does, are those of the joined tokenizer.json."""
+    settings = companions.get("tokenizer_config.json")
+    content = parse_json(read(settings), where) if settings is not None else None
+    if not isinstance(content, dict) or not isinstance(content.get("added_tokens_decoder"), dict):
+        return dict(companions)
+    content["added_tokens_decoder"] = {
+        str(one["id"]): {key: value for key, value in one.items() if key not in ("id", "content")}
+        | {"content": one["content"]}
+        for one in json.loads(joined)["added_tokens"]
+    }
+    return {**companions, "tokenizer_config.json": as_json(content)}
 
 
 def _renumber_settings(
-    content: Any, by_number: Mapping[int, str], ids: Mapping[str, int], where: str
+    content: Any, by_number: Mapping[int, str], ids: Mapping[str, int], where: str, but: Any = None
 ) -> None:
-    """`eos_token_id` and the like, wherever they stand, in place."""
+    """`eos_token_id` and the like, wherever they stand, in place, except those that stand in `but` too."""
     if not isinstance(content, dict):
         return
+    said = but if isinstance(but, dict) else {}
     for key, value in content.items():
         if isinstance(value, dict):
-            _renumber_settings(value, by_number, ids, where)
-        elif NUMBERED.search(key):
+            _renumber_settings(value, by_number, ids, where, said.get(key))
+        elif NUMBERED.search(key) and key not in said:
             many = value if isinstance(value, list) else [value]
             new = [
                 _number(by_number[one], ids, where) if type(one) is int and one in by_number else one
@@ -238,22 +244,35 @@ def _renumber_settings(
 
 
 def with_tokenizer(
-    companions: Companions, donor: Companions, joined: bytes | None, rows: int, where: str
+    companions: Companions,
+    donor: Companions,
+    joined: bytes | None,
+    rows: int,
+    where: str,
+    moved: tuple[Tokenizer, Mapping[str, int]] | None = None,
 ) -> dict[str, Path | bytes]:
     """Companions of weights that get another's tokens: the donor's tokenizer (with `joined` in place of its own
-    tokenizer.json), the numbers of special tokens as the donor's settings say them, and the rows in config.json."""
+    tokenizer.json), the numbers of special tokens as the donor's settings say them, and the rows in config.json.
+
+    moved: their own tokenizer, and token -> number in the output: numbers that the donor does not say follow their
+           tokens, and are left as they are without it. Raises UserError for a token that is not in the output.
+    """
     out = {name: content for name, content in companions.items() if not is_tokenizer_file(name)}
     theirs = {name: content for name, content in donor.items() if is_tokenizer_file(name)}
     if joined is not None:
         theirs = {name: c for name, c in theirs.items() if name.startswith(("tokenizer_config", "special"))}
-        theirs[FILE] = joined
+        theirs = _with_added(theirs, joined, where) | {FILE: joined}
     found: dict[str, Path | bytes] = {**out, **theirs}
     for name in ("config.json", "generation_config.json"):
         content = parse_json(read(found[name]), f"{where}: {name}") if name in found else None
         if not isinstance(content, dict):
             continue
-        if donor is not companions and name in donor:
-            content = _with_numbers(content, parse_json(read(donor[name]), name))
+        if donor is not companions:
+            said = parse_json(read(donor[name]), name) if name in donor else {}
+            if moved is not None:
+                own = {number: token for token, number in moved[0].ids.items()}
+                _renumber_settings(content, own, moved[1], f"{where}: {name}", said)
+            content = _with_numbers(content, said)
         found[name] = as_json(
             adapted_config(content, {"vocab_size": rows}) if name == "config.json" else content
         )

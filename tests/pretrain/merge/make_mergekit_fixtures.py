@@ -4,8 +4,8 @@
 
 For every CASE.yml in tests/pretrain/merge/mergekit/ writes CASE.json (for every output tensor the parameters that
 mergekit resolved, and the tensors it read) and, except where it draws random numbers, CASE.safetensors (what it
-computed). The models there are made by this script when they are missing: a, b and c are alike; d, e and f have one
-layer, tokenizers of different tokens, and rows beyond them.
+computed). The models there are made by this script when they are missing: a, b and c are alike; d to g have one layer
+and tokenizers of different tokens; d and f have rows beyond them, and g has a token beyond its rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ TOKENS = {
     "d": (["<unk>", "sun", "moon"], ["<s>"]),
     "e": (["<unk>", "moon", "sky", "sun"], ["<s>", "<img>"]),
     "f": (["<unk>", "sun", "moon", "sky"], ["<pad>", "<s>"]),
+    "g": (["<unk>", "sun", "rain"], ["<s>", "<pad>"]),
 }
+BEYOND = {"g": -1}  # rows, compared with the tokens
 
 
 def write_model(folder: Path, seed: int, layers: int = LAYERS, rows: int = VOCABULARY) -> None:
@@ -139,7 +141,8 @@ def main() -> None:
             write_model(FIXTURES / name, seed)
     for seed, (name, (words, added)) in enumerate(TOKENS.items(), 3):
         if not (FIXTURES / name).exists():
-            write_model(FIXTURES / name, seed, 1, len(words) + len(added) + seed % 2)
+            rows = len(words) + len(added) + BEYOND.get(name, seed % 2)
+            write_model(FIXTURES / name, seed, 1, rows)
             write_tokenizer(FIXTURES / name, words, added)
     os.chdir(FIXTURES)
     for path in sorted(FIXTURES.glob("*.yml")):

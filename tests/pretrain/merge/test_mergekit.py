@@ -21,6 +21,7 @@ from pretrain.merge.spec import load_spec
 from pretrain.merge.tool import execute
 from pretrain.merge.verify import verify
 from pretrain.yaml_file import load_yaml
+from tests.pretrain.merge.build import floats, write
 
 FIXTURES = Path(__file__).parent / "mergekit"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.yml"))
@@ -162,6 +163,36 @@ def stacked(folder: Path, layers: int, counter: list[int], dtype: str = "int64")
     return folder
 
 
+def headed(folder: Path, seed: int, tied: bool) -> str:
+    """One layer between embeddings and a head, which is not stored where it is tied."""
+    names = ["model.embed_tokens.weight", "model.layers.0.w.weight", *([] if tied else ["lm_head.weight"])]
+    write(folder, {name: floats(10 * seed + place, 4, 3) for place, name in enumerate(names)})
+    config = {"tie_word_embeddings": tied, "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
+    """As in mergekit, where the model whose config the output has stores its own."""
+    a, b = headed(tmp_path / "a", 1, False), headed(tmp_path / "b", 2, True)
+    slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in (a, b)]
+    stack = {"merge_method": "passthrough", "slices": slices}
+    models = [{"model": model, "parameters": {"weight": 0.5}} for model in (a, b)]
+    mix = {"merge_method": "linear", "models": models}
+    for name, values in (("stack", stack), ("mix", mix)):
+        made = plan_mergekit(file := parse("x.yml", values), opened := open_mergekit(file), 10**9)
+        execute([made], opened, [tmp_path / name])
+    mine, theirs = open_weights(a).array("lm_head.weight"), open_weights(b).array("model.embed_tokens.weight")
+    got = {name: open_weights(str(tmp_path / name)).array("lm_head.weight") for name in ("stack", "mix")}
+    assert np.array_equal(got["stack"], theirs)
+    assert np.array_equal(got["mix"], ((mine.astype(np.float64) + theirs) / 2).astype(np.float32))
+    file = parse("x.yml", mix | {"base_model": b})
+    with pytest.raises(
+        UserError, match=r"lm_head.weight is missing in A .* \(tied to model.embed_tokens.weight there"
+    ):
+        plan_mergekit(file, open_mergekit(file), 10**9)
+
+
 @pytest.mark.parametrize(("counters", "fits"), [([7, 5, 6], True), ([5, 6, 7], False)])
 def test_integers_are_compared_between_the_layers_that_meet(
     tmp_path: Path, counters: list[int], fits: bool
@@ -214,9 +245,11 @@ def test_passthrough_copies_bytes_and_renumbers_layers(tmp_path: Path) -> None:
 def test_lists_of_the_config_follow_the_layers(tmp_path: Path) -> None:
     from pretrain.merge.model_config import with_layers
 
-    config = json.dumps({"num_hidden_layers": 3, "layer_types": ["x", "y", "z"]}).encode()
-    made = with_layers({"config.json": config}, [0, 1, 1, 2])
-    assert json.loads(made["config.json"]) == {"num_hidden_layers": 4, "layer_types": ["x", "y", "y", "z"]}  # type: ignore[arg-type]
+    lists = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+    config = json.dumps({"num_hidden_layers": 3, "eos": [1, 2, 3]} | {key: ["x", "y", "z"] for key in lists})
+    made = with_layers({"config.json": config.encode()}, [0, 1, 1, 2])
+    wanted = {"num_hidden_layers": 4, "eos": [1, 2, 3]} | {key: ["x", "y", "y", "z"] for key in lists}
+    assert json.loads(made["config.json"]) == wanted  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +457,16 @@ def test_a_repository_of_the_hub_is_an_address() -> None:
     [
         (
             {"merge_method": "linear", "models": [{"model": "a"}]},
-            "39 mismatches.*parameter weight is missing for a",
+            r"1 mismatch:\n  model.embed_tokens.weight and 38 more tensors: parameter weight is missing for a\n",
+        ),
+        (
+            {
+                "merge_method": "breadcrumbs",
+                "base_model": "a",
+                "models": [{"model": "b", "parameters": {"weight": 1, "density": 0}}],
+                "parameters": {"normalize": True},
+            },
+            "density 0 of a weighted model cannot be normalized",
         ),
         (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 6]}]}]},

@@ -13,6 +13,7 @@ import yaml
 from pretrain.merge import merge, open_weights
 from pretrain.merge.spec import load_spec, prepare_spec
 from pretrain.merge.tool import execute
+from pretrain.merge.vocabulary import vocabulary_names
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -156,6 +157,35 @@ def test_layers_of_two_models_stacked_by_a_mergekit_file(kind: str, tmp_path: Pa
             source = a if loaded.config.tie_word_embeddings and name == "lm_head.weight" else b
         assert torch.equal(state[name], source[theirs]), name
     assert said(loaded, what).isfinite().all()
+
+
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", TEXT | {"embedding_size": 16}),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig",
+                   TEXT | dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1)),
+    "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 16, "n_layer": 1, "n_head": 2}),
+    "opt": ("OPTForCausalLM", "OPTConfig", TEXT | {"ffn_dim": 16, "word_embed_proj_dim": 16}),
+    "xlnet": ("XLNetLMHeadModel", "XLNetConfig", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", {"hidden_size": 16, "num_hidden_layers": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in MODELS if kind != "vit"), *OTHERS])
+def test_every_tensor_with_a_row_for_each_token_is_known(kind: str, tmp_path: Path) -> None:
+    """One that is missed would be mixed with the rows of other tokens."""
+    transformers = pytest.importorskip("transformers")
+    model_name, config_name, sizes = (MODELS | OTHERS)[kind][:3]
+    if "text_config" in sizes:
+        sizes = sizes | {"text_config": sizes["text_config"] | {"vocab_size": 79}}
+    else:
+        sizes = sizes | {"vocab_size": 79}
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**sizes))
+    model.save_pretrained(tmp_path)
+    source = open_weights(str(tmp_path))
+    rows = {name for name in source.names() if source.info(name)[1][:1] == (79,)}
+    assert rows
+    assert rows == set(vocabulary_names(source))
 
 
 def test_what_stands_beside_a_model_that_sees_and_speaks(tmp_path: Path) -> None:

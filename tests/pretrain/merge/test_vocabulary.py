@@ -233,6 +233,23 @@ def test_the_first_s_tokens_and_no_others(tmp_path: Path, padding: int) -> None:
     check(back, list(reversed(sources)), list(reversed(tokenizers)))
 
 
+def test_numbers_that_the_first_s_settings_lack_follow_their_tokens(tmp_path: Path) -> None:
+    tokenizers = [word_level(A_WORDS, ["<s>"]), word_level(B_WORDS, ["<img>", "<s>"])]
+    folders = [model(tmp_path / str(i), t, t.get_vocab_size(), seed=i) for i, t in enumerate(tokenizers)]
+    config = json.loads((folders[1] / "config.json").read_text())
+    for token in ("sea", "<img>"):  # of which the first has one alone
+        own = {"vision": {"image_token_index": tokenizers[1].token_to_id(token)}, "mask_token_id": None}
+        (folders[1] / "config.json").write_text(json.dumps(config | own))
+        view = aligned(opened(*folders), "first")[1]
+        if token == "sea":
+            moved = read_config(view)
+            assert moved["vision"] == {"image_token_index": tokenizers[0].token_to_id("sea")}
+            assert moved["mask_token_id"] is None
+            assert moved["eos_token_id"] == tokenizers[0].token_to_id("<s>")
+        else:
+            assert re.search(r"needs the token '<img>'", view.unfit or "")
+
+
 def test_union_of_three(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS), word_level([*B_WORDS, "ice", "sun"])]
     sources = opened(
@@ -264,9 +281,12 @@ def test_padding_without_tokenizers(tmp_path: Path) -> None:
     views = aligned(sources, "pad")
     a, b = (source.array("lm_head.weight") for source in sources)
     np.testing.assert_array_equal(views[1].array("lm_head.weight"), np.concatenate([b, a[8:]]))
-    for rule in ("union", "intersect"):
-        with pytest.raises(UserError, match=r"needs a tokenizer\.json"):
-            aligned(sources, rule)
+    alike = opened(model(tmp_path / "c", word_level(A_WORDS), 12, seed=3), tmp_path / "a")
+    for rule in ("first", "union", "intersect"):
+        for these in (sources, alike):  # as many rows say nothing of whose they are
+            with pytest.raises(UserError, match=r"needs a tokenizer\.json"):
+                aligned(these, rule)
+    assert aligned(alike, "pad") == alike
 
 
 def test_padding_refuses_rows_of_other_tokens(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pretrain.merge.request import Rule
 from pretrain.merge.tool import execute
 from pretrain.merge.verify import verify
 from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.test_vocabulary import model, word_level
+from tests.pretrain.merge.test_vocabulary import bpe, joined, model, read_config, word_level
 
 A, B = ["<s>", "x", "y"], ["<s>", "y", "z", "w"]
 EMBED = "model.embed_tokens.weight"
@@ -82,7 +82,9 @@ def test_mergekit_without_a_tokenizer_source_goes_by_row_and_says_so(tmp_path: P
     words = [["<s>", "x", "y"], ["<s>", "y", "x"]]
     inputs = [str(model(tmp_path / str(i), word_level(w), 3, i)) for i, w in enumerate(words)]
     made = plan_mergekit(file := mergekit(inputs), open_mergekit(file), 10**9)
-    assert any("rows are merged by their numbers" in note for note in made.notes)
+    (note,) = (note for note in made.notes if "rows are merged by their numbers" in note)
+    assert "--vocabulary" not in note  # which a mergekit file does not know
+    assert "tokenizer_source: base (or union)" in note
     opened = open_mergekit(mergekit(inputs, tokenizer_source="base"))
     second = open_weights(inputs[1]).array("lm_head.weight")
     np.testing.assert_array_equal(opened.sources[1].array("lm_head.weight"), second[[0, 2, 1]])
@@ -129,3 +131,58 @@ def test_a_union_that_cannot_be_planned_again_is_checked_as_far_as_it_can(
     report = verify(tmp_path / "out")
     assert [state for _, state in report.inputs] == ["unchanged", "unchanged"]
     assert not report.wrong, report.lines()
+
+
+def test_rows_from_elsewhere_are_another_plan(pair: list[str], tmp_path: Path) -> None:
+    """Shapes, names and tokenizer are the same: what is done or half done with other rows is not taken for it."""
+    zero = {"source": {"kind": "zero"}, "force": True}
+    asked: list[Any] = [{"source": "base"}, {"source": "base", "tokens": {"y": zero}}]
+    made = []
+    for tokenizer in asked:
+        file = mergekit(pair, base_model=pair[0], tokenizer=tokenizer)
+        opened = open_mergekit(file)
+        made.append((plan_mergekit(file, opened, 10**9), opened))
+    hashes = [[source.hashes() for source in opened.sources] for _, opened in made]
+    assert hashes[0] == hashes[1]
+    assert made[0][0].key(hashes[0]) != made[1][0].key(hashes[1])
+    assert made[0][0].key(hashes[0]) == replan(made[0][0].asked)[0].key(hashes[0])
+    execute([made[0][0]], made[0][1], [tmp_path / "out"])
+    with pytest.raises(UserError, match="out holds another merge: of mergekit"):
+        execute([made[1][0]], made[1][1], [tmp_path / "out"])
+
+
+def test_rows_that_do_not_fit_are_told_with_mergekit_s_key(pair: list[str]) -> None:
+    file = mergekit(pair)
+    with pytest.raises(UserError) as caught:
+        plan_mergekit(file, open_mergekit(file), 10**9)
+    for name in (EMBED, "lm_head.weight"):
+        assert f"{name}: shapes [3, 6], [4, 6]; tokenizer_source: base (or union)" in str(caught.value)
+
+
+def test_models_of_several_vocabularies_are_merged_row_by_row(tmp_path: Path) -> None:
+    """As InstructBLIP has them: one of the language model, one of the Q-Former."""
+    names = {"language_model.model.embed_tokens.weight": 9, "qformer.embeddings.word_embeddings.weight": 5}
+    inputs = []
+    for seed in range(2):
+        tensors = {name: floats(10 * seed + rows, rows, 4) for name, rows in names.items()}
+        inputs.append(str(write(tmp_path / str(seed), tensors)))
+    merge(inputs, tmp_path / "out", beta=0.5)
+    for name in names:
+        one, two, got = (open_weights(path).array(name) for path in (*inputs, str(tmp_path / "out")))
+        np.testing.assert_array_equal(got, ((one.astype(np.float64) + two) / 2).astype(np.float32))
+    with pytest.raises(UserError, match=r"have different numbers of rows, .* there is no one vocabulary"):
+        plan(inputs, beta=0.5, vocabulary="pad")
+
+
+def test_tokens_of_the_base_that_have_no_row_are_stripped(tmp_path: Path) -> None:
+    """As of many a fine-tuned Llama, whose <pad> has a number and no row."""
+    tokens = bpe([("a", "b")], ["<s>", "<pad>"])
+    rows = tokens.get_vocab_size() - 1
+    inputs = [str(model(tmp_path / name, tokens, rows, seed)) for seed, name in enumerate(("base", "other"))]
+    source = open_mergekit(mergekit(inputs, base_model=inputs[0], tokenizer_source="base")).sources[1]
+    np.testing.assert_array_equal(source.array(EMBED), open_weights(inputs[1]).array(EMBED))
+    assert set(tokens.get_vocab()) - set(joined(source).get_vocab()) == {"<pad>"}
+    assert read_config(source)["vocab_size"] == rows
+    listed = read_config(source, "tokenizer_config.json")["added_tokens_decoder"]
+    assert isinstance(listed, dict)
+    assert [one["content"] for one in listed.values()] == ["<s>"]
