@@ -13,7 +13,7 @@ from pretrain.merge.planner import Planner
 from pretrain.merge.request import Request
 from pretrain.merge.rules import Rules
 from pretrain.merge.sources import WeightSource, open_weights
-from pretrain.merge.vocabulary import aligned, vocabulary_names
+from pretrain.merge.vocabulary import aligned
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,8 @@ def open_request(request: Request, run_dir: Path | None = None) -> Opened:
     """
     copied = [rule.copy_from for rule in request.rules]
     opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
-    if request.vocabulary is not None:
-        return replace(opened, sources=aligned(opened.sources, request.vocabulary))
-    rules = Rules(request)
-    mixed = opened.sources[: opened.inputs]
-    if any(rules.mixes(name) for source in mixed for name in vocabulary_names(source)):
-        aligned(mixed, None)
-    return opened
+    mixes = Rules(request).mixes
+    return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixes))
 
 
 def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Opened]:
@@ -86,18 +81,7 @@ def prepare(
 ) -> tuple[list[Plan], Opened]:
     """One plan a row of resolved weights (default: the request's own), all with the same tensors in the same places."""
     rows = [request.weights] if weights is None else weights
-    opened = _same_rows(open_request(request, run_dir), request)
+    opened = open_request(request, run_dir)
     active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in rows)]
     planner = Planner(opened.sources, request, opened.named, active)
     return [planner.plan(row) for row in rows], opened
-
-
-def _same_rows(opened: Opened, request: Request) -> Opened:
-    """Sources whose embeddings have the same rows, as `vocabulary` says."""
-    rules = Rules(request)
-
-    def mixed(name: str) -> bool:
-        rule = rules.find(name)
-        return rules.mixes(name) and (rule is None or rule.copy_from is None)
-
-    return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixed))
