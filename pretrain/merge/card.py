@@ -11,6 +11,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.merge.describe import formula
+from pretrain.merge.layout import SHARD_SIZE
 from pretrain.merge.origins import CARD_LIMIT, FRONT_MATTER
 from pretrain.merge.plan import Plan, letter
 from pretrain.merge.sources import WeightSource
@@ -122,11 +123,16 @@ def _spec(plan: Plan) -> str:
     """What `dromos merge --spec` takes to make the same again: mergekit's own file where that was given."""
     asked, said = plan.asked, ""
     if "mergekit" in asked:
-        seed = f" --seed {asked['seed']}" if asked.get("seed") else ""
-        said = f"As mergekit has it; `dromos merge --spec FILE{seed} --out DIR` makes the same again.\n\n"
+        flags = f" --seed {asked['seed']}" if asked.get("seed") else ""
+        if asked["max_shard_size"] != SHARD_SIZE:
+            flags += f" --max-shard-size {asked['max_shard_size']}"
+        said = f"As mergekit has it; `dromos merge --spec FILE{flags} --out DIR` makes the same again.\n\n"
         asked = asked["mergekit"]
     written = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    return f"## Spec\n\n{said}```yaml\n{written}```"
+    fence = "```"
+    while fence in written:
+        fence += "`"
+    return f"## Spec\n\n{said}{fence}yaml\n{written}{fence}"
 
 
 def _title(plan: Plan, sources: Sequence[WeightSource]) -> str:

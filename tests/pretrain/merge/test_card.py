@@ -138,17 +138,27 @@ def test_a_mergekit_file_stands_in_the_card_as_it_is_and_makes_the_same_again(tm
     merge_cli.register(app)
     app.command(name="other")(lambda: None)
     for spec, out in (("mk.yml", "one"), ("again.yml", "two")):
-        words = ["merge", "--spec", str(tmp_path / spec), "--seed", "3", "--out", str(tmp_path / out)]
+        words = ["merge", "--spec", str(tmp_path / spec), "--seed", "3", "--max-shard-size", "1MB"]
+        words += ["--out", str(tmp_path / out)]
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         (tmp_path / "again.yml").write_text(specs(tmp_path / out))
     assert yaml.safe_load(specs(tmp_path / "one")) == file
-    assert "--seed 3" in card(tmp_path / "one")
+    assert "`dromos merge --spec FILE --seed 3 --max-shard-size 1000000 --out DIR`" in card(tmp_path / "one")
     one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
     assert one == two
     weights = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in card(tmp_path / "one").splitlines()
                if row.startswith(("| A", "| B", "| C"))}  # fmt: skip
     assert (weights["A"], weights["B"]) == ("base", "0.5")
+
+
+def test_a_spec_with_a_fence_of_its_own_stays_within_its_fence(tmp_path: Path) -> None:
+    a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
+    asked = {"rules": [Rule("head|```\\n# Mine", weights=(1.0, 0.0))]}
+    merge([a, b], tmp_path / "out", beta=0.4, **asked)
+    opening, inner = re.search(r"(?m)^(`+)yaml\n(.*?)^\1$", card(tmp_path / "out"), re.DOTALL).groups()  # type: ignore[union-attr]
+    assert len(opening) > 3
+    assert yaml.safe_load(inner)["rules"][0]["match"] == asked["rules"][0].match
 
 
 def test_weights_by_rule_are_said_beside_the_merge_s_own(tmp_path: Path) -> None:
