@@ -71,6 +71,8 @@ def merge(
       dromos merge A B --method ties --base C --density 0.5 --out ties
       dromos merge --window runs/r/real,last=8,schedule=1-sqrt --out mean
       dromos merge --spec mergekit.yml --out merged
+
+    Exit codes: 0 done; 2 your input is wrong; 75 stopped, the same command goes on; 1 anything else.
     """
     import json
     from os.path import expanduser

@@ -20,3 +20,12 @@ Timeout = Annotated[
     float | None,
     typer.Option("--timeout", metavar="SECONDS", help="Stop the command after so long; default: never."),
 ]
+
+
+def check_scored(flag: str, scored: bool, **given: object) -> None:
+    """Raises UserError for flags of a score where no command is given that makes one."""
+    from data_pipeline.errors import UserError
+
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if names and not scored:
+        raise UserError(f"{', '.join(names)}: of scores, and nothing is scored; say how with {flag}")

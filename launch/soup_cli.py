@@ -47,7 +47,8 @@ def soup(
       dromos soup A B C --score-cmd 'python eval.py {}' --metric loss --lower-is-better --out soup
       dromos soup A B C --uniform --out mean
 
-    Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
+    Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 75 stopped, the same command
+    goes on; 1 anything else.
     """
     from os.path import expanduser
 
@@ -59,7 +60,7 @@ def soup(
     from pretrain.merge.prepare import prepare
     from pretrain.merge.request import request
     from pretrain.merge.score import parse_command
-    from pretrain.merge.soup import cook
+    from pretrain.merge.soup import find_soup
 
     if score_cmd is None and not uniform:
         raise UserError(
@@ -67,6 +68,9 @@ def soup(
         )
     out = expanduser(out)
     command = parse_command(score_cmd, "--score-cmd", timeout, guarded) if score_cmd is not None else None
+    score_flags.check_scored(
+        "--score-cmd", command is not None, metric=metric, lower_is_better=lower_is_better, timeout=timeout
+    )
     rest = {
         "only": only,
         "exclude": exclude,
@@ -79,7 +83,7 @@ def soup(
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
     with resumable(), counting("merging", plan.size * (1 if uniform else 2 * len(inputs))) as bar:
-        made = cook(
+        made = find_soup(
             asked, opened, out, command, uniform=uniform, metric=metric, lower=lower_is_better,
             progress=bar.add, told=bar.say,
         )  # fmt: skip

@@ -55,7 +55,8 @@ def sweep(
       dromos sweep s3://bucket/a s3://bucket/b --out s3://bucket/sweep
       dromos sweep A B --betas 0,0.4,1 --out sweep --eval-cmd 'python eval.py {}' --metric loss
 
-    Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 1 anything else.
+    Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 75 stopped, the same command
+    goes on; 1 anything else.
     """
     from os.path import expanduser
 
@@ -74,6 +75,9 @@ def sweep(
         raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")
     out = expanduser(out) if out is not None else None
     command = parse_command(eval_cmd, "--eval-cmd", timeout, guarded) if eval_cmd is not None else None
+    score_flags.check_scored(
+        "--eval-cmd", command is not None, metric=metric, lower_is_better=lower_is_better, timeout=timeout
+    )
     numbers = parse_betas(betas)
     asked = {
         "only": only,

@@ -12,7 +12,10 @@ def parse_betas(text: str) -> list[float]:
     """`0:1:0.1` -> 0, 0.1, ... 1, both ends included; `0,0.25,1` -> as listed. Exact decimals, ascending."""
     try:
         if ":" not in text:
-            betas = {Decimal(part) for part in text.split(",")}
+            listed = [Decimal(part) for part in text.split(",")]
+            if any(beta.is_nan() for beta in listed):
+                raise ValueError
+            betas = set(listed)
         else:
             first, last, step = (Decimal(part) for part in text.split(":"))
             if not step.is_finite() or step <= 0 or not last >= first:

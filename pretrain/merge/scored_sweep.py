@@ -200,6 +200,9 @@ def _resumed(
         sweep.command, sweep.metric, sweep.lower = earlier.command, earlier.metric, earlier.lower
     elif metric in (None, earlier.metric):
         sweep.metric, sweep.lower = earlier.metric, earlier.lower if lower is None else lower
+    scored = [one.figures for one in earlier.betas if one.figures]
+    if metric is not None and scored and not any(metric in figures for figures in scored):
+        metric_of(scored[0], metric)
     known = {one.beta: one for one in earlier.betas}
     for key, beta in zip(keys, betas, strict=True):
         one = known.setdefault(beta, Scored(beta, None, key))

@@ -98,7 +98,7 @@ class Soup:
         return [*shown, f"soup: the mean of {_marks(self.chosen)}"] if self.chosen else shown
 
 
-def cook(
+def find_soup(
     request: Request,
     opened: Opened,
     out: Path | str,
@@ -127,23 +127,23 @@ def cook(
     check_apart(str(out), opened)
     if is_remote(str(out)) and "/" not in str(out).rstrip("/").partition("://")[2]:
         raise UserError(f"--out {out}: name a folder in the bucket")
-    kitchen = _Kitchen(request, opened, str(out), command, threads, progress, told)
-    kitchen.check_place()
-    with kitchen.place:
-        soup = kitchen.resume(uniform, metric, lower)
-        if kitchen.place.remote:  # one that may not be written is found before hours of scoring
-            kitchen.save(soup)
-        soup.chosen = tuple(range(opened.inputs)) if uniform else kitchen.search(soup)
+    search = _Search(request, opened, str(out), command, threads, progress, told)
+    search.check_place()
+    with search.place:
+        soup = search.resume(uniform, metric, lower)
+        if search.place.remote:  # one that may not be written is found before hours of scoring
+            search.save(soup)
+        soup.chosen = tuple(range(opened.inputs)) if uniform else search.greedy(soup)
         if uniform and command is not None:
-            kitchen.score(soup, soup.chosen)
-        kitchen.save(soup)  # else a kill before `serve` leaves an `out` that nobody knows
-        made = execute([kitchen.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
+            search.score(soup, soup.chosen)
+        search.save(soup)  # else a kill before `publish` leaves an `out` that nobody knows
+        made = execute([search.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
         soup.record = made[0]
-        kitchen.serve(soup)
+        search.publish(soup)
         return soup
 
 
-class _Kitchen:
+class _Search:
     """What a search works with: plans of means, and the folder of its trials."""
 
     def __init__(
@@ -216,7 +216,7 @@ class _Kitchen:
         if lower is None and metric in (None, known):
             soup.lower = bool(less)
 
-    def search(self, soup: Soup) -> tuple[int, ...]:
+    def greedy(self, soup: Soup) -> tuple[int, ...]:
         """The greedy recipe."""
         alone = [self.score(soup, (number,)) for number in range(self.opened.inputs)]
         if all(soup.worth(trial) == float("-inf") for trial in alone):
@@ -260,7 +260,7 @@ class _Kitchen:
     def save(self, soup: Soup) -> None:
         self.place.publish(RESULTS, _json(soup))
 
-    def serve(self, soup: Soup) -> None:
+    def publish(self, soup: Soup) -> None:
         """The results beside the soup; the trials' folder goes."""
         trials, done = self.place, self._done
         if trials.remote:

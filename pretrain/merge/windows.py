@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import is_remote
 from pretrain.checkpoint_folder import complete_steps, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
@@ -109,6 +110,10 @@ def notes(addresses: Sequence[str]) -> list[str]:
 
 
 def _check(window: Window) -> None:
+    if is_remote(window.run):
+        raise UserError(
+            f"window: {window.run}: of a run on a disk; name its checkpoints as inputs, {window.run}@STEP"
+        )
     given = [unit for unit in ("last", "steps", "samples", "tokens") if getattr(window, unit) is not None]
     if len(given) != 1:
         raise UserError(

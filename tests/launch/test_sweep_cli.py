@@ -75,6 +75,16 @@ def test_scores_are_a_table_and_files(pair: tuple[str, str]) -> None:
     assert not list(Path("s").glob("beta-*"))
 
 
+@pytest.mark.parametrize("words", [["--metric", "top1"], ["--lower-is-better"], ["--timeout", "9"]])
+def test_how_to_take_a_score_without_a_command_that_makes_one(
+    pair: tuple[str, str], words: list[str]
+) -> None:
+    result = dromos("sweep", *pair, "--betas", "0.5", "--out", "s", *words)
+    assert result.exit_code == 2
+    assert f"{words[0]}: of scores, and nothing is scored; say how with --eval-cmd" in result.output
+    assert not Path("s").exists()
+
+
 def test_a_command_that_fails_is_one_message(pair: tuple[str, str]) -> None:
     result = dromos("sweep", *pair, "--betas", "0.5", "--out", "s", "--eval-cmd", "sh -c 'exit 4; {}'")
     assert result.exit_code == 2

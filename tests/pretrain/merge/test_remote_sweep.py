@@ -20,7 +20,7 @@ from pretrain.merge.prepare import prepare
 from pretrain.merge.request import request
 from pretrain.merge.score import parse_command
 from pretrain.merge.scored_sweep import Sweep, run_sweep
-from pretrain.merge.soup import Soup, cook
+from pretrain.merge.soup import Soup, find_soup
 from pretrain.merge.sweep import plan_sweep
 from pretrain.merge.verify import verify
 from tests.data_pipeline.s3_server import s3_server
@@ -213,7 +213,7 @@ def soup(pair: list[str], out: str, body: str | None, **options: Any) -> Soup:
     asked = request(pair, method="soup")
     _, opened = prepare(asked)
     command = parse_command(scorer(Path(), body), "--score-cmd") if body is not None else None
-    return cook(asked, opened, out, command, **options)
+    return find_soup(asked, opened, out, command, **options)
 
 
 @pytest.fixture
@@ -255,21 +255,21 @@ def test_a_uniform_soup_and_one_of_a_folder_that_is_taken(three: list[str], stor
     assert calls(Path()) == []
 
 
-@pytest.mark.parametrize("where", ["score", "publish", "serve"])
+@pytest.mark.parametrize("where", ["score", "upload", "publish"])
 def test_a_soup_that_was_killed_goes_on(
     three: list[str], store: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     name, call = {
         "score": ("pretrain.merge.workplace.Workplace.score", 3),
-        "publish": ("pretrain.merge.remote_output.Uploads.publish", 1),
-        "serve": ("pretrain.merge.soup._Kitchen.serve", 1),
+        "upload": ("pretrain.merge.remote_output.Uploads.publish", 1),
+        "publish": ("pretrain.merge.soup._Search.publish", 1),
     }[where]
     module, _, attribute = name.rpartition(".")
     owner = {"Workplace": workplace.Workplace, "Uploads": remote_output.Uploads}.get(
         module.rpartition(".")[2]
     )
     if owner is None:
-        from pretrain.merge.soup import _Kitchen as owner  # type: ignore[assignment]
+        from pretrain.merge.soup import _Search as owner  # type: ignore[assignment]
     real, seen = getattr(owner, attribute), []
 
     def killed(*arguments: Any) -> Any:

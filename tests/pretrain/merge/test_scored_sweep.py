@@ -132,6 +132,10 @@ def test_less_may_be_better_and_the_metric_may_be_named(pair: tuple[str, str]) -
     assert json.loads(Path("s/sweep.json").read_text())["betas"][0]["figures"]["nll.odd"] is None
     with pytest.raises(UserError, match=r"the command printed top1, nll\.real, nll\.odd"):
         run(pair, "0.1", body, metric="accuracy")
+    before = Path("s/sweep.json").read_text()
+    with pytest.raises(UserError, match="--metric accuracy: the command printed top1"):  # all are scored
+        run(pair, "0:1:0.25", body, metric="accuracy")
+    assert Path("s/sweep.json").read_text() == before
 
 
 def test_another_command_or_other_weights_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:

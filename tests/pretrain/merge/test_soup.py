@@ -15,7 +15,7 @@ from pretrain.merge import merge
 from pretrain.merge.prepare import prepare
 from pretrain.merge.request import request
 from pretrain.merge.score import parse_command
-from pretrain.merge.soup import Soup, cook
+from pretrain.merge.soup import Soup, find_soup
 from pretrain.merge.verify import verify
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.scorers import calls, scorer
@@ -56,7 +56,7 @@ def run(inputs: list[str], body: str = SCORE, out: str = "soup", **options: Any)
     asked = request(inputs, method="soup")
     _, opened = prepare(asked)
     command = parse_command(scorer(Path(), body), "--score-cmd")
-    return cook(asked, opened, Path(out), command, **options)
+    return find_soup(asked, opened, Path(out), command, **options)
 
 
 def same_tensors(a: str, b: str) -> bool:
@@ -125,9 +125,9 @@ def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
     asked = request(inputs, method="soup")
     _, opened = prepare(asked)
     with pytest.raises(UserError, match="--score-cmd"):
-        cook(asked, opened, Path("soup"))
+        find_soup(asked, opened, Path("soup"))
     assert not Path("soup.trials").exists()
-    soup = cook(asked, opened, Path("soup"), uniform=True)
+    soup = find_soup(asked, opened, Path("soup"), uniform=True)
     assert soup.chosen == (0, 1, 2, 3, 4)
     merge(inputs, "want", method="soup")
     assert same_tensors("soup", "want")
@@ -147,11 +147,11 @@ def test_a_kill_before_the_results_are_beside_a_uniform_soup(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.merge.soup._Kitchen.serve", killed)
+        patch.setattr("pretrain.merge.soup._Search.publish", killed)
         with pytest.raises(KeyboardInterrupt):
-            cook(asked, opened, Path("soup"), uniform=True)
+            find_soup(asked, opened, Path("soup"), uniform=True)
     assert Path("soup/model.safetensors").is_file()
-    cook(asked, opened, Path("soup"), uniform=True)
+    find_soup(asked, opened, Path("soup"), uniform=True)
     assert json.loads(Path("soup/soup.json").read_text())["recipe"] == "uniform"
     assert not Path("soup.trials").exists()
 
@@ -163,7 +163,7 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     asked = request(inputs, method="soup")
     _, opened = prepare(asked)
     with pytest.raises(UserError, match="scored by another command"):
-        cook(asked, opened, Path("soup"), parse_command("cat {}/x", "--score-cmd"))
+        find_soup(asked, opened, Path("soup"), parse_command("cat {}/x", "--score-cmd"))
     before = len(calls(Path()))
     with pytest.raises(UserError, match="is not the output of a soup"):
         run(inputs, out="m0")

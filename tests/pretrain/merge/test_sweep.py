@@ -43,7 +43,21 @@ def test_betas(text: str, betas: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0:1", "0:1:0", "0:1:-0.1", "1:0:0.1", "0:2:0.5", "a", "0:1:nan", "0:1:1e-9", "-0.1"]
+    "text",
+    [
+        "",
+        "0:1",
+        "0:1:0",
+        "0:1:-0.1",
+        "1:0:0.1",
+        "0:2:0.5",
+        "a",
+        "0:1:nan",
+        "0:1:1e-9",
+        "-0.1",
+        "nan",
+        "0,sNaN",
+    ],
 )
 def test_betas_that_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--betas"):

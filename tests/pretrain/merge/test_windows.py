@@ -116,6 +116,11 @@ def test_windows_that_are_refused(tmp_path: Path, window: dict[str, object], why
         expand(Window(run, **window))  # type: ignore[arg-type]
 
 
+def test_a_run_in_a_store_is_told_how() -> None:
+    with pytest.raises(UserError, match="name its checkpoints as inputs, s3://bucket/r/real@STEP"):
+        expand(Window("s3://bucket/r/real", last=2))
+
+
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         expand(Window(str(tmp_path), last=2))
