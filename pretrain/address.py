@@ -196,7 +196,7 @@ def _path(path: Path, which: str | None, address: str) -> Located:
     if any(path.glob("*_states.pt")):
         return Located("checkpoint", str(path))
     if (path / "latest").is_file():  # a foreign DeepSpeed folder: `latest` names the tag
-        tag = path / (path / "latest").read_text().strip()
+        tag = path / (path / "latest").read_bytes()[:4096].decode("utf-8", "replace").strip()
         if tag.parent == path and tag.is_dir():
             return Located("checkpoint", str(tag))
     if (path / "recipe.yaml").exists():

@@ -205,6 +205,8 @@ def test_foreign_deepspeed_folder(tmp_path: Path) -> None:
     for address in (tmp_path / "out", tag):
         found = locate(str(address))
         assert (found.kind, found.path, found.stage_dir) == ("checkpoint", str(tag), None)
+    (tmp_path / "out/latest").write_bytes(b"\xff\x00")
+    assert locate(str(tmp_path / "out")).kind == "folder"  # and who opens it says what latest names
 
 
 def test_schemes() -> None:
