@@ -128,7 +128,7 @@ def _stack(
     left, step = MARGIN + LABELS, MAP / len(layers)
     gap = 1.0 if step > 5 else 0.0
     drawn = [svg.text(MARGIN, y + 12, _cut(stack or "layers", LETTERS), font_weight=650)]
-    highest = max(one.relative for one in by_layer.values())
+    highest = max((r for one in by_layer.values() if math.isfinite(r := one.relative)), default=0.0)
     said = f"layer by layer, {len(layers)} of them, up to {svg.short(highest)}"
     drawn.append(svg.text(left, y + 12, said, font_size=11, fill=svg.FAINT))
     drawn.append(
