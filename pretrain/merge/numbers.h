@@ -1,11 +1,17 @@
 /* Stored numbers, a tile at a time: widened exactly, rounded once to nearest even, as pretrain/merge/kernels.py does it.
- * Built with -ffp-contract=off, and without any option that changes a value.
+ * Built with -ffp-contract=off and -fno-fast-math, which undoes a -ffast-math of the machine's CFLAGS.
  */
 #ifndef DROMOS_NUMBERS_H
 #define DROMOS_NUMBERS_H
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+/* 16: numbers of 16 bits keep to their own type, which none has here. Where nothing is built numpy merges. */
+#if defined(__FAST_MATH__) || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
+#error "every operation must be rounded to its own type"
+#endif
 
 enum { F64, F32, F16, BF16 };  /* as pretrain.merge.kernels.FLOATS counts them */
 enum { TILE = 512 };           /* numbers that stay in the first-level cache from one step to the next */

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,21 +269,25 @@ def test_tensors_that_begin_at_odd_bytes() -> None:
         )
 
 
-@pytest.mark.parametrize("clone", ["", '__attribute__((target("avx2")))'])
-def test_versions_for_other_processors_have_the_same_bits(
-    clone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "own", [["-DCLONES="], ['-DCLONES=__attribute__((target("avx2")))'], ["-ffast-math", "-march=native"]]
+)
+def test_versions_for_other_processors_and_by_other_flags_have_the_same_bits(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This one takes the widest; the others are built alone and called."""
+    """This processor takes the widest; the others are built alone and called. CFLAGS stand before the project's."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("no compiler, or another processor")
-    if clone and "avx2" not in Path("/proc/cpuinfo").read_text():
+    if "avx2" in own[0] and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
-    folder = Path(fused.__file__).parent
-    sources = [str(folder / name) for name in ("difference.c", "linear.c", "products.c", "trim.c")]
-    options = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", f"-DCLONES={clone}"]
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    module = next(m for m in project["tool"]["setuptools"]["ext-modules"] if m["name"].endswith("_passes"))
+    sources = [str(root / name) for name in module["sources"]]
     built = str(tmp_path / "passes.so")
-    subprocess.run([compiler, "-shared", "-fPIC", *options, *sources, "-o", built], check=True)
+    options = [*own, "-shared", "-fPIC", *module["extra-compile-args"], *module["extra-link-args"]]
+    subprocess.run([compiler, *options, *sources, "-o", built], check=True)
     library = ctypes.CDLL(built)
     monkeypatch.setattr(fused, "function", lambda _, __, name: getattr(library, name))
     monkeypatch.setattr(fused, "_found", fused._found.__wrapped__)
@@ -304,3 +309,26 @@ def test_versions_for_other_processors_have_the_same_bits(
                         )  # type: ignore[misc]
                     )
                     assert one.tobytes() == other.tobytes()
+
+
+def test_sizes_are_those_of_the_c_files() -> None:
+    """Python makes room for what C fills."""
+    folder = Path(fused.__file__).parent
+    numbers, products = ((folder / name).read_text() for name in ("numbers.h", "products.c"))
+    assert f"enum {{ TILE = {fused.TILE} }};" in numbers
+    assert f"enum {{ MOST = {fused.VECTORS} }};" in products
+    assert dare.LATTICE == 1 << 16
+    assert "enum { LATTICE = 1 << 16 };" in (folder / "difference.c").read_text()
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast"])
+def test_what_would_round_otherwise_is_not_built(flag: str) -> None:
+    """Then numpy merges: an extension that does not build is left out."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no compiler")
+    source = str(Path(fused.__file__).with_name("linear.c"))
+    failed = subprocess.run([compiler, flag, "-fsyntax-only", source], capture_output=True, text=True)
+    assert failed.returncode
+    assert "must be rounded to its own type" in failed.stderr
+    subprocess.run([compiler, flag, "-fno-fast-math", "-O3", "-fsyntax-only", source], check=True)
