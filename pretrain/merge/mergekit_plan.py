@@ -50,6 +50,12 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
     if maker.problems:
         names = " and ".join(f"{letter(i)} ({source.address})" for i, source in enumerate(sources))
         raise refusal(names, maker.problems, f"as {file.path} asks")
+    ties = [
+        f"{one.name} is written, and the config, that of {sources[main].address}, ties it to {to}: who loads the model "
+        "may get that instead"
+        for one in decided
+        if (to := sources[main].tied.get(one.name)) is not None
+    ]
     plan = assemble(
         decided,
         sources,
@@ -60,7 +66,7 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
         weights=[],
         asked={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
         dtype=file.dtype,
-        notes=[*file.notes, *opened.notes, *lineage_notes(sources)],
+        notes=[*file.notes, *opened.notes, *ties, *lineage_notes(sources)],
     )
     return plan if taken is None else replace(plan, companions=with_layers(plan.companions, taken))
 

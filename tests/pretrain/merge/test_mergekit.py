@@ -173,7 +173,7 @@ def headed(folder: Path, seed: int, tied: bool) -> str:
 
 
 def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
-    """As in mergekit, where the model whose config the output has stores its own."""
+    """Where the model whose config the output has stores its own: mixed as by mergekit, which stacks without a head."""
     a, b = headed(tmp_path / "a", 1, False), headed(tmp_path / "b", 2, True)
     slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in (a, b)]
     stack = {"merge_method": "passthrough", "slices": slices}
@@ -186,6 +186,9 @@ def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
     got = {name: open_weights(str(tmp_path / name)).array("lm_head.weight") for name in ("stack", "mix")}
     assert np.array_equal(got["stack"], theirs)
     assert np.array_equal(got["mix"], ((mine.astype(np.float64) + theirs) / 2).astype(np.float32))
+    file = parse("x.yml", stack | {"base_model": b, "slices": slices[::-1]})
+    made = plan_mergekit(file, open_mergekit(file), 10**9)
+    assert any("lm_head.weight is written, and the config, that of " in note for note in made.notes)
     file = parse("x.yml", mix | {"base_model": b})
     with pytest.raises(
         UserError, match=r"lm_head.weight is missing in A .* \(tied to model.embed_tokens.weight there"
