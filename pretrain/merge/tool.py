@@ -18,6 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import exists, is_remote, join, read_bytes, remove, sizes
 from pretrain.address import locate
 from pretrain.merge import card, digests
+from pretrain.merge.companions import read
 from pretrain.merge.describe import ROUNDING, THETA
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
@@ -105,15 +106,21 @@ def execute(
                 outputs[i] = LocalOutput(plans[i], *stack.enter_context(resumed))
         if todo:
             write_tensors(list(outputs.values()), opened.sources, chunk, threads, progress)
+            _check_inputs(opened)
         for i, output in outputs.items():
             files = _beside(plans[i])
-            beside = {
-                n: xxhash.xxh64_hexdigest(_bytes(content)) for n, content in files.items() if n != FROZEN
-            }
+            beside = {n: xxhash.xxh64_hexdigest(c) for n, c in files.items() if isinstance(c, bytes)}
             records[i] = made = sealed(_record(output, opened, prints, keys[i]) | {"beside": beside})
             files |= {card.NAME: card.card(plans[i], opened.sources, made)}
             _add(output, files | {RECORD: (json.dumps(made, indent=1) + "\n").encode()})
     return [record for record in records if record is not None]
+
+
+def _check_inputs(opened: Opened) -> None:
+    """UserError where a mapped file was changed after the look at it that goes before every read."""
+    for file in (file for source in opened.sources for file in source.files):
+        if not file.remote:
+            file.check_unchanged()
 
 
 def _allow_open(files: int) -> None:
@@ -258,8 +265,8 @@ def _version() -> str:
 
 
 def _beside(plan: Plan) -> dict[str, bytes | Path]:
-    """Config, tokenizer, index, frozen tensors, and the stage that says what the model is."""
-    files = dict(plan.companions)
+    """Content of config, tokenizer, index and the stage that says what the model is; where frozen tensors lie."""
+    files: dict[str, bytes | Path] = {name: read(content) for name, content in plan.companions.items()}
     if plan.index is not None:
         files[INDEX] = plan.index
     if plan.frozen is not None:
@@ -274,14 +281,10 @@ def _add(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) 
     for name, content in files.items():
         if isinstance(output, RemoteOutput):
             output.uploads.add(name, content)
-        elif name == FROZEN and isinstance(content, Path):
+        elif isinstance(content, Path):
             link_or_copy(content, output.folder / name)
         else:
-            (output.folder / name).write_bytes(_bytes(content))
-
-
-def _bytes(content: bytes | Path) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
+            (output.folder / name).write_bytes(content)
 
 
 def model_stage(stage_dir: Path) -> Path | None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder
+from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder, plan
 from pretrain.merge.output_folder import partial_of
 from tests.pretrain.merge.build import floats, write
 
@@ -126,6 +126,25 @@ def test_inputs_changed_since_are_noticed(
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"unfinished merge lies in .*/b: model\.safetensors changed since"):
         merge(pair, tmp_path / "out", beta=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["same", "shorter"])
+def test_inputs_changed_after_their_last_look_are_noticed(
+    pair: tuple[str, str], tmp_path: Path, small_spans: None, size: str
+) -> None:
+    """What was read may be of both: nothing appears."""
+    file = Path(pair[1]) / "model.safetensors"
+    told: list[int] = []
+
+    def progress(count: int) -> None:
+        told.append(count)
+        if sum(told) == plan(pair, beta=0.3).size:
+            raw = file.read_bytes()
+            file.write_bytes(bytes(len(raw)) if size == "same" else raw[:-1])
+
+    with pytest.raises(UserError, match="was changed while it was read"):
+        merge(pair, tmp_path / "out", beta=0.3, progress=progress)
     assert not (tmp_path / "out").exists()
 
 
