@@ -16,7 +16,7 @@ RATE = 1e9
 START = 32e6
 """bytes of the command with numpy before it merges, as measured"""
 SPANNED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
-WORK = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4}
+WORK = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
 """how often a method goes over what it reads, where that is more than once"""
 
 

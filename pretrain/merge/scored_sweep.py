@@ -142,7 +142,8 @@ def run_sweep(
     """
     if not keep and command is None:
         raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
-    keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
+    prints = [source.hashes() for source in opened.sources]
+    keys = [plan.key(prints) for plan in plans]
     check_apart(str(out), opened)
     tell = telling(told)
     with Workplace(str(out), "\n".join(keys)) as place:
