@@ -74,11 +74,33 @@ def aligned(
         raise UserError(_difference(taking, chosen, rows, tokenizers))
     check_alike(chosen, [names[i] for i in taking])
     made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
+    unknown = _unknown(chosen, rows, {name for found in names for name in found})
     views = list(sources)
     for place, i in enumerate(taking):
         moved, companions, notes, unfit = made[place]
+        notes = [*notes, *unknown]
         views[i] = View(sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, unfit)
     return views
+
+
+def _unknown(sources: Sequence[WeightSource], rows: Sequence[int], known: set[str]) -> list[str]:
+    """A note of tensors that are as long as the vocabulary in every source, and have no name that says so; none where
+    embeddings are as wide as they are long, as then too many are."""
+    shapes = [{name: source.info(name)[1] for name in source.names()} for source in sources]
+    if any(n in held[name][1:] for held, n in zip(shapes, rows, strict=True) for name in known & held.keys()):
+        return []
+    found = [
+        name
+        for name in shapes[0]
+        if name not in known and all(n in held.get(name, ()) for held, n in zip(shapes, rows, strict=True))
+    ]
+    if not found:
+        return []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [
+        f"{', '.join(found[:3])}{more}: as long as the vocabulary, and of no name that is known to go by token: left "
+        "in the order that they have"
+    ]
 
 
 def is_embedding(name: str) -> bool:

@@ -250,6 +250,18 @@ def test_numbers_that_the_first_s_settings_lack_follow_their_tokens(tmp_path: Pa
             assert re.search(r"needs the token '<img>'", view.unfit or "")
 
 
+def test_what_may_go_by_token_under_a_name_that_is_not_known_is_told(tmp_path: Path) -> None:
+    tokenizers = [word_level(A_WORDS), word_level(B_WORDS[:-1])]
+    folders = [model(tmp_path / str(i), t, 8, seed=i) for i, t in enumerate(tokenizers)]
+    told = "as long as the vocabulary, and of no name"
+    assert not any(told in note for note in plan(list(map(str, folders)), beta=0.5, vocabulary="first").notes)
+    for seed, folder in enumerate(folders):
+        tensors = {name: open_weights(str(folder)).array(name) for name in open_weights(str(folder)).names()}
+        write(folder, tensors | {"final_logits_bias": floats(seed, 1, 8)})
+    notes = plan(list(map(str, folders)), beta=0.5, vocabulary="first").notes
+    assert sum(note.startswith("final_logits_bias: " + told) for note in notes) == 1
+
+
 def test_union_of_three(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS), word_level([*B_WORDS, "ice", "sun"])]
     sources = opened(
