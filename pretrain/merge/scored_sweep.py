@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import join
+from data_pipeline.storage import exists, join
 from pretrain.merge.betas import folder_names
 from pretrain.merge.diff import table
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
 from pretrain.merge.score import Command, Figures, metric_of, telling
-from pretrain.merge.tool import check_apart, execute
+from pretrain.merge.tool import RECORD, check_apart, execute
 from pretrain.merge.workplace import Workplace, discard
 from pretrain.merge.writer import Progress
 
@@ -149,7 +149,10 @@ def run_sweep(
     with Workplace(str(out), "\n".join(keys)) as place:
         sweep = _resumed(plans, keys, betas, place, command, metric, lower)
         wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]
-        names = folder_names(betas)
+        for one in wanted:
+            if one.folder is not None and not exists(join(place.url, f"{one.folder}/{RECORD}")):
+                one.folder = None  # removed by hand
+        names = [one.folder or name for one, name in zip(wanted, folder_names(betas), strict=True)]
         if keep:
             folders = [join(place.url, name) for name in names]
             made = execute(plans, opened, folders, chunk=chunk, threads=threads, progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -120,6 +121,23 @@ def test_outputs_that_were_kept_are_not_removed(pair: tuple[str, str]) -> None:
     made = run(pair, "0:1:0.25", PEAK, keep=False)
     assert sorted(p.name for p in Path("s").glob("beta-*")) == ["beta-0.00", "beta-0.50", "beta-1.00"]
     assert [one.folder is not None for one in made.betas] == [True, False, True, False, True]
+
+
+def test_an_output_that_was_removed_by_hand_is_made_again_for_its_score(pair: tuple[str, str]) -> None:
+    plans, opened = plan_sweep(*pair, [0.0, 0.5])
+    run_sweep(plans, opened, [0.0, 0.5], Path("s"))
+    shutil.rmtree("s/beta-0.50")
+    made = run(pair, "0,0.5", "print(x)", keep=False)
+    assert [one.figures for one in made.betas] == [{"score": expected(beta)} for beta in (0.0, 0.5)]
+    assert [one.folder for one in made.betas] == ["beta-0.00", None]
+
+
+def test_outputs_keep_their_names_beside_betas_of_more_decimals(pair: tuple[str, str]) -> None:
+    run(pair, "0,1", "print(x)")
+    made = run(pair, "0,0.125", "print(x)")
+    assert sorted(path.name for path in Path("s").glob("beta-*")) == ["beta-0.00", "beta-0.125", "beta-1.00"]
+    assert [one.folder for one in made.betas] == ["beta-0.00", "beta-0.125", "beta-1.00"]
+    assert len(calls(Path())) == 3
 
 
 def test_less_may_be_better_and_the_metric_may_be_named(pair: tuple[str, str]) -> None:
