@@ -52,12 +52,16 @@ def assemble(
         raise UserError(f"{unfit}; the output has the config of {sources[main].address}")
     laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
     jobs = []
-    for one in sorted(decided, key=lambda one: laid.places[one.name]):
+    named = {one.name: one for one in decided}
+    for name, (
+        file,
+        offset,
+    ) in laid.places.items():  # as the headers list them: of two at one place one is empty
+        one = named[name]
         dtypes = [sources[term.source].info(term.name)[0] for term in one.blend.terms]
         base = one.blend.base
         based = sources[base.source].info(base.name)[0] if base is not None else None
         blend = resolve(one.blend, dtypes, based, one.info[0])
-        file, offset = laid.places[one.name]
         jobs.append(
             TensorJob(
                 one.name,

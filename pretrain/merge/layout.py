@@ -19,7 +19,8 @@ SHARD_SIZE = 5 * 10**9
 
 @dataclass(frozen=True)
 class Layout:
-    """Output files, the index over them (None for a single file), and name -> (file, offset in it in bytes)."""
+    """Output files, the index over them (None for a single file), and name -> (file, offset in it in bytes), in the
+    order of the files' headers."""
 
     files: tuple[OutputFile, ...]
     index: bytes | None

@@ -20,6 +20,7 @@ from pretrain.merge.digests import fingerprint
 from pretrain.merge.recompute import chunks
 from pretrain.merge.record import is_sealed, jobs_of, jobs_plain, sealed
 from pretrain.merge.remote_file import LocalFile
+from pretrain.merge.request import Rule
 from pretrain.merge.tool import plan
 from pretrain.merge.verify import verify
 from pretrain.merge.verify_report import Report
@@ -266,6 +267,20 @@ def test_an_edited_weight_does_not_compute_to_the_file_even_when_sealed_again(ou
             term["weight"] = {0.3: 0.7, 0.7: 0.3}.get(term["weight"], term["weight"])
     (out / "merge.json").write_text(json.dumps(sealed(content)))
     assert "computed again, other bytes" in wrong(verify(out))
+
+
+@pytest.mark.parametrize("limit", [1, 10**6])
+def test_tensors_without_elements_are_no_mistake(tmp_path: Path, limit: int) -> None:
+    """They lie where others begin; the fp16 one stands first in the inputs, and last in a file of fp64."""
+    rows: dict[str, np.ndarray] = {"a": floats(1, 2, 2).astype(np.float16)}
+    rows |= {name: np.zeros(shape, np.float16) for name, shape in (("b", (3, 0)), ("c", (0,)))}
+    for name in "xy":
+        write(tmp_path / name, rows | {"steps": np.arange(4)})
+    inputs = [str(tmp_path / name) for name in "xy"]
+    merge(inputs, tmp_path / "out", beta=0.3, dtype="fp64", rules=[Rule("a", copy_from="A")],
+          max_shard_size=limit)  # fmt: skip
+    report = verify(tmp_path / "out", full=True)
+    assert not report.wrong, wrong(report)
 
 
 @pytest.mark.parametrize("change", ["edit", "remove"])
