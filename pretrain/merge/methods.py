@@ -37,7 +37,8 @@ class Compute:
 def prepare(job: TensorJob, workers: Workers) -> Compute:
     """How the blocks of `job` are computed; the same whatever the blocks and the number of threads."""
     kind = accumulator([workers.sources[term.source].info(term.name)[0] for term in job.reads])
-    return METHODS[job.method](job, kind, workers)
+    with np.errstate(all="ignore"):  # infinities and NaN are data here
+        return METHODS[job.method](job, kind, workers)
 
 
 def _linear(job: TensorJob, kind: Kind, workers: Workers) -> Compute:

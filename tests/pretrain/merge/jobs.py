@@ -56,13 +56,11 @@ def run(
     )  # fmt: skip
     count = len(arrays[0])
     found = np.empty(count, DTYPES[out])
-    with (
-        Workers(cast("list[WeightSource]", sources), 1, threads, block) as workers,
-        np.errstate(all="ignore"),
-    ):
+    with Workers(cast("list[WeightSource]", sources), 1, threads, block) as workers:
         compute = prepare(job, workers)
-        for at in workers.blocks(0, count):
-            found[at.start : at.stop] = rounded(at, job, compute)
+        with np.errstate(all="ignore"):
+            for at in workers.blocks(0, count):
+                found[at.start : at.stop] = rounded(at, job, compute)
     return found
 
 

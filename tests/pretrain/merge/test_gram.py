@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import gram
+from pretrain.merge import fused, gram
 from tests.pretrain.merge.build import bf16_bits, floats
 from tests.pretrain.merge.jobs import run
 
@@ -196,3 +196,18 @@ def test_sce_selects_weighs_and_erases(dtype: str, share: float, scale: float) -
         np.testing.assert_allclose(got, wanted, **close)
         found.add(got.tobytes())
     assert len(found) == 1
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # would stand on a person's terminal
+@pytest.mark.parametrize("passes", ["compiled", "numpy"])
+@pytest.mark.parametrize("method", ["sce", "ties", "breadcrumbs", "multislerp", "karcher", "model_stock"])
+def test_infinities_and_nan_are_data(method: str, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if passes == "numpy":
+        monkeypatch.setattr(fused, "compiled", lambda *_: None)
+    rows = [array[:1000].copy() for array in (BASE, *VECTORS[:2])]
+    for row in rows:
+        row[:3] = np.inf, -np.inf, 1e38
+    rows[1][3] = np.nan
+    given = {"base": (rows[0], "F32"), "densities": [0.5, 0.4], "select_topk": 0.5}
+    got = run(method, rows[1:], ["F32"] * 2, [0.7, 0.3], "F32", **given)
+    assert not np.isfinite(got[:2]).any()
