@@ -175,11 +175,9 @@ def _count(
 ) -> int:
     """Layers of a slice, the same number in every input, all of them there."""
     for one, (start, stop), held in zip(part.inputs, ranges, inputs, strict=True):
-        missing = [number for number in range(start, stop) if number not in held]
-        if missing:
-            raise UserError(
-                f"{file.path}: {one.model} has no {stack}.{missing[0]}; it has {len(held)} layers"
-            )
+        missing = next((number for number in range(start, stop) if number not in held), None)
+        if missing is not None:
+            raise UserError(f"{file.path}: {one.model} has no {stack}.{missing}; it has {len(held)} layers")
     counts = {stop - start for start, stop in ranges}
     if len(counts) > 1:
         said = ", ".join(

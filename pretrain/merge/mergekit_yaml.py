@@ -261,8 +261,8 @@ def _model(where: str, given: Any) -> str:
         inner = given.get("model", given)
         if isinstance(inner, dict):
             _known_keys(f"{where}: model", inner, ("path", "revision"))
-            revision = f"@{inner['revision']}" if inner.get("revision") else ""
-            return _model(where, f"{inner.get('path')}{revision}")
+            path, revision = inner.get("path"), f"@{inner['revision']}" if inner.get("revision") else ""
+            return _model(where, f"{path}{revision}" if isinstance(path, str) else path)
         return _model(where, inner)
     if not isinstance(given, str) or not given:
         raise UserError(f"{where}: model {given!r} is no path")

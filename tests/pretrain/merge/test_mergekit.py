@@ -311,6 +311,7 @@ BASE = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weig
         ),
         ({"merge_method": "passthrough", "base_model": "b"}, "passthrough takes one source"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "stands twice"),
+        ({"models": [{"model": {"model": {"path": None}}}]}, "model None is no path"),
         ({"models": [{"model": "nobody/x+lora"}]}, r"adapters \(LoRA\) are not supported"),
     ],
 )
@@ -473,6 +474,13 @@ def test_a_repository_of_the_hub_is_an_address() -> None:
         ),
         (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 6]}]}]},
+            "a has no model.layers.4; it has 4 layers",
+        ),
+        (
+            {
+                "merge_method": "passthrough",
+                "slices": [{"sources": [{"model": "a", "layer_range": [0, 10**30]}]}],
+            },
             "a has no model.layers.4; it has 4 layers",
         ),
     ],
