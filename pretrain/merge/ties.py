@@ -17,6 +17,8 @@ from pretrain.merge.plan import Term
 HALF = 1 << 16
 FEW = 1 << 14
 """bins of a span's histogram that are kept"""
+ROOM = 1 << 22
+"""bins of all spans that are kept, 24 MiB: the rest is counted again where the cut may end there"""
 NAN = 0x7F800001
 """the key of every NaN: which payload comes out of a subtraction differs between processors"""
 Filled = tuple[np.ndarray, np.ndarray]
@@ -51,12 +53,14 @@ def cuts(
 
     lower = {number: np.zeros(HALF, np.int64) for number in looks}
     parts: dict[int, list[Filled | None]] = {number: [] for number in looks}
-    halves = product(tiles, looks)
+    halves, room = product(tiles, looks), ROOM
     for number, filled in workers.each(
         lambda one: (one[1], looks[one[1]].filled(*one[0], bins[one[1]][0])), halves
     ):
         lower[number][filled[0]] += filled[1]
-        parts[number].append(filled if len(filled[0]) <= FEW else None)
+        kept = len(filled[0]) <= min(FEW, room)
+        room -= len(filled[0]) if kept else 0
+        parts[number].append(filled if kept else None)
 
     made: list[Cut | None] = [None] * len(asked)
     for number, look in looks.items():

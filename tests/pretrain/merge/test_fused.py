@@ -232,12 +232,13 @@ def test_choices_of_dare_are_pinned() -> None:
     assert both(kept) == ([58, 10], [58, 10])
 
 
-@pytest.mark.parametrize("few", [0, 3, 1 << 14])
-def test_cuts_are_numpys_in_any_span(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
-    """Whether a span's histogram was kept or has to be counted again."""
+@pytest.mark.parametrize(("few", "room"), [(0, 1 << 22), (3, 1 << 22), (1 << 14, 1 << 22), (1 << 14, 9)])
+def test_cuts_are_numpys_in_any_span(monkeypatch: pytest.MonkeyPatch, few: int, room: int) -> None:
+    """Whether a span's histogram was kept or has to be counted again, as there are many bins or spans."""
     monkeypatch.setattr(kernels, "SPAN", 256)
     monkeypatch.setattr(blocks, "SPAN", 256)
     monkeypatch.setattr(ties, "FEW", few)
+    monkeypatch.setattr(ties, "ROOM", room)
     random = np.random.default_rng(few)
     values = (random.integers(-40, 40, 3000) * 2.0**-12).astype(np.float32) + np.float32(1)
     base = np.ones(3000, np.float32)
