@@ -61,6 +61,15 @@ def same_tokens(
     tokenizers = [one or first for one in found]
     donor = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
     stored = [_rows(source, held) if held else math.inf for source, held in zip(sources, names, strict=True)]
+    held = max(len(tokenizers[donor].ids), stored[donor] if names[donor] else 0)
+    if (
+        tokens.source not in ("base", "union")
+        and (far := max(tokenizers[donor].ids.values(), default=0)) >= held
+    ):
+        raise UserError(
+            f"{sources[donor].address}: tokenizer_source: a token has the number {far:,}, beyond its {held:,} rows; "
+            "mend its tokenizer.json"
+        )
     ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
     total = max(len(ids), max(ids.values(), default=-1) + 1)
     total += -total % tokens.multiple

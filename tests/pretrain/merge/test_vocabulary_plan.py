@@ -186,3 +186,12 @@ def test_tokens_of_the_base_that_have_no_row_are_stripped(tmp_path: Path) -> Non
     listed = read_config(source, "tokenizer_config.json")["added_tokens_decoder"]
     assert isinstance(listed, dict)
     assert [one["content"] for one in listed.values()] == ["<s>"]
+
+
+def test_a_token_with_a_number_far_beyond_all_rows_is_refused(pair: list[str], tmp_path: Path) -> None:
+    other = model(tmp_path / "c", word_level(A), 3, seed=5)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = 2**30
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="a token has the number 1,073,741,824, beyond its 4 rows"):
+        open_mergekit(mergekit(pair, tokenizer_source=str(other)))
