@@ -63,6 +63,8 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     """A config.json for the merged weights: each of `changes` (`vocab_size`, ...) wherever its key stands, at the top
     and in the language model's part; `auto_map` goes; nothing else is touched. UserError for a key that stands nowhere.
     """
+    if not isinstance(config, dict):
+        raise UserError(f"config.json is no map of settings, but {json.dumps(config)[:80]}; write it again")
     adapted: dict[str, Any] = json.loads(json.dumps(config))
     adapted.pop(CODE, None)
     sections = [adapted[name] for name in SECTIONS if isinstance(adapted.get(name), dict)]

@@ -44,9 +44,8 @@ def tied_names(
     are ties. A name that is stored too, although the config ties it, is one when `equal(name, stored)`.
     """
     tied = says_tied(config)
-    headed = isinstance(config, dict) and any(
-        isinstance(one, str) and HEADED.search(one) for one in config.get("architectures") or ()
-    )
+    classes = config.get("architectures") if isinstance(config, dict) else None
+    headed = isinstance(classes, list) and any(isinstance(one, str) and HEADED.search(one) for one in classes)
     if tied is False or (tied is None and not headed):
         return {}
     held = set(names)

@@ -89,8 +89,19 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     """tokenizer.json of the first tokenizer with exactly the tokens of `ids`, under these numbers.
 
     Tokens that the first lacks come from the others: added tokens as they are; pieces of the model together with the
-    merges or scores they have there. Raises UserError naming the part in which the tokenizers differ otherwise.
+    merges or scores they have there. Raises UserError naming the part in which the tokenizers differ otherwise, and
+    for one that is damaged.
     """
+    try:
+        return _rewritten(tokenizers, ids)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        of = " or ".join(one.where for one in tokenizers)
+        raise UserError(f"{of}: not a tokenizer ({error!r}); fetch or write it again") from None
+
+
+def _rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     first = tokenizers[0]
     _check_content(first)
     content = copy.deepcopy(first.content)

@@ -401,3 +401,34 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
     (folders[1] / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"b: tokenizer\.json: not"):
         aligned(opened(*folders), "union")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "why"),
+    [
+        ("tokenizer.json", ("model", "merges"), None, r"tokenizer\.json: not a tokenizer"),
+        ("tokenizer.json", ("model", "merges"), [3], r"tokenizer\.json: not a tokenizer"),
+        ("tokenizer.json", ("model", "merges"), [["a", {}]], r"tokenizer\.json: not a tokenizer"),
+        ("config.json", (), 3, "is no map of settings, but 3"),
+        ("config.json", (), "x", 'is no map of settings, but "x"'),
+    ],
+)
+def test_damaged_files_beside_weights_are_named(
+    tmp_path: Path, name: str, place: tuple[str, ...], value: object, why: str
+) -> None:
+    folders = [
+        model(tmp_path / str(i), bpe([pair], ["<s>"]), 14, seed=i)
+        for i, pair in enumerate([("a", "b"), ("b", "c")])
+    ]
+    content = json.loads((folders[0] / name).read_text())
+    if place:
+        content[place[0]][place[1]] = value
+    (folders[0] / name).write_text(json.dumps(content if place else value))
+    with pytest.raises(UserError, match=why):
+        plan(list(map(str, folders)), beta=0.5, vocabulary="union")
+
+
+def test_architectures_that_are_no_list_say_nothing(tmp_path: Path) -> None:
+    folder = model(tmp_path / "a", None, 8, seed=1, tied=True)
+    (folder / "config.json").write_text('{"architectures": 3}')
+    assert opened(folder)[0].tied == {}
