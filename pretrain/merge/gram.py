@@ -106,9 +106,12 @@ def multislerp(products: np.ndarray, weights: np.ndarray, eps: float, name: str)
     norms = np.sqrt(np.diag(products))
     units = 1 / (norms + eps)
     shares = weights * units
-    length = math.sqrt(max(0.0, shares @ products @ shares))
+    square = float(shares @ products @ shares)
+    length = math.sqrt(max(0.0, square))
     if length < eps:
-        if len(weights) == 2:
+        if (
+            len(weights) == 2 or not products.any() or math.isnan(square)
+        ):  # nothing has a direction, or none is known
             return weights
         raise UserError(f"{name}: multislerp of directions that cancel each other; give other weights")
     return shares / length * (norms @ weights)

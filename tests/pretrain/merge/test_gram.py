@@ -79,6 +79,17 @@ def test_multislerp_of_what_cancels() -> None:
         gram.multislerp(three, np.ones(3) / 3, 1e-8, "w")
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_multislerp_of_what_has_no_direction_is_the_weighted_sum(value: float) -> None:
+    """Biases that nobody trained are zeros; what is not a number stays where it is, as with slerp."""
+    rows = [np.arange(1, 5, dtype=np.float32) * (value != 0) for _ in range(3)]
+    rows[1][2] = value
+    weights = [0.5, 0.25, 0.25]
+    with np.errstate(invalid="ignore"):
+        wanted = sum(w * row for w, row in zip(weights, rows, strict=True))
+    np.testing.assert_array_equal(run("multislerp", rows, ["F32"] * 3, weights, "F32"), wanted)
+
+
 def test_the_karcher_mean_pulls_to_no_side() -> None:
     """What defines it: the tangents towards all directions add up to nothing."""
     vectors = wide(*VECTORS)
