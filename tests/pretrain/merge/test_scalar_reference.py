@@ -1,8 +1,8 @@
 """Whole merges against the formulas of docs/merge.md in plain Python: one number at a time, bit for bit.
 
-Files are written and read with struct, rounding is done with integers (binary_floats.py): neither numpy nor the compiled
-passes have a part in it, and both are held to it. Numbers are random bits as well as ordinary ones: NaN, infinities,
-subnormals, negative zero, ties of rounding and of TIES.
+Files are written and read with struct, rounding is done with integers (binary_floats.py): neither numpy nor the
+compiled passes have a part in it, and both are held to it. Numbers are random bits as well as ordinary ones: NaN,
+infinities, subnormals, negative zero, ties of rounding and of TIES.
 """
 
 from __future__ import annotations
