@@ -111,9 +111,9 @@ def _load(plan: Plan) -> str:
     if library == "safetensors" and "logit_scale" in names and any(n.startswith("visual.") for n in names):
         library = "open_clip weights"
     classes = config.get("architectures") or ["AutoModel"]
-    own = "auto_map" in config or not (isinstance(classes, list) and str(classes[0]).isidentifier())
+    known = isinstance(classes, list) and isinstance(classes[0], str) and classes[0].isidentifier()
     code = LOADS[library].replace("FILE", plan.files[0].name)
-    code = code.replace("CLASS", "AutoModel" if own else classes[0])
+    code = code.replace("CLASS", classes[0] if known and "auto_map" not in config else "AutoModel")
     if library == "transformers" and not any(name.startswith("tokenizer") for name in plan.companions):
         code = code.rpartition("\n")[0]
     return code

@@ -178,6 +178,15 @@ def test_the_code_names_the_class_and_the_tokenizer_that_are_there(tmp_path: Pat
     assert ("AutoTokenizer" in card(tmp_path / "out")) is tokenizer
 
 
+@pytest.mark.parametrize("classes", [3, [None], [True], [{}], ["no name"]])
+def test_a_class_that_is_none_does_not_end_a_merge_at_its_last_step(tmp_path: Path, classes: Any) -> None:
+    inputs = [model(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    config = {"model_type": "llama", "architectures": classes}
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    merge(inputs, tmp_path / "out", beta=0.3)
+    assert 'model = transformers.AutoModel.from_pretrained("PATH")' in card(tmp_path / "out")
+
+
 def test_bare_weights_of_open_clip_load_there(tmp_path: Path) -> None:
     names = ("logit_scale", "visual.proj", "text_projection")
     for seed, name in enumerate("ab"):
