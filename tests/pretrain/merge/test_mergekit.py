@@ -21,7 +21,6 @@ from pretrain.merge.spec import load_spec
 from pretrain.merge.tool import execute
 from pretrain.merge.verify import verify
 from pretrain.yaml_file import load_yaml
-from tests.pretrain.merge.build import floats, write
 
 FIXTURES = Path(__file__).parent / "mergekit"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.yml"))
@@ -147,84 +146,6 @@ def test_what_is_written_is_verified(case: str, tmp_path: Path) -> None:
     report = verify(tmp_path / "out", full=True)
     assert [finding.text for finding in report.findings if finding.level == "wrong"] == []
     assert report.recomputed
-
-
-def stacked(folder: Path, layers: int, counter: list[int], dtype: str = "int64") -> Path:
-    """Layers with an integer buffer each (`counter`), or 8-bit floats in its place."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    tensors = {}
-    for layer in range(layers):
-        tensors[f"model.layers.{layer}.w.weight"] = torch.full((2, 2), float(layer))
-        tensors[f"model.layers.{layer}.steps"] = torch.tensor([counter[layer]]).to(getattr(torch, dtype))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def headed(folder: Path, seed: int, tied: bool) -> str:
-    """One layer between embeddings and a head, which is not stored where it is tied."""
-    names = ["model.embed_tokens.weight", "model.layers.0.w.weight", *([] if tied else ["lm_head.weight"])]
-    write(folder, {name: floats(10 * seed + place, 4, 3) for place, name in enumerate(names)})
-    config = {"tie_word_embeddings": tied, "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
-    """Where the model whose config the output has stores its own: mixed as by mergekit, which stacks without a head."""
-    a, b = headed(tmp_path / "a", 1, False), headed(tmp_path / "b", 2, True)
-    slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in (a, b)]
-    stack = {"merge_method": "passthrough", "slices": slices}
-    models = [{"model": model, "parameters": {"weight": 0.5}} for model in (a, b)]
-    mix = {"merge_method": "linear", "models": models}
-    for name, values in (("stack", stack), ("mix", mix)):
-        made = plan_mergekit(file := parse("x.yml", values), opened := open_mergekit(file), 10**9)
-        execute([made], opened, [tmp_path / name])
-    mine, theirs = open_weights(a).array("lm_head.weight"), open_weights(b).array("model.embed_tokens.weight")
-    got = {name: open_weights(str(tmp_path / name)).array("lm_head.weight") for name in ("stack", "mix")}
-    assert np.array_equal(got["stack"], theirs)
-    assert np.array_equal(got["mix"], ((mine.astype(np.float64) + theirs) / 2).astype(np.float32))
-    file = parse("x.yml", stack | {"base_model": b, "slices": slices[::-1]})
-    made = plan_mergekit(file, open_mergekit(file), 10**9)
-    assert any("lm_head.weight is written, and the config, that of " in note for note in made.notes)
-    file = parse("x.yml", mix | {"base_model": b})
-    with pytest.raises(
-        UserError, match=r"lm_head.weight is missing in A .* \(tied to model.embed_tokens.weight there"
-    ):
-        plan_mergekit(file, open_mergekit(file), 10**9)
-
-
-@pytest.mark.parametrize(("counters", "fits"), [([7, 5, 6], True), ([5, 6, 7], False)])
-def test_integers_are_compared_between_the_layers_that_meet(
-    tmp_path: Path, counters: list[int], fits: bool
-) -> None:
-    a, b = stacked(tmp_path / "a", 2, [5, 6]), stacked(tmp_path / "b", 3, counters)
-    sources = [{"model": str(a), "layer_range": [0, 2]}, {"model": str(b), "layer_range": [1, 3]}]
-    values = {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 0.5}}
-    file = parse("x.yml", values)
-    if not fits:
-        with pytest.raises(UserError, match=r"0\.steps: I64, and not the same in every input"):
-            plan_mergekit(file, open_mergekit(file), 10**9)
-        return
-    made = plan_mergekit(file, opened := open_mergekit(file), 10**9)
-    execute([made], opened, [tmp_path / "out"])
-    got = open_weights(str(tmp_path / "out"))
-    assert [int(got.array(f"model.layers.{layer}.steps")[0]) for layer in range(2)] == [5, 6]
-    assert got.array("model.layers.1.w.weight").tolist() == [[1.5, 1.5], [1.5, 1.5]]
-
-
-def test_8_bit_floats_are_stacked_and_not_mixed(tmp_path: Path) -> None:
-    models = [stacked(tmp_path / name, 2, [1, 2], "float8_e4m3fn") for name in "ab"]
-    slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]} for model in models]
-    file = parse("x.yml", {"merge_method": "passthrough", "slices": slices})
-    execute([plan_mergekit(file, opened := open_mergekit(file), 10**9)], opened, [tmp_path / "out"])
-    assert open_weights(str(tmp_path / "out")).info("model.layers.3.steps") == ("F8_E4M3", (1,))
-    inputs = [{"model": str(model), "parameters": {"weight": 1}} for model in models]
-    file = parse("x.yml", {"merge_method": "linear", "models": inputs})
-    with pytest.raises(UserError, match="dtype F8_E4M3: 8-bit floats cannot be mixed; bring them back"):
-        plan_mergekit(file, open_mergekit(file), 10**9)
 
 
 def test_several_documents_in_one_file_are_told(tmp_path: Path) -> None:
@@ -372,54 +293,6 @@ def test_dare_in_a_mergekit_file_keeps_the_l1_norm() -> None:
     assert np.abs(got).sum() == pytest.approx(whole, rel=1e-12)
     ratio = whole / np.abs(other - base)[kept].sum()
     np.testing.assert_allclose(got[kept], (other - base)[kept] * ratio, rtol=1e-12)
-
-
-TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi\n"}]
-
-
-def template_written(wanted: str, models: list[str], out: Path) -> str:
-    inputs = [{"model": model, "parameters": {"weight": 1}} for model in models]
-    values = {
-        "merge_method": "linear",
-        "models": inputs,
-        "chat_template": wanted,
-        "tokenizer_source": "union",
-    }
-    file = parse("x.yml", values)
-    opened = open_mergekit(file)
-    execute([plan_mergekit(file, opened, 10**9)], opened, [out])
-    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
-    return (out / "chat_template.jinja").read_text()
-
-
-@pytest.mark.parametrize(
-    ("wanted", "said"),
-    [
-        ("chatml", "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
-                   "<|im_start|>assistant\n"),
-        ("llama3", "<BOS><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
-                   "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-                   "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-        ("{{ messages[0].content }}", "Be kind."),
-    ],
-)  # fmt: skip
-def test_chat_templates(wanted: str, said: str, tmp_path: Path) -> None:
-    """Rendered by Jinja with the settings of transformers."""
-    from jinja2 import Environment
-
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        template_written(wanted, ["d", "e"], tmp_path / "out")
-    )
-    assert template.render(messages=TURNS, add_generation_prompt=True, bos_token="<BOS>") == said
-
-
-def test_the_template_that_most_models_have(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in Path("e").iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    (other / "chat_template.jinja").write_text("sky\n")
-    assert template_written("auto", ["d", str(other), "f"], tmp_path / "out") == "sky"
 
 
 def test_a_chat_template_of_no_known_name_is_refused() -> None:
