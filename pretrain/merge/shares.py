@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from data_pipeline.errors import UserError
 from pretrain.merge.plan import BASED
 
+SUMMED = ("task_arithmetic", "dare_linear")
+"""methods with a base whose weights --normalize divides by their sum; the others divide entry by entry"""
+
 
 def weights_of(
     count: int,
@@ -33,7 +36,13 @@ def weights_of(
             raise UserError(
                 "--beta is for linear and slerp; write --weights with a factor for each difference"
             )
-        return finite_weights(count, weights) if weights is not None else (1.0,) * count
+        factors = finite_weights(count, weights) if weights is not None else (1.0,) * count
+        if normalize and method in SUMMED and abs(math.fsum(factors)) < 1e-8:
+            raise UserError(
+                f"--normalize divides by the sum of the weights, which is 0 for "
+                f"{', '.join(f'{w:g}' for w in factors)}; leave it out, or write other --weights"
+            )
+        return factors
     if t is not None:
         if not 0 <= t <= 1:
             raise UserError(f"--t {t:g}: between 0 and 1, the share of the second input")

@@ -124,6 +124,10 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], method: slerp, t: 2}", "between 0 and 1"),
         ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "slerp has a share"),
         ("{inputs: [a, b], method: soup, beta: 0.5}", "takes every input alike"),
+        (
+            "{inputs: [a, c], base: b, method: task_arithmetic, weights: [1, -1], normalize: true}",
+            "sum of the weights, which is 0 for 1, -1",
+        ),
         ("{inputs: [a, b]}", "say how much of each input"),
         ("{inputs: [a], beta: 0.5}", "two inputs or more"),
         ("{inputs: [a, b], beta: 0.5, only: '('}", "no regular expression"),
