@@ -386,15 +386,15 @@ def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, 
 def test_a_bucket_that_may_not_be_written_is_told_before_the_walk(
     s3: str, root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import s3fs
-
-    def refuse(_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
 
     for path in Path(root).glob("*.tar"):
         storage.publish(f"{s3}/closed/{path.name}", path.read_bytes())
-    monkeypatch.setattr(s3fs.core.S3File, "commit", refuse)
-    with pytest.raises(UserError, match=rf"{s3}/closed/_index/.* may not be written \(Access Denied\)"):
+    monkeypatch.setattr(storage, "_put", refuse)
+    with pytest.raises(
+        UserError, match=rf"{s3}/closed/_index/.* may not be written \(refused: Access Denied\)"
+    ):
         build_index(f"{s3}/closed")
     assert not walks
     with pytest.raises(UserError, match=rf"{s3}/a\.bin may not be written"):
