@@ -103,7 +103,7 @@ def _cached(address: str, hub: Any, where: dict[str, Any], error: Exception) -> 
     try:
         # A pattern that nothing matches: the client would ask for all that the repository has.
         folder = str(hub.snapshot_download(local_files_only=True, allow_patterns=["/"], **where))
-    except Exception:
+    except Exception:  # as above; why the hub would not say is what helps, not why the cache is empty
         raise UserError(f"{address}: {_why(error)}") from None
     try:
         weight_files(Folder(folder), address)

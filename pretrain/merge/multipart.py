@@ -32,7 +32,10 @@ class Begun:
 
 
 def begun_below(folder: str) -> list[Begun]:
-    """Uploads below a folder that were begun and neither completed nor aborted; none where they may not be listed."""
+    """Uploads directly in a folder, begun and neither completed nor aborted; none where they may not be listed.
+
+    What lies deeper is others': a merge neither goes on with it nor takes it back.
+    """
     try:
         return ask(folder, lambda store: list(_begun(store, folder)))
     except UserError:
@@ -56,6 +59,8 @@ def _begun(store: Any, folder: str) -> Iterator[Begun]:
     while True:
         found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **page)
         for entry in found.get("Uploads", []):
+            if "/" in entry["Key"][len(key) + 1 :]:
+                continue
             yield Begun(entry["Key"], entry["UploadId"])
         if not found.get("IsTruncated"):
             return

@@ -102,6 +102,15 @@ def test_a_bucket_that_is_not_there_is_named(pair: tuple[str, str], bucket: str)
         merge(pair, "s3://nowhere-at-all/out", beta=0.3)
 
 
+def test_uploads_of_others_below_are_left_alone(pair: tuple[str, str], bucket: str) -> None:
+    store = storage.filesystem(bucket)
+    place = {"Bucket": store.split_path(bucket)[0], "Key": "shelf/of-others/model.bin"}
+    upload = store.call_s3("create_multipart_upload", **place)["UploadId"]
+    merge(pair, f"{bucket}/shelf", beta=0.3)
+    assert [found["UploadId"] for found in uploads(bucket)] == [upload]
+    store.call_s3("abort_multipart_upload", UploadId=upload, **place)
+
+
 def test_what_stands_there_is_left_alone(pair: tuple[str, str], bucket: str) -> None:
     storage.publish(f"{bucket}/mine/notes.txt", b"keep me")
     with pytest.raises(UserError, match="mine exists and is not the output of a merge"):
