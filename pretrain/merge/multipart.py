@@ -31,7 +31,7 @@ class Begun:
     etags: dict[int, str] = field(default_factory=dict)
 
 
-def begun_below(folder: str) -> list[Begun]:
+def begun_in(folder: str) -> list[Begun]:
     """Uploads directly in a folder, begun and neither completed nor aborted; none where they may not be listed.
 
     What lies deeper is others': a merge neither goes on with it nor takes it back.

@@ -17,7 +17,7 @@ from data_pipeline.object_store import EXTRAS, asking, filesystem
 from data_pipeline.storage import exists, join, publish, read_bytes, remove
 from pretrain.merge.blocks import Workers
 from pretrain.merge.journal import Done
-from pretrain.merge.multipart import Begun, Multipart, abort, begun_below
+from pretrain.merge.multipart import Begun, Multipart, abort, begun_in
 from pretrain.merge.plan import Plan, TensorJob
 from pretrain.merge.writer import Key
 
@@ -47,7 +47,7 @@ class Uploads:
         self._is_s3 = folder.partition("://")[0] in EXTRAS
         self._earlier: dict[str, Begun] = {}
         if self._is_s3:
-            self._earlier = {begun.key: begun for begun in begun_below(folder)}
+            self._earlier = {begun.key: begun for begun in begun_in(folder)}
         self._marked = half_published(folder, key)
         self._sent: list[Any] = []
         self._open: Any = None
@@ -103,7 +103,7 @@ class Uploads:
             self._sent.pop(0)
         remove([join(self.folder, MARK)])
         if self._is_s3:  # what else a killed merge left, and uploads whose beginning was tried twice
-            abort(self.folder, begun_below(self.folder))
+            abort(self.folder, begun_in(self.folder))
         self._pool.shutdown()
 
     def stop(self, taking_back: bool) -> None:

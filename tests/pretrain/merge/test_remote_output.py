@@ -228,7 +228,7 @@ def test_who_is_stopped_leaves_what_was_sent(
             with pytest.raises(type(error)):
                 merge(pair, out, beta=0.3)
         assert objects(out) == {}
-        (left,) = multipart.begun_below(out)
+        (left,) = multipart.begun_in(out)
         store = storage.filesystem(out)
         parts = store.call_s3(
             "list_parts", Bucket=store.split_path(out)[0], Key=left.key, UploadId=left.upload
