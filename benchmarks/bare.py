@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.resample import resize
+from data_pipeline.transforms.resize import resize
 
 PHOTOS = 400
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.indexing import build_index
-from data_pipeline.tar import TarWriter
+from data_pipeline.index.build import build_index
+from data_pipeline.sources.tar import TarWriter
 
 PHOTO, PHOTOS, SMALL, SMALLS, SHARDS = 110_000, 6_000, 1_500, 200_000, 8
 READ = 8 << 20

@@ -51,7 +51,7 @@ MOST = {
 
 def write_offsets(folder: Path) -> None:
     """An offset file of 2.3e9 samples, 4.6 GB, put together from the blocks of a few shards."""
-    from data_pipeline.offsets import check_of, pack_starts
+    from data_pipeline.sources.offsets import check_of, pack_starts
 
     random = np.random.RandomState(0)
     counts = random.randint(8_000, 12_001, TEMPLATES)
@@ -108,9 +108,9 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 def child(folder: str) -> dict[str, float]:
     """What one process needs for a step, from opening the source on."""
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.offsets import OffsetFile, Offsets
-    from data_pipeline.order import SourceCounts, StreamOrder
+    from data_pipeline.order.stream_order import SourceCounts, StreamOrder
+    from data_pipeline.sources.manifest import Manifest
+    from data_pipeline.sources.offsets import OffsetFile, Offsets
 
     np.zeros(1).sum()
     before = anonymous()
@@ -156,7 +156,7 @@ def child(folder: str) -> dict[str, float]:
 
 def variance(shards: int) -> float:
     """Variance of a topic's rows in a batch where each shard has a topic of its own, over that of independent draws."""
-    from data_pipeline.order import SourceCounts, StreamOrder
+    from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 
     order = StreamOrder([SourceCounts("a", np.full(shards, 10_000))], BATCH, None, seed=1)
     steps = np.linspace(0, 3 * order.samples_per_epoch() / BATCH, 12, dtype=int)

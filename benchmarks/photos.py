@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.tar import TarWriter
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos"
 # Enough that no reader's epoch is over in a second, and shards for every worker of a reader that gives each its own.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.cache import CacheSettings
-    from data_pipeline.captions import CaptionSpec
-    from data_pipeline.decode import ImageSpec
+    from data_pipeline.batches.spec import Batch, SourceSpec, TextSpec
     from data_pipeline.errors import ReadError, UserError, WorkerError
-    from data_pipeline.spec import Batch, SourceSpec, TextSpec
-    from data_pipeline.stall import StallLimits
+    from data_pipeline.storage.cache import CacheSettings
     from data_pipeline.stream import Stream
+    from data_pipeline.transforms.captions import CaptionSpec
+    from data_pipeline.transforms.decode import ImageSpec
+    from data_pipeline.workers.watchdog import StallLimits
 
 __all__ = [
     "Batch",
@@ -29,15 +29,15 @@ __all__ = [
 
 # Loaded on first use: light commands import this package without numpy.
 _HOMES = {
-    "Batch": "spec",
-    "CacheSettings": "cache",
-    "CaptionSpec": "captions",
-    "ImageSpec": "decode",
+    "Batch": "batches.spec",
+    "CacheSettings": "storage.cache",
+    "CaptionSpec": "transforms.captions",
+    "ImageSpec": "transforms.decode",
     "ReadError": "errors",
-    "SourceSpec": "spec",
-    "StallLimits": "stall",
+    "SourceSpec": "batches.spec",
+    "StallLimits": "workers.watchdog",
     "Stream": "stream",
-    "TextSpec": "spec",
+    "TextSpec": "batches.spec",
     "UserError": "errors",
     "WorkerError": "errors",
 }

@@ -9,15 +9,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from data_pipeline.batch_sizes import Batches
-from data_pipeline.cache import CacheSettings
-from data_pipeline.decode import ImageSpec
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
-from data_pipeline.loader import LocalLoader
-from data_pipeline.order import StreamOrder, stream_seed
-from data_pipeline.shares import By
-from data_pipeline.spec import Batch, SourceSpec, StreamSpec, TextSpec
-from data_pipeline.stall import StallLimits
+from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.mixture_weights import By
+from data_pipeline.order.stream_order import StreamOrder, stream_seed
+from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.workers.watchdog import StallLimits
 
 
 class Stream:

@@ -54,7 +54,7 @@ def index(
     Example:
       dromos data index data/demo/digits/train
     """
-    from data_pipeline.indexing import build_index
+    from data_pipeline.index.build import build_index
     from launch.index_report import ProgressLine, lines
 
     for path in sources:
@@ -100,7 +100,7 @@ def show(
         )
     with named_files():
         if html is not None:
-            from data_pipeline.show.page import write_page
+            from data_pipeline.show.html import write_page
 
             described = [write_page(sources[0], html, 24 if samples is None else samples, images).about]
         else:
@@ -163,7 +163,7 @@ def view(
       dromos data view data/laion --name good --where "similarity > 0.3 and width >= 256"
       dromos data view data/laion --name kept --ids kept.txt
     """
-    from data_pipeline.view_maker import Rule, make_view
+    from data_pipeline.index.build_view import Rule, make_view
     from launch.index_report import ProgressLine
 
     with named_files(), ProgressLine(source) as progress:

@@ -38,11 +38,11 @@ CODE = (
     "launch/demo_data.py",
     "launch/demo_scenes.py",
     "launch/demo_text.py",
-    "data_pipeline/tar.py",
-    "data_pipeline/text.py",
+    "data_pipeline/sources/tar.py",
+    "data_pipeline/transforms/tokenizers.py",
     "data_pipeline/formats/img2dataset.py",
     "data_pipeline/formats/refinedweb.py",
-    "data_pipeline/prepare/tokenizer.py",
+    "data_pipeline/prepare/train_tokenizer.py",
     "data_pipeline/prepare/pack.py",
 )
 
@@ -272,7 +272,7 @@ def make_documents(root: Path, settings: Settings) -> dict[str, int]:
 
 def make_tokenizer(root: Path, settings: Settings) -> dict[str, int]:
     """A byte-level BPE, trained on the training text and the training captions alone."""
-    from data_pipeline.prepare.tokenizer import train_tokenizer
+    from data_pipeline.prepare.train_tokenizer import train_tokenizer
 
     def texts() -> Iterator[str]:
         for _, text in refinedweb.documents(str(root / "refinedweb" / "train")):

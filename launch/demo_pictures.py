@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
-from data_pipeline.evaluation import EvaluationMaker
-from data_pipeline.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
 from pretrain.lengths import main_stream
 from pretrain.recipe import TrainStage
 from pretrain.recipe_data import Stream

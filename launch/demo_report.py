@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from launch.demo_pictures import caption_cards, masked_cards, sample_cards
 from launch.demo_sections import (
     captioning,

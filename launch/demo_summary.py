@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
 from launch.demo import TEXT_AS
 from pretrain.build import load_trained, stage_tokenizer
 from pretrain.engine import decay_groups

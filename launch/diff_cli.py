@@ -52,7 +52,7 @@ def diff(
     Exit codes: 0 compared, whatever was found; 2 your input is wrong; 1 anything else.
     """
     from data_pipeline.errors import UserError
-    from data_pipeline.storage import publish
+    from data_pipeline.storage.files import publish
     from launch.byte_bar import counting
     from pretrain.merge.diff import as_csv, compared, lines
     from pretrain.merge.safetensors_io import elements

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data_pipeline.indexing import Indexed
+    from data_pipeline.index.build import Indexed
 
 NAMED = 5  # oddities listed by name
 EVERY = 0.1  # seconds between two states of the progress line

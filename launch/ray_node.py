@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from launch.process import free_port
 from launch.ray_process import start_command, supervise, token_env, write_token
 from launch.slurm_env import node_address_of

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from launch.environment import capture
 from launch.job import Job
 from pretrain.recipe import Recipe

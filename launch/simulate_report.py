@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.simulate import StreamLoad
+from data_pipeline.loader.simulate import StreamLoad
 
 
 def figures(load: StreamLoad, bandwidth: float, wanted: float | None) -> dict[str, Any]:

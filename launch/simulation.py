@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from data_pipeline.batches import open_sources
-from data_pipeline.cache import MOST_GIGABYTES
+from data_pipeline.batches.batch_builder import open_sources
+from data_pipeline.batches.work_items import check_ranks
 from data_pipeline.errors import UserError
-from data_pipeline.simulate import StreamLoad, simulate
-from data_pipeline.work import check_ranks
+from data_pipeline.loader.simulate import StreamLoad, simulate
+from data_pipeline.storage.cache import MOST_GIGABYTES
 from launch.recipe_cli import only_training_stage
 from pretrain.recipe import TrainStage
 from pretrain.recipe_load import load_recipe

@@ -16,7 +16,7 @@ import jinja2
 from rich.console import Console
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.ranks import DONE, FAILED, GO_ON, USER_ERROR

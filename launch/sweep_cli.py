@@ -61,7 +61,7 @@ def sweep(
     from os.path import expanduser
 
     from data_pipeline.errors import UserError
-    from data_pipeline.storage import is_remote, join
+    from data_pipeline.storage.files import is_remote, join
     from launch.byte_bar import counting
     from launch.guard import guarded
     from launch.resumable import resumable

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batches import Batch
-from data_pipeline.digest import hex16
+from data_pipeline.batches.batch_builder import Batch
+from data_pipeline.order.digest import hex16
 from pretrain.objectives.base import Objective
 from pretrain.ranks import all_sum, gather
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
-from data_pipeline.text import Tokenizer, load_tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 from pretrain.address import locate
 from pretrain.lengths import main_stream
 from pretrain.models.clip import Clip, clip_config

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish, sync
+from data_pipeline.storage.files import publish, sync
 from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.ranks import barrier, from_first, gather, rank, world_size
 

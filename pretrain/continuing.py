@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
-from data_pipeline.spec import StreamSpec
 from pretrain import checkpoint
 from pretrain.address import locate
 from pretrain.ranks import from_first, gather

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Protocol
 
-from data_pipeline.batch_sizes import Batches
 from data_pipeline.errors import UserError
+from data_pipeline.order.batch_schedule import Batches
 from pretrain.recipe import TrainStage
 from pretrain.recipe_fields import Length
 
 
 class Ending(Protocol):
-    """What a stream's order knows of its end; see data_pipeline.order.StreamOrder."""
+    """What a stream's order knows of its end; see data_pipeline.order.stream_order.StreamOrder."""
 
     ends: dict[str, int]
     last_step: int | None

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 
 WINDOW = 100
 """Steps over which the fraction of replaced samples is taken."""

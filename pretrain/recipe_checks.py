@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.shares import check_shares, contradiction
+from data_pipeline.order.mixture_weights import check_shares, contradiction
 from pretrain.not_yet import missing_features
 from pretrain.overrides import nearest
 from pretrain.recipe import MergeStage, Recipe, TrainStage

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data_pipeline.batch_sizes import Batches
-from data_pipeline.captions import CaptionSpec
 from data_pipeline.errors import UserError
+from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.transforms.captions import CaptionSpec
 from pretrain.recipe_fields import Count, Strict
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from pretrain.recipe_data import Image
 
 

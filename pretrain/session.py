@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batches import BatchMaker
-from data_pipeline.decode import versions
+from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
-from data_pipeline.order import StreamOrder
-from data_pipeline.stall import StallLimits
-from data_pipeline.storage import publish
+from data_pipeline.order.stream_order import StreamOrder
+from data_pipeline.storage.files import publish
+from data_pipeline.transforms.decode import versions
+from data_pipeline.workers.watchdog import StallLimits
 from pretrain import checkpoint, metrics
 from pretrain.build import build, check_tokens, stage_tokenizer
 from pretrain.continuing import Start, check_length, find_start, resume_data, same_order
@@ -233,10 +233,10 @@ class Session:
             StallLimits(settings.stall_warn, settings.stall_error),
         )
         if settings.backend == "ray":
-            from data_pipeline.ray_serve import RayLoader
+            from data_pipeline.workers.ray_pool import RayLoader
 
             return RayLoader(*given)
-        from data_pipeline.loader import LocalLoader
+        from data_pipeline.loader.loader import LocalLoader
 
         return LocalLoader(*given)
 

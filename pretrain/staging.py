@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from pretrain.recipe_data import Image
 from pretrain.rows import Rows, device_rows, host_tensors, to_device
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from data_pipeline.batches import SourceSpec, StreamSpec, TextSpec
-from data_pipeline.cache import CacheSettings
-from data_pipeline.captions import CaptionSpec
-from data_pipeline.decode import ImageSpec
-from data_pipeline.order import stream_seed
+from data_pipeline.batches.batch_builder import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.order.stream_order import stream_seed
+from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.captions import CaptionSpec
+from data_pipeline.transforms.decode import ImageSpec
 from pretrain.recipe import Perplexity, TrainStage, ZeroShot
 from pretrain.recipe_data import Image, Stream, Text
 

@@ -14,9 +14,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from pretrain import checkpoint
 from pretrain.agreement import Agreement, Batches
 from pretrain.bad_shards import BadShards

@@ -8,7 +8,7 @@ from typing import BinaryIO
 from data_pipeline import storage
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.lines import LONGEST, lines, reading
-from data_pipeline.formats.verdict import Verdict
+from data_pipeline.formats.records import Verdict
 
 # Users write it in front, because img2dataset needs names of columns.
 HEADER = ("caption", "url")

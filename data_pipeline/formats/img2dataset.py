@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.tar import TarWriter
 
 SUCCESS = "success"
 FAILURES = ("failed_to_download", "failed_to_resize")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.formats import parquet_file
+from data_pipeline.formats import parquet
 from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
 from data_pipeline.formats.img2dataset import SUCCESS
-from data_pipeline.formats.verdict import Verdict
+from data_pipeline.formats.records import Verdict
 
 COLUMNS = (
     Column("key", ("key",), "text", required=True),
@@ -77,8 +77,8 @@ def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | Verdict]:
 
     Verdicts: `missing key`, `missing status`, `not UTF-8`. Raises UserError where a file has not these columns.
     """
-    for file in parquet_file.list_files(path):
-        with parquet_file.opened(file) as source:
+    for file in parquet.list_files(path):
+        with parquet.opened(file) as source:
             yield from outcomes_of(file, source, rows)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.formats import parquet_file
+from data_pipeline.formats import parquet
 from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
-from data_pipeline.formats.verdict import Verdict
+from data_pipeline.formats.records import Verdict
 
 # Names in lower case: LAION's files spell theirs URL and TEXT, copies of them url and text. The similarity is
 # the one the set was filtered by first: ViT-L/14's where there are two.
@@ -125,8 +125,8 @@ def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | Verdict]:
     Reads `rows` rows at a time and no column but those of a Pair. Verdicts: `missing url`, `not UTF-8`. Raises
     UserError, naming the file, where a required column is missing or of another type, or the file is damaged.
     """
-    for file in parquet_file.list_files(path):
-        with parquet_file.opened(file) as source:
+    for file in parquet.list_files(path):
+        with parquet.opened(file) as source:
             yield from pairs_of(file, source, rows)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.formats import parquet_file
+from data_pipeline.formats import parquet
 from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def documents(path: str, rows: int = 1024) -> Iterator[tuple[str, str]]:
     Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column, or one
     whose values are no UTF-8 strings.
     """
-    for file in parquet_file.list_files(path):
-        with parquet_file.opened(file) as source:
+    for file in parquet.list_files(path):
+        with parquet.opened(file) as source:
             yield from documents_of(file, source, rows)
 
 

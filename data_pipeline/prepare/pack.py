@@ -13,8 +13,8 @@ import numpy as np
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import refinedweb
-from data_pipeline.tar import TarWriter
-from data_pipeline.text import Tokenizer, load_tokenizer
+from data_pipeline.sources.tar import TarWriter
+from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 SUMMARY = "packed.json"
 ROWS_PER_SHARD = 10_000

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats.img2dataset_output import Outcome, Sums, odd_key, read_outcomes
-from data_pipeline.show.survey import Bad, Survey, share
-from data_pipeline.tar import Sample
+from data_pipeline.show.source_report import Bad, Survey, share
+from data_pipeline.sources.tar import Sample
 
 REASONS = 8
 

@@ -14,14 +14,14 @@ from data_pipeline.formats import (
     instructions,
     laion,
     paligemma,
-    parquet_file,
+    parquet,
     refinedweb,
 )
 from data_pipeline.formats.columns import Column, match, nearest, wrong_types
 from data_pipeline.formats.lines import reading
-from data_pipeline.formats.verdict import Verdict
-from data_pipeline.show.survey import Bad, Survey, share, spread
-from data_pipeline.show.tallies import TALLIES, Tally, WithPictures
+from data_pipeline.formats.records import Verdict
+from data_pipeline.show.source_report import Bad, Survey, share, spread
+from data_pipeline.show.statistics import TALLIES, Tally, WithPictures
 
 RECORDS = 5000  # examined in all files together
 COUNTED = 1024  # files whose rows are counted; of more than these the number is estimated
@@ -81,7 +81,7 @@ def _count_rows(found: Survey, sizes: dict[str, int]) -> None:
     columns: list[str] | None = None
     for file in files:
         try:
-            with parquet_file.opened(file) as source:
+            with parquet.opened(file) as source:
                 rows = None if rows is None else rows + source.metadata.num_rows
                 names = source.schema_arrow.names
         except UserError as error:
@@ -106,7 +106,7 @@ def _look_into_tables(found: Survey, files: list[str], tally: Tally, bad: Bad) -
     each = max(RECORDS // max(len(files), 1), 100)
     for file in files:
         try:
-            with parquet_file.opened(file) as source:
+            with parquet.opened(file) as source:
                 schema = schema or source.schema_arrow
                 _take(islice(TABLES[family](file, source), each), tally, bad)
         except UserError as error:
@@ -214,7 +214,7 @@ def _look_at_unknown(found: Survey, sizes: dict[str, int]) -> None:
     _count_rows(found, sizes)
     for file in files:
         try:
-            with parquet_file.opened(file) as source:
+            with parquet.opened(file) as source:
                 schema = source.schema_arrow
         except UserError:
             continue
@@ -231,7 +231,7 @@ def _look_at_unknown(found: Survey, sizes: dict[str, int]) -> None:
 
 
 def _keys(file: str) -> list[str]:
-    from data_pipeline.formats.json_stream import records
+    from data_pipeline.formats.text_records import records
 
     with reading(file) as opened:
         values = [value for _, value in islice(records(file, opened), 20)]

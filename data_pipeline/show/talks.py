@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import storage
-from data_pipeline.decode import ImageSpec
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.image_path import image_url
-from data_pipeline.show.pictures import Picture, need_pillow, picture_of
+from data_pipeline.show.samples import Picture, need_pillow, picture_of
+from data_pipeline.transforms.decode import ImageSpec
 
 TURN = 1500  # characters of a turn
 TURNS = 12

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline import storage
-from data_pipeline.decode import IMAGE_EXTENSIONS, image_member
 from data_pipeline.errors import UserError
-from data_pipeline.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
-from data_pipeline.show import beside
-from data_pipeline.show.survey import Survey, clip, share, spread
-from data_pipeline.tar import Sample, member_table
+from data_pipeline.show import beside_tars
+from data_pipeline.show.source_report import Survey, clip, share, spread
+from data_pipeline.sources.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
+from data_pipeline.sources.tar import Sample, member_table
+from data_pipeline.transforms.decode import IMAGE_EXTENSIONS, image_member
 
 # A tar in an object store is fetched whole to be looked into.
 EXAMINE_REMOTE = 2
@@ -47,7 +47,7 @@ def look(found: Survey, path: str, examine: int, first: int) -> None:
     about["tokenizer"] = manifest.tokenizer if manifest else None
     about["examined"] = {"shards": len(chosen), "samples": len(samples)}
     about["members"] = dict(sorted(members.items()))
-    beside.look(found, storage.root_of(path), manifest)
+    beside_tars.look(found, storage.root_of(path), manifest)
     if about["kind"] == "img2dataset":
         from data_pipeline.show.joined import join
 

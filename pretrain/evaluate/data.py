@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from data_pipeline.batches import Batch, StreamSpec
+from data_pipeline.batches.batch_builder import Batch, StreamSpec
+from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
-from data_pipeline.evaluation import EvaluationMaker
 from pretrain.engine import Runtime
 from pretrain.recipe_data import Image
 from pretrain.rows import Rows, to_device

@@ -6,8 +6,8 @@ from contextlib import closing
 
 import torch
 
-from data_pipeline.cache import CacheSettings
-from data_pipeline.evaluation import EvaluationMaker
+from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.storage.cache import CacheSettings
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusable
 from pretrain.objectives.base import Forward, loss_tokens

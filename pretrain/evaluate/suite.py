@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
-from data_pipeline.evaluation import EvaluationMaker
-from data_pipeline.text import Tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.zero_shot import classify

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.cache import CacheSettings
+from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
-from data_pipeline.evaluation import EvaluationMaker
-from data_pipeline.text import Tokenizer, caption_row
+from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import passes, tell_left_out, unusable
 from pretrain.objectives.base import Forward

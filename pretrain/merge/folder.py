@@ -16,9 +16,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import object_store
 from data_pipeline.errors import UserError
-from data_pipeline.storage import is_remote, join, local_path
+from data_pipeline.storage import object_store
+from data_pipeline.storage.files import is_remote, join, local_path
 from pretrain.merge.remote_file import Blocks, ByteFile, RemoteFile, open_file
 
 MAX_JSON = 256 << 20

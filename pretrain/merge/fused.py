@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.compiled import function
+from data_pipeline.native import function
 from pretrain.merge import dare
 from pretrain.merge.blocks import Block
 from pretrain.merge.kernels import FLOATS, Kind

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.object_store import answer_of, ask, filesystem
+from data_pipeline.storage.object_store import answer_of, ask, filesystem
 
 SMALL = 1 << 20
 """Bytes of the largest object that is kept and put whole at the end."""

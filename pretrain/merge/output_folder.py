@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.storage import sync
+from data_pipeline.storage.files import sync
 from pretrain.merge.journal import NAME, Journal
 
 LOCK = ".lock"

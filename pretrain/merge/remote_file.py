@@ -10,9 +10,9 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from data_pipeline import object_store
 from data_pipeline.errors import UserError
-from data_pipeline.storage import is_remote, local_path, read_descriptor
+from data_pipeline.storage import object_store
+from data_pipeline.storage.files import is_remote, local_path, read_descriptor
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 8 << 20, 1 << 20
 BUDGET = 64 << 20

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.object_store import EXTRAS, asking, filesystem
-from data_pipeline.storage import exists, join, publish, read_bytes, remove
+from data_pipeline.storage.files import exists, join, publish, read_bytes, remove
+from data_pipeline.storage.object_store import EXTRAS, asking, filesystem
 from pretrain.merge.blocks import Workers
 from pretrain.merge.journal import Done
 from pretrain.merge.multipart import Begun, Multipart, abort, begun_in

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import exists, join
+from data_pipeline.storage.files import exists, join
 from pretrain.merge.betas import folder_names
 from pretrain.merge.diff import table
 from pretrain.merge.kernels import BLOCK

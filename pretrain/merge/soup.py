@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.object_store import ask
-from data_pipeline.storage import exists, is_remote, join
+from data_pipeline.storage.files import exists, is_remote, join
+from data_pipeline.storage.object_store import ask
 from pretrain.merge.diff import table
 from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import is_remote
+from data_pipeline.storage.files import is_remote
 from pretrain.address import WHICH, Located, locate
 from pretrain.checkpoint_folder import step_of
 from pretrain.merge import companions, hub

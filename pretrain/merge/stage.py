@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from pretrain.identity import ABSENT, check_run_folder
 from pretrain.lock import FolderLock
 from pretrain.merge.output_folder import link_or_copy

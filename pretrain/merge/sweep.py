@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import join
+from data_pipeline.storage.files import join
 from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare

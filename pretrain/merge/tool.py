@@ -15,7 +15,7 @@ import xxhash
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import exists, is_remote, join, read_bytes, remove, sizes
+from data_pipeline.storage.files import exists, is_remote, join, read_bytes, remove, sizes
 from pretrain.address import locate
 from pretrain.merge import card, digests
 from pretrain.merge.companions import read

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import join, sizes
+from data_pipeline.storage.files import join, sizes
 from pretrain.merge.blocks import Workers
 from pretrain.merge.diff import places_of
 from pretrain.merge.folder import Folder

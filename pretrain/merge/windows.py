@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import is_remote
+from data_pipeline.storage.files import is_remote
 from pretrain.checkpoint_folder import complete_steps, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from data_pipeline.text import Tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.recipe import Model, Vision
 from pretrain.recipe_data import Image, Text
 

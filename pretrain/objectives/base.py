@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from pretrain.rows import Rows
 
 Forward = Callable[..., Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from pretrain.lengths import main_stream
 from pretrain.losses.contrastive import contrastive
 from pretrain.masking import keep_patches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_pipeline.batches import Batch
+from data_pipeline.batches.batch_builder import Batch
 from pretrain.lengths import main_stream
 from pretrain.models.multimodal import Multimodal
 from pretrain.models.visual import FrozenTower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.storage import publish
+from data_pipeline.storage.files import publish
 from pretrain.report.page import Page, Tile, Tiles, render
 from pretrain.report.run import Run, read_run
 from pretrain.report.sections import (

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import ImageSpec, SourceSpec, Stream, TextSpec, UserError, rows
+from data_pipeline import ImageSpec, SourceSpec, Stream, TextSpec, UserError
+from data_pipeline.batches import row_builder
+from data_pipeline.batches.spec import Batch
 from data_pipeline.errors import ReadError
-from data_pipeline.spec import Batch
-from tests.data_pipeline.samples import LENGTH, SIZE, write_packed, write_source, write_tokenizer
+from tests.support.samples import LENGTH, SIZE, write_packed, write_source, write_tokenizer
 
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
@@ -190,7 +191,7 @@ def test_images_are_the_same_from_any_number_of_workers(tmp_path: Path) -> None:
 def test_a_stream_that_could_not_read_tries_the_same_batch_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "RETRY_AFTER", (0.0,))
+    monkeypatch.setattr(row_builder, "RETRY_AFTER", (0.0,))
     source = write_packed(tmp_path / "t", [4, 4])
     with Stream(str(source), 8, length=LENGTH) as stream:
         want = [next(stream).batch_digest for _ in range(3)]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from data_pipeline import Stream
+from data_pipeline.batches.spec import Batch, SourceSpec
 from data_pipeline.errors import UserError
-from data_pipeline.order import stream_seed
-from data_pipeline.spec import Batch, SourceSpec
-from tests.data_pipeline.naive_order import Change, Mixture, Source, walk
-from tests.data_pipeline.samples import LENGTH, write_packed
+from data_pipeline.order.stream_order import stream_seed
+from tests.support.naive_order import Change, Mixture, Source, walk
+from tests.support.samples import LENGTH, write_packed
 
 LANES, SEED = 2, 4
 

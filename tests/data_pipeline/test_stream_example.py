@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_pipeline import ImageSpec, Stream, TextSpec
-from tests.data_pipeline.samples import write_source
+from tests.support.samples import write_source
 
 open_clip = pytest.importorskip("open_clip")
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "open_clip_train.py"

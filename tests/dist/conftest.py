@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 
 def free_port() -> int:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.batches import Batch, BatchMaker
-from data_pipeline.loader import micro_batches, rows_of
+from data_pipeline.batches.batch_builder import Batch, BatchMaker
+from data_pipeline.loader.loader import micro_batches, rows_of
 from pretrain.build import build
 from pretrain.engine import Engine, start, stop
 from pretrain.lengths import main_stream

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
 from pretrain.build import build
 from pretrain.objectives.base import loss_tokens
 from pretrain.recipe import TrainStage

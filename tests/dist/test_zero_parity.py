@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.recipe import TrainStage
 from pretrain.recipe_load import load_recipe, run_dir
-from tests import tiny
+from tests.support import tiny
 from tests.dist.plain_loop import plain_losses
 
 pytestmark = pytest.mark.dist

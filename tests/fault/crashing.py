@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_pipeline.samples import Members, members
+from tests.support.samples import Members, members
 
 HOOK = """
 import os, signal, sys, time
@@ -24,7 +24,7 @@ def act(mark):
         os.kill(os.getpid(), getattr(signal, mark))
         time.sleep(600)
 
-if "data_pipeline.worker" in sys.orig_argv:
+if "data_pipeline.workers.worker" in sys.orig_argv:
     from data_pipeline import rows
 
     decode = rows.decode_image

@@ -7,7 +7,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 
-from data_pipeline.text import Tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer
 
 
 @dataclass

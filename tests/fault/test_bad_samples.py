@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import digest, rows
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches import row_builder
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.errors import ContentError, ReadError, UserError
-from data_pipeline.index import ShardReader
-from data_pipeline.loader import LocalLoader
-from data_pipeline.order import row_keys, sample_ids
-from data_pipeline.spec import Batch, SourceSpec, StreamSpec
-from tests.data_pipeline.samples import LENGTH, encode, members, pairs, pixels, write_packed, write_source
-from tests.data_pipeline.test_every_image import png
+from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.order import digest
+from data_pipeline.order.stream_order import row_keys, sample_ids
+from data_pipeline.sources.shard_reader import ShardReader
+from tests.data_pipeline.transforms.test_every_image import png
+from tests.support.samples import LENGTH, encode, members, pairs, pixels, write_packed, write_source
 
 COUNTS = [6, 10, 5, 3]
 GOOD_TEXT = {"txt": b"a red dot"}
@@ -144,7 +145,7 @@ def test_one_bad_first_sample_is_no_broken_source(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "RETRY_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(row_builder, "RETRY_AFTER", (0.0, 0.0))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES])

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import Batch, StreamSpec
+from data_pipeline.batches.work_items import Item, Setup
 from data_pipeline.errors import ReadError, WorkerError
-from data_pipeline.isolate import CRASHED, Closed, Isolation
-from data_pipeline.loader import LocalLoader, StallLimits
-from data_pipeline.spec import Batch, StreamSpec
-from data_pipeline.work import Item, Setup
-from data_pipeline.worker_process import SetupFile
-from tests.data_pipeline.samples import pairs, write_source
+from data_pipeline.loader.loader import LocalLoader, StallLimits
+from data_pipeline.workers.isolation import CRASHED, Closed, Isolation
+from data_pipeline.workers.worker_handle import SetupFile
 from tests.fault.crashing import install, marked
+from tests.support.samples import pairs, write_source
 
 COUNTS = [9, 12, 7]
 BATCH = 14
@@ -190,9 +190,9 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
 
 STALL = """
 import os, sys, time
-if "data_pipeline.worker" in sys.orig_argv:
+if "data_pipeline.workers.worker" in sys.orig_argv:
     from data_pipeline import activity
-    from data_pipeline.rows import RowMaker
+    from data_pipeline.batches.row_builder import RowMaker
     make = RowMaker.make
 
     def stalling(self, source, shard, index, *given, **named):

@@ -10,11 +10,11 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import cc3m, img2dataset, refinedweb
-from data_pipeline.show import describe, render, survey
-from data_pipeline.show.page import render_page
-from tests.data_pipeline.test_formats_instructions import talk
-from tests.data_pipeline.test_formats_laion import LAION_400M, LAION_COCO, write
-from tests.data_pipeline.test_show_page import read
+from data_pipeline.show import describe, render, source_report
+from data_pipeline.show.html import render_page
+from tests.data_pipeline.formats.test_instructions import talk
+from tests.data_pipeline.formats.test_laion import LAION_400M, LAION_COCO, write
+from tests.data_pipeline.show.test_html import read
 from tests.fault.mutations import BYTES
 
 EACH = 40  # files of each kind spoiled in each way
@@ -62,7 +62,7 @@ def test_a_spoiled_file_is_told_of_or_refused(kind: str, whole: Path, tmp_path: 
             path = tmp_path / kind
             path.write_bytes(spoil(np.random.default_rng([number, seed]), data))
             try:
-                found = survey(str(path))
+                found = source_report(str(path))
             except UserError as error:
                 refused += str(path) in str(error)
                 continue

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.tar import member_table
-from tests import tiny
+from data_pipeline.sources.tar import member_table
+from tests.support import tiny
 
 pytestmark = pytest.mark.dist
 STEPS = 24

@@ -15,16 +15,16 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError
-from data_pipeline.object_store import ask
+from data_pipeline.storage.object_store import ask
 from pretrain.merge import merge, multipart, remote_output, sweep
 from pretrain.merge.verify import verify
-from tests.data_pipeline.faulty_proxy import KINDS, Proxy
-from tests.data_pipeline.s3_server import faulty_s3
 from tests.launch.helpers import ROOT
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.test_remote_output import objects
 from tests.pretrain.merge.test_remote_sources import upload
 from tests.pretrain.merge.test_remote_sweep import PEAK, run, tree
+from tests.support.faulty_proxy import KINDS, Proxy
+from tests.support.s3_server import faulty_s3
 
 BETAS = [0.0, 0.3, 1.0]
 EVERY = ("GET", "HEAD", "PUT", "POST", "DELETE")

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.indexing import build_index
+from data_pipeline.index.build import build_index
 from data_pipeline.show import describe
-from data_pipeline.spec import Batch, StreamSpec
-from tests.data_pipeline.samples import SIZE, encode, members, pairs, pixels, write_source, write_tokenizer
 from tests.fault import mutations
+from tests.support.samples import SIZE, encode, members, pairs, pixels, write_source, write_tokenizer
 
 COUNTS = [7, 1, 0, 9, 5]  # an empty shard and one of a single sample among them
 SAMPLES = sum(COUNTS)

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import object_store, storage
-from data_pipeline.cache import CacheSettings
-from data_pipeline.decode import ImageSpec
+from data_pipeline import storage
+from data_pipeline.batches.spec import Batch, SourceSpec, TextSpec
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.indexing import build_index
-from data_pipeline.spec import Batch, SourceSpec, TextSpec
+from data_pipeline.index.build import build_index
+from data_pipeline.storage import object_store
+from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.stream import Stream
-from tests.data_pipeline.faulty_proxy import KINDS, Proxy
-from tests.data_pipeline.s3_server import faulty_s3
-from tests.data_pipeline.samples import LENGTH, SIZE, members, write_source, write_tokenizer
+from data_pipeline.transforms.decode import ImageSpec
+from tests.support.faulty_proxy import KINDS, Proxy
+from tests.support.s3_server import faulty_s3
+from tests.support.samples import LENGTH, SIZE, members, write_source, write_tokenizer
 
 COUNTS = [150] * 5 + [1, 0, 40]
 BATCH = 24

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.indexing import build_index
+from data_pipeline.index.build import build_index
 from pretrain import metrics
 from tests.conftest import ROOT
-from tests.data_pipeline.s3_server import faulty_s3
+from tests.support.s3_server import faulty_s3
 
 DEMO = ROOT / "data" / "demo"
 FLIP = {name: f"{name}/train" for name in ("digits", "scenes_real", "scenes_synthetic")}

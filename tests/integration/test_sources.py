@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.digest import hex16
-from data_pipeline.loader import LocalLoader
+from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.order.digest import hex16
 from pretrain import metrics
 from pretrain.recipe_load import load_recipe
 from pretrain.streams import stage_specs

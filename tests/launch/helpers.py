@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.tar import TarWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "launch" / "standin.py"

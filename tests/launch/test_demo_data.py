@@ -20,9 +20,9 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import refinedweb
-from data_pipeline.index import open_source
 from data_pipeline.prepare.pack import SUMMARY
-from data_pipeline.text import load_tokenizer
+from data_pipeline.sources.shard_reader import open_source
+from data_pipeline.transforms.tokenizers import load_tokenizer
 from launch import demo_data, demo_scenes, demo_text
 from launch.demo_data import Settings, is_ready, prepare
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from launch.demo_pictures import caption_cards, masked_cards, sample_cards
@@ -22,8 +22,8 @@ from pretrain.build import build, load_trained, read_stage, stage_tokenizer
 from pretrain.recipe_load import dump_plain, load_recipe, stage_record
 from pretrain.rows import to_device
 from pretrain.streams import stage_specs
-from tests import tiny
 from tests.pretrain.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
+from tests.support import tiny
 
 CLASSES = ["zero", "one", "two"]
 # Invented: no run gave these.
@@ -250,7 +250,7 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_hostile_caption_stays_text(tmp_path: Path) -> None:
-    from data_pipeline.tar import TarWriter
+    from data_pipeline.sources.tar import TarWriter
 
     tiny.make_data(tmp_path)
     hostile = "<script>alert(1)</script><img src=x>"

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from data_pipeline.index import open_source
-from data_pipeline.storage import publish_table
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.shard_reader import open_source
+from data_pipeline.sources.tar import TarWriter
+from data_pipeline.storage.files import publish_table
 from launch.data_cli import app
 from launch.index_report import ProgressLine
 from pretrain.recipe import Stream

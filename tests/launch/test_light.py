@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from data_pipeline.formats import refinedweb
-from data_pipeline.indexing import build_index
+from data_pipeline.index.build import build_index
 from pretrain.merge import merge
 from pretrain.recipe_load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
 from tests.pretrain.merge.build import floats, write
-from tests.tiny import write_pairs
+from tests.support.tiny import write_pairs
 
 DEMO = str(ROOT / "configs/demo/flip.yaml")
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "open_clip", "sklearn", "matplotlib", "pandas", "scipy"}

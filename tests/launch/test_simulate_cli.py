@@ -13,7 +13,7 @@ from launch.data_cli import app
 from launch.simulate_report import size
 from launch.simulation import loads_of
 from tests.launch.helpers import write_recipe
-from tests.tiny import write_pairs
+from tests.support.tiny import write_pairs
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 TRAIN = "import sys; from pretrain.train import main; sys.exit(main(sys.argv[1], 'main', sys.argv[2:]))"
 

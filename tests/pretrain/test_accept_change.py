@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.digest import add, hex16, row_digest
-from data_pipeline.order import stream_seed
-from data_pipeline.tar import TarWriter
+from data_pipeline.order.digest import add, hex16, row_digest
+from data_pipeline.order.stream_order import stream_seed
+from data_pipeline.sources.tar import TarWriter
 from launch.preflight import is_done, stage_job
 from pretrain.recipe_load import load_recipe
-from tests import tiny
-from tests.data_pipeline.naive_order import Change, Mixture, Source, walk
 from tests.pretrain import rank
+from tests.support import tiny
+from tests.support.naive_order import Change, Mixture, Source, walk
 
 LANES = 4
 

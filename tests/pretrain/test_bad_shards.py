@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.batches import BatchMaker
-from data_pipeline.loader import LocalLoader
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.loader.loader import LocalLoader
 from pretrain.bad_shards import BadShards, likely_cause
-from tests.data_pipeline.samples import Members, encode, members, pairs, pixels, write_source
+from tests.support.samples import Members, encode, members, pairs, pixels, write_source
 
 
 def line(url: str, key: str, epoch: int = 0, attempt: int = 0, **rest: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.tar import TarWriter
 from pretrain.build import load_trained, stage_tokenizer
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import shuffled_images
@@ -27,7 +27,7 @@ from pretrain.evaluate.suite import ALONE, evaluate, flat
 from pretrain.evaluate.zero_shot import classify
 from pretrain.recipe import Evaluation, Perplexity, TrainStage, ZeroShot
 from pretrain.rows import Rows
-from tests import tiny
+from tests.support import tiny
 
 CLASSES = {"red": "crimson", "green": "grassy", "blue": "navy blue", "white": "snow white"}
 TEMPLATES = ["a {} square", "{} square number 7", "{}"]

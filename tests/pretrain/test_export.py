@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batches import BatchMaker
+from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from pretrain import export as export_module
 from pretrain.build import load_trained
@@ -55,7 +55,7 @@ def test_open_clip_gives_the_same_features(tiny_runs: Path, tmp_path: Path) -> N
 def test_open_clip_tokenizes_as_the_training_did(tiny_runs: Path, tmp_path: Path) -> None:
     import open_clip
 
-    from data_pipeline.text import caption_row
+    from data_pipeline.transforms.tokenizers import caption_row
     from pretrain.build import stage_tokenizer
 
     address = str(tiny_runs / "runs" / "flip" / "main")

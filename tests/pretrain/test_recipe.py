@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.errors import UserError
+from data_pipeline.transforms.decode import MAX_PIXELS
 from pretrain.identity import compare_identity
 from pretrain.lengths import length_steps, main_stream, total_steps, warns
 from pretrain.overrides import merge_maps

@@ -15,14 +15,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipeline.decode import versions
 from data_pipeline.errors import UserError
-from data_pipeline.tar import TarWriter
+from data_pipeline.sources.tar import TarWriter
+from data_pipeline.transforms.decode import versions
 from pretrain.build import freeze
 from pretrain.checkpoint_folder import complete_steps
 from pretrain.weights import read_frozen, read_state
-from tests import tiny
 from tests.pretrain import rank
+from tests.support import tiny
 
 RATE = 1e-3
 FIRST_STEP = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.batches import BatchMaker
-from data_pipeline.spec import Batch
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import Batch
 from pretrain.recipe_data import Image
 from pretrain.rows import Rows, to_device
 from pretrain.staging import PinnedCopies, Tensors, copies_for, staged
-from tests.data_pipeline.samples import SIZE, pairs, write_source
+from tests.support.samples import SIZE, pairs, write_source
 
 CPU = torch.device("cpu")
 IMAGE = Image(size=SIZE)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.order import SourceCounts, StreamOrder
+from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 from pretrain.lengths import check_ends
-from tests import tiny
+from tests.support import tiny
 
 
 def order(**max_epochs: float | None) -> StreamOrder:

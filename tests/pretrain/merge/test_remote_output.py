@@ -12,8 +12,8 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from pretrain.merge import merge, multipart, open_weights, remote_output
-from tests.data_pipeline.s3_server import s3_server
 from tests.pretrain.merge.build import floats, write
+from tests.support.s3_server import s3_server
 
 botocore = pytest.importorskip("botocore.exceptions")
 s3fs_errors = pytest.importorskip("s3fs.errors")

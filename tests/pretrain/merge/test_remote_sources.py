@@ -16,9 +16,9 @@ from pretrain.merge import merge, remote_file
 from pretrain.merge.remote_file import Blocks, RemoteFile
 from pretrain.merge.safetensors_io import elements
 from pretrain.merge.sources import WeightSource, open_weights
-from tests.data_pipeline.s3_server import faulty_s3, s3_server
 from tests.pretrain.merge.build import floats, read_bytes, write
 from tests.pretrain.merge.test_zero_layout import numbered, stage_2, stage_3
+from tests.support.s3_server import faulty_s3, s3_server
 
 torch = pytest.importorskip("torch")
 

@@ -23,11 +23,11 @@ from pretrain.merge.scored_sweep import Sweep, run_sweep
 from pretrain.merge.soup import Soup, find_soup
 from pretrain.merge.sweep import plan_sweep
 from pretrain.merge.verify import verify
-from tests.data_pipeline.s3_server import s3_server
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.scorers import calls, scorer
 from tests.pretrain.merge.test_remote_output import uploads
 from tests.pretrain.merge.test_remote_sources import upload
+from tests.support.s3_server import s3_server
 
 BETAS = [0.0, 0.25, 0.5, 1.0]
 

@@ -18,10 +18,10 @@ from pretrain.merge import merge, remote_file
 from pretrain.merge.record import sealed
 from pretrain.merge.verify import verify
 from pretrain.merge.verify_report import Report
-from tests.data_pipeline.faulty_proxy import Proxy
-from tests.data_pipeline.s3_server import faulty_s3
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.test_remote_sources import upload
+from tests.support.faulty_proxy import Proxy
+from tests.support.s3_server import faulty_s3
 
 CONFIG = {"model_type": "llama", "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2}
 Store = tuple[str, Proxy]

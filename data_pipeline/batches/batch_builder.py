@@ -1,0 +1,218 @@
+"""Any batch of a stream from (specification, step, rows) alone; unusable samples are replaced and counted."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.batches.row_builder import Row, RowMaker, Verdict
+from data_pipeline.batches.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.errors import ContentError, UserError
+from data_pipeline.order import digest
+from data_pipeline.order.stream_order import Refs, SourceCounts, StreamOrder, row_keys, sample_ids
+from data_pipeline.sources.manifest import Manifest, open_source
+from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.augment import Draw, draw_rows
+from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.remote_shards import Units
+
+__all__ = ["Batch", "BatchMaker", "ImageSpec", "SourceSpec", "StreamSpec", "TextSpec", "open_sources"]
+
+# 8 tries within the shard, 8 within the whole source: if all fail, the source is broken rather than unlucky.
+ATTEMPTS = 16
+
+
+def open_sources(spec: StreamSpec) -> dict[str, Manifest]:
+    """Source name -> manifest, in the order of the mixture. Raises UserError."""
+    return {name: open_source(name, source.path, source.view) for name, source in spec.sources.items()}
+
+
+def order_of(spec: StreamSpec, manifests: Mapping[str, Manifest]) -> StreamOrder:
+    """The order of a stream whose sources are opened. Raises UserError that names the stream."""
+    counts = [
+        SourceCounts(
+            name,
+            manifests[name].counts,
+            weight=source.weight,
+            repeat=source.repeat,
+            cap=source.cap,
+            max_epochs=source.max_epochs,
+        )
+        for name, source in spec.sources.items()
+    ]
+    try:
+        return StreamOrder(counts, spec.batch, spec.lanes, spec.seed, spec.share_by, spec.segments)
+    except UserError as error:
+        raise UserError(f"data.{spec.name}: {error}") from None
+
+
+@dataclass
+class Served:
+    """What a row got: a sample, and the verdicts on those that came before it."""
+
+    shard: int
+    index: int
+    row: Row
+    verdicts: list[Verdict]
+
+
+class BatchMaker:
+    """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
+
+    `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
+    cache: where what is read of an object store is kept on this node; None keeps nothing
+    condemned: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        manifests: Mapping[str, Manifest] | None = None,
+        tokenizer: Tokenizer | None = None,
+        cache: CacheSettings | None = None,
+    ) -> None:
+        self.spec = spec
+        self.cache = cache
+        self.manifests = dict(open_sources(spec) if manifests is None else manifests)
+        self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
+        self.names = list(spec.sources)
+        self.order = order_of(spec, self.manifests)
+        self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache)
+        self.condemned: dict[tuple[str, int, int], str] = {}
+
+    def remade(self, spec: StreamSpec) -> BatchMaker:
+        """A maker for another specification of the same sources."""
+        return BatchMaker(spec, self.manifests, self.tokenizer, self.cache)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Source name -> fingerprint of its manifest."""
+        return {name: self.manifests[name].fingerprint for name in self.names}
+
+    def units(self, source: str) -> Units | None:
+        """What is fetched at once of a source in an object store."""
+        return self._rows.units(source)
+
+    def check(self) -> None:
+        """Raise UserError if a source's first samples are all unusable, before anything is written."""
+        for name in self.names:
+            self._rows.check(name)
+
+    def make(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
+        """Rows [start, stop) of the global batch of `step` (counted from 0).
+
+        `pixels`, contiguous uint8 [rows, size, size, 3], is filled with the images where given.
+
+        order_digest covers what was assigned: attempt 0, with crop () and caption -1, as the assignment is
+        known without reading; batch_digest covers what was served. Raises UserError, ReadError.
+        """
+        drawn = self.order.refs(step, start, stop)
+        refs = self._in_tars(drawn)
+        batch = self._rows.empty(step, start, stop, pixels)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            self._rows.expect(name, refs.shard[rows], refs.index[rows])
+        draws = self._draws(refs)
+        shards, indices = refs.shard.copy(), refs.index.copy()
+        attempts = np.zeros(stop - start, np.int64)
+        skipped: dict[str, Counter[str]] = defaultdict(Counter)
+        for i in range(stop - start):
+            served = self._serve(refs, drawn, i, draws[i], None if batch.pixels is None else batch.pixels[i])
+            shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.verdicts)
+            for attempt, (shard, index, verdict) in enumerate(served.verdicts):
+                source = self.names[refs.source[i]]
+                skipped[source][verdict.reason] += 1
+                place = {"step": step, "row": int(refs.row[i])}
+                place |= {"epoch": int(refs.epoch[i]), "attempt": attempt}
+                batch.bad.append(place | self._rows.bad(source, shard, index, verdict))
+            self._rows.put(batch, i, served.row)
+            self._add_digests(batch, refs, i, served)
+        batch.row_keys[:] = self._row_keys(refs, shards, indices, attempts)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            if rows.any():
+                batch.sample_ids[rows] = sample_ids(name, shards[rows], indices[rows])
+                batch.samples[name] = int(rows.sum())
+        batch.skipped = {source: dict(reasons) for source, reasons in skipped.items()}
+        return batch
+
+    def close(self) -> None:
+        """Close the files that are open for reading."""
+        self._rows.close()
+
+    def _in_tars(self, refs: Refs) -> Refs:
+        """The same rows with positions in the tars: a sample is the same one whatever view it is drawn from."""
+        index = refs.index.copy()
+        for number, name in enumerate(self.names):
+            if self.manifests[name].view is not None:
+                rows = refs.source == number
+                index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
+        return replace(refs, index=index)
+
+    def _draws(self, refs: Refs) -> Sequence[Draw | None]:
+        """Of the rows as assigned; nothing of packed text is random."""
+        attempts = np.zeros(len(refs.row), np.int64)
+        if self.spec.packed:
+            return [None] * len(attempts)
+        return draw_rows(self._row_keys(refs, refs.shard, refs.index, attempts))
+
+    def _serve(self, refs: Refs, drawn: Refs, i: int, draw: Draw | None, out: np.ndarray | None) -> Served:
+        """The sample assigned to row i, or the first usable one of those that replace it."""
+        number, epoch = int(refs.source[i]), int(refs.epoch[i])
+        name = self.names[number]
+        shard, index = int(refs.shard[i]), int(refs.index[i])
+        verdicts: list[Verdict] = []
+        for attempt in range(1, ATTEMPTS + 2):
+            try:
+                if (name, shard, index) in self.condemned:
+                    raise ContentError(self.condemned[name, shard, index])
+                return Served(shard, index, self._rows.make(name, shard, index, draw, out), verdicts)
+            except ContentError as verdict:
+                verdicts.append((shard, index, verdict))
+            shard, index = self.order.replacement(
+                number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
+            )
+            index = self.manifests[name].position(shard, index)
+            (draw,) = draw_rows(self._row_key(name, shard, index, epoch, attempt))
+        raise self._rows.unusable(name, verdicts)
+
+    def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> np.ndarray:
+        place = np.array([[shard], [index], [epoch]])
+        return row_keys(self.spec.seed, name, place[0], place[1], place[2], attempt)
+
+    def _row_keys(
+        self, refs: Refs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray
+    ) -> np.ndarray:
+        keys = np.zeros(len(shards), np.uint64)
+        for number, name in enumerate(self.names):
+            rows = refs.source == number
+            if rows.any():
+                keys[rows] = row_keys(
+                    self.spec.seed, name, shards[rows], indices[rows], refs.epoch[rows], attempts[rows]
+                )
+        return keys
+
+    def _add_digests(self, batch: Batch, refs: Refs, i: int, served: Served) -> None:
+        name = self.names[refs.source[i]]
+        paths = self.manifests[name].paths
+        row, epoch, shard, index = (a.item(i) for a in (refs.row, refs.epoch, refs.shard, refs.index))
+        assigned = digest.row_digest(self.spec.name, row, name, paths[shard], index, 0, epoch, (), -1)
+        given = digest.row_digest(
+            self.spec.name,
+            row,
+            name,
+            paths[served.shard],
+            served.index,
+            len(served.verdicts),
+            epoch,
+            served.row.crop,
+            served.row.choice,
+        )
+        batch.order_digest = digest.add(batch.order_digest, assigned)
+        batch.batch_digest = digest.add(batch.batch_digest, given)

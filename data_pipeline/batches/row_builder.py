@@ -1,0 +1,246 @@
+"""One sample to one row: bytes read (with retries), then decoded and tokenised, or judged unusable."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline import activity
+from data_pipeline.batches.spec import Batch, StreamSpec
+from data_pipeline.errors import ContentError, ReadError, UserError
+from data_pipeline.sources.manifest import Manifest
+from data_pipeline.sources.shard_reader import ShardReader
+from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.augment import Draw, draw_rows
+from data_pipeline.transforms.captions import json_member, pick_caption
+from data_pipeline.transforms.decode import IMAGE_EXTENSIONS, decode_image, image_member
+from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.remote_shards import Units
+
+# Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
+RETRY_AFTER = (0.1, 1.0, 4.0)
+
+
+@dataclass
+class Row:
+    """What a sample gave beside its pixels: int32 [length], and what was chosen to get there."""
+
+    tokens: np.ndarray
+    used: int
+    crop: tuple[int, ...]
+    choice: int
+    meta: dict[str, Any] | None = None
+
+
+# (shard, index in the shard, what is wrong with the sample)
+Verdict = tuple[int, int, ContentError]
+
+
+class RowMaker:
+    """Makes rows of one stream. Holds open files, so each process has its own."""
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        manifests: dict[str, Manifest],
+        tokenizer: Tokenizer | None,
+        cache: CacheSettings | None = None,
+    ) -> None:
+        self.spec = spec
+        self.manifests = manifests
+        self.tokenizer = tokenizer
+        self._readers = {name: ShardReader(manifest, cache) for name, manifest in manifests.items()}
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row; 0 in a stream of images alone."""
+        if self.spec.text is not None:
+            return self.spec.text.length
+        return (self.spec.length or 0) if self.spec.packed else 0
+
+    def make(self, source: str, shard: int, index: int, draw: Draw | None, out: np.ndarray | None) -> Row:
+        """One sample; its pixels go into `out`, uint8 [size, size, 3]. Without `draw` nothing of it is random.
+
+        Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had.
+        """
+        sample_key, members = self._read(source, shard, index)
+        with activity.decoding(source, shard, index):
+            if self.spec.packed:
+                return Row(self._packed(members, source, shard, sample_key), self.length, (), -1)
+            return self._row(sample_key, members, draw, out)
+
+    def _row(
+        self, sample_key: str, members: dict[str, bytes], draw: Draw | None, out: np.ndarray | None
+    ) -> Row:
+        crop: tuple[int, ...] = ()
+        if self.spec.image is not None:
+            assert out is not None
+            crop = decode_image(_image_of(members), self.spec.image, draw, out)
+        tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
+        if self.spec.text is not None:
+            assert self.tokenizer is not None
+            text = self.spec.text
+            caption, choice = pick_caption(members, draw.caption if draw else None, text.captions)
+            tokens, used = caption_row(self.tokenizer, caption, text.length)
+        row = Row(tokens, used, crop, choice)
+        if draw is None:
+            row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
+        return row
+
+    def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
+        """The samples of a source that will be made next, in order."""
+        self._readers[source].expect(shards.tolist(), indices.tolist())
+
+    def units(self, source: str) -> Units | None:
+        """What is fetched at once of a source in an object store."""
+        return self._readers[source].units
+
+    def url(self, source: str, shard: int) -> str:
+        return self.manifests[source].url(shard)
+
+    def key_of(self, source: str, shard: int, index: int) -> str:
+        return self._readers[source].key(shard, index)
+
+    def empty(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
+        """A batch of rows [start, stop) without content; `pixels` is memory to use for its images."""
+        rows = stop - start
+        if self.spec.image is not None:
+            shape = (rows, self.spec.image.size, self.spec.image.size, 3)
+            pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
+            if pixels.shape != shape or pixels.dtype != np.uint8 or not pixels.flags.c_contiguous:
+                raise ValueError(f"pixels: {pixels.dtype} {pixels.shape}; contiguous uint8 {shape} expected")
+        return Batch(
+            stream=self.spec.name,
+            step=step,
+            start=start,
+            stop=stop,
+            pixels=pixels if self.spec.image else None,
+            tokens=np.zeros((rows, self.length), np.int32),
+            used=np.zeros(rows, np.int32),
+            weights=np.ones(rows, np.float32),
+            sample_ids=np.zeros(rows, np.uint64),
+            row_keys=np.zeros(rows, np.uint64),
+        )
+
+    def put(self, batch: Batch, i: int, row: Row) -> None:
+        """Row number i of the batch, but for its pixels, which are there already."""
+        batch.tokens[i] = row.tokens
+        batch.used[i] = row.used
+
+    def check(self, source: str) -> None:
+        """Raise UserError if none of the source's first samples is usable, before a step is taken."""
+        counts = self.manifests[source].counts
+        shard = int(np.flatnonzero(counts)[0])
+        verdicts: list[Verdict] = []
+        (draw,) = draw_rows(np.zeros(1, np.uint64))
+        size = self.spec.image.size if self.spec.image else 0
+        out = np.empty((size, size, 3), np.uint8)
+        for number in range(min(8, int(counts[shard]))):
+            index = self.manifests[source].position(shard, number)
+            try:
+                self.make(source, shard, index, draw, out)
+                return
+            except ContentError as verdict:
+                verdicts.append((shard, index, verdict))
+        raise self.unusable(source, verdicts)
+
+    def unusable(self, source: str, verdicts: list[Verdict]) -> UserError:
+        """The error for a source of which several samples in a row are unusable: names the first of them."""
+        shard, index, verdict = verdicts[0]
+        reasons = sorted({v.reason for _, _, v in verdicts})
+        if self.spec.packed:
+            expected = f"npy with {self.length} packed tokens"
+        else:
+            wanted = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
+            if self.spec.text is not None:
+                named = self.spec.text.captions
+                where = " or ".join(named.members) if named else "txt, or caption in json"
+                wanted.append(f"a caption ({where})")
+            expected = " and ".join(wanted)
+        return UserError(
+            f"data.{self.spec.name}.sources.{source}: all {len(verdicts)} samples tried are unusable "
+            f"({', '.join(reasons)}). First {self.url(source, shard)}, sample "
+            f"{self.key_of(source, shard, index)!r}: {verdict}. Expected of every sample: {expected}. "
+            "Correct the source's path or make its tars again"
+        )
+
+    def bad(self, source: str, shard: int, index: int, verdict: ContentError) -> dict[str, Any]:
+        """A line of bad_samples.jsonl."""
+        return {
+            "source": source,
+            "url": self.url(source, shard),
+            "key": self.key_of(source, shard, index),
+            "reason": verdict.reason,
+            "detail": verdict.detail,
+        }
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _read(self, source: str, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        reader = self._readers[source]
+        for wait in (*RETRY_AFTER, None):
+            try:
+                return reader.read(shard, index)
+            except OSError as error:
+                # An object store was asked many times already when it makes a ReadError.
+                if wait is None or isinstance(error, ReadError):
+                    tried = "" if wait else f"not readable after {len(RETRY_AFTER) + 1} tries: "
+                    raise ReadError(
+                        f"source {source!r}: {self.url(source, shard)}, sample {index}: {tried}{error}. "
+                        "Nothing was replaced; run again once it can be read"
+                    ) from error
+                reader.reopen()
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _packed(self, members: dict[str, bytes], source: str, shard: int, key: str) -> np.ndarray:
+        if "npy" not in members:
+            raise ContentError("missing tokens", f"members: {', '.join(members) or 'none'}")
+        try:
+            tokens = _array(members["npy"])
+        except ValueError as error:
+            raise ContentError("undecodable", str(error)) from error
+        if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
+            what = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
+        elif len(tokens) != self.length:
+            what = f"{len(tokens)} tokens, data.{self.spec.name}.length is {self.length}; make them agree"
+        else:
+            return tokens.astype(np.int32)
+        raise UserError(
+            f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {what}"
+        )
+
+
+def _array(npy: bytes) -> np.ndarray:
+    """The array of an npy file. Raises ValueError."""
+    file = io.BytesIO(npy)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    except (
+        Exception
+    ) as error:  # numpy evaluates a header as Python, which may fail in any way, for want of memory too
+        raise ValueError(f"its header: {type(error).__name__}: {error}") from error
+    claimed, there = prod(shape) * dtype.itemsize, len(npy) - file.tell()
+    if claimed > there:  # numpy would ask for that memory first
+        raise ValueError(f"its header claims {claimed} bytes of {dtype}, there are {there}")
+    return np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False)
+
+
+def _image_of(members: dict[str, bytes]) -> bytes:
+    extension = image_member(members)
+    if extension is None:
+        raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
+    return members[extension]

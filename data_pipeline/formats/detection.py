@@ -1,0 +1,179 @@
+"""Which public format a path holds: told by names, by columns, and where these do not say by the first bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+
+Family = Literal["tars", "pairs", "outcomes", "documents", "lines", "conversations", "prompted", "unknown"]
+# A folder is what the first of these suffixes that occurs in it says.
+SUFFIXES = {
+    ".tar": "tar",
+    ".parquet": "parquet",
+    ".tsv": "tsv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+}
+# Statistics, tokenizers and the like lie beside data.
+NOT_DATA = ("_stats.json", "tokenizer.json", "tokenizer_config.json", "config.json", "packed.json")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+TITLES = {
+    "tars": "tars",
+    "cc3m": "CC3M lines (caption, tab, url)",
+    "refinedweb": "RefinedWeb documents",
+    "fineweb": "FineWeb documents",
+    "documents": "documents",
+    "img2dataset": "img2dataset's table of rows",
+    "llava": "LLaVA / ShareGPT conversations",
+    "messages": "conversations as messages",
+    "paligemma": "PaliGemma image, prefix, suffix",
+    "unknown-table": "a table of no known format",
+    "unknown-json": "JSON of no known format",
+}
+KNOWN = (
+    "tars of webdataset or img2dataset; parquet of LAION, COYO, DataComp, RefinedWeb or FineWeb; CC3M's .tsv; "
+    "json or jsonl of LLaVA, ShareGPT or PaliGemma"
+)
+# Mean characters of a text from which on (url, text) rows are taken for web pages, not captions.
+PAGE = 400
+
+
+@dataclass(frozen=True)
+class Format:
+    """`name` is a slug, `title` for a person, `family` the reader that serves it, `files` what it consists of."""
+
+    name: str
+    title: str
+    family: Family
+    files: tuple[str, ...]
+
+
+def detect(path: str) -> Format:
+    """The format of a file, a folder or a pattern. Raises UserError where nothing is or nothing can be told.
+
+    A damaged file is of the format that its name claims; reading it says what is wrong.
+    """
+    files, kind = _files(path)
+    if kind == "tar":
+        return Format("tars", TITLES["tars"], "tars", tuple(files))
+    if kind == "parquet":
+        return _table(files)
+    if kind == "tsv":
+        return Format("cc3m", TITLES["cc3m"], "lines", tuple(files))
+    return _json(files)
+
+
+def _files(path: str) -> tuple[list[str], str]:
+    """The files and what they are: tar, parquet, tsv or json."""
+    if storage.is_pattern(path):
+        files = storage.list_shards(path)
+        return files, _kind(next(iter(storage.sizes(files)), files[0]))
+    suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), None)
+    if (suffix or os.path.isfile(storage.local_path(path))) and not os.path.isdir(storage.local_path(path)):
+        return [path], _kind(path)
+    names = _folder(path)
+    for suffix, kind in SUFFIXES.items():
+        chosen = [name for name in names if name.endswith(suffix) and not name.endswith(NOT_DATA)]
+        if chosen:
+            return chosen, kind
+    # Nothing: the listing of tars says what stands there instead.
+    return storage.list_shards(path), "tar"
+
+
+def _folder(path: str) -> list[str]:
+    try:
+        return storage.list_files(path, "")
+    except UserError as error:
+        if "holds no" in str(error):
+            return []
+        raise
+
+
+def _kind(file: str) -> str:
+    claimed = next((kind for suffix, kind in SUFFIXES.items() if file.endswith(suffix)), None)
+    if claimed == "tar":
+        return claimed
+    try:
+        with storage.asking(file), storage.open_bytes(file) as opened:
+            first = opened.read(4096)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a folder among files; name the files") from None
+    for mark, program in COMPRESSED.items():
+        if first.startswith(mark):
+            raise UserError(f"{file} is compressed with {program}; unpack it")
+    found = _told_by_bytes(first) or claimed
+    if found is None:
+        raise UserError(f"{file} begins with {first[:16]!r} and is none of: {KNOWN}")
+    return found
+
+
+def _told_by_bytes(first: bytes) -> str | None:
+    if first.startswith(b"PAR1"):
+        return "parquet"
+    if first[257:262] == b"ustar":
+        return "tar"
+    begin = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if begin[:1] == b"{" or (begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b"]", b"[")):
+        return "json"
+    return "tsv" if b"\t" in first.split(b"\n", 1)[0] and b"\0" not in first else None
+
+
+def _table(files: Sequence[str]) -> Format:
+    from data_pipeline.formats import img2dataset_output, laion, parquet, refinedweb
+
+    names: list[str] = []
+    texts: list[Any] = []
+    for file in files:
+        try:
+            with parquet.opened(file) as source:
+                names = source.schema_arrow.names
+                if {name.lower() for name in names} >= {"url", "text"} and len(names) < 5:
+                    column = next(name for name in names if name.lower() == "text")
+                    batch = next(source.iter_batches(batch_size=64, columns=[column]), None)
+                    texts = batch.column(0).to_pylist() if batch is not None else []
+            break
+        except (UserError, UnicodeDecodeError):
+            continue
+    if img2dataset_output.is_output(names):
+        return Format("img2dataset", TITLES["img2dataset"], "outcomes", tuple(files))
+    documents = refinedweb.identify(names)
+    pairs = laion.identify(names)
+    if documents is None and pairs == "pairs" and _are_pages(texts):
+        documents = "documents"
+    if documents is not None:
+        return Format(documents, TITLES[documents], "documents", tuple(files))
+    if pairs is not None:
+        return Format(pairs, laion.TITLES[pairs], "pairs", tuple(files))
+    return Format("unknown-table", TITLES["unknown-table"], "unknown", tuple(files))
+
+
+def _are_pages(texts: Sequence[Any]) -> bool:
+    lengths = [len(text) for text in texts if isinstance(text, str) and text.strip()]
+    return bool(lengths) and sum(lengths) >= PAGE * len(lengths)
+
+
+def _json(files: Sequence[str]) -> Format:
+    from data_pipeline.formats.instructions import TURNS
+    from data_pipeline.formats.lines import reading
+    from data_pipeline.formats.text_records import records
+
+    keys: set[str] = set()
+    with reading(files[0]) as opened:
+        for _, value in islice(records(files[0], opened), 20):
+            if isinstance(value, dict):
+                keys |= value.keys()
+    for field, name in zip(TURNS, ("llava", "messages"), strict=True):
+        if field in keys:
+            return Format(name, TITLES[name], "conversations", tuple(files))
+    if keys & {"prefix", "suffix"}:
+        return Format("paligemma", TITLES["paligemma"], "prompted", tuple(files))
+    return Format("unknown-json", TITLES["unknown-json"], "unknown", tuple(files))

@@ -1,0 +1,142 @@
+"""What a checkpoint keeps of a stream's past: the mixtures it was drawn from, and what that says of every draw.
+
+A run that goes on with other data or weights opens a segment. The draws of a source whose samples are still the same
+go on where they were; one whose samples changed starts a pass of its own, under epoch numbers that it has not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.order.mixture import Cycle
+from data_pipeline.order.source_order import Cut
+
+
+@dataclass(frozen=True)
+class Base:
+    """From which segment and epoch on a source is drawn as it is now, after how many passes (a fraction)."""
+
+    segment: int
+    first_epoch: int = 0
+    passes: str = "0"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps from `first_step` on, drawn from one mixture; most fields are by source.
+
+    consumed_per_lane: samples that each lane had served before
+    sources: names, in the order of the mixture, which a JSON object does not keep
+    fingerprints, counts: of the source's manifest, and of its samples by shard
+    base: what of the past its draws go on from
+    unvisited: samples of begun epochs that the change of segment left, for sources that changed or went away
+    cycles: (consumed_per_lane from which on, weights in the order of `sources`); the next where a source ends
+    """
+
+    first_step: int
+    consumed_per_lane: int
+    mixture_hash: str
+    sources: tuple[str, ...]
+    fingerprints: dict[str, str]
+    samples: dict[str, int]
+    counts: dict[str, str]
+    weights: dict[str, int]
+    max_epochs: dict[str, str]
+    base: dict[str, Base]
+    unvisited: dict[str, int]
+    cycles: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Segment:
+        """Raises KeyError, TypeError or ValueError for what is no segment."""
+        base = {name: Base(**one) for name, one in found["base"].items()}
+        cycles = tuple((int(at), tuple(weights)) for at, weights in found["cycles"])
+        lists = {"sources": tuple(found["sources"]), "base": base, "cycles": cycles}
+        return Segment(**{**found, **lists})
+
+    def same_samples(self, other: Segment, name: str) -> bool:
+        """Whether a source has the samples that it has in another segment; both hold it."""
+        prints = [segment.fingerprints[name] for segment in (self, other) if name in segment.fingerprints]
+        return len({*prints}) <= 1 and all(
+            getattr(self, key)[name] == getattr(other, key)[name] for key in ("samples", "counts")
+        )
+
+    def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:
+        """Draws of each source, int64 [lanes], from here to where each lane has served `end` samples."""
+        total = np.zeros((len(self.sources), lanes), np.int64)
+        stops = [*(at for at, _ in self.cycles[1:]), end]
+        for (at, weights), stop in zip(self.cycles, stops, strict=True):
+            if min(stop, end) > at:
+                total += Cycle(weights, lanes).consumed(np.arange(lanes), min(stop, end) - at)
+        return dict(zip(self.sources, total, strict=True))
+
+
+class Past(NamedTuple):
+    """Segments that are over, with the draws of each source in each of them, int64 [lanes]."""
+
+    segments: tuple[Segment, ...]
+    drawn: tuple[dict[str, np.ndarray], ...]
+
+    @staticmethod
+    def of(segments: Sequence[Segment], end: int, lanes: int) -> Past:
+        """`end`: samples that each lane has served at the end of the last one."""
+        ends = [*(segment.consumed_per_lane for segment in segments[1:]), end]
+        drawn = (segment.drawn(stop, lanes) for segment, stop in zip(segments, ends, strict=True))
+        return Past(tuple(segments), tuple(drawn))
+
+    def since(self, name: str, segment: int, lanes: int) -> np.ndarray:
+        """Draws of a source, int64 [lanes], from a segment on."""
+        zero = np.zeros(lanes, np.int64)
+        return sum((found[name] for found in self.drawn[segment:] if name in found), zero)
+
+    def totals(self) -> dict[str, int]:
+        """Samples that each source gave."""
+        names = dict.fromkeys(name for found in self.drawn for name in found)
+        return {name: sum(int(found[name].sum()) for found in self.drawn if name in found) for name in names}
+
+
+def follow(past: Past, now: Segment, lanes: int) -> Segment:
+    """`now`, which is opened after `past`, with the base of each of its sources and what is left unvisited."""
+    base: dict[str, Base] = {}
+    unvisited: dict[str, int] = {}
+    last = past.segments[-1]
+    for name in dict.fromkeys((*now.sources, *last.sources)):
+        known = next((old for old in reversed(past.segments) if name in old.sources), None)
+        if known is None:
+            base[name] = Base(len(past.segments))
+            continue
+        before = known.base[name]
+        if name in now.sources and now.same_samples(known, name):
+            base[name] = before
+            continue
+        drawn = past.since(name, before.segment, lanes)
+        epochs, left = Cut(known.samples[name], lanes).begun(drawn)
+        if name in last.sources:
+            unvisited[name] = left
+        if name in now.sources:
+            passes = Fraction(before.passes) + Fraction(int(drawn.sum()), known.samples[name])
+            base[name] = Base(len(past.segments), before.first_epoch + epochs, str(passes))
+    return replace(now, base=base, unvisited=unvisited)
+
+
+def told(segment: Segment) -> list[str]:
+    """What a change of segment leaves behind, in words."""
+    lines = []
+    for name, left in segment.unvisited.items():
+        if name in segment.sources:
+            epoch = segment.base[name].first_epoch
+            lines.append(
+                f"source {name!r}: {left} samples of the epochs it had begun are left unvisited; its new samples "
+                f"begin with epoch {epoch}"
+            )
+        else:
+            lines.append(f"source {name!r}: leaves with {left} samples of its begun epochs unvisited")
+    return lines

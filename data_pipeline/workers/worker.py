@@ -1,0 +1,149 @@
+"""A worker process of the loader: makes the batches it is asked for, over a socket, until its parent is gone.
+
+Started as `python -m data_pipeline.workers.worker CHANNEL SETUPS STATUS PARENT`: three open files, and a process.
+Not by
+multiprocessing, whose spawn imports the parent's main module, and with it torch, in every worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from mmap import mmap
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import activity
+from data_pipeline.activity import Sample
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.slices import pixel_shape
+from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.workers.ipc import can_travel, read_shared, receive, send
+
+PR_SET_PDEATHSIG = 1
+
+Condemned = Mapping[str, Mapping[Sample, str]]
+"""Stream -> sample -> reason: what is replaced without being decoded."""
+
+
+READY = -1
+"""The number of the message that a worker sends when it has started."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An item to make. Its pixels go to `slab`, from byte `offset` on; without one they come back in the batch.
+
+    A slab's file comes with the message in which it is new. `forget`: slabs that are no more.
+    """
+
+    number: int
+    item: Item
+    slab: int | None = None
+    offset: int = 0
+    size: int = 0
+    forget: tuple[int, ...] = ()
+    condemned: Condemned = field(default_factory=dict)
+
+
+def portable(error: Exception) -> Exception:
+    """The error if it survives pickling, else a RuntimeError with its type and text; with the trace as a note."""
+    trace = "".join(traceback.format_exception(error))
+    if not can_travel(error):
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    error.add_note(f"in a worker of the loader:\n{trace}")
+    return error
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the parent dies, and go at once if it is dead already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Makers:
+    """The makers of a process's streams, each made when it is first used, and what they are not to decode."""
+
+    def __init__(self, setups: list[Setup]) -> None:
+        self._setups = {setup.spec.name: setup for setup in setups}
+        self._made: dict[str, BatchMaker] = {}
+        self._condemned: dict[str, dict[Sample, str]] = {}
+
+    def __getitem__(self, stream: str) -> BatchMaker:
+        if stream not in self._made:
+            self._made[stream] = self._setups[stream].maker()
+            self.condemn({})
+        return self._made[stream]
+
+    def condemn(self, found: Condemned) -> None:
+        for stream, samples in found.items():
+            self._condemned.setdefault(stream, {}).update(samples)
+        for stream, maker in self._made.items():
+            maker.condemned.update(self._condemned.get(stream, {}))
+
+    def prepare(self) -> None:
+        """Make all before they are asked for; what is wrong with one is said when it is."""
+        for stream in self._setups:
+            with suppress(Exception):
+                self[stream]
+
+
+def serve(channel: socket.socket, makers: Makers) -> None:
+    """Answer each Work with (number, batch or error) until the channel closes."""
+    slabs: dict[int, mmap] = {}
+    send(channel, (READY, None))
+    while True:
+        work, descriptors = receive(channel)
+        for number in work.forget:
+            slabs.pop(number, None)
+        for descriptor in descriptors:
+            slabs[work.slab] = mmap(descriptor, work.size)
+            os.close(descriptor)
+        answer: Any
+        try:
+            makers.condemn(work.condemned)
+            maker, item = makers[work.item.stream], work.item
+            pixels = None
+            if work.slab is not None:
+                pixels = _pixels(slabs[work.slab], work.offset, item.stop - item.start, maker)
+            answer = maker.make(item.step, item.start, item.stop, pixels)
+            if pixels is not None:
+                answer.pixels = None
+        except Exception as error:
+            answer = portable(error)
+        send(channel, (work.number, answer))
+
+
+def _pixels(slab: mmap, offset: int, rows: int, maker: BatchMaker) -> np.ndarray:
+    shape = pixel_shape(maker.spec, rows)
+    return np.frombuffer(slab, np.uint8, int(np.prod(shape)), offset).reshape(shape)
+
+
+def main(channel: int, setups: int, status: int, parent: int) -> None:
+    # Ctrl-C and Slurm's warning go to every process of the job; it is the trainer that ends this one.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    die_with(parent)
+    if status >= 0:
+        activity.install(mmap(status, activity.SIZE))
+    try:
+        makers = Makers(read_shared(setups))
+        makers.prepare()
+        serve(socket.socket(fileno=channel), makers)
+    except (EOFError, ConnectionError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:5]))

@@ -1,0 +1,415 @@
+"""Indexing: what is walked again and what is not, kills, two runs at once, broken tars, duplicates; local and s3."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.index import build, parallel
+from data_pipeline.index.build import build_index
+from data_pipeline.index.shard_record import walk_shard
+from data_pipeline.sources.manifest import open_source
+from data_pipeline.sources.shard_reader import ShardReader
+from data_pipeline.sources.tar import TarWriter
+from tests.support.s3_server import s3_server
+from tests.support.tars import truth, write_entries
+
+ROOT = Path(__file__).parents[3]
+SHARDS = 12
+
+
+def write_shard(path: str, shard: int, samples: int, extra: int = 0) -> None:
+    random = np.random.default_rng([shard, extra])
+    with TarWriter(path) as tar:
+        for index in range(samples):
+            tar.write(
+                f"{shard:05d}{index:04d}", {"txt": b"a", "jpg": random.bytes(int(random.integers(2000)))}
+            )
+
+
+def fill(root: str, shards: int = SHARDS) -> str:
+    for shard in range(shards):
+        write_shard(f"{root}/{shard:05d}.tar", shard, 3 + shard % 5)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return fill(str(tmp_path / "source"))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each tar is walked from now on."""
+    counted: Counter[str] = Counter()
+
+    def counting(url: str, path: str, size: int, version: str) -> object:
+        counted[path] += 1
+        return walk_shard(url, path, size, version)
+
+    monkeypatch.setattr(build, "walk_shard", counting)
+    return counted
+
+
+def index_of(root: str) -> tuple[dict[str, list[object]], bytes]:
+    """Everything that an index says."""
+    table = parquet.read_table(f"{root}/_index/shards.parquet")
+    name = table.schema.metadata[b"offsets"].decode()
+    return table.to_pydict(), (Path(root) / "_index" / name).read_bytes()
+
+
+def check(root: str) -> None:
+    """The index gives what tarfile finds."""
+    manifest = open_source("a", root)
+    reader = ShardReader(manifest)
+    assert manifest.counted_by == "manifest"
+    for shard, path in enumerate(manifest.paths):
+        want = truth(Path(root) / path)
+        assert [reader.read(shard, i) for i in range(len(want))] == [
+            (key, members) for key, _, members in want
+        ]
+    reader.close()
+
+
+def test_only_new_and_changed_tars_are_walked(root: str, walks: Counter[str]) -> None:
+    first = build_index(root)
+    assert (first.walked, first.kept, first.samples) == (SHARDS, 0, first.manifest.samples)
+    assert set(walks.values()) == {1}
+    walks.clear()
+    before = index_of(root)
+    again = build_index(root)
+    assert (again.walked, again.kept, walks) == (0, SHARDS, {})
+    assert index_of(root) == before
+    write_shard(f"{root}/00003.tar", 3, 9, extra=1)  # another size
+    size = os.path.getsize(f"{root}/00004.tar")
+    write_shard(f"{root}/00004.tar", 4, 7)  # the same bytes, another time
+    assert os.path.getsize(f"{root}/00004.tar") == size
+    write_shard(f"{root}/{SHARDS:05d}.tar", SHARDS, 2)
+    os.unlink(f"{root}/00000.tar")
+    last = build_index(root)
+    assert walks == {"00003.tar": 1, "00004.tar": 1, f"{SHARDS:05d}.tar": 1}
+    assert last.manifest.paths == [f"{n:05d}.tar" for n in range(1, SHARDS + 1)]
+    check(root)
+    assert sorted(os.listdir(f"{root}/_index"))[1:] == ["shards.parquet"]
+
+
+def test_part_of_a_folder_leaves_the_rest_of_its_index(root: str, walks: Counter[str]) -> None:
+    build_index(root + "/{00002,00005}.tar")
+    assert build_index(root + "/{00007..00008}.tar").manifest.paths == ["00007.tar", "00008.tar"]
+    assert open_source("a", root + "/{00002,00005,00008}.tar").counted_by == "manifest"
+    with pytest.raises(UserError, match=r"00000\.tar is newer than the index"):
+        open_source("a", root)
+    build_index(root)
+    assert set(walks.values()) == {1}
+    check(root)
+
+
+def test_a_damaged_index_is_made_again(root: str, walks: Counter[str]) -> None:
+    build_index(root)
+    before = index_of(root)
+    offsets = next(Path(root, "_index").glob("offsets-*.bin"))
+    data = bytearray(offsets.read_bytes())
+    data[5] ^= 255  # of the first shard
+    offsets.write_bytes(data)
+    walks.clear()
+    build_index(root)
+    assert walks == {"00000.tar": 1}
+    assert index_of(root) == before
+    Path(root, "_index", "shards.parquet").write_bytes(b"junk")
+    build_index(root)
+    assert index_of(root) == before
+
+
+def test_processes_find_what_one_does(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(root, tmp_path / "other")
+    build_index(root)
+    monkeypatch.setattr(parallel, "WORTH_A_PROCESS", 1)
+    told: list[tuple[int, int, int, int]] = []
+    build_index(str(tmp_path / "other"), jobs=3, progress=lambda *state: told.append(state))
+    assert index_of(root) == index_of(str(tmp_path / "other"))
+    total = sum(os.path.getsize(f"{root}/{n:05d}.tar") for n in range(SHARDS))
+    assert [done for done, *_ in told] == list(range(1, SHARDS + 1))
+    assert told[-1] == (SHARDS, SHARDS, open_source("a", root).samples, total)
+
+
+def test_every_broken_tar_is_named_at_once_and_the_others_are_kept(root: str, walks: Counter[str]) -> None:
+    for shard in (1, 6):
+        path = Path(root) / f"{shard:05d}.tar"
+        with tarfile.open(path) as tar:
+            last = tar.getmembers()[-1]
+        path.write_bytes(path.read_bytes()[: last.offset])  # within its sample
+    (Path(root) / "00004.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(UserError) as failure:
+        build_index(root)
+    message = str(failure.value)
+    assert f"3 of the {SHARDS} tars" in message
+    for name in ("00001.tar is cut off", "00004.tar", "00006.tar is cut off", f"dromos data index {root}"):
+        assert name in message
+    assert "it holds 3 whole samples before the cut" in message  # of the 4 of 00001.tar
+    assert not os.path.exists(f"{root}/_index/shards.parquet")
+    for shard in (1, 4, 6):
+        write_shard(f"{root}/{shard:05d}.tar", shard, 4)
+    walks.clear()
+    build_index(root)
+    assert set(walks) == {"00001.tar", "00004.tar", "00006.tar"}
+    assert not os.path.exists(f"{root}/_index/parts")
+    check(root)
+
+
+# Indexes the folder in argv[1]; after argv[2] tars it says so and waits for its end.
+KILLED = """
+import sys, time
+from data_pipeline import indexing
+from data_pipeline.index.shard_record import walk_shard
+walked = 0
+def slow(url, path, size, version):
+    global walked
+    walked += 1
+    if walked > int(sys.argv[2]):
+        print("waiting", flush=True)
+        time.sleep(600)
+    return walk_shard(url, path, size, version)
+indexing.walk_shard = slow
+indexing.build_index(sys.argv[1], part_seconds=0.0)
+"""
+
+
+@pytest.mark.parametrize("kills", [[5], [0, 3, 1, 4]])
+def test_a_killed_run_goes_on_where_it_was(
+    root: str, tmp_path: Path, walks: Counter[str], kills: list[int]
+) -> None:
+    shutil.copytree(root, tmp_path / "whole")
+    build_index(str(tmp_path / "whole"))
+    walks.clear()
+    for after in kills:
+        command = [sys.executable, "-c", KILLED, root, str(after)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "waiting\n"
+            run.kill()
+        assert run.returncode == -signal.SIGKILL
+        assert not os.path.exists(f"{root}/_index/shards.parquet")
+    build_index(root)
+    assert len(walks) == SHARDS - sum(kills)
+    assert set(walks.values()) == {1}
+    assert index_of(root) == index_of(str(tmp_path / "whole"))
+    assert len(os.listdir(f"{root}/_index")) == 2
+
+
+def test_files_that_a_killed_run_had_not_finished_are_removed_a_day_later(root: str) -> None:
+    build_index(root)
+    for name in (".offsets-0123456789abcdef.bin.7.ab.tmp", ".shards.parquet.7.cd.tmp"):
+        Path(root, "_index", name).write_bytes(b"half")
+    build_index(root)
+    assert len(os.listdir(f"{root}/_index")) == 4  # another run may be at them
+    for path in Path(root, "_index").glob("*.tmp"):
+        os.utime(path, (0, 0))
+    build_index(root)
+    assert len(os.listdir(f"{root}/_index")) == 2
+
+
+AT_ANY_TIME = """
+import sys
+from data_pipeline.index.build import build_index
+print("go", flush=True)
+build_index(sys.argv[1], part_seconds=0.0)
+"""
+
+
+def test_kills_at_any_time_leave_an_index_or_none(root: str, tmp_path: Path) -> None:
+    """Also between the offsets and the table that names them, and while parts are removed."""
+    shutil.copytree(root, tmp_path / "whole")
+    build_index(str(tmp_path / "whole"))
+    want = index_of(str(tmp_path / "whole"))
+    random = np.random.default_rng(0)
+    ended = Counter[bool]()
+    for _ in range(12):
+        command = [sys.executable, "-c", AT_ANY_TIME, root]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout is not None
+            run.stdout.readline()
+            time.sleep(float(random.uniform(0, 0.5)))
+            run.kill()
+        ended[run.returncode == 0] += 1
+        if os.path.exists(f"{root}/_index/shards.parquet"):
+            assert index_of(root) == want
+            check(root)
+            shutil.rmtree(f"{root}/_index")
+    assert ended[False]
+    build_index(root)
+    assert index_of(root) == want
+
+
+def test_walkers_end_with_a_run_that_is_killed(root: str) -> None:
+    """Processes whose parent is gone do not stay behind."""
+    code = (
+        "import sys, time\nfrom data_pipeline import walkers\nfrom tests.data_pipeline.index.test_build import dawdle\n"
+        "if __name__ == '__main__':\n walkers.WORTH_A_PROCESS = 1\n"
+        " list(walkers.walk_all(dawdle, [(str(n), '', 9, '') for n in range(4)], 2))\n"
+    )
+    script = Path(root) / "run.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(script)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        workers = {int(run.stdout.readline()) for _ in range(2)}
+        assert run.pid not in workers
+        run.kill()
+    give_up = time.monotonic() + 30
+    while any(_runs(pid) for pid in workers) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not any(_runs(pid) for pid in workers)
+
+
+def dawdle(*_: object) -> None:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_runs_at_once(root: str, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "whole")
+    build_index(str(tmp_path / "whole"))
+    command = [sys.executable, "-c", AT_ANY_TIME, root]
+    for _ in range(2):
+        runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
+        assert [run.wait(60) for run in runs] == [0, 0, 0]
+        assert index_of(root) == index_of(str(tmp_path / "whole"))
+        write_shard(f"{root}/00000.tar", 0, 8, extra=2)  # the next round replaces an index that is there
+        shutil.copy2(f"{root}/00000.tar", tmp_path / "whole" / "00000.tar")
+        build_index(str(tmp_path / "whole"))
+    assert sorted(os.listdir(f"{root}/_index"))[1:] == ["shards.parquet"]
+
+
+def test_what_cannot_be_kept_is_told_before_the_walk(root: str, tmp_path: Path, walks: Counter[str]) -> None:
+    Path(root, "_index").write_text("a file")
+    with pytest.raises(UserError, match=r"_index cannot be written to; .*links"):
+        build_index(root)
+    os.unlink(f"{root}/_index")
+    os.rename(f"{root}/00000.tar", os.fsencode(root) + b"/\xff.tar")
+    with pytest.raises(UserError, match=r"udcff\.tar' is no name in UTF-8"):
+        build_index(root)
+    assert walks == {}
+
+
+def test_two_runs_over_parts_of_a_folder(root: str) -> None:
+    """Each keeps what the other found, whoever ends last."""
+    halves = [f"{root}/{{{first:05d}..{first + 5:05d}}}.tar" for first in (0, 6)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", AT_ANY_TIME, half], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for half in halves
+    ]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    check(root)
+
+
+def test_a_tar_that_cannot_be_read_is_named_with_the_others(
+    root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = storage.read_descriptor
+
+    def broken(descriptor: int, offset: int, length: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("00002.tar"):
+            raise OSError(5, "Input/output error")
+        return real(descriptor, offset, length)
+
+    monkeypatch.setattr(storage, "read_descriptor", broken)
+    with pytest.raises(
+        UserError, match=r"1 of the 12 tars .*00002\.tar cannot be read: .*Input/output error"
+    ):
+        build_index(root)
+    monkeypatch.undo()
+    assert build_index(root).walked == 1
+
+
+def test_duplicates_and_split_samples_are_found(root: str) -> None:
+    shutil.copy(f"{root}/00002.tar", f"{root}/00099.tar")
+    write_entries(
+        Path(root) / "00050.tar", [(n, tarfile.REGTYPE, 3) for n in ("a.jpg", "b.jpg", "a.txt", "b.txt")]
+    )
+    for name in ("00060", "00061"):  # equal headers, other content: restarted keys, members of one size
+        with TarWriter(f"{root}/{name}.tar") as tar:
+            tar.write("0", {"npy": name.encode() * 30_000})
+    found = build_index(root)
+    assert found.findings.same == [["00002.tar", "00099.tar"]]
+    assert found.findings.split == {"00050.tar": ["a", "b"]}
+    assert build_index(root).findings == found.findings
+
+
+def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, walks: Counter[str]) -> None:
+    remote = fill(f"{s3}/{tmp_path.name}")
+    build_index(root)
+    walks.clear()
+    found = build_index(remote, part_seconds=0.0)
+    assert (found.walked, set(walks.values())) == (SHARDS, {1})
+    assert found.manifest.fingerprint == open_source("a", root).fingerprint
+    here, there = ShardReader(open_source("a", root)), ShardReader(open_source("a", remote))
+    places = [(s, i) for s, n in enumerate(found.manifest.counts.tolist()) for i in range(n)]
+    assert [here.read(*place) for place in places] == [there.read(*place) for place in places]
+    write_shard(f"{remote}/00005.tar", 5, 3, extra=5)
+    again = build_index(remote)
+    assert (again.walked, again.kept) == (1, SHARDS - 1)
+    store = storage.filesystem(remote)
+    store.invalidate_cache()
+    names = [name.rpartition("/")[2] for name in store.find(f"{remote}/_index")]
+    assert sorted(names)[1:] == ["shards.parquet"]
+    assert names[0].startswith("offsets-")
+
+
+def test_a_bucket_that_may_not_be_written_is_told_before_the_walk(
+    s3: str, root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    for path in Path(root).glob("*.tar"):
+        storage.publish(f"{s3}/closed/{path.name}", path.read_bytes())
+    monkeypatch.setattr(storage, "_put", refuse)
+    with pytest.raises(
+        UserError, match=rf"{s3}/closed/_index/.* may not be written \(refused: Access Denied\)"
+    ):
+        build_index(f"{s3}/closed")
+    assert not walks
+    with pytest.raises(UserError, match=rf"{s3}/a\.bin may not be written"):
+        storage.publish(f"{s3}/a.bin", b"x")
+
+
+def test_large_members_of_a_remote_tar_are_not_fetched(s3: str, tmp_path: Path) -> None:
+    """Headers beyond a large member are fetched in small pieces."""
+    from data_pipeline.storage.object_store import requests
+
+    root = f"{s3}/{tmp_path.name}"
+    with TarWriter(f"{root}/0.tar") as tar:
+        for number in range(3):
+            tar.write(str(number), {"mp4": bytes(20 << 20)})
+    before = requests.bytes
+    assert build_index(root).samples == 3
+    assert requests.bytes - before < 20 << 20

@@ -1,0 +1,255 @@
+"""Remote sources through the node's cache: same batches as from files, few requests, each unit once a node."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.batches.spec import SourceSpec
+from data_pipeline.batches.work_items import Setup
+from data_pipeline.index.build import build_index
+from data_pipeline.loader.prefetcher import STARTS, Prefetcher
+from data_pipeline.storage.cache import Cache, CacheSettings
+from data_pipeline.stream import Stream
+from tests.support.faulty_proxy import Proxy
+from tests.support.s3_server import faulty_s3
+from tests.support.samples import LENGTH, write_packed
+
+COUNTS = [1500] * 6 + [7, 0, 1] + [1500] * 3
+SAMPLES = sum(COUNTS)
+BATCH = 90
+STEPS = -(-SAMPLES // BATCH)
+
+
+@dataclass
+class Source:
+    """The same tars in a folder and in a bucket, indexed in both."""
+
+    local: str
+    remote: str
+    proxy: Proxy
+    bytes: int
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    folder = write_packed(tmp_path_factory.mktemp("source"), COUNTS)
+    build_index(str(folder))
+    with faulty_s3() as (root, proxy):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                storage.publish(f"{root}/{path.relative_to(folder)}", path.read_bytes())
+        yield Source(str(folder), root, proxy, sum(path.stat().st_size for path in folder.glob("*.tar")))
+
+
+@pytest.fixture
+def counted(source: Source) -> Source:
+    source.proxy.forget()
+    return source
+
+
+def stream(path: str, folder: Path, gigabytes: float = 1.0, **more: object) -> Stream:
+    cache = CacheSettings.of(str(folder / "cache"), gigabytes)
+    return Stream({"a": SourceSpec(path)}, BATCH, length=LENGTH, cache=cache, **more)  # type: ignore[arg-type]
+
+
+def digests(source: Stream, steps: int) -> list[tuple[int, int, int]]:
+    batches = [next(source) for _ in range(steps)]
+    return [(batch.batch_digest, batch.order_digest, int(batch.tokens.sum())) for batch in batches]
+
+
+@pytest.fixture(scope="module")
+def truth(source: Source, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, int]]:
+    """Of an epoch from local files."""
+    with stream(source.local, tmp_path_factory.mktemp("unused")) as local:
+        return digests(local, STEPS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_costs_few_requests_and_no_bytes_twice(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path, workers: int
+) -> None:
+    with stream(counted.remote, tmp_path, workers=workers) as remote:
+        assert digests(remote, STEPS) == truth
+    gets, size = counted.proxy.tars()
+    assert 0 < gets <= 0.03 * SAMPLES
+    assert 0.9 * counted.bytes < size <= 1.1 * counted.bytes
+    assert [n for key, n in counted.proxy.gets.items() if "/offsets-" in key] == [
+        1
+    ]  # all processes map one file
+
+    # All of it is on the node now: the next epoch asks for nothing.
+    counted.proxy.forget()
+    with stream(counted.remote, tmp_path, workers=workers) as remote:
+        assert digests(remote, STEPS) == truth
+    assert counted.proxy.tars() == (0, 0)
+
+
+def test_the_ranks_of_a_node_download_each_unit_once(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    ranks = [stream(counted.remote, tmp_path, rank=rank, world_size=2, workers=1) for rank in range(2)]
+    try:
+        found = zip(*(digests(rank, STEPS) for rank in ranks), strict=True)
+        totals = [tuple((a + b) % 2**64 for a, b in zip(*step, strict=True)) for step in found]
+    finally:
+        for rank in ranks:
+            rank.close()
+    assert totals == truth
+    units = Counter(entry for entry in counted.proxy.log if entry[0].endswith(".tar") and _long(entry[1]))
+    assert units
+    assert max(units.values()) == 1
+
+
+def _long(asked: str) -> bool:
+    """Is this more than one sample?"""
+    first, last = map(int, asked.removeprefix("bytes=").split("-"))
+    return last + 1 - first > 2048
+
+
+def test_where_the_source_does_not_fit_its_units_are_its_runs(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    gigabytes = 0.3 * counted.bytes / 1e9
+    with stream(counted.remote, tmp_path, gigabytes, workers=1) as remote:
+        assert digests(remote, 12) == truth[:12]
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and len(path.name) == 32]
+    assert kept
+    assert sum(path.stat().st_size for path in kept) <= 0.31 * counted.bytes
+
+
+def test_without_a_cache_every_sample_is_one_request(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    with stream(counted.remote, tmp_path, 0.0) as remote:
+        assert digests(remote, 5) == truth[:5]
+    gets, _ = counted.proxy.tars()
+    assert 5 * BATCH <= gets <= 8 * BATCH  # the loader is ahead
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_bytes(b"no folder")
+    with pytest.warns(UserWarning, match="cannot be used"), stream(counted.remote, tmp_path) as remote:
+        assert digests(remote, 3) == truth[:3]
+
+
+def test_a_prefetcher_that_is_killed_is_replaced_and_nothing_changes(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    with stream(counted.remote, tmp_path, workers=1) as remote:
+        found: list[tuple[int, int, int]] = []
+        killed = set()
+        for step in range(STEPS):
+            found += digests(remote, 1)
+            prefetcher = remote._loader._prefetcher
+            assert prefetcher is not None
+            if step in (0, 3, 9):
+                killed.add(prefetcher.pid)
+                os.kill(prefetcher.pid, signal.SIGKILL)
+                prefetcher._process.wait()
+        assert found == truth
+        assert len(killed) == 3
+        assert prefetcher is not None
+        assert prefetcher._process.poll() is not None  # it is started three times, not for ever
+        assert not list((tmp_path / "cache").glob("warming-*"))
+
+
+def test_a_run_goes_on_anywhere_with_what_is_cached(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    with stream(counted.remote, tmp_path) as remote:
+        digests(remote, 20)
+        saved = remote.state()
+    with stream(counted.remote, tmp_path, workers=1) as remote:
+        remote.resume(saved)
+        assert digests(remote, 20) == truth[20:40]
+
+
+def test_a_mixture_of_local_and_remote_sources(counted: Source, tmp_path: Path) -> None:
+    found = []
+    for first, second in ((counted.local, counted.local), (counted.remote, counted.local)):
+        sources = {"a": SourceSpec(first, weight=3), "b": SourceSpec(second, weight=1)}
+        cache = CacheSettings.of(str(tmp_path / "cache"), 1)
+        with Stream(sources, BATCH, length=LENGTH, cache=cache, workers=1) as mixture:
+            found.append(digests(mixture, 30))
+    assert found[0] == found[1]
+    assert counted.proxy.tars()[0]
+
+
+def test_tars_without_an_index_are_fetched_once_a_node(
+    source: Source, truth: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    bare = f"{source.remote}/bare"
+    for path in sorted(Path(source.local).glob("*.tar")):
+        storage.publish(f"{bare}/{path.name}", path.read_bytes())
+    with stream(bare, tmp_path) as remote:  # counts the samples of every tar
+        source.proxy.forget()
+        assert digests(remote, STEPS) == truth
+    gets, size = source.proxy.tars()
+    assert gets <= len(COUNTS)
+    assert size <= 1.02 * source.bytes
+
+
+def test_only_streams_with_something_to_fetch_have_a_prefetcher(source: Source, tmp_path: Path) -> None:
+    with stream(source.local, tmp_path) as local:
+        assert local._loader._prefetcher is None
+    with stream(source.remote, tmp_path, 0.0) as uncached:
+        assert uncached._loader._prefetcher is None
+    with stream(source.remote, tmp_path) as remote:
+        prefetcher = remote._loader._prefetcher
+        assert isinstance(prefetcher, Prefetcher)
+        pid = prefetcher.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
+    counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else readers would go on one sample at a time, waiting for its first window."""
+    with stream(counted.remote, tmp_path) as remote:
+        setup = Setup.of(remote._maker)
+        begun = Prefetcher.of([setup], 0, 1)
+        assert begun is not None
+        cache = Cache(setup.cache or CacheSettings.of())
+        assert cache.warming()
+        try:
+            begun.begin("x", 1)  # type: ignore[arg-type]  # its planning thread cannot count from there
+            for _ in range(STARTS):
+                assert begun._process.wait(30) == 1
+                assert cache.warming()
+                begun.at(0)
+            assert not cache.warming()
+        finally:
+            begun.close()
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
+    counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stream(counted.remote, tmp_path) as remote:
+        setup = Setup.of(remote._maker)
+    (manifest,) = setup.manifests.values()
+    assert manifest.offsets is not None
+    gone = replace(manifest, offsets=replace(manifest.offsets, url=f"{manifest.offsets.url}.gone"))
+    begun = Prefetcher.of([replace(setup, manifests={"a": gone})], 0, 1)
+    assert begun is not None
+    try:
+        assert begun._process.wait(30) == 1
+    finally:
+        begun.close()
+    said = capfd.readouterr().err
+    assert "nothing is fetched ahead: " in said
+    assert ".gone is gone" in said
+    assert "Traceback" not in said

@@ -1,0 +1,71 @@
+"""Schedules of the batch against lists of steps, and how they are shared by ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
+from data_pipeline.batches.work_items import check_ranks, items_of
+from data_pipeline.errors import UserError
+from data_pipeline.order.batch_schedule import Batches
+
+SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).flatmap(
+    lambda later: st.integers(1, 9).map(lambda rows: {0: rows, **later})
+)
+
+
+def spec(batch: Any) -> StreamSpec:
+    return StreamSpec("pairs", 0, {"a": SourceSpec("a")}, Batches.of(batch), length=8)
+
+
+@given(SCHEDULES, st.integers(0, 60))
+def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: int) -> None:
+    batches = Batches.of(json.loads(json.dumps(Batches.of(schedule).plain())))  # as a checkpoint keeps it
+    assert batches == Batches.of(schedule)
+    listed = [schedule[max(first for first in schedule if first <= step)] for step in range(70)]
+    assert [batches.at(step) for step in range(70)] == listed
+    assert batches.before(number) == sum(listed[:number])
+    assert batches.steps(number) == next(n for n in range(70) if sum(listed[:n]) >= number)
+    assert batches.largest == max(schedule.values())
+    assert all(rows % batches.divisor == 0 for rows in schedule.values())
+
+
+def test_a_number_is_the_same_batch_always() -> None:
+    assert Batches.of(8) == Batches.of({0: 8})
+    assert Batches.of(8).plain() == 8
+    assert [Batches.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
+
+
+def test_whole_numbers_of_any_kind_are_rows() -> None:
+    assert Batches.of(np.int64(8)) == Batches.of({"0": np.int32(8)}) == Batches.of(8)
+    assert type(Batches.of(np.int64(8)).rows[0]) is int
+
+
+@pytest.mark.parametrize(
+    "batch", [8.0, True, "8 rows", {0: 8.5}, {0: 8, 2.5: 9}, {0: 8, True: 9}, {0: 8, "0": 9}]
+)
+def test_what_is_no_whole_number_is_refused(batch: Any) -> None:
+    with pytest.raises(UserError, match=r"batch: .*(no whole number|twice)"):
+        Batches.of(batch)
+
+
+@pytest.mark.parametrize("batch", [{}, {1: 8}, {-1: 8, 0: 8}, {0: 0}, {0: 8, 5: -8}, 0])
+def test_what_is_no_schedule_is_refused(batch: Any) -> None:
+    with pytest.raises(UserError, match="batch"):
+        Batches.of(batch)
+
+
+def test_ranks_share_every_batch_of_a_schedule() -> None:
+    ramp = spec({0: 4, 2: 8})
+    check_ranks([ramp], 4)
+    for step, rows in enumerate([4, 4, 8, 8]):
+        items = [item for rank in range(4) for item in items_of([ramp], step, rank, 4, micro_batch=1)]
+        assert [(item.start, item.stop) for item in items] == [(row, row + 1) for row in range(rows)]
+    with pytest.raises(UserError, match=r"data\.pairs\.batch from step 2 on: a batch of 6 rows .* 4 ranks"):
+        check_ranks([spec({0: 4, 2: 6})], 4)

@@ -1,0 +1,196 @@
+"""Weights of a mixture: exact integers, a cycle counted in closed form, and sources that end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import UserError
+from data_pipeline.order.mixture import Cycle, earlier, floor_sums
+from data_pipeline.order.mixture_weights import LIMIT, exact, integer_weights
+from data_pipeline.order.stream_order import SourceCounts, StreamOrder
+
+
+def weights_of(*sources: SourceCounts) -> tuple[int, ...]:
+    return StreamOrder(sources, 8, None, 0).weights
+
+
+def source(name: str, samples: int, **keys: Any) -> SourceCounts:
+    return SourceCounts(name, np.array([samples]), **keys)
+
+
+def test_a_decimal_is_the_fraction_it_stands_for() -> None:
+    assert exact(0.1) == Fraction(1, 10)
+    assert exact(1 / 3) == Fraction(1, 3)
+    assert exact(1e-7) == Fraction(1, 10**7)
+    assert exact(3) == 3
+
+
+def test_weights_follow_shares_or_sizes() -> None:
+    assert weights_of(source("a", 5, weight=0.1), source("b", 5, weight=0.3), source("c", 5, weight=0.6)) == (
+        1,
+        3,
+        6,
+    )
+    assert weights_of(source("a", 5, weight=1 / 3), source("b", 5, weight=2 / 3)) == (1, 2)
+    assert weights_of(source("a", 300), source("b", 100)) == (3, 1)
+    assert weights_of(source("a", 300, repeat=0.5), source("b", 100, repeat=3)) == (1, 2)
+    assert weights_of(source("a", 300, cap=200), source("b", 100, repeat=3, cap=100)) == (2, 1)
+    # the half that a leaves is split by size between b and c
+    assert weights_of(source("a", 7, weight=0.5), source("b", 300), source("c", 100)) == (4, 3, 1)
+
+
+def test_shares_close_to_nothing_are_shares() -> None:
+    tiny = [source("a", 50, weight=1e-12), source("b", 50, weight=3e-12)]
+    assert weights_of(*tiny) == (1, 3)
+    assert weights_of(tiny[0]) == weights_of(source("a", 50, repeat=1e-15)) == (1,)
+    assert StreamOrder([source("a", 50, repeat=1e-30)], 8, None, 0, by="sqrt").weights == (1,)
+    with pytest.raises(UserError, match="'a': its share is below one slot"):
+        weights_of(tiny[0], source("b", 50, weight=1))
+
+
+def test_an_epoch_of_the_stream_counts_sizes() -> None:
+    sources = [source("a", 300, repeat=0.5), source("b", 100, repeat=3, cap=250), source("c", 7)]
+    assert StreamOrder(sources, 8, None, 0).samples_per_epoch() == 150 + 250 + 7
+
+
+def test_a_cycle_too_long_is_rounded_to_the_limit() -> None:
+    shares = [Fraction(3_000_000_019), Fraction(1_000_000_007), Fraction(1000)]
+    weights = integer_weights(shares, ["a", "b", "c"])
+    assert sum(weights) == LIMIT
+    assert all(abs(w - s * LIMIT / sum(shares)) < 1 for w, s in zip(weights, shares, strict=True))
+    with pytest.raises(UserError, match="'b'"):
+        integer_weights([Fraction(10**11), Fraction(1)], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([source("a", 0)], ["'a'", "no samples"]),
+        ([source("a", 5), source("a", 6)], ["name of its own"]),
+        ([], ["one or more sources"]),
+        ([source("a", 5, weight=1.5), source("b", 5)], ["1.5", "b", "every source a weight"]),
+        ([source("a", 5, weight=0.5, repeat=2)], ["'a'", "repeat"]),
+        ([source("a", 5, weight=-1)], ["'a'", "weight is -1"]),
+        ([source("a", 5, max_epochs=float("nan"))], ["'a'", "max_epochs is nan"]),
+        ([SourceCounts("a", np.array([3, -1]))], ["'a'", "whole numbers"]),
+        ([SourceCounts("a", np.array([1.5]))], ["'a'", "whole numbers"]),
+    ],
+)
+def test_mistakes_in_a_mixture_name_the_source(sources: list[SourceCounts], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        StreamOrder(sources, 8, None, 0)
+    assert all(word in str(caught.value) for word in words)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_floor_sums_equal_the_sums(data: st.DataObject) -> None:
+    m = data.draw(st.integers(1, 80))
+    a, n = data.draw(st.integers(0, m - 1)), data.draw(st.integers(0, m))
+    b = data.draw(st.lists(st.integers(0, 2 * m), min_size=1, max_size=5))
+    assert floor_sums(n, m, a, np.array(b)).tolist() == [sum((a * t + c) // m for t in range(n)) for c in b]
+
+
+def test_floor_sums_do_not_overflow_at_the_limit() -> None:
+    m, a, n, b = LIMIT, LIMIT - 1, LIMIT, 2 * LIMIT
+    # (a t + b) // m = t + 2 - (t > 0) for t < m = n = b / 2, since a t + b = m t + b - t
+    assert floor_sums(n, m, a, np.array([b])).tolist() == [n * (n - 1) // 2 + 2 * n - (n - 1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 9), st.integers(0, 150)
+)
+def test_consumed_equals_counting(weights: list[int], lanes: int, slots: int) -> None:
+    cycle, lane = Cycle(weights, lanes), np.arange(lanes)
+    dealt = cycle.sources(lane[:, None], np.arange(slots))
+    want = [[int((dealt[i] == k).sum()) for i in range(lanes)] for k in range(len(weights))]
+    assert cycle.consumed(lane, slots).tolist() == want
+
+
+@pytest.mark.parametrize("groups", [1, 3, 200, 40_000])
+def test_earlier_equals_are_counted(groups: int) -> None:
+    values = np.random.RandomState(groups).randint(0, groups, (5, 300)) + 40_000 * (groups == 200)
+    values[:, 7:20] = values[:, :1]
+    want = [[row[:at].tolist().count(one) for at, one in enumerate(row)] for row in values]
+    assert earlier(values).tolist() == want
+    small = values % 200
+    assert earlier(small).tolist() == [
+        [row[:at].tolist().count(x) for at, x in enumerate(row)] for row in small
+    ]
+
+
+def test_a_huge_cycle_is_counted_where_it_cannot_be_walked() -> None:
+    weights = [413_000_123, 3_318_333, 12_000_001, 1_700_000_000]
+    cycle, lane, at = Cycle(weights, 64), np.arange(64), 1_234_567_890_123
+    step = cycle.consumed(lane, at + 5000) - cycle.consumed(lane, at)
+    dealt = cycle.sources(lane[:, None], at + np.arange(5000))
+    assert step.tolist() == [(dealt == k).sum(axis=1).tolist() for k in range(4)]
+    assert (abs(cycle.consumed(lane, at) - at * (np.array(weights) / sum(weights))[:, None]) < 12).all()
+    assert (cycle.consumed(lane, sum(weights)) == np.array(weights)[:, None]).all()
+
+
+@pytest.mark.parametrize("passes", [1e10, 1e18, 1e300])
+def test_an_end_that_no_run_gets_to_is_none(passes: float) -> None:
+    order = StreamOrder([source("large", 2_300_000_000, max_epochs=passes)], 65_536, 1024, 3)
+    assert (order.ends, order.last_step) == ({}, None)
+    assert order.refs(10**9, 0, 4).epoch.tolist() == [10**9 * 65_536 // 2_300_000_000] * 4
+    nearer = StreamOrder([source("large", 2_300_000_000, max_epochs=1e6)], 65_536, 1024, 3)
+    assert nearer.last_step == pytest.approx(2.3e15 / 65_536, rel=1e-9)
+
+
+def test_a_source_ends_after_its_max_epochs_and_the_others_go_on() -> None:
+    sources = [source("small", 90, weight=1, max_epochs=2.5), source("large", 4000, weight=3)]
+    order = StreamOrder(sources, 32, 8, 3)
+    (end,) = order.ends.values()
+    assert list(order.ends) == ["small"]
+    refs = [order.refs(step) for step in range(600)]
+    seen = Counter(step for step, r in enumerate(refs) for k in r.source.tolist() if k == 0)
+    assert max(seen) == end - 1
+    before = sum(n for step, n in seen.items() if step < end - 1)
+    assert before < 2.5 * 90 <= sum(seen.values())  # the first step at whose end the passes are complete
+    visits = Counter(
+        (int(e), int(i)) for r in refs for k, e, i in zip(r.source, r.epoch, r.index, strict=True) if k == 1
+    )
+    assert set(visits.values()) == {1}  # the change of the cycle costs the other source no sample
+    assert {i for e, i in visits if e == 2} == set(range(4000))
+    assert order.consumed(600)["large"] == 600 * 32 - sum(seen.values())
+    again = StreamOrder(sources, 32, 8, 3)
+    for step in (end - 1, end, end + 1):
+        assert np.array_equal(again.refs(step, 3, 29).index, refs[step].index[3:29])
+
+
+@pytest.mark.parametrize("weights", [(2, 5), (1, 6), (3, 10), (1, 12), (5, 3), (7, 16)])
+def test_sources_cut_into_lanes_have_all_their_passes_before_they_end(weights: tuple[int, int]) -> None:
+    sizes, passes = (701, 903), (2, 1)
+    names = ("a", "b")
+    sources = [
+        source(*s, weight=w, max_epochs=p) for *s, w, p in zip(names, sizes, weights, passes, strict=True)
+    ]
+    order = StreamOrder(sources, 12, 4, 3)
+    assert not any(one.interleaved for one in order.sources)
+    assert order.last_step == max(order.ends.values())
+    refs = [order.refs(step) for step in range(order.last_step)]
+    for k in (0, 1):
+        visits = Counter(
+            (int(e), int(i))
+            for r in refs
+            for s, e, i in zip(r.source, r.epoch, r.index, strict=True)
+            if s == k
+        )
+        assert all(visits[e, i] == 1 for e in range(passes[k]) for i in range(sizes[k]))
+        assert len(visits) - passes[k] * sizes[k] < 12 + 4 * 4
+    with pytest.raises(UserError, match=f"after {order.last_step} steps"):
+        order.refs(order.last_step)
+
+
+def test_a_stream_of_whole_batches_ends_with_its_last_sample() -> None:
+    order = StreamOrder([source("a", 64, max_epochs=2)], 32, 8, 0)
+    assert (order.ends, order.last_step) == ({"a": 4}, 4)

@@ -1,0 +1,253 @@
+"""Index files of DALI, Energon and wids, made as those tools make them: they tell counts, and no lie goes unseen."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.errors import UserError
+from data_pipeline.index.build import build_index
+from data_pipeline.sources import manifest
+from data_pipeline.sources.scan import locate
+from data_pipeline.sources.shard_reader import ShardReader, open_source
+from tests.support.s3_server import s3_server
+from tests.support.tars import Entry, truth, write_entries
+
+FILE = tarfile.REGTYPE
+SHARDS = 3
+
+
+def entries(shard: int, awkward: bool = False) -> list[Entry]:
+    found: list[Entry] = []
+    for number in range(12 + shard):
+        key = f"{'long' * 40 if awkward and number % 4 == 1 else 'k'}{shard}_{number}"
+        found += [(f"{key}.jpg", FILE, number * 300), (f"{key}.txt", FILE, number % 2 * 5)]
+        if awkward and number % 5 == 2:
+            found += [
+                ("folder", tarfile.DIRTYPE, 0),
+                (f"__meta__/{number}.json", FILE, 9),
+                ("README", FILE, 600),
+            ]
+    return found
+
+
+def fill(root: Path, awkward: bool = False) -> Path:
+    root.mkdir(exist_ok=True)
+    for shard in range(SHARDS):
+        write_entries(root / f"{shard}.tar", entries(shard, awkward), tarfile.GNU_FORMAT)
+    return root
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "awkward"])
+def root(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return fill(tmp_path / "source", request.param)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each tar is walked to be counted."""
+    counted: Counter[str] = Counter()
+
+    def counting(source: str | bytes, where: str) -> np.ndarray:
+        counted[where.rpartition("/")[2]] += 1
+        return locate(source, where)
+
+    monkeypatch.setattr(manifest, "locate", counting)
+    return counted
+
+
+def energon(path: Path, offsets: list[int] | None = None) -> Path:
+    """TarIndexWriter of Energon 7: tarfile's offset of each sample's first member, then that of the end, as uint64."""
+    if offsets is None:
+        with tarfile.open(path) as tar:
+            list(tar)
+            offsets = [first for _, first, _ in truth(path)] + [tar.offset]  # type: ignore[attr-defined]
+    written = path.with_suffix(".tar.idx")
+    written.write_bytes(struct.pack(f"<{len(offsets)}Q", *offsets))
+    return written
+
+
+def dali(path: Path, version: str = "v1.2") -> Path:
+    """wds2idx of DALI: what GNU tar lists, by block numbers, grouped by all that stands before the first dot."""
+    listed = subprocess.run(
+        ["tar", "--list", "--verbose", "--block-number", "--file", path],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    parts = [re.match(r"block (\d+): (\S)\S+ \S+ +(\d+) \S+ \S+ (.*)", line) for line in listed]
+    blocks = [int(line.split()[1].rstrip(":")) for line in listed]
+    lines: list[list[str]] = []
+    last = None
+    for number, part in enumerate(parts):
+        if part is None or part[2] != "-":
+            continue
+        size, name = int(part[3]), part[4]
+        end = blocks[number + 1] * 512 if number + 1 < len(blocks) else None
+        assert end is not None
+        dot = name.find(".", name.rfind("/") + 1)
+        key, extension = name[:dot], name[dot + 1 :]
+        if key != last:
+            lines.append([])
+            last = key
+        offset = end - -(-size // 512) * 512
+        lines[-1] += [extension, str(offset), str(size), *([name] if version == "v1.2" else [])]
+    written = path.with_suffix(".idx")
+    written.write_text(f"{version} {len(lines)}\n" + "".join(" ".join(line) + "\n" for line in lines))
+    return written
+
+
+def check(root: Path) -> None:
+    """What is read is what tarfile finds."""
+    reader = ShardReader(open_source("a", str(root)))
+    for shard in range(SHARDS):
+        want = truth(root / f"{shard}.tar")
+        assert [reader.read(shard, i) for i in range(len(want))] == [(k, m) for k, _, m in want]
+    reader.close()
+
+
+def counts(root: Path) -> list[int]:
+    return [len(truth(root / f"{shard}.tar")) for shard in range(SHARDS)]
+
+
+def test_energons_offsets_tell_counts(root: Path, walks: Counter[str]) -> None:
+    for shard in range(SHARDS):
+        energon(root / f"{shard}.tar")
+    found = open_source("a", str(root))
+    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    check(root)
+
+
+@pytest.mark.parametrize("version", ["v1.1", "v1.2"])
+def test_dalis_index_tells_counts(tmp_path: Path, walks: Counter[str], version: str) -> None:
+    root = fill(tmp_path / "source")
+    for shard in range(SHARDS):
+        dali(root / f"{shard}.tar", version)
+    found = open_source("a", str(root))
+    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    check(root)
+
+
+def test_dalis_samples_that_are_none_are_seen(tmp_path: Path) -> None:
+    """wds2idx counts __meta__ members and files without a dot as samples: its count is refused, by name."""
+    root = fill(tmp_path / "source", awkward=True)
+    for shard in range(SHARDS):
+        dali(root / f"{shard}.tar")
+    reader = ShardReader(open_source("a", str(root)))
+    with pytest.raises(
+        UserError, match=r"0\.tar holds 12 samples, but what another tool wrote beside it .* says \d+"
+    ):
+        reader.read(0, 0)
+    build_index(str(root))
+    check(root)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_energons_counts(root: Path, above: bool) -> None:
+    folder = root.parent if above else root
+    named = {f"{'source/' if above else ''}{s}.tar": n for s, n in enumerate(counts(root))}
+    (folder / ".nv-meta").mkdir()
+    (folder / ".nv-meta/.info.json").write_text(
+        json.dumps({"energon_version": "7.4.1", "shard_counts": named})
+    )
+    found = open_source("a", str(root))
+    assert (found.counted_by, found.counts.tolist()) == ("sidecar", counts(root))
+    check(root)
+
+
+def wids(root: Path, **changed: object) -> None:
+    shards = [
+        {"url": f"{s}.tar", "nsamples": n, "filesize": (root / f"{s}.tar").stat().st_size, **changed}
+        for s, n in enumerate(counts(root))
+    ]
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    (root / "train.json").write_text(json.dumps(content))
+
+
+def test_wids_counts(root: Path, walks: Counter[str]) -> None:
+    wids(root)
+    found = open_source("a", str(root))
+    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    check(root)
+
+
+def test_a_wids_index_of_other_tars_is_not_believed(root: Path) -> None:
+    wids(root, filesize=77)
+    with pytest.warns(UserWarning, match=r"train\.json: .*not 77\. What other tools wrote is not used"):
+        found = open_source("a", str(root))
+    assert (found.counted_by, found.counts.tolist()) == ("tar", counts(root))
+
+
+def test_a_count_that_cannot_be_is_not_believed(root: Path) -> None:
+    wids(root, nsamples=10**9)
+    with pytest.warns(UserWarning, match=r"0\.tar: 1000000000 samples are told of it"):
+        assert open_source("a", str(root)).counts.tolist() == counts(root)
+
+
+def test_a_wids_count_that_lies_is_named(root: Path) -> None:
+    wids(root, nsamples=3)
+    reader = ShardReader(open_source("a", str(root)))
+    with pytest.raises(UserError, match=r"1\.tar holds 13 samples, but what another tool wrote .* says 3"):
+        reader.read(1, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"v9.9 3\n", b"v1.2 12\njunk", b"v1.2 12\n" + b"jpg 512 0 a b.jpg\n" * 12, bytes(16)],
+)
+@pytest.mark.parametrize("suffix", [".idx", ".tar.idx"])
+def test_junk_is_never_believed(tmp_path: Path, content: bytes, suffix: str) -> None:
+    root = fill(tmp_path / "source")
+    (root / f"0{suffix}").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check(root)
+        except UserError as error:
+            assert "0.tar holds 12 samples, but" in str(error)  # noqa: PT017
+
+
+def test_offsets_are_not_believed(tmp_path: Path) -> None:
+    """An offset that is another member's would give a sample without its first members."""
+    root = fill(tmp_path / "source")
+    for shard in range(SHARDS):
+        offsets = np.frombuffer(energon(root / f"{shard}.tar").read_bytes(), "<u8").tolist()
+        energon(root / f"{shard}.tar", [offset + 512 for offset in offsets])
+    assert open_source("a", str(root)).counted_by == "sidecar"
+    check(root)
+
+
+def test_an_index_of_ours_comes_first(root: Path) -> None:
+    build_index(str(root))
+    energon(root / "0.tar", [0, 512, 1024])
+    assert open_source("a", str(root)).counted_by == "manifest"
+    check(root)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as bucket:
+        yield bucket
+
+
+def test_remote_counts(s3: str, tmp_path: Path, walks: Counter[str]) -> None:
+    root, remote = fill(tmp_path / "source"), f"{s3}/{tmp_path.name}"
+    for shard in range(SHARDS):
+        for path in (root / f"{shard}.tar", energon(root / f"{shard}.tar")):
+            storage.publish(f"{remote}/{path.name}", path.read_bytes())
+    found = open_source("a", remote)
+    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    want = truth(root / "2.tar")
+    reader = ShardReader(found)
+    assert [reader.read(2, i) for i in range(len(want))] == [(key, members) for key, _, members in want]

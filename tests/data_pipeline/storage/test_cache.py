@@ -1,0 +1,438 @@
+"""The cache of a node: whole ranges or nothing, one download, a byte limit, and no disk that stops a run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ReadError
+from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
+
+MEGABYTE = 1_000_000
+
+
+def settings(folder: Path, limit: int = MEGABYTE) -> CacheSettings:
+    return CacheSettings(str(folder / "cache"), limit)
+
+
+def part(number: int, length: int = 1000, version: int = 1, size: int = MEGABYTE) -> ByteRange:
+    return ByteRange("s3://b/0.tar", size, version, number * length, (number + 1) * length)
+
+
+def content(of: ByteRange) -> bytes:
+    return random.Random(f"{of}").randbytes(of.stop - of.start)
+
+
+def put(cache: Cache, of: ByteRange) -> bool:
+    return cache.ensure(of, lambda: [content(of)[:7], content(of)[7:]])
+
+
+def whole(cache: Cache, of: ByteRange) -> bytes | None:
+    return cache.read(of, of.start, of.stop)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and len(path.name) >= 32]
+
+
+def test_ranges_come_back_to_every_process(tmp_path: Path) -> None:
+    cache, other = Cache(settings(tmp_path)), Cache(settings(tmp_path))
+    assert whole(cache, part(3)) is None
+    assert not cache.has(part(3))
+    assert put(cache, part(3))
+    for one in (cache, other):
+        assert one.has(part(3))
+        assert whole(one, part(3)) == content(part(3))
+        assert one.read(part(3), 3010, 3500) == content(part(3))[10:500]
+    # Another size, version or range is another object.
+    for changed in (part(3, size=MEGABYTE + 1), part(3, version=2), part(6, 500)):
+        assert whole(cache, changed) is None
+
+
+def test_the_folder_is_this_users_alone(tmp_path: Path) -> None:
+    put(Cache(settings(tmp_path)), part(0))
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files(tmp_path))
+
+
+@pytest.mark.parametrize("wrong", ["link", "file", "open", "unwritable"])
+def test_a_folder_that_cannot_be_trusted_turns_the_cache_off_with_one_warning(
+    tmp_path: Path, wrong: str
+) -> None:
+    folder = tmp_path / "cache"
+    if wrong == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif wrong == "file":
+        folder.write_bytes(b"")
+    elif wrong == "open":
+        folder.mkdir()
+        folder.chmod(0o777)
+    else:
+        folder = Path("/proc/dromos")  # nobody, not even root, makes a folder there
+    chosen = CacheSettings(str(folder), MEGABYTE)
+    with pytest.warns(UserWarning, match=r"the cache .* cannot be used .*loader\.cache\.folder"):
+        cache = Cache(chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.off
+        assert not put(cache, part(0))
+        assert whole(cache, part(0)) is None
+        cache.set_warming(True)
+        assert not cache.warming()
+    assert not files(tmp_path)
+
+
+def test_a_full_disk_turns_the_cache_off_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(settings(tmp_path))
+    put(cache, part(0))
+    writes = iter([None, OSError(28, "No space left on device")])
+
+    def write(descriptor: int, data: bytes) -> None:
+        error = next(writes)
+        if error is not None:
+            raise error
+        os.write(descriptor, data)
+
+    monkeypatch.setattr("data_pipeline.storage.cache._write", write)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert not put(cache, part(1))
+    assert whole(cache, part(1)) is None
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_download_that_fails_is_raised_and_the_next_one_works(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path))
+
+    def broken() -> Iterator[bytes]:
+        yield content(part(0))[:10]
+        raise ReadError("no answer")
+
+    with pytest.raises(ReadError, match="no answer"):
+        cache.ensure(part(0), broken)
+    with pytest.raises(OSError, match="came incomplete"):
+        cache.ensure(part(0), lambda: [b"short"])
+    assert not cache.off
+    assert not files(tmp_path)
+    assert put(cache, part(0))
+    assert whole(cache, part(0)) == content(part(0))
+
+
+def test_a_file_of_another_length_is_not_served(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path))
+    put(cache, part(0))
+    with open(cache.path(part(0)), "ab") as file:
+        file.write(b"x")
+    assert whole(Cache(settings(tmp_path)), part(0)) is None
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    limit = 20 * 1000
+    cache = Cache(settings(tmp_path, limit))
+    for number in range(20):
+        put(cache, part(number))
+        os.utime(cache.path(part(number)), (number, number))
+    assert cache.has(part(0))  # a use
+    assert whole(Cache(settings(tmp_path, limit)), part(1)) is not None  # another
+    kept = []
+    for number in range(20, 200):
+        put(cache, part(number))
+        assert sum(path.stat().st_size for path in files(tmp_path)) <= limit
+        kept.append(len(files(tmp_path)))
+        if number == 22:
+            assert cache.has(part(0))
+            assert cache.has(part(1))
+            assert not cache.has(part(2))
+            assert not cache.has(part(3))
+    assert min(kept) >= 17
+    cache.forget()
+    assert not cache.ensure(part(0, length=limit + 1), lambda: [])
+
+
+def test_what_is_used_up_goes_before_what_waits(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path, 20_000))
+    for number in range(20):
+        put(cache, part(number))
+    assert whole(cache, part(19)) is not None
+    for number in (17, 18, 19):
+        cache.release(part(number))
+    cache.release(part(77))  # not there
+    put(cache, part(20))
+    assert [number for number in range(21) if cache.has(part(number))] == [*range(17), 20]
+    cache.release(part(3))
+    assert cache.has(part(3))  # a use: it is wanted again
+    for number in (21, 22, 23):
+        put(cache, part(number))
+    assert cache.has(part(3))
+
+
+def test_an_evicted_file_that_is_open_is_read_on(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path))
+    put(cache, part(0))
+    assert whole(cache, part(0)) is not None
+    os.unlink(cache.path(part(0)))
+    assert whole(cache, part(0)) == content(part(0))
+    cache.forget()
+    assert whole(cache, part(0)) is None
+
+
+def test_two_at_once_download_once(tmp_path: Path) -> None:
+    downloads = []
+    begun = threading.Event()
+
+    def slow() -> Iterator[bytes]:
+        downloads.append(threading.get_ident())
+        begun.set()
+        time.sleep(0.2)
+        yield content(part(0))
+
+    found: list[bytes | None] = []
+
+    def run() -> None:
+        cache = Cache(settings(tmp_path))
+        assert cache.ensure(part(0), slow)
+        found.append(whole(cache, part(0)))
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [content(part(0))] * 8
+    assert len(downloads) == 1
+
+
+def test_who_waits_too_long_reads_by_itself(tmp_path: Path) -> None:
+    cache, other = Cache(settings(tmp_path)), Cache(settings(tmp_path))
+
+    def pieces() -> Iterator[bytes]:
+        assert not other.ensure(part(0), lambda: [content(part(0))], patience=0.05)
+        yield content(part(0))
+
+    assert cache.ensure(part(0), pieces)
+
+
+CHILD = """
+    import os, sys, time
+    from tests.data_pipeline.storage.test_cache import *
+    cache = Cache(CacheSettings(sys.argv[1], MEGABYTE))
+    def pieces():
+        yield content(part(0))[:400]
+        print("half", flush=True)
+        time.sleep(60)
+    cache.ensure(part(0), pieces)
+"""
+
+
+def test_a_downloader_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(folder)], stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"half\n"
+    cache = Cache(settings(tmp_path))
+    assert whole(cache, part(0)) is None
+    assert not cache.ensure(part(0), lambda: [content(part(0))], patience=0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    [unfinished] = files(tmp_path)
+    assert unfinished.stat().st_size == 400
+    os.utime(unfinished, (1, 1))
+    cache.sweep()
+    assert not files(tmp_path)
+    assert put(cache, part(0))
+    assert whole(cache, part(0)) == content(part(0))
+
+
+HAMMER = """
+    import random, sys, time
+    from tests.data_pipeline.storage.test_cache import *
+    draws = random.Random(int(sys.argv[2]))
+    cache = Cache(CacheSettings(sys.argv[1], 30_000))
+    print("go", flush=True)
+    while True:
+        one = part(draws.randrange(60))
+        found = whole(cache, one)
+        if found is None:
+            put(cache, one)
+            found = whole(cache, one)
+        assert found is None or found == content(one), one
+        if draws.random() < 0.2:
+            cache.forget()
+"""
+
+
+def test_processes_killed_at_any_instant_leave_whole_ranges(tmp_path: Path) -> None:
+    folder, draws = tmp_path / "cache", random.Random(5)
+
+    def start(seed: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", textwrap.dedent(HAMMER), str(folder), str(seed)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"go\n"
+        child.stdout.close()
+        return child
+
+    children = [start(seed) for seed in range(3)]
+    for seed in range(3, 9):
+        time.sleep(draws.uniform(0.05, 0.3))
+        victim = children.pop(0)
+        assert victim.poll() is None  # nobody has seen wrong bytes
+        victim.kill()
+        victim.wait()
+        children.append(start(seed))
+    for child in children:
+        assert child.poll() is None
+        child.kill()
+        child.wait()
+    cache = Cache(CacheSettings(str(folder), 30_000))
+    kept = [one for one in map(part, range(60)) if cache.has(one)]
+    assert len(kept) >= 10
+    assert all(whole(cache, one) == content(one) for one in kept)
+    assert sum(path.stat().st_size for path in files(folder) if not path.suffix) <= 31_000
+
+
+def test_files_of_an_earlier_boot_are_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = Cache(settings(tmp_path))
+    put(earlier, part(0))
+    del earlier
+    monkeypatch.setattr("data_pipeline.storage.cache._boot", lambda: "later")
+    later = Cache(settings(tmp_path))
+    assert whole(later, part(0)) is None
+    later.sweep()
+    assert not files(tmp_path)
+
+
+def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -> None:
+    """He waits for the lock of a file that is gone when he gets it."""
+    begun, waiting = threading.Event(), threading.Event()
+
+    def failing() -> Iterator[bytes]:
+        begun.set()
+        assert waiting.wait(10)
+        time.sleep(0.1)
+        raise ReadError("gone")
+        yield b""
+
+    failed: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            Cache(settings(tmp_path)).ensure(part(0), failing)
+        except ReadError as error:
+            failed.append(error)
+
+    first = threading.Thread(target=other)
+    first.start()
+    assert begun.wait(10)
+    locks, flock = [], fcntl.flock
+
+    def counted(descriptor: int, kind: int) -> None:
+        locks.append(kind)
+        if len(locks) == 2:  # the unfinished file's, after that of the folder
+            waiting.set()
+            flock(descriptor, fcntl.LOCK_EX)  # as who comes in the moment before it is removed
+        else:
+            flock(descriptor, kind)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(fcntl, "flock", counted)
+        cache = Cache(settings(tmp_path))
+        assert put(cache, part(0))
+    first.join()
+    assert failed
+    assert whole(cache, part(0)) == content(part(0))
+
+
+def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: Path) -> None:
+    code = """
+    import sys
+    from data_pipeline import cache
+    cache._boot = lambda: "elsewhere"
+    theirs = cache.Cache(cache.CacheSettings(sys.argv[1], 10**6))
+    theirs.ensure(cache.ByteRange("s3://b/0.tar", 10**6, 1, 0, 7), lambda: [b"theirs!"])
+    print("ready", flush=True)
+    sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        ours = Cache(settings(tmp_path))
+        put(ours, part(0))
+        ours.sweep()
+        assert len(files(tmp_path)) == 2
+        other.kill()
+        other.wait()
+    ours.sweep()
+    assert len(files(tmp_path)) == 1
+    assert whole(ours, part(0)) == content(part(0))
+
+
+def test_what_nobody_finishes_or_asks_for_is_removed(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path))
+    put(cache, part(0))
+    names = {"offsets-0", ".offsets-1.7.ab.tmp", "warming-2"}
+    for old in (False, True):
+        for name in names:
+            path = tmp_path / "cache" / name
+            path.write_bytes(b"")
+            if old:
+                os.utime(path, (0, 0))
+        cache.sweep()
+        assert {path.name for path in (tmp_path / "cache").iterdir()} & names == (set() if old else names)
+    assert whole(cache, part(0)) == content(part(0))
+
+
+def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:
+    cache = Cache(settings(tmp_path, 0))
+    assert not put(cache, part(0))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_default_limit_stays_while_the_cache_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = 2_000_000
+
+    def usage(_: object) -> shutil._ntuple_diskusage:
+        used = sum(path.stat().st_size for path in files(tmp_path))
+        return shutil._ntuple_diskusage(disk, used, disk - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    cache = Cache(CacheSettings.of(str(tmp_path / "cache")))
+    assert cache.settings.limit_bytes == disk // 2
+    for number in range(400):
+        put(cache, part(number))
+    assert len(files(tmp_path)) == 400
+    assert CacheSettings.of(str(tmp_path / "cache")).limit_bytes == disk // 2
+
+
+def test_the_default_place_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DROMOS_CACHE", raising=False)
+    assert CacheSettings.of().folder.endswith(f"/dromos-cache-{os.getuid()}")
+    monkeypatch.setenv("DROMOS_CACHE", str(tmp_path / "a" / "b"))
+    chosen = CacheSettings.of()
+    assert chosen.folder == str(tmp_path / "a" / "b")
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    assert 0 < chosen.limit_bytes <= min(100e9, 0.6 * free)
+    assert CacheSettings.of(str(tmp_path), 2.5) == CacheSettings(str(tmp_path), 2_500_000_000)
+    assert CacheSettings.of().token != CacheSettings.of().token

@@ -1,0 +1,222 @@
+"""Reads from an S3 endpoint that fails: resumed where they broke off, and named when it does not mend."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.errors import ReadError, UserError
+from data_pipeline.storage import object_store
+from tests.support.faulty_proxy import KINDS, Proxy
+from tests.support.s3_server import faulty_s3
+
+DATA = random.Random(1).randbytes(5 << 20)
+Store = tuple[str, Proxy]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Store]:
+    with faulty_s3() as (root, proxy):
+        storage.publish(f"{root}/a.bin", DATA)
+        yield root, proxy
+
+
+@pytest.fixture
+def store(server: Store) -> Iterator[Store]:
+    _, proxy = server
+    proxy.rate, proxy.kinds = 0.0, KINDS
+    proxy.forget()
+    yield server
+    proxy.rate, proxy.kinds = 0.0, KINDS
+
+
+def test_a_large_range_is_read_in_pieces(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, proxy = store
+    monkeypatch.setattr(object_store, "PIECE", 1 << 20)
+    before = object_store.requests.gets
+    start, stop = 12_345, 12_345 + (3 << 20)
+    assert storage.read_range(f"{root}/a.bin", start, stop - start, len(DATA)) == DATA[start:stop]
+    ranges = [tuple(map(int, re.findall(r"\d+", asked))) for _, asked in proxy.log]
+    assert len(ranges) == 3 == object_store.requests.gets - before
+    assert ranges[0][0] == start
+    assert ranges[-1][1] == stop - 1
+    assert all(low == high + 1 for (_, high), (low, _) in itertools.pairwise(ranges))
+    assert all((1 << 19) <= high + 1 - low <= (1 << 20) for low, high in ranges)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "stall"])
+def test_a_body_that_breaks_off_goes_on_at_the_failed_byte(store: Store, kind: str) -> None:
+    root, proxy = store
+    proxy.kinds = (kind,)
+    length = 900_000
+    seed = next(s for s in range(100) if _draws(s, 3) == [True, True, False])
+    proxy.rate, proxy._draws = 0.5, random.Random(seed)
+    assert storage.read_range(f"{root}/a.bin", 100, length) == DATA[100 : 100 + length]
+    first = [int(re.findall(r"\d+", asked)[0]) for _, asked in proxy.log]
+    # The proxy sends two thirds of what is asked for before it fails.
+    assert first == [100, 100 + 600_000, 100 + 600_000 + 200_000]
+    assert sum(proxy.bytes.values()) == length
+
+
+def _draws(seed: int, count: int) -> list[bool]:
+    draws = random.Random(seed)
+    found = []
+    for _ in range(count):
+        found.append(draws.random() < 0.5)
+        if found[-1]:
+            draws.choice(("only",))
+    return found
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_call_gives_the_truth_where_a_third_of_the_requests_fail(store: Store, seed: int) -> None:
+    root, proxy = store
+    proxy.rate, proxy._draws = 1 / 3, random.Random(seed)
+    draws = random.Random(seed)
+    for name in ("a", "b", "c"):
+        proxy.rate = 0
+        storage.publish(f"{root}/{seed}/{name}.tar", name.encode() * 5)
+        proxy.rate = 1 / 3
+    for _ in range(25):
+        start = draws.randrange(len(DATA) - 1)
+        stop = draws.randrange(start + 1, min(len(DATA), start + 300_000) + 1)
+        assert storage.read_range(f"{root}/a.bin", start, stop - start, len(DATA)) == DATA[start:stop]
+    assert storage.read_bytes(f"{root}/a.bin") == DATA
+    tars = [f"{root}/{seed}/{name}.tar" for name in "abc"]
+    assert storage.list_shards(f"{root}/{seed}") == tars == storage.list_shards(f"{root}/{seed}/*.tar")
+    assert storage.read_many([*tars, f"{root}/no"]) == {tar: tar[-5].encode() * 5 for tar in tars}
+    assert storage.sizes([*tars, f"{root}/no"]) == dict.fromkeys(tars, 5)
+    assert storage.size(f"{root}/a.bin") == len(DATA)
+    assert storage.exists(f"{root}/a.bin")
+    assert not storage.exists(f"{root}/no")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{root}/no")
+    assert set(proxy.faults) == set(KINDS)
+
+
+def test_tries_are_bounded_and_named_and_nobody_multiplies_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, proxy = store
+    monkeypatch.setenv("DROMOS_READ_TRIES", "4")
+    proxy.rate = 1.0
+    # aiohttp asks a second time, at once, where a connection is reset before the answer.
+    for kind, each in (("503", 1), ("reset", 2)):
+        proxy.kinds = (kind,)
+        proxy.forget()
+        with pytest.raises(
+            ReadError,
+            match=rf"{root}/a\.bin cannot be had: at byte 7 after 4 tries: (503 SlowDown, |503, )?\w+Error",
+        ):
+            storage.read_range(f"{root}/a.bin", 7, 10)
+        assert sum(proxy.gets.values()) == 4 * each
+        proxy.forget()
+        with pytest.raises(
+            ReadError, match=rf"{root}/a\.bin cannot be had after 4 tries: (503 SlowDown, |503, )?\w+Error"
+        ):
+            storage.size(f"{root}/a.bin")
+        assert proxy.faults[kind] == 4 * each
+
+
+def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, proxy = store
+    url = f"{root}/b.bin"
+    storage.publish(url, b"old" * 100)
+    assert storage.read_range(url, 3, 3, 300) == b"old"
+    storage.publish(url, b"newer" * 100)
+    with pytest.raises(UserError, match=rf"{url} was changed: 500 bytes, it had 300; .*dromos data index"):
+        storage.read_range(url, 3, 3, 300)
+    with pytest.raises(UserError, match=r"was changed: it ends before"):
+        storage.read_range(url, 600, 3)
+    assert len(proxy.log) == 3  # nobody tries again what no try can mend
+
+    # Same size, other content, since it was listed.
+    tags: dict[str, int] = {}
+    storage.sizes([url], tags)
+    assert storage.read_range(url, 3, 3, 500, tags[url]) == b"ern"
+    storage.publish(url, b"after" * 100)
+    before = len(proxy.log)
+    with pytest.raises(UserError, match=rf"{url} was changed: its ETag is .*dromos data index"):
+        storage.read_range(url, 3, 3, 500, tags[url])
+    assert len(proxy.log) == before + 1
+
+    # And between two pieces of one read.
+    proxy.forget()
+    monkeypatch.setattr(object_store, "PIECE", 100)
+    count = Proxy.count
+
+    def change(self: Proxy, key: str, asked: str) -> None:
+        count(self, key, asked)
+        if len(proxy.log) == 2:
+            storage.publish(url, b"later" * 100)
+
+    monkeypatch.setattr(Proxy, "count", change)
+    with pytest.raises(UserError, match=rf"{url} was changed: its content"):
+        storage.read_range(url, 0, 300, 500)
+
+
+@pytest.mark.parametrize(
+    ("answered", "kind", "said"),
+    [
+        ({"ContentRange": "bytes 12-19/100"}, ReadError, "asked for bytes from 10, got them from 12"),
+        ({"ContentLength": 100}, UserError, "does not answer ranges"),
+    ],
+)
+def test_other_bytes_than_those_asked_for_are_not_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch, answered: dict[str, object], kind: type, said: str
+) -> None:
+    import s3fs
+
+    root, _ = store
+    ask = s3fs.S3FileSystem._call_s3
+
+    async def lying(self: object, *args: object, **kwargs: object) -> object:
+        answer = await ask(self, *args, **kwargs)
+        return {"Body": answer["Body"], **answered}
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", lying)
+    with pytest.raises(kind, match=said):
+        storage.read_range(f"{root}/a.bin", 10, 8)
+
+
+def test_what_is_gone_or_refused_is_said_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, proxy = store
+    with pytest.raises(UserError, match=rf"{root}/no\.tar is gone"):
+        storage.read_range(f"{root}/no.tar", 0, 10)
+    with pytest.raises(UserError, match=r"s3://no-such-bucket-here does not exist"):
+        storage.list_shards("s3://no-such-bucket-here")
+    assert len(proxy.log) == 1
+
+    async def refuse(*args: object, **kwargs: object) -> None:
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        answer = {
+            "Error": {"Code": "AccessDenied", "Message": "Access Denied"},
+            "ResponseMetadata": {"HTTPStatusCode": 403},
+        }
+        raise translate_boto_error(ClientError(answer, "GetObject"))
+
+    monkeypatch.setattr(object_store._reader(root), "_call_s3", refuse)
+    with pytest.raises(UserError, match=r"a\.bin may not be read \(AccessDenied: .*credentials"):
+        storage.read_range(f"{root}/a.bin", 0, 10)
+
+
+def test_other_protocols_are_read_too() -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/folder/a.bin", b"0123456789")
+    assert storage.read_range("memory://folder/a.bin", 2, 5) == b"23456"
+    assert storage.read_bytes("memory://folder/a.bin") == b"0123456789"
+    assert storage.size("memory://folder/a.bin") == 10
+
+
+def test_a_setting_that_is_no_number_is_the_users(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROMOS_READ_TRIES", "many")
+    with pytest.raises(UserError, match=r"DROMOS_READ_TRIES.*are numbers"):
+        storage.exists(f"{store[0]}/a.bin")

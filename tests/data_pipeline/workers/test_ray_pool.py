@@ -1,0 +1,264 @@
+"""Batches from Ray actors on a real cluster of two nodes on this machine, against the local loader's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.spec import StreamSpec
+from data_pipeline.errors import UserError, WorkerError
+from data_pipeline.loader.loader import LocalLoader, StallLimits
+from data_pipeline.workers.isolation import CRASHED
+from tests.data_pipeline.loader.test_loader import wait_until
+from tests.fault.deadly import Deadly
+from tests.support.samples import members, pairs, write_source
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+STORE = 100 * 2**20
+STEPS = 6
+
+
+@pytest.fixture
+def cluster(running: Any) -> Any:
+    """Both nodes, also after a test that took one away."""
+    if not running.worker_nodes:
+        add_node(running, num_cpus=1, object_store_memory=STORE)
+    return running
+
+
+def add_node(cluster: Any, **settings: Any) -> None:
+    """Ray gives a node a fixed 30 s to start, which a busy machine may exceed."""
+    for attempt in range(3):
+        try:
+            cluster.add_node(**settings)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == 2:
+                raise
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Any]:
+    """Two nodes of one CPU; RAY_ADDRESS leads there, as in a job."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
+    from ray.cluster_utils import Cluster
+
+    # Socket paths may have 107 characters, which pytest's own folders use up.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
+    cluster = Cluster()
+    try:
+        add_node(cluster, **head)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        import ray
+
+        ray.shutdown()
+        cluster.shutdown()
+        patch.undo()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
+    root = tmp_path_factory.mktemp("ray")
+    bad = {(0, i): {"png": b"broken", "txt": b"a"} for i in (1, 2, 3)}
+    return pairs(
+        root, batch=8, first=write_source(root / "first", [5, 9], bad), second=write_source(root / "b", [4])
+    )
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: Any, spec: StreamSpec) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    skipped = 0
+    for rank in (0, 1):
+        with LocalLoader([spec], rank, 2, 0, micro_batch=2) as local:
+            want = list(local.steps(0, STEPS))
+        with RayLoader([spec], rank, 2, 2, micro_batch=2) as loader:
+            before = loader.places
+            assert len({node for node, _ in before}) == 2
+            found = []
+            for number, step in enumerate(loader.steps(0, STEPS)):
+                found.append(step)
+                if number == 1:
+                    victim = before[rank][1]
+                    os.kill(victim, signal.SIGKILL)
+                    wait_until(partial(gone, victim))
+            after = loader.places
+            assert len(set(before) & set(after)) == 1
+        assert len(found) == STEPS
+        for ours, theirs in zip(found, want, strict=True):
+            assert len(ours["pairs"]) == len(theirs["pairs"]) == 2
+            for a, b in zip(ours["pairs"], theirs["pairs"], strict=True):
+                for field in ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys"):
+                    np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+                    assert getattr(a, field).flags.writeable
+                assert (a.batch_digest, a.order_digest) == (b.batch_digest, b.order_digest)
+                assert (a.skipped, a.bad, a.samples) == (b.skipped, b.bad, b.samples)
+        skipped += sum(bool(batch.skipped) for step in found for batch in step["pairs"])
+    assert skipped
+
+
+def test_actors_need_no_file_but_the_shards(cluster: Any, tmp_path: Path) -> None:
+    """The tokenizer and the statistics are read where the loader is opened, and travel from there."""
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    source = write_source(tmp_path / "a", [6])
+    stats = source / "00000_stats.json"
+    stats.write_text(json.dumps({"successes": 6}))
+    spec = pairs(tmp_path, batch=2, a=source)
+    with LocalLoader([spec], 0, 1, 0) as local:
+        want = [step["pairs"][0].batch_digest for step in local.steps(0, 3)]
+    with RayLoader([spec], 0, 1, 1) as loader:
+        stats.unlink()
+        shutil.rmtree(tmp_path / "tokenizer")
+        assert [step["pairs"][0].batch_digest for step in loader.steps(0, 3)] == want
+
+
+def test_relative_paths_start_at_the_rank_s_folder(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    write_source(tmp_path / "a", [6])
+    spec = pairs(tmp_path, batch=2, a=Path("a"))
+    monkeypatch.chdir(tmp_path)  # Ray's nodes were started elsewhere
+    with LocalLoader([spec], 0, 1, 0) as local, RayLoader([spec], 0, 1, 2) as remote:
+        for here, there in zip(local.steps(0, 3), remote.steps(0, 3), strict=True):
+            assert there["pairs"][0].batch_digest == here["pairs"][0].batch_digest
+
+
+def test_a_users_mistake_in_an_actor_keeps_its_type(cluster: Any, tmp_path: Path) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    source = write_source(tmp_path / "a", [4, 4])
+    for shard, successes in enumerate((4, 5)):
+        (source / f"0000{shard}_stats.json").write_text(json.dumps({"successes": successes}))
+    with (
+        RayLoader([pairs(tmp_path, batch=9, a=source)], 0, 1, 1) as loader,
+        pytest.raises(UserError, match=r"00001\.tar holds 4 samples, but .* 5"),
+    ):
+        list(loader.steps(0, 2))
+
+
+def test_a_loader_left_early_serves_again(cluster: Any, spec: StreamSpec) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    with LocalLoader([spec], 0, 1, 0) as local:
+        want = [step["pairs"][0].batch_digest for step in local.steps(0, 3)]
+    with RayLoader([spec], 0, 1, 2) as loader:
+        for _ in loader.steps(3, 9):
+            break
+        assert [step["pairs"][0].batch_digest for step in loader.steps(0, 3)] == want
+        assert loader.wait_seconds > 0
+
+
+def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
+    cluster: Any, spec: StreamSpec
+) -> None:
+    import ray
+
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    with LocalLoader([spec], 0, 1, 0) as local:
+        want = [step["pairs"][0].batch_digest for step in local.steps(0, STEPS)]
+    with RayLoader([spec], 0, 1, 2) as loader:
+
+        @ray.remote(num_cpus=1)
+        class Rank:
+            def ready(self) -> bool:
+                return True
+
+        ranks = [Rank.remote() for _ in range(2)]
+        assert all(ray.get([rank.ready.remote() for rank in ranks]))
+        processes = dict(loader.places)
+        assert len(processes) == 2
+        found = []
+        for number, step in enumerate(loader.steps(0, STEPS)):
+            found.append(step["pairs"][0].batch_digest)
+            if number == 0:
+                (second,) = cluster.worker_nodes
+                cluster.remove_node(second, allow_graceful=False)
+                wait_until(partial(gone, processes[second.node_id]), 60)
+        assert found == want
+        assert second.node_id not in {node for node, _ in loader.places}
+        for rank in ranks:
+            ray.kill(rank)
+
+
+def deadly(tmp_path: Path, what: str) -> BatchMaker:
+    """A maker of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
+    replace = {(0, 3): members(0, 3) | {"txt": f"a red dot of {what}".encode()}}
+    spec = pairs(tmp_path, batch=9, a=write_source(tmp_path / "a", [9], replace))
+    return BatchMaker(spec, tokenizer=Deadly(BatchMaker(spec).tokenizer))
+
+
+def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    maker = deadly(tmp_path, "crash")
+    truth = BatchMaker(maker.spec)
+    truth.condemned = {("a", 0, 3): CRASHED}
+    with RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}) as loader:
+        for number, step in enumerate(loader.steps(0, 4)):
+            (batch,), want = step["pairs"], truth.make(number, 0, 9)
+            assert batch.skipped == want.skipped == {"a": {CRASHED: want.skipped["a"][CRASHED]}}
+            assert batch.bad == want.bad
+            assert batch.batch_digest == want.batch_digest
+            np.testing.assert_array_equal(batch.images, want.images)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("kill", r"signal SIGKILL.*memory"), ("hang", r"been decoding sample 3 of .*00000\.tar for \d+ s")],
+)
+def test_a_kill_or_a_stall_is_no_verdict(
+    cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, told: str
+) -> None:
+    from data_pipeline.workers.ray_pool import RayLoader
+
+    maker = deadly(tmp_path, what)
+    limits = StallLimits(0.5, 3.0)
+    with (
+        caplog.at_level(logging.WARNING, "dromos.loader"),
+        RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}, limits=limits) as loader,
+        pytest.raises(WorkerError, match=told),
+    ):
+        next(loader.steps(0, 1))
+    if what == "hang":
+        said = [record.getMessage() for record in caplog.records]
+        assert any(line.startswith("actor ") and "has been decoding sample 3 of" in line for line in said)
+
+
+def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
+    from data_pipeline.workers import ray_pool
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.raises(UserError, match=r"no Ray cluster at 192\.0\.2\.1:6379.*ray start --head.*--on ray"):
+        ray_pool.RayLoader([spec], 0, 1, 1)

@@ -1,0 +1,259 @@
+"""Shared memory for pixels: never written while anyone sees it, used again afterwards, and gone with the process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.slices import cut, join
+from data_pipeline.batches.spec import StreamSpec
+from data_pipeline.batches.work_items import Item
+from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.workers import ipc, shared_memory
+from data_pipeline.workers.process_pool import ProcessPool
+from data_pipeline.workers.shared_memory import Slabs
+from tests.data_pipeline.loader.test_loader import wait_until
+from tests.support.samples import SIZE, pairs, write_packed, write_source
+
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
+    root = tmp_path_factory.mktemp("slabs")
+    bad = {(0, i): {"png": b"broken", "txt": b"a"} for i in (1, 4)}
+    return pairs(root, batch=BATCH, web=write_source(root / "web", [30, 21], bad))
+
+
+def slab_count(loader: LocalLoader) -> int:
+    assert isinstance(loader._pool, ProcessPool)
+    return loader._pool.slabs
+
+
+VIEWS: list[Callable[[np.ndarray], Any]] = [
+    lambda pixels: pixels,
+    lambda pixels: pixels[3:5, ::2],
+    lambda pixels: pixels.transpose(0, 3, 1, 2)[-1:],
+    lambda pixels: torch.from_numpy(pixels),
+    lambda pixels: torch.from_numpy(pixels).permute(0, 3, 1, 2)[1:2].view(torch.uint8),
+    lambda pixels: torch.from_dlpack(pixels),
+    lambda pixels: memoryview(pixels),
+    lambda pixels: memoryview(pixels)[2:4],
+    lambda pixels: np.frombuffer(pixels.data, np.uint8),
+    lambda pixels: pixels.base,
+    lambda pixels: pixels.reshape(-1).view(np.uint32),
+    lambda pixels: pixels.view(np.ndarray)[0].T,
+    lambda pixels: np.lib.stride_tricks.as_strided(pixels, (4,), (1,)),
+]
+
+
+def content(view: Any) -> bytes:
+    return np.ascontiguousarray(np.asarray(view)).tobytes()
+
+
+def test_nothing_that_is_seen_is_ever_written(spec: StreamSpec) -> None:
+    """A user who keeps views of all kinds for various times, against what they showed at first and the truth."""
+    generator = random.Random(1)
+    maker = BatchMaker(spec)
+    kept: deque[tuple[Any, bytes]] = deque()
+    numbers = set()
+    with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
+        for number, step in enumerate(loader.steps(0, 60)):
+            whole = maker.make(number, 0, BATCH)
+            for batch in step["pairs"]:
+                assert batch.pixels is not None
+                assert whole.pixels is not None
+                np.testing.assert_array_equal(batch.pixels, whole.pixels[batch.start : batch.stop])
+                if generator.random() < 0.7:
+                    view = generator.choice(VIEWS)(batch.pixels)
+                    kept.append((view, content(view)))
+                numbers.add(batch.pixels.__array_interface__["data"][0])
+            del batch, step
+            for _ in range(generator.randrange(4) if number < 40 else 6):
+                if kept:
+                    kept.rotate(generator.randrange(len(kept)))
+                    kept.popleft()
+            for view, shown in kept:
+                assert content(view) == shown
+            view = None
+        assert len(numbers) < 120  # of 180: memory was used again
+    for view, shown in kept:  # the workers and the files are gone, what is seen is not
+        assert content(view) == shown
+
+
+def test_memory_is_used_again_and_stays_flat(spec: StreamSpec) -> None:
+    counts = []
+    with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
+        for step in loader.steps(0, 200):
+            assert len(step["pairs"]) == 3
+            counts.append(slab_count(loader))
+        # Three micro-batches each: in use, and of the two steps ahead; in use while the next step is made: one more.
+        assert max(counts[3:]) <= 12
+        assert max(counts[150:]) <= max(counts[:50])
+
+
+def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
+    spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "LIMIT", 20)
+    maker = BatchMaker(spec)
+    with LocalLoader([spec], 0, 1, 1) as loader:
+        steps = loader.steps(0, 60)
+        kept = [next(steps)["pairs"][0] for _ in range(30)]
+        assert slab_count(loader) == 20  # what came after that came through the socket
+        for number, batch in enumerate(kept):
+            np.testing.assert_array_equal(batch.pixels, maker.make(number, 0, BATCH).pixels)
+            assert batch.pixels.flags.writeable
+            assert batch.pixels.flags.c_contiguous
+        descriptors = len(os.listdir("/proc/self/fd"))
+        del kept, batch
+        for _ in range(5):
+            next(steps)
+        assert slab_count(loader) <= 5
+        assert len(os.listdir("/proc/self/fd")) <= descriptors - 2 * 15
+        worker = loader.worker_pids[0]
+        mapped = Path(f"/proc/{worker}/maps").read_text().count("memfd:dromos-batch")
+        assert mapped <= 8  # of 20: it is told with its next work
+
+
+def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
+    spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (ipc, shared_memory):
+        monkeypatch.setattr(module, "has_anonymous_memory", lambda: False)
+    maker = BatchMaker(spec)
+    with LocalLoader([spec], 0, 1, 2) as loader:
+        for number, step in enumerate(loader.steps(0, 4)):
+            want = maker.make(number, 0, BATCH)
+            np.testing.assert_array_equal(step["pairs"][0].pixels, want.pixels)
+            assert step["pairs"][0].batch_digest == want.batch_digest
+        assert slab_count(loader) == 0
+
+
+def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) -> None:
+    """Workers still fill the memory of cancelled items while the next steps are asked for."""
+    maker = BatchMaker(spec)
+    with LocalLoader([spec], 0, 1, 2, micro_batch=6) as loader:
+        for start in range(0, 40, 4):
+            for number, step in enumerate(loader.steps(start, start + 9), start):
+                whole = maker.make(number, 0, BATCH)
+                for batch in step["pairs"]:
+                    np.testing.assert_array_equal(batch.pixels, whole.pixels[batch.start : batch.stop])
+                if number == start + 1:
+                    break
+        assert slab_count(loader) <= 30
+
+
+def test_pixels_go_through_shared_memory_and_not_through_the_socket(
+    spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = []
+    whole = ipc._exactly
+
+    def counting(socket: Any, size: int) -> memoryview:
+        received.append(size)
+        return whole(socket, size)
+
+    monkeypatch.setattr(ipc, "_exactly", counting)
+    with LocalLoader([spec], 0, 1, 1) as loader:
+        batch = next(loader.steps(0, 1))["pairs"][0]
+        assert batch.pixels.nbytes == BATCH * SIZE * SIZE * 3
+        assert 0 < sum(received) < 6000
+    assert pickle.loads(pickle.dumps(batch)).batch_digest == batch.batch_digest
+
+
+def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: Path) -> None:
+    maker = BatchMaker(spec)
+    text = StreamSpec("text", 0, {"t": spec.sources["web"]}, batch=2048, length=8)
+    packed = StreamSpec(
+        "text",
+        4,
+        {"t": type(spec.sources["web"])(str(write_packed(tmp_path / "t", [9])))},
+        batch=600,
+        length=8,
+    )
+    assert [len(cut(Item("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
+    for each, made, rows in ((spec, maker, BATCH), (packed, BatchMaker(packed), 600)):
+        for pieces in (1, 2, 3, 7):
+            items = cut(Item(each.name, 3, 0, rows), each, pieces)
+            assert [row for item in items for row in range(item.start, item.stop)] == list(range(rows))
+            parts = [made.make(3, item.start, item.stop) for item in items]
+            found, want = join(parts), made.make(3, 0, rows)
+            for name, value in vars(want).items():
+                np.testing.assert_array_equal(getattr(found, name), value)
+    assert maker.make(3, 0, BATCH).skipped
+
+
+def test_memory_fits_what_it_is_taken_for() -> None:
+    pool = Slabs()
+    big = pool.take(100_000)
+    assert big is not None
+    seen = pool.hand_out(big, (10, 100))
+    seen[:] = 7
+    small = pool.take(100)
+    assert small is not None
+    assert small is not big
+    pool.give_back(small)
+    assert pool.take(80) is small
+    assert seen.sum() == 7000
+    del seen
+    assert pool.take(90_000) is big
+    pool.give_back(big)
+    assert pool.take(20_000) is not big  # too large for it
+    assert pool.take(0) is None
+    pool.trim(0)
+    assert big.number not in pool.alive
+    pool.close()
+
+
+def test_arrays_in_a_cycle_come_back_with_the_collector() -> None:
+    pool = Slabs()
+    slab = pool.take(64)
+    assert slab is not None
+    cycle: list[Any] = [pool.hand_out(slab, (8, 8))]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert pool.take(64) is slab
+    pool.close()
+
+
+SCRIPT = """
+import sys, os, json, time
+from data_pipeline.loader.loader import LocalLoader
+import pickle
+spec = pickle.load(open(sys.argv[1], "rb"))
+loader = LocalLoader([spec], 0, 1, 2)
+kept = [step["pairs"][0] for step in loader.steps(0, 3)]
+print(json.dumps(loader.worker_pids), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_kill_leaves_no_memory_behind(spec: StreamSpec, tmp_path: Path) -> None:
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    (tmp_path / "rank.py").write_text(SCRIPT)
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, str(tmp_path / "rank.py"), str(tmp_path / "spec")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        pids = json.loads(rank.stdout.readline())
+        assert "memfd:dromos-batch" in Path(f"/proc/{pids[0]}/maps").read_text()
+        rank.kill()
+        rank.wait(20)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
+    assert set(os.listdir("/dev/shm")) <= before
