@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from data_pipeline.errors import UserError
-from pretrain.yaml_file import load_yaml
+from pretrain.recipe.yaml_file import load_yaml
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

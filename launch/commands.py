@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pretrain.exit_codes import FAILED, USER_ERROR
+from pretrain.run.exit_codes import FAILED, USER_ERROR
 
 # A module that is not there -> the extra that brings it.
 EXTRAS = {

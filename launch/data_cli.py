@@ -14,7 +14,7 @@ import typer
 
 from data_pipeline.errors import ReadError, UserError
 from launch.commands import group, printable
-from pretrain.exit_codes import USER_ERROR
+from pretrain.run.exit_codes import USER_ERROR
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The re
     Example:
       dromos data prepare configs/demo/flip.yaml
     """
-    from pretrain.recipe_load import load_recipe
+    from pretrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, runnable=False)
     if loaded.prepare is None:

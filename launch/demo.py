@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.errors import UserError
-from pretrain.exit_codes import DONE, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, GO_ON, USER_ERROR
 
 FLIP, SPHINX = "configs/demo/flip.yaml", "configs/demo/sphinx.yaml"
 ROOT = Path("runs/demo")

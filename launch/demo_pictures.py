@@ -14,9 +14,9 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.batches.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
-from pretrain.lengths import main_stream
-from pretrain.recipe import TrainStage
-from pretrain.recipe_data import Stream
+from pretrain.recipe.data import Stream
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage
 from pretrain.report.page import Card, Picture
 from pretrain.report.pictures import data_uri, only_patches
 

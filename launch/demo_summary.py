@@ -17,9 +17,9 @@ from launch.demo import TEXT_AS
 from pretrain.build import load_trained, stage_tokenizer
 from pretrain.engine import decay_groups
 from pretrain.evaluate.suite import ALONE, evaluate
-from pretrain.lengths import main_stream
 from pretrain.merge.sweep import interpolated
-from pretrain.recipe import TrainStage
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage
 from pretrain.rows import to_device
 from pretrain.streams import stage_specs
 from pretrain.weights import load_into

@@ -15,8 +15,8 @@ from launch.process import Rank, free_port
 from launch.ranks import LocalGroup
 from launch.run_folder import open_run
 from launch.stages import log_path, ranks, run_stages, say, undone
-from pretrain.exit_codes import DONE, GO_ON
-from pretrain.recipe import Recipe
+from pretrain.recipe.schema import Recipe
+from pretrain.run.exit_codes import DONE, GO_ON
 
 RankCommand = Callable[[str], list[str]]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from launch import sources
 from launch.job import Job, StageJob
-from pretrain.address import locate
-from pretrain.identity import check_run_folder, read_record
-from pretrain.lengths import total_steps
-from pretrain.recipe import MergeStage, Recipe, TrainStage
-from pretrain.recipe_checks import addresses, world_size_check
-from pretrain.recipe_load import stage_record
+from pretrain.recipe.checks import addresses, world_size_check
+from pretrain.recipe.lengths import total_steps
+from pretrain.recipe.load import stage_record
+from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
+from pretrain.run.address import locate
+from pretrain.run.identity import check_run_folder, read_record
 
 LENGTHS = ("steps", "samples", "epochs")
 STARTS = {"init", "continue"}

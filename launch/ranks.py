@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from launch.process import Rank, RankProcess
-from pretrain.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 LOST = 1000  # in place of an exit code, where the machine or actor that would know it is gone
 LAST_WORDS_SECONDS = 3.0

@@ -19,8 +19,8 @@ from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
 from launch.ranks import DONE, FAILED, GO_ON, USER_ERROR
 from launch.stages import say
-from pretrain.recipe import Recipe
-from pretrain.recipe_load import dump
+from pretrain.recipe.load import dump
+from pretrain.recipe.schema import Recipe
 
 POLL_SECONDS = 2.0
 PAYLOAD = "DROMOS_JOB"

@@ -20,8 +20,8 @@ from launch.ray import PAYLOAD, bundle, cluster_of, read_payload
 from launch.ray_rank import RankActor
 from launch.run_folder import open_run
 from launch.stages import log_path, run_stages, say, undone
-from pretrain.recipe import Recipe
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
+from pretrain.recipe.schema import Recipe
 
 ASK_SECONDS = 30.0
 SAY_SECONDS = 30.0

@@ -8,10 +8,10 @@ import typer
 
 from data_pipeline.errors import UserError
 from launch.commands import group
-from pretrain.exit_codes import USER_ERROR
+from pretrain.run.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
-    from pretrain.recipe import MergeStage, TrainStage
+    from pretrain.recipe.schema import MergeStage, TrainStage
 
 app = group("Show or check a recipe; nothing runs.")
 
@@ -40,7 +40,7 @@ def show(
       dromos recipe show configs/demo/flip.yaml
       dromos recipe show configs/demo/flip.yaml --stage tuned optimizer.lr=1e-4
     """
-    from pretrain.recipe_load import as_plain, dump_plain, load_recipe, select
+    from pretrain.recipe.load import as_plain, dump_plain, load_recipe, select
 
     loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
     plain = as_plain(loaded)
@@ -63,9 +63,9 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
     """
     from launch.sources import is_prepared, missing_sources
-    from pretrain.recipe import TrainStage
-    from pretrain.recipe_checks import unavailable
-    from pretrain.recipe_load import load_recipe, warns
+    from pretrain.recipe.checks import unavailable
+    from pretrain.recipe.load import load_recipe, warns
+    from pretrain.recipe.schema import TrainStage
 
     loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
     ready = True
@@ -91,8 +91,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 def describe(stage: TrainStage | MergeStage) -> str:
     """A stage in one line."""
-    from pretrain.lengths import train_length
-    from pretrain.recipe import MergeStage
+    from pretrain.recipe.lengths import train_length
+    from pretrain.recipe.schema import MergeStage
 
     if isinstance(stage, MergeStage):
         terms = " + ".join(f"{weight:g} x {address}" for address, weight in stage.inputs.items())
@@ -106,8 +106,8 @@ def describe(stage: TrainStage | MergeStage) -> str:
 
 def only_training_stage(path: str) -> str:
     """The one training stage of a recipe; UserError that lists them when there are several."""
-    from pretrain.recipe import TrainStage
-    from pretrain.recipe_load import load_recipe
+    from pretrain.recipe.load import load_recipe
+    from pretrain.recipe.schema import TrainStage
 
     recipe = load_recipe(path, runnable=False)
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)]

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import typer
 
-from pretrain.exit_codes import GO_ON
+from pretrain.run.exit_codes import GO_ON
 
 
 @contextmanager

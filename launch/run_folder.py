@@ -11,8 +11,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
 from launch.environment import capture
 from launch.job import Job
-from pretrain.recipe import Recipe
-from pretrain.recipe_load import dump
+from pretrain.recipe.load import dump
+from pretrain.recipe.schema import Recipe
 
 
 def open_run(job: Job, recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from launch.job import Job, StageJob
 from launch.ranks import DONE, FAILED, GO_ON, USER_ERROR
 from launch.run_folder import open_run, taken_back
 from launch.stages import say
-from pretrain.recipe import Recipe
+from pretrain.recipe.schema import Recipe
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPT = "job.sbatch"

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
-from pretrain.recipe import MergeStage, Recipe, TrainStage
+from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 
 # Where `dromos data prepare` writes; what lies elsewhere is not made by it.
 PREPARED = "data/demo"

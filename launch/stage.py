@@ -11,7 +11,7 @@ from launch.ranks import DONE, USER_ERROR
 def state(recipe_path: str, name: str) -> str:
     """`done` or `todo`."""
     from launch.preflight import is_done, stage_job
-    from pretrain.recipe_load import load_recipe, run_dir
+    from pretrain.recipe.load import load_recipe, run_dir
 
     recipe = load_recipe(recipe_path, stage=name)
     return "done" if is_done(run_dir(recipe), stage_job(recipe, name), recipe) else "todo"
@@ -20,7 +20,7 @@ def state(recipe_path: str, name: str) -> str:
 def merge(recipe_path: str, name: str) -> None:
     """Run a merge stage in this process."""
     from pretrain.merge.stage import run_merge_stage
-    from pretrain.recipe_load import load_recipe, run_dir
+    from pretrain.recipe.load import load_recipe, run_dir
 
     recipe = load_recipe(recipe_path, stage=name)
     run_merge_stage(recipe, name, run_dir(recipe))

@@ -11,8 +11,8 @@ from launch import progress
 from launch.job import Job, StageJob
 from launch.preflight import is_done, reads
 from launch.ranks import Group, Outcome, StopSignals, describe_exit, supervise
-from pretrain.exit_codes import DONE, FAILED, GO_ON
-from pretrain.recipe import Recipe
+from pretrain.recipe.schema import Recipe
+from pretrain.run.exit_codes import DONE, FAILED, GO_ON
 
 StartGroup = Callable[[StageJob], Group]
 Merge = Callable[[StageJob], int]

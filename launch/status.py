@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint_folder import complete_steps
-from pretrain.run_files import json_mapping
-from pretrain.yaml_file import load_yaml
+from pretrain.recipe.yaml_file import load_yaml
+from pretrain.run.folder import complete_steps
+from pretrain.run.run_files import json_mapping
 
 
 @dataclass(frozen=True)

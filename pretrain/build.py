@@ -13,15 +13,15 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
-from pretrain.address import locate
-from pretrain.lengths import main_stream
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.multimodal import Multimodal, new_llm
 from pretrain.models.visual import FrozenTower
 from pretrain.objectives.base import Objective
 from pretrain.objectives.flip import Flip
 from pretrain.objectives.sphinx import Sphinx
-from pretrain.recipe import TrainStage, Vision
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage, Vision
+from pretrain.run.address import locate
 from pretrain.weights import load_into, read_frozen, read_state
 
 

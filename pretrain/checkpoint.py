@@ -13,8 +13,8 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish, sync
-from pretrain.checkpoint_folder import complete_steps, tag_of
 from pretrain.ranks import barrier, from_first, gather, rank, world_size
+from pretrain.run.folder import complete_steps, tag_of
 
 
 def _hash(path: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
 from pretrain import checkpoint
-from pretrain.address import locate
 from pretrain.ranks import from_first, gather
-from pretrain.recipe import TrainStage
+from pretrain.recipe.schema import TrainStage
+from pretrain.run.address import locate
 
 
 @dataclass(frozen=True)

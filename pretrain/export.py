@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.build import load_trained, stage_tokenizer, tokenizer_name
-from pretrain.lengths import main_stream
 from pretrain.merge.output_folder import new_folder
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip
-from pretrain.recipe import TrainStage
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage
 
 FORMATS = ("open_clip", "transformers")
 

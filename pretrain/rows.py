@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
-from pretrain.recipe_data import Image
+from pretrain.recipe.data import Image
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.recipe import Optimizer, Schedule
+from pretrain.recipe.schema import Optimizer, Schedule
 
 
 def peak_rate(optimizer: Optimizer, batch: int) -> float:

@@ -15,21 +15,22 @@ from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import versions
 from data_pipeline.workers.watchdog import StallLimits
-from pretrain import checkpoint, metrics
+from pretrain import checkpoint
 from pretrain.build import build, check_tokens, stage_tokenizer
 from pretrain.continuing import Start, check_length, find_start, resume_data, same_order
 from pretrain.engine import Engine
 from pretrain.engine import start as join
 from pretrain.engine import stop as leave
 from pretrain.evaluate.suite import check_held_out, evaluate, flat
-from pretrain.identity import check_run_folder, compare_free, compare_versions, read_record
-from pretrain.lengths import check_ends, length_steps, total_steps
-from pretrain.lock import FolderLock
 from pretrain.ranks import barrier, from_first
-from pretrain.recipe import TrainStage
-from pretrain.recipe_checks import world_size_check
-from pretrain.recipe_fields import Length
-from pretrain.recipe_load import dump_plain, load_recipe, run_dir, stage_record
+from pretrain.recipe.checks import world_size_check
+from pretrain.recipe.fields import Length
+from pretrain.recipe.lengths import check_ends, length_steps, total_steps
+from pretrain.recipe.load import dump_plain, load_recipe, run_dir, stage_record
+from pretrain.recipe.schema import TrainStage
+from pretrain.run import metrics_log
+from pretrain.run.identity import check_run_folder, compare_free, compare_versions, read_record
+from pretrain.run.lock import FolderLock
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
 from pretrain.streams import cache_settings, stage_specs
@@ -146,7 +147,7 @@ class Session:
             self.trainer.refuse_too_many(first)  # a stage that was stopped at its last step is not done
         finished = self.trainer.run(first) if first < plan.total else True
         if finished and runtime.rank == 0:
-            rows = metrics.read(self.folder / "metrics.jsonl")
+            rows = metrics_log.read(self.folder / "metrics.jsonl")
             last = rows[-1].get("eval", {}) if rows else {}
             write_result(self.folder, plan.total, time.monotonic() - began, last)
         return finished
@@ -209,8 +210,8 @@ class Session:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""
         if step < total:  # a longer training than the one that had finished
             (self.folder / "result.json").unlink(missing_ok=True)
-        metrics.cut(self.folder / "metrics.jsonl", step)
-        metrics.cut(self.folder / "bad_samples.jsonl", step)
+        metrics_log.cut(self.folder / "metrics.jsonl", step)
+        metrics_log.cut(self.folder / "bad_samples.jsonl", step)
         now = self.record
         before = read_record(self.folder) or now
         changed = compare_free(before, now)

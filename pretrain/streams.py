@@ -7,8 +7,8 @@ from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
-from pretrain.recipe import Perplexity, TrainStage, ZeroShot
-from pretrain.recipe_data import Image, Stream, Text
+from pretrain.recipe.data import Image, Stream, Text
+from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:

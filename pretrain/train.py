@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_pipeline.errors import ReadError, UserError
-from pretrain.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
@@ -16,7 +16,7 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     from pretrain.signals import StopFlag
 
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
-    from pretrain.metrics import TooManyBad
+    from pretrain.run.metrics_log import TooManyBad
     from pretrain.session import Session
     from pretrain.trainer import NonFinite, Unreadable
 

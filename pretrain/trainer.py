@@ -22,10 +22,10 @@ from pretrain.agreement import Agreement, Batches
 from pretrain.bad_shards import BadShards
 from pretrain.engine import Engine, Runtime
 from pretrain.losses.contrastive import repeated_caption_floor
-from pretrain.metrics import BadFraction, Log, TooManyBad, read
 from pretrain.objectives.base import Objective
 from pretrain.ranks import all_sum
-from pretrain.recipe import TrainStage
+from pretrain.recipe.schema import TrainStage
+from pretrain.run.metrics_log import BadFraction, Log, TooManyBad, read
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopFlag
 from pretrain.staging import copies_for, staged

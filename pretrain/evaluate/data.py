@@ -11,7 +11,7 @@ from data_pipeline.batches.batch_builder import Batch, StreamSpec
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
 from pretrain.engine import Runtime
-from pretrain.recipe_data import Image
+from pretrain.recipe.data import Image
 from pretrain.rows import Rows, to_device
 
 

@@ -13,8 +13,8 @@ from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusa
 from pretrain.objectives.base import Forward, loss_tokens
 from pretrain.objectives.sphinx import Sphinx
 from pretrain.ranks import all_sum
-from pretrain.recipe import Perplexity
-from pretrain.recipe_data import Stream
+from pretrain.recipe.data import Stream
+from pretrain.recipe.schema import Perplexity
 from pretrain.streams import evaluation_spec
 
 

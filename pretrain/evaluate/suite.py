@@ -13,11 +13,11 @@ from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.zero_shot import classify
-from pretrain.lengths import main_stream
 from pretrain.objectives.base import Forward
 from pretrain.objectives.flip import Flip
-from pretrain.recipe import Evaluation, TrainStage
-from pretrain.recipe_data import Stream
+from pretrain.recipe.data import Stream
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import Evaluation, TrainStage
 from pretrain.streams import cache_settings, evaluation_spec
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -18,8 +18,8 @@ from pretrain.engine import Runtime
 from pretrain.evaluate.data import passes, tell_left_out, unusable
 from pretrain.objectives.base import Forward
 from pretrain.ranks import all_sum
-from pretrain.recipe import ZeroShot
-from pretrain.recipe_data import Stream
+from pretrain.recipe.data import Stream
+from pretrain.recipe.schema import ZeroShot
 from pretrain.streams import evaluation_spec
 
 

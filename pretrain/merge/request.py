@@ -41,7 +41,7 @@ class Rule:
 class Request:
     """A merge as it is asked for. Defaults are filled in; nothing has been opened.
 
-    inputs:     addresses (pretrain.address).
+    inputs:     addresses (pretrain.run.address).
     weights:    resolved: one for each input.
     method:     one of pretrain.merge.plan.METHODS.
     base:       address, or an input's letter; for the methods that add differences to it.

@@ -13,8 +13,6 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote
-from pretrain.address import WHICH, Located, locate
-from pretrain.checkpoint_folder import step_of
 from pretrain.merge import companions, hub
 from pretrain.merge.digests import fingerprint
 from pretrain.merge.folder import Folder, not_a_pointer
@@ -26,6 +24,8 @@ from pretrain.merge.tied_weights import says_tied, tied_names
 from pretrain.merge.universal import Universal, is_universal
 from pretrain.merge.weight_folder import FROZEN, OTHERS, weight_files
 from pretrain.merge.zero_shards import ZeroShards, is_zero_folder
+from pretrain.run.address import WHICH, Located, locate
+from pretrain.run.folder import step_of
 
 BLOCK = 1 << 20
 
@@ -158,7 +158,7 @@ class WeightSource:
 
 
 def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
-    """Open the weights at `address` (see pretrain.address); nothing but headers is read.
+    """Open the weights at `address` (see pretrain.run.address); nothing but headers is read.
 
     Raises UserError naming what is missing, damaged, or not readable.
     """

@@ -16,9 +16,9 @@ from pretrain.merge.mergekit_yaml import MergekitFile, is_mergekit, parse
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.request import Request, Rule, request
-from pretrain.recipe_fields import Strict
-from pretrain.schema_errors import describe
-from pretrain.yaml_file import load_yaml
+from pretrain.recipe.fields import Strict
+from pretrain.recipe.schema_errors import describe
+from pretrain.recipe.yaml_file import load_yaml
 
 Vocabulary = Literal["first", "intersect", "pad", "union"]
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
-from pretrain.identity import ABSENT, check_run_folder
-from pretrain.lock import FolderLock
 from pretrain.merge.output_folder import link_or_copy
 from pretrain.merge.prepare import open_inputs, prepare
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN, WeightSource
 from pretrain.merge.tool import RECORD, execute
 from pretrain.merge.writer import Progress
-from pretrain.recipe import Evaluation, MergeStage, Recipe
-from pretrain.recipe_load import dump_plain, stage_record
+from pretrain.recipe.load import dump_plain, stage_record
+from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
+from pretrain.run.identity import ABSENT, check_run_folder
+from pretrain.run.lock import FolderLock
 
 
 def run_merge_stage(

@@ -16,7 +16,6 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join, read_bytes, remove, sizes
-from pretrain.address import locate
 from pretrain.merge import card, digests
 from pretrain.merge.companions import read
 from pretrain.merge.describe import ROUNDING, THETA
@@ -32,6 +31,7 @@ from pretrain.merge.remote_output import MARK, RemoteOutput, half_published, upl
 from pretrain.merge.request import request
 from pretrain.merge.sources import FROZEN
 from pretrain.merge.writer import Output, Progress, write_tensors, written
+from pretrain.run.address import locate
 
 RECORD = "merge.json"
 OPEN = 200
@@ -56,7 +56,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge `inputs`, streamed into the folder `out`, which appears only when it is complete.
 
-    inputs: two or more addresses (pretrain.address).
+    inputs: two or more addresses (pretrain.run.address).
     asked:  as of `pretrain.merge.request.request`: method, beta or weights, base, only, rules, copy_rest, dtype, ...
             Most often beta, of two inputs the weight of the first: theta = beta * A + (1 - beta) * B.
     durable: whether to wait for the disk before `out` appears, see `execute`.

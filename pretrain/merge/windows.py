@@ -19,7 +19,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote
-from pretrain.checkpoint_folder import complete_steps, tag_of
+from pretrain.run.folder import complete_steps, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
 SCHEDULES = ("uniform", "linear", "1-sqrt", "ema")

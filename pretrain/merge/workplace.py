@@ -15,9 +15,9 @@ import xxhash
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote, join, local_path, publish, read_bytes
 from data_pipeline.storage.object_store import ask
-from pretrain.lock import FolderLock
 from pretrain.merge.score import Command, Figures, score
 from pretrain.merge.tool import RECORD
+from pretrain.run.lock import FolderLock
 
 LOGS = "logs"
 

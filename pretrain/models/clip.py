@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
-from pretrain.recipe import Model, Vision
-from pretrain.recipe_data import Image, Text
+from pretrain.recipe.data import Image, Text
+from pretrain.recipe.schema import Model, Vision
 
 MAX_SCALE = 100.0
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
-from pretrain.lengths import main_stream
 from pretrain.losses.contrastive import contrastive
 from pretrain.masking import keep_patches
 from pretrain.models.clip import Clip
 from pretrain.objectives.base import Forward, Loss
-from pretrain.recipe import TrainStage
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage
 from pretrain.rows import Rows
 
 

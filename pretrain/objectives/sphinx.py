@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
-from pretrain.lengths import main_stream
 from pretrain.models.multimodal import Multimodal
 from pretrain.models.visual import FrozenTower
 from pretrain.objectives.base import Forward, Loss, loss_tokens
-from pretrain.recipe import TrainStage
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import TrainStage
 from pretrain.rows import Rows
 
 

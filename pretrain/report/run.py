@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain import metrics
-from pretrain.run_files import json_mapping
+from pretrain.run import metrics_log
+from pretrain.run.run_files import json_mapping
 
 EXAMPLES = 5
 
@@ -150,13 +150,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 def _stage(folder: Path, settings: dict[str, Any] | None) -> Stage:
     if settings is None:
         settings = _recipe(folder / "resolved.yaml", _text(folder / "resolved.yaml")).get("stage") or {}
-    rows = [row for row in metrics.read(folder / "metrics.jsonl") if isinstance(row, dict)]
+    rows = [row for row in metrics_log.read(folder / "metrics.jsonl") if isinstance(row, dict)]
     return Stage(
         name=folder.name,
         settings=settings,
         rows=[row for row in rows if isinstance(row.get("step"), int)],
         result=json_mapping(folder / "result.json") or None,
-        bad=metrics.read(folder / "bad_samples.jsonl")[:EXAMPLES],
+        bad=metrics_log.read(folder / "bad_samples.jsonl")[:EXAMPLES],
         started=folder.is_dir(),
     )
 

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.batches.batch_builder import BatchMaker
 from pretrain.build import build
 from pretrain.objectives.base import loss_tokens
-from pretrain.recipe import TrainStage
+from pretrain.recipe.schema import TrainStage
 from pretrain.rows import to_device
 from pretrain.schedule import learning_rate
 from pretrain.streams import stage_specs

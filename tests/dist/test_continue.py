@@ -14,8 +14,8 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from pretrain.continuing import check_length, find_start, same_order
-from pretrain.recipe import TrainStage
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.load import load_recipe
 from tests.support import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]

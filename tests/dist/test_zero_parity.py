@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.recipe import TrainStage
-from pretrain.recipe_load import load_recipe, run_dir
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.load import load_recipe, run_dir
 from tests.support import tiny
 from tests.dist.plain_loop import plain_losses
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.index.build import build_index
-from pretrain import metrics
+from pretrain.run import metrics_log
 from tests.conftest import ROOT
 from tests.support.s3_server import faulty_s3
 
@@ -32,7 +32,7 @@ def run(folder: Path, *changes: str) -> list[dict[str, Any]]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *given], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return metrics.read(folder / "masked" / "metrics.jsonl")
+    return metrics_log.read(folder / "masked" / "metrics.jsonl")
 
 
 def results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ import pytest
 
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.order.digest import hex16
-from pretrain import metrics
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
+from pretrain.run import metrics_log
 from pretrain.streams import stage_specs
 
 RECIPE = "configs/flip/small.yaml"
@@ -37,7 +37,7 @@ def test_only_the_source_changes(shared: Path, tmp_path: Path, data: str) -> Non
         timeout=240,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    logged = metrics.read(tmp_path / "run" / "main" / "metrics.jsonl")
+    logged = metrics_log.read(tmp_path / "run" / "main" / "metrics.jsonl")
     recipe = load_recipe(RECIPE, changes)
     with LocalLoader(
         stage_specs(recipe.stages["main"], recipe.run.seed, "main", ("pairs",)), 0, 1, 0

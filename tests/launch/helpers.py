@@ -74,7 +74,7 @@ def run_standin(path: str, *stages: str, ranks: int = 2) -> int:
     """What the launcher process of a test does."""
     from launch import local
     from launch.run import make_job
-    from pretrain.recipe_load import load_recipe
+    from pretrain.recipe.load import load_recipe
 
     recipe = load_recipe(path)
     job = make_job(recipe, path, stages=stages or None, ranks_per_node=ranks)

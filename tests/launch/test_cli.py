@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from data_pipeline.errors import ReadError, UserError
 from launch.cli import app, as_json, split_stages
 from launch.status import find_runs
-from pretrain.recipe_load import dump, load_recipe
+from pretrain.recipe.load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
 
 DEMO = str(ROOT / "configs/demo/flip.yaml")

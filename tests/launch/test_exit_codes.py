@@ -7,7 +7,7 @@ from pathlib import Path
 
 import launch
 import pretrain
-from pretrain import exit_codes
+from pretrain.run import exit_codes
 
 
 def test_the_numbers_are_those_that_scripts_rely_on() -> None:

@@ -14,7 +14,7 @@ from launch import environment
 from launch.cluster import load_cluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run import make_job, render, run
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.launch.helpers import write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_mistakes_are_told_and_nothing_is_written(recipe: Path, flags: dict, wor
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe: Path) -> None:
-    from pretrain.recipe_load import dump
+    from pretrain.recipe.load import dump
 
     loaded = load_recipe(recipe)
     stage = recipe.parent / "run" / "masked"

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.formats import refinedweb
 from data_pipeline.index.build import build_index
 from pretrain.merge import merge
-from pretrain.recipe_load import dump, load_recipe
+from pretrain.recipe.load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
 from tests.pretrain.merge.build import floats, write
 from tests.support.tiny import write_pairs

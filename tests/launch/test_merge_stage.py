@@ -14,7 +14,7 @@ from launch.job import Job, StageJob
 from launch.preflight import is_done
 from launch.stages import undone
 from pretrain.merge.stage import run_merge_stage
-from pretrain.recipe import MergeStage, Objective, Recipe, Train, TrainStage
+from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
 from tests.pretrain.merge.build import floats
 from tests.pretrain.merge.runs import finish, recipe, training
 

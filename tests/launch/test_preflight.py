@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.errors import UserError
 from launch import preflight, sources
 from launch.run import make_job, run
-from pretrain.recipe_load import dump, load_recipe
+from pretrain.recipe.load import dump, load_recipe
 from tests.launch.helpers import picture, write_recipe, write_tar
 
 ZERO_SHOT = """
@@ -173,7 +173,7 @@ def test_a_local_job_runs_here_whatever_its_ray_cluster_is_like(recipe: Path, tm
 def test_looking_at_contents_imports_nothing_heavy(recipe: Path) -> None:
     code = (
         "import sys; from launch import preflight; from launch.run import make_job\n"
-        "from pretrain.recipe_load import load_recipe\n"
+        "from pretrain.recipe.load import load_recipe\n"
         f"path = {str(recipe)!r}; loaded = load_recipe(path)\n"
         "preflight.check(loaded, make_job(loaded, path, ranks_per_node=1))\n"
         "print([name for name in ('torch', 'ray', 'deepspeed', 'open_clip') if name in sys.modules])"

@@ -9,7 +9,7 @@ import pytest
 
 from launch import ray_head
 from launch.run import make_job
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.launch.helpers import Launcher, alive, wait_for, write_recipe
 
 pytest.importorskip("ray")

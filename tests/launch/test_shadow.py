@@ -15,7 +15,7 @@ from launch.job import Job, StageJob
 from launch.ray import submission
 from launch.ray_process import start_command
 from launch.slurm import render
-from pretrain.recipe_load import dump, load_recipe
+from pretrain.recipe.load import dump, load_recipe
 from tests.launch.helpers import write_recipe
 
 JOB = Job("r.yaml", "runs/x", (StageJob("masked", "train", 5, "ray"), StageJob("mix", "merge")), on="slurm")

@@ -18,8 +18,8 @@ from launch.job import Job
 from launch.ray import ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
 from launch.run_folder import open_run
-from pretrain.recipe import TrainStage
-from pretrain.recipe_load import dump, load_recipe
+from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.schema import TrainStage
 from tests.launch.helpers import write_recipe
 
 

@@ -12,7 +12,7 @@ from data_pipeline.order.digest import add, hex16, row_digest
 from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.sources.tar import TarWriter
 from launch.preflight import is_done, stage_job
-from pretrain.recipe_load import load_recipe
+from pretrain.recipe.load import load_recipe
 from tests.pretrain import rank
 from tests.support import tiny
 from tests.support.naive_order import Change, Mixture, Source, walk

@@ -14,7 +14,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from pretrain.checkpoint import save, verify
-from pretrain.checkpoint_folder import complete_steps, tag_of
+from pretrain.run.folder import complete_steps, tag_of
 
 CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
 """System calls that change what is on disk, or make it last."""

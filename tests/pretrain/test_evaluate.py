@@ -25,7 +25,7 @@ from pretrain.evaluate.data import shuffled_images
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.suite import ALONE, evaluate, flat
 from pretrain.evaluate.zero_shot import classify
-from pretrain.recipe import Evaluation, Perplexity, TrainStage, ZeroShot
+from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
 from pretrain.rows import Rows
 from tests.support import tiny
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from pretrain.recipe import Optimizer, Schedule
+from pretrain.recipe.schema import Optimizer, Schedule
 from pretrain.schedule import learning_rate, peak_rate
 
 PEAK = 3e-3

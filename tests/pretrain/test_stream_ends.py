@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
-from pretrain.lengths import check_ends
+from pretrain.recipe.lengths import check_ends
 from tests.support import tiny
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from pretrain.recipe import MergeStage, Objective, Recipe, Run, Train, TrainStage
-from pretrain.recipe_load import dump_plain, stage_record
+from pretrain.recipe.load import dump_plain, stage_record
+from pretrain.recipe.schema import MergeStage, Objective, Recipe, Run, Train, TrainStage
 
 
 def training(name: str = "flip") -> TrainStage:

@@ -20,7 +20,7 @@ from pretrain.merge.plan import Plan, TensorJob
 from pretrain.merge.spec import load_spec
 from pretrain.merge.tool import execute
 from pretrain.merge.verify import verify
-from pretrain.yaml_file import load_yaml
+from pretrain.recipe.yaml_file import load_yaml
 
 FIXTURES = Path(__file__).parent / "mergekit"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.yml"))

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.lock import FolderLock
 from pretrain.merge import merge, parse_betas
 from pretrain.merge.curve import picture
 from pretrain.merge.score import parse_command
 from pretrain.merge.scored_sweep import Scored, Sweep, run_sweep
 from pretrain.merge.sweep import plan_sweep
+from pretrain.run.lock import FolderLock
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.scorers import calls, scorer
 

@@ -13,11 +13,11 @@ import yaml
 from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
-from pretrain.address import locate
 from pretrain.merge import merge, open_weights
 from pretrain.merge import stage as stage_module
 from pretrain.merge.stage import run_merge_stage
-from pretrain.recipe import MergeStage, Recipe
+from pretrain.recipe.schema import MergeStage, Recipe
+from pretrain.run.address import locate
 from tests.pretrain.merge.build import floats
 from tests.pretrain.merge.runs import finish, recipe, training
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.mixture_weights import check_shares, contradiction
-from pretrain.not_yet import missing_features
-from pretrain.overrides import nearest
-from pretrain.recipe import MergeStage, Recipe, TrainStage
-from pretrain.recipe_data import Stream
-from pretrain.yaml_file import Key
+from pretrain.recipe.data import Stream
+from pretrain.recipe.resolve import nearest
+from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
+from pretrain.recipe.unsupported import missing_features
+from pretrain.recipe.yaml_file import Key
 
 
 @dataclass(frozen=True)

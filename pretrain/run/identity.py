@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint_folder import complete_steps, tag_of
-from pretrain.lengths import length_steps
-from pretrain.recipe import Recipe
-from pretrain.recipe_data import Image, Stream
-from pretrain.recipe_fields import parse_length
-from pretrain.recipe_load import stage_record
+from pretrain.recipe.data import Image, Stream
+from pretrain.recipe.fields import parse_length
+from pretrain.recipe.lengths import length_steps
+from pretrain.recipe.load import stage_record
+from pretrain.recipe.schema import Recipe
+from pretrain.run.folder import complete_steps, tag_of
 
 # The rest of a stage (loader, checkpoint, eval, train.micro_batch, other engine keys) may change.
 IDENTITY: tuple[tuple[str, ...], ...] = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.metrics import AT_LEAST, WINDOW, BadFraction, Log, cut, read
+from pretrain.run.metrics_log import AT_LEAST, WINDOW, BadFraction, Log, cut, read
 
 Rows = list[dict[str, object]]
 

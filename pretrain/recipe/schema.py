@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pretrain.recipe_data import Stream, parse_source
-from pretrain.recipe_fields import Count, Duration, Length, Strict
+from pretrain.recipe.data import Stream, parse_source
+from pretrain.recipe.fields import Count, Duration, Length, Strict
 
 
 class Run(Strict):

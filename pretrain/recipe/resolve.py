@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.recipe import TrainStage
-from pretrain.recipe_fields import Length, parse_length
-from pretrain.schema_errors import hint
-from pretrain.yaml_file import Key, parse_scalar
+from pretrain.recipe.fields import Length, parse_length
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.schema_errors import hint
+from pretrain.recipe.yaml_file import Key, parse_scalar
 
 # Where one of these is written, the others that stood there before give way.
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {

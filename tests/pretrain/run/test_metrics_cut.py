@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import metrics
+from pretrain.run import metrics_log
 
 
 def test_the_cut_log_is_flushed_before_it_replaces_the_old_one(
@@ -32,8 +32,8 @@ def test_the_cut_log_is_flushed_before_it_replaces_the_old_one(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
-    metrics.cut(path, 3)
-    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3]
+    metrics_log.cut(path, 3)
+    assert [row["step"] for row in metrics_log.read(path)] == [1, 2, 3]
     assert replaced == [True]
     assert tmp_path.stat().st_ino in synced  # the name as well
     assert mine.read_text() == "keep me"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import UserError
-from pretrain import metrics
-from pretrain.checkpoint_folder import complete_steps, is_complete, step_of, tag_of
+from pretrain.run import metrics_log
+from pretrain.run.folder import complete_steps, is_complete, step_of, tag_of
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -88,7 +88,7 @@ def is_stage(folder: Path) -> bool:
 def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
     """The one of `steps` with the best evaluation in metrics.jsonl: highest mean top-1, else lowest NLL."""
     scores: dict[int, float] = {}
-    for row in metrics.read(stage_dir / "metrics.jsonl"):
+    for row in metrics_log.read(stage_dir / "metrics.jsonl"):
         if row.get("step") in steps and (score := _score(row.get("eval"))) is not None:
             scores[row["step"]] = score
     if not scores:

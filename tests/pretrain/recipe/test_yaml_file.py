@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain import yaml_file
-from pretrain.yaml_file import load_yaml
-from tests.pretrain.test_recipe import CONFIGS, ROOT, write
+from pretrain.recipe import yaml_file
+from pretrain.recipe.yaml_file import load_yaml
+from tests.pretrain.recipe.test_recipe import CONFIGS, ROOT, write
 
 MISTAKES = {
     "a: 1\nb: [}\n": ":2: .*found '}'",

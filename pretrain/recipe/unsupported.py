@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pretrain.recipe import TrainStage, Vision
-from pretrain.yaml_file import Key
+from pretrain.recipe.schema import TrainStage, Vision
+from pretrain.recipe.yaml_file import Key
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pretrain.yaml_file import Key
+from pretrain.recipe.yaml_file import Key
 
 WORDS = {
     "int_type": "a whole number",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.address import locate
+from pretrain.run.address import locate
 
 
 def training_stage(stage: Path, steps: tuple[int, ...], finished: bool = True) -> Path:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import Batches
-from pretrain.recipe import TrainStage
-from pretrain.recipe_fields import Length
+from pretrain.recipe.fields import Length
+from pretrain.recipe.schema import TrainStage
 
 
 class Ending(Protocol):

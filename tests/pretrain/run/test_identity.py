@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.identity import check_run_folder, compare_free, compare_identity, compare_versions
-from pretrain.recipe import Recipe
-from pretrain.recipe_load import dump, load_recipe, stage_record
-from tests.pretrain.test_recipe import FLIP, write
+from pretrain.recipe.load import dump, load_recipe, stage_record
+from pretrain.recipe.schema import Recipe
+from pretrain.run.identity import check_run_folder, compare_free, compare_identity, compare_versions
+from tests.pretrain.recipe.test_recipe import FLIP, write
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:

@@ -13,8 +13,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import UserError
-from pretrain.lengths import length_steps, main_stream, total_steps, train_length, warns
-from pretrain.overrides import (
+from pretrain.recipe.checks import (
+    Problem,
+    check_stage,
+    check_stages,
+    predecessors,
+    unavailable,
+    world_size_check,
+)
+from pretrain.recipe.lengths import length_steps, main_stream, total_steps, train_length, warns
+from pretrain.recipe.resolve import (
     SECTIONS,
     Override,
     merge_maps,
@@ -24,17 +32,9 @@ from pretrain.overrides import (
     set_key,
     targets,
 )
-from pretrain.recipe import MergeStage, Recipe, Run, TrainStage
-from pretrain.recipe_checks import (
-    Problem,
-    check_stage,
-    check_stages,
-    predecessors,
-    unavailable,
-    world_size_check,
-)
-from pretrain.schema_errors import describe, hint
-from pretrain.yaml_file import Document, Key, load_yaml
+from pretrain.recipe.schema import MergeStage, Recipe, Run, TrainStage
+from pretrain.recipe.schema_errors import describe, hint
+from pretrain.recipe.yaml_file import Document, Key, load_yaml
 
 __all__ = [
     "as_plain",

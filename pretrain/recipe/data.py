@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import Batches
 from data_pipeline.transforms.captions import CaptionSpec
-from pretrain.recipe_fields import Count, Strict
+from pretrain.recipe.fields import Count, Strict
 
 
 def parse_batch(value: Any) -> Any:

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.lock import FolderLock
+from pretrain.run.lock import FolderLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pretrain.lock import FolderLock
+from pretrain.run.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

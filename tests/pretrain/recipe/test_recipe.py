@@ -10,18 +10,18 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import MAX_PIXELS
-from pretrain.identity import compare_identity
-from pretrain.lengths import length_steps, main_stream, total_steps, warns
-from pretrain.overrides import merge_maps
-from pretrain.recipe import MergeStage, Recipe, TrainStage, ZeroShot
-from pretrain.recipe_checks import nearest_divisors, predecessors, world_size_check
-from pretrain.recipe_fields import Length, parse_length
-from pretrain.recipe_load import as_plain, dump, load_recipe, run_dir, stage_record
+from pretrain.recipe.checks import nearest_divisors, predecessors, world_size_check
+from pretrain.recipe.fields import Length, parse_length
+from pretrain.recipe.lengths import length_steps, main_stream, total_steps, warns
+from pretrain.recipe.load import as_plain, dump, load_recipe, run_dir, stage_record
+from pretrain.recipe.resolve import merge_maps
+from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
+from pretrain.recipe.yaml_file import load_yaml
+from pretrain.run.identity import compare_identity
 from pretrain.schedule import peak_rate
 from pretrain.streams import evaluation_spec, stream_spec
-from pretrain.yaml_file import load_yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "cluster" not in path.parts)
 
 FLIP = """

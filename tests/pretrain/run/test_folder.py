@@ -12,11 +12,11 @@ import yaml
 
 from data_pipeline.errors import UserError
 from launch.status import run_status
-from pretrain.address import locate
-from pretrain.checkpoint_folder import complete_steps
-from pretrain.identity import check_run_folder
-from pretrain.recipe_load import dump
-from tests.pretrain.test_identity import recipe
+from pretrain.recipe.load import dump
+from pretrain.run.address import locate
+from pretrain.run.folder import complete_steps
+from pretrain.run.identity import check_run_folder
+from tests.pretrain.run.test_identity import recipe
 
 ODD = (
     "step_7",
@@ -70,6 +70,6 @@ def test_everyone_takes_the_same_one_for_the_newest(tmp_path: Path) -> None:
 def test_no_torch_is_imported() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import pretrain.address, pretrain.checkpoint_folder, pretrain.identity, pretrain.metrics\n"
+        "import pretrain.run.address, pretrain.run.folder, pretrain.run.identity, pretrain.run.metrics_log\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
