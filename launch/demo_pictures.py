@@ -87,8 +87,8 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     """Rows of the stage's first step, `each` of every source, beside the patches that the tower is given."""
     import torch
 
+    from pretrain.build.streams import stage_specs
     from pretrain.masking import keep_patches, patches_kept
-    from pretrain.streams import stage_specs
 
     stage, seed = train_stage(stage_dir)
     main = main_stream(stage)
@@ -127,7 +127,7 @@ def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 6) -> tuple[
 
     Also returns a line for each stage whose weights are not there.
     """
-    from pretrain.build import load_trained
+    from pretrain.build.objective import load_trained
 
     models, missing = {}, []
     for name in stages:
@@ -155,7 +155,7 @@ def write_captions(objective: Any, stage: TrainStage, batch: Batch, stream: str)
     """The most likely caption of each image, token by token."""
     import torch
 
-    from pretrain.build import stage_tokenizer
+    from pretrain.build.objective import stage_tokenizer
     from pretrain.models.multimodal import greedy
     from pretrain.rows import to_device
 

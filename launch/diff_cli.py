@@ -55,8 +55,8 @@ def diff(
     from data_pipeline.storage.files import publish
     from launch.byte_bar import counting
     from pretrain.merge.diff import as_csv, compared, lines
-    from pretrain.merge.safetensors_io import elements
-    from pretrain.merge.sources import open_weights
+    from pretrain.weights.formats.safetensors_file import elements
+    from pretrain.weights.source import open_weights
 
     csv, picture = (path.expanduser() if path is not None else None for path in (csv, picture))
     for path in (csv, picture):

@@ -8,9 +8,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.loader.simulate import StreamLoad, simulate
 from data_pipeline.storage.cache import MOST_GIGABYTES
 from launch.recipe_cli import only_training_stage
+from pretrain.build.streams import stream_spec
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import TrainStage
-from pretrain.streams import stream_spec
 
 
 def loads_of(path: str, stage: str | None, nodes: int, ranks: int) -> tuple[float, list[StreamLoad]]:

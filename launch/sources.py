@@ -54,7 +54,7 @@ def is_prepared(path: str, recipe: Recipe) -> bool:
 def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -> None:
     """UserError that names stage and source where the first samples of a source cannot be trained on."""
     from data_pipeline.batches.batch_builder import BatchMaker, SourceSpec
-    from pretrain.streams import stream_spec
+    from pretrain.build.streams import stream_spec
 
     seen: list[object] = []
     for name in stages:

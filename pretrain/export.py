@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from pretrain.build import load_trained, stage_tokenizer, tokenizer_name
+from pretrain.build.objective import load_trained, stage_tokenizer, tokenizer_name
 from pretrain.merge.output_folder import new_folder
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip

@@ -16,7 +16,9 @@ from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import versions
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain import checkpoint
-from pretrain.build import build, check_tokens, stage_tokenizer
+from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
+from pretrain.build.objective import build, check_tokens, stage_tokenizer
+from pretrain.build.streams import cache_settings, stage_specs
 from pretrain.continuing import Start, check_length, find_start, resume_data, same_order
 from pretrain.engine import Engine
 from pretrain.engine import start as join
@@ -33,9 +35,7 @@ from pretrain.run.identity import check_run_folder, compare_free, compare_versio
 from pretrain.run.lock import FolderLock
 from pretrain.schedule import peak_rate
 from pretrain.signals import StopFlag
-from pretrain.streams import cache_settings, stage_specs
 from pretrain.trainer import Plan, Trainer, write_result
-from pretrain.weights import load_into, read_frozen, read_state, write_frozen
 
 
 class Session:

@@ -19,7 +19,7 @@ FORBIDDEN = {"data_pipeline": {"pretrain", "launch"}, "pretrain": {"launch"}, "l
 # Modules that a process must not load by importing us: workers and light commands start without them.
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "open_clip", "sklearn", "matplotlib"}
 # The restricted unpickler of checkpoints, and messages between a loader and workers that it has started itself.
-UNPICKLERS = {"pretrain/merge/torch_pickle.py", "data_pipeline/workers/ipc.py"}
+UNPICKLERS = {"pretrain/weights/formats/torch_pickle.py", "data_pipeline/workers/ipc.py"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -10,6 +10,7 @@ import torch
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
+from pretrain.build.streams import cache_settings, evaluation_spec
 from pretrain.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.zero_shot import classify
@@ -18,7 +19,6 @@ from pretrain.objectives.flip import Flip
 from pretrain.recipe.data import Stream
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import Evaluation, TrainStage
-from pretrain.streams import cache_settings, evaluation_spec
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

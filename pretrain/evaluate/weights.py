@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.build import load_trained, stage_tokenizer
+from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.evaluate.suite import ALONE, evaluate
 
 

@@ -14,13 +14,13 @@ from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
+from pretrain.build.streams import evaluation_spec
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import passes, tell_left_out, unusable
 from pretrain.objectives.base import Forward
 from pretrain.ranks import all_sum
 from pretrain.recipe.data import Stream
 from pretrain.recipe.schema import ZeroShot
-from pretrain.streams import evaluation_spec
 
 
 def classifier(

@@ -17,8 +17,8 @@ too: pretrain.merge.spec.
 
 from pretrain.merge.betas import parse_betas
 from pretrain.merge.request import Rule
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.sweep import interpolated, sweep
 from pretrain.merge.tool import merge, plan
+from pretrain.weights.source import WeightSource, open_weights
 
 __all__ = ["Rule", "WeightSource", "interpolated", "merge", "open_weights", "parse_betas", "plan", "sweep"]

@@ -9,11 +9,11 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.layout import lay_out
-from pretrain.merge.model_config import with_dtype
 from pretrain.merge.plan import Plan, TensorJob, Why
 from pretrain.merge.resolve import Blend, resolve
-from pretrain.merge.safetensors_io import Info
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.model_config import with_dtype
+from pretrain.weights.source import WeightSource
 
 LISTED = 200
 

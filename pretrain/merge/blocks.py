@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.merge.kernels import BLOCK, SPAN, Kind, Scratch, widen_into
 from pretrain.merge.plan import Term
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.dtypes import BLOCK, SPAN, Kind, Scratch, widen_into
+from pretrain.weights.source import WeightSource
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

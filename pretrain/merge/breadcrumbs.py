@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pretrain.merge import ties
 from pretrain.merge.blocks import Workers
-from pretrain.merge.kernels import Kind
 from pretrain.merge.parts import NOTHING, Cut
 from pretrain.merge.plan import Term
+from pretrain.weights.dtypes import Kind
 
 
 def bands(

@@ -12,9 +12,9 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.merge.describe import formula
 from pretrain.merge.layout import SHARD_SIZE
-from pretrain.merge.origins import CARD_LIMIT, FRONT_MATTER
 from pretrain.merge.plan import Plan, letter
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.origins import CARD_LIMIT, FRONT_MATTER
+from pretrain.weights.source import WeightSource
 
 NAME = "README.md"
 HUB = "hf://"

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan, TensorJob
-from pretrain.merge.safetensors_io import DTYPES, elements
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.source import WeightSource
 
 RATE = 1e9
 """bytes a second, read, combined and written, that an estimate takes for granted"""

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pretrain.merge.plan import Option, Plan, TensorJob, letter
-from pretrain.merge.sources import FROZEN
+from pretrain.weights.source import FROZEN
 
 THETA = {
     "linear": "sum of weight x input",

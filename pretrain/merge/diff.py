@@ -14,10 +14,10 @@ from typing import Any
 
 from pretrain.merge.blocks import Workers
 from pretrain.merge.distance import Distance, distance, total
-from pretrain.merge.kernels import FLOATS
 from pretrain.merge.plan import Term
-from pretrain.merge.safetensors_io import elements
-from pretrain.merge.sources import WeightSource, open_weights, same_tensor
+from pretrain.weights.dtypes import FLOATS
+from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.source import WeightSource, open_weights, same_tensor
 
 FIGURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "equal", "not_finite")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.kernels import FLOATS, exact_sum
 from pretrain.merge.plan import Term
-from pretrain.merge.safetensors_io import elements
+from pretrain.weights.dtypes import FLOATS, exact_sum
+from pretrain.weights.formats.safetensors_file import elements
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 from data_pipeline.native import function
 from pretrain.merge import dare
 from pretrain.merge.blocks import Block
-from pretrain.merge.kernels import FLOATS, Kind
 from pretrain.merge.parts import Part
 from pretrain.merge.plan import Term
+from pretrain.weights.dtypes import FLOATS, Kind
 
 WIDER = 4
 """times the elements of a block that numpy's passes work on: nothing but the result is held, and writes are dearer

@@ -16,9 +16,9 @@ import numpy as np
 from data_pipeline.errors import UserError
 from pretrain.merge import fused
 from pretrain.merge.blocks import Workers
-from pretrain.merge.kernels import BLOCK, exact_sum
 from pretrain.merge.plan import TensorJob
-from pretrain.merge.safetensors_io import elements
+from pretrain.weights.dtypes import BLOCK, exact_sum
+from pretrain.weights.formats.safetensors_file import elements
 
 FLAT, TINY = 1e-7, 1e-6
 """mergekit's bounds: a norm up to which a vector has no direction; a sum up to which there is no estimate"""

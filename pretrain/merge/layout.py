@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
 from pretrain.merge.plan import OutputFile
-from pretrain.merge.safetensors_io import DTYPES, Info, elements, layout
+from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements, layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ import xxhash
 import yaml
 
 from pretrain.merge.plan import letter
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.source import WeightSource
 
 DEPTH = 20
 

@@ -12,10 +12,10 @@ import xxhash
 
 from pretrain.merge.blocks import Workers
 from pretrain.merge.journal import Done, Journal
-from pretrain.merge.kernels import SPAN
 from pretrain.merge.plan import Plan, TensorJob
-from pretrain.merge.safetensors_io import DTYPES, elements
 from pretrain.merge.writer import Key
+from pretrain.weights.dtypes import SPAN
+from pretrain.weights.formats.safetensors_file import DTYPES, elements
 
 
 @dataclass

@@ -8,15 +8,15 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.assemble import Decided
-from pretrain.merge.kernels import FLOATS
 from pretrain.merge.mergekit_parameters import parameter
 from pretrain.merge.mergekit_yaml import BASED, SPANNED, Input, MergekitFile, Slice
 from pretrain.merge.plan import Method, Term, letter
 from pretrain.merge.resolve import Blend
-from pretrain.merge.safetensors_io import Info
 from pretrain.merge.shares import normalized
-from pretrain.merge.sources import WeightSource, same_tensor
 from pretrain.merge.vocabulary import is_vocabulary
+from pretrain.weights.dtypes import FLOATS
+from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.source import WeightSource, same_tensor
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 

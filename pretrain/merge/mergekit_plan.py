@@ -13,13 +13,13 @@ from pretrain.merge.mergekit_blend import Maker, Want
 from pretrain.merge.mergekit_template import template_text, with_template
 from pretrain.merge.mergekit_vocabulary import same_tokens
 from pretrain.merge.mergekit_yaml import MergekitFile, Slice
-from pretrain.merge.model_config import with_layers
 from pretrain.merge.plan import Plan, letter
 from pretrain.merge.prepare import Opened
 from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.rules import split_layer
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import ADVICE, aligned
+from pretrain.weights.model_config import with_layers
+from pretrain.weights.source import WeightSource, open_weights
 
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
 """parts of the names of tensors that stand before the layers; the others outside layers, and GPT-NeoX's head, stand

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import as_json, read
-from pretrain.merge.folder import parse_json
-from pretrain.merge.sources import WeightSource
 from pretrain.merge.vocabulary_view import View
+from pretrain.weights.companions import as_json, read
+from pretrain.weights.folder import parse_json
+from pretrain.weights.source import WeightSource
 
 NAME = "chat_template.jinja"
 ELSEWHERE = ("tokenizer_config.json", "chat_template.json")

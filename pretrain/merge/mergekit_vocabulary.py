@@ -14,7 +14,6 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.merge.mergekit_tokens import TokenRow, Tokens
-from pretrain.merge.sources import WeightSource
 from pretrain.merge.vocabulary import check_alike, is_embedding, vocabulary_names
 from pretrain.merge.vocabulary_files import (
     FILE,
@@ -24,6 +23,7 @@ from pretrain.merge.vocabulary_files import (
     with_tokenizer,
 )
 from pretrain.merge.vocabulary_view import MADE, Rows, View, stored_name
+from pretrain.weights.source import WeightSource
 
 Places = dict[int, tuple[tuple[int, int], ...] | None]
 

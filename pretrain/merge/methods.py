@@ -16,10 +16,10 @@ import numpy as np
 from pretrain.merge import breadcrumbs, dare, fused, gram, rescale, sce, slerp, ties
 from pretrain.merge.blocks import Block, Workers
 from pretrain.merge.fused import Election, Pass
-from pretrain.merge.kernels import Kind, accumulator
 from pretrain.merge.parts import Part
 from pretrain.merge.plan import TensorJob, Term
-from pretrain.merge.safetensors_io import elements
+from pretrain.weights.dtypes import Kind, accumulator
+from pretrain.weights.formats.safetensors_file import elements
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from pretrain.merge.assemble import Decided, assemble, refusal
-from pretrain.merge.kernels import FLOATS
 from pretrain.merge.lineage import lineage_notes, twin_notes
 from pretrain.merge.plan import BASED, Method, Options, Plan, Term, Why, letter
 from pretrain.merge.quantised import quantised_inputs
 from pretrain.merge.request import Request
 from pretrain.merge.resolve import Blend
 from pretrain.merge.rules import Rules
-from pretrain.merge.safetensors_io import Info
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.dtypes import FLOATS
+from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.source import WeightSource
 
 ADVICE = {
     "missing": "--only narrows what is mixed, --copy-rest says from whom the rest is taken",

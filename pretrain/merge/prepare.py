@@ -12,8 +12,8 @@ from pretrain.merge.plan import Plan, letter
 from pretrain.merge.planner import Planner
 from pretrain.merge.request import Request
 from pretrain.merge.rules import Rules
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned
+from pretrain.weights.source import WeightSource, open_weights
 
 
 @dataclass(frozen=True)

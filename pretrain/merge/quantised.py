@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain.merge.model_config import read_config
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.model_config import read_config
+from pretrain.weights.source import WeightSource
 
 CODES = ("U8", "I8", "I16", "I32")
 """dtypes of packed codes; positions and other counters are I64"""

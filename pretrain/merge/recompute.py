@@ -12,13 +12,13 @@ import xxhash
 
 from data_pipeline.errors import ReadError, UserError
 from pretrain.merge.blocks import Workers, spans
-from pretrain.merge.digests import of_names, of_tensor
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.methods import Compute, prepare
 from pretrain.merge.plan import TensorJob
-from pretrain.merge.safetensors_io import SafetensorsFile, elements
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.writer import rounded
+from pretrain.weights.digests import of_names, of_tensor
+from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.formats.safetensors_file import SafetensorsFile, elements
+from pretrain.weights.source import WeightSource, open_weights
 
 UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"
 RELATIVE = " (its path is relative: verify where the merge was made)"

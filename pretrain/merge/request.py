@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.kernels import FLOATS
 from pretrain.merge.layout import SHARD_SIZE
 from pretrain.merge.plan import BASED, METHODS, letter
 from pretrain.merge.shares import densities_of, finite_weights, weights_of
+from pretrain.weights.dtypes import FLOATS
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 
 from pretrain.merge import fused
 from pretrain.merge.blocks import Block, Workers
-from pretrain.merge.kernels import BLOCK, Kind, exact_sum
 from pretrain.merge.parts import Part
 from pretrain.merge.plan import Term
+from pretrain.weights.dtypes import BLOCK, Kind, exact_sum
 
 SHORTEST = 1e-7
 """a norm below which nothing is rescaled; mergekit's, so that its files give its results"""

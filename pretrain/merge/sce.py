@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pretrain.merge.blocks import Block, Workers, spans
-from pretrain.merge.kernels import BLOCK, Kind, exact_sum
 from pretrain.merge.parts import Cut
 from pretrain.merge.plan import TensorJob, Term
-from pretrain.merge.safetensors_io import elements
 from pretrain.merge.ties import HALF, largest
+from pretrain.weights.dtypes import BLOCK, Kind, exact_sum
+from pretrain.weights.formats.safetensors_file import elements
 
 LEAST = 1e-6
 """mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""

@@ -14,13 +14,13 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, join
 from pretrain.merge.betas import folder_names
 from pretrain.merge.diff import table
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened
 from pretrain.merge.score import Command, Figures, metric_of, telling
 from pretrain.merge.tool import RECORD, check_apart, execute
 from pretrain.merge.workplace import Workplace, discard
 from pretrain.merge.writer import Progress
+from pretrain.weights.dtypes import BLOCK
 
 RESULTS = "sweep.json"
 

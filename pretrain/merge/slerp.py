@@ -10,8 +10,8 @@ import numpy as np
 
 from pretrain.merge import fused
 from pretrain.merge.blocks import Workers
-from pretrain.merge.kernels import BLOCK, exact_sum
 from pretrain.merge.plan import Term
+from pretrain.weights.dtypes import BLOCK, exact_sum
 
 COLINEAR = 0.9995
 SHORTEST = 1e-8

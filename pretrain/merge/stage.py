@@ -13,13 +13,13 @@ from data_pipeline.storage.files import publish
 from pretrain.merge.output_folder import link_or_copy
 from pretrain.merge.prepare import open_inputs, prepare
 from pretrain.merge.request import request
-from pretrain.merge.sources import FROZEN, WeightSource
 from pretrain.merge.tool import RECORD, execute
 from pretrain.merge.writer import Progress
 from pretrain.recipe.load import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
 from pretrain.run.identity import ABSENT, check_run_folder
 from pretrain.run.lock import FolderLock
+from pretrain.weights.source import FROZEN, WeightSource
 
 
 def run_merge_stage(
@@ -114,7 +114,7 @@ def _figures(folder: Path, wanted: Evaluation) -> dict[str, float]:
     """Held-out figures of the merged weights, by the names that a training stage gives them."""
     if not wanted.zero_shot and not wanted.perplexity:
         return {}
-    from pretrain.build import load_trained, stage_tokenizer
+    from pretrain.build.objective import load_trained, stage_tokenizer
     from pretrain.evaluate.suite import ALONE, evaluate, flat
 
     objective, trained = load_trained(str(folder / "weights"))

@@ -10,15 +10,15 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import join
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.plan import Plan
 from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.request import request
-from pretrain.merge.safetensors_io import elements
 from pretrain.merge.scored_sweep import run_sweep
 from pretrain.merge.shares import resolve_weights
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.writer import Progress, combine_range
+from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.source import WeightSource, open_weights
 
 Place = TypeVar("Place", Path, str)
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from pretrain.merge import fused
 from pretrain.merge.blocks import Block, Workers, spans
-from pretrain.merge.kernels import BITS, Kind
 from pretrain.merge.parts import Cut
 from pretrain.merge.plan import Term
+from pretrain.weights.dtypes import BITS, Kind
 
 HALF = 1 << 16
 FEW = 1 << 14

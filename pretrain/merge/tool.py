@@ -16,10 +16,8 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join, read_bytes, remove, sizes
-from pretrain.merge import card, digests
-from pretrain.merge.companions import read
+from pretrain.merge import card
 from pretrain.merge.describe import ROUNDING, THETA
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.layout import INDEX
 from pretrain.merge.lineage import ancestors
 from pretrain.merge.local_output import LocalOutput
@@ -29,9 +27,12 @@ from pretrain.merge.prepare import Opened, prepare
 from pretrain.merge.record import jobs_plain, sealed
 from pretrain.merge.remote_output import MARK, RemoteOutput, half_published, uploaded_folder
 from pretrain.merge.request import request
-from pretrain.merge.sources import FROZEN
 from pretrain.merge.writer import Output, Progress, write_tensors, written
 from pretrain.run.address import locate
+from pretrain.weights import digests
+from pretrain.weights.companions import read
+from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.source import FROZEN
 
 RECORD = "merge.json"
 OPEN = 200

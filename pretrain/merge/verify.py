@@ -12,17 +12,17 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import join, sizes
 from pretrain.merge.blocks import Workers
 from pretrain.merge.diff import places_of
-from pretrain.merge.folder import Folder
 from pretrain.merge.layout import INDEX
 from pretrain.merge.plan import TensorJob, letter
 from pretrain.merge.recompute import CHANGED, UNCHANGED, Progress, differing, open_inputs_of, read_digest
 from pretrain.merge.record import is_sealed, jobs_of
-from pretrain.merge.safetensors_io import Info, SafetensorsFile
-from pretrain.merge.sources import FROZEN, WeightSource
 from pretrain.merge.tool import RECORD
 from pretrain.merge.verify_report import Level, Report
 from pretrain.merge.verify_weights import check_file, open_file
 from pretrain.merge.vocabulary import EMBEDDING
+from pretrain.weights.folder import Folder
+from pretrain.weights.formats.safetensors_file import Info, SafetensorsFile
+from pretrain.weights.source import FROZEN, WeightSource
 
 CHUNKS = 32
 

@@ -10,12 +10,12 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from pretrain.merge.blocks import Workers
-from pretrain.merge.digests import of_file, of_tensor
-from pretrain.merge.folder import Folder
-from pretrain.merge.kernels import BLOCK
 from pretrain.merge.recompute import Progress
-from pretrain.merge.safetensors_io import SafetensorsFile, elements
 from pretrain.merge.verify_report import Report
+from pretrain.weights.digests import of_file, of_tensor
+from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.folder import Folder
+from pretrain.weights.formats.safetensors_file import SafetensorsFile, elements
 
 # dtype -> unsigned integers of its size, bits without the sign, and those of infinity; above them is NaN
 INFINITY = {

@@ -9,10 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import adapted_config, as_json, read
-from pretrain.merge.folder import parse_json
 from pretrain.merge.plan import letter
-from pretrain.merge.sources import WeightSource
 from pretrain.merge.vocabulary_files import (
     FILE,
     STALE,
@@ -23,6 +20,9 @@ from pretrain.merge.vocabulary_files import (
     with_tokenizer,
 )
 from pretrain.merge.vocabulary_view import Rows, View, stored_name
+from pretrain.weights.companions import adapted_config, as_json, read
+from pretrain.weights.folder import parse_json
+from pretrain.weights.source import WeightSource
 
 RULES = ("first", "intersect", "pad", "union")
 EMBEDDING = re.compile(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import adapted_config, as_json, read
-from pretrain.merge.folder import parse_json
 from pretrain.merge.vocabulary_ids import read_ids
+from pretrain.weights.companions import adapted_config, as_json, read
+from pretrain.weights.folder import parse_json
 
 FILE = "tokenizer.json"
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pretrain.merge.companions import read
-from pretrain.merge.folder import parse_json
+from pretrain.weights.companions import read
+from pretrain.weights.folder import parse_json
 
 Companions = Mapping[str, Path | bytes]
 MODELS = ("tokenizer.model", "spiece.model")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pretrain.merge.kernels import narrow
-from pretrain.merge.safetensors_io import DTYPES, Info, elements
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.dtypes import narrow
+from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements
+from pretrain.weights.source import WeightSource
 
 MADE = -1
 BLOCK = 1 << 20

@@ -10,14 +10,15 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from pretrain.merge import digests, fused, overflow
+from pretrain.merge import fused, overflow
 from pretrain.merge.blocks import Block, Workers, spans
 from pretrain.merge.journal import Done
-from pretrain.merge.kernels import BLOCK, narrow_into
 from pretrain.merge.methods import Compute, prepare
 from pretrain.merge.plan import Plan, TensorJob, Term
-from pretrain.merge.safetensors_io import DTYPES, elements
-from pretrain.merge.sources import WeightSource
+from pretrain.weights import digests
+from pretrain.weights.dtypes import BLOCK, narrow_into
+from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.source import WeightSource
 
 MANY = 4  # outputs in order of which several spans may be held
 
@@ -54,7 +55,7 @@ class Output(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """Digests (pretrain.merge.digests) of an output.
+    """Digests (pretrain.weights.digests) of an output.
 
     tensors, files: by name. inputs: of every source, by name, the tensors that were read.
     overflow: tensors with elements that are not finite though all inputs are, and how many.

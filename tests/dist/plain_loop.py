@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline.batches.batch_builder import BatchMaker
-from pretrain.build import build
+from pretrain.build.objective import build
 from pretrain.objectives.base import loss_tokens
 from pretrain.recipe.schema import TrainStage
 from pretrain.rows import to_device
 from pretrain.schedule import learning_rate
-from pretrain.streams import stage_specs
+from pretrain.build.streams import stage_specs
 
 
 def groups(model: torch.nn.Module, decay: float) -> list[dict]:

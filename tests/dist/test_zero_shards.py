@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights
-from pretrain.merge.safetensors_io import elements
-from pretrain.merge.zero_shards import ZeroShards
+from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.formats.zero_shards import ZeroShards
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.dist

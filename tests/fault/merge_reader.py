@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.safetensors_io import elements
-from pretrain.merge.sources import open_weights
+from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.source import open_weights
 
 MEMORY = 1 << 30
 SECONDS = 120

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, journal, kernels, local_output, merge, output_folder, plan
+from pretrain.merge import blocks, journal, local_output, merge, output_folder, plan
 from pretrain.merge.output_folder import partial_of
+from pretrain.weights import dtypes
 from tests.pretrain.merge.build import floats, write
 
 SPAN = 64
@@ -35,7 +36,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, kernels, local_output):
+    for module in (blocks, dtypes, local_output):
         monkeypatch.setattr(module, "SPAN", SPAN)
 
 

@@ -21,8 +21,8 @@ from pretrain.merge.verify import verify
 from tests.launch.helpers import ROOT
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.test_remote_output import objects
-from tests.pretrain.merge.test_remote_sources import upload
 from tests.pretrain.merge.test_remote_sweep import PEAK, run, tree
+from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import KINDS, Proxy
 from tests.support.s3_server import faulty_s3
 

@@ -11,9 +11,9 @@ import pytest
 
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.order.digest import hex16
+from pretrain.build.streams import stage_specs
 from pretrain.recipe.load import load_recipe
 from pretrain.run import metrics_log
-from pretrain.streams import stage_specs
 
 RECIPE = "configs/flip/small.yaml"
 STEPS = 3

@@ -18,10 +18,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from launch.demo_pictures import caption_cards, masked_cards, sample_cards
 from launch.demo_report import write
-from pretrain.build import build, load_trained, read_stage, stage_tokenizer
+from pretrain.build.objective import build, load_trained, read_stage, stage_tokenizer
+from pretrain.build.streams import stage_specs
 from pretrain.recipe.load import dump_plain, load_recipe, stage_record
 from pretrain.rows import to_device
-from pretrain.streams import stage_specs
 from tests.pretrain.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 from tests.support import tiny
 

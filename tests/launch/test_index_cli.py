@@ -16,8 +16,8 @@ from data_pipeline.sources.tar import TarWriter
 from data_pipeline.storage.files import publish_table
 from launch.data_cli import app
 from launch.index_report import ProgressLine
+from pretrain.build.streams import stream_spec
 from pretrain.recipe.schema import Stream
-from pretrain.streams import stream_spec
 
 runner = CliRunner()
 

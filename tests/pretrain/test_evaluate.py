@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
-from pretrain.build import load_trained, stage_tokenizer
+from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.engine import Runtime
 from pretrain.evaluate.data import shuffled_images
 from pretrain.evaluate.perplexity import token_nll

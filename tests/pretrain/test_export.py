@@ -11,10 +11,10 @@ import torch
 from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from pretrain import export as export_module
-from pretrain.build import load_trained
+from pretrain.build.objective import load_trained
+from pretrain.build.streams import stage_specs
 from pretrain.export import export
 from pretrain.rows import Rows, to_device
-from pretrain.streams import stage_specs
 
 CAPTIONS = [
     "a red square number 7",
@@ -56,7 +56,7 @@ def test_open_clip_tokenizes_as_the_training_did(tiny_runs: Path, tmp_path: Path
     import open_clip
 
     from data_pipeline.transforms.tokenizers import caption_row
-    from pretrain.build import stage_tokenizer
+    from pretrain.build.objective import stage_tokenizer
 
     address = str(tiny_runs / "runs" / "flip" / "main")
     folder = export(address, "open_clip", tmp_path / "clip")
@@ -87,7 +87,7 @@ def test_transformers_gives_the_same_logits(tiny_runs: Path, tmp_path: Path) -> 
     torch.testing.assert_close(last, logits[:, -1], rtol=0, atol=1e-6)
     assert (folder / "multimodal.safetensors").exists()
 
-    from pretrain.build import stage_tokenizer
+    from pretrain.build.objective import stage_tokenizer
 
     tokenizer = stage_tokenizer(stage)
     peer_tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import versions
-from pretrain.build import freeze
+from pretrain.build.module_weights import read_frozen, read_state
+from pretrain.build.objective import freeze
 from pretrain.run.folder import complete_steps
-from pretrain.weights import read_frozen, read_state
 from tests.pretrain import rank
 from tests.support import tiny
 

@@ -21,8 +21,8 @@ from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order.digest import row_digest
 from data_pipeline.transforms.augment import draw_rows
 from data_pipeline.transforms.captions import CaptionSpec, pick_caption
+from pretrain.build.streams import text_spec
 from pretrain.recipe.data import Text
-from pretrain.streams import text_spec
 from tests.support.samples import LENGTH, members, pairs, write_source
 
 LAION_COCO = {

@@ -10,9 +10,9 @@ import numpy as np
 from pretrain.merge.blocks import Workers
 from pretrain.merge.methods import prepare
 from pretrain.merge.plan import TensorJob, Term
-from pretrain.merge.safetensors_io import DTYPES, Info
-from pretrain.merge.sources import WeightSource
 from pretrain.merge.writer import rounded
+from pretrain.weights.formats.safetensors_file import DTYPES, Info
+from pretrain.weights.source import WeightSource
 
 
 class Held:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge import blocks, dare, kernels
+from pretrain.merge import blocks, dare
+from pretrain.weights import dtypes
 from tests.pretrain.merge.build import bf16_bits, floats
 from tests.pretrain.merge.jobs import run
 
@@ -151,7 +152,7 @@ def test_trimming_keeps_exactly_the_largest_and_of_equal_ones_the_first(
 
 def test_the_cut_is_found_in_any_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal entries in several spans: the places before the cut's are counted span by span."""
-    monkeypatch.setattr(kernels, "SPAN", 64)
+    monkeypatch.setattr(dtypes, "SPAN", 64)
     monkeypatch.setattr(blocks, "SPAN", 64)
     values = np.random.default_rng(0).integers(0, 3, 1000).astype(np.float32)
     zero = np.zeros(1000, np.float32)
@@ -246,7 +247,7 @@ def test_bits_depend_neither_on_blocks_nor_on_threads(
     three: list[np.ndarray], method: str, stored: str
 ) -> None:
     def as_stored(values: np.ndarray) -> np.ndarray:
-        return kernels.narrow(values.astype(np.float64), stored)
+        return dtypes.narrow(values.astype(np.float64), stored)
 
     arrays = [as_stored(x) for x in three]
     methods: dict[str, dict[str, Any]] = {"slerp": {"t": 0.4}, "ties": {"normalize": True}}

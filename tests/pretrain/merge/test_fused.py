@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, dare, fused, kernels, merge, ties
+from pretrain.merge import blocks, dare, fused, merge, ties
 from pretrain.merge.plan import Term
-from pretrain.merge.safetensors_io import DTYPES
+from pretrain.weights import dtypes as kernels
+from pretrain.weights.formats.safetensors_file import DTYPES
 from tests.pretrain.merge.build import write_bf16
 from tests.pretrain.merge.jobs import Held, run
 

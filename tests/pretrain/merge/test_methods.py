@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge.kernels import Scratch, accumulator, narrow, widen_into
-from pretrain.merge.safetensors_io import DTYPES
+from pretrain.weights.dtypes import Scratch, accumulator, narrow, widen_into
+from pretrain.weights.formats.safetensors_file import DTYPES
 from tests.pretrain.merge.jobs import linear, run
 
 # (precision in bits, smallest exponent, largest exponent)

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from launch.cli import app
-from pretrain.merge import blocks, fused, journal, kernels, local_output, merge, overflow
+from pretrain.merge import blocks, fused, journal, local_output, merge, overflow
+from pretrain.weights import dtypes
 from tests.pretrain.merge.build import write
 from tests.pretrain.merge.scorers import scorer
 
@@ -92,7 +93,7 @@ def test_sums_that_overflow_on_the_way(tmp_path: Path, passes: str, dtype: str) 
 
 
 def test_counts_outlive_a_kill(models: Path, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, kernels, local_output):
+    for module in (blocks, dtypes, local_output):
         monkeypatch.setattr(module, "SPAN", SPAN)
     whole = merge(["a", "b"], "whole", weights=[1.5, -0.8])
     real, added = journal.Journal.add, []

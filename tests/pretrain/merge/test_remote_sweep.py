@@ -26,7 +26,7 @@ from pretrain.merge.verify import verify
 from tests.pretrain.merge.build import floats, write
 from tests.pretrain.merge.scorers import calls, scorer
 from tests.pretrain.merge.test_remote_output import uploads
-from tests.pretrain.merge.test_remote_sources import upload
+from tests.pretrain.weights.test_remote_source import upload
 from tests.support.s3_server import s3_server
 
 BETAS = [0.0, 0.25, 0.5, 1.0]

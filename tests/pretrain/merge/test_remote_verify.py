@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from launch.cli import app
-from pretrain.merge import merge, remote_file
+from pretrain.merge import merge
 from pretrain.merge.record import sealed
 from pretrain.merge.verify import verify
 from pretrain.merge.verify_report import Report
+from pretrain.weights import byte_file
 from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.test_remote_sources import upload
+from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import Proxy
 from tests.support.s3_server import faulty_s3
 
@@ -106,14 +107,14 @@ def test_an_input_that_changed_or_cannot_be_had(
     assert report.wrong
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
     record = json.loads(storage.read_bytes(f"{merged[0]}/merge.json"))
-    real = remote_file._information
+    real = byte_file._information
 
     def away(url: str) -> tuple[int, str]:
         if f"{root}/a/" in url:
             raise ReadError(f"{url} cannot be had after 2 tries: 503")
         return real(url)
 
-    monkeypatch.setattr(remote_file, "_information", away)
+    monkeypatch.setattr(byte_file, "_information", away)
     report = verify(merged[0])
     assert [state for _, state in report.inputs] == ["not reached", "gone"]
     assert not report.wrong
@@ -133,8 +134,8 @@ def test_over_faults_nothing_else_is_found(
     merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small blocks, so that there are many requests; a fifth of them fails."""
-    monkeypatch.setattr(remote_file, "LARGEST_BLOCK", 1 << 15)
-    monkeypatch.setattr(remote_file, "SMALLEST_BLOCK", 1 << 15)
+    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 15)
+    monkeypatch.setattr(byte_file, "SMALLEST_BLOCK", 1 << 15)
     proxy = store[1]
     proxy.forget()
     proxy.rate = 0.2
@@ -150,13 +151,13 @@ def test_a_store_that_stops_answering_is_no_verdict(
     merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
-    real = remote_file.RemoteFile.read
+    real = byte_file.RemoteFile.read
 
-    def read(self: remote_file.RemoteFile, start: int, stop: int) -> memoryview:
+    def read(self: byte_file.RemoteFile, start: int, stop: int) -> memoryview:
         store[1].rate, store[1].kinds = 1.0, ("503",)
         return real(self, start, stop)
 
-    monkeypatch.setattr(remote_file.RemoteFile, "read", read)
+    monkeypatch.setattr(byte_file.RemoteFile, "read", read)
     try:
         with pytest.raises(ReadError, match="cannot be had"):
             verify(merged[0])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from data_pipeline.errors import UserError
 from pretrain.merge import fused, interpolated, merge, parse_betas, sweep
 from pretrain.merge.betas import folder_names
-from pretrain.merge.sources import WeightSource
+from pretrain.weights.source import WeightSource
 from tests.pretrain.merge.build import floats, write, write_bf16
 
 

@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
-from pretrain.merge.digests import fingerprint
 from pretrain.merge.recompute import chunks
 from pretrain.merge.record import is_sealed, jobs_of, jobs_plain, sealed
-from pretrain.merge.remote_file import LocalFile
 from pretrain.merge.request import Rule
 from pretrain.merge.tool import plan
 from pretrain.merge.verify import verify
 from pretrain.merge.verify_report import Report
+from pretrain.weights.byte_file import LocalFile
+from pretrain.weights.digests import fingerprint
 from tests.pretrain.merge.build import floats, write, write_bf16
 
 CONFIG = {"model_type": "llama", "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2}

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, plan
-from pretrain.merge.sources import WeightSource, open_weights
 from pretrain.merge.vocabulary import aligned, vocabulary_names
+from pretrain.weights.source import WeightSource, open_weights
 from tests.pretrain.merge.build import floats, write
 
 WIDTH = 6

@@ -10,6 +10,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import MAX_PIXELS
+from pretrain.build.streams import evaluation_spec, stream_spec
 from pretrain.recipe.checks import nearest_divisors, predecessors, world_size_check
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps, main_stream, total_steps, warns
@@ -19,7 +20,6 @@ from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.identity import compare_identity
 from pretrain.schedule import peak_rate
-from pretrain.streams import evaluation_spec, stream_spec
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "cluster" not in path.parts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.remote_file import ByteFile, open_file
+from pretrain.weights.byte_file import ByteFile, open_file
 
 # In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
 # BF16 and the 8-bit floats have no numpy type and travel as their bits.

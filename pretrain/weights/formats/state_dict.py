@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.remote_file import ByteFile
-from pretrain.merge.safetensors_io import Info, is_name
-from pretrain.merge.torch_zip import Tensor, TorchFile
+from pretrain.weights.byte_file import ByteFile
+from pretrain.weights.formats.safetensors_file import Info, is_name
+from pretrain.weights.formats.torch_file import Tensor, TorchFile
 
 INSIDE = ("state_dict", "model_state_dict", "model", "module")
 WRAPPED = "module."  # what DistributedDataParallel puts before every name, and open_clip's checkpoints keep

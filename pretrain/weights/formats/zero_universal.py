@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.folder import Folder
-from pretrain.merge.remote_file import ByteFile
-from pretrain.merge.safetensors_io import Info, elements, is_name
-from pretrain.merge.torch_zip import Tensor, TorchFile
+from pretrain.weights.byte_file import ByteFile
+from pretrain.weights.folder import Folder
+from pretrain.weights.formats.safetensors_file import Info, elements, is_name
+from pretrain.weights.formats.torch_file import Tensor, TorchFile
 
 MASTER = "fp32.pt"
 SIDE_BY_SIDE = 8

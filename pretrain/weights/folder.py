@@ -19,7 +19,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
 from data_pipeline.storage.files import is_remote, join, local_path
-from pretrain.merge.remote_file import Blocks, ByteFile, RemoteFile, open_file
+from pretrain.weights.byte_file import Blocks, ByteFile, RemoteFile, open_file
 
 MAX_JSON = 256 << 20
 BLOBS = "blobs"  # where the Hugging Face cache keeps the files that its snapshots link to

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.folder import Folder
-from pretrain.merge.kernels import narrow
-from pretrain.merge.remote_file import ByteFile
-from pretrain.merge.safetensors_io import DTYPES, MAX_DIMENSIONS, Info, elements, is_name, short
-from pretrain.merge.torch_zip import Stub, Tensor, TorchFile
+from pretrain.weights.byte_file import ByteFile
+from pretrain.weights.dtypes import narrow
+from pretrain.weights.folder import Folder
+from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS, Info, elements, is_name, short
+from pretrain.weights.formats.torch_file import Stub, Tensor, TorchFile
 
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")

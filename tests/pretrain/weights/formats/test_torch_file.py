@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import torch_pickle
-from pretrain.merge.torch_zip import Tensor, TorchFile
+from pretrain.weights.formats import torch_pickle
+from pretrain.weights.formats.torch_file import Tensor, TorchFile
 
 torch = pytest.importorskip("torch")
 

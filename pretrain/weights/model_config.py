@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.merge.companions import as_json, read
-from pretrain.merge.folder import parse_json
+from pretrain.weights.companions import as_json, read
+from pretrain.weights.folder import parse_json
 
 CONFIG = "config.json"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

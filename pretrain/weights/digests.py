@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import xxhash
 
-from pretrain.merge.kernels import SPAN
-from pretrain.merge.remote_file import ByteFile
+from pretrain.weights.byte_file import ByteFile
+from pretrain.weights.dtypes import SPAN
 
 RULE = f"xxh64 of the xxh64 (8 bytes, big-endian) of every {SPAN:,} elements as stored"
 FILE_RULE = "xxh64 of the header and of its tensors' digests (8 bytes, big-endian) in the order of the file"

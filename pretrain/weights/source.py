@@ -13,19 +13,19 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote
-from pretrain.merge import companions, hub
-from pretrain.merge.digests import fingerprint
-from pretrain.merge.folder import Folder, not_a_pointer
-from pretrain.merge.origins import origins
-from pretrain.merge.remote_file import ByteFile, LocalFile, open_file
-from pretrain.merge.safetensors_io import Info, SafetensorsFile, elements, short
-from pretrain.merge.state_dict import StateDict
-from pretrain.merge.tied_weights import says_tied, tied_names
-from pretrain.merge.universal import Universal, is_universal
-from pretrain.merge.weight_folder import FROZEN, OTHERS, weight_files
-from pretrain.merge.zero_shards import ZeroShards, is_zero_folder
 from pretrain.run.address import WHICH, Located, locate
 from pretrain.run.folder import step_of
+from pretrain.weights import companions, hub
+from pretrain.weights.byte_file import ByteFile, LocalFile, open_file
+from pretrain.weights.digests import fingerprint
+from pretrain.weights.folder import Folder, not_a_pointer
+from pretrain.weights.formats.safetensors_file import Info, SafetensorsFile, elements, short
+from pretrain.weights.formats.state_dict import StateDict
+from pretrain.weights.formats.zero_shards import ZeroShards, is_zero_folder
+from pretrain.weights.formats.zero_universal import Universal, is_universal
+from pretrain.weights.origins import origins
+from pretrain.weights.tied_weights import says_tied, tied_names
+from pretrain.weights.weight_folder import FROZEN, OTHERS, weight_files
 
 BLOCK = 1 << 20
 
@@ -135,7 +135,7 @@ class WeightSource:
 
     @cached_property
     def lineage(self) -> frozenset[str]:
-        """What the weights come from, as the files beside them say (see pretrain.merge.origins)."""
+        """What the weights come from, as the files beside them say (see pretrain.weights.origins)."""
         return origins(self.address, self.folder)
 
     @property

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.companions import COMPANIONS, TEXTS
-from pretrain.merge.folder import MAX_JSON, Folder
-from pretrain.merge.remote_file import ByteFile, LocalFile
-from pretrain.merge.safetensors_io import short
-from pretrain.merge.weight_folder import weight_files
+from pretrain.weights.byte_file import ByteFile, LocalFile
+from pretrain.weights.companions import COMPANIONS, TEXTS
+from pretrain.weights.folder import MAX_JSON, Folder
+from pretrain.weights.formats.safetensors_file import short
+from pretrain.weights.weight_folder import weight_files
 
 BESIDE = ("README.md", "merge.json")  # they say where weights come from, and what is tied
 AWAY = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")

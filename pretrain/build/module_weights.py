@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from pretrain.merge.sources import WeightSource, open_weights
+from pretrain.weights.source import WeightSource, open_weights
 
 TORCH_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from data_pipeline.errors import UserError
-from pretrain.merge.safetensors_io import SafetensorsFile, layout
+from pretrain.weights.formats.safetensors_file import SafetensorsFile, layout
 
 TENSORS = {
     "z.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pretrain.merge.safetensors_io import DTYPES
+from pretrain.weights.formats.safetensors_file import DTYPES
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK = 1 << 16

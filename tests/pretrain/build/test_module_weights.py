@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from pretrain.weights import load_into, read_frozen, read_state, write_frozen
+from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
 
 
 class Reader(nn.Module):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.merge.safetensors_io import DTYPES, MAX_DIMENSIONS, elements
-from pretrain.merge.zip_directory import Entry
+from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS, elements
+from pretrain.weights.formats.zip_directory import Entry
 
 if TYPE_CHECKING:
-    from pretrain.merge.torch_zip import TorchFile
+    from pretrain.weights.formats.torch_file import TorchFile
 
 LARGEST_EXPANDED = 64 << 20
 """Bytes of the largest tensor that may be larger than its storage (made by `expand`)."""

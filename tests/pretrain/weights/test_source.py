@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
-from pretrain.merge.companions import adapted_config
-from pretrain.merge.sources import WeightSource, open_weights
-from pretrain.merge.tied_weights import tied_names
+from pretrain.weights.companions import adapted_config
+from pretrain.weights.source import WeightSource, open_weights
+from pretrain.weights.tied_weights import tied_names
 from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.test_zero_layout import numbered, stage_2
+from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2
 
 torch = pytest.importorskip("torch")
 

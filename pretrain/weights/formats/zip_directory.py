@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from pretrain.merge.remote_file import ByteFile
+from pretrain.weights.byte_file import ByteFile
 
 # Signatures and records of PKWARE's APPNOTE, sections 4.3.7 to 4.3.16.
 LOCAL, CENTRAL, END, END_64, LOCATOR_64 = (

@@ -16,7 +16,7 @@ import pytest
 from pretrain.merge import merge
 from tests.launch.helpers import ROOT
 from tests.pretrain.merge.build import floats, read_bytes, write
-from tests.pretrain.merge.hub_server import SIGNATURE, TOKEN, Hub, hub_server
+from tests.support.hub_server import SIGNATURE, TOKEN, Hub, hub_server
 
 pytest.importorskip("huggingface_hub")
 

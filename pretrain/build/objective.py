@@ -13,6 +13,7 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
+from pretrain.build.module_weights import load_into, read_frozen, read_state
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.multimodal import Multimodal, new_llm
 from pretrain.models.visual import FrozenTower
@@ -22,7 +23,6 @@ from pretrain.objectives.sphinx import Sphinx
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage, Vision
 from pretrain.run.address import locate
-from pretrain.weights import load_into, read_frozen, read_state
 
 
 def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:

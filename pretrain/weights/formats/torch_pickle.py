@@ -7,8 +7,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.merge.safetensors_io import DTYPES, MAX_DIMENSIONS
-from pretrain.merge.torch_tensor import Storage, Tensor, checked_tensor
+from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS
+from pretrain.weights.formats.torch_tensor import Storage, Tensor, checked_tensor
 
 STORAGES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",

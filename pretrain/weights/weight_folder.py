@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.folder import WEIGHTS, Folder
+from pretrain.weights.folder import WEIGHTS, Folder
 
 FROZEN = "frozen.safetensors"
 INDEX = ".index.json"

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from pretrain.merge.zero_shards import ZeroShards
+from pretrain.weights.formats.zero_shards import ZeroShards
 
 torch = pytest.importorskip("torch")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.folder import Folder, not_a_pointer, parse_json
-from pretrain.merge.remote_file import open_file
+from pretrain.weights.byte_file import open_file
+from pretrain.weights.folder import Folder, not_a_pointer, parse_json
 
 COMPANIONS = (
     "config.json", "generation_config.json", "open_clip_config.json", "preprocessor_config.json",

@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from pretrain.merge import merge, remote_file
-from pretrain.merge.remote_file import Blocks, RemoteFile
-from pretrain.merge.safetensors_io import elements
-from pretrain.merge.sources import WeightSource, open_weights
+from pretrain.merge import merge
+from pretrain.weights import byte_file
+from pretrain.weights.byte_file import Blocks, RemoteFile
+from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.source import WeightSource, open_weights
 from tests.pretrain.merge.build import floats, read_bytes, write
-from tests.pretrain.merge.test_zero_layout import numbered, stage_2, stage_3
+from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2, stage_3
 from tests.support.s3_server import faulty_s3, s3_server
 
 torch = pytest.importorskip("torch")
@@ -173,7 +174,7 @@ def test_a_local_file_changed_after_it_was_opened_is_an_error(tmp_path: Path) ->
 def test_headers_come_by_small_ranges_and_each_byte_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_file, "LARGEST_BLOCK", 1 << 20)
+    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 20)
     with faulty_s3() as (root, proxy):
         tensors = {f"w{i}": floats(i, 500_000) for i in range(4)}
         write(tmp_path / "m", tensors)
@@ -203,9 +204,9 @@ def test_reads_go_on_over_faults(tmp_path: Path) -> None:
 
 
 def test_blocks_are_bounded_however_much_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_file, "LARGEST_BLOCK", 1 << 14)
-    monkeypatch.setattr(remote_file, "SMALLEST_BLOCK", 1 << 14)
-    monkeypatch.setattr(remote_file, "BUDGET", 1 << 16)
+    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 14)
+    monkeypatch.setattr(byte_file, "SMALLEST_BLOCK", 1 << 14)
+    monkeypatch.setattr(byte_file, "BUDGET", 1 << 16)
     data = np.random.default_rng(0).bytes(1 << 20)
     storage.publish(f"{bucket}/block", data)
     blocks = Blocks(1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.remote_file import ByteFile, open_file
-from pretrain.merge.safetensors_io import short
-from pretrain.merge.torch_pickle import Stub, Unpickler
-from pretrain.merge.torch_tensor import Storage, Tensor
-from pretrain.merge.zip_directory import STORED, ZipDirectory
+from pretrain.weights.byte_file import ByteFile, open_file
+from pretrain.weights.formats.safetensors_file import short
+from pretrain.weights.formats.torch_pickle import Stub, Unpickler
+from pretrain.weights.formats.torch_tensor import Storage, Tensor
+from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
 MAX_PICKLE = 64 << 20
 
