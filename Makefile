@@ -36,7 +36,7 @@ bench: $(VENV)
 $(VENV): $(MADE)
 
 # A complete environment is brought up to date in place; one that an interruption left is made anew.
-$(MADE): pyproject.toml constraints.txt $(wildcard data_pipeline/transforms/*.c pretrain/merge/*.[ch])
+$(MADE): pyproject.toml constraints.txt $(wildcard data_pipeline/transforms/*.c pretrain/merge/methods/csrc/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }

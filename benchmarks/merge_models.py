@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.merge.layout import INDEX, lay_out
+from pretrain.merge.planning.output_layout import INDEX, lay_out
 from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements
 
 POOL = 1 << 22

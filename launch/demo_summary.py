@@ -19,7 +19,7 @@ from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.build.streams import stage_specs
 from pretrain.engine import decay_groups
 from pretrain.evaluate.suite import ALONE, evaluate
-from pretrain.merge.sweep import interpolated
+from pretrain.merge.sweeps.sweep import interpolated
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 from pretrain.rows import to_device

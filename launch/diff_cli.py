@@ -54,7 +54,7 @@ def diff(
     from data_pipeline.errors import UserError
     from data_pipeline.storage.files import publish
     from launch.byte_bar import counting
-    from pretrain.merge.diff import as_csv, compared, lines
+    from pretrain.merge.diff.compare import as_csv, compared, lines
     from pretrain.weights.formats.safetensors_file import elements
     from pretrain.weights.source import open_weights
 
@@ -72,7 +72,7 @@ def diff(
     if csv is not None:
         publish(csv, as_csv(found, depth).encode())
     if picture is not None:
-        from pretrain.merge.diff_picture import picture as drawn
+        from pretrain.merge.diff.heatmap import picture as drawn
 
         publish(picture, drawn(found).encode())
     if json:

@@ -88,7 +88,7 @@ def local_ranks(job: Job, stage: StageJob, environ: Mapping[str, str], command: 
 
 def merge_here(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
     """One merge stage, in this process."""
-    from pretrain.merge.stage import run_merge_stage
+    from pretrain.merge_stage import run_merge_stage
 
     try:
         run_merge_stage(recipe, stage.name, job.folder)

@@ -80,13 +80,13 @@ def merge(
     from data_pipeline.errors import UserError
     from launch.byte_bar import counting
     from launch.resumable import resumable
-    from pretrain.merge.cost import cost
-    from pretrain.merge.describe import as_json as plain
-    from pretrain.merge.describe import formula, summary
-    from pretrain.merge.layout import parse_size
-    from pretrain.merge.overflow import note as overflow_note
+    from pretrain.merge.execute import execute
+    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.planning.cost import cost
+    from pretrain.merge.planning.describe import as_json as plain
+    from pretrain.merge.planning.describe import formula, summary
+    from pretrain.merge.planning.output_layout import parse_size
     from pretrain.merge.spec import load_spec, prepare_spec
-    from pretrain.merge.tool import execute
 
     asked = {
         "beta": beta, "weights": weights, "method": method, "base": base, "lambda": lambda_, "density": density,

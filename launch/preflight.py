@@ -45,7 +45,7 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
     except ValueError:
         raise UserError(f"{path} is not JSON; delete it to run the stage again") from None
     if stage.kind == "merge":
-        from pretrain.merge.stage import is_finished
+        from pretrain.merge_stage import is_finished
 
         resolved = recipe.stages[stage.name]
         return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)

@@ -195,7 +195,7 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
         return ranks.start(stage.name, job.train_command(stage.name))
 
     def merge(stage: StageJob) -> int:
-        from pretrain.merge.stage import run_merge_stage
+        from pretrain.merge_stage import run_merge_stage
 
         run_merge_stage(recipe, stage.name, job.folder)
         return DONE

@@ -56,11 +56,11 @@ def soup(
     from launch.byte_bar import counting
     from launch.guard import guarded
     from launch.resumable import resumable
-    from pretrain.merge.overflow import note as overflow_note
-    from pretrain.merge.prepare import prepare
-    from pretrain.merge.request import request
-    from pretrain.merge.score import parse_command
-    from pretrain.merge.soup import find_soup
+    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.planning.prepare import prepare
+    from pretrain.merge.planning.request import request
+    from pretrain.merge.sweeps.scoring import parse_command
+    from pretrain.merge.sweeps.soup import find_soup
 
     if score_cmd is None and not uniform:
         raise UserError(

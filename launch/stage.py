@@ -19,7 +19,7 @@ def state(recipe_path: str, name: str) -> str:
 
 def merge(recipe_path: str, name: str) -> None:
     """Run a merge stage in this process."""
-    from pretrain.merge.stage import run_merge_stage
+    from pretrain.merge_stage import run_merge_stage
     from pretrain.recipe.load import load_recipe, run_dir
 
     recipe = load_recipe(recipe_path, stage=name)

@@ -65,11 +65,11 @@ def sweep(
     from launch.byte_bar import counting
     from launch.guard import guarded
     from launch.resumable import resumable
-    from pretrain.merge.betas import folder_names, parse_betas
-    from pretrain.merge.overflow import note as overflow_note
-    from pretrain.merge.score import parse_command
-    from pretrain.merge.scored_sweep import run_sweep
-    from pretrain.merge.sweep import plan_sweep
+    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.sweeps.betas import folder_names, parse_betas
+    from pretrain.merge.sweeps.scored_sweep import run_sweep
+    from pretrain.merge.sweeps.scoring import parse_command
+    from pretrain.merge.sweeps.sweep import plan_sweep
 
     if method not in ("linear", "slerp"):
         raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")

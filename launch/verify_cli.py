@@ -39,8 +39,8 @@ def verify(
     Exit codes: 0 nothing is wrong; 1 something is wrong; 2 OUT is not the output of a merge.
     """
     from launch.byte_bar import counting
-    from pretrain.merge.verify import verify as check
-    from pretrain.merge.verify import weight_bytes
+    from pretrain.merge.verify.check_output import verify as check
+    from pretrain.merge.verify.check_output import weight_bytes
     from pretrain.run.exit_codes import FAILED
 
     with counting("verifying", weight_bytes(out) * (2 if full else 1)) as bar:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.build.objective import load_trained, stage_tokenizer, tokenizer_name
-from pretrain.merge.output_folder import new_folder
+from pretrain.merge.output.resumed_folder import new_folder
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip
 from pretrain.recipe.lengths import main_stream

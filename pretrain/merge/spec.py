@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from data_pipeline.errors import UserError
-from pretrain.merge import windows
-from pretrain.merge.layout import SHARD_SIZE, parse_size
-from pretrain.merge.mergekit_plan import open_mergekit, plan_mergekit
-from pretrain.merge.mergekit_yaml import MergekitFile, is_mergekit, parse
-from pretrain.merge.plan import Plan
-from pretrain.merge.prepare import Opened, prepare
-from pretrain.merge.request import Request, Rule, request
+from pretrain.merge.merge_plan import Plan
+from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
+from pretrain.merge.mergekit.yaml_file import MergekitFile, is_mergekit, parse
+from pretrain.merge.planning import checkpoint_windows
+from pretrain.merge.planning.output_layout import SHARD_SIZE, parse_size
+from pretrain.merge.planning.prepare import Opened, prepare
+from pretrain.merge.planning.request import Request, Rule, request
 from pretrain.recipe.fields import Strict
 from pretrain.recipe.schema_errors import describe
 from pretrain.recipe.yaml_file import load_yaml
@@ -91,8 +91,12 @@ class WindowSpec(Strict):
     samples: Range | None = Field(None, description="FIRST:LAST samples consumed, of all streams together.")
     tokens: Range | None = Field(None, description="FIRST:LAST tokens consumed, padding included.")
     every: int = Field(1, description="Only checkpoints whose step this number divides.")
-    schedule: windows.Schedule = Field("uniform", description="How much of each (pretrain.merge.windows).")
-    decay: float | None = Field(None, description=f"Of schedule ema; {windows.DECAY} where it is not given.")
+    schedule: checkpoint_windows.Schedule = Field(
+        "uniform", description="How much of each (pretrain.merge.planning.checkpoint_windows)."
+    )
+    decay: float | None = Field(
+        None, description=f"Of schedule ema; {checkpoint_windows.DECAY} where it is not given."
+    )
 
 
 class MergeSpec(Strict):
@@ -153,7 +157,7 @@ class MergeSpec(Strict):
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
             vocabulary=self.vocabulary,
-            notes=tuple(windows.notes(addresses)) if self.window is not None else (),
+            notes=tuple(checkpoint_windows.notes(addresses)) if self.window is not None else (),
         )
 
     def _inputs(self) -> tuple[list[str], list[float] | None]:
@@ -165,7 +169,7 @@ class MergeSpec(Strict):
             raise UserError(f"a window says inputs and weights itself; leave {' and '.join(given)} out")
         if self.method != "linear":
             raise UserError(f"a window is a linear merge; method {self.method} does not go with it")
-        return windows.expand(windows.Window(**dict(self.window)))
+        return checkpoint_windows.expand(checkpoint_windows.Window(**dict(self.window)))
 
     def _densities(self) -> list[float] | None:
         own = [entry.density for entry in self.inputs if isinstance(entry, InputSpec)]

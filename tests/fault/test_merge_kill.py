@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge import blocks, journal, local_output, merge, output_folder, plan
-from pretrain.merge.output_folder import partial_of
+from pretrain.merge import merge, plan
+from pretrain.merge.methods import blocks
+from pretrain.merge.output import journal, local, resumed_folder
+from pretrain.merge.output.resumed_folder import partial_of
 from pretrain.weights import dtypes
-from tests.pretrain.merge.build import floats, write
+from tests.support.merge_inputs import floats, write
 
 SPAN = 64
 
@@ -36,7 +38,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, dtypes, local_output):
+    for module in (blocks, dtypes, local):
         monkeypatch.setattr(module, "SPAN", SPAN)
 
 
@@ -226,7 +228,7 @@ def test_two_merges_into_one_folder(pair: tuple[str, str], tmp_path: Path) -> No
 
 
 def hold(out: Path, pipe: Any) -> None:
-    with output_folder.new_folder(out, 0) as partial:
+    with resumed_folder.new_folder(out, 0) as partial:
         (partial / "mine").write_text("whole")
         pipe.send("writing")
         pipe.recv()
@@ -260,7 +262,7 @@ def test_a_kill_at_the_very_end_costs_nothing(
     def stop(*_: Any) -> None:
         raise Stopped
 
-    for module, name in ((os, "rename"), (output_folder, "tidy")):
+    for module, name in ((os, "rename"), (resumed_folder, "tidy")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             with pytest.raises(Stopped):

@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.merge.spec import load_spec, prepare_spec
-from tests.pretrain.merge.test_mergekit import FIXTURES
+from tests.pretrain.merge.mergekit.test_plan import FIXTURES
 
 SPECS = [
     "{inputs: [a, b], beta: 0.4, only: layers, copy_rest: B, dtype: bf16, max_shard_size: 1KB}",

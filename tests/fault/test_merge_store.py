@@ -16,14 +16,15 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.errors import ReadError
 from data_pipeline.storage.object_store import ask
-from pretrain.merge import merge, multipart, remote_output, sweep
-from pretrain.merge.verify import verify
+from pretrain.merge import merge, sweep
+from pretrain.merge.output import multipart, remote
+from pretrain.merge.verify.check_output import verify
 from tests.launch.helpers import ROOT
-from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.test_remote_output import objects
-from tests.pretrain.merge.test_remote_sweep import PEAK, run, tree
+from tests.pretrain.merge.output.test_remote import objects
+from tests.pretrain.merge.sweeps.test_remote_sweep import PEAK, run, tree
 from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import KINDS, Proxy
+from tests.support.merge_inputs import floats, write
 from tests.support.s3_server import faulty_s3
 
 BETAS = [0.0, 0.3, 1.0]
@@ -43,7 +44,7 @@ def store(
     server: Store, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
     """A folder of this test's own. Parts are as small as S3 takes them."""
-    monkeypatch.setattr(remote_output, "PART", 5 << 20)
+    monkeypatch.setattr(remote, "PART", 5 << 20)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -159,7 +160,7 @@ def complete(out: str) -> list[str]:
 
 MOMENTS: dict[str, Callable[[str], bool]] = {
     "the first part": lambda out: bool(unfinished(out)),
-    "the first mark": lambda out: any(name.endswith(remote_output.MARK) for name in names(out)),
+    "the first mark": lambda out: any(name.endswith(remote.MARK) for name in names(out)),
     "the first weights": lambda out: any(name.endswith(".safetensors") for name in names(out)),
     "the first output": lambda out: bool(complete(out)),
 }

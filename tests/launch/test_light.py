@@ -13,7 +13,7 @@ from data_pipeline.index.build import build_index
 from pretrain.merge import merge
 from pretrain.recipe.load import dump, load_recipe
 from tests.launch.helpers import ROOT, write_recipe
-from tests.pretrain.merge.build import floats, write
+from tests.support.merge_inputs import floats, write
 from tests.support.tiny import write_pairs
 
 DEMO = str(ROOT / "configs/demo/flip.yaml")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from launch import merge_cli
 from launch.commands import group
-from tests.pretrain.merge.build import floats, write
+from tests.support.merge_inputs import floats, write
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from data_pipeline.errors import UserError
 from launch.job import Job, StageJob
 from launch.preflight import is_done
 from launch.stages import undone
-from pretrain.merge.stage import run_merge_stage
+from pretrain.merge_stage import run_merge_stage
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
-from tests.pretrain.merge.build import floats
-from tests.pretrain.merge.runs import finish, recipe, training
+from tests.support.merge_inputs import floats
+from tests.support.zero_runs import finish, recipe, training
 
 pytest.importorskip("torch")
 

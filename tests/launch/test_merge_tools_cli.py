@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launch.cli import app
-from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.scorers import scorer
+from tests.support.merge_inputs import floats, write
+from tests.support.scorers import scorer
 
 
 @pytest.fixture

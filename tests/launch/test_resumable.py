@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.scorers import scorer
+from tests.support.merge_inputs import floats, write
+from tests.support.scorers import scorer
 
 SLOW = "\nopen('pid', 'w').write(str(os.getpid()))\nimport time; time.sleep(60)\n"
 COMMANDS = {"sweep": ("--betas", "0:1:0.5", "--eval-cmd"), "soup": ("--score-cmd",)}

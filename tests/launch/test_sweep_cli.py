@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from launch import sweep_cli
 from launch.commands import group
-from tests.pretrain.merge.build import floats, write
-from tests.pretrain.merge.scorers import calls, scorer
+from tests.support.merge_inputs import floats, write
+from tests.support.scorers import calls, scorer
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.output_folder import partial_of
-from tests.pretrain.merge.build import bf16_bits, floats, read_bytes, write, write_bf16
+from pretrain.merge.output.resumed_folder import partial_of
+from tests.support.merge_inputs import bf16_bits, floats, read_bytes, write, write_bf16
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from pretrain.merge import merge, open_weights
+from pretrain.merge.execute import execute
 from pretrain.merge.spec import load_spec, prepare_spec
-from pretrain.merge.tool import execute
-from pretrain.merge.vocabulary import vocabulary_names
+from pretrain.merge.vocabulary.align import vocabulary_names
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.merge.layout import parse_size
-from pretrain.merge.mergekit_yaml import MergekitFile
-from pretrain.merge.request import Request, Rule, request
+from pretrain.merge.mergekit.yaml_file import MergekitFile
+from pretrain.merge.planning.output_layout import parse_size
+from pretrain.merge.planning.request import Request, Rule, request
 from pretrain.merge.spec import MergeSpec, load_spec, prepare_spec
-from tests.pretrain.merge.build import floats, write
+from tests.support.merge_inputs import floats, write
 
 
 def asked(text: str, folder: Path) -> Request:

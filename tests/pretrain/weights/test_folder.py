@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights
-from tests.pretrain.merge.build import floats, write
+from tests.support.merge_inputs import floats, write
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

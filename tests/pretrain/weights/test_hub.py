@@ -15,8 +15,8 @@ import pytest
 
 from pretrain.merge import merge
 from tests.launch.helpers import ROOT
-from tests.pretrain.merge.build import floats, read_bytes, write
 from tests.support.hub_server import SIGNATURE, TOKEN, Hub, hub_server
+from tests.support.merge_inputs import floats, read_bytes, write
 
 pytest.importorskip("huggingface_hub")
 

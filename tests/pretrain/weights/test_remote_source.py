@@ -17,8 +17,8 @@ from pretrain.weights import byte_file
 from pretrain.weights.byte_file import Blocks, RemoteFile
 from pretrain.weights.formats.safetensors_file import elements
 from pretrain.weights.source import WeightSource, open_weights
-from tests.pretrain.merge.build import floats, read_bytes, write
 from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2, stage_3
+from tests.support.merge_inputs import floats, read_bytes, write
 from tests.support.s3_server import faulty_s3, s3_server
 
 torch = pytest.importorskip("torch")

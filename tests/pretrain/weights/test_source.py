@@ -15,8 +15,8 @@ from pretrain.merge import merge
 from pretrain.weights.companions import adapted_config
 from pretrain.weights.source import WeightSource, open_weights
 from pretrain.weights.tied_weights import tied_names
-from tests.pretrain.merge.build import floats, write
 from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2
+from tests.support.merge_inputs import floats, write
 
 torch = pytest.importorskip("torch")
 

@@ -1,0 +1,305 @@
+"""mergekit's YAML, taken unmodified: what is understood becomes plain data, what is not is refused by name.
+
+The format is documented in mergekit's README (github.com/arcee-ai/mergekit); behaviour was compared with 0.1.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.mergekit.tokens import Tokens, tokens_of
+from pretrain.merge.planning.request import check_dtype
+
+Settings = Mapping[str, Any]
+BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties")
+SPANNED = ("nuslerp", "multislerp", "karcher", "model_stock")
+METHODS = ("linear", "slerp", *BASED, *SPANNED, "sce", "passthrough")
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "linear": ("weight", "normalize"),
+    "slerp": ("t",),
+    "passthrough": ("scale",),
+    **dict.fromkeys(BASED, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")),
+    **dict.fromkeys(
+        BASED[-2:], ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask")
+    ),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "karcher": ("max_iter", "tol"),
+    "model_stock": ("filter_wise",),
+    "sce": ("select_topk", "int8_mask"),
+}
+"""method -> parameters that have a meaning there; others are noted and have none"""
+TOP = (
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "chat_template", "name",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model of a slice: its address and the layers [start, stop) of it; None: all of them."""
+
+    model: str
+    layers: tuple[int, int] | None
+    parameters: Settings
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output, one after the other: each merged from the same number of layers of every input."""
+
+    inputs: tuple[Input, ...]
+    base: str | None
+    parameters: Settings
+
+
+@dataclass(frozen=True)
+class MergekitFile:
+    """A merge in mergekit's terms.
+
+    whole:    written as `models`, so that there is one slice of all layers.
+    module:   parameters of the one module, which go before the file's.
+    tokens:   whose tokens the output has; None: every tensor keeps its rows.
+    template: what chat_template says.
+    values:   the file's content.
+    """
+
+    path: str
+    method: str
+    slices: tuple[Slice, ...]
+    whole: bool
+    base: str | None
+    parameters: Settings
+    module: Settings
+    dtype: str | None
+    tokens: Tokens | None
+    template: str | None
+    values: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    def models(self) -> list[str]:
+        """Every address once, the base first, then in the order of the file."""
+        named = [one.model for part in self.slices for one in part.inputs]
+        bases = [base for base in (self.base, *(part.base for part in self.slices)) if base is not None]
+        return list(dict.fromkeys([*bases, *named]))
+
+
+def is_mergekit(values: Mapping[str, Any]) -> bool:
+    """Whether a YAML mapping is mergekit's and not a spec of our own."""
+    return "merge_method" in values
+
+
+def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
+    """Raises UserError naming the key of whatever is missing or not supported.
+
+    What mergekit passes over without a word (keys and parameters it does not know) is passed over with a note.
+    """
+    where = f"{path} (mergekit)"
+    notes: list[str] = []
+    _unknown(notes, "", values, TOP)
+    method = values.get("merge_method")
+    if method not in METHODS:
+        raise UserError(f"{where}: merge_method {method!r} is not supported; supported: {', '.join(METHODS)}")
+    base = _model(where, values["base_model"]) if values.get("base_model") is not None else None
+    body, module = _body(where, values, notes)
+    whole = body.get("models") is not None
+    if whole:
+        slices = [_whole_slice(where, body["models"], base, notes)]
+    else:
+        slices = [_slice(where, entry, base, notes) for entry in _list(where, "slices", body["slices"])]
+    for part in slices:
+        _check_slice(where, part, method)
+    settings = [_parameters(where, values.get("parameters")), _parameters(where, module)]
+    settings += [part.parameters for part in slices]
+    settings += [one.parameters for part in slices for one in part.inputs]
+    for name in sorted({str(name) for each in settings for name in each} - set(PARAMETERS[method])):
+        notes.append(f"parameter {name} has no meaning for {method} and changes nothing")
+    if any("int8_mask" in each for each in settings):
+        notes.append("int8_mask saves memory in mergekit; here it changes nothing")
+    if method.startswith("dare"):
+        notes.append("what DARE drops is drawn by --seed and tensor: other entries than mergekit's, as many")
+    template = values.get("chat_template")
+    if template is not None and (not isinstance(template, str) or not template):
+        raise UserError(f"{where}: chat_template {template!r} is no template; write auto, or the template")
+    return MergekitFile(
+        path=path,
+        method=method,
+        slices=tuple(slices),
+        whole=whole,
+        base=base,
+        parameters=settings[0],
+        module=settings[1],
+        dtype=_dtype(where, values),
+        tokens=tokens_of(where, values, lambda given: _model(where, given)),
+        template=template,
+        values=values,
+        notes=tuple(notes),
+    )
+
+
+def _body(where: str, values: Mapping[str, Any], notes: list[str]) -> tuple[Mapping[str, Any], Any]:
+    """What holds models or slices, the file itself or its only module, and that module's parameters."""
+    given = [key for key in ("models", "slices", "modules") if values.get(key) is not None]
+    if len(given) != 1:
+        raise UserError(f"{where}: exactly one of models and slices (or modules)")
+    if given != ["modules"]:
+        return values, None
+    modules = values["modules"]
+    if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
+        raise UserError(f"{where}: modules is a map of names to models or slices")
+    if len(modules) > 1:
+        raise UserError(
+            f"{where}: modules {', '.join(map(str, modules))}: several modules are not supported; write models, which "
+            "merges every part, or a spec of dromos with rules by name"
+        )
+    (inner,) = modules.values()
+    if (inner.get("models") is None) == (inner.get("slices") is None):
+        raise UserError(f"{where}: modules: exactly one of models and slices")
+    _unknown(notes, "modules: ", inner, ("models", "slices", "parameters"))
+    return inner, inner.get("parameters")
+
+
+def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
+    """What is written: out_dtype, else dtype. `dtype`, in which mergekit computes, is replaced by exact sums."""
+    found = None
+    for key in ("dtype", "out_dtype"):
+        if values.get(key) is not None:
+            try:
+                found = check_dtype(str(values[key]))
+            except UserError:
+                raise UserError(f"{where}: {key} {values[key]!r} is not supported") from None
+    return found
+
+
+def _whole_slice(where: str, models: Any, base: str | None, notes: list[str]) -> Slice:
+    inputs = []
+    for entry in _list(where, "models", models):
+        _unknown(notes, "models: ", entry, ("model", "parameters"))
+        _no_revision(where, entry)
+        inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
+    if base is not None and base not in [one.model for one in inputs]:
+        inputs.append(Input(base, None, {}))  # as mergekit does, for every method
+    return Slice(tuple(inputs), base, {})
+
+
+def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
+    _unknown(notes, "slices: ", entry, ("sources", "base_model", "parameters"))
+    inputs = []
+    for source in _list(where, "sources", entry.get("sources")):
+        _unknown(notes, "sources: ", source, ("model", "layer_range", "parameters"))
+        _no_revision(where, source)
+        layers = source.get("layer_range")
+        if not (
+            isinstance(layers, list)
+            and len(layers) == 2
+            and all(type(number) is int for number in layers)
+            and 0 <= layers[0] < layers[1]
+        ):
+            raise UserError(
+                f"{where}: layer_range {layers!r}: two numbers, the first layer and the one after the last"
+            )
+        settings = _parameters(where, source.get("parameters"))
+        inputs.append(Input(_required(where, source), (layers[0], layers[1]), settings))
+    lengths = {one.layers[1] - one.layers[0] for one in inputs if one.layers is not None}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{where}: the sources of a slice have different numbers of layers: {sorted(lengths)}"
+        )
+    own = entry.get("base_model")
+    return Slice(
+        tuple(inputs),
+        _model(where, own) if own is not None else base,
+        _parameters(where, entry.get("parameters")),
+    )
+
+
+def _check_slice(where: str, part: Slice, method: str) -> None:
+    models = [one.model for one in part.inputs]
+    if len(set(models)) != len(models):
+        raise UserError(f"{where}: a model stands twice among the inputs of one slice")
+    if method in (*BASED, "slerp", "model_stock", "sce"):
+        if part.base is None:
+            raise UserError(f"{where}: {method} needs base_model")
+        if part.base not in models:
+            raise UserError(f"{where}: base_model {part.base} is not among the sources of a slice")
+    if method == "slerp" and len(models) != 2:
+        raise UserError(
+            f"{where}: slerp merges base_model and one other model, here are {len(models)} in all"
+        )
+    others = len([model for model in models if model != part.base])
+    if method == "nuslerp" and others != 2:
+        raise UserError(f"{where}: nuslerp merges two models besides base_model, here are {others}")
+    if method == "model_stock" and others < 2:
+        raise UserError(f"{where}: model_stock takes two models or more besides base_model, here is {others}")
+    if method == "passthrough" and len(models) != 1:
+        raise UserError(f"{where}: passthrough takes one source for a slice, here are {len(models)}")
+
+
+def _parameters(where: str, given: Any) -> Settings:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: parameters are a map of names")
+    return given
+
+
+def _required(where: str, entry: Mapping[str, Any]) -> str:
+    if "model" not in entry:
+        raise UserError(f"{where}: an input has no model")
+    return _model(where, entry["model"])
+
+
+def _model(where: str, given: Any) -> str:
+    """mergekit's model reference as an address: a path that exists, else a repository of the Hub."""
+    if isinstance(given, dict):
+        _known_keys(f"{where}: model", given, ("model", "path", "revision"))
+        inner = given.get("model", given)
+        if isinstance(inner, dict):
+            _known_keys(f"{where}: model", inner, ("path", "revision"))
+            path, revision = inner.get("path"), f"@{inner['revision']}" if inner.get("revision") else ""
+            return _model(where, f"{path}{revision}" if isinstance(path, str) else path)
+        return _model(where, inner)
+    if not isinstance(given, str) or not given:
+        raise UserError(f"{where}: model {given!r} is no path")
+    if Path(given).expanduser().exists() or "://" in given:
+        return given
+    if "+" in given:
+        raise UserError(
+            f"{where}: model {given}: adapters (LoRA) are not supported; merge them into the model first"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and not given.startswith("."):
+        return f"hf://{given}"
+    return given
+
+
+def _unknown(notes: list[str], at: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    notes += [
+        note
+        for key in given
+        if key not in known
+        and (note := f"{at}{key} means nothing to mergekit, which passes over it; so does this") not in notes
+    ]
+
+
+def _no_revision(where: str, entry: Mapping[str, Any]) -> None:
+    """mergekit would take another model than the one that is meant."""
+    if "revision" in entry:
+        named = f"{entry.get('model')}@{entry['revision']}"
+        raise UserError(f"{where}: revision is no key beside model (mergekit passes over it); write {named}")
+
+
+def _list(where: str, key: str, given: Any) -> list[Any]:
+    if not isinstance(given, list) or not given or not all(isinstance(entry, dict) for entry in given):
+        raise UserError(f"{where}: {key} is a list of maps")
+    return given
+
+
+def _known_keys(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [str(key) for key in given if key not in known]
+    if unknown:
+        raise UserError(f"{where}: {', '.join(unknown)} not supported; supported: {', '.join(known)}")

@@ -1,0 +1,108 @@
+"""From tensors that are decided to a plan: jobs in their places, files, companions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.merge.merge_plan import Plan, TensorJob, Why
+from pretrain.merge.planning.output_layout import lay_out
+from pretrain.merge.planning.resolve import Blend, resolve
+from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.model_config import with_dtype
+from pretrain.weights.source import WeightSource
+
+LISTED = 200
+
+
+@dataclass(frozen=True)
+class Decided:
+    """One tensor of the output; `info`: dtype and shape as it is written."""
+
+    name: str
+    info: Info
+    why: Why
+    blend: Blend
+
+
+def assemble(
+    decided: Sequence[Decided],
+    sources: Sequence[WeightSource],
+    main: int,
+    max_shard_size: int,
+    *,
+    inputs: int,
+    method: str,
+    weights: Sequence[float],
+    asked: dict[str, Any],
+    dtype: str | None,
+    frozen: Path | None = None,
+    left_out: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Put tensors into files in the order of `decided`.
+
+    main:  the source whose config, tokenizer and ties the output has.
+    dtype: what config.json says the output is; None: as it is there.
+    """
+    if (unfit := sources[main].unfit) is not None:
+        raise UserError(f"{unfit}; the output has the config of {sources[main].address}")
+    laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
+    jobs = []
+    named = {one.name: one for one in decided}
+    for name, (
+        file,
+        offset,
+    ) in laid.places.items():  # as the headers list them: of two at one place one is empty
+        one = named[name]
+        dtypes = [sources[term.source].info(term.name)[0] for term in one.blend.terms]
+        base = one.blend.base
+        based = sources[base.source].info(base.name)[0] if base is not None else None
+        blend = resolve(one.blend, dtypes, based, one.info[0])
+        jobs.append(
+            TensorJob(
+                one.name,
+                *one.info,
+                blend.method,
+                blend.terms,
+                blend.base,
+                blend.options,
+                one.why,
+                file,
+                offset,
+            )
+        )
+    present = {one.name for one in decided}
+    if frozen is not None:
+        present.update(name for source in sources for name in source.frozen)
+    return Plan(
+        addresses=tuple(source.address for source in sources),
+        inputs=inputs,
+        method=method,
+        weights=tuple(float(weight) for weight in weights),
+        asked=asked,
+        jobs=tuple(jobs),
+        files=laid.files,
+        index=laid.index,
+        frozen=frozen,
+        left_out=tuple(left_out),
+        tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
+        companions=with_dtype(sources[main].companions, dtype),
+        stage_dir=sources[main].located.stage_dir,
+        notes=(*notes, *sources[main].notes),
+        rows=tuple(source.rows for source in sources),
+    )
+
+
+def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
+    """Every mismatch at once."""
+    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+    more = len(problems) - LISTED
+    return UserError(
+        f"cannot merge {names}, {len(problems)} mismatch{'es' if len(problems) > 1 else ''}:{listed}"
+        + (f"\n  ... and {more} more" if more > 0 else "")
+        + f"\n{advice}"
+    )

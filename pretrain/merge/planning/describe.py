@@ -1,0 +1,119 @@
+"""A plan for people and for scripts: one line a tensor, what it reads, writes and needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from pretrain.merge.merge_plan import Option, Plan, TensorJob, letter
+from pretrain.weights.source import FROZEN
+
+THETA = {
+    "linear": "sum of weight x input",
+    "slerp": "sum of factor x input, the factors spherical ones of share t (pretrain.merge.methods.slerp)",
+    "passthrough": "input, times its scale",
+    "task_arithmetic": "base + lambda x sum of weight x (input - base)",
+    "ties": "base + lambda x elected sum of weight x trimmed (input - base) (arXiv 2306.01708)",
+    "dare_linear": "base + lambda x sum of weight x dropped (input - base) (arXiv 2311.03099)",
+    "dare_ties": "base + lambda x elected sum of weight x dropped (input - base) (arXiv 2311.03099)",
+    "breadcrumbs": "base + lambda x sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
+    "breadcrumbs_ties": "base + lambda x elected sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
+    "nuslerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.methods.gram",
+    "multislerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.methods.gram",
+    "karcher": "sum of factor x input, as in pretrain.merge.methods.gram (arXiv 2603.04972)",
+    "sce": "base + elected mean of selected (input - base), by their mean squares (arXiv 2408.07990)",
+    "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
+}
+ROUNDING = "each product rounded, added in this order, rounded once to the output type"
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for people: one line a tensor with its resolved weights, and the sums."""
+    bases = {job.base.source for job in plan.jobs if job.base is not None}
+    rows = [
+        f"{letter(i)}  {address}{'  (base)' if i in bases else ''}"
+        for i, address in enumerate(plan.addresses)
+    ]
+    rows.append(f"theta = {formula(plan)}")
+    rows += [f"  {job.name}  {job.dtype} {list(job.shape)}  {how(plan, job)}" for job in plan.jobs]
+    if plan.frozen is not None:
+        rows.append(f"  {FROZEN}: shared with {plan.frozen}")
+    rows += [f"  left out: {name}" for name in plan.left_out]
+    rows += [f"  {name}: tied to {to}" for name, to in plan.tied.items()]
+    rows += [f"note: {note}" for note in plan.notes]
+    rows.append(summary(plan))
+    return rows
+
+
+def summary(plan: Plan) -> str:
+    """How many tensors are mixed, copied and why, left out, and what is written."""
+    whys = Counter(job.why for job in plan.jobs)
+    mixed = whys.pop("mixed", 0)
+    listed = [*whys] if len(whys) == 1 else [f"{count} {why}" for why, count in whys.items()]
+    reasons = f" ({', '.join(listed)})" if whys else ""
+    left = f", {len(plan.left_out)} left out" if plan.left_out else ""
+    name = plan.files[0].name if len(plan.files) == 1 else f"{len(plan.files)} files"
+    return f"{mixed} tensors mixed, {whys.total()} copied{reasons}{left}, {plan.size:,} bytes in {name}"
+
+
+def formula(plan: Plan, addresses: bool = False) -> str:
+    """The merge in one line, before any rule; inputs by letter or by address."""
+    if not plan.weights:
+        return f"{plan.method}, tensor by tensor as {plan.asked['file']} asks"
+    names = plan.addresses if addresses else tuple(map(letter, range(len(plan.weights))))
+    terms = " + ".join(f"{w:g} x {name}" for w, name in zip(plan.weights, names, strict=False))
+    return terms if plan.method == "linear" else f"{plan.method}({terms})"
+
+
+def how(plan: Plan, job: TensorJob) -> str:
+    """What one tensor is made of."""
+    marks = [letter(term.source) for term in job.terms]
+    renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
+    if job.copy:
+        return f"copy of {marks[0]}{renamed} ({job.why})" if job.why != "mixed" else f"1 {marks[0]}{renamed}"
+    terms = [
+        f"{term.weight:g} {m}" + (f" (density {term.density:g})" if term.density != 1 else "")
+        for m, term in zip(marks, job.terms, strict=True)
+    ]
+    joined = " + ".join(terms) + renamed
+    if job.method == "linear":
+        return joined
+    options = "".join(f", {name} {_option(value)}" for name, value in job.options if name != "t")
+    base = f", base {letter(job.base.source)}" if job.base is not None else ""
+    return f"{job.method}({joined}{base}{options})"
+
+
+def _option(value: Option) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts."""
+    return {
+        "inputs": [
+            {"address": address, "weight": plan.weights[i] if plan.weights else None}
+            for i, address in enumerate(plan.addresses[: plan.inputs])
+        ],
+        "others": list(plan.addresses[plan.inputs :]),
+        "method": plan.method,
+        "asked": plan.asked,
+        "tensors": [
+            {
+                "name": job.name,
+                "dtype": job.dtype,
+                "shape": list(job.shape),
+                "method": job.method,
+                "terms": [[t.source, t.name, t.weight, t.density] for t in job.terms],
+                "base": [job.base.source, job.base.name] if job.base is not None else None,
+                "options": dict(job.options),
+                "why": job.why,
+                "file": plan.files[job.file].name,
+            }
+            for job in plan.jobs
+        ],
+        "files": {file.name: file.size for file in plan.files},
+        "left_out": list(plan.left_out),
+        "tied": plan.tied,
+        "notes": list(plan.notes),
+        "bytes_written": plan.size,
+    }

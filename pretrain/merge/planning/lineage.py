@@ -1,0 +1,113 @@
+"""Where weights come from: whether the inputs of a merge share an ancestor, as far as their records say."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from pretrain.merge.merge_plan import letter
+from pretrain.weights.source import WeightSource
+
+DEPTH = 20
+
+
+def twin_notes(sources: Sequence[WeightSource]) -> list[str]:
+    """A note for what is named twice, which is most often a slip of the pen."""
+    places: dict[str, list[str]] = {}
+    for number, source in enumerate(sources):
+        path = source.located.path
+        place = path if "://" in path or source.located.kind == "hf" else os.path.realpath(path)
+        places.setdefault(place, []).append(f"{letter(number)} ({source.address})")
+    return [f"{' and '.join(same)} are the same weights" for same in places.values() if len(same) > 1]
+
+
+def lineage_notes(sources: Sequence[WeightSource]) -> list[str]:
+    """A note for inputs that both say where they come from and share nothing of it: a mean of them is no model."""
+    known = [(source.address, ancestors(source)) for source in sources]
+    told = [(address, found) for address, found in known if found]
+    notes = []
+    for number, (address, found) in enumerate(told):
+        for other, theirs in told[:number]:
+            if not found & theirs:
+                notes.append(
+                    f"{other} and {address} share no ancestor in their records ({', '.join(sorted(theirs))}; "
+                    f"{', '.join(sorted(found))}): weights of unrelated trainings seldom merge into a good model"
+                )
+    return notes
+
+
+def ancestors(source: WeightSource) -> set[str]:
+    """What the weights were made from and are: stages of runs and outside weights; empty where no record says."""
+    stage = source.located.stage_dir
+    if stage is None and "://" in source.located.path:
+        return set(source.lineage)
+    start = stage if stage is not None else Path(source.located.path)
+    return _ancestors(start, DEPTH) | source.lineage
+
+
+def _ancestors(folder: Path, depth: int) -> set[str]:
+    found: set[str] = set()
+    parents: list[str] = []
+    if (content := _read(folder / "resolved.yaml")) is not None:
+        stage = content.get("stage", {})
+        found.add(_mark(folder))
+        parents += list(_starts(stage))
+    if (record := _read(folder / "merge.json")) is not None:
+        inputs = record.get("inputs")
+        listed = inputs if isinstance(inputs, list) else []
+        made_of = [entry.get("path") for entry in listed if isinstance(entry, dict)]
+        parents += [path for path in made_of if isinstance(path, str)]
+        found |= {_mark(folder)} if parents else set()
+    for parent in parents:
+        found |= _of(parent, folder, depth)
+    return found
+
+
+def _of(parent: str, folder: Path, depth: int) -> set[str]:
+    """A parent and its own ancestors: a stage of the same run, a stage elsewhere, or a name from outside."""
+    name = parent.partition("@")[0]
+    if "://" in name:
+        return {name}
+    candidates = [folder.parent / name, folder.parent.parent / name, Path(name)]
+    for candidate in candidates:
+        place = candidate.parent.parent if candidate.parent.name == "checkpoints" else candidate
+        if depth and place.is_dir() and place.resolve() != folder.resolve():
+            return {_mark(place)} | _ancestors(place, depth - 1)
+    return {name}
+
+
+def _mark(folder: Path) -> str:
+    """RUN/STAGE and a hash of where it lies: records are published, and nobody's home folder with them."""
+    place = folder.resolve()
+    return f"{place.parent.name}/{place.name}#{xxhash.xxh64_hexdigest(os.fsencode(place))[:8]}"
+
+
+def _starts(value: Any) -> list[str]:
+    """Every address under `init`, `continue` or `inputs` of a stage's record."""
+    if not isinstance(value, dict):
+        return []
+    found: list[str] = []
+    for key, inner in value.items():
+        if key in ("init", "continue") and isinstance(inner, str):
+            found.append(inner)
+        elif key == "inputs" and isinstance(inner, dict):
+            found += [name for name in inner if isinstance(name, str)]
+        elif isinstance(inner, dict):
+            found += _starts(inner)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
