@@ -110,8 +110,8 @@ def train(
 
     Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
     """
-    from pretrain.train import leave
-    from pretrain.train import main as train_stage
+    from pretrain.train.main import leave
+    from pretrain.train.main import main as train_stage
 
     code = train_stage(recipe, stage or recipe_cli.only_training_stage(recipe), overrides or [])
     if "RANK" in os.environ:
@@ -167,7 +167,7 @@ def export(
       dromos export runs/demo/flip/tuned --format open_clip --out exported/flip
       dromos export runs/demo/sphinx/mix --format transformers --out exported/llm
     """
-    from pretrain.export import export as write
+    from pretrain.export.write_folder import export as write
 
     typer.echo(f"written: {write(weights, format, out)}")
 

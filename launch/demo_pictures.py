@@ -88,7 +88,7 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     import torch
 
     from pretrain.build.streams import stage_specs
-    from pretrain.masking import keep_patches, patches_kept
+    from pretrain.models.masking import keep_patches, patches_kept
 
     stage, seed = train_stage(stage_dir)
     main = main_stream(stage)
@@ -157,7 +157,7 @@ def write_captions(objective: Any, stage: TrainStage, batch: Batch, stream: str)
 
     from pretrain.build.objective import stage_tokenizer
     from pretrain.models.multimodal import greedy
-    from pretrain.rows import to_device
+    from pretrain.objectives.device_batch import to_device
 
     settings = stage.data[stream]
     assert settings.text is not None

@@ -21,7 +21,7 @@ from launch.demo_sections import (
 )
 from pretrain.report import sections
 from pretrain.report.page import Block, Folded, Gallery, Page, Section, Tile, Tiles, render
-from pretrain.report.run import Run, read_run
+from pretrain.report.read_run import Run, read_run
 from pretrain.report.sections import FLOOR_TEXT, duration, loss_plot
 
 CAPTIONERS = ("real", "synthetic", "mix")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.report.page import Matrix, Plot, Section, Table
 from pretrain.report.plots import Level, Line, bars, lines
-from pretrain.report.run import Run
+from pretrain.report.read_run import Run
 from pretrain.report.sections import STEP, duration
 
 TEXT_FIGURE = "perplexity/text/nll"

@@ -17,12 +17,12 @@ from launch.demo import TEXT_AS
 from pretrain.build.module_weights import load_into
 from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.build.streams import stage_specs
-from pretrain.engine import decay_groups
+from pretrain.distributed.engine import decay_groups
 from pretrain.evaluate.suite import ALONE, evaluate
 from pretrain.merge.sweeps.sweep import interpolated
+from pretrain.objectives.device_batch import to_device
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
-from pretrain.rows import to_device
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MASKS = ("0", "0.5", "0.75")

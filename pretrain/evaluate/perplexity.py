@@ -9,11 +9,11 @@ import torch
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.storage.cache import CacheSettings
 from pretrain.build.streams import evaluation_spec
-from pretrain.engine import Runtime
-from pretrain.evaluate.data import passes, shuffled_images, tell_left_out, unusable
+from pretrain.distributed.collectives import all_sum
+from pretrain.distributed.engine import Runtime
+from pretrain.evaluate.held_out import passes, shuffled_images, tell_left_out, unusable
 from pretrain.objectives.base import Forward, loss_tokens
 from pretrain.objectives.sphinx import Sphinx
-from pretrain.ranks import all_sum
 from pretrain.recipe.data import Stream
 from pretrain.recipe.schema import Perplexity
 

@@ -11,7 +11,7 @@ from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.build.streams import cache_settings, evaluation_spec
-from pretrain.engine import Runtime
+from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.zero_shot import classify
 from pretrain.objectives.base import Forward

@@ -15,10 +15,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 from pretrain.build.streams import evaluation_spec
-from pretrain.engine import Runtime
-from pretrain.evaluate.data import passes, tell_left_out, unusable
+from pretrain.distributed.collectives import all_sum
+from pretrain.distributed.engine import Runtime
+from pretrain.evaluate.held_out import passes, tell_left_out, unusable
 from pretrain.objectives.base import Forward
-from pretrain.ranks import all_sum
 from pretrain.recipe.data import Stream
 from pretrain.recipe.schema import ZeroShot
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.ranks import rank, world_size
+from pretrain.distributed.collectives import rank, world_size
 
 BLOCK = 1 << 24
 """Most elements of one block of logits; more rows than fit are processed in chunks and recomputed backward."""

@@ -11,8 +11,8 @@ theta = sum of weight x input; for two inputs theta = beta * A + (1 - beta) * B,
 (other tools mean the second model's). Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit
 inputs, fp64 for wider ones); each product is rounded, then added in the order given, without FMA; one rounding to
 nearest even at the end. Inputs of weight 0 are not read; a lone input of weight 1 is copied byte for byte.
-Other methods (method="ties", base=...) and all that can be asked for: pretrain.merge.planning.request; as a file, mergekit's
-too: pretrain.merge.spec.
+Other methods (method="ties", base=...) and all that can be asked for: pretrain.merge.planning.request; as a file,
+mergekit's too: pretrain.merge.spec.
 """
 
 from pretrain.merge.execute import merge, plan

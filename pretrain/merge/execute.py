@@ -58,7 +58,8 @@ def merge(
     """Merge `inputs`, streamed into the folder `out`, which appears only when it is complete.
 
     inputs: two or more addresses (pretrain.run.address).
-    asked:  as of `pretrain.merge.planning.request.request`: method, beta or weights, base, only, rules, copy_rest, dtype, ...
+    asked:  as of `pretrain.merge.planning.request.request`: method, beta or weights, base, only, rules,
+            copy_rest, dtype, ...
             Most often beta, of two inputs the weight of the first: theta = beta * A + (1 - beta) * B.
     durable: whether to wait for the disk before `out` appears, see `execute`.
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from data_pipeline.batches.batch_builder import Batch
-from pretrain.rows import Rows
+from pretrain.objectives.device_batch import Rows
 
 Forward = Callable[..., Any]
 """The model's forward: the engine in training, the module itself elsewhere."""

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
 from pretrain.losses.contrastive import contrastive
-from pretrain.masking import keep_patches
 from pretrain.models.clip import Clip
+from pretrain.models.masking import keep_patches
 from pretrain.objectives.base import Forward, Loss
+from pretrain.objectives.device_batch import Rows
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
-from pretrain.rows import Rows
 
 
 class Flip:

@@ -9,9 +9,9 @@ from data_pipeline.batches.batch_builder import Batch
 from pretrain.models.multimodal import Multimodal
 from pretrain.models.visual import FrozenTower
 from pretrain.objectives.base import Forward, Loss, loss_tokens
+from pretrain.objectives.device_batch import Rows
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
-from pretrain.rows import Rows
 
 
 class Sphinx:

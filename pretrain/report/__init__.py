@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.storage.files import publish
 from pretrain.report.page import Page, Tile, Tiles, render
-from pretrain.report.run import Run, read_run
+from pretrain.report.read_run import Run, read_run
 from pretrain.report.sections import (
     duration,
     environment,

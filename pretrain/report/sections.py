@@ -11,7 +11,7 @@ import yaml
 
 from pretrain.report.page import Block, Folded, Plot, Section, Table
 from pretrain.report.plots import COLOURS, Line, lines, smooth, window_for
-from pretrain.report.run import Run, Stage
+from pretrain.report.read_run import Run, Stage
 
 STEP = "step of the stage"
 FLOOR = "floor of repeated captions"

@@ -11,14 +11,14 @@ from pathlib import Path
 from data_pipeline.batches.batch_builder import Batch, BatchMaker
 from data_pipeline.loader.loader import micro_batches, rows_of
 from pretrain.build.objective import build
-from pretrain.engine import Engine, start, stop
+from pretrain.distributed.engine import Engine, start, stop
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.load import load_recipe, run_dir
-from pretrain.signals import StopFlag
+from pretrain.train.stop_flag import StopFlag
 from pretrain.build.streams import stage_specs
-from pretrain.train import leave
-from pretrain.trainer import Plan, Trainer
+from pretrain.train.main import leave
+from pretrain.train.trainer import Plan, Trainer
 
 
 class InProcess:

@@ -10,8 +10,8 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from pretrain.build.objective import build
 from pretrain.objectives.base import loss_tokens
 from pretrain.recipe.schema import TrainStage
-from pretrain.rows import to_device
-from pretrain.schedule import learning_rate
+from pretrain.objectives.device_batch import to_device
+from pretrain.train.schedule import learning_rate
 from pretrain.build.streams import stage_specs
 
 

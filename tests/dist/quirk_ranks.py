@@ -1,4 +1,4 @@
-"""One rank that shows DeepSpeed's quirks on a toy model, without pretrain/engine.py; prints one JSON object."""
+"""One rank that shows DeepSpeed's quirks on a toy model, without pretrain/distributed/engine.py; prints one JSON object."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
-from pretrain.engine import import_deepspeed, start, stop
-from pretrain.train import leave
+from pretrain.distributed.engine import import_deepspeed, start, stop
+from pretrain.train.main import leave
 
 STEPS = 3
 

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from pretrain.continuing import check_length, find_start, same_order
+from pretrain.train.resume import check_length, find_start, same_order
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.load import load_recipe
 from tests.support import tiny

@@ -1,4 +1,4 @@
-"""The quirks that pretrain/engine.py works around, pinned: when DeepSpeed mends one, the test says so."""
+"""The quirks that pretrain/distributed/engine.py works around, pinned: when DeepSpeed mends one, the test says so."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def recipes(tiny_root: Path) -> dict[str, Path]:
     flip = tiny.write_recipe(tiny_root / "flip.yaml", tiny.flip_recipe(tiny_root))
     sphinx = tiny.write_recipe(tiny_root / "sphinx.yaml", tiny.sphinx_recipe(tiny_root))
     train = (
-        "import sys; from pretrain.train import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
+        "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
     )
     subprocess.run([sys.executable, "-c", train, str(flip)], check=True)
     return {"flip": flip, "sphinx": sphinx}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.train import leave
+from pretrain.train.main import leave
 
 
 class Odd(nn.Module):
@@ -47,7 +47,7 @@ class Odd(nn.Module):
 
 
 def write(deepspeed: Any, out: Path, stage: int, dtype: str, kind: str, seed: int) -> None:
-    """Three steps of training, then a save as pretrain/engine.py does it."""
+    """Three steps of training, then a save as pretrain/distributed/engine.py does it."""
     torch.manual_seed(seed)
     model = Odd()
     trained = [p for p in model.parameters() if p.requires_grad]

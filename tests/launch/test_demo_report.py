@@ -20,10 +20,10 @@ from launch.demo_pictures import caption_cards, masked_cards, sample_cards
 from launch.demo_report import write
 from pretrain.build.objective import build, load_trained, read_stage, stage_tokenizer
 from pretrain.build.streams import stage_specs
+from pretrain.objectives.device_batch import to_device
 from pretrain.recipe.load import dump_plain, load_recipe, stage_record
-from pretrain.rows import to_device
-from tests.pretrain.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 from tests.support import tiny
+from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 
 CLASSES = ["zero", "one", "two"]
 # Invented: no run gave these.

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import tiny
 
-TRAIN = "import sys; from pretrain.train import main; sys.exit(main(sys.argv[1], 'main', sys.argv[2:]))"
+TRAIN = "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', sys.argv[2:]))"
 
 
 @pytest.fixture(scope="session")

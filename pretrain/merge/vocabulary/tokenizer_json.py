@@ -57,8 +57,8 @@ class Tokenizer:
 
 
 def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
-    """The tokenizer beside weights, from tokenizer.json, else from older files (pretrain.merge.vocabulary.tokenizer_legacy); None
-    where there is none. UserError for one that is damaged."""
+    """The tokenizer beside weights, from tokenizer.json, else from older files
+    (pretrain.merge.vocabulary.tokenizer_legacy); None where there is none. UserError for one that is damaged."""
     if FILE not in companions:
         ids = read_ids(companions, where)
         return None if ids is None else Tokenizer(where, {}, ids)

@@ -19,7 +19,7 @@ from pretrain.recipe.resolve import merge_maps
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.identity import compare_identity
-from pretrain.schedule import peak_rate
+from pretrain.train.schedule import peak_rate
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "cluster" not in path.parts)

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.loader.loader import LocalLoader
-from pretrain.bad_shards import BadShards, likely_cause
+from pretrain.train.bad_samples import BadShards, likely_cause
 from tests.support.samples import Members, encode, members, pairs, pixels, write_source
 
 

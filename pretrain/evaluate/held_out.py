@@ -10,9 +10,9 @@ import torch
 from data_pipeline.batches.batch_builder import Batch, StreamSpec
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
-from pretrain.engine import Runtime
+from pretrain.distributed.engine import Runtime
+from pretrain.objectives.device_batch import Rows, to_device
 from pretrain.recipe.data import Image
-from pretrain.rows import Rows, to_device
 
 
 def passes(

@@ -23,7 +23,7 @@ def _train(recipe: str, overrides: tuple[str, ...], log: str, port: int) -> None
     os.environ |= ENVIRONMENT | {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    from pretrain.train import main
+    from pretrain.train.main import main
 
     sys.exit(main(recipe, "main", overrides))
 
@@ -60,7 +60,7 @@ def start(recipe: Path, *overrides: str) -> Rank:
     """Start a training of `recipe`; its output goes to a file beside it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["deepspeed", "pretrain.session", "transformers.models.llama.modeling_llama"]
+        ["deepspeed", "pretrain.train.session", "transformers.models.llama.modeling_llama"]
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -21,8 +21,7 @@ from data_pipeline.transforms.decode import versions
 from pretrain.build.module_weights import read_frozen, read_state
 from pretrain.build.objective import freeze
 from pretrain.run.folder import complete_steps
-from tests.pretrain import rank
-from tests.support import tiny
+from tests.support import rank, tiny
 
 RATE = 1e-3
 FIRST_STEP = {

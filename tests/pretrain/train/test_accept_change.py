@@ -13,8 +13,7 @@ from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.sources.tar import TarWriter
 from launch.preflight import is_done, stage_job
 from pretrain.recipe.load import load_recipe
-from tests.pretrain import rank
-from tests.support import tiny
+from tests.support import rank, tiny
 from tests.support.naive_order import Change, Mixture, Source, walk
 
 LANES = 4

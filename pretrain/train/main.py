@@ -13,12 +13,12 @@ from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
     """Train `stage_name` to its end, resuming by itself; returns the exit code (0, 2, 75 or 1)."""
-    from pretrain.signals import StopFlag
+    from pretrain.train.stop_flag import StopFlag
 
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
     from pretrain.run.metrics_log import TooManyBad
-    from pretrain.session import Session
-    from pretrain.trainer import NonFinite, Unreadable
+    from pretrain.train.session import Session
+    from pretrain.train.trainer import NonFinite, Unreadable
 
     session: Session | None = None
     try:

@@ -15,16 +15,14 @@ from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import versions
 from data_pipeline.workers.watchdog import StallLimits
-from pretrain import checkpoint
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
 from pretrain.build.objective import build, check_tokens, stage_tokenizer
 from pretrain.build.streams import cache_settings, stage_specs
-from pretrain.continuing import Start, check_length, find_start, resume_data, same_order
-from pretrain.engine import Engine
-from pretrain.engine import start as join
-from pretrain.engine import stop as leave
+from pretrain.distributed.collectives import barrier, from_first
+from pretrain.distributed.engine import Engine
+from pretrain.distributed.engine import start as join
+from pretrain.distributed.engine import stop as leave
 from pretrain.evaluate.suite import check_held_out, evaluate, flat
-from pretrain.ranks import barrier, from_first
 from pretrain.recipe.checks import world_size_check
 from pretrain.recipe.fields import Length
 from pretrain.recipe.lengths import check_ends, length_steps, total_steps
@@ -33,9 +31,11 @@ from pretrain.recipe.schema import TrainStage
 from pretrain.run import metrics_log
 from pretrain.run.identity import check_run_folder, compare_free, compare_versions, read_record
 from pretrain.run.lock import FolderLock
-from pretrain.schedule import peak_rate
-from pretrain.signals import StopFlag
-from pretrain.trainer import Plan, Trainer, write_result
+from pretrain.train import checkpoint
+from pretrain.train.resume import Start, check_length, find_start, resume_data, same_order
+from pretrain.train.schedule import peak_rate
+from pretrain.train.stop_flag import StopFlag
+from pretrain.train.trainer import Plan, Trainer, write_result
 
 
 class Session:

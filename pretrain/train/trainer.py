@@ -17,18 +17,18 @@ from torch import Tensor
 from data_pipeline.batches.batch_builder import Batch
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
-from pretrain import checkpoint
-from pretrain.agreement import Agreement, Batches
-from pretrain.bad_shards import BadShards
-from pretrain.engine import Engine, Runtime
+from pretrain.distributed.collectives import all_sum
+from pretrain.distributed.engine import Engine, Runtime
 from pretrain.losses.contrastive import repeated_caption_floor
 from pretrain.objectives.base import Objective
-from pretrain.ranks import all_sum
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.metrics_log import BadFraction, Log, TooManyBad, read
-from pretrain.schedule import learning_rate
-from pretrain.signals import StopFlag
-from pretrain.staging import copies_for, staged
+from pretrain.train import checkpoint
+from pretrain.train.bad_samples import BadShards
+from pretrain.train.device_staging import copies_for, staged
+from pretrain.train.schedule import learning_rate
+from pretrain.train.step_totals import Agreement, Batches
+from pretrain.train.stop_flag import StopFlag
 
 
 class Unreadable(RuntimeError):

@@ -13,7 +13,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish, sync
-from pretrain.ranks import barrier, from_first, gather, rank, world_size
+from pretrain.distributed.collectives import barrier, from_first, gather, rank, world_size
 from pretrain.run.folder import complete_steps, tag_of
 
 

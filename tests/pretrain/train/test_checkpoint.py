@@ -13,8 +13,8 @@ import pytest
 import xxhash
 
 from data_pipeline.errors import UserError
-from pretrain.checkpoint import save, verify
 from pretrain.run.folder import complete_steps, tag_of
+from pretrain.train.checkpoint import save, verify
 
 CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
 """System calls that change what is on disk, or make it last."""

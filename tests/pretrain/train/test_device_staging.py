@@ -7,9 +7,9 @@ import torch
 
 from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.spec import Batch
+from pretrain.objectives.device_batch import Rows, to_device
 from pretrain.recipe.data import Image
-from pretrain.rows import Rows, to_device
-from pretrain.staging import PinnedCopies, Tensors, copies_for, staged
+from pretrain.train.device_staging import PinnedCopies, Tensors, copies_for, staged
 from tests.support.samples import SIZE, pairs, write_source
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ import torch
 
 from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.errors import UserError
-from pretrain import export as export_module
 from pretrain.build.objective import load_trained
 from pretrain.build.streams import stage_specs
-from pretrain.export import export
-from pretrain.rows import Rows, to_device
+from pretrain.export import write_folder as export_module
+from pretrain.export.write_folder import export
+from pretrain.objectives.device_batch import Rows, to_device
 
 CAPTIONS = [
     "a red square number 7",

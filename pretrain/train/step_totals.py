@@ -10,8 +10,8 @@ import torch
 
 from data_pipeline.batches.batch_builder import Batch
 from data_pipeline.order.digest import hex16
+from pretrain.distributed.collectives import all_sum, gather
 from pretrain.objectives.base import Objective
-from pretrain.ranks import all_sum, gather
 
 LOW = (1 << 32) - 1
 Batches = dict[str, list[Batch]]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import hashing
-from pretrain.masking import hash64, keep_patches, patches_kept
+from pretrain.models.masking import hash64, keep_patches, patches_kept
 
 KEYS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)
 

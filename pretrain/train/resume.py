@@ -10,10 +10,10 @@ from typing import Any
 from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
-from pretrain import checkpoint
-from pretrain.ranks import from_first, gather
+from pretrain.distributed.collectives import from_first, gather
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
+from pretrain.train import checkpoint
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
 from pretrain.build.objective import load_trained, stage_tokenizer
-from pretrain.engine import Runtime
-from pretrain.evaluate.data import shuffled_images
+from pretrain.distributed.engine import Runtime
+from pretrain.evaluate.held_out import shuffled_images
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.suite import ALONE, evaluate, flat
 from pretrain.evaluate.zero_shot import classify
+from pretrain.objectives.device_batch import Rows
 from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
-from pretrain.rows import Rows
 from tests.support import tiny
 
 CLASSES = {"red": "crimson", "green": "grassy", "blue": "navy blue", "white": "snow white"}

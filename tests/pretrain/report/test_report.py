@@ -18,7 +18,7 @@ from pretrain.report import write
 from pretrain.report.page import marked
 from pretrain.report.pictures import data_uri, only_patches
 from pretrain.report.plots import Level, Line, lines, smooth, thin, window_for
-from tests.pretrain.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
+from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 
 TRAIN = {"kind": "train", "train": {"steps": 80}}
 HOSTILE = '<script>alert("x")</script><img src=http://far.away/x.png>'

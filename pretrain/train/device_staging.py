@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
+from pretrain.objectives.device_batch import Rows, device_rows, host_tensors, to_device
 from pretrain.recipe.data import Image
-from pretrain.rows import Rows, device_rows, host_tensors, to_device
 
 Tensors = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from pretrain.recipe.schema import Optimizer, Schedule
-from pretrain.schedule import learning_rate, peak_rate
+from pretrain.train.schedule import learning_rate, peak_rate
 
 PEAK = 3e-3
 
