@@ -11,10 +11,10 @@ from rich.console import Console
 
 from launch.environment import core_count
 from launch.job import Job, StageJob
-from launch.process import Rank, free_port
-from launch.ranks import LocalGroup
 from launch.run_folder import open_run
-from launch.stages import log_path, ranks, run_stages, say, undone
+from launch.supervise.rank_group import LocalGroup
+from launch.supervise.rank_process import Rank, free_port
+from launch.supervise.stage_runner import log_path, ranks, run_stages, say, undone
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, GO_ON
 
@@ -64,7 +64,7 @@ def run(job: Job, recipe: Recipe, console: Console, rank_command: RankCommand | 
     with ExitStack() as stack:
         environ = dict(os.environ)
         if any(stage.loader == "ray" for stage in todo):
-            from launch.ray_head import ray_for_job
+            from launch.ray.local_head import ray_for_job
 
             environ |= stack.enter_context(ray_for_job(job, environ))
 

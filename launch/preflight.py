@@ -10,7 +10,7 @@ from contextlib import chdir
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from launch import sources
+from launch import data_check
 from launch.job import Job, StageJob
 from pretrain.recipe.checks import addresses, world_size_check
 from pretrain.recipe.lengths import total_steps
@@ -95,13 +95,13 @@ def check_sources(recipe: Recipe, job: Job) -> None:
     sources in object stores are left to the ranks: the machine that submits needs neither their packages nor keys."""
     stages = [stage.name for stage in job.stages if not is_done(job.folder, stage, recipe)]
     remote = job.on == "local"
-    for stage, key, path, problem in sources.missing_sources(recipe, stages, remote):
-        made_here = sources.is_prepared(path, recipe)
+    for stage, key, path, problem in data_check.missing_sources(recipe, stages, remote):
+        made_here = data_check.is_prepared(path, recipe)
         advice = f"\nmake it with: dromos data prepare {shlex.quote(job.recipe)}" if made_here else ""
         raise UserError(f"{job.recipe}: stage {stage}: {key}: {problem}{advice}")
-    if job.on == "local" or sources.can_decode():
+    if job.on == "local" or data_check.can_decode():
         try:
-            sources.check_contents(recipe, stages, remote)
+            data_check.check_contents(recipe, stages, remote)
         except UserError as error:
             raise UserError(f"{job.recipe}: {error}") from None
 

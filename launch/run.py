@@ -41,11 +41,11 @@ def run(
     if job.on != "ray":  # a Ray cluster may see other disks than the machine that submits
         preflight.check(recipe, job)
     if job.on == "slurm":
-        from launch import slurm
+        from launch.slurm import sbatch
 
-        return slurm.submit(job, recipe, console, wait)
+        return sbatch.submit(job, recipe, console, wait)
     if job.on == "ray":
-        from launch.ray import submit
+        from launch.ray.submit import submit
 
         return submit(job, recipe, console, wait)
     from launch import local
@@ -57,11 +57,11 @@ def render(job: Job) -> str:
     """What the job comes down to: what is submitted, to the letter; of a local job, its ranks' commands, which the
     launcher ties to itself and to a port that is free when they start."""
     if job.on == "slurm":
-        from launch import slurm
+        from launch.slurm import sbatch
 
-        return slurm.render(job)
+        return sbatch.render(job)
     if job.on == "ray":
-        from launch.ray import render as render_ray
+        from launch.ray.submit import render as render_ray
 
         return render_ray(job)
     from launch import local

@@ -90,8 +90,8 @@ def test_the_data_pipeline_knows_no_models_and_no_process_groups(path: Path) -> 
 
 
 def test_what_the_commands_import_first_is_light() -> None:
-    """Follows imports at module level from launch/cli.py; test_light.py asks a real process the same."""
-    waiting, seen = [ROOT / "launch" / "cli.py"], set()
+    """Follows imports at module level from launch/cli/app.py; test_light.py asks a real process the same."""
+    waiting, seen = [ROOT / "launch/cli/app.py"], set()
     while waiting:
         path = waiting.pop()
         if path in seen:

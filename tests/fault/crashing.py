@@ -25,9 +25,9 @@ def act(mark):
         time.sleep(600)
 
 if "data_pipeline.workers.worker" in sys.orig_argv:
-    from data_pipeline import rows
+    from data_pipeline.batches import row_builder
 
-    decode = rows.decode_image
+    decode = row_builder.decode_image
 
     def wrapped(data, *given, **named):
         _, mark, rest = bytes(data).partition(b"!do:")
@@ -41,7 +41,7 @@ if "data_pipeline.workers.worker" in sys.orig_argv:
                 act(what)
         return decode(data, *given, **named)
 
-    rows.decode_image = wrapped
+    row_builder.decode_image = wrapped
 """
 
 

@@ -173,8 +173,11 @@ def test_done_is_said_and_another_plan_is_refused(pair: tuple[str, str], tmp_pat
 
 SCRIPT = """\
 import sys
-from pretrain.merge import blocks, kernels, local_output, merge
-for module in (blocks, kernels, local_output):
+from pretrain.merge import merge
+from pretrain.merge.methods import blocks
+from pretrain.merge.output import local
+from pretrain.weights import dtypes
+for module in (blocks, dtypes, local):
     module.SPAN = 4096
 print("ready", flush=True)
 merge(sys.argv[1:3], sys.argv[3], beta=0.3, chunk=1024)

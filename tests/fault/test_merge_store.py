@@ -19,11 +19,11 @@ from data_pipeline.storage.object_store import ask
 from pretrain.merge import merge, sweep
 from pretrain.merge.output import multipart, remote
 from pretrain.merge.verify.check_output import verify
-from tests.launch.helpers import ROOT
 from tests.pretrain.merge.output.test_remote import objects
 from tests.pretrain.merge.sweeps.test_remote_sweep import PEAK, run, tree
 from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import KINDS, Proxy
+from tests.support.launching import ROOT
 from tests.support.merge_inputs import floats, write
 from tests.support.s3_server import faulty_s3
 
@@ -139,8 +139,8 @@ def test_a_store_that_stays_away_while_it_is_written(
 
 CODE = """
 import sys, launch.cli
-from pretrain.merge import remote_output
-remote_output.PART = 5 << 20
+from pretrain.merge.output import remote
+remote.PART = 5 << 20
 sys.exit(launch.cli.main())
 """
 

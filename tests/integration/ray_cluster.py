@@ -13,8 +13,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from launch.process import free_port
-from launch.ray_process import start_command, token_env, write_token
+from launch.ray.process import start_command, token_env, write_token
+from launch.supervise.rank_process import free_port
 
 
 class RayCluster:
@@ -54,7 +54,7 @@ class RayCluster:
         """A node under the supervisor that the job's own Ray has too."""
         folder = self.folder / name
         folder.mkdir()
-        node = [sys.executable, "-P", "-m", "launch.ray_head", str(folder), *command]
+        node = [sys.executable, "-P", "-m", "launch.ray.local_head", str(folder), *command]
         with open(self.folder / f"{name}.out", "wb") as out:
             process = subprocess.Popen(node, env=self.env, stdout=out, stderr=subprocess.STDOUT)
         self.nodes.append(process)

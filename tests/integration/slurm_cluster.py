@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch.guard import guarded
-from launch.process import free_port
+from launch.supervise.guard import guarded
+from launch.supervise.rank_process import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODE_CPUS = 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launch.helpers import Launcher
+from tests.support.launching import Launcher
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from launch.cluster import load_cluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run import make_job, render, run
 from pretrain.recipe.load import load_recipe
-from tests.launch.helpers import write_recipe
+from tests.support.launching import write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,7 +104,7 @@ def test_dry_run_prints_what_would_run_and_writes_nothing(
     assert run(str(recipe), on=on, ranks_per_node=2, dry_run=True, overrides=["train.steps=3"]) == 0
     printed = capsys.readouterr().out
     assert printed == render(job_of(recipe, "train.steps=3", on=on, ranks_per_node=2))
-    assert "-m launch.cli train" in printed or "-m launch.ray_driver" in printed
+    assert "-m launch.cli train" in printed or "-m launch.ray.driver" in printed
     assert sorted(recipe.parent.rglob("*")) == before
 
 
@@ -157,7 +157,7 @@ def test_captured_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -
 def test_the_launcher_is_light(recipe: Path, on: str) -> None:
     code = (
         "import sys; from launch.run import run; "
-        f"run({str(recipe)!r}, on={on!r}, ranks_per_node=2, dry_run=True); import launch.local, launch.slurm; "
+        f"run({str(recipe)!r}, on={on!r}, ranks_per_node=2, dry_run=True); import launch.local, launch.slurm.sbatch; "
         "print([name for name in ('torch', 'ray', 'deepspeed', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

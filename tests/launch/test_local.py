@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import Outcome, first_failure, judge
-from tests.launch.helpers import Launcher, alive, wait_for, write_recipe
+from launch.supervise.rank_group import Outcome, first_failure, judge
+from tests.support.launching import Launcher, alive, wait_for, write_recipe
 
 
 @pytest.fixture

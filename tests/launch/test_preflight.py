@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from launch import preflight, sources
+from launch import data_check, preflight
 from launch.run import make_job, run
 from pretrain.recipe.load import dump, load_recipe
-from tests.launch.helpers import picture, write_recipe, write_tar
+from tests.support.launching import picture, write_recipe, write_tar
 
 ZERO_SHOT = """
 eval:
@@ -59,7 +59,7 @@ def test_contents_are_looked_at_without_what_decodes_only_on_a_cluster(
     job = make_job(loaded, str(recipe), on=on, ranks_per_node=1)
     with pytest.raises(UserError, match="missing caption"):
         preflight.check(loaded, job)
-    monkeypatch.setattr(sources, "DECODERS", ("a_package_that_is_not_there",))
+    monkeypatch.setattr(data_check, "DECODERS", ("a_package_that_is_not_there",))
     if on == "slurm":
         preflight.check(loaded, job)
     else:
@@ -98,9 +98,9 @@ def test_the_command_that_makes_the_demo_data_is_told(recipe: Path, monkeypatch:
 
 
 def test_what_is_prepared_lies_where_prepare_writes() -> None:
-    from launch.demo_data import DEFAULT_ROOT
+    from launch.demo.data import DEFAULT_ROOT
 
-    assert Path(sources.PREPARED) == DEFAULT_ROOT
+    assert Path(data_check.PREPARED) == DEFAULT_ROOT
 
 
 def test_held_out_data_must_be_there(recipe: Path) -> None:

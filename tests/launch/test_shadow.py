@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.guard import guarded
 from launch.job import Job, StageJob
-from launch.ray import submission
-from launch.ray_process import start_command
-from launch.slurm import render
+from launch.ray.process import start_command
+from launch.ray.submit import submission
+from launch.slurm.sbatch import render
+from launch.supervise.guard import guarded
 from pretrain.recipe.load import dump, load_recipe
-from tests.launch.helpers import write_recipe
+from tests.support.launching import write_recipe
 
 JOB = Job("r.yaml", "runs/x", (StageJob("masked", "train", 5, "ray"), StageJob("mix", "merge")), on="slurm")
 
@@ -72,8 +72,8 @@ def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
     job = Job("r.yaml", "run", stages, on="slurm", python=sys.executable, cluster={"kind": "slurm"})
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n0"}
     done = subprocess.run(["bash", "-c", render(job)], env=env, capture_output=True, text=True)
-    assert "masked: done" in done.stdout, done.stderr  # launch.stage was ours
-    assert "the user's own file" not in done.stdout + done.stderr  # nor was launch.slurm_env another
+    assert "masked: done" in done.stdout, done.stderr  # launch.slurm.stage was ours
+    assert "the user's own file" not in done.stdout + done.stderr  # nor was launch.slurm.job_step another
     assert "CalledProcessError" in done.stderr
 
 
@@ -82,9 +82,9 @@ def test_every_module_of_ours_that_a_cluster_runs_has_the_flag() -> None:
     entry = submission(Job("r.yaml", "runs/x", (), on="ray", cluster={"kind": "ray"}), "")["entrypoint"]
     modules = re.findall(r"(\S+) -m ([a-z_.]+)", script + entry)
     assert {name for _, name in modules} >= {
-        "launch.stage",
-        "launch.ray_node",
-        "launch.slurm_env",
+        "launch.slurm.stage",
+        "launch.slurm.ray_node",
+        "launch.slurm.job_step",
         "launch.cli",
     }
     assert {before for before, _ in modules} == {"-P"}

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.errors import UserError
-from launch import slurm
 from launch.job import Job
-from launch.ray import ENV_BYTES, PAYLOAD, read_payload, submission
+from launch.ray.submit import ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
 from launch.run_folder import open_run
+from launch.slurm import sbatch
 from pretrain.recipe.load import dump, load_recipe
 from pretrain.recipe.schema import TrainStage
-from tests.launch.helpers import write_recipe
+from tests.support.launching import write_recipe
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_queued_slurm_job_keeps_its_recipe(recipe: Path) -> None:
         path = words[words.index("train") + 1]
         assert rate(path) == lr
         script = (recipe.parent / f"queue.{number}").read_text()
-        assert f"launch.stage state {path} masked" in script
+        assert f"launch.slurm.stage state {path} masked" in script
     assert rate("run/recipe.yaml") == 2e-4
 
 
@@ -120,12 +120,12 @@ def answers(recipe: Path, *states: str) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Sleeps are recorded instead of slept."""
     slept: list[float] = []
-    monkeypatch.setattr(slurm.time, "sleep", slept.append)
+    monkeypatch.setattr(sbatch.time, "sleep", slept.append)
     return slept
 
 
 def wait(recipe: Path) -> int:
-    return slurm.wait_for("7", make_job(load_recipe(recipe), str(recipe), on="slurm"), Console())
+    return sbatch.wait_for("7", make_job(load_recipe(recipe), str(recipe), on="slurm"), Console())
 
 
 def test_a_controller_that_is_busy_is_asked_again(
@@ -151,7 +151,7 @@ def test_to_stop_waiting_is_not_to_be_saved(
 ) -> None:
     """75 would tell a caller that the job saved and wants to go on, and it runs."""
     answers(recipe, "RUNNING")
-    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sbatch.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
     assert wait(recipe) == 1
     assert "job 7 goes on; `scancel 7` ends it" in capsys.readouterr().out
 

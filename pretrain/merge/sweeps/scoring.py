@@ -35,7 +35,7 @@ class Command:
     words:   as a shell would split them; no shell runs.
     flag:    where it was given, for messages.
     seconds: after these it is stopped; None: never.
-    wrapped: makes of the words those that are executed (see launch.guard).
+    wrapped: makes of the words those that are executed (see launch.supervise.guard).
     """
 
     words: tuple[str, ...]

@@ -179,7 +179,7 @@ def test_every_broken_tar_is_named_at_once_and_the_others_are_kept(root: str, wa
 # Indexes the folder in argv[1]; after argv[2] tars it says so and waits for its end.
 KILLED = """
 import sys, time
-from data_pipeline import indexing
+from data_pipeline.index import build
 from data_pipeline.index.shard_record import walk_shard
 walked = 0
 def slow(url, path, size, version):
@@ -189,8 +189,8 @@ def slow(url, path, size, version):
         print("waiting", flush=True)
         time.sleep(600)
     return walk_shard(url, path, size, version)
-indexing.walk_shard = slow
-indexing.build_index(sys.argv[1], part_seconds=0.0)
+build.walk_shard = slow
+build.build_index(sys.argv[1], part_seconds=0.0)
 """
 
 
@@ -263,9 +263,10 @@ def test_kills_at_any_time_leave_an_index_or_none(root: str, tmp_path: Path) -> 
 def test_walkers_end_with_a_run_that_is_killed(root: str) -> None:
     """Processes whose parent is gone do not stay behind."""
     code = (
-        "import sys, time\nfrom data_pipeline import walkers\nfrom tests.data_pipeline.index.test_build import dawdle\n"
-        "if __name__ == '__main__':\n walkers.WORTH_A_PROCESS = 1\n"
-        " list(walkers.walk_all(dawdle, [(str(n), '', 9, '') for n in range(4)], 2))\n"
+        "import sys, time\nfrom data_pipeline.index import parallel\n"
+        "from tests.data_pipeline.index.test_build import dawdle\n"
+        "if __name__ == '__main__':\n parallel.WORTH_A_PROCESS = 1\n"
+        " list(parallel.walk_all(dawdle, [(str(n), '', 9, '') for n in range(4)], 2))\n"
     )
     script = Path(root) / "run.py"
     script.write_text(code)

@@ -23,7 +23,7 @@ from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import ImageSpec
 from tests.data_pipeline.formats.test_instructions import talk
 from tests.data_pipeline.show.test_records import laion
-from tests.launch.test_cli import dromos
+from tests.launch.cli.test_app import dromos
 from tests.support.samples import encode, pixels, write_packed, write_source
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; {{ 7*7 }} \x1b[31m"

@@ -365,7 +365,7 @@ def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -
 def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: Path) -> None:
     code = """
     import sys
-    from data_pipeline import cache
+    from data_pipeline.storage import cache
     cache._boot = lambda: "elsewhere"
     theirs = cache.Cache(cache.CacheSettings(sys.argv[1], 10**6))
     theirs.ensure(cache.ByteRange("s3://b/0.tar", 10**6, 1, 0, 7), lambda: [b"theirs!"])

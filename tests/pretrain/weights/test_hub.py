@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pretrain.merge import merge
-from tests.launch.helpers import ROOT
 from tests.support.hub_server import SIGNATURE, TOKEN, Hub, hub_server
+from tests.support.launching import ROOT
 from tests.support.merge_inputs import floats, read_bytes, write
 
 pytest.importorskip("huggingface_hub")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch import merge_cli
-from launch.commands import group
+from launch.cli.base import group
+from launch.cli.merging import merge as merge_cli
 from pretrain.merge import Rule, merge
 from tests.support.merge_inputs import floats, write
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from launch.cli import app
+from launch.cli.app import app
 from pretrain.merge import merge
 from pretrain.merge.methods import blocks, native
 from pretrain.merge.output import journal, local, overflow

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from launch.cli import app
+from launch.cli.app import app
 from pretrain.merge import open_weights, sweep
 from pretrain.merge.output import remote as remote_output
 from pretrain.merge.planning.prepare import prepare

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
-from launch.cli import app
+from launch.cli.app import app
 from pretrain.merge import merge
 from pretrain.merge.output.record import sealed
 from pretrain.merge.verify.check_output import verify

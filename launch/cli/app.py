@@ -1,0 +1,270 @@
+"""The `dromos` command: what a person types, passed on to the module that does it."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from launch.cli import data
+from launch.cli import recipe as recipe_commands
+from launch.cli.base import group
+from launch.cli.merging import diff, merge, soup, sweep, verify
+
+app = group(
+    """Pretrain vision-language models from webdataset tars, and interpolate the checkpoints.
+
+    A recipe (YAML) says what; flags say where; KEY=VALUE changes the recipe for once.
+
+    \b
+    Try:  dromos recipe check configs/demo/flip.yaml
+          dromos data prepare configs/demo/flip.yaml
+          dromos run configs/demo/flip.yaml --ranks-per-node 2
+
+    Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
+    """
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides: train.steps=500 for every selected training stage, tuned.train.steps=500 for one.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN/STAGE", help="A stage of a run; RUN/STAGE@STEP, @latest or @best chooses a checkpoint."
+    ),
+]
+
+
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo/flip.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    on: Annotated[str, typer.Option("--on", metavar="local|slurm|ray", help="Where to run.")] = "local",
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="S,...", help="Only these stages; default: all, in order."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", help="Nodes; default 1.")] = None,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option("--ranks-per-node", metavar="R", help="Ranks a node; default: one a GPU, else 1."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="FILE", help="What the cluster is like (configs/cluster/*.yaml)."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="On slurm or ray: stay until the job has ended.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be executed or submitted; write nothing.")
+    ] = False,
+) -> None:
+    """Run a recipe's stages, each where it was left.
+
+    A stage that is complete is passed over, one that was killed goes on from its newest checkpoint. Ctrl-C saves
+    and says how to go on.
+
+    \b
+    Examples:
+      dromos run configs/demo/flip.yaml --ranks-per-node 2
+      dromos run configs/demo/sphinx.yaml --stage lm,real train.steps=200
+      dromos run configs/demo/flip.yaml --on slurm --nodes 2 --ranks-per-node 8 --dry-run
+
+    Exit codes: 0 done, 2 your input is wrong (nothing was written), 75 saved and wants to go on, 1 anything else.
+    """
+    from launch.run import run as run_job
+
+    stages = split_stages(stage)
+    code = run_job(recipe, on, stages, nodes, ranks_per_node, cluster, dry_run, overrides or [], wait)
+    raise typer.Exit(code)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", metavar="S", help="The training stage; needed when the recipe has several."),
+    ] = None,
+) -> None:
+    """Train one stage as one rank.
+
+    This is what torchrun, srun and Ray start. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
+    without them it is the only rank.
+
+    \b
+    Examples:
+      dromos train configs/demo/flip.yaml --stage masked
+      torchrun --nproc-per-node 2 -m launch.cli train configs/demo/flip.yaml --stage masked
+
+    Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
+    """
+    from pretrain.train.main import leave
+    from pretrain.train.main import main as train_stage
+
+    code = train_stage(recipe, stage or recipe_commands.only_training_stage(recipe), overrides or [])
+    if "RANK" in os.environ:
+        leave(code)
+    raise typer.Exit(code)
+
+
+app.add_typer(recipe_commands.app, name="recipe")
+app.add_typer(data.app, name="data")
+for merging in (merge, sweep, soup, verify, diff):
+    merging.register(app)
+
+
+@app.command(name="eval")
+def evaluate(
+    weights: Weights,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Also the captions' figures with images shuffled between samples."),
+    ] = False,
+) -> None:
+    """Evaluate weights on held-out data.
+
+    Prints the figures that their recipe asks for in `eval`, as JSON.
+
+    \b
+    Examples:
+      dromos eval runs/demo/flip/tuned
+      dromos eval runs/demo/sphinx/real@80 --shuffle
+    """
+    from pretrain.evaluate.weights import evaluate_weights
+
+    typer.echo(as_json(evaluate_weights(weights, shuffle)))
+
+
+@app.command()
+def export(
+    weights: Weights,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="The folder to write; it must not exist.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="open_clip|transformers", help="open_clip for FLIP, transformers for an LLM."
+        ),
+    ],
+) -> None:
+    """Export weights to open_clip or transformers.
+
+    The folder loads there unaided: nothing of Dromos is needed.
+
+    \b
+    Examples:
+      dromos export runs/demo/flip/tuned --format open_clip --out exported/flip
+      dromos export runs/demo/sphinx/mix --format transformers --out exported/llm
+    """
+    from pretrain.export.write_folder import export as write
+
+    typer.echo(f"written: {write(weights, format, out)}")
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write a run as one page with plots.
+
+    RUN/report.html is self-contained: pictures and plots are inside.
+
+    \b
+    Example:
+      dromos report runs/demo/flip
+    """
+    from launch.status import run_status
+
+    run_status(run)
+    from pathlib import Path
+
+    from pretrain.report import write
+
+    typer.echo(f"written: {write(Path(run))}")
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Say how far a run is, stage by stage.
+
+    \b
+    Example:
+      dromos status runs/demo/flip
+    """
+    from launch.status import run_status
+
+    for stage in run_status(run):
+        typer.echo(stage.line())
+
+
+@app.command(name="list")
+def list_runs(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to look; default: runs.")] = "runs",
+) -> None:
+    """List the runs below a folder.
+
+    \b
+    Example:
+      dromos list runs/demo
+    """
+    from launch.status import find_runs, summary
+
+    found = find_runs(folder)
+    for run_folder in found:
+        typer.echo(summary(run_folder))
+    if not found:
+        typer.echo(f"no runs below {folder}", err=True)
+
+
+def split_stages(stage: list[str] | None) -> list[str] | None:
+    """`--stage a,b --stage c` -> [a, b, c]."""
+    return [name.strip() for item in stage for name in item.split(",")] if stage else None
+
+
+def as_json(values: Any, indent: str = "") -> str:
+    """Indented JSON in which a list without lists or maps in it stands on one line."""
+    import json
+
+    inner = indent + "  "
+    if isinstance(values, dict) and values:
+        lines = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {as_json(value, inner)}"
+            for key, value in values.items()
+        ]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(values, list) and any(isinstance(value, list | dict) for value in values):
+        return "[\n" + ",\n".join(inner + as_json(value, inner) for value in values) + f"\n{indent}]"
+    return json.dumps(values, ensure_ascii=False)
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"dromos {installed('dromos')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `dromos` command."""
+    app(prog_name="dromos")

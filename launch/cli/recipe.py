@@ -1,0 +1,118 @@
+"""`dromos recipe show|check`: what a recipe comes down to, and whether it can run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.errors import UserError
+from launch.cli.base import group
+from pretrain.run.exit_codes import USER_ERROR
+
+if TYPE_CHECKING:
+    from pretrain.recipe.schema import MergeStage, TrainStage
+
+app = group("Show or check a recipe; nothing runs.")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, as for `dromos run`.", show_default=False),
+]
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", metavar="S,...", help="Only these stages; overrides apply to them."),
+    ] = None,
+) -> None:
+    """Print a recipe as it resolves.
+
+    Every stage with every key, the defaults and overrides laid in. What is printed is itself a recipe.
+
+    \b
+    Examples:
+      dromos recipe show configs/demo/flip.yaml
+      dromos recipe show configs/demo/flip.yaml --stage tuned optimizer.lr=1e-4
+    """
+    from pretrain.recipe.load import as_plain, dump_plain, load_recipe, select
+
+    loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
+    plain = as_plain(loaded)
+    wanted = select(stage, list(loaded.stages), recipe)
+    plain["stages"] = {name: plain["stages"][name] for name in wanted}
+    typer.echo(dump_plain(plain), nl=False)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe before it costs anything.
+
+    Keys, values, the rules between them, and whether the sources are there. Prints a line a stage. A missing
+    source is a warning: it may be on another machine, or yet to be made.
+
+    \b
+    Example:
+      dromos recipe check configs/demo/flip.yaml
+
+    Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
+    """
+    from launch.data_check import is_prepared, missing_sources
+    from pretrain.recipe.checks import unavailable
+    from pretrain.recipe.load import load_recipe, warns
+    from pretrain.recipe.schema import TrainStage
+
+    loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
+    ready = True
+    for name, stage in loaded.stages.items():
+        missing = list(
+            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unavailable(name, stage))
+        )
+        typer.echo(f"{name}: {describe(stage)}" + ("" if missing else "  ok"))
+        for text in missing:
+            typer.echo(f"  {text}")
+            ready = False
+        for text in warns(stage) if isinstance(stage, TrainStage) else []:
+            typer.echo(f"  warning: {text}")
+    missing_data = list(missing_sources(loaded, loaded.stages, remote=False))
+    for name, key, _, text in missing_data:
+        typer.echo(f"warning: {name}.{key}: {text}", err=True)
+    if any(is_prepared(path, loaded) for _, _, path, _ in missing_data):
+        typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
+    if not ready:
+        typer.echo(f"{recipe}: well-formed, but it asks for what is not available yet", err=True)
+        raise typer.Exit(USER_ERROR)
+
+
+def describe(stage: TrainStage | MergeStage) -> str:
+    """A stage in one line."""
+    from pretrain.recipe.lengths import train_length
+    from pretrain.recipe.schema import MergeStage
+
+    if isinstance(stage, MergeStage):
+        terms = " + ".join(f"{weight:g} x {address}" for address, weight in stage.inputs.items())
+        return f"merge ({stage.method}) {terms}"
+    streams = "; ".join(
+        f"{name}: {stream.batches} rows of {', '.join(stream.sources)}" for name, stream in stage.data.items()
+    )
+    start = f", from {stage.init or stage.continue_}" if stage.init or stage.continue_ else ""
+    return f"{stage.objective.kind} for {train_length(stage)}{start}; {streams}"
+
+
+def only_training_stage(path: str) -> str:
+    """The one training stage of a recipe; UserError that lists them when there are several."""
+    from pretrain.recipe.load import load_recipe
+    from pretrain.recipe.schema import TrainStage
+
+    recipe = load_recipe(path, runnable=False)
+    names = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)]
+    if len(names) != 1:
+        raise UserError(
+            f"{path}: has {len(names)} training stages; write --stage with one of {', '.join(names)}"
+        )
+    return names[0]

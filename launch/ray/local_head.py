@@ -1,0 +1,85 @@
+"""One Ray for one job on this machine: started when no cluster is named, gone on every exit path of the launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from launch.environment import core_count
+from launch.job import Job
+from launch.ray.process import start_command, supervise, token_env, write_token
+from launch.supervise.guard import guarded
+from launch.supervise.rank_process import free_port
+
+START_SECONDS = 120
+
+
+@contextmanager
+def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Environment that leads loaders to a Ray: the cluster that is named, else one that lasts as long as the block.
+
+    The block's Ray is a child that the kernel ends with the launcher. Its temporary folder has a short path of its
+    own (Ray's sockets allow 107 characters), its ports are free ones, and it takes a token that only this job knows.
+    """
+    if named := job.cluster.get("gcs_address") or environ.get("RAY_ADDRESS"):
+        yield {"RAY_ADDRESS": named}
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("loader.backend: ray needs Ray; install it with: pip install 'dromos[ray]'")
+    folder, port = Path(tempfile.mkdtemp(prefix="dromos-ray-")), free_port()
+    try:
+        env = token_env(write_token(folder / "token"))
+        command = start_command(folder, core_count(), "127.0.0.1", None, port)
+        with tempfile.TemporaryFile("w+") as said:
+            head = subprocess.Popen(
+                guarded(
+                    [sys.executable, "-P", "-m", "launch.ray.local_head", str(folder), *command],
+                    signal.SIGTERM,
+                ),
+                env={**environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                if not _is_up(head, folder):
+                    head.terminate()
+                    head.wait()
+                    said.seek(0)
+                    raise RuntimeError(f"the job's Ray was not up after {START_SECONDS} s\n{said.read()}")
+                yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            finally:
+                head.terminate()
+                head.wait()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_up(head: subprocess.Popen[bytes], folder: Path) -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    while not (folder / "up").exists():
+        if head.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def main(arguments: list[str]) -> int:
+    """Supervise the head; asked for by a signal, which the kernel sends when the launcher is gone."""
+    folder, *command = arguments
+    return supervise(command, Path(folder), dict(os.environ), (Path(folder) / "up").touch)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

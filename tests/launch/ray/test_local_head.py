@@ -1,0 +1,58 @@
+"""The Ray that a local job starts for its loader: up before the ranks, and gone with the launcher however it ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.ray import local_head
+from launch.run import make_job
+from pretrain.recipe.load import load_recipe
+from tests.support.launching import Launcher, alive, wait_for, write_recipe
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + "loader: {backend: ray, workers: 2}\n")
+    return path
+
+
+def processes_of(token: str) -> list[int]:
+    """Processes that were started with the job's Ray token in their environment: ranks, Ray, its workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and token.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.mark.parametrize("ending", ["done", "failed", "stopped", "killed"])
+def test_ray_ends_with_the_job(recipe: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    env = {"done": {"STANDIN_STEPS": "3"}, "failed": {"STANDIN_FAIL": "0:1"}}.get(ending, {})
+    launcher = Launcher(recipe, "masked", STANDIN_RAY="1", **env)
+    report = launcher.rank("masked", 0)
+    token = report["env"]["RAY_AUTH_TOKEN_PATH"]
+    if ending in ("stopped", "killed"):
+        assert alive(report["ray_actor"])
+        assert report["ray_actor"] in processes_of(token)
+        launcher.process.send_signal(signal.SIGTERM if ending == "stopped" else signal.SIGKILL)
+    code, output = launcher.end()
+    assert code == {"done": 0, "failed": 1, "stopped": 75, "killed": -9}[ending], output
+    patience = 20 if ending == "killed" else 1
+    wait_for(lambda: not processes_of(token) and not alive(report["ray_actor"]), "Ray to end", patience)
+    wait_for(lambda: not Path(token).parent.exists(), "Ray's folder to go", patience)
+
+
+def test_a_named_cluster_is_used(recipe: Path) -> None:
+    job = make_job(load_recipe(recipe), str(recipe))
+    with local_head.ray_for_job(job, {"RAY_ADDRESS": "head:6379"}) as env:
+        assert env == {"RAY_ADDRESS": "head:6379"}
