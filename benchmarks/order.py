@@ -51,7 +51,7 @@ MOST = {
 
 def write_offsets(folder: Path) -> None:
     """An offset file of 2.3e9 samples, 4.6 GB, put together from the blocks of a few shards."""
-    from data_pipeline.sources.offsets import check_of, pack_starts
+    from data_pipeline.sources.offset_file import check_of, pack_starts
 
     random = np.random.RandomState(0)
     counts = random.randint(8_000, 12_001, TEMPLATES)
@@ -110,7 +110,8 @@ def child(folder: str) -> dict[str, float]:
     """What one process needs for a step, from opening the source on."""
     from data_pipeline.order.stream_order import SourceCounts, StreamOrder
     from data_pipeline.sources.manifest import Manifest
-    from data_pipeline.sources.offsets import OffsetFile, Offsets
+    from data_pipeline.sources.offset_file import OffsetFile
+    from data_pipeline.sources.offsets import Offsets
 
     np.zeros(1).sum()
     before = anonymous()

@@ -20,7 +20,7 @@ from data_pipeline.transforms.augment import Draw, draw_rows
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from data_pipeline.sources.remote_shards import Units
+    from data_pipeline.sources.fetch_units import Units
 
 __all__ = ["Batch", "BatchMaker", "ImageSpec", "SourceSpec", "StreamSpec", "TextSpec", "open_sources"]
 

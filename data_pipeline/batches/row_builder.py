@@ -15,14 +15,15 @@ from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.shard_reader import ShardReader
+from data_pipeline.sources.tar import IMAGE_EXTENSIONS, image_member
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Draw, draw_rows
 from data_pipeline.transforms.captions import json_member, pick_caption
-from data_pipeline.transforms.decode import IMAGE_EXTENSIONS, decode_image, image_member
+from data_pipeline.transforms.decode import decode_image
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 
 if TYPE_CHECKING:
-    from data_pipeline.sources.remote_shards import Units
+    from data_pipeline.sources.fetch_units import Units
 
 # Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
 RETRY_AFTER = (0.1, 1.0, 4.0)

@@ -7,8 +7,8 @@ from typing import BinaryIO
 
 from data_pipeline import storage
 from data_pipeline.formats.laion import Pair
-from data_pipeline.formats.lines import LONGEST, lines, reading
 from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.text_records import LONGEST, lines, reading
 
 # Users write it in front, because img2dataset needs names of columns.
 HEADER = ("caption", "url")

@@ -128,7 +128,7 @@ def _told_by_bytes(first: bytes) -> str | None:
 
 
 def _table(files: Sequence[str]) -> Format:
-    from data_pipeline.formats import img2dataset_output, laion, parquet, refinedweb
+    from data_pipeline.formats import img2dataset, laion, parquet, refinedweb
 
     names: list[str] = []
     texts: list[Any] = []
@@ -143,7 +143,7 @@ def _table(files: Sequence[str]) -> Format:
             break
         except (UserError, UnicodeDecodeError):
             continue
-    if img2dataset_output.is_output(names):
+    if img2dataset.is_output(names):
         return Format("img2dataset", TITLES["img2dataset"], "outcomes", tuple(files))
     documents = refinedweb.identify(names)
     pairs = laion.identify(names)
@@ -163,8 +163,7 @@ def _are_pages(texts: Sequence[Any]) -> bool:
 
 def _json(files: Sequence[str]) -> Format:
     from data_pipeline.formats.instructions import TURNS
-    from data_pipeline.formats.lines import reading
-    from data_pipeline.formats.text_records import records
+    from data_pipeline.formats.text_records import reading, records
 
     keys: set[str] = set()
     with reading(files[0]) as opened:

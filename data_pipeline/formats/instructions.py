@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.image_path import SURROGATE, check_image_path
-from data_pipeline.formats.lines import LONGEST, reading
-from data_pipeline.formats.records import Verdict
-from data_pipeline.formats.text_records import parsed
+from data_pipeline.formats.records import SURROGATE, Verdict, check_image_path
+from data_pipeline.formats.text_records import LONGEST, parsed, reading
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
-from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
+from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
 from data_pipeline.formats.records import Verdict
 
 # Names in lower case: LAION's files spell theirs URL and TEXT, copies of them url and text. The similarity is

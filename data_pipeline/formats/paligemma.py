@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.image_path import SURROGATE, check_image_path
-from data_pipeline.formats.lines import LONGEST, reading
-from data_pipeline.formats.records import Verdict
-from data_pipeline.formats.text_records import parsed
+from data_pipeline.formats.records import SURROGATE, Verdict, check_image_path
+from data_pipeline.formats.text_records import LONGEST, parsed, reading
 
 # Coordinates y0 x0 y1 x1 in 1024 bins and masks in 128 codewords: other numbers are no tokens of the vocabulary.
 PLACE = re.compile(r"<(loc|seg)(\d*)>")

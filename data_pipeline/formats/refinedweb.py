@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
-from data_pipeline.formats.columns import Column, match, missing, values, wrong_types
+from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypeVar, cast
 
+from data_pipeline import storage
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.lines import LONGEST, lines
 from data_pipeline.formats.records import Verdict
 
 CHUNK = 1 << 18
 # A literal, number or escape that the end of the buffer cuts is reported this far before it at most.
 CUT = 16
 SPACE = " \t\r\n"
-
-
 Record = TypeVar("Record")
+LONGEST = 8 << 20
+SKIP = 1 << 16
 
 
 def parsed(
@@ -148,3 +150,29 @@ class _Text:
 
     def take(self) -> None:
         self.position += 1
+
+
+@contextmanager
+def reading(path: str) -> Iterator[BinaryIO]:
+    """The file opened, with the readline of a local one: a remote one's cannot be bounded."""
+    with storage.asking(path), storage.open_bytes(path) as file:
+        if isinstance(file, io.BufferedReader):
+            yield file
+        else:
+            with io.BufferedReader(cast(io.RawIOBase, file), 1 << 20) as buffered:
+                yield buffered
+
+
+def lines(file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, the line without its end); None in the place of a line of more than `longest` bytes."""
+    number = 0
+    while line := file.readline(longest + 2):
+        number += 1
+        line, ended = line.rstrip(b"\r\n"), line.endswith(b"\n")
+        if len(line) <= longest:
+            yield number, line
+            continue
+        while not ended:
+            line = file.readline(SKIP)
+            ended = line.endswith(b"\n") or not line
+        yield number, None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import xxhash
+
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.index.duplicates import Findings, find
 from data_pipeline.index.folder import (
     Work,
     alone,
@@ -20,7 +23,7 @@ from data_pipeline.index.folder import (
     write,
 )
 from data_pipeline.index.parallel import walk_all
-from data_pipeline.index.shard_record import Walked, walk_shard, write_part
+from data_pipeline.index.shard_record import Record, Walked, walk_shard, write_part
 from data_pipeline.sources.manifest import (
     INDEX_FOLDER,
     Manifest,
@@ -35,9 +38,10 @@ from data_pipeline.sources.manifest import (
 
 PARTS = "parts"
 PART_BYTES = 16 << 20
-
 Progress = Callable[[int, int, int, int], None]
 """Told shards walked, shards to walk, and the samples and bytes of those walked."""
+LOOKED_AT = 3  # pieces of each of two shards with equal headers that are compared
+PIECE = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,37 @@ def _refusal(path: str, root: str, problems: list[str], shards: int) -> UserErro
         f"or remove them, then run: dromos data index {root}; the others, kept in "
         f"{storage.join(root, INDEX_FOLDER)}/{PARTS}, are not walked again"
     )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """same: groups of shard paths with the same samples; split: shard path -> keys whose members lie apart."""
+
+    same: list[list[str]]
+    split: dict[str, list[str]]
+
+
+def find(root: str, records: Sequence[Record]) -> Findings:
+    """Compare shards. Equal headers alone prove nothing where keys count from 0 and members have one size, so
+    pieces of the content are compared too."""
+    alike: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.count:
+            alike[record.fingerprint, record.size].append(record)
+    same = []
+    for group in alike.values():
+        if len(group) > 1:
+            by_content: dict[int, list[str]] = defaultdict(list)
+            for record in group:
+                by_content[_content(storage.join(root, record.path), record.size)].append(record.path)
+            same += [paths for paths in by_content.values() if len(paths) > 1]
+    split = {record.path: json.loads(record.split) for record in records if record.split != "[]"}
+    return Findings(same, split)
+
+
+def _content(url: str, size: int) -> int:
+    state = xxhash.xxh64()
+    for piece in range(LOOKED_AT):
+        start = (size - min(size, PIECE)) * piece // (LOOKED_AT - 1)
+        state.update(storage.read_range(url, start, min(PIECE, size - start)))
+    return state.intdigest()

@@ -20,7 +20,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.shard_record import Record, from_table, read_part, to_table
 from data_pipeline.sources.manifest import FORMAT, INDEX_FOLDER, OFFSETS, digest_of, read_index
-from data_pipeline.sources.offsets import block_bytes, check_of
+from data_pipeline.sources.offset_file import block_bytes, check_of
 
 STALE = 24 * 3600.0  # seconds after which nobody is taken to still write or read what no index names
 PROBE = "may-write"

@@ -12,7 +12,7 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.sources.offsets import check_of, pack_starts
+from data_pipeline.sources.offset_file import check_of, pack_starts
 from data_pipeline.sources.scan import Scan, scan_file
 from data_pipeline.storage.parquet_table import column, read_table, texts
 

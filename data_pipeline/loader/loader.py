@@ -10,18 +10,25 @@ from types import TracebackType
 from typing import Self
 
 from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.slices import pixel_shape
 from data_pipeline.batches.spec import Batch, StreamSpec
-from data_pipeline.batches.work_items import Item, Setup, check_ranks, items_of, micro_batches, rows_of
+from data_pipeline.batches.work_items import (
+    Item,
+    Setup,
+    check_ranks,
+    items_of,
+    micro_batches,
+    pixel_shape,
+    rows_of,
+)
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetcher import Prefetcher
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.workers.process_pool import ProcessPool
+from data_pipeline.workers.ray_pool import RayPool
 from data_pipeline.workers.thread_pool import Pool, ThreadPool
 from data_pipeline.workers.watchdog import StallLimits
 
 __all__ = ["Loader", "LocalLoader", "StallLimits", "micro_batches", "rows_of"]
-
 # Bytes that a rank asks for ahead of the step that it serves; one item may be asked for however big it is.
 AHEAD_BYTES = 1 << 30
 PIECES = 4
@@ -177,3 +184,19 @@ class LocalLoader(Loader):
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that run now."""
         return self._pool.pids if isinstance(self._pool, ProcessPool) else []
+
+
+class RayLoader(Loader):
+    """LocalLoader's interface and batches, bit for bit; `workers` actors a rank, on the cluster at RAY_ADDRESS.
+
+    The nodes need dromos installed and a path to the shards; manifests and tokenizer travel with the actors.
+    """
+
+    def _open(self) -> Pool:
+        return RayPool(self.setups, self.workers, self.rank * max(1, self.workers), self.limits)
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """(node id, process id) of every actor."""
+        assert isinstance(self._pool, RayPool)
+        return self._pool.places()

@@ -13,8 +13,8 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.work_items import rows_of
 from data_pipeline.order.source_order import SHORT, WINDOW
 from data_pipeline.order.stream_order import StreamOrder
+from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
-from data_pipeline.sources.remote_shards import Units
 from data_pipeline.storage.cache import ByteRange
 
 LEAST_AHEAD = 4  # steps; workers are at two of them

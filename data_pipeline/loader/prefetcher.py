@@ -24,13 +24,13 @@ from itertools import islice
 from pathlib import Path
 
 from data_pipeline.batches.work_items import Setup
+from data_pipeline.child_process import die_with
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetch_plan import Plan, prefetched
-from data_pipeline.sources.remote_shards import fetch
 from data_pipeline.storage.cache import ByteRange, Cache
+from data_pipeline.storage.cached_ranges import fetch
 from data_pipeline.storage.object_store import CONNECTIONS
 from data_pipeline.workers.ipc import receive, send
-from data_pipeline.workers.worker import die_with
 
 AT_ONCE = CONNECTIONS // 2
 FILLED = 0.75  # share of the cache that the ranks of a node fill ahead

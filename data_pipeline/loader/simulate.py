@@ -17,8 +17,8 @@ from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.batches.work_items import rows_of
 from data_pipeline.loader.prefetch_plan import window_steps
 from data_pipeline.order.stream_order import StreamOrder
+from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
-from data_pipeline.sources.remote_shards import Units
 
 WALKED = 2_000_000  # rows
 BATCHES = 8  # that shuffle quality is measured on

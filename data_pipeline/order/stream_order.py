@@ -24,10 +24,8 @@ from data_pipeline.order.batch_schedule import Batches
 from data_pipeline.order.digest import hex16
 from data_pipeline.order.mixture import Cycle, earlier
 from data_pipeline.order.mixture_weights import By, exact, integer_weights, shares, size
-from data_pipeline.order.resume import Resumed, go_on
-from data_pipeline.order.source_order import SourceOrder
-from data_pipeline.order.state import Base, Past, Segment
-from data_pipeline.order.walk import Walk
+from data_pipeline.order.source_order import SourceOrder, Walk
+from data_pipeline.order.state import Base, Past, Resumed, Segment, go_on
 
 MOST_LANES = 1024
 NEVER = 2**53  # draws of a source that no run gets to; far below where sums of them overflow

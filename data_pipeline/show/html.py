@@ -9,10 +9,10 @@ from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.show import samples as pictures
-from data_pipeline.show import talks
 from data_pipeline.show.charts import Figure, histogram, scatter
-from data_pipeline.show.source_report import Bad, Survey, share, survey
+from data_pipeline.show.inspection import survey
+from data_pipeline.show.samples import Picture, Talk, look_at, talks
+from data_pipeline.show.source_report import Bad, Survey, share
 from data_pipeline.show.terminal import facts, percent, readable
 from data_pipeline.show.terminal import samples as counted
 
@@ -39,10 +39,10 @@ class Page:
     foot: str
     bad: list[dict[str, str]] = field(default_factory=list)
     rows: dict[str, Any] | None = None
-    pictures: list[pictures.Picture] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     pictures_text: str = ""
     size: int = 0
-    talks: list[talks.Talk] = field(default_factory=list)
+    talks: list[Talk] = field(default_factory=list)
     talks_title: str = ""
     talks_text: str = ""
     passages: list[tuple[str, str]] = field(default_factory=list)
@@ -117,7 +117,7 @@ def build(found: Survey, show: int, images: str | None = None) -> Page:
 
 
 def _add_pictures(page: Page, found: Survey, show: int) -> None:
-    look = pictures.look_at(found.tables, show)
+    look = look_at(found.tables, show)
     page.pictures, page.size = look.pictures, look.spec.size
     page.pictures_text = (
         f"{len(look.pictures)} of {counted(found.about)} samples, spread over the shards examined, decoded as "
@@ -148,7 +148,7 @@ def _named(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 def _add_talks(page: Page, found: Survey, images: str | None) -> None:
     page.talks_title = "Conversations" if found.form.family == "conversations" else "Prompts and answers"
-    page.talks, missing = talks.talks(found.about["first"], images or _folder(found))
+    page.talks, missing = talks(found.about["first"], images or _folder(found))
     if missing:
         page.talks_text = f"Pictures that could not be shown: {missing}. Each says why."
 

@@ -10,16 +10,16 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import (
     cc3m,
-    img2dataset_output,
+    img2dataset,
     instructions,
     laion,
     paligemma,
     parquet,
     refinedweb,
 )
-from data_pipeline.formats.columns import Column, match, nearest, wrong_types
-from data_pipeline.formats.lines import reading
+from data_pipeline.formats.parquet import Column, match, nearest, wrong_types
 from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.text_records import reading
 from data_pipeline.show.source_report import Bad, Survey, share, spread
 from data_pipeline.show.statistics import TALLIES, Tally, WithPictures
 
@@ -29,13 +29,13 @@ COUNTED = 1024  # files whose rows are counted; of more than these the number is
 TOLERATED = 0.01
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "pairs": laion.COLUMNS,
-    "outcomes": img2dataset_output.COLUMNS,
+    "outcomes": img2dataset.COLUMNS,
     "documents": refinedweb.COLUMNS,
     "unknown": (),
 }
 TABLES: dict[str, Callable[[str, Any], Iterator[Any]]] = {
     "pairs": laion.pairs_of,
-    "outcomes": img2dataset_output.outcomes_of,
+    "outcomes": img2dataset.outcomes_of,
     "documents": refinedweb.documents_of,
 }
 FILES: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {

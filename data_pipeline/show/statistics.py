@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from data_pipeline.formats.cc3m import is_swapped
-from data_pipeline.formats.img2dataset_output import Outcome, Sums
+from data_pipeline.formats.img2dataset import Outcome, Sums
 from data_pipeline.formats.instructions import Conversation
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.paligemma import Prompted

@@ -14,8 +14,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.show import beside_tars
 from data_pipeline.show.source_report import Survey, clip, share, spread
 from data_pipeline.sources.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
-from data_pipeline.sources.tar import Sample, member_table
-from data_pipeline.transforms.decode import IMAGE_EXTENSIONS, image_member
+from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
 
 # A tar in an object store is fetched whole to be looked into.
 EXAMINE_REMOTE = 2
@@ -49,7 +48,7 @@ def look(found: Survey, path: str, examine: int, first: int) -> None:
     about["members"] = dict(sorted(members.items()))
     beside_tars.look(found, storage.root_of(path), manifest)
     if about["kind"] == "img2dataset":
-        from data_pipeline.show.joined import join
+        from data_pipeline.show.beside_tars import join
 
         join(found, tables, tabled)
     _repeated_keys(found, tables)

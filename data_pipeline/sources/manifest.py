@@ -14,7 +14,7 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.sources import sidecars
-from data_pipeline.sources.offsets import OffsetFile
+from data_pipeline.sources.offset_file import OffsetFile
 from data_pipeline.sources.scan import locate
 from data_pipeline.sources.views import View, open_view
 from data_pipeline.storage.parquet_table import column, digest, read_table

@@ -5,80 +5,30 @@ from __future__ import annotations
 import os
 import warnings
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import xxhash
 
 from data_pipeline import storage
-from data_pipeline.order.source_order import run_length
+from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.offsets import Offsets
-from data_pipeline.sources.read_ahead import ReadAhead
 from data_pipeline.sources.scan import locate
 from data_pipeline.sources.tar import BLOCK
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.storage.cache_cleanup import LOCATED
-from data_pipeline.storage.object_store import PIECE
+from data_pipeline.storage.cached_ranges import _read, fetch, pieces
 
-UNIT_BYTES = 8 << 20
-COMFORTABLY = (
-    4  # a source takes at most a fourth of the cache's limit to be read in units larger than its runs
-)
 REMEMBERED = 1 << 16  # units whose bytes were looked up
 FETCHED = 2  # whole tars kept in memory where there is no cache
-AT_ONCE = 4  # pieces of one tar on their way
-
-
-class Units:
-    """A source's samples in the pieces that are fetched and cached: whole runs of neighbours, cut at shard edges.
-
-    A small source has short runs, and would cost a GET a sample; where all of it has room in the cache, a unit is as
-    many neighbouring runs as make about 8 MiB.
-    """
-
-    def __init__(self, manifest: Manifest, offsets: Offsets | None, limit_bytes: int) -> None:
-        self.manifest = manifest
-        self.offsets = offsets
-        self.first = np.concatenate([[0], np.cumsum(manifest.counts, dtype=np.int64)])
-        samples, size = int(self.first[-1]), int(manifest.sizes.sum())
-        self.run = run_length(samples)
-        self.length = self.run
-        if self.run < run_length(1 << 62) and size <= limit_bytes // COMFORTABLY:
-            self.length *= max(1, UNIT_BYTES * samples // max(1, self.run * size))
-
-    def number(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Unit of each sample; `indices` are those of the manifest. A unit may lie on both sides of a shard's edge."""
-        return (self.first[shards] + indices) // self.length
-
-    def ranges(self, shards: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop) in bytes of what lies of each unit in its shard. Raises KeyError as Offsets.ranges does."""
-        assert self.offsets is not None
-        low, high = self.samples(shards, units)
-        start, _ = self.offsets.ranges(shards, self.manifest.in_tar(shards, low))
-        _, stop = self.offsets.ranges(shards, self.manifest.in_tar(shards, high - 1))
-        return start, stop
-
-    def knows(self, shard: int) -> bool:
-        """Are the places of the shard's samples known?"""
-        return self.offsets is not None and self.offsets.knows(shard)
-
-    def samples(self, shards: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices [low, high) of what lies of each unit in its shard."""
-        low = np.maximum(units * self.length, self.first[shards]) - self.first[shards]
-        high = np.minimum((units + 1) * self.length, self.first[shards + 1]) - self.first[shards]
-        return low, high
-
-    def part(self, shard: int, start: int, stop: int) -> ByteRange:
-        """Bytes of a shard as the cache names them."""
-        versions = self.manifest.versions
-        version = 0 if versions is None else int(versions[shard])
-        return ByteRange(self.manifest.url(shard), int(self.manifest.sizes[shard]), version, start, stop)
+AT_ONCE = 16
+Place = tuple[int, int]
+"""Shard, and position in its tar."""
 
 
 class RemoteShards:
@@ -207,36 +157,6 @@ class RemoteShards:
         return _read(self.units.part(shard, start, stop))
 
 
-def local_copy(settings: CacheSettings, url: str) -> str | None:
-    """Path of an object that never changes, whole in the node's cache; None where that cannot be used."""
-    size = storage.size(url)
-    whole = ByteRange(url, size, 0, 0, size)
-    cache = Cache(settings)
-    return cache.path(whole) if cache.has(whole) or fetch(cache, whole) else None
-
-
-def fetch(cache: Cache, part: ByteRange) -> bool:
-    """Have a range in the cache, see Cache.ensure."""
-    return cache.ensure(part, partial(pieces, part))
-
-
-def pieces(part: ByteRange) -> Iterator[bytes]:
-    """A range from the object store, in ranges of 8 to 16 MiB where it is larger, in order."""
-    count = max(1, -(-(part.stop - part.start) // PIECE))
-    cuts = [part.start + (part.stop - part.start) * i // count for i in range(count + 1)]
-    if count == 1:
-        yield _read(part)
-        return
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for low in range(0, count, AT_ONCE):
-            few = [replace(part, start=a, stop=b) for a, b in zip(cuts[low:-1], cuts[low + 1 :], strict=True)]
-            yield from pool.map(_read, few[:AT_ONCE])
-
-
-def _read(part: ByteRange) -> bytes:
-    return storage.read_range(part.url, part.start, part.stop - part.start, part.size, part.version)
-
-
 def _write_starts(path: str, starts: np.ndarray) -> None:
     """Offsets outlive a restart of the machine, so they carry a hash."""
     content = (starts // BLOCK).astype("<u4").tobytes()
@@ -253,3 +173,44 @@ def _read_starts(path: str) -> np.ndarray | None:
     if len(content) % 4 or not content or data[-8:] != xxhash.xxh64_digest(content):
         return None
     return np.frombuffer(content, "<u4").astype(np.int64) * BLOCK
+
+
+class ReadAhead:
+    """Reads places in the order in which they will be asked for, never more than AT_ONCE ahead."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read = read
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Place] = deque()
+        self._begun: dict[Place, Future[bytes]] = {}
+
+    def expect(self, places: Iterable[Place]) -> None:
+        """These will be asked for next, in this order; what was expected before will not."""
+        self.forget()
+        self._waiting.extend(dict.fromkeys(places))
+
+    def take(self, place: Place) -> bytes | None:
+        """What was read, or what its reading raised; None for a place that nobody expected."""
+        if not self._waiting and place not in self._begun:
+            return None
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(AT_ONCE, "dromos-read")
+        while self._waiting and len(self._begun) < AT_ONCE:
+            following = self._waiting.popleft()
+            self._begun[following] = self._pool.submit(self._read, *following)
+        future = self._begun.pop(place, None)
+        return None if future is None else future.result()
+
+    def forget(self) -> None:
+        """Expect nothing any more."""
+        self._waiting.clear()
+        for future in self._begun.values():
+            future.cancel()
+        self._begun.clear()
+
+    def close(self) -> None:
+        """End its threads."""
+        self.forget()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None

@@ -10,8 +10,16 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import BLOCK, Bytes, Member, Truncated, open_tar, split_name, walk
-from data_pipeline.transforms.decode import IMAGE_EXTENSIONS
+from data_pipeline.sources.tar import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    Bytes,
+    Member,
+    Truncated,
+    open_tar,
+    split_name,
+    walk,
+)
 
 NAMED = 8  # keys that are remembered by name
 

@@ -17,7 +17,8 @@ from data_pipeline.sources.scan import locate
 from data_pipeline.sources.tar import Sample, members_of
 
 if TYPE_CHECKING:
-    from data_pipeline.sources.remote_shards import RemoteShards, Units
+    from data_pipeline.sources.fetch_units import Units
+    from data_pipeline.sources.remote_shards import RemoteShards
     from data_pipeline.storage.cache import CacheSettings
 
 __all__ = ["Manifest", "ShardReader", "open_source"]

@@ -7,14 +7,18 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 from zlib import adler32
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
 
 BLOCK = 512
 ZERO = bytes(BLOCK)
@@ -340,3 +344,13 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{where} is damaged: a pax header cannot be read ({error})") from None
     return records
+
+
+# The members of a sample that are taken for its image; where it has several, the first of these.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+
+
+def image_member(members: Iterable[str]) -> str | None:
+    """The member of a sample that is the image, if it has one."""
+    present = set(members)
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import ContentError
-from data_pipeline.transforms.augment import Draw
-from data_pipeline.transforms.crops import Box, choose_crop, stored_box
+from data_pipeline.transforms.augment import Box, Draw, choose_crop, stored_box
 from data_pipeline.transforms.image_headers import claimed_size, exif_orientation, jpeg_markers, scans
 from data_pipeline.transforms.resize import resize
 
 if TYPE_CHECKING:
     import PIL.Image
 
+
 MAX_PIXELS = 25_000_000
 # What the web serves; nothing that starts another program (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# The members of a sample that are taken for its image; where it has several, the first of these.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 # Encoders write about ten; each costs a pass over the whole image, so that thousands hold a worker for minutes.
 MAX_SCANS = 100
 
@@ -52,12 +49,6 @@ class _Cut:
     inner: tuple[float, float, float, float]
     orientation: int
     crop: Box
-
-
-def image_member(members: Iterable[str]) -> str | None:
-    """The member of a sample that is the image, if it has one."""
-    present = set(members)
-    return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)
 
 
 def decode_image(data: bytes, spec: ImageSpec, draw: Draw | None, out: np.ndarray) -> tuple[int, ...]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_pipeline.activity import Activity, Sample
-from data_pipeline.batches.slices import join
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import Item, Setup, join
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
 from data_pipeline.workers.worker import READY, Work

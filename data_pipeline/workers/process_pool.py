@@ -17,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from data_pipeline.activity import Activity, Sample
-from data_pipeline.batches.slices import cut, join, pixel_shape
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import Item, Setup, cut, join, pixel_shape
 from data_pipeline.errors import WorkerError
 from data_pipeline.workers.isolation import LOOK, Closed, Isolation, place, stalled, starting
 from data_pipeline.workers.shared_memory import Slab, Slabs

@@ -20,10 +20,8 @@ from data_pipeline.activity import Sample
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import Item, Setup
 from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.loader.loader import Loader
 from data_pipeline.workers.isolation import LOOK, TRIES, Isolation, place, stalled
 from data_pipeline.workers.process_pool import DEATHS
-from data_pipeline.workers.thread_pool import Pool
 from data_pipeline.workers.watchdog import StallLimits, StallWatch, log
 from data_pipeline.workers.worker import Condemned, Makers, portable
 from data_pipeline.workers.worker_handle import SetupFile
@@ -207,22 +205,6 @@ class RayPool:
             if asked.actor == number:
                 actor = self._actors[number]
                 asked.reference = (actor.make_alone if asked.alone else actor.make).remote(asked.item)
-
-
-class RayLoader(Loader):
-    """LocalLoader's interface and batches, bit for bit; `workers` actors a rank, on the cluster at RAY_ADDRESS.
-
-    The nodes need dromos installed and a path to the shards; manifests and tokenizer travel with the actors.
-    """
-
-    def _open(self) -> Pool:
-        return RayPool(self.setups, self.workers, self.rank * max(1, self.workers), self.limits)
-
-    @property
-    def places(self) -> list[tuple[str, int]]:
-        """(node id, process id) of every actor."""
-        assert isinstance(self._pool, RayPool)
-        return self._pool.places()
 
 
 def _connect() -> Any:

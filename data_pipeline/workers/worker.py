@@ -7,7 +7,6 @@ multiprocessing, whose spawn imports the parent's main module, and with it torch
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -24,16 +23,12 @@ import numpy as np
 from data_pipeline import activity
 from data_pipeline.activity import Sample
 from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.slices import pixel_shape
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import Item, Setup, pixel_shape
+from data_pipeline.child_process import die_with
 from data_pipeline.workers.ipc import can_travel, read_shared, receive, send
-
-PR_SET_PDEATHSIG = 1
 
 Condemned = Mapping[str, Mapping[Sample, str]]
 """Stream -> sample -> reason: what is replaced without being decoded."""
-
-
 READY = -1
 """The number of the message that a worker sends when it has started."""
 
@@ -62,14 +57,6 @@ def portable(error: Exception) -> Exception:
     error.__traceback__ = error.__cause__ = error.__context__ = None
     error.add_note(f"in a worker of the loader:\n{trace}")
     return error
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel for SIGKILL when the parent dies, and go at once if it is dead already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Makers:

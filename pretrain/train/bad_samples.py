@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from data_pipeline.transforms.decode import IMAGE_EXTENSIONS
+from data_pipeline.sources.tar import IMAGE_EXTENSIONS
 
 Line = dict[str, Any]
 """A line of bad_samples.jsonl."""

@@ -234,7 +234,7 @@ class Session:
             StallLimits(settings.stall_warn, settings.stall_error),
         )
         if settings.backend == "ray":
-            from data_pipeline.workers.ray_pool import RayLoader
+            from data_pipeline.loader.loader import RayLoader
 
             return RayLoader(*given)
         from data_pipeline.loader.loader import LocalLoader

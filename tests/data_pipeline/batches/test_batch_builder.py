@@ -24,8 +24,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from data_pipeline.order import digest
 from data_pipeline.order.stream_order import row_keys, sample_ids
-from data_pipeline.transforms.augment import draw_rows
-from data_pipeline.transforms.crops import choose_crop
+from data_pipeline.transforms.augment import choose_crop, draw_rows
 from data_pipeline.transforms.decode import ImageSpec
 from tests.support.samples import LENGTH, SIZE, WORDS, members, pairs, write_packed, write_source
 

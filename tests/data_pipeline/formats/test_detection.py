@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import detect, img2dataset, refinedweb
-from data_pipeline.formats.img2dataset_output import Outcome, Sums, odd_key, read_outcomes
+from data_pipeline.formats.img2dataset import Outcome, Sums, odd_key, read_outcomes
 from data_pipeline.formats.records import Verdict
 from tests.data_pipeline.formats.test_laion import SCHEMAS, write
 from tests.support.samples import write_packed, write_source

@@ -10,10 +10,9 @@ import pytest
 
 from data_pipeline.errors import ContentError
 from data_pipeline.formats import instructions, paligemma
-from data_pipeline.formats.image_path import check_image_path, image_url
 from data_pipeline.formats.instructions import Conversation, Turn, read_conversations
 from data_pipeline.formats.paligemma import Prompted, read_prompted
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import Verdict, check_image_path, image_url
 
 LLAVA = {
     "id": "004539375",

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.formats import cc3m, text_records
 from data_pipeline.formats.laion import Pair
-from data_pipeline.formats.lines import lines
 from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.text_records import lines
 
 
 def tsv(tmp_path: Path, content: bytes) -> str:

@@ -13,9 +13,9 @@ from data_pipeline.batches.batch_builder import BatchMaker
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.loader.prefetch_plan import Plan, window_steps
 from data_pipeline.order.source_order import WINDOW
+from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
-from data_pipeline.sources.offsets import OffsetFile, pack_starts
-from data_pipeline.sources.remote_shards import UNIT_BYTES, Units
+from data_pipeline.sources.offset_file import OffsetFile, pack_starts
 from data_pipeline.storage.cache import ByteRange, CacheSettings
 
 BATCH = 64

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
 from data_pipeline.order import source_order
-from data_pipeline.order.source_order import SourceOrder
+from data_pipeline.order.source_order import SourceOrder, Walk
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
-from data_pipeline.order.walk import Walk
 from tests.support.naive_order import Change, Mixture, Source, epoch_pieces, walk, weights_of
 
 STEPS = 24

@@ -17,8 +17,7 @@ from data_pipeline.errors import ContentError
 from data_pipeline.formats import img2dataset, refinedweb
 from data_pipeline.show import charts, source_report
 from data_pipeline.show.html import build, write_page
-from data_pipeline.show.samples import picture_of
-from data_pipeline.show.talks import boxes
+from data_pipeline.show.samples import boxes, picture_of
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import ImageSpec
 from tests.data_pipeline.formats.test_instructions import talk

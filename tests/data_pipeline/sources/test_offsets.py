@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
 from data_pipeline.sources.manifest import Manifest, open_source
-from data_pipeline.sources.offsets import GROUP, OffsetFile, Offsets, block_bytes, check_of, pack_starts
+from data_pipeline.sources.offset_file import GROUP, OffsetFile, block_bytes, check_of, pack_starts
+from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import members_of
 from tests.support.tars import FORMATS, Entry, entries, truth, write_entries

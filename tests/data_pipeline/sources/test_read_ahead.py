@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from data_pipeline.errors import ReadError
-from data_pipeline.sources.read_ahead import AT_ONCE, Place, ReadAhead
+from data_pipeline.sources.remote_shards import AT_ONCE, Place, ReadAhead
 
 
 class Store:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_pipeline.errors import ContentError
 from data_pipeline.hashing import Purpose, hash64
-from data_pipeline.transforms.augment import draw_rows
-from data_pipeline.transforms.crops import Box, choose_crop
-from data_pipeline.transforms.decode import ImageSpec, decode_image, image_member
+from data_pipeline.sources.tar import image_member
+from data_pipeline.transforms.augment import Box, choose_crop, draw_rows
+from data_pipeline.transforms.decode import ImageSpec, decode_image
 from tests.support.samples import encode, pixels
 
 SMOOTH = np.stack(

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import ContentError
-from data_pipeline.transforms.augment import draw_rows
-from data_pipeline.transforms.crops import choose_crop, stored_box
+from data_pipeline.transforms.augment import choose_crop, draw_rows, stored_box
 from data_pipeline.transforms.decode import ImageSpec, decode_image, versions
 from data_pipeline.transforms.image_headers import claimed_size, exif_orientation, jpeg_markers
 from tests.support.samples import encode, pixels

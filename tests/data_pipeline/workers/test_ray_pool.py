@@ -88,7 +88,7 @@ def gone(pid: int) -> bool:
 
 
 def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: Any, spec: StreamSpec) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     skipped = 0
     for rank in (0, 1):
@@ -121,7 +121,7 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
 
 def test_actors_need_no_file_but_the_shards(cluster: Any, tmp_path: Path) -> None:
     """The tokenizer and the statistics are read where the loader is opened, and travel from there."""
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     source = write_source(tmp_path / "a", [6])
     stats = source / "00000_stats.json"
@@ -138,7 +138,7 @@ def test_actors_need_no_file_but_the_shards(cluster: Any, tmp_path: Path) -> Non
 def test_relative_paths_start_at_the_rank_s_folder(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     write_source(tmp_path / "a", [6])
     spec = pairs(tmp_path, batch=2, a=Path("a"))
@@ -149,7 +149,7 @@ def test_relative_paths_start_at_the_rank_s_folder(
 
 
 def test_a_users_mistake_in_an_actor_keeps_its_type(cluster: Any, tmp_path: Path) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     source = write_source(tmp_path / "a", [4, 4])
     for shard, successes in enumerate((4, 5)):
@@ -162,7 +162,7 @@ def test_a_users_mistake_in_an_actor_keeps_its_type(cluster: Any, tmp_path: Path
 
 
 def test_a_loader_left_early_serves_again(cluster: Any, spec: StreamSpec) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     with LocalLoader([spec], 0, 1, 0) as local:
         want = [step["pairs"][0].batch_digest for step in local.steps(0, 3)]
@@ -178,7 +178,7 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
 ) -> None:
     import ray
 
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     with LocalLoader([spec], 0, 1, 0) as local:
         want = [step["pairs"][0].batch_digest for step in local.steps(0, STEPS)]
@@ -214,7 +214,7 @@ def deadly(tmp_path: Path, what: str) -> BatchMaker:
 
 
 def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     maker = deadly(tmp_path, "crash")
     truth = BatchMaker(maker.spec)
@@ -235,7 +235,7 @@ def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_pa
 def test_a_kill_or_a_stall_is_no_verdict(
     cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, told: str
 ) -> None:
-    from data_pipeline.workers.ray_pool import RayLoader
+    from data_pipeline.loader.loader import RayLoader
 
     maker = deadly(tmp_path, what)
     limits = StallLimits(0.5, 3.0)

@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.slices import cut, join
 from data_pipeline.batches.spec import StreamSpec
-from data_pipeline.batches.work_items import Item
+from data_pipeline.batches.work_items import Item, cut, join
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.workers import ipc, shared_memory
 from data_pipeline.workers.process_pool import ProcessPool
