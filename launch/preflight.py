@@ -13,8 +13,8 @@ from data_pipeline.errors import UserError
 from launch import data_check
 from launch.job import Job, StageJob
 from pretrain.recipe.checks import addresses, world_size_check
+from pretrain.recipe.dump import stage_record
 from pretrain.recipe.lengths import total_steps
-from pretrain.recipe.load import stage_record
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 from pretrain.run.address import locate
 from pretrain.run.identity import check_run_folder, read_record

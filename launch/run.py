@@ -13,7 +13,8 @@ from launch import preflight
 from launch.cluster import RayCluster, SlurmCluster, load_cluster
 from launch.environment import gpu_count
 from launch.job import Job, Where, recipe_id
-from pretrain.recipe.load import dump, load_recipe, run_dir
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import Recipe
 
 DOORS = ("local", "slurm", "ray")

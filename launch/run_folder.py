@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
 from launch.environment import capture
 from launch.job import Job
-from pretrain.recipe.load import dump
+from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
 
 

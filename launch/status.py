@@ -9,8 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.recipe.yaml_file import load_yaml
-from pretrain.run.folder import complete_steps
-from pretrain.run.run_files import json_mapping
+from pretrain.run.folder import complete_steps, json_mapping
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pretrain.merge.output.resumed_folder import link_or_copy
 from pretrain.merge.output.writer import Progress
 from pretrain.merge.planning.prepare import open_inputs, prepare
 from pretrain.merge.planning.request import request
-from pretrain.recipe.load import dump_plain, stage_record
+from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
 from pretrain.run.identity import ABSENT, check_run_folder
 from pretrain.run.lock import FolderLock

@@ -112,10 +112,11 @@ def train(
 
     Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
     """
+    from pretrain.recipe.load import only_training_stage
     from pretrain.train.main import leave
     from pretrain.train.main import main as train_stage
 
-    code = train_stage(recipe, stage or recipe_commands.only_training_stage(recipe), overrides or [])
+    code = train_stage(recipe, stage or only_training_stage(recipe), overrides or [])
     if "RANK" in os.environ:
         leave(code)
     raise typer.Exit(code)
@@ -144,7 +145,7 @@ def evaluate(
       dromos eval runs/demo/flip/tuned
       dromos eval runs/demo/sphinx/real@80 --shuffle
     """
-    from pretrain.evaluate.weights import evaluate_weights
+    from pretrain.evaluate.suite import evaluate_weights
 
     typer.echo(as_json(evaluate_weights(weights, shuffle)))
 

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.errors import UserError
 from launch.cli.base import group
 from pretrain.run.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
     from pretrain.recipe.schema import MergeStage, TrainStage
 
-app = group("Show or check a recipe; nothing runs.")
 
+app = group("Show or check a recipe; nothing runs.")
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -40,7 +39,8 @@ def show(
       dromos recipe show configs/demo/flip.yaml
       dromos recipe show configs/demo/flip.yaml --stage tuned optimizer.lr=1e-4
     """
-    from pretrain.recipe.load import as_plain, dump_plain, load_recipe, select
+    from pretrain.recipe.dump import as_plain, dump_plain
+    from pretrain.recipe.load import load_recipe, select
 
     loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
     plain = as_plain(loaded)
@@ -64,7 +64,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     from launch.data_check import is_prepared, missing_sources
     from pretrain.recipe.checks import unavailable
-    from pretrain.recipe.load import load_recipe, warns
+    from pretrain.recipe.lengths import warns
+    from pretrain.recipe.load import load_recipe
     from pretrain.recipe.schema import TrainStage
 
     loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
@@ -102,17 +103,3 @@ def describe(stage: TrainStage | MergeStage) -> str:
     )
     start = f", from {stage.init or stage.continue_}" if stage.init or stage.continue_ else ""
     return f"{stage.objective.kind} for {train_length(stage)}{start}; {streams}"
-
-
-def only_training_stage(path: str) -> str:
-    """The one training stage of a recipe; UserError that lists them when there are several."""
-    from pretrain.recipe.load import load_recipe
-    from pretrain.recipe.schema import TrainStage
-
-    recipe = load_recipe(path, runnable=False)
-    names = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)]
-    if len(names) != 1:
-        raise UserError(
-            f"{path}: has {len(names)} training stages; write --stage with one of {', '.join(names)}"
-        )
-    return names[0]

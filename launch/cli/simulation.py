@@ -7,9 +7,8 @@ from data_pipeline.batches.work_items import check_ranks
 from data_pipeline.errors import UserError
 from data_pipeline.loader.simulate import StreamLoad, simulate
 from data_pipeline.storage.cache import MOST_GIGABYTES
-from launch.cli.recipe import only_training_stage
 from pretrain.build.streams import stream_spec
-from pretrain.recipe.load import load_recipe
+from pretrain.recipe.load import load_recipe, only_training_stage
 from pretrain.recipe.schema import TrainStage
 
 

@@ -17,8 +17,7 @@ from data_pipeline.errors import UserError
 from pretrain.recipe.data import Stream
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
-from pretrain.report.page import Card, Picture
-from pretrain.report.pictures import data_uri, only_patches
+from pretrain.report.page import Card, Picture, data_uri, only_patches
 
 
 @dataclass(frozen=True)

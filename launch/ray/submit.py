@@ -19,7 +19,7 @@ from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
 from launch.supervise.rank_group import DONE, FAILED, GO_ON, USER_ERROR
 from launch.supervise.stage_runner import say
-from pretrain.recipe.load import dump
+from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
 
 POLL_SECONDS = 2.0

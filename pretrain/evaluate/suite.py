@@ -10,6 +10,7 @@ import torch
 from data_pipeline.batches.evaluation_pass import EvaluationMaker
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
+from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.build.streams import cache_settings, evaluation_spec
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
@@ -86,3 +87,12 @@ def flat(figures: dict[str, Any]) -> dict[str, float]:
     for key in ("perplexity", "perplexity_shuffled"):
         scalars |= {f"{key}/{name}/nll": nll for name, nll in figures.get(key, {}).items()}
     return scalars
+
+
+def evaluate_weights(address: str, shuffle: bool = False) -> dict[str, Any]:
+    """What the stage that made the weights asks for in `eval`; `shuffle` as in `suite.evaluate`.
+
+    Raises UserError when the address is no stage of a run, or has not finished.
+    """
+    objective, stage = load_trained(address)
+    return evaluate(objective, objective.model, stage, stage_tokenizer(stage), ALONE, shuffle=shuffle)

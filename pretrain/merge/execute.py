@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join, read_bytes, remove, sizes
@@ -28,7 +27,7 @@ from pretrain.merge.planning.lineage import ancestors
 from pretrain.merge.planning.output_layout import INDEX
 from pretrain.merge.planning.prepare import Opened, prepare
 from pretrain.merge.planning.request import request
-from pretrain.run.address import locate
+from pretrain.run.address import model_stage
 from pretrain.weights import digests
 from pretrain.weights.companions import read
 from pretrain.weights.dtypes import BLOCK
@@ -287,15 +286,3 @@ def _add(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) 
             link_or_copy(content, output.folder / name)
         else:
             (output.folder / name).write_bytes(content)
-
-
-def model_stage(stage_dir: Path) -> Path | None:
-    """The folder of the training stage whose model these weights have: a merge has that of its parent."""
-    path = stage_dir / "resolved.yaml"
-    if not path.is_file():
-        return None
-    stage = yaml.safe_load(path.read_text())["stage"]
-    if stage.get("kind") != "merge":
-        return stage_dir
-    parent = locate(stage.get("copy_rest") or next(iter(stage["inputs"])), stage_dir.parent)
-    return model_stage(parent.stage_dir) if parent.stage_dir is not None else None

@@ -10,8 +10,9 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from data_pipeline.order.mixture_weights import check_shares, contradiction
 from pretrain.recipe.data import Stream
-from pretrain.recipe.resolve import nearest
+from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
+from pretrain.recipe.schema_errors import nearest
 from pretrain.recipe.unsupported import missing_features
 from pretrain.recipe.yaml_file import Key
 
@@ -130,8 +131,8 @@ def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> li
         merging = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
         return [Problem(name, key, text) for key, text in merging]
     found = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
-    if stage.objective.kind in OBJECTIVES:
-        found += [*_check_streams(stage), *OBJECTIVES[stage.objective.kind](stage)]
+    if stage.objective.kind in KINDS:
+        found += [*_check_streams(stage), *KINDS[stage.objective.kind](stage)]
     return [Problem(name, key, text) for key, text in found]
 
 
@@ -199,55 +200,6 @@ def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
             # Weights contradict each other together; the largest is the likeliest slip.
             largest = max(stream.sources, key=lambda name: stream.sources[name].weight or 0)
             yield (*at, largest, "weight"), str(error)
-
-
-def _check_pair(name: str, stream: Stream) -> Iterator[tuple[Key, str]]:
-    if stream.length is not None:
-        yield ("data", name, "length"), "is for packed text; a stream of images has image and text.length"
-    for part in ("image", "text"):
-        if getattr(stream, part) is None:
-            yield ("data", name, part), "is missing; a stream of image and caption needs image and text"
-
-
-def _check_flip(stage: TrainStage) -> Iterator[tuple[Key, str]]:
-    if len(stage.data) > 1:
-        yield (
-            ("data",),
-            f"flip takes exactly one stream, of images with captions; here: {', '.join(stage.data)}",
-        )
-    for name, stream in stage.data.items():
-        yield from _check_pair(name, stream)
-    if not stage.model.vision:
-        yield ("model", "vision"), "is missing; flip trains a vision tower"
-    if stage.model.llm is not None:
-        yield ("model", "llm"), "has no place in flip; the text tower is model.text"
-    if stage.objective.weights:
-        yield ("objective", "weights"), "flip has one loss, so there is nothing to weigh"
-
-
-def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
-    llm, images = stage.model.llm, False
-    for name, stream in stage.data.items():
-        if stream.image is not None or stream.text is not None:
-            images = True
-            yield from _check_pair(name, stream)
-    if llm is None or (llm.init is None) == (llm.config is None):
-        yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
-    if images and not stage.model.vision:
-        yield ("model", "vision"), "is missing; a stream of images needs a vision tower"
-    for index, tower in enumerate(stage.model.vision or []):
-        if tower.init is None:
-            yield (
-                ("model", "vision", str(index), "init"),
-                "is missing; sphinx takes towers that are trained already",
-            )
-    if stage.model.text is not None:
-        yield ("model", "text"), "has no place in sphinx; the language model is model.llm"
-    if stage.objective.image_mask > 0:
-        yield ("objective", "image_mask"), "belongs to flip; sphinx sees every patch"
-
-
-OBJECTIVES = {"flip": _check_flip, "sphinx": _check_sphinx}
 
 
 def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -13,8 +13,8 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.schema import TrainStage
-from pretrain.recipe.schema_errors import hint
-from pretrain.recipe.yaml_file import Key, parse_scalar
+from pretrain.recipe.schema_errors import hint, nearest
+from pretrain.recipe.yaml_file import Document, Key, parse_scalar
 
 # Where one of these is written, the others that stood there before give way.
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
@@ -23,12 +23,6 @@ EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     (): ("init", "continue"),
 }
 SECTIONS = tuple(info.alias or name for name, info in TrainStage.model_fields.items())
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` (nearest: x)` or nothing, for the end of a message."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def merge_maps(base: dict[str, Any], over: dict[str, Any], at: Key = ()) -> dict[str, Any]:
@@ -190,3 +184,107 @@ def targets(
             f"{nearest(override.key[1], known)}; streams: {', '.join(known) or 'none'}"
         )
     return found
+
+
+STAGE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+RESERVED = {*SECTIONS, "run", "stages", "prepare"}
+
+
+@dataclass
+class Draft:
+    """A recipe on its way: raw stages, and who wrote which key."""
+
+    document: Document
+    run: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    set_by: dict[tuple[str, Key], str] = field(default_factory=dict)  # (stage or "run", key) -> override
+
+    def where(self, stage: str, key: Key) -> str:
+        """`recipe.yaml:12: stages.tuned.train.steps`, or the override that set (or removed) the key."""
+        for (by_stage, by_key), text in self.set_by.items():
+            if by_stage == stage and by_key[:-1] == key:
+                return f"override {text!r}: {'.'.join(key)}"
+        for length in range(len(key), 0, -1):
+            part = key[:length]
+            found = [
+                text for (by, by_key), text in self.set_by.items() if by == stage and _same(by_key, part)
+            ]
+            for text in found:
+                return f"override {text!r}: {'.'.join(('run', *key) if stage == 'run' else key)}"
+            for prefix in (("run",),) if stage == "run" else (("stages", stage), ()):
+                line = self.document.line((*prefix, *part))
+                if line is not None:
+                    return f"{self.document.path}:{line}: {'.'.join((*prefix, *key))}"
+        prefix = ("run",) if stage == "run" else ("stages", stage) if "stages" in self.document.values else ()
+        line = self.document.line(prefix) if prefix else None
+        return f"{self.document.path}{f':{line}' if line else ''}: {'.'.join((*prefix, *key))}"
+
+
+def _same(one: Key, other: Key) -> bool:
+    """Equal, or equal but for the places in lists: `model.vision.width` is `model.vision.0.width`."""
+    names = [tuple(part for part in key if not part.isdigit()) for key in (one, other)]
+    return one == other or names[0] == names[1]
+
+
+def read_draft(document: Document) -> Draft:
+    """Lay every stage over the defaults."""
+    values = document.values
+    allowed = {*SECTIONS, "run", "prepare", "stages"}
+    unknown = [key for key in values if key not in allowed]
+    if unknown:
+        raise UserError(
+            "\n".join(
+                f"{_at(document, key)}: unknown key{hint(TrainStage, (key,), allowed)}" for key in unknown
+            )
+        )
+    run = values.get("run") or {}
+    if not isinstance(run, dict):
+        raise UserError(f"{_at(document, 'run')}: is a section with name, dir, seed, not {run!r}")
+    defaults = normalise({key: deepcopy(values[key]) for key in SECTIONS if key in values})
+    stages = values.get("stages")
+    if stages is None:
+        return Draft(document, dict(run), {"main": merge_maps({}, defaults)})
+    if not isinstance(stages, dict) or not stages:
+        raise UserError(f"{_at(document, 'stages')}: is a map from a stage's name to what it changes")
+    resolved: dict[str, dict[str, Any]] = {}
+    for name, own in stages.items():
+        here = _at(document, "stages", name)
+        if not STAGE_NAME.match(name) or name in RESERVED:
+            raise UserError(
+                f"{here}: is no name for a stage; use letters, digits, - and _, and no section's name"
+            )
+        if not isinstance(own or {}, dict):
+            raise UserError(f"{here}: holds {own!r}; a stage is a map, {{}} when it changes nothing")
+        own = normalise(own or {})
+        merging = own.get("kind", "train") == "merge"
+        base = {key: value for key, value in defaults.items() if key == "eval"} if merging else defaults
+        resolved[name] = merge_maps(merge_maps({}, base), own)
+    return Draft(document, dict(run), resolved)
+
+
+def _at(document: Document, *key: str) -> str:
+    line = document.line(key)
+    return f"{document.path}{f':{line}' if line else ''}: {'.'.join(key)}"
+
+
+def apply_override(draft: Draft, override: Override, selected: Sequence[str], strict: bool) -> None:
+    """Set one override in the draft, and remember that it did."""
+    if override.stage is None and override.key[0] == "run":
+        if len(override.key) != 2:
+            raise UserError(f"override {override.text!r}: write run.KEY=VALUE, for example run.seed=1")
+        set_key(draft.run, Override(override.text, None, override.key[1:], override.value))
+        draft.set_by["run", override.key[1:]] = override.text
+        return
+    if strict and override.stage is not None and override.stage not in selected:
+        raise UserError(
+            f"override {override.text!r}: stage {override.stage!r} is not selected, so it would do nothing; "
+            f"selected: {', '.join(selected)}"
+        )
+    if override.key[0] == "run":
+        raise UserError(
+            f"override {override.text!r}: run.* belongs to the whole run; write it without the stage"
+        )
+    for name in targets(override, draft.stages, selected, strict):
+        set_key(draft.stages[name], override)
+        draft.stages[name] = normalise(draft.stages[name])
+        draft.set_by[name, override.key] = override.text

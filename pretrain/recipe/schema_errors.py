@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from pretrain.recipe.yaml_file import Key
+
+if TYPE_CHECKING:
+    pass
+
 
 WORDS = {
     "int_type": "a whole number",
@@ -26,8 +30,6 @@ WORDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
-
-
 SECTIONS_NEEDED: dict[Key, str] = {
     ("train",): "; write exactly one of steps, samples, epochs, for example train: {steps: 1000}",
     ("objective",): "; write for example objective: {kind: flip}",
@@ -133,3 +135,9 @@ def _step(annotation: Any, part: str) -> Any:
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         return dict(_fields(bare)).get(part)
     return None
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (nearest: x)` or nothing, for the end of a message."""
+    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
-from pretrain.run.run_files import json_mapping
+from pretrain.run.folder import json_mapping
 
 EXAMPLES = 5
 

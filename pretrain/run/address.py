@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
 from pretrain.run.folder import complete_steps, is_complete, step_of, tag_of
@@ -228,3 +230,15 @@ def _near(path: Path) -> str:
         return ""
     close = get_close_matches(path.name, there, n=1, cutoff=0.75)
     return f"; did you mean {path.with_name(close[0])}?" if close else ""
+
+
+def model_stage(stage_dir: Path) -> Path | None:
+    """The folder of the training stage whose model these weights have: a merge has that of its parent."""
+    path = stage_dir / "resolved.yaml"
+    if not path.is_file():
+        return None
+    stage = yaml.safe_load(path.read_text())["stage"]
+    if stage.get("kind") != "merge":
+        return stage_dir
+    parent = locate(stage.get("copy_rest") or next(iter(stage["inputs"])), stage_dir.parent)
+    return model_stage(parent.stage_dir) if parent.stage_dir is not None else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 STEP = re.compile(r"^step_(\d{8,})$")
 
@@ -30,3 +32,12 @@ def complete_steps(folder: Path) -> list[int]:
         return []
     found = ((step_of(entry.name), entry) for entry in folder.iterdir())
     return sorted(step for step, entry in found if step is not None and is_complete(entry))
+
+
+def json_mapping(path: Path) -> dict[str, Any]:
+    """What a JSON file maps; empty where it is absent, damaged or no mapping."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -10,9 +10,9 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.recipe.data import Image, Stream
+from pretrain.recipe.dump import stage_record
 from pretrain.recipe.fields import parse_length
 from pretrain.recipe.lengths import length_steps
-from pretrain.recipe.load import stage_record
 from pretrain.recipe.schema import Recipe
 from pretrain.run.folder import complete_steps, tag_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,3 +74,50 @@ def likely_cause(url: str, lines: list[Line]) -> str:
 def _members(detail: str) -> list[str]:
     listed = detail.removeprefix("members: ")
     return [] if listed in ("none", detail) else listed.split(", ")
+
+
+WINDOW = 100
+"""Steps over which the fraction of replaced samples is taken."""
+AT_LEAST = 200
+"""Samples of a source that must have been seen before its fraction counts."""
+
+
+class TooManyBad(RuntimeError):
+    """The share of replaced samples of a source passed the recipe's limit."""
+
+
+class BadFraction:
+    """Watches the share of a source's samples that were replaced over the last steps, summed over ranks.
+
+    `before` is the `state` that a checkpoint kept, so that a resumed run judges as an undisturbed one.
+    """
+
+    def __init__(self, limit: float, before: dict[str, list[list[int]]] | None = None) -> None:
+        self.limit = limit
+        self.steps: dict[str, deque[list[int]]] = {
+            source: deque(window, maxlen=WINDOW) for source, window in (before or {}).items()
+        }
+
+    def state(self) -> dict[str, list[list[int]]]:
+        """[served, replaced] of each of the last steps, by source."""
+        return {source: list(window) for source, window in self.steps.items()}
+
+    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> str | None:
+        """Count a step; what to tell the user when a source passes the limit, else None."""
+        for source, count in sorted(samples.items()):
+            window = self.steps.setdefault(source, deque(maxlen=WINDOW))
+            window.append([count, sum(skipped.get(source, {}).values())])
+        return self.over_limit(step, skipped)
+
+    def over_limit(self, step: int, skipped: dict[str, dict[str, int]]) -> str | None:
+        """What to tell say when a source's last steps pass the limit; `skipped` names the latest step's reasons."""
+        for source, window in sorted(self.steps.items()):
+            seen, bad = sum(s for s, _ in window), sum(b for _, b in window)
+            if seen >= AT_LEAST and bad > self.limit * seen:
+                listed = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.get(source, {}).items()))
+                return (
+                    f"step {step}: {bad} of the last {seen} samples of {source} were replaced, more than "
+                    f"loader.max_bad_fraction {self.limit:g}{f' ({listed} in this step)' if listed else ''}. "
+                    f"bad_samples.jsonl names them. Mend the source, or raise loader.max_bad_fraction."
+                )
+        return None

@@ -16,7 +16,7 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     from pretrain.train.stop_flag import StopFlag
 
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
-    from pretrain.run.metrics_log import TooManyBad
+    from pretrain.train.bad_samples import TooManyBad
     from pretrain.train.session import Session
     from pretrain.train.trainer import NonFinite, Unreadable
 

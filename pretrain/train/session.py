@@ -24,9 +24,10 @@ from pretrain.distributed.engine import start as join
 from pretrain.distributed.engine import stop as leave
 from pretrain.evaluate.suite import check_held_out, evaluate, flat
 from pretrain.recipe.checks import world_size_check
+from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.fields import Length
 from pretrain.recipe.lengths import check_ends, length_steps, total_steps
-from pretrain.recipe.load import dump_plain, load_recipe, run_dir, stage_record
+from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
 from pretrain.run import metrics_log
 from pretrain.run.identity import check_run_folder, compare_free, compare_versions, read_record

@@ -22,9 +22,9 @@ from pretrain.distributed.engine import Engine, Runtime
 from pretrain.losses.contrastive import repeated_caption_floor
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import TrainStage
-from pretrain.run.metrics_log import BadFraction, Log, TooManyBad, read
+from pretrain.run.metrics_log import Log, read
 from pretrain.train import checkpoint
-from pretrain.train.bad_samples import BadShards
+from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBad
 from pretrain.train.device_staging import copies_for, staged
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import Agreement, Batches

@@ -84,7 +84,7 @@ def test_mistakes_are_told_and_nothing_is_written(recipe: Path, flags: dict, wor
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe: Path) -> None:
-    from pretrain.recipe.load import dump
+    from pretrain.recipe.dump import dump
 
     loaded = load_recipe(recipe)
     stage = recipe.parent / "run" / "masked"

@@ -13,7 +13,8 @@ import pytest
 from data_pipeline.errors import UserError
 from launch import data_check, preflight
 from launch.run import make_job, run
-from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from tests.support.launching import picture, write_recipe, write_tar
 
 ZERO_SHOT = """

@@ -15,7 +15,8 @@ from launch.ray.process import start_command
 from launch.ray.submit import submission
 from launch.slurm.sbatch import render
 from launch.supervise.guard import guarded
-from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from tests.support.launching import write_recipe
 
 JOB = Job("r.yaml", "runs/x", (StageJob("masked", "train", 5, "ray"), StageJob("mix", "merge")), on="slurm")

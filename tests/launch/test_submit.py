@@ -18,7 +18,8 @@ from launch.ray.submit import ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
 from launch.run_folder import open_run
 from launch.slurm import sbatch
-from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import TrainStage
 from tests.support.launching import write_recipe
 

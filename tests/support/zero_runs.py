@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from pretrain.recipe.load import dump_plain, stage_record
+from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Run, Train, TrainStage
 
 

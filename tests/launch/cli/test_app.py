@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 from data_pipeline.errors import ReadError, UserError
 from launch.cli.app import app, as_json, split_stages
 from launch.status import find_runs
-from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from tests.support.launching import ROOT, write_recipe
 
 DEMO = str(ROOT / "configs/demo/flip.yaml")

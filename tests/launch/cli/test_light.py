@@ -11,7 +11,8 @@ import pytest
 from data_pipeline.formats import refinedweb
 from data_pipeline.index.build import build_index
 from pretrain.merge import merge
-from pretrain.recipe.load import dump, load_recipe
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from tests.support.launching import ROOT, write_recipe
 from tests.support.merge_inputs import floats, write
 from tests.support.tiny import write_pairs

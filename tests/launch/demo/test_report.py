@@ -21,7 +21,8 @@ from launch.demo.report import write
 from pretrain.build.objective import build, load_trained, read_stage, stage_tokenizer
 from pretrain.build.streams import stage_specs
 from pretrain.objectives.device_batch import to_device
-from pretrain.recipe.load import dump_plain, load_recipe, stage_record
+from pretrain.recipe.dump import dump_plain, stage_record
+from pretrain.recipe.load import load_recipe
 from tests.support import tiny
 from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 

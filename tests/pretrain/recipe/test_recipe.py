@@ -12,9 +12,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import MAX_PIXELS
 from pretrain.build.streams import evaluation_spec, stream_spec
 from pretrain.recipe.checks import nearest_divisors, predecessors, world_size_check
+from pretrain.recipe.dump import as_plain, dump, stage_record
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps, main_stream, total_steps, warns
-from pretrain.recipe.load import as_plain, dump, load_recipe, run_dir, stage_record
+from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.resolve import merge_maps
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
 from pretrain.recipe.yaml_file import load_yaml

@@ -15,8 +15,7 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from pretrain.report import write
-from pretrain.report.page import marked
-from pretrain.report.pictures import data_uri, only_patches
+from pretrain.report.page import data_uri, marked, only_patches
 from pretrain.report.plots import Level, Line, lines, smooth, thin, window_for
 from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
 

@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from launch.status import run_status
-from pretrain.recipe.load import dump
+from pretrain.recipe.dump import dump
 from pretrain.run.address import locate
 from pretrain.run.folder import complete_steps
 from pretrain.run.identity import check_run_folder

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.recipe.load import dump, load_recipe, stage_record
+from pretrain.recipe.dump import dump, stage_record
+from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
 from pretrain.run.identity import check_run_folder, compare_free, compare_identity, compare_versions
 from tests.pretrain.recipe.test_recipe import FLIP, write

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.run.metrics_log import AT_LEAST, WINDOW, BadFraction, Log, cut, read
+from pretrain.run.metrics_log import Log, cut, read
+from pretrain.train.bad_samples import AT_LEAST, WINDOW, BadFraction
 
 Rows = list[dict[str, object]]
 

@@ -1,0 +1,51 @@
+"""Tokenizer files with the right post-processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.build.objective import stage_tokenizer, tokenizer_name
+from pretrain.recipe.schema import TrainStage
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: t.detach().contiguous().clone() for name, t in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+
+
+def write_tokenizer(stage: TrainStage, folder: Path, end: bool) -> None:
+    """The tokenizer's files; `end`: whether encoding adds the end token, as a contrastive text tower wants it."""
+    tokenizer = stage_tokenizer(stage)
+    source = Path(tokenizer_name(stage))
+    if not source.exists():  # clip-bpe: open_clip brings its own
+        return
+    source = source if source.is_dir() else source.parent
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
+    content["post_processor"] = _template(words[tokenizer.start_id], tokenizer.start_id,
+                                          words[tokenizer.end_id], tokenizer.end_id, end)  # fmt: skip
+    path.write_text(json.dumps(content, ensure_ascii=False))
+
+
+def _template(start: str, start_id: int, end: str, end_id: int, add_end: bool) -> dict[str, Any]:
+    """A TemplateProcessing step: start token, text and, if asked, end token."""
+    parts = [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    specials = {start: {"id": start, "ids": [start_id], "tokens": [start]}}
+    if add_end:
+        parts.append({"SpecialToken": {"id": end, "type_id": 0}})
+        specials[end] = {"id": end, "ids": [end_id], "tokens": [end]}
+    return {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": specials}
