@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.merge.planning.output_layout import INDEX, lay_out
-from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements
+from pretrain.weights.dtypes import DTYPES, Info, elements
 
 POOL = 1 << 22
 """random numbers that all tensors are cut from, each at a place of its own"""

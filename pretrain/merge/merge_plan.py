@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.dtypes import DTYPES, elements
 
 Method = Literal[
     "copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",

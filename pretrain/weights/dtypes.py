@@ -11,17 +11,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pretrain.weights.formats.safetensors_file import DTYPES
-
 FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK = 1 << 16
 """elements; fewer make Python's share of the time felt, more do not fit the cache"""
 SPAN = 1 << 21
 """elements that one thread works through: what is hashed as one, and is done or not done after a kill"""
-
 Kind = type[np.float32] | type[np.float64]
 """an accumulation type"""
-
 QUIET_NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0}
 BITS: dict[np.dtype, np.dtype] = {
     np.dtype(np.float32): np.dtype(np.uint32),
@@ -151,3 +147,20 @@ def exact_sum(values: Iterable[float]) -> float:
         return math.fsum(held)
     except (ValueError, OverflowError):
         return sum(held)
+
+
+# In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
+# BF16 and the 8-bit floats have no numpy type and travel as their bits.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
+}  # fmt: skip
+MAX_DIMENSIONS = 64
+Info = tuple[str, tuple[int, ...]]
+"""dtype as safetensors spells it, and shape"""
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

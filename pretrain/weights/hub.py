@@ -15,9 +15,8 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, LocalFile
 from pretrain.weights.companions import COMPANIONS, TEXTS
-from pretrain.weights.folder import MAX_JSON, Folder
+from pretrain.weights.folder import MAX_JSON, Folder, weight_files
 from pretrain.weights.formats.safetensors_file import short
-from pretrain.weights.weight_folder import weight_files
 
 BESIDE = ("README.md", "merge.json")  # they say where weights come from, and what is tied
 AWAY = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")

@@ -18,14 +18,14 @@ from pretrain.run.folder import step_of
 from pretrain.weights import companions, hub
 from pretrain.weights.byte_file import ByteFile, LocalFile, open_file
 from pretrain.weights.digests import fingerprint
-from pretrain.weights.folder import Folder, not_a_pointer
-from pretrain.weights.formats.safetensors_file import Info, SafetensorsFile, elements, short
-from pretrain.weights.formats.state_dict import StateDict
+from pretrain.weights.dtypes import Info, elements
+from pretrain.weights.folder import FROZEN, OTHERS, Folder, not_a_pointer, weight_files
+from pretrain.weights.formats.safetensors_file import SafetensorsFile, short
+from pretrain.weights.formats.torch_file import StateDict
 from pretrain.weights.formats.zero_shards import ZeroShards, is_zero_folder
 from pretrain.weights.formats.zero_universal import Universal, is_universal
 from pretrain.weights.origins import origins
 from pretrain.weights.tied_weights import says_tied, tied_names
-from pretrain.weights.weight_folder import FROZEN, OTHERS, weight_files
 
 BLOCK = 1 << 20
 

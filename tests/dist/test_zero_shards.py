@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import elements
 from pretrain.weights.formats.zero_shards import ZeroShards
 
 pytest.importorskip("deepspeed")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import elements
 from pretrain.weights.source import open_weights
 
 MEMORY = 1 << 30

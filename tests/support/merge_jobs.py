@@ -11,7 +11,7 @@ from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.methods.compute import prepare
 from pretrain.merge.output.writer import rounded
-from pretrain.weights.formats.safetensors_file import DTYPES, Info
+from pretrain.weights.dtypes import DTYPES, Info
 from pretrain.weights.source import WeightSource
 
 

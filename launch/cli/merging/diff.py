@@ -55,7 +55,7 @@ def diff(
     from data_pipeline.storage.files import publish
     from launch.cli.progress_bar import counting
     from pretrain.merge.diff.compare import as_csv, compared, lines
-    from pretrain.weights.formats.safetensors_file import elements
+    from pretrain.weights.dtypes import elements
     from pretrain.weights.source import open_weights
 
     csv, picture = (path.expanduser() if path is not None else None for path in (csv, picture))

@@ -15,8 +15,7 @@ from typing import Any
 from pretrain.merge.diff.distance import Distance, distance, total
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Workers
-from pretrain.weights.dtypes import FLOATS
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import FLOATS, elements
 from pretrain.weights.source import WeightSource, open_weights, same_tensor
 
 FIGURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "equal", "not_finite")

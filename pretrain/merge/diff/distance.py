@@ -11,8 +11,7 @@ import numpy as np
 
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Block, Workers
-from pretrain.weights.dtypes import FLOATS, exact_sum
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import FLOATS, elements, exact_sum
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pretrain.merge.planning.prepare import Opened
 from pretrain.merge.planning.quantised import quantised_inputs
 from pretrain.merge.planning.rules import split_layer
 from pretrain.merge.vocabulary.align import ADVICE, aligned
-from pretrain.weights.model_config import with_layers
+from pretrain.weights.companions import with_layers
 from pretrain.weights.source import WeightSource, open_weights
 
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"

@@ -14,8 +14,7 @@ from pretrain.merge.planning.assemble import Decided
 from pretrain.merge.planning.resolve import Blend
 from pretrain.merge.planning.shares import normalized
 from pretrain.merge.vocabulary.align import is_vocabulary
-from pretrain.weights.dtypes import FLOATS
-from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.dtypes import FLOATS, Info
 from pretrain.weights.source import WeightSource, same_tensor
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}

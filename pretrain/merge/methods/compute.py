@@ -18,8 +18,7 @@ from pretrain.merge.methods import breadcrumbs, dare, gram, native, rescale, sce
 from pretrain.merge.methods.blocks import Block, Workers
 from pretrain.merge.methods.native import Election, Pass
 from pretrain.merge.methods.task_vectors import Part
-from pretrain.weights.dtypes import Kind, accumulator
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import Kind, accumulator, elements
 
 
 @dataclass(frozen=True)

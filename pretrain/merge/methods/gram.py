@@ -17,8 +17,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import TensorJob
 from pretrain.merge.methods import native
 from pretrain.merge.methods.blocks import Workers
-from pretrain.weights.dtypes import BLOCK, exact_sum
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import BLOCK, elements, exact_sum
 
 FLAT, TINY = 1e-7, 1e-6
 """mergekit's bounds: a norm up to which a vector has no direction; a sum up to which there is no estimate"""

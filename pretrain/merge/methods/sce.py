@@ -11,8 +11,7 @@ from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Block, Workers, spans
 from pretrain.merge.methods.sparsify import HALF, largest
 from pretrain.merge.methods.task_vectors import Cut
-from pretrain.weights.dtypes import BLOCK, Kind, exact_sum
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import BLOCK, Kind, elements, exact_sum
 
 LEAST = 1e-6
 """mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""

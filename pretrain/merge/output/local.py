@@ -14,8 +14,7 @@ from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.output.journal import Done, Journal
 from pretrain.merge.output.writer import Key
-from pretrain.weights.dtypes import SPAN
-from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.dtypes import DTYPES, SPAN, elements
 
 
 @dataclass

@@ -17,8 +17,7 @@ from pretrain.merge.methods.compute import Compute, prepare
 from pretrain.merge.output import overflow
 from pretrain.merge.output.journal import Done
 from pretrain.weights import digests
-from pretrain.weights.dtypes import BLOCK, narrow_into
-from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.dtypes import BLOCK, DTYPES, elements, narrow_into
 from pretrain.weights.source import WeightSource
 
 MANY = 4  # outputs in order of which several spans may be held

@@ -11,8 +11,8 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Plan, TensorJob, Why
 from pretrain.merge.planning.output_layout import lay_out
 from pretrain.merge.planning.resolve import Blend, resolve
-from pretrain.weights.formats.safetensors_file import Info
-from pretrain.weights.model_config import with_dtype
+from pretrain.weights.companions import with_dtype
+from pretrain.weights.dtypes import Info
 from pretrain.weights.source import WeightSource
 
 LISTED = 200

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.merge.merge_plan import Plan, TensorJob
-from pretrain.weights.dtypes import BLOCK
-from pretrain.weights.formats.safetensors_file import DTYPES, elements
+from pretrain.weights.dtypes import BLOCK, DTYPES, elements
 from pretrain.weights.source import WeightSource
 
 RATE = 1e9

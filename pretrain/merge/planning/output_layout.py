@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import OutputFile
-from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements, layout
+from pretrain.weights.dtypes import DTYPES, Info, elements
+from pretrain.weights.formats.safetensors_file import layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

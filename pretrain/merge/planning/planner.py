@@ -14,8 +14,7 @@ from pretrain.merge.planning.quantised import quantised_inputs
 from pretrain.merge.planning.request import Request
 from pretrain.merge.planning.resolve import Blend
 from pretrain.merge.planning.rules import Rules
-from pretrain.weights.dtypes import FLOATS
-from pretrain.weights.formats.safetensors_file import Info
+from pretrain.weights.dtypes import FLOATS, Info
 from pretrain.weights.source import WeightSource
 
 ADVICE = {

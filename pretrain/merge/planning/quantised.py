@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain.weights.model_config import read_config
+from pretrain.weights.companions import read_config
 from pretrain.weights.source import WeightSource
 
 CODES = ("U8", "I8", "I16", "I32")

@@ -16,8 +16,7 @@ from pretrain.merge.planning.prepare import Opened, prepare
 from pretrain.merge.planning.request import request
 from pretrain.merge.planning.shares import resolve_weights
 from pretrain.merge.sweeps.scored_sweep import run_sweep
-from pretrain.weights.dtypes import BLOCK
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import BLOCK, elements
 from pretrain.weights.source import WeightSource, open_weights
 
 Place = TypeVar("Place", Path, str)

@@ -27,8 +27,9 @@ from pretrain.merge.verify.recompute import (
 )
 from pretrain.merge.verify.verify_report import Level, Report
 from pretrain.merge.vocabulary.align import EMBEDDING
+from pretrain.weights.dtypes import Info
 from pretrain.weights.folder import Folder
-from pretrain.weights.formats.safetensors_file import Info, SafetensorsFile
+from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import FROZEN, WeightSource
 
 CHUNKS = 32

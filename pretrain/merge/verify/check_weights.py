@@ -13,9 +13,9 @@ from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.verify.recompute import Progress
 from pretrain.merge.verify.verify_report import Report
 from pretrain.weights.digests import of_file, of_tensor
-from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.dtypes import BLOCK, elements
 from pretrain.weights.folder import Folder
-from pretrain.weights.formats.safetensors_file import SafetensorsFile, elements
+from pretrain.weights.formats.safetensors_file import SafetensorsFile
 
 # dtype -> unsigned integers of its size, bits without the sign, and those of infinity; above them is NaN
 INFINITY = {

@@ -16,8 +16,8 @@ from pretrain.merge.methods.blocks import Workers, spans
 from pretrain.merge.methods.compute import Compute, prepare
 from pretrain.merge.output.writer import rounded
 from pretrain.weights.digests import of_names, of_tensor
-from pretrain.weights.dtypes import BLOCK
-from pretrain.weights.formats.safetensors_file import SafetensorsFile, elements
+from pretrain.weights.dtypes import BLOCK, elements
+from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource, open_weights
 
 UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pretrain.weights.dtypes import narrow
-from pretrain.weights.formats.safetensors_file import DTYPES, Info, elements
+from pretrain.weights.dtypes import DTYPES, Info, elements, narrow
 from pretrain.weights.source import WeightSource
 
 MADE = -1

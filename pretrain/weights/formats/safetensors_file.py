@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,11 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, Info, elements
 
-# In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
-# BF16 and the 8-bit floats have no numpy type and travel as their bits.
-DTYPES: dict[str, np.dtype] = {
-    "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),
-    "F8_E4M3": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
-}  # fmt: skip
 ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 MAX_HEADER = 100_000_000  # as in the reference library
-MAX_DIMENSIONS = 64
 FIRST = 1 << 16  # bytes that are asked for at once: most headers are whole in them
-
-Info = tuple[str, tuple[int, ...]]
-"""dtype as safetensors spells it, and shape"""
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 class SafetensorsFile:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS
 from pretrain.weights.formats.torch_tensor import Storage, Tensor, checked_tensor
 
 STORAGES = {

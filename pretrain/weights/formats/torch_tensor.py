@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS, elements
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, elements
 from pretrain.weights.formats.zip_directory import Entry
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile
-from pretrain.weights.dtypes import narrow
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, Info, elements, narrow
 from pretrain.weights.folder import Folder
-from pretrain.weights.formats.safetensors_file import DTYPES, MAX_DIMENSIONS, Info, elements, is_name, short
+from pretrain.weights.formats.safetensors_file import is_name, short
 from pretrain.weights.formats.torch_file import Stub, Tensor, TorchFile
 
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")

@@ -9,8 +9,9 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile
+from pretrain.weights.dtypes import Info, elements
 from pretrain.weights.folder import Folder
-from pretrain.weights.formats.safetensors_file import Info, elements, is_name
+from pretrain.weights.formats.safetensors_file import is_name
 from pretrain.weights.formats.torch_file import Tensor, TorchFile
 
 MASTER = "fp32.pt"

@@ -15,7 +15,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge import merge
 from pretrain.weights import byte_file
 from pretrain.weights.byte_file import Blocks, RemoteFile
-from pretrain.weights.formats.safetensors_file import elements
+from pretrain.weights.dtypes import elements
 from pretrain.weights.source import WeightSource, open_weights
 from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2, stage_3
 from tests.support.merge_inputs import floats, read_bytes, write

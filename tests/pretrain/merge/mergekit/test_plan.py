@@ -167,7 +167,7 @@ def test_passthrough_copies_bytes_and_renumbers_layers(tmp_path: Path) -> None:
 
 
 def test_lists_of_the_config_follow_the_layers(tmp_path: Path) -> None:
-    from pretrain.weights.model_config import with_layers
+    from pretrain.weights.companions import with_layers
 
     lists = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
     config = json.dumps({"num_hidden_layers": 3, "eos": [1, 2, 3]} | {key: ["x", "y", "z"] for key in lists})

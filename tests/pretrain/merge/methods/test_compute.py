@@ -10,8 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pretrain.weights.dtypes import Scratch, accumulator, narrow, widen_into
-from pretrain.weights.formats.safetensors_file import DTYPES
+from pretrain.weights.dtypes import DTYPES, Scratch, accumulator, narrow, widen_into
 from tests.support.merge_jobs import linear, run
 
 # (precision in bits, smallest exponent, largest exponent)

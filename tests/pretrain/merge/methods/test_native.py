@@ -23,7 +23,7 @@ from pretrain.merge import merge
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods import blocks, dare, native, sparsify
 from pretrain.weights import dtypes as kernels
-from pretrain.weights.formats.safetensors_file import DTYPES
+from pretrain.weights.dtypes import DTYPES
 from tests.support.merge_inputs import write_bf16
 from tests.support.merge_jobs import Held, run
 
