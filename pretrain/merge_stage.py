@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.atomic_folder import link_or_copy
 from data_pipeline.storage.files import publish
-from pretrain.merge.execute import RECORD, execute
-from pretrain.merge.output.resumed_folder import link_or_copy
+from pretrain.merge.execute import execute
+from pretrain.merge.output.record import RECORD
 from pretrain.merge.output.writer import Progress
-from pretrain.merge.planning.prepare import open_inputs, prepare
+from pretrain.merge.planning.inputs import open_inputs
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe

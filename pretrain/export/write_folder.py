@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.atomic_folder import new_folder
 from pretrain.build.objective import load_trained
 from pretrain.export.open_clip import write_open_clip
 from pretrain.export.transformers import write_transformers
-from pretrain.merge.output.resumed_folder import new_folder
 from pretrain.objectives.flip import Flip
 
 FORMATS = ("open_clip", "transformers")

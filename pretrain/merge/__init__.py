@@ -17,7 +17,7 @@ mergekit's too: pretrain.merge.spec.
 
 from pretrain.merge.execute import merge, plan
 from pretrain.merge.planning.request import Rule
-from pretrain.merge.sweeps.betas import parse_betas
+from pretrain.merge.sweeps.results import parse_betas
 from pretrain.merge.sweeps.sweep import interpolated, sweep
 from pretrain.weights.source import WeightSource, open_weights
 

@@ -14,18 +14,20 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.atomic_folder import link_or_copy, tidy
 from data_pipeline.storage.files import exists, is_remote, join, read_bytes, remove, sizes
 from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output import model_card
 from pretrain.merge.output.local import LocalOutput
-from pretrain.merge.output.record import jobs_plain, sealed
+from pretrain.merge.output.record import RECORD, jobs_plain, sealed
 from pretrain.merge.output.remote import MARK, RemoteOutput, half_published, uploaded_folder
-from pretrain.merge.output.resumed_folder import link_or_copy, resumed_folder, tidy
+from pretrain.merge.output.resumed_folder import resumed_folder
 from pretrain.merge.output.writer import Output, Progress, write_tensors, written
 from pretrain.merge.planning.describe import ROUNDING, THETA
+from pretrain.merge.planning.inputs import Opened
 from pretrain.merge.planning.lineage import ancestors
 from pretrain.merge.planning.output_layout import INDEX
-from pretrain.merge.planning.prepare import Opened, prepare
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.run.address import model_stage
 from pretrain.weights import digests
@@ -33,7 +35,6 @@ from pretrain.weights.companions import read
 from pretrain.weights.dtypes import BLOCK
 from pretrain.weights.source import FROZEN
 
-RECORD = "merge.json"
 OPEN = 200
 """files that may be open besides those of outputs"""
 

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 FONT = "ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
+
+
 INK, FAINT, RULE, PAPER = "#1b1f24", "#66707b", "#e3e7ec", "#ffffff"
+
+
 BLUE, ORANGE = "#2463a6", "#c8541a"
+
 
 # From light to dark, even to the eye and in print; after ColorBrewer's YlGnBu.
 RAMP = ("#f7fbf0", "#d9f0c9", "#a6dbb9", "#63c0c1", "#3199be", "#2467a8", "#1c3c7d", "#0b1f4f")
@@ -86,3 +91,16 @@ def _style(style: dict[str, str | float]) -> str:
 
 def _tipped(kind: str, attributes: str, tip: str) -> str:
     return f"<{kind} {attributes}><title>{escape(tip)}</title></{kind}>" if tip else f"<{kind} {attributes}/>"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side: the first to the left, figures to the right."""
+    every = [heads, *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(len(heads))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in every
+    ]

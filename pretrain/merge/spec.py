@@ -13,8 +13,9 @@ from pretrain.merge.merge_plan import Plan
 from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit.yaml_file import MergekitFile, is_mergekit, parse
 from pretrain.merge.planning import checkpoint_windows
+from pretrain.merge.planning.inputs import Opened
 from pretrain.merge.planning.output_layout import SHARD_SIZE, parse_size
-from pretrain.merge.planning.prepare import Opened, prepare
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import Request, Rule, request
 from pretrain.recipe.fields import Strict
 from pretrain.recipe.schema_errors import describe
@@ -233,4 +234,17 @@ def prepare_spec(
     if (twice := sorted(given.keys() & spec.model_fields_set)) and given:
         raise UserError(f"{', '.join(twice)}: stands in the spec too; give it in one place")
     (plan,), opened = prepare(spec.model_copy(update=given).request())
+    return plan, opened
+
+
+def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Opened]:
+    """The plan again from what a plan's `asked` and a record in merge.json say."""
+    if "mergekit" in asked:
+        from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
+        from pretrain.merge.mergekit.yaml_file import parse
+
+        file = parse(asked["file"], asked["mergekit"])
+        opened = open_mergekit(file, run_dir)
+        return plan_mergekit(file, opened, asked["max_shard_size"], asked["seed"]), opened
+    (plan,), opened = prepare(Request.from_plain(asked), run_dir=run_dir)
     return plan, opened

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.atomic_folder import partial_of
 from pretrain.merge import merge, plan
 from pretrain.merge.methods import blocks
 from pretrain.merge.output import journal, local, resumed_folder
-from pretrain.merge.output.resumed_folder import partial_of
 from pretrain.weights import dtypes
 from tests.support.merge_inputs import floats, write
 

@@ -82,9 +82,8 @@ def merge(
     from launch.cli.resumable import resumable
     from pretrain.merge.execute import execute
     from pretrain.merge.output.overflow import note as overflow_note
-    from pretrain.merge.planning.cost import cost
     from pretrain.merge.planning.describe import as_json as plain
-    from pretrain.merge.planning.describe import formula, summary
+    from pretrain.merge.planning.describe import cost, formula, summary
     from pretrain.merge.planning.output_layout import parse_size
     from pretrain.merge.spec import load_spec, prepare_spec
 

@@ -56,7 +56,7 @@ def soup(
     from launch.cli.resumable import resumable
     from launch.supervise.guard import guarded
     from pretrain.merge.output.overflow import note as overflow_note
-    from pretrain.merge.planning.prepare import prepare
+    from pretrain.merge.planning.planner import prepare
     from pretrain.merge.planning.request import request
     from pretrain.merge.sweeps.scoring import parse_command
     from pretrain.merge.sweeps.soup import find_soup

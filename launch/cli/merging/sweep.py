@@ -65,7 +65,7 @@ def sweep(
     from launch.cli.resumable import resumable
     from launch.supervise.guard import guarded
     from pretrain.merge.output.overflow import note as overflow_note
-    from pretrain.merge.sweeps.betas import folder_names, parse_betas
+    from pretrain.merge.sweeps.results import folder_names, parse_betas
     from pretrain.merge.sweeps.scored_sweep import run_sweep
     from pretrain.merge.sweeps.scoring import parse_command
     from pretrain.merge.sweeps.sweep import plan_sweep

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.merge.diff.distance import Distance, distance, total
+from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import FLOATS, elements
@@ -202,19 +203,6 @@ def module_of(place: Place, depth: int) -> str:
     if place.layer is None:
         return ".".join(place.part.split(".")[:depth])
     return ".".join([f"{place.stack}.*" if place.stack else "*", *place.part.split(".")[: depth - 1]])
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: the first to the left, figures to the right."""
-    every = [heads, *rows]
-    widths = [max(len(row[i]) for row in every) for i in range(len(heads))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in every
-    ]
 
 
 def lines(found: Diff, depth: int, top: int) -> list[str]:

@@ -13,9 +13,8 @@ from pretrain.merge.mergekit.tensor_recipe import Maker, Want
 from pretrain.merge.mergekit.vocabulary import same_tokens
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
 from pretrain.merge.planning.assemble import assemble, refusal
+from pretrain.merge.planning.inputs import Opened, quantised_inputs
 from pretrain.merge.planning.lineage import lineage_notes
-from pretrain.merge.planning.prepare import Opened
-from pretrain.merge.planning.quantised import quantised_inputs
 from pretrain.merge.planning.rules import split_layer
 from pretrain.merge.vocabulary.align import ADVICE, aligned
 from pretrain.weights.companions import with_layers

@@ -10,9 +10,8 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Term, letter
 from pretrain.merge.mergekit.parameters import parameter
 from pretrain.merge.mergekit.yaml_file import BASED, SPANNED, Input, MergekitFile, Slice
-from pretrain.merge.planning.assemble import Decided
-from pretrain.merge.planning.resolve import Blend
-from pretrain.merge.planning.shares import normalized
+from pretrain.merge.planning.assemble import Blend, Decided
+from pretrain.merge.planning.request import normalized
 from pretrain.merge.vocabulary.align import is_vocabulary
 from pretrain.weights.dtypes import FLOATS, Info
 from pretrain.weights.source import WeightSource, same_tensor

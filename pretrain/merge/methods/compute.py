@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from pretrain.merge.merge_plan import TensorJob, Term
-from pretrain.merge.methods import breadcrumbs, dare, gram, native, rescale, sce, slerp, sparsify
+from pretrain.merge.methods import gram, native, sce, sparsify, task_vectors
 from pretrain.merge.methods.blocks import Block, Workers
 from pretrain.merge.methods.native import Election, Pass
 from pretrain.merge.methods.task_vectors import Part
@@ -49,7 +49,7 @@ def _linear(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
 def _slerp(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """s_0 x_0 + s_1 x_1 with the factors of pretrain.merge.methods.slerp"""
     t, count = float(job.option("t", 0.5)), elements(job.shape)
-    factors = [kind(factor) for factor in slerp.factors(job.terms[0], job.terms[1], t, count, workers)]
+    factors = [kind(factor) for factor in gram.slerp_factors(job.terms[0], job.terms[1], t, count, workers)]
     return _weighted(job, factors, kind)
 
 
@@ -63,7 +63,7 @@ def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
 
 def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     """The sum of the inputs, or of their differences to the base, with the factors of pretrain.merge.methods.gram"""
-    factors = [kind(factor) for factor in gram.factors(job, workers)]
+    factors = [kind(factor) for factor in gram.gram_factors(job, workers)]
     if job.base is None:
         return _weighted(job, factors, kind)
     return _added(job, [Part(term) for term in job.terms], factors, kind)
@@ -140,7 +140,7 @@ def _fill(part: Part, base: Term, block: Block, out: np.ndarray) -> None:
     """What is left of x - base."""
     block.difference(part.term, base, out)
     if part.key is not None:
-        sparsify.keep(out, dare.chosen(part.key, part.term.density, block), block)
+        sparsify.keep(out, task_vectors.dare_mask(part.key, part.term.density, block), block)
     if part.cut is not None:
         sparsify.keep(out, sparsify.within(out, part.cut, block), block)
     if part.top is not None:
@@ -160,7 +160,7 @@ def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[Part]:
         return [Part(term, cut=cut) for term, cut in zip(terms, cuts, strict=True)]
     if job.method.startswith("breadcrumbs"):
         gamma = float(job.option("gamma", 0.01))
-        find = partial(breadcrumbs.bands, terms, base, gamma, kind, count, workers)
+        find = partial(sparsify.bands, terms, base, gamma, kind, count, workers)
         bands = workers.once((*look, gamma), find)
         return [Part(term, cut=cut, top=top) for term, (cut, top) in zip(terms, bands, strict=True)]
     return [Part(term) for term in terms]
@@ -170,7 +170,7 @@ def _key(job: TensorJob, term: Term) -> bytes | None:
     """Of what DARE drops of a term; None where it drops nothing."""
     if term.density >= 1:
         return None
-    return dare.key_of(int(job.option("seed", 0)), job.name, term.source)
+    return task_vectors.dare_key(int(job.option("seed", 0)), job.name, term.source)
 
 
 def _rescaled(job: TensorJob, part: Part, kind: Kind, workers: Workers) -> float:
@@ -184,7 +184,7 @@ def _rescaled(job: TensorJob, part: Part, kind: Kind, workers: Workers) -> float
     if term.density >= 1:
         return term.weight
     base, count = _base(job), elements(job.shape)
-    find = partial(rescale.l1, part, base, _fill, kind, count, workers)
+    find = partial(sparsify.l1, part, base, _fill, kind, count, workers)
     return term.weight * workers.once(("l1", replace(term, weight=0.0), base), find)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.native import function
 from pretrain.merge.merge_plan import Term
-from pretrain.merge.methods import dare
+from pretrain.merge.methods import task_vectors
 from pretrain.merge.methods.blocks import Block
 from pretrain.merge.methods.task_vectors import Part
 from pretrain.weights.dtypes import FLOATS, Kind
@@ -137,8 +137,8 @@ def _rows(parts: Sequence[Part], block: Block) -> tuple[Any, list[Any]]:
         row.top, row.top_end = (part.top.key, part.top.end) if part.top is not None else (-1, 0)
         held.append(array)
         if part.key is not None:
-            keys = dare.keys(part.key, block.start, block.stop)
-            row.keys, row.below = keys.ctypes.data, dare.below(part.term.density)
+            keys = task_vectors.dare_block_keys(part.key, block.start, block.stop)
+            row.keys, row.below = keys.ctypes.data, task_vectors.dare_threshold(part.term.density)
             held.append(keys)
     return rows, held
 

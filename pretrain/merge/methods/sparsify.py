@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
 from pretrain.merge.merge_plan import Term
-from pretrain.merge.methods import native
+from pretrain.merge.methods import native, sparsify
 from pretrain.merge.methods.blocks import Block, Workers, spans
-from pretrain.merge.methods.task_vectors import Cut
-from pretrain.weights.dtypes import BITS, Kind
+from pretrain.merge.methods.task_vectors import NOTHING, Cut, Part
+from pretrain.weights.dtypes import BITS, BLOCK, Kind, exact_sum
 
 HALF = 1 << 16
 FEW = 1 << 14
@@ -23,6 +23,10 @@ NAN = 0x7F800001
 """the key of every NaN: which payload comes out of a subtraction differs between processors"""
 Filled = tuple[np.ndarray, np.ndarray]
 """bins of a histogram that are not empty, and their entries"""
+SHORTEST = 1e-7
+"""a norm below which nothing is rescaled; mergekit's, so that its files give its results"""
+Fill = Callable[[Part, Term, Block, np.ndarray], None]
+"""writes what is left of a block's difference to the base into an array"""
 
 
 def cuts(
@@ -206,3 +210,60 @@ def elect(weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None,
         share[share == 0] = 1
         np.divide(total, share, out=total)
     return np.multiply(total, sign, out=total)
+
+
+def bands(
+    terms: Sequence[Term], base: Term, gamma: float, kind: Kind, count: int, workers: Workers
+) -> list[tuple[Cut | None, Cut | None]]:
+    """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing), so that
+    int(density * count) entries are left below the int(gamma * count) largest, of equal ones the first. As in
+    mergekit, fewer of the largest go where the density asks for more than is left."""
+    sizes = []
+    for term in terms:
+        stay = int(term.density * count) if term.density < 1 else count
+        outer = min(count, stay + int(gamma * count)) if stay else 0
+        sizes.append((stay, outer))
+    asked = [
+        (term, size)
+        for term, (stay, outer) in zip(terms, sizes, strict=True)
+        for size in (outer, outer - stay)
+    ]
+    needed = [one for one in asked if one[1] > 0]
+    found = dict(zip(needed, sparsify.cuts(needed, base, kind, count, workers), strict=True))
+    return [
+        (found.get((term, outer)), found.get((term, outer - stay))) if stay else (NOTHING, None)
+        for term, (stay, outer) in zip(terms, sizes, strict=True)
+    ]
+
+
+def l1(part: Part, base: Term, fill: Fill, kind: Kind, count: int, workers: Workers) -> float:
+    """|x - base|_1 over that of the part, or 1 where either is next to nothing.
+
+    Norms are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without
+    rounding.
+    """
+
+    def work(start: int, stop: int) -> list[tuple[float, float]]:
+        return list(_sums(part, base, fill, kind, start, stop, workers))
+
+    sums = list(chain.from_iterable(workers.over(work, count)))
+    before, after = (exact_sum(one[i] for one in sums) for i in range(2))
+    return before / after if before >= SHORTEST and after >= SHORTEST else 1.0
+
+
+def _sums(
+    part: Part, base: Term, fill: Fill, kind: Kind, start: int, stop: int, workers: Workers
+) -> Iterator[tuple[float, float]]:
+    if native.compiled("norms", kind) is not None:
+        for block in workers.blocks(start, stop, BLOCK * native.WIDER):
+            for at in range(0, len(block), BLOCK):
+                yield native.norms(part, base, kind, at, min(BLOCK, len(block) - at), block)
+        return
+    for block in workers.blocks(start, stop, BLOCK):
+        one, size = block.array("rescaled", kind), block.array("size", np.float64)
+        found = []
+        for what in (Part(part.term), part):
+            fill(what, base, block, one)
+            np.copyto(size, one)
+            found.append(float(np.add.reduce(np.abs(size, out=size))))
+        yield found[0], found[1]

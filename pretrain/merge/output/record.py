@@ -91,3 +91,6 @@ def _job(entry: Mapping[str, Any]) -> TensorJob:
         file=0,
         offset=int(entry["offset"]),
     )
+
+
+RECORD = "merge.json"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import BASED, Method, Options, Plan, Term, Why, letter
-from pretrain.merge.planning.assemble import Decided, assemble, refusal
+from pretrain.merge.planning.assemble import Blend, Decided, assemble, refusal
+from pretrain.merge.planning.inputs import Opened, open_inputs, quantised_inputs
 from pretrain.merge.planning.lineage import lineage_notes, twin_notes
-from pretrain.merge.planning.quantised import quantised_inputs
 from pretrain.merge.planning.request import Request
-from pretrain.merge.planning.resolve import Blend
 from pretrain.merge.planning.rules import Rules
+from pretrain.merge.vocabulary.align import aligned
 from pretrain.weights.dtypes import FLOATS, Info
 from pretrain.weights.source import WeightSource
 
@@ -242,3 +242,25 @@ class Planner:
 
     def _name(self, index: int) -> str:
         return f"{'base' if index == self.base else letter(index)} ({self.sources[index].address})"
+
+
+def open_request(request: Request, run_dir: Path | None = None) -> Opened:
+    """Open everything that a request names, vocabularies brought together as it asks.
+
+    Raises UserError where embeddings of different vocabularies would be mixed and it does not say how.
+    """
+    copied = [rule.copy_from for rule in request.rules]
+    opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
+    mixes = Rules(request).mixes
+    return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixes))
+
+
+def prepare(
+    request: Request, weights: Sequence[Sequence[float]] | None = None, run_dir: Path | None = None
+) -> tuple[list[Plan], Opened]:
+    """One plan a row of resolved weights (default: the request's own), all with the same tensors in the same places."""
+    rows = [request.weights] if weights is None else weights
+    opened = open_request(request, run_dir)
+    active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in rows)]
+    planner = Planner(opened.sources, request, opened.named, active)
+    return [planner.plan(row) for row in rows], opened

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from pretrain.merge.planning.request import Request, Rule, compiled
-from pretrain.merge.planning.shares import normalized
+from pretrain.merge.planning.request import Request, Rule, compiled, normalized
 
 LAYER = re.compile(r"^(|.*?\.)(layers|layer|blocks|block|resblocks|h)\.(\d+)\.(.+)$")
 

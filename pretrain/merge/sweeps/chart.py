@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from pretrain.merge import figures
-from pretrain.merge.sweeps.scored_sweep import Sweep
+from pretrain.merge.sweeps.results import Sweep
 
 WIDTH, MARGIN = 860.0, 28.0
 HEAD, TALL, SMALL = 74.0, 330.0, 150.0

@@ -16,12 +16,12 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join
 from data_pipeline.storage.object_store import ask
-from pretrain.merge.diff.compare import table
 from pretrain.merge.execute import check_apart, execute
+from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Plan, letter
 from pretrain.merge.output.writer import Progress
+from pretrain.merge.planning.inputs import Opened
 from pretrain.merge.planning.planner import Planner
-from pretrain.merge.planning.prepare import Opened
 from pretrain.merge.planning.request import Request
 from pretrain.merge.sweeps.scoring import Command, Figures, metric_of, telling
 from pretrain.merge.sweeps.workspace import LOGS, Workplace, discard

@@ -12,9 +12,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import join
 from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output.writer import Progress, combine_range
-from pretrain.merge.planning.prepare import Opened, prepare
-from pretrain.merge.planning.request import request
-from pretrain.merge.planning.shares import resolve_weights
+from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.planner import prepare
+from pretrain.merge.planning.request import request, resolve_weights
 from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.weights.dtypes import BLOCK, elements
 from pretrain.weights.source import WeightSource, open_weights

@@ -15,7 +15,7 @@ import xxhash
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote, join, local_path, publish, read_bytes
 from data_pipeline.storage.object_store import ask
-from pretrain.merge.execute import RECORD
+from pretrain.merge.output.record import RECORD
 from pretrain.merge.sweeps.scoring import Command, Figures, score
 from pretrain.run.lock import FolderLock
 

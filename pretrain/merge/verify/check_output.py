@@ -11,12 +11,11 @@ import xxhash
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import join, sizes
 from pretrain.merge.diff.compare import places_of
-from pretrain.merge.execute import RECORD
 from pretrain.merge.merge_plan import TensorJob, letter
 from pretrain.merge.methods.blocks import Workers
-from pretrain.merge.output.record import is_sealed, jobs_of
+from pretrain.merge.output.record import RECORD, is_sealed, jobs_of
 from pretrain.merge.planning.output_layout import INDEX
-from pretrain.merge.verify.check_weights import check_file, open_file
+from pretrain.merge.verify.check_weights import Level, Report, check_file, open_file
 from pretrain.merge.verify.recompute import (
     CHANGED,
     UNCHANGED,
@@ -25,7 +24,6 @@ from pretrain.merge.verify.recompute import (
     open_inputs_of,
     read_digest,
 )
-from pretrain.merge.verify.verify_report import Level, Report
 from pretrain.merge.vocabulary.align import EMBEDDING
 from pretrain.weights.dtypes import Info
 from pretrain.weights.folder import Folder

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -11,7 +12,6 @@ import xxhash
 from data_pipeline.errors import UserError
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.verify.recompute import Progress
-from pretrain.merge.verify.verify_report import Report
 from pretrain.weights.digests import of_file, of_tensor
 from pretrain.weights.dtypes import BLOCK, elements
 from pretrain.weights.folder import Folder
@@ -22,6 +22,7 @@ INFINITY = {
     "F64": ("<u8", (1 << 63) - 1, 0x7FF << 52), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
     "F16": ("<u2", 0x7FFF, 0x7C00), "BF16": ("<u2", 0x7FFF, 0x7F80),
 }  # fmt: skip
+Level = Literal["wrong", "note", "good"]
 
 
 def open_file(report: Report, folder: Folder, name: str, entry: Mapping[str, Any]) -> SafetensorsFile | None:
@@ -89,3 +90,53 @@ def _look_at(file: SafetensorsFile, tensor: str, workers: Workers) -> tuple[str,
         sum(part[1] for part in parts),
         sum(part[2] for part in parts),
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `wrong` decides; `note` is worth knowing."""
+
+    level: Level
+    text: str
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    not_finite: name -> (NaNs, infinities) of tensors that have any.
+    inputs:     (address, unchanged | changed | gone | not reached).
+    recomputed: chunks that were computed again.
+    """
+
+    folder: str
+    findings: list[Finding] = field(default_factory=list)
+    not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
+    inputs: list[tuple[str, str]] = field(default_factory=list)
+    recomputed: int = 0
+
+    @property
+    def wrong(self) -> bool:
+        return any(finding.level == "wrong" for finding in self.findings)
+
+    def add(self, level: Level, text: str) -> None:
+        self.findings.append(Finding(level, text))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "folder": self.folder,
+            "wrong": self.wrong,
+            "findings": [{"level": f.level, "text": f.text} for f in self.findings],
+            "not_finite": {n: {"nan": nan, "inf": inf} for n, (nan, inf) in self.not_finite.items()},
+            "inputs": [{"address": address, "state": state} for address, state in self.inputs],
+            "recomputed": self.recomputed,
+        }
+
+    def lines(self) -> list[str]:
+        """For people: what is wrong first."""
+        marks = {"wrong": "WRONG  ", "note": "note   ", "good": "ok     "}
+        order = ("wrong", "note", "good")
+        listed = sorted(self.findings, key=lambda finding: order.index(finding.level))
+        verdict = "something is wrong" if self.wrong else "nothing is wrong"
+        return [*(marks[f.level] + f.text for f in listed), f"{self.folder}: {verdict}"]

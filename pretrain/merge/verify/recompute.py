@@ -57,7 +57,7 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
 
 def _rejoined(sources: list[WeightSource | None], asked: dict[str, Any]) -> list[WeightSource | None]:
     """The sources seen through the rows of the joint vocabulary."""
-    from pretrain.merge.planning.prepare import replan
+    from pretrain.merge.spec import replan
 
     try:
         return [*replan(asked)[1].sources] if None not in sources else [None] * len(sources)

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.atomic_folder import partial_of
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.output.resumed_folder import partial_of
 from tests.support.merge_inputs import bf16_bits, floats, read_bytes, write, write_bf16
 
 

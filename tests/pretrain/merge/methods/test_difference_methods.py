@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge.methods import blocks, dare
+from pretrain.merge.methods import blocks, task_vectors
 from pretrain.weights import dtypes
 from tests.support.merge_inputs import bf16_bits, floats
 from tests.support.merge_jobs import run
@@ -218,7 +218,7 @@ def test_dare_linear_is_its_definition_given_who_stays(three: list[np.ndarray]) 
 
 def chosen(seed: int, name: str, source: int, count: int = 1 << 17) -> np.ndarray:
     block = blocks.Block([]).move(0, count)
-    return dare.chosen(dare.key_of(seed, name, source), 0.5, block).copy()
+    return task_vectors.dare_mask(task_vectors.dare_key(seed, name, source), 0.5, block).copy()
 
 
 def test_choices_of_dare_look_like_coins() -> None:

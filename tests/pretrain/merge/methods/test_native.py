@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
 from pretrain.merge.merge_plan import Term
-from pretrain.merge.methods import blocks, dare, native, sparsify
+from pretrain.merge.methods import blocks, native, sparsify, task_vectors
 from pretrain.weights import dtypes as kernels
 from pretrain.weights.dtypes import DTYPES
 from tests.support.merge_inputs import write_bf16
@@ -220,8 +220,8 @@ def test_products_are_added_as_numpy_adds(length: int, number: int, based: bool)
 def test_choices_of_dare_are_pinned() -> None:
     """What is dropped must not change: it is what a seed means."""
     block = blocks.Block([]).move(65_530, 65_546)
-    key = dare.key_of(3, "model.layers.0.mlp.up_proj.weight", 1)
-    assert np.packbits(dare.chosen(key, 0.3, block)).tolist() == [58, 10]
+    key = task_vectors.dare_key(3, "model.layers.0.mlp.up_proj.weight", 1)
+    assert np.packbits(task_vectors.dare_mask(key, 0.3, block)).tolist() == [58, 10]
     ones, zero = np.ones(65_546, np.float32), np.zeros(65_546, np.float32)
 
     def kept() -> list[int]:
@@ -320,7 +320,7 @@ def test_sizes_are_those_of_the_c_files() -> None:
     numbers, products = ((folder / name).read_text() for name in ("numbers.h", "products.c"))
     assert f"enum {{ TILE = {native.TILE} }};" in numbers
     assert f"enum {{ MOST = {native.VECTORS} }};" in products
-    assert dare.LATTICE == 1 << 16
+    assert task_vectors.LATTICE == 1 << 16
     assert "enum { LATTICE = 1 << 16 };" in (folder / "difference.c").read_text()
 
 

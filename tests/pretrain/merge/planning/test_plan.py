@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights, plan
-from pretrain.merge.planning.shares import resolve_weights
+from pretrain.merge.planning.request import resolve_weights
 from tests.support.merge_inputs import floats, read_bytes, write
 
 

@@ -12,10 +12,11 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, plan
 from pretrain.merge.merge_plan import TensorJob
-from pretrain.merge.planning.cost import cost
-from pretrain.merge.planning.prepare import prepare, replan
+from pretrain.merge.planning.describe import cost
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import Rule, request
 from pretrain.merge.planning.rules import interpolate, split_layer
+from pretrain.merge.spec import replan
 from tests.support.merge_inputs import floats, read_bytes, write, write_bf16
 
 LAYERS = 5

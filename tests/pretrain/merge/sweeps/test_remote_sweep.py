@@ -17,10 +17,11 @@ from data_pipeline.errors import UserError
 from launch.cli.app import app
 from pretrain.merge import open_weights, sweep
 from pretrain.merge.output import remote as remote_output
-from pretrain.merge.planning.prepare import prepare
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.merge.sweeps import scored_sweep, workspace
-from pretrain.merge.sweeps.scored_sweep import Sweep, run_sweep
+from pretrain.merge.sweeps.results import Sweep
+from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.merge.sweeps.scoring import parse_command
 from pretrain.merge.sweeps.soup import Soup, find_soup
 from pretrain.merge.sweeps.sweep import plan_sweep

@@ -15,7 +15,8 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, parse_betas
 from pretrain.merge.sweeps.chart import picture
-from pretrain.merge.sweeps.scored_sweep import Scored, Sweep, run_sweep
+from pretrain.merge.sweeps.results import Scored, Sweep
+from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.merge.sweeps.scoring import parse_command
 from pretrain.merge.sweeps.sweep import plan_sweep
 from pretrain.run.lock import FolderLock

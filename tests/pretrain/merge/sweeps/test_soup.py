@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
-from pretrain.merge.planning.prepare import prepare
+from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.merge.sweeps.scoring import parse_command
 from pretrain.merge.sweeps.soup import Soup, find_soup

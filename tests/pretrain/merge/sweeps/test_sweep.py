@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from data_pipeline.errors import UserError
 from pretrain.merge import interpolated, merge, parse_betas, sweep
 from pretrain.merge.methods import native
-from pretrain.merge.sweeps.betas import folder_names
+from pretrain.merge.sweeps.results import folder_names
 from pretrain.weights.source import WeightSource
 from tests.support.merge_inputs import floats, write, write_bf16
 

@@ -20,8 +20,8 @@ from pretrain.merge.execute import plan
 from pretrain.merge.output.record import is_sealed, jobs_of, jobs_plain, sealed
 from pretrain.merge.planning.request import Rule
 from pretrain.merge.verify.check_output import verify
+from pretrain.merge.verify.check_weights import Report
 from pretrain.merge.verify.recompute import chunks
-from pretrain.merge.verify.verify_report import Report
 from pretrain.weights.byte_file import LocalFile
 from pretrain.weights.digests import fingerprint
 from tests.support.merge_inputs import floats, write, write_bf16

@@ -17,7 +17,7 @@ from launch.cli.app import app
 from pretrain.merge import merge
 from pretrain.merge.output.record import sealed
 from pretrain.merge.verify.check_output import verify
-from pretrain.merge.verify.verify_report import Report
+from pretrain.merge.verify.check_weights import Report
 from pretrain.weights import byte_file
 from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import Proxy

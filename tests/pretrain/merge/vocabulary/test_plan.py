@@ -16,8 +16,8 @@ from pretrain.merge.execute import execute
 from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit.yaml_file import parse
 from pretrain.merge.output.record import sealed
-from pretrain.merge.planning.prepare import replan
 from pretrain.merge.planning.request import Rule
+from pretrain.merge.spec import replan
 from pretrain.merge.verify.check_output import verify
 from tests.pretrain.merge.vocabulary.test_align import bpe, joined, model, read_config, word_level
 from tests.support.merge_inputs import floats, write
