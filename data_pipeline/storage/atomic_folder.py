@@ -13,9 +13,9 @@ from typing import TextIO
 
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.storage.files import sync
-from pretrain.merge.output.journal import NAME
 
 LOCK = ".lock"
+JOURNAL = ".journal"  # what a resumable writer keeps in a partial folder; goes when the folder is complete
 
 
 def partial_of(target: Path) -> Path:
@@ -29,12 +29,12 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
     Raises UserError when someone else is writing it, when `needed` bytes are not free, or when the disk refuses.
     """
-    with _writing(out) as partial:
+    with locked_partial(out) as partial:
         try:
-            _clear(partial)
+            clear_partial(partial)
             check_space(out, needed)
             yield partial
-            _publish(partial, out)
+            publish_folder(partial, out)
             sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -42,7 +42,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[Path]:
+def locked_partial(out: Path) -> Iterator[Path]:
     """The partial folder of `out`, locked. What the disk refuses becomes a UserError."""
     partial = partial_of(out)
     try:
@@ -73,7 +73,7 @@ def _locked(lock: TextIO, partial: Path) -> bool:
         return False
 
 
-def _publish(partial: Path, out: Path) -> None:
+def publish_folder(partial: Path, out: Path) -> None:
     """Lock and journal go last and with the folder: nobody takes it for one that is left over, nor begins it anew."""
     os.rename(partial, out)
     tidy(out)
@@ -81,12 +81,12 @@ def _publish(partial: Path, out: Path) -> None:
 
 def tidy(out: Path) -> None:
     """Remove what a kill at the very end may leave in a complete folder."""
-    for name in (LOCK, NAME):
+    for name in (LOCK, JOURNAL):
         with suppress(FileNotFoundError):
             (out / name).unlink()
 
 
-def _clear(partial: Path) -> None:
+def clear_partial(partial: Path) -> None:
     for left in partial.iterdir():
         if left.is_dir():
             shutil.rmtree(left)

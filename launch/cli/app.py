@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from launch.cli import data
 from launch.cli import recipe as recipe_commands
-from launch.cli.base import group
+from launch.cli.base import as_json, group
 from launch.cli.merging import diff, merge, soup, sweep, verify
 
 app = group(
@@ -25,7 +25,6 @@ app = group(
     Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
     """
 )
-
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -41,8 +40,6 @@ Weights = Annotated[
         metavar="RUN/STAGE", help="A stage of a run; RUN/STAGE@STEP, @latest or @best chooses a checkpoint."
     ),
 ]
-
-
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo/flip.")]
 
 
@@ -123,7 +120,11 @@ def train(
 
 
 app.add_typer(recipe_commands.app, name="recipe")
+
+
 app.add_typer(data.app, name="data")
+
+
 for merging in (merge, sweep, soup, verify, diff):
     merging.register(app)
 
@@ -231,22 +232,6 @@ def list_runs(
 def split_stages(stage: list[str] | None) -> list[str] | None:
     """`--stage a,b --stage c` -> [a, b, c]."""
     return [name.strip() for item in stage for name in item.split(",")] if stage else None
-
-
-def as_json(values: Any, indent: str = "") -> str:
-    """Indented JSON in which a list without lists or maps in it stands on one line."""
-    import json
-
-    inner = indent + "  "
-    if isinstance(values, dict) and values:
-        lines = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {as_json(value, inner)}"
-            for key, value in values.items()
-        ]
-        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
-    if isinstance(values, list) and any(isinstance(value, list | dict) for value in values):
-        return "[\n" + ",\n".join(inner + as_json(value, inner) for value in values) + f"\n{indent}]"
-    return json.dumps(values, ensure_ascii=False)
 
 
 def version(wanted: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pretrain.run.exit_codes import FAILED, USER_ERROR
+from pretrain.run.exit_codes import FAILED, GO_ON, USER_ERROR
 
 # A module that is not there -> the extra that brings it.
 EXTRAS = {
@@ -21,7 +23,6 @@ EXTRAS = {
     "ray": "ray",
     "s3fs": "s3",
 }
-
 # Typer's note on the range of a number, alone or behind the default.
 RANGE = re.compile(r"\s*\[x[<>]=?[-0-9.]+\]$|; x[<>]=?[-0-9.]+(?=\]$)")
 
@@ -120,3 +121,45 @@ def group(help_text: str) -> App:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
+
+
+def as_json(values: Any, indent: str = "") -> str:
+    """Indented JSON in which a list without lists or maps in it stands on one line."""
+    import json
+
+    inner = indent + "  "
+    if isinstance(values, dict) and values:
+        lines = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {as_json(value, inner)}"
+            for key, value in values.items()
+        ]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(values, list) and any(isinstance(value, list | dict) for value in values):
+        return "[\n" + ",\n".join(inner + as_json(value, inner) for value in values) + f"\n{indent}]"
+    return json.dumps(values, ensure_ascii=False)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """What is stopped in here keeps what it has written; the same command goes on with it.
+
+    A scheduler's SIGTERM and a lost connection are taken for a Ctrl-C, so that what the command started ends with it.
+    Signals that are ignored, as under nohup, stay ignored.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(OSError):  # of a terminal that is gone
+            typer.echo("dromos: interrupted; the same command goes on with what is done", err=True)
+        raise typer.Exit(GO_ON) from None
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

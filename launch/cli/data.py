@@ -55,12 +55,12 @@ def index(
       dromos data index data/demo/digits/train
     """
     from data_pipeline.index.build import build_index
-    from launch.cli.data_reports import ProgressLine, lines
+    from launch.cli.data_reports import ProgressLine, index_lines
 
     for path in sources:
         with named_files(), ProgressLine(path) as progress:
             indexed = build_index(path, jobs or len(os.sched_getaffinity(0)), progress)
-        for line, odd in lines(path, indexed):
+        for line, odd in index_lines(path, indexed):
             typer.secho(printable(line), fg="yellow" if odd else None, err=odd)
 
 
@@ -207,18 +207,17 @@ def simulate(
     Example:
       dromos data simulate configs/demo/flip.yaml --stage masked --nodes 8 --bandwidth 10
     """
-    from launch.cli.simulate_report import figures, lines
-    from launch.cli.simulation import loads_of
+    from launch.cli.data_reports import loads_of, simulation_figures, simulation_lines
 
     limit, loads = loads_of(recipe, stage, nodes, ranks)
     speed = bandwidth * 1e9 / 8
     if as_json:
-        streams = {load.name: figures(load, speed, rate) for load in loads}
+        streams = {load.name: simulation_figures(load, speed, rate) for load in loads}
         told = {"bytes_a_second": speed, "cache_limit_bytes": limit, "streams": streams}
         typer.echo(json.dumps(told, indent=2))
         return
     for load in loads:
-        for line, odd in lines(load, speed, rate, limit):
+        for line, odd in simulation_lines(load, speed, rate, limit):
             typer.secho(line, fg="yellow" if odd else None)
 
 

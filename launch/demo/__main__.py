@@ -17,10 +17,11 @@ from data_pipeline.errors import UserError
 from pretrain.run.exit_codes import DONE, GO_ON, USER_ERROR
 
 FLIP, SPHINX = "configs/demo/flip.yaml", "configs/demo/sphinx.yaml"
+
+
 ROOT = Path("runs/demo")
 RANKS = 2
 STAGES = {"flip": ("masked", "tuned"), "sphinx": ("lm", "real", "real_no_text", "synthetic", "mix")}
-TEXT_AS = {"lm": "before", "real": "with_text", "real_no_text": "without_text"}
 
 
 def results(root: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from data_pipeline.batches.batch_builder import BatchMaker
-from launch.demo.__main__ import TEXT_AS
 from pretrain.build.module_weights import load_into
 from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.build.streams import stage_specs
@@ -111,3 +110,6 @@ def sweep_figures(root: Path) -> list[dict[str, float]]:
         nll = evaluate(objective, objective.model, stage, tokenizer, ALONE)["perplexity"]
         rows.append({"beta": beta} | {f"nll_{name}": nll[name] for name in ("real", "synthetic", "text")})
     return rows
+
+
+TEXT_AS = {"lm": "before", "real": "with_text", "real_no_text": "without_text"}

@@ -1,7 +1,10 @@
-"""What a Slurm job needs on its nodes: the address where its ranks meet, and a rank's environment from SLURM_*.
+"""What the sbatch script calls on the nodes of a job: rendezvous address, rank environment, stage state, merge.
 
-`python -P -m launch.slurm.job_step meet` prints address and port; `... rank -- COMMAND` becomes the
-command of one task."""
+python -P -m launch.slurm.job_step meet                  prints address and port of the rendezvous
+python -P -m launch.slurm.job_step rank -- COMMAND ...   becomes COMMAND, with the environment of one rank
+python -P -m launch.slurm.job_step state RECIPE STAGE    prints `done` or `todo`
+python -P -m launch.slurm.job_step merge RECIPE STAGE    runs a merge stage
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from data_pipeline.errors import UserError
+from launch.supervise.rank_group import DONE, USER_ERROR
+
 FIRST_PORT, PORTS, TRIES = 20000, 20000, 100
+USAGE = "meet | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
 
 
 def rank_env(environ: Mapping[str, str]) -> dict[str, str]:
@@ -78,14 +85,43 @@ def _scontrol(*arguments: str) -> str:
     return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def main(arguments: list[str]) -> None:
-    if arguments == ["meet"]:
-        print(*meeting_point(os.environ))
-    elif arguments[:2] == ["rank", "--"] and len(arguments) > 2:
-        os.execvpe(arguments[2], arguments[2:], {**os.environ, **rank_env(os.environ)})
-    else:
-        raise SystemExit("usage: python -P -m launch.slurm.job_step meet | rank -- COMMAND ...")
+def state(recipe_path: str, name: str) -> str:
+    """`done` or `todo`."""
+    from launch.stage_state import is_done, stage_job
+    from pretrain.recipe.load import load_recipe, run_dir
+
+    recipe = load_recipe(recipe_path, stage=name)
+    return "done" if is_done(run_dir(recipe), stage_job(recipe, name), recipe) else "todo"
+
+
+def merge(recipe_path: str, name: str) -> None:
+    """Run a merge stage in this process."""
+    from pretrain.merge_stage import run_merge_stage
+    from pretrain.recipe.load import load_recipe, run_dir
+
+    recipe = load_recipe(recipe_path, stage=name)
+    run_merge_stage(recipe, name, run_dir(recipe))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code of one command of the batch script; `rank` does not return."""
+    try:
+        match arguments:
+            case ["meet"]:
+                print(*meeting_point(os.environ))
+            case ["rank", "--", *command] if command:
+                os.execvpe(command[0], command, {**os.environ, **rank_env(os.environ)})
+            case ["state", recipe_path, name]:
+                print(state(recipe_path, name))
+            case ["merge", recipe_path, name]:
+                merge(recipe_path, name)
+            case _:
+                raise SystemExit(f"usage: python -P -m launch.slurm.job_step {USAGE}")
+    except UserError as error:
+        print(f"dromos: {error}", file=sys.stderr)
+        return USER_ERROR
+    return DONE
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -133,7 +133,7 @@ def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
             *job.train_command(stage.name),
         ]
     else:
-        command = [job.python, "-P", "-m", "launch.slurm.stage", "merge", job.copy_of_recipe, stage.name]
+        command = [job.python, "-P", "-m", "launch.slurm.job_step", "merge", job.copy_of_recipe, stage.name]
     ranks = f"{job.nodes} x {job.ranks_per_node} ranks"
     return {
         "name": stage.name,

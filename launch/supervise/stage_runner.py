@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.job import Job, StageJob
-from launch.preflight import is_done, reads
+from launch.stage_state import is_done, reads
 from launch.supervise import progress
 from launch.supervise.rank_group import Group, Outcome, StopSignals, describe_exit, supervise
 from pretrain.recipe.schema import Recipe

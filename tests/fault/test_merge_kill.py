@@ -113,7 +113,7 @@ def test_what_the_disk_lost_is_written_again(
     with open(left / "model.safetensors", "r+b") as file:
         file.seek(header(left) + 1000)
         file.write(bytes(3000))
-    with open(left / journal.NAME, "ab") as file:
+    with open(left / journal.JOURNAL, "ab") as file:
         file.write(b'[2,0,"0123')
     merge(pair, tmp_path / "out", beta=0.3)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -204,7 +204,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         process.stdout.close()
         if (tmp_path / "out").exists():  # it was killed after all was done
             break
-        found = partial_of(tmp_path / "out") / journal.NAME
+        found = partial_of(tmp_path / "out") / journal.JOURNAL
         lines.append(len(found.read_bytes().splitlines()) if found.exists() else 0)
         kills, delay = kills + 1, delay * 1.3
     assert kills >= 2
@@ -270,7 +270,7 @@ def test_a_kill_at_the_very_end_costs_nothing(
             patch.setattr(module, name, stop)
             with pytest.raises(Stopped):
                 merge(pair, tmp_path / "out", beta=0.3)
-    assert (tmp_path / "out" / journal.NAME).exists()
+    assert (tmp_path / "out" / journal.JOURNAL).exists()
     with monkeypatch.context() as patch:
         added = stop_after(patch, -1)
         merge(pair, tmp_path / "out", beta=0.3)

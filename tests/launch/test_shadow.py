@@ -73,7 +73,7 @@ def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
     job = Job("r.yaml", "run", stages, on="slurm", python=sys.executable, cluster={"kind": "slurm"})
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n0"}
     done = subprocess.run(["bash", "-c", render(job)], env=env, capture_output=True, text=True)
-    assert "masked: done" in done.stdout, done.stderr  # launch.slurm.stage was ours
+    assert "masked: done" in done.stdout, done.stderr  # launch.slurm.job_step was ours
     assert "the user's own file" not in done.stdout + done.stderr  # nor was launch.slurm.job_step another
     assert "CalledProcessError" in done.stderr
 
@@ -83,9 +83,8 @@ def test_every_module_of_ours_that_a_cluster_runs_has_the_flag() -> None:
     entry = submission(Job("r.yaml", "runs/x", (), on="ray", cluster={"kind": "ray"}), "")["entrypoint"]
     modules = re.findall(r"(\S+) -m ([a-z_.]+)", script + entry)
     assert {name for _, name in modules} >= {
-        "launch.slurm.stage",
-        "launch.slurm.ray_node",
         "launch.slurm.job_step",
+        "launch.slurm.ray_node",
         "launch.cli",
     }
     assert {before for before, _ in modules} == {"-P"}

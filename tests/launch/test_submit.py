@@ -69,7 +69,7 @@ def test_a_queued_slurm_job_keeps_its_recipe(recipe: Path) -> None:
         path = words[words.index("train") + 1]
         assert rate(path) == lr
         script = (recipe.parent / f"queue.{number}").read_text()
-        assert f"launch.slurm.stage state {path} masked" in script
+        assert f"launch.slurm.job_step state {path} masked" in script
     assert rate("run/recipe.yaml") == 2e-4
 
 

@@ -76,7 +76,7 @@ def diff(
 
         publish(picture, drawn(found).encode())
     if json:
-        from launch.cli.app import as_json
+        from launch.cli.base import as_json
 
         typer.echo(as_json(found.plain(depth)))
         return

@@ -78,8 +78,8 @@ def merge(
     from os.path import expanduser
 
     from data_pipeline.errors import UserError
+    from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
-    from launch.cli.resumable import resumable
     from pretrain.merge.execute import execute
     from pretrain.merge.output.overflow import note as overflow_note
     from pretrain.merge.planning.describe import as_json as plain

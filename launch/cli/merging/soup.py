@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from launch.cli.base import App
-from launch.cli.merging import flags, score_flags
+from launch.cli.merging import flags
 
 
 def soup(
@@ -21,12 +21,12 @@ def soup(
         ),
     ],
     score_cmd: Annotated[
-        str | None, typer.Option("--score-cmd", metavar="CMD", help=f"Scores a model. {score_flags.PROTOCOL}")
+        str | None, typer.Option("--score-cmd", metavar="CMD", help=f"Scores a model. {flags.PROTOCOL}")
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="The mean of all; needs no score.")] = False,
-    metric: score_flags.Metric = None,
-    lower_is_better: score_flags.Lower = None,
-    timeout: score_flags.Timeout = None,
+    metric: flags.Metric = None,
+    lower_is_better: flags.Lower = None,
+    timeout: flags.Timeout = None,
     only: flags.Only = None,
     exclude: flags.Exclude = None,
     copy_rest: flags.CopyRest = None,
@@ -52,8 +52,8 @@ def soup(
     from os.path import expanduser
 
     from data_pipeline.errors import UserError
+    from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
-    from launch.cli.resumable import resumable
     from launch.supervise.guard import guarded
     from pretrain.merge.output.overflow import note as overflow_note
     from pretrain.merge.planning.planner import prepare
@@ -67,7 +67,7 @@ def soup(
         )
     out = expanduser(out)
     command = parse_command(score_cmd, "--score-cmd", timeout, guarded) if score_cmd is not None else None
-    score_flags.check_scored(
+    flags.check_scored(
         "--score-cmd", command is not None, metric=metric, lower_is_better=lower_is_better, timeout=timeout
     )
     rest = {

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from launch.cli.base import App
-from launch.cli.merging import flags, score_flags
+from launch.cli.merging import flags
 
 
 def sweep(
@@ -23,15 +23,15 @@ def sweep(
     ] = None,
     eval_cmd: Annotated[
         str | None,
-        typer.Option("--eval-cmd", metavar="CMD", help=f"Scores an output. {score_flags.PROTOCOL}"),
+        typer.Option("--eval-cmd", metavar="CMD", help=f"Scores an output. {flags.PROTOCOL}"),
     ] = None,
     keep: Annotated[
         bool,
         typer.Option("--keep/--no-keep", help="Keep the outputs, or have one at a time, until it is scored."),
     ] = True,
-    metric: score_flags.Metric = None,
-    lower_is_better: score_flags.Lower = None,
-    timeout: score_flags.Timeout = None,
+    metric: flags.Metric = None,
+    lower_is_better: flags.Lower = None,
+    timeout: flags.Timeout = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="linear or slerp.")] = "linear",
     only: flags.Only = None,
     exclude: flags.Exclude = None,
@@ -61,8 +61,8 @@ def sweep(
 
     from data_pipeline.errors import UserError
     from data_pipeline.storage.files import is_remote, join
+    from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
-    from launch.cli.resumable import resumable
     from launch.supervise.guard import guarded
     from pretrain.merge.output.overflow import note as overflow_note
     from pretrain.merge.sweeps.results import folder_names, parse_betas
@@ -74,7 +74,7 @@ def sweep(
         raise UserError(f"--method {method}: a sweep is linear or slerp; the others have no beta")
     out = expanduser(out) if out is not None else None
     command = parse_command(eval_cmd, "--eval-cmd", timeout, guarded) if eval_cmd is not None else None
-    score_flags.check_scored(
+    flags.check_scored(
         "--eval-cmd", command is not None, metric=metric, lower_is_better=lower_is_better, timeout=timeout
     )
     numbers = parse_betas(betas)

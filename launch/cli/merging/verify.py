@@ -46,7 +46,7 @@ def verify(
     with counting("verifying", weight_bytes(out) * (2 if full else 1)) as bar:
         report = check(out, count=chunks, full=full, seed=seed, progress=bar.add)
     if json:
-        from launch.cli.app import as_json
+        from launch.cli.base import as_json
 
         typer.echo(as_json(report.plain()))
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NAME = ".journal"
+from data_pipeline.storage.atomic_folder import JOURNAL
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
-        self.path = folder / NAME
+        self.path = folder / JOURNAL
         self.done: dict[tuple[int, int], Done] = {}
         self.begun = head
         whole = self._read()

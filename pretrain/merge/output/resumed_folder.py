@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.atomic_folder import _clear, _publish, _writing, check_space
+from data_pipeline.storage.atomic_folder import (
+    JOURNAL,
+    check_space,
+    clear_partial,
+    locked_partial,
+    publish_folder,
+)
 from data_pipeline.storage.files import sync
-from pretrain.merge.output.journal import NAME, Journal
+from pretrain.merge.output.journal import Journal
 
 
 @contextmanager
@@ -24,16 +30,16 @@ def resumed_folder(
     what was begun for another head, unless it is to begin `anew`. `durable`: before it appears the disk has the
     weights too, and not only the small files beside them.
     """
-    with _writing(out) as partial:
-        if not (partial / NAME).exists():
-            _clear(partial)
+    with locked_partial(out) as partial:
+        if not (partial / JOURNAL).exists():
+            clear_partial(partial)
         journal = Journal(partial, head)
         try:
             if journal.begun != head:
                 if not anew:
                     raise UserError(_other(out, partial, journal.begun, head))
                 journal.close()
-                _clear(partial)
+                clear_partial(partial)
                 journal = Journal(partial, head)
             check_space(out, needed - _reserved(partial))
             yield partial, journal
@@ -42,7 +48,7 @@ def resumed_folder(
                     sync(file)
             if durable:
                 sync(partial)
-            _publish(partial, out)
+            publish_folder(partial, out)
             if durable:
                 sync(out.parent)
         except BaseException:

@@ -15,7 +15,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from data_pipeline.errors import ReadError, UserError
-from launch.cli.app import app, as_json, split_stages
+from launch.cli.app import app, split_stages
+from launch.cli.base import as_json
 from launch.status import find_runs
 from pretrain.recipe.dump import dump
 from pretrain.recipe.load import load_recipe

@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.errors import UserError
 from launch.cli.data import app
-from launch.cli.simulate_report import size
-from launch.cli.simulation import loads_of
+from launch.cli.data_reports import loads_of, size
 from tests.support.launching import write_recipe
 from tests.support.tiny import write_pairs
 

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.order.digest import add, hex16, row_digest
 from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.sources.tar import TarWriter
-from launch.preflight import is_done, stage_job
+from launch.stage_state import is_done, stage_job
 from pretrain.recipe.load import load_recipe
 from tests.support import rank, tiny
 from tests.support.naive_order import Change, Mixture, Source, walk

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from data_pipeline.errors import UserError
 from launch.job import Job, StageJob
-from launch.preflight import is_done
+from launch.stage_state import is_done
 from launch.supervise.stage_runner import undone
 from pretrain.merge_stage import run_merge_stage
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage

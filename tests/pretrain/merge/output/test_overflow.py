@@ -119,7 +119,7 @@ def test_counts_outlive_a_kill(models: Path, passes: str, monkeypatch: pytest.Mo
 
 
 def test_lines_of_a_journal_without_counts_are_not_believed(tmp_path: Path) -> None:
-    (tmp_path / journal.NAME).write_text('{"plan":1}\n[0,0,"0123456789abcdef",["0123456789abcdef"]]\n')
+    (tmp_path / journal.JOURNAL).write_text('{"plan":1}\n[0,0,"0123456789abcdef",["0123456789abcdef"]]\n')
     assert journal.Journal(tmp_path, {"plan": 1}).done == {}
 
 
