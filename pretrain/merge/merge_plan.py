@@ -135,12 +135,6 @@ class Plan:
         """Bytes of the output's tensors and headers."""
         return sum(file.size for file in self.files)
 
-    def lines(self) -> list[str]:
-        """The plan for people: one line a tensor with its resolved weights, and the sums."""
-        from pretrain.merge.planning.describe import lines
-
-        return lines(self)
-
     def key(self, hashes: Sequence[dict[str, str]]) -> str:
         """16 hex digits that change with anything that changes the output; `hashes`: of each source's files."""
         jobs = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.batches.batch_builder import Batch
@@ -43,6 +44,9 @@ class Objective(Protocol):
 
     def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
         """The loss of one micro-batch; `count` is the denominator summed over micro-batches and ranks."""
+
+    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+        """Results of the step besides its losses, computed over all ranks; `batches` are this rank's by stream."""
 
     def frozen(self) -> dict[str, Tensor]:
         """Named tensors that this stage uses and does not train."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
+import xxhash
 from torch import Tensor
 
 from data_pipeline.batches.batch_builder import Batch
-from pretrain.losses.contrastive import contrastive
+from pretrain.losses.contrastive import contrastive, repeated_caption_floor
 from pretrain.models.clip import Clip
 from pretrain.models.masking import keep_patches
 from pretrain.objectives.base import Forward, Loss
@@ -32,5 +36,15 @@ class Flip:
         total = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids) / count
         return Loss(total, {f"loss/{stream}": total.detach()})
 
+    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+        keys = caption_keys(batches[self.main]).to(device)
+        return {"loss_floor": float(repeated_caption_floor(keys))}
+
     def frozen(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+
+
+def caption_keys(batches: Sequence[Batch]) -> Tensor:
+    """An int64 a row, equal for equal captions."""
+    keys = [xxhash.xxh64_intdigest(row.tobytes()) for batch in batches for row in batch.tokens]
+    return torch.tensor([key - (1 << 64) if key >= 1 << 63 else key for key in keys], dtype=torch.int64)

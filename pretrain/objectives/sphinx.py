@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,9 @@ class Sphinx:
         nll = self.token_nll(forward, rows)
         mean = (nll * (rows.weights > 0)).sum() / count
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
+
+    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+        return {}
 
     def frozen(self) -> dict[str, Tensor]:
         held = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import xxhash
 from torch import Tensor
 
-from data_pipeline.batches.batch_builder import Batch
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Engine, Runtime
-from pretrain.losses.contrastive import repeated_caption_floor
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.metrics_log import Log, read
@@ -49,12 +46,6 @@ class Plan:
     save_every: int
     evaluate_every: int | None
     hours: float | None
-
-
-def caption_keys(batches: list[Batch]) -> Tensor:
-    """An int64 a row, equal for equal captions."""
-    keys = [xxhash.xxh64_intdigest(row.tobytes()) for batch in batches for row in batch.tokens]
-    return torch.tensor([key - (1 << 64) if key >= 1 << 63 else key for key in keys], dtype=torch.int64)
 
 
 class Trainer:
@@ -194,9 +185,7 @@ class Trainer:
                 f"Lower the learning rate, or look at this step's batch."
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
-        if self.stage.objective.kind == "flip":
-            keys = caption_keys(batches[self.objective.main]).to(self.runtime.device)
-            row["loss_floor"] = float(repeated_caption_floor(keys))
+        row |= self.objective.figures(batches, self.runtime.device)
         row |= {"lr": rate, "grad_norm": norm, "samples": agreed.rows, "skipped": agreed.skipped}
         row |= {"batch_digest": agreed.batch_digest, "order_digest": agreed.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}

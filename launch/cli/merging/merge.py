@@ -83,7 +83,7 @@ def merge(
     from pretrain.merge.execute import execute
     from pretrain.merge.output.overflow import note as overflow_note
     from pretrain.merge.planning.describe import as_json as plain
-    from pretrain.merge.planning.describe import cost, formula, summary
+    from pretrain.merge.planning.describe import cost, formula, lines, summary
     from pretrain.merge.planning.output_layout import parse_size
     from pretrain.merge.spec import load_spec, prepare_spec
 
@@ -105,7 +105,7 @@ def merge(
     if dry_run:
         needs = cost(made, opened.sources)
         told = json.dumps(plain(made) | {"cost": asdict(needs)}, indent=1)
-        typer.echo(told if as_json else "\n".join([*made.lines(), *needs.lines()]))
+        typer.echo(told if as_json else "\n".join([*lines(made), *needs.lines()]))
         return
     if out is None:
         raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")

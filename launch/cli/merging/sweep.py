@@ -65,6 +65,7 @@ def sweep(
     from launch.cli.progress_bar import counting
     from launch.supervise.guard import guarded
     from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.planning.describe import lines
     from pretrain.merge.sweeps.results import folder_names, parse_betas
     from pretrain.merge.sweeps.scored_sweep import run_sweep
     from pretrain.merge.sweeps.scoring import parse_command
@@ -88,7 +89,7 @@ def sweep(
     plans, opened = plan_sweep(a, b, numbers, method=method, **asked)
     if dry_run:
         middle, size = len(plans) // 2, sum(plan.size for plan in plans)
-        typer.echo("\n".join(plans[middle].lines()))
+        typer.echo("\n".join(lines(plans[middle])))
         typer.echo(
             f"so for beta {numbers[middle]:g}, and for {len(numbers)} betas: {', '.join(folder_names(numbers))}"
         )

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipeline.errors import UserError
+from pretrain.weights.byte_file import ByteFile
 from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, elements
-from pretrain.weights.formats.zip_directory import Entry
-
-if TYPE_CHECKING:
-    from pretrain.weights.formats.torch_file import TorchFile
+from pretrain.weights.formats.zip_directory import Entry, ZipDirectory
 
 LARGEST_EXPANDED = 64 << 20
 """Bytes of the largest tensor that may be larger than its storage (made by `expand`)."""
 
 
+class TensorFile(Protocol):
+    """What a tensor needs of the file it lies in (`torch_file.TorchFile`)."""
+
+    name: str
+    file: ByteFile
+    directory: ZipDirectory
+
+    def refused(self, error: Exception) -> UserError:
+        """The error for what torch.save does not write."""
+
+    def gathered(self, tensor: Tensor) -> np.ndarray:
+        """All elements of a strided tensor of a remote file, flat."""
+
+
 class Storage:
     """A run of bytes in the file; where it begins is looked up when it is first read."""
 
-    def __init__(self, file: TorchFile, entry: Entry, nbytes: int, dtype: str) -> None:
+    def __init__(self, file: TensorFile, entry: Entry, nbytes: int, dtype: str) -> None:
         self.file, self.entry, self.nbytes, self.dtype = file, entry, nbytes, dtype
         self._start: int | None = None
 

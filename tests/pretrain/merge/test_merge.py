@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from data_pipeline.errors import UserError
 from data_pipeline.storage.atomic_folder import partial_of
 from pretrain.merge import merge, open_weights, plan
+from pretrain.merge.planning import describe
 from tests.support.merge_inputs import bf16_bits, floats, read_bytes, write, write_bf16
 
 
@@ -401,7 +402,7 @@ def test_no_torch_is_imported(pair: tuple[str, str], tmp_path: Path) -> None:
 
 def test_plan_writes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    lines = "\n".join(plan(pair, beta=0.25).lines())
+    lines = "\n".join(describe.lines(plan(pair, beta=0.25)))
     assert "theta = 0.25 x A + 0.75 x B" in lines
     assert "llm.up.weight  F32 [17, 5]  0.25 A + 0.75 B" in lines
     assert "count  I64 [1]  copy of A (integer)" in lines

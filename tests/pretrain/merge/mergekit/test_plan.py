@@ -18,6 +18,7 @@ from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.mergekit.parameters import evaluate
 from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit.yaml_file import BASED, is_mergekit, parse
+from pretrain.merge.planning import describe
 from pretrain.merge.spec import load_spec
 from pretrain.merge.verify.check_output import verify
 from pretrain.recipe.yaml_file import load_yaml
@@ -252,7 +253,7 @@ def test_what_mergekit_passes_over_is_passed_over_with_a_note() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_plan_can_be_read(case: str) -> None:
     made, _ = planned(case)
-    told = made.lines()
+    told = describe.lines(made)
     assert sum(
         job.name in line for job, line in zip(made.jobs, told[len(made.addresses) + 1 :], strict=False)
     ) == len(made.jobs)
