@@ -127,7 +127,7 @@ def decoding(source: str, shard: int, index: int) -> AbstractContextManager[None
     return _Decoding(_status)
 
 
-def look(memory: mmap | bytearray) -> Activity:
+def read_status(memory: mmap | bytearray) -> Activity:
     """What the process that writes to `memory` does, or did when it died. Idle if it died while it wrote."""
     for _ in range(100):
         (before,) = _COUNT.unpack_from(memory, 0)

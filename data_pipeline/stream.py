@@ -12,7 +12,7 @@ from typing import Any, Self
 from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
 from data_pipeline.loader.loader import LocalLoader
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture_weights import By
 from data_pipeline.order.stream_order import StreamOrder, stream_seed
 from data_pipeline.storage.cache import CacheSettings
@@ -68,7 +68,7 @@ class Stream:
         self.name = name
         order = stream_seed(seed, "stream", name)
         spec = StreamSpec(
-            name, order, specs, Batches.of(batch), lanes, image, text, length, share_by=share_by
+            name, order, specs, BatchSchedule.of(batch), lanes, image, text, length, share_by=share_by
         )
         cache = cache or CacheSettings.of()
         self._own(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))

@@ -53,7 +53,8 @@ def is_prepared(path: str, recipe: Recipe) -> bool:
 
 def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -> None:
     """UserError that names stage and source where the first samples of a source cannot be trained on."""
-    from data_pipeline.batches.batch_builder import BatchMaker, SourceSpec
+    from data_pipeline.batches.batch_builder import BatchBuilder
+    from data_pipeline.batches.spec import SourceSpec
     from pretrain.build.streams import stream_spec
 
     seen: list[object] = []
@@ -76,7 +77,7 @@ def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -
                 }
                 spec = dataclasses.replace(spec, sources=bare)
             try:
-                maker = BatchMaker(spec)
+                maker = BatchBuilder(spec)
                 try:
                     maker.check()
                 finally:

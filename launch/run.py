@@ -17,7 +17,7 @@ from pretrain.recipe.dump import dump
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import Recipe
 
-DOORS = ("local", "slurm", "ray")
+BACKENDS = ("local", "slurm", "ray")
 
 
 def run(
@@ -113,8 +113,8 @@ def make_job(
 
 
 def _where(on: str) -> Where:
-    if on not in DOORS:
-        raise UserError(f"--on {on}: is none of {', '.join(DOORS)}")
+    if on not in BACKENDS:
+        raise UserError(f"--on {on}: is none of {', '.join(BACKENDS)}")
     return on  # type: ignore[return-value]
 
 

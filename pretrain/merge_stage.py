@@ -21,7 +21,8 @@ from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
 from pretrain.run.identity import ABSENT, check_run_folder
 from pretrain.run.lock import FolderLock
-from pretrain.weights.source import FROZEN, WeightSource
+from pretrain.weights.folder import FROZEN
+from pretrain.weights.source import WeightSource
 
 
 def run_merge_stage(

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.batches.row_builder import Row, RowMaker, Verdict
-from data_pipeline.batches.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.row_builder import Rejection, Row, RowBuilder
+from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order import digest
-from data_pipeline.order.stream_order import Refs, SourceCounts, StreamOrder, row_keys, sample_ids
+from data_pipeline.order.stream_order import SampleRefs, SourceCounts, StreamOrder, row_keys, sample_ids
 from data_pipeline.sources.manifest import Manifest, open_source
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.augment import Draw, draw_rows
+from data_pipeline.transforms.augment import Augmentation, draw_rows
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
 
-__all__ = ["Batch", "BatchMaker", "ImageSpec", "SourceSpec", "StreamSpec", "TextSpec", "open_sources"]
 
 # 8 tries within the shard, 8 within the whole source: if all fail, the source is broken rather than unlucky.
 ATTEMPTS = 16
@@ -59,10 +58,10 @@ class Served:
     shard: int
     index: int
     row: Row
-    verdicts: list[Verdict]
+    verdicts: list[Rejection]
 
 
-class BatchMaker:
+class BatchBuilder:
     """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
 
     `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
@@ -83,12 +82,12 @@ class BatchMaker:
         self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
         self.names = list(spec.sources)
         self.order = order_of(spec, self.manifests)
-        self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache)
+        self._rows = RowBuilder(spec, self.manifests, self.tokenizer, cache)
         self.condemned: dict[tuple[str, int, int], str] = {}
 
-    def remade(self, spec: StreamSpec) -> BatchMaker:
+    def remade(self, spec: StreamSpec) -> BatchBuilder:
         """A maker for another specification of the same sources."""
-        return BatchMaker(spec, self.manifests, self.tokenizer, self.cache)
+        return BatchBuilder(spec, self.manifests, self.tokenizer, self.cache)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -146,7 +145,7 @@ class BatchMaker:
         """Close the files that are open for reading."""
         self._rows.close()
 
-    def _in_tars(self, refs: Refs) -> Refs:
+    def _in_tars(self, refs: SampleRefs) -> SampleRefs:
         """The same rows with positions in the tars: a sample is the same one whatever view it is drawn from."""
         index = refs.index.copy()
         for number, name in enumerate(self.names):
@@ -155,19 +154,21 @@ class BatchMaker:
                 index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
         return replace(refs, index=index)
 
-    def _draws(self, refs: Refs) -> Sequence[Draw | None]:
+    def _draws(self, refs: SampleRefs) -> Sequence[Augmentation | None]:
         """Of the rows as assigned; nothing of packed text is random."""
         attempts = np.zeros(len(refs.row), np.int64)
         if self.spec.packed:
             return [None] * len(attempts)
         return draw_rows(self._row_keys(refs, refs.shard, refs.index, attempts))
 
-    def _serve(self, refs: Refs, drawn: Refs, i: int, draw: Draw | None, out: np.ndarray | None) -> Served:
+    def _serve(
+        self, refs: SampleRefs, drawn: SampleRefs, i: int, draw: Augmentation | None, out: np.ndarray | None
+    ) -> Served:
         """The sample assigned to row i, or the first usable one of those that replace it."""
         number, epoch = int(refs.source[i]), int(refs.epoch[i])
         name = self.names[number]
         shard, index = int(refs.shard[i]), int(refs.index[i])
-        verdicts: list[Verdict] = []
+        verdicts: list[Rejection] = []
         for attempt in range(1, ATTEMPTS + 2):
             try:
                 if (name, shard, index) in self.condemned:
@@ -187,7 +188,7 @@ class BatchMaker:
         return row_keys(self.spec.seed, name, place[0], place[1], place[2], attempt)
 
     def _row_keys(
-        self, refs: Refs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray
+        self, refs: SampleRefs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray
     ) -> np.ndarray:
         keys = np.zeros(len(shards), np.uint64)
         for number, name in enumerate(self.names):
@@ -198,7 +199,7 @@ class BatchMaker:
                 )
         return keys
 
-    def _add_digests(self, batch: Batch, refs: Refs, i: int, served: Served) -> None:
+    def _add_digests(self, batch: Batch, refs: SampleRefs, i: int, served: Served) -> None:
         name = self.names[refs.source[i]]
         paths = self.manifests[name].paths
         row, epoch, shard, index = (a.item(i) for a in (refs.row, refs.epoch, refs.shard, refs.index))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.batches.batch_builder import open_sources
-from data_pipeline.batches.row_builder import RowMaker
+from data_pipeline.batches.row_builder import RowBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order import digest
@@ -18,7 +18,7 @@ from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 
-class EvaluationMaker:
+class EvaluationPass:
     """Batches of a stream with one source; `len()` of them. The last is padded with rows of weight 0.
 
     What is read of an object store goes through `cache`, by default the node's in its default place.
@@ -38,7 +38,7 @@ class EvaluationMaker:
         self.source = next(iter(spec.sources))
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
         self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
-        self._rows = RowMaker(spec, self.manifests, self.tokenizer, cache or CacheSettings.of())
+        self._rows = RowBuilder(spec, self.manifests, self.tokenizer, cache or CacheSettings.of())
         self._ends = np.cumsum(self.manifests[self.source].counts)
 
     @property

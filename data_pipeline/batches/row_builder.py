@@ -17,7 +17,7 @@ from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, image_member
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.augment import Draw, draw_rows
+from data_pipeline.transforms.augment import Augmentation, draw_rows
 from data_pipeline.transforms.captions import json_member, pick_caption
 from data_pipeline.transforms.decode import decode_image
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
@@ -41,10 +41,10 @@ class Row:
 
 
 # (shard, index in the shard, what is wrong with the sample)
-Verdict = tuple[int, int, ContentError]
+Rejection = tuple[int, int, ContentError]
 
 
-class RowMaker:
+class RowBuilder:
     """Makes rows of one stream. Holds open files, so each process has its own."""
 
     def __init__(
@@ -66,7 +66,9 @@ class RowMaker:
             return self.spec.text.length
         return (self.spec.length or 0) if self.spec.packed else 0
 
-    def make(self, source: str, shard: int, index: int, draw: Draw | None, out: np.ndarray | None) -> Row:
+    def make(
+        self, source: str, shard: int, index: int, draw: Augmentation | None, out: np.ndarray | None
+    ) -> Row:
         """One sample; its pixels go into `out`, uint8 [size, size, 3]. Without `draw` nothing of it is random.
 
         Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had.
@@ -78,7 +80,7 @@ class RowMaker:
             return self._row(sample_key, members, draw, out)
 
     def _row(
-        self, sample_key: str, members: dict[str, bytes], draw: Draw | None, out: np.ndarray | None
+        self, sample_key: str, members: dict[str, bytes], draw: Augmentation | None, out: np.ndarray | None
     ) -> Row:
         crop: tuple[int, ...] = ()
         if self.spec.image is not None:
@@ -139,7 +141,7 @@ class RowMaker:
         """Raise UserError if none of the source's first samples is usable, before a step is taken."""
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
-        verdicts: list[Verdict] = []
+        verdicts: list[Rejection] = []
         (draw,) = draw_rows(np.zeros(1, np.uint64))
         size = self.spec.image.size if self.spec.image else 0
         out = np.empty((size, size, 3), np.uint8)
@@ -152,7 +154,7 @@ class RowMaker:
                 verdicts.append((shard, index, verdict))
         raise self.unusable(source, verdicts)
 
-    def unusable(self, source: str, verdicts: list[Verdict]) -> UserError:
+    def unusable(self, source: str, verdicts: list[Rejection]) -> UserError:
         """The error for a source of which several samples in a row are unusable: names the first of them."""
         shard, index, verdict = verdicts[0]
         reasons = sorted({v.reason for _, _, v in verdicts})

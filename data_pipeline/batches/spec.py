@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture_weights import By
 from data_pipeline.order.state import Segment
 from data_pipeline.transforms.captions import CaptionSpec
@@ -57,7 +57,7 @@ class StreamSpec:
     name: str
     seed: int
     sources: Mapping[str, SourceSpec]
-    batch: int | Batches
+    batch: int | BatchSchedule
     lanes: int | None = None
     image: ImageSpec | None = None
     text: TextSpec | None = None
@@ -92,8 +92,8 @@ class StreamSpec:
             yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(By))}"
 
     @property
-    def batches(self) -> Batches:
-        return Batches.of(self.batch)
+    def batches(self) -> BatchSchedule:
+        return BatchSchedule.of(self.batch)
 
     def rows(self, step: int) -> int:
         """Rows of the global batch of `step`, counted from 0."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.order import digest
@@ -26,7 +26,7 @@ WHOLE = ("stream", "step", "start", "stop", "pixels", "meta")
 
 
 @dataclass(frozen=True)
-class Item:
+class WorkItem:
     """One unit of work: a micro-batch of one stream."""
 
     stream: str
@@ -36,7 +36,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Setup:
+class BuilderSetup:
     """All that another process needs to make batches of a stream; no file but the shards."""
 
     spec: StreamSpec
@@ -45,11 +45,11 @@ class Setup:
     cache: CacheSettings | None = None
 
     @staticmethod
-    def of(maker: BatchMaker) -> Setup:
-        return Setup(maker.spec, maker.manifests, maker.tokenizer, maker.cache)
+    def of(maker: BatchBuilder) -> BuilderSetup:
+        return BuilderSetup(maker.spec, maker.manifests, maker.tokenizer, maker.cache)
 
-    def maker(self) -> BatchMaker:
-        return BatchMaker(self.spec, self.manifests, self.tokenizer, self.cache)
+    def maker(self) -> BatchBuilder:
+        return BatchBuilder(self.spec, self.manifests, self.tokenizer, self.cache)
 
 
 def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
@@ -76,11 +76,11 @@ def micro_batches(start: int, stop: int, micro_batch: int | None) -> list[tuple[
 
 def items_of(
     specs: Sequence[StreamSpec], step: int, rank: int, world_size: int, micro_batch: int | None
-) -> Iterator[Item]:
+) -> Iterator[WorkItem]:
     """A rank's work of one step, in the order in which it is needed."""
     for spec in specs:
         for start, stop in micro_batches(*rows_of(rank, world_size, spec.rows(step)), micro_batch):
-            yield Item(spec.name, step, start, stop)
+            yield WorkItem(spec.name, step, start, stop)
 
 
 def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
@@ -100,7 +100,7 @@ def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:
     return rows, size, size, 3
 
 
-def cut(item: Item, spec: StreamSpec, pieces: int) -> list[Item]:
+def cut(item: WorkItem, spec: StreamSpec, pieces: int) -> list[WorkItem]:
     """At most so many items of nearly equal numbers of rows, in order."""
     rows = item.stop - item.start
     pieces = max(1, min(pieces, rows // (LEAST_TEXT if spec.packed else LEAST_IMAGES)))

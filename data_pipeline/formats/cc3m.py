@@ -7,14 +7,14 @@ from typing import BinaryIO
 
 from data_pipeline import storage
 from data_pipeline.formats.laion import Pair
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from data_pipeline.formats.text_records import LONGEST, lines, reading
 
 # Users write it in front, because img2dataset needs names of columns.
 HEADER = ("caption", "url")
 
 
-def read_pairs(path: str, longest: int = LONGEST) -> Iterator[Pair | Verdict]:
+def read_pairs(path: str, longest: int = LONGEST) -> Iterator[Pair | BadRecord]:
     """Every line of the file: a Pair, or why it is none; memory does not grow with the file.
 
     Quotes are letters like others: the public file quotes nothing. Verdicts: `no tab`, `more than two columns`,
@@ -24,12 +24,12 @@ def read_pairs(path: str, longest: int = LONGEST) -> Iterator[Pair | Verdict]:
         yield from pairs_of(path, file, longest)
 
 
-def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair | Verdict]:
+def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair | BadRecord]:
     """`read_pairs` of an opened file."""
     for number, line in lines(file, longest):
         place = f"line {number}"
         if line is None:
-            yield Verdict(path, place, "line too long", f"over {longest} bytes")
+            yield BadRecord(path, place, "line too long", f"over {longest} bytes")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -38,17 +38,17 @@ def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair
         try:
             columns = line.decode().split("\t")
         except UnicodeDecodeError as error:
-            yield Verdict(path, place, "not UTF-8", str(error))
+            yield BadRecord(path, place, "not UTF-8", str(error))
             continue
         if number == 1 and tuple(column.strip().lower() for column in columns) == HEADER:
             continue
         if len(columns) != 2:
             reason = "no tab" if len(columns) == 1 else "more than two columns"
-            yield Verdict(path, place, reason, f"{line.decode()[:80]!r}")
+            yield BadRecord(path, place, reason, f"{line.decode()[:80]!r}")
             continue
         caption, url = (column.strip() for column in columns)
         if not url:
-            yield Verdict(path, place, "missing url", f"{caption[:80]!r}")
+            yield BadRecord(path, place, "missing url", f"{caption[:80]!r}")
             continue
         yield Pair(url, (caption,) if caption else ())
 

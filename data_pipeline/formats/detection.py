@@ -101,7 +101,7 @@ def _kind(file: str) -> str:
     if claimed == "tar":
         return claimed
     try:
-        with storage.asking(file), storage.open_bytes(file) as opened:
+        with storage.store_errors(file), storage.open_bytes(file) as opened:
             first = opened.read(4096)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None

@@ -15,7 +15,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
 from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from data_pipeline.sources.tar import TarWriter
 
 SUCCESS = "success"
@@ -173,9 +173,9 @@ class Sums:
     failures: Counter[str] = field(default_factory=Counter)
     bad_rows: int = 0
 
-    def add(self, outcome: Outcome | Verdict) -> None:
+    def add(self, outcome: Outcome | BadRecord) -> None:
         self.rows += 1
-        if isinstance(outcome, Verdict):
+        if isinstance(outcome, BadRecord):
             self.bad_rows += 1
         elif outcome.succeeded:
             self.successes += 1
@@ -188,7 +188,7 @@ def is_output(names: Sequence[str]) -> bool:
     return {"key", "status", "error_message"} <= {name.lower() for name in names}
 
 
-def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | Verdict]:
+def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
     """Every row of every parquet file of `path`, failures too, in order of the input.
 
     Verdicts: `missing key`, `missing status`, `not UTF-8`. Raises UserError where a file has not these columns.
@@ -198,7 +198,7 @@ def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | Verdict]:
             yield from outcomes_of(file, source, rows)
 
 
-def outcomes_of(file: str, source: Any, rows: int = 1024) -> Iterator[Outcome | Verdict]:
+def outcomes_of(file: str, source: Any, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
     """`read_outcomes` for one opened file."""
     schema = source.schema_arrow
     wrong = wrong_types(schema, COLUMNS)
@@ -219,15 +219,15 @@ def outcomes_of(file: str, source: Any, rows: int = 1024) -> Iterator[Outcome | 
             number += 1
 
 
-def _outcome(row: Sequence[Any], file: str, number: int) -> Outcome | Verdict:
+def _outcome(row: Sequence[Any], file: str, number: int) -> Outcome | BadRecord:
     key, status, reason, url, caption, width, height = row
     place = f"row {number}"
     if any(isinstance(value, bytes) for value in row):
-        return Verdict(file, place, "not UTF-8")
+        return BadRecord(file, place, "not UTF-8")
     if not key:
-        return Verdict(file, place, "missing key")
+        return BadRecord(file, place, "missing key")
     if not status:
-        return Verdict(file, place, "missing status", key)
+        return BadRecord(file, place, "missing status", key)
     reason = " ".join((reason or "").split())[:LONGEST_REASON]
     sizes = (int(side) if side is not None and side == side else None for side in (width, height))
     return Outcome(key, status, reason, url or "", caption, *sizes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.records import SURROGATE, Verdict, check_image_path
+from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
 from data_pipeline.formats.text_records import LONGEST, parsed, reading
 
 Role = Literal["system", "user", "assistant"]
@@ -44,7 +44,7 @@ class Conversation:
 
 def read_conversations(
     path: str, images: str | None = None, longest: int = LONGEST
-) -> Iterator[tuple[str, Conversation | Verdict]]:
+) -> Iterator[tuple[str, Conversation | BadRecord]]:
     """(place, record or why it is none) of every entry of a json list or line of a jsonl file, in order.
 
     `images` is the folder of pictures, where the user gave one: absolute paths below it are taken. Memory does
@@ -58,7 +58,7 @@ def read_conversations(
 
 def conversations_of(
     path: str, file: BinaryIO, images: str | None = None, longest: int = LONGEST
-) -> Iterator[tuple[str, Conversation | Verdict]]:
+) -> Iterator[tuple[str, Conversation | BadRecord]]:
     """`read_conversations` of an opened file."""
     return parsed(path, file, longest, lambda value: parse(value, images))
 

@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
 from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 
 # Names in lower case: LAION's files spell theirs URL and TEXT, copies of them url and text. The similarity is
 # the one the set was filtered by first: ViT-L/14's where there are two.
@@ -119,7 +119,7 @@ def lacking(names: Sequence[str]) -> list[str]:
     return missing(names, columns)
 
 
-def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | Verdict]:
+def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | BadRecord]:
     """Every row of every parquet file of `path`, in order: a Pair, or why it is none.
 
     Reads `rows` rows at a time and no column but those of a Pair. Verdicts: `missing url`, `not UTF-8`. Raises
@@ -130,7 +130,7 @@ def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | Verdict]:
             yield from pairs_of(file, source, rows)
 
 
-def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | Verdict]:
+def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | BadRecord]:
     """`read_pairs` for one opened file."""
     schema = source.schema_arrow
     wrong = wrong_types(schema, COLUMNS)
@@ -146,14 +146,14 @@ def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | Verdic
             number += 1
 
 
-def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | Verdict:
+def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | BadRecord:
     place = f"row {number}"
     broken = next((meaning for meaning, value in row.items() if isinstance(value, bytes)), None)
     if broken is not None:
-        return Verdict(file, place, "not UTF-8", broken)
+        return BadRecord(file, place, "not UTF-8", broken)
     url = (row["url"] or "").strip()
     if not url:
-        return Verdict(file, place, "missing url")
+        return BadRecord(file, place, "missing url")
     own = _blank_to_none(row.get("caption"))
     captions, scores = _generated(row)
     generated = "top caption" in row or "captions" in row

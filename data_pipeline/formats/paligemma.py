@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.records import SURROGATE, Verdict, check_image_path
+from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
 from data_pipeline.formats.text_records import LONGEST, parsed, reading
 
 # Coordinates y0 x0 y1 x1 in 1024 bins and masks in 128 codewords: other numbers are no tokens of the vocabulary.
@@ -28,7 +28,7 @@ class Prompted:
 
 def read_prompted(
     path: str, images: str | None = None, longest: int = LONGEST
-) -> Iterator[tuple[str, Prompted | Verdict]]:
+) -> Iterator[tuple[str, Prompted | BadRecord]]:
     """(place, record or why it is none) of every line, in order; memory does not grow with the file.
 
     Verdicts beside those of `json_stream.records`: `no object`, `no prefix or suffix`, `bad text`, `not UTF-8`,
@@ -40,7 +40,7 @@ def read_prompted(
 
 def prompted_of(
     path: str, file: BinaryIO, images: str | None = None, longest: int = LONGEST
-) -> Iterator[tuple[str, Prompted | Verdict]]:
+) -> Iterator[tuple[str, Prompted | BadRecord]]:
     """`read_prompted` of an opened file."""
     return parsed(path, file, longest, lambda value: parse(value, images))
 

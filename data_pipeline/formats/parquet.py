@@ -39,7 +39,7 @@ def reading(file: str) -> Iterator[BinaryIO]:
     import pyarrow as pa
 
     try:
-        with storage.asking(file), storage.open_bytes(file) as opened:
+        with storage.store_errors(file), storage.open_bytes(file) as opened:
             yield opened
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None

@@ -16,7 +16,7 @@ SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class BadRecord:
     """`place` is "line 3" or "row 17" of the file `where`; `reason` is a short slug that is counted."""
 
     where: str

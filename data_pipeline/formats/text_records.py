@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from data_pipeline import storage
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 
 CHUNK = 1 << 18
 # A literal, number or escape that the end of the buffer cuts is reported this far before it at most.
@@ -24,16 +24,16 @@ SKIP = 1 << 16
 
 def parsed(
     path: str, file: BinaryIO, longest: int, parse: Callable[[Any], Record]
-) -> Iterator[tuple[str, Record | Verdict]]:
+) -> Iterator[tuple[str, Record | BadRecord]]:
     """(place, what `parse` makes of it) of each record; a Verdict where it cannot be read or parsed."""
     for place, value in records(path, file, longest):
-        if isinstance(value, Verdict):
+        if isinstance(value, BadRecord):
             yield place, value
             continue
         try:
             yield place, parse(value)
         except ContentError as error:
-            yield place, Verdict(path, place, error.reason, error.detail)
+            yield place, BadRecord(path, place, error.reason, error.detail)
 
 
 def records(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[str, Any]]:
@@ -55,7 +55,7 @@ def _lines(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]
     for number, line in lines(file, longest):
         place = f"line {number}"
         if line is None:
-            yield place, Verdict(path, place, "record too long", f"over {longest} bytes")
+            yield place, BadRecord(path, place, "record too long", f"over {longest} bytes")
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -64,11 +64,11 @@ def _lines(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]
         try:
             yield place, json.loads(line.decode())
         except UnicodeDecodeError as error:
-            yield place, Verdict(path, place, "not UTF-8", str(error))
+            yield place, BadRecord(path, place, "not UTF-8", str(error))
         except ValueError as error:
-            yield place, Verdict(path, place, "bad json", str(error))
+            yield place, BadRecord(path, place, "bad json", str(error))
         except RecursionError:
-            yield place, Verdict(path, place, "nested too deeply")
+            yield place, BadRecord(path, place, "nested too deeply")
 
 
 def _entries(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]:
@@ -84,15 +84,15 @@ def _entries(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any
             text.take()
             mark = text.skip(SPACE)
         elif number and mark not in ("]", ""):
-            yield place, Verdict(path, place, "bad json", f"a comma expected, found {mark!r}")
+            yield place, BadRecord(path, place, "bad json", f"a comma expected, found {mark!r}")
             return
         if mark == "]":
             text.take()
             if text.skip(SPACE):
-                yield place, Verdict(path, place, "bad json", "more stands behind the list's end")
+                yield place, BadRecord(path, place, "bad json", "more stands behind the list's end")
             return
         if not mark:
-            yield place, Verdict(path, place, "bad json", "the file ends inside the list: it is cut off")
+            yield place, BadRecord(path, place, "bad json", "the file ends inside the list: it is cut off")
             return
         while True:
             try:
@@ -105,10 +105,10 @@ def _entries(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any
                 reason = "bad json" if room else "record too long"
                 near = text.buffer[error.pos : error.pos + 40]
                 detail = f"{error.msg} near {near!r}" if room else f"over {longest} characters"
-                yield place, Verdict(path, place, reason, detail)
+                yield place, BadRecord(path, place, reason, detail)
                 return
             except RecursionError:
-                yield place, Verdict(path, place, "nested too deeply")
+                yield place, BadRecord(path, place, "nested too deeply")
                 return
             # A number that the buffer's end cuts reads as a shorter one.
             whole = text.buffer[end - 1] in '}]"' or end + CUT < len(text.buffer)
@@ -155,7 +155,7 @@ class _Text:
 @contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
     """The file opened, with the readline of a local one: a remote one's cannot be bounded."""
-    with storage.asking(path), storage.open_bytes(path) as file:
+    with storage.store_errors(path), storage.open_bytes(path) as file:
         if isinstance(file, io.BufferedReader):
             yield file
         else:

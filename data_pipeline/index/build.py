@@ -41,7 +41,7 @@ PART_BYTES = 16 << 20
 Progress = Callable[[int, int, int, int], None]
 """Told shards walked, shards to walk, and the samples and bytes of those walked."""
 LOOKED_AT = 3  # pieces of each of two shards with equal headers that are compared
-PIECE = 64 << 10
+KEY_HASH_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,6 @@ def find(root: str, records: Sequence[Record]) -> Findings:
 def _content(url: str, size: int) -> int:
     state = xxhash.xxh64()
     for piece in range(LOOKED_AT):
-        start = (size - min(size, PIECE)) * piece // (LOOKED_AT - 1)
-        state.update(storage.read_range(url, start, min(PIECE, size - start)))
+        start = (size - min(size, KEY_HASH_BYTES)) * piece // (LOOKED_AT - 1)
+        state.update(storage.read_range(url, start, min(KEY_HASH_BYTES, size - start)))
     return state.intdigest()

@@ -9,16 +9,14 @@ from math import prod
 from types import TracebackType
 from typing import Self
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.batches.work_items import (
-    Item,
-    Setup,
+    BuilderSetup,
+    WorkItem,
     check_ranks,
     items_of,
-    micro_batches,
     pixel_shape,
-    rows_of,
 )
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetcher import Prefetcher
@@ -28,7 +26,6 @@ from data_pipeline.workers.ray_pool import RayPool
 from data_pipeline.workers.thread_pool import Pool, ThreadPool
 from data_pipeline.workers.watchdog import StallLimits
 
-__all__ = ["Loader", "LocalLoader", "StallLimits", "micro_batches", "rows_of"]
 # Bytes that a rank asks for ahead of the step that it serves; one item may be asked for however big it is.
 AHEAD_BYTES = 1 << 30
 PIECES = 4
@@ -38,7 +35,7 @@ class Loader:
     """What local and Ray loaders share. A step's batches do not depend on who makes them, nor on what came before.
 
     Opening it reads one sample of every source, so that a source without images ends here in a UserError.
-    makers: stream -> BatchMaker, for its order, manifests and tokenizer; those handed in are taken as checked
+    makers: stream -> BatchBuilder, for its order, manifests and tokenizer; those handed in are taken as checked
     cache: where what is read of an object store is kept on this node; makers that are handed in have their own
     wait_seconds: how long the caller waited for the step that was yielded last
     """
@@ -50,7 +47,7 @@ class Loader:
         world_size: int,
         workers: int,
         micro_batch: int | None = None,
-        makers: Mapping[str, BatchMaker] | None = None,
+        makers: Mapping[str, BatchBuilder] | None = None,
         limits: StallLimits | None = None,
         cache: CacheSettings | None = None,
     ) -> None:
@@ -65,7 +62,7 @@ class Loader:
         self.wait_seconds = 0.0
         self._turn = 0
         self.limits = limits or StallLimits()
-        self.makers = dict(makers or {spec.name: BatchMaker(spec, cache=cache) for spec in self.specs})
+        self.makers = dict(makers or {spec.name: BatchBuilder(spec, cache=cache) for spec in self.specs})
         self._prefetcher: Prefetcher | None = None
         self._pool: Pool = self._open()
         if makers is None:
@@ -75,8 +72,8 @@ class Loader:
         raise NotImplementedError
 
     @property
-    def setups(self) -> list[Setup]:
-        return [Setup.of(maker) for maker in self.makers.values()]
+    def setups(self) -> list[BuilderSetup]:
+        return [BuilderSetup.of(maker) for maker in self.makers.values()]
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches.
@@ -88,7 +85,7 @@ class Loader:
         self._pool.cancel()  # what an iterator before this one has asked for
         todo = self._items(first, last)
         following = next(todo, None)
-        asked: deque[tuple[Item, int]] = deque()
+        asked: deque[tuple[WorkItem, int]] = deque()
         held = 0
         if self._prefetcher is not None:
             self._prefetcher.begin(first, last)
@@ -122,7 +119,7 @@ class Loader:
             if turn == self._turn:
                 self._pool.cancel()
 
-    def _items(self, first: int, last: int) -> Iterator[tuple[Item, int]]:
+    def _items(self, first: int, last: int) -> Iterator[tuple[WorkItem, int]]:
         """This rank's items in order, each with the number of pieces that keeps all workers busy.
 
         The first step goes to all workers at once; later, it is enough that all that is asked for has PIECES for each:
@@ -135,13 +132,13 @@ class Loader:
             for item in items:
                 yield item, max(1, pieces)
 
-    def _in_reach(self, item: Item, step: int, held: int) -> bool:
+    def _in_reach(self, item: WorkItem, step: int, held: int) -> bool:
         """Whether to ask for an item while `step` is served and `held` bytes are asked for or wait to be served."""
         if item.step == step:
             return True
         return item.step <= step + self._pool.ahead and (not held or held + self._bytes(item) <= AHEAD_BYTES)
 
-    def _bytes(self, item: Item) -> int:
+    def _bytes(self, item: WorkItem) -> int:
         spec, rows = self.makers[item.stream].spec, item.stop - item.start
         length = spec.text.length if spec.text else spec.length or 0
         return prod(pixel_shape(spec, rows)) + 4 * rows * length

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline import storage
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.work_items import rows_of
 from data_pipeline.order.source_order import SHORT, WINDOW
 from data_pipeline.order.stream_order import StreamOrder
@@ -27,7 +27,7 @@ ALONE = (
 class Reach:
     """Sources of a stream whose windows last about equally long, and the next step to plan for them."""
 
-    maker: BatchMaker
+    maker: BatchBuilder
     names: list[str]
     next: int
 
@@ -44,7 +44,7 @@ class Plan:
     """
 
     def __init__(
-        self, makers: Sequence[BatchMaker], rank: int, world_size: int, limit_bytes: int, first: int
+        self, makers: Sequence[BatchBuilder], rank: int, world_size: int, limit_bytes: int, first: int
     ) -> None:
         self._rank, self._world_size = rank, world_size
         self._limit = limit_bytes

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline.batches.work_items import Setup
+from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.child_process import die_with
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetch_plan import Plan, prefetched
@@ -32,7 +32,7 @@ from data_pipeline.storage.cached_ranges import fetch
 from data_pipeline.storage.object_store import CONNECTIONS
 from data_pipeline.workers.ipc import receive, send
 
-AT_ONCE = CONNECTIONS // 2
+PARALLEL_FETCHES = CONNECTIONS // 2
 FILLED = 0.75  # share of the cache that the ranks of a node fill ahead
 STARTS = 3
 
@@ -49,7 +49,7 @@ class Position:
 class Worker:
     """What the process does: plans as the loader goes on, and fetches what is planned."""
 
-    def __init__(self, setups: Sequence[Setup], rank: int, world_size: int) -> None:
+    def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
         self._makers = [setup.maker() for setup in setups]
         self._rank, self._world_size = rank, world_size
         cache = next(setup.cache for setup in setups if setup.cache is not None)
@@ -71,7 +71,7 @@ class Worker:
 
     def run(self) -> None:
         """Fetch for ever."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._position is not None)
@@ -86,7 +86,7 @@ class Worker:
         while True:
             with self._changed:
                 position, changes = self._position, self._changes
-                room = 2 * AT_ONCE - self._under_way
+                room = 2 * PARALLEL_FETCHES - self._under_way
             assert position is not None
             if (position.first, position.last) != (begun.first, begun.last):
                 return
@@ -99,7 +99,7 @@ class Worker:
             parts = list(islice(iter(plan.take, None), max(0, room)))
             for part in parts:
                 self._submit(pool, part)
-            if position.at >= alone or (reach is None and not parts and room == 2 * AT_ONCE):
+            if position.at >= alone or (reach is None and not parts and room == 2 * PARALLEL_FETCHES):
                 self._cache.set_warming(False)
             if reach is None and not parts:
                 if room > 0 and plan.full:
@@ -137,7 +137,7 @@ class Worker:
 class Prefetcher:
     """The process, as the loader that it works for holds it."""
 
-    def __init__(self, setups: Sequence[Setup], rank: int, world_size: int) -> None:
+    def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
         self._given = (list(setups), rank, world_size)
         self._caches = [Cache(setup.cache) for setup in setups if setup.cache is not None]
         self._starts = 0
@@ -148,7 +148,7 @@ class Prefetcher:
         self._start()
 
     @staticmethod
-    def of(setups: Sequence[Setup], rank: int, world_size: int) -> Prefetcher | None:
+    def of(setups: Sequence[BuilderSetup], rank: int, world_size: int) -> Prefetcher | None:
         """Started, if these streams have something to fetch ahead and somewhere to keep it."""
         useful = [
             setup

@@ -26,7 +26,7 @@ def _whole(number: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchSchedule:
     """Rows of the global batch by step: from step `first[i]` on, until the next one, they are `rows[i]`."""
 
     first: tuple[int, ...]
@@ -43,16 +43,16 @@ class Batches:
                 raise UserError(f"batch is {rows}; it must be at least 1")
 
     @staticmethod
-    def of(batch: int | Mapping[int, int] | Mapping[str, int] | Batches) -> Batches:
+    def of(batch: int | Mapping[int, int] | Mapping[str, int] | BatchSchedule) -> BatchSchedule:
         """From a number of rows, a map first step -> rows (also as JSON has it), or itself. Raises UserError."""
-        if isinstance(batch, Batches):
+        if isinstance(batch, BatchSchedule):
             return batch
         if not isinstance(batch, Mapping):
-            return Batches((0,), (_whole(batch),))
+            return BatchSchedule((0,), (_whole(batch),))
         by_step = {_whole(step): _whole(rows) for step, rows in batch.items()}
         if len(by_step) < len(batch):
             raise UserError(f"batch: a step stands twice among {', '.join(map(repr, batch))}; write it once")
-        return Batches(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
+        return BatchSchedule(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
 
     @property
     def largest(self) -> int:

@@ -16,8 +16,9 @@ from data_pipeline.hashing import START, U64, hash64, key64, permute
 
 WINDOW = 16  # runs shuffled together, sample by sample
 SHORT = 4  # a lane's piece of fewer windows is one window
-TRIES = 8  # replacements taken from the bad sample's own shard
-PIECE = 16_384  # rows at once: arrays of at most 128 KB, for which the allocator asks the kernel for no fresh pages
+TRIES_IN_SHARD = 8  # replacements taken from the bad sample's own shard
+# Arrays of at most 128 KB, for which the allocator asks the kernel for no fresh pages.
+ROWS_PER_PIECE = 16_384
 
 
 class Use(IntEnum):
@@ -122,7 +123,7 @@ class SourceOrder:
             raise ValueError(f"attempt {attempt}: the first replacement of a sample is attempt 1")
         neighbours = int(self.first[shard + 1] - self.first[shard]) - 1
         bad = int(self.first[shard]) + index
-        if attempt <= min(TRIES, neighbours):
+        if attempt <= min(TRIES_IN_SHARD, neighbours):
             key = hash64(self.key, epoch, Use.REPLACE_IN_SHARD, bad)
             other = int(permute(attempt - 1, neighbours, key))
             return shard, other + (other >= index)
@@ -196,8 +197,8 @@ class Walk:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and index of each draw: the n-th of its lane, or the n-th over all lanes if interleaved."""
         found = np.empty((3, draw.size), np.int64)
-        for at in range(0, draw.size, PIECE):
-            rows = slice(at, at + PIECE)
+        for at in range(0, draw.size, ROWS_PER_PIECE):
+            rows = slice(at, at + ROWS_PER_PIECE)
             found[:, rows] = self._refs(source[rows], lane[rows], draw[rows])
         return found[0], found[1], found[2]
 

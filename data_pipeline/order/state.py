@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture import Cycle
 from data_pipeline.order.source_order import Cut
 
@@ -152,7 +152,7 @@ class Resumed(NamedTuple):
 
 
 def go_on(
-    state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: Batches, accept_change: bool
+    state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: BatchSchedule, accept_change: bool
 ) -> Resumed:
     """The segments with which a stream of the mixture `now` goes on after `state`; see StreamOrder.resume."""
     try:

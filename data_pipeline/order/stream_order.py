@@ -20,7 +20,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import hash64, key64
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.digest import hex16
 from data_pipeline.order.mixture import Cycle, earlier
 from data_pipeline.order.mixture_weights import By, exact, integer_weights, shares, size
@@ -49,7 +49,7 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
-class Refs:
+class SampleRefs:
     """Samples of some rows, arrays of [rows]: row of the global batch, source in the mixture, epoch, shard, index."""
 
     row: np.ndarray
@@ -82,13 +82,13 @@ class StreamOrder:
     def __init__(
         self,
         sources: Sequence[SourceCounts],
-        batch: int | Mapping[int, int] | Batches,
+        batch: int | Mapping[int, int] | BatchSchedule,
         lanes: int | None,
         seed: int,
         by: By = "size",
         segments: Sequence[Segment] = (),
     ) -> None:
-        self.batches = Batches.of(batch)
+        self.batches = BatchSchedule.of(batch)
         self.lanes = choose_lanes(self.batches, lanes)
         self.seed = seed
         names = [source.name for source in sources]
@@ -116,7 +116,7 @@ class StreamOrder:
         self._phases: list[Phase] = []
         self._plan()
 
-    def refs(self, step: int, start: int = 0, stop: int | None = None) -> Refs:
+    def refs(self, step: int, start: int = 0, stop: int | None = None) -> SampleRefs:
         """Samples of rows [start, stop) of the global batch of `step`; both count from 0."""
         batch = self.batches.at(step)
         stop = batch if stop is None else stop
@@ -131,10 +131,10 @@ class StreamOrder:
             )
         rows = np.arange(start, stop)
         if not rows.size:
-            return Refs(*np.zeros((5, 0), np.int64))
+            return SampleRefs(*np.zeros((5, 0), np.int64))
         lane = rows // (batch // self.lanes)
         source, draw = self._deal(step, rows)
-        return Refs(rows, source, *self._walk.refs(source, lane, draw))
+        return SampleRefs(rows, source, *self._walk.refs(source, lane, draw))
 
     def replacement(self, source: int, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
         """Shard and index of the sample that replaces a bad one at `attempt` >= 1; see SourceOrder.replacement."""
@@ -289,7 +289,7 @@ class StreamOrder:
         return xxhash.xxh64_hexdigest(dumps({"lanes": self.lanes, "sources": sources}).encode())
 
 
-def choose_lanes(batches: Batches, lanes: int | None) -> int:
+def choose_lanes(batches: BatchSchedule, lanes: int | None) -> int:
     """Lanes of a stream: what the recipe says if it divides every batch, else their largest divisor up to 1024."""
     common = batches.divisor
     if lanes is None:

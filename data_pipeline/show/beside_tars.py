@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats.img2dataset import Outcome, Sums, odd_key, read_outcomes
-from data_pipeline.show.source_report import Bad, Survey, share
+from data_pipeline.show.source_report import Bad, SourceReport, share
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest
 from data_pipeline.sources.offsets import Offsets, offsets_gone
 from data_pipeline.sources.sidecars import INFO, SUFFIXES
@@ -18,7 +18,7 @@ from data_pipeline.sources.views import folder_of
 REASONS = 8
 
 
-def look(found: Survey, root: str, manifest: Manifest | None) -> None:
+def look(found: SourceReport, root: str, manifest: Manifest | None) -> None:
     """Fill in "index" (in use, unusable or none), "views" and "sidecars"; a view that is no longer one is a note."""
     about = found.about
     if manifest is not None and manifest.counted_by == "manifest":
@@ -30,7 +30,7 @@ def look(found: Survey, root: str, manifest: Manifest | None) -> None:
     about["sidecars"] = _sidecars(root)
 
 
-def _has_offsets(found: Survey, manifest: Manifest) -> bool:
+def _has_offsets(found: SourceReport, manifest: Manifest) -> bool:
     """Is the other half of the index there? A remote one is not fetched for this."""
     if manifest.offsets is None:
         return False
@@ -53,7 +53,7 @@ def _views(root: str) -> list[str]:
     return [url.rpartition("/")[2].removesuffix(".parquet") for url in urls]
 
 
-def _view(found: Survey, name: str, manifest: Manifest) -> dict[str, Any]:
+def _view(found: SourceReport, name: str, manifest: Manifest) -> dict[str, Any]:
     """Name, rule, and the samples it keeps, None if it is not one of these shards any more."""
     from data_pipeline.storage.parquet_table import read_table
 
@@ -83,7 +83,7 @@ def _sidecars(root: str) -> dict[str, int]:
     return counts
 
 
-def join(found: Survey, tables: Mapping[str, Sequence[Sample]], tabled: Mapping[str, str]) -> None:
+def join(found: SourceReport, tables: Mapping[str, Sequence[Sample]], tabled: Mapping[str, str]) -> None:
     """Set the tars that were examined beside their parquet files; what does not agree is a problem."""
     sums, bad = Sums(), Bad()
     in_tars = 0
@@ -114,7 +114,7 @@ def join(found: Survey, tables: Mapping[str, Sequence[Sample]], tabled: Mapping[
         found.about["bad"] = bad.examples
 
 
-def _successes(table: str, sums: Sums, bad: Bad, found: Survey) -> set[str] | None:
+def _successes(table: str, sums: Sums, bad: Bad, found: SourceReport) -> set[str] | None:
     """Keys of the rows whose picture should be in the tar; None if the parquet cannot be read."""
     wanted: set[str] = set()
     try:
@@ -130,7 +130,7 @@ def _successes(table: str, sums: Sums, bad: Bad, found: Survey) -> set[str] | No
     return wanted
 
 
-def _compare(found: Survey, tar: str, table: str, wanted: set[str], keys: Sequence[str]) -> None:
+def _compare(found: SourceReport, tar: str, table: str, wanted: set[str], keys: Sequence[str]) -> None:
     held = set(keys)
     lost, extra = sorted(wanted - held), sorted(held - wanted)
     if lost:

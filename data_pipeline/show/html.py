@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.show.charts import Figure, histogram, scatter
 from data_pipeline.show.inspection import survey
 from data_pipeline.show.samples import Picture, Talk, look_at, talks
-from data_pipeline.show.source_report import Bad, Survey, share
+from data_pipeline.show.source_report import Bad, SourceReport, share
 from data_pipeline.show.terminal import facts, percent, readable
 from data_pipeline.show.terminal import samples as counted
 
@@ -53,7 +53,7 @@ class Page:
     records_head: str = ""
 
 
-def write_page(path: str, out: str, show: int = 24, images: str | None = None) -> Survey:
+def write_page(path: str, out: str, show: int = 24, images: str | None = None) -> SourceReport:
     """Write the page about the source `path` to the file `out`, with `show` pictures or records; the survey.
 
     `images` is the folder of the pictures of an instruction file, where that is not the file's own. Raises
@@ -64,7 +64,7 @@ def write_page(path: str, out: str, show: int = 24, images: str | None = None) -
     return found
 
 
-def render_page(found: Survey, show: int, images: str | None = None) -> str:
+def render_page(found: SourceReport, show: int, images: str | None = None) -> str:
     """The page as HTML that needs nothing from outside."""
     import jinja2
     from markupsafe import Markup
@@ -81,7 +81,7 @@ def render_page(found: Survey, show: int, images: str | None = None) -> str:
     return environment.get_template("show.html.j2").render(page=build(found, show, images), style=style)
 
 
-def build(found: Survey, show: int, images: str | None = None) -> Page:
+def build(found: SourceReport, show: int, images: str | None = None) -> Page:
     """The pieces of the page; pictures are read and decoded here, and what is wrong with them is added."""
     about = found.about
     page = Page(
@@ -116,7 +116,7 @@ def build(found: Survey, show: int, images: str | None = None) -> Page:
     return page
 
 
-def _add_pictures(page: Page, found: Survey, show: int) -> None:
+def _add_pictures(page: Page, found: SourceReport, show: int) -> None:
     look = look_at(found.tables, show)
     page.pictures, page.size = look.pictures, look.spec.size
     page.pictures_text = (
@@ -146,14 +146,14 @@ def _named(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return [one | {"where": one["where"].rpartition("/")[2]} for one in examples]
 
 
-def _add_talks(page: Page, found: Survey, images: str | None) -> None:
+def _add_talks(page: Page, found: SourceReport, images: str | None) -> None:
     page.talks_title = "Conversations" if found.form.family == "conversations" else "Prompts and answers"
     page.talks, missing = talks(found.about["first"], images or _folder(found))
     if missing:
         page.talks_text = f"Pictures that could not be shown: {missing}. Each says why."
 
 
-def _folder(found: Survey) -> str:
+def _folder(found: SourceReport) -> str:
     return found.form.files[0].rpartition("/")[0] or "."
 
 
@@ -168,7 +168,7 @@ def _tokens(captions: Sequence[str]) -> list[float]:
         return []
 
 
-def _figures(found: Survey) -> list[Figure]:
+def _figures(found: SourceReport) -> list[Figure]:
     series = found.series
     family = found.form.family
     words = {
@@ -187,14 +187,14 @@ def _figures(found: Survey) -> list[Figure]:
     return [figure for figure in drawn if figure is not None]
 
 
-def _examined(found: Survey, same: Sequence[Figure]) -> str:
+def _examined(found: SourceReport, same: Sequence[Figure]) -> str:
     """How many were examined, and of what there is nothing to draw because all are the same."""
     drawn = max((len(values) for values in found.series.values()), default=0)
     number = drawn if found.form.family == "tars" else found.about["examined"]["samples"]
     return " ".join([f"Of {number:,} samples examined.", *(f"{one.title}: {one.note}." for one in same)])
 
 
-def _tiles(found: Survey) -> list[tuple[str, str]]:
+def _tiles(found: SourceReport) -> list[tuple[str, str]]:
     about = found.about
     size = readable(about["bytes"])
     samples = f"{about['samples']:,}" if about["samples"] is not None else "?"
@@ -215,7 +215,7 @@ def _tiles(found: Survey) -> list[tuple[str, str]]:
     return tiles
 
 
-def _verdicts(found: Survey) -> list[tuple[str, str, list[str]]]:
+def _verdicts(found: SourceReport) -> list[tuple[str, str, list[str]]]:
     verdicts = []
     if found.problems:
         verdicts.append(("bad", f"Wrong: {len(found.problems)}", list(dict.fromkeys(found.problems))))

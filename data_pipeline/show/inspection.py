@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipeline.formats import Format, detect
-from data_pipeline.show.source_report import EXAMINE, FIRST, Survey
+from data_pipeline.show.source_report import EXAMINE, FIRST, SourceReport
 
 
 def describe(
@@ -20,10 +20,10 @@ def describe(
     return survey(path, examine, first, images).about
 
 
-def survey(path: str, examine: int = EXAMINE, first: int = FIRST, images: str | None = None) -> Survey:
+def survey(path: str, examine: int = EXAMINE, first: int = FIRST, images: str | None = None) -> SourceReport:
     """`describe` with the figures behind it."""
     form = detect(path)
-    found = Survey(form, _empty(path, form))
+    found = SourceReport(form, _empty(path, form))
     if form.family == "tars":
         from data_pipeline.show.tars import look
 

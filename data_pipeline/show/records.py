@@ -18,10 +18,10 @@ from data_pipeline.formats import (
     refinedweb,
 )
 from data_pipeline.formats.parquet import Column, match, nearest, wrong_types
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from data_pipeline.formats.text_records import reading
-from data_pipeline.show.source_report import Bad, Survey, share, spread
-from data_pipeline.show.statistics import TALLIES, Tally, WithPictures
+from data_pipeline.show.source_report import Bad, SourceReport, share, spread
+from data_pipeline.show.statistics import TALLIES, RecordStatistics, WithPictures
 
 RECORDS = 5000  # examined in all files together
 COUNTED = 1024  # files whose rows are counted; of more than these the number is estimated
@@ -45,7 +45,7 @@ FILES: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {
 }
 
 
-def look(found: Survey, examine: int, first: int, images: str | None) -> None:
+def look(found: SourceReport, examine: int, first: int, images: str | None) -> None:
     """Fill in what the first records of `examine` files say."""
     about, form = found.about, found.form
     sizes = storage.sizes(form.files)
@@ -73,7 +73,7 @@ def look(found: Survey, examine: int, first: int, images: str | None) -> None:
     _tell_bad(found, bad, tally.examined)
 
 
-def _count_rows(found: Survey, sizes: dict[str, int]) -> None:
+def _count_rows(found: SourceReport, sizes: dict[str, int]) -> None:
     """Rows, from the end of each file, or of COUNTED of very many; a file that cannot be read is a problem and
     leaves the sum unknown."""
     files = spread(list(sizes), COUNTED)
@@ -101,7 +101,7 @@ def _count_rows(found: Survey, sizes: dict[str, int]) -> None:
         found.problems.append(f"the {len(files):,} files hold no rows")
 
 
-def _look_into_tables(found: Survey, files: list[str], tally: Tally, bad: Bad) -> None:
+def _look_into_tables(found: SourceReport, files: list[str], tally: RecordStatistics, bad: Bad) -> None:
     family, schema = found.form.family, None
     each = max(RECORDS // max(len(files), 1), 100)
     for file in files:
@@ -116,7 +116,12 @@ def _look_into_tables(found: Survey, files: list[str], tally: Tally, bad: Bad) -
 
 
 def _look_into_files(
-    found: Survey, files: list[str], sizes: dict[str, int], tally: Tally, bad: Bad, images: str | None
+    found: SourceReport,
+    files: list[str],
+    sizes: dict[str, int],
+    tally: RecordStatistics,
+    bad: Bad,
+    images: str | None,
 ) -> None:
     """Lines and entries: all of small files; of large ones the first, from which the number is estimated."""
     family = found.form.family
@@ -138,20 +143,20 @@ def _look_into_files(
         found.about["estimated"] = round(records * found.about["bytes"] / read)
 
 
-def _take(records: Iterator[Any], tally: Tally, bad: Bad) -> int:
+def _take(records: Iterator[Any], tally: RecordStatistics, bad: Bad) -> int:
     """Counts every record, also those that are a verdict; how many there were."""
     before = tally.examined
     for record in records:
         tally.examined += 1
-        value = record[1] if isinstance(record, tuple) and isinstance(record[1], Verdict) else record
-        if isinstance(value, Verdict):
+        value = record[1] if isinstance(record, tuple) and isinstance(record[1], BadRecord) else record
+        if isinstance(value, BadRecord):
             bad.add(value)
         else:
             tally.add(value)
     return tally.examined - before
 
 
-def _look_for_pictures(found: Survey, paths: list[str], images: str | None) -> None:
+def _look_for_pictures(found: SourceReport, paths: list[str], images: str | None) -> None:
     """Whether the pictures that the first records name are there."""
     root = images or found.form.files[0].rpartition("/")[0] or "."
     absent = [path for path in paths if not storage.exists(storage.join(root, path))]
@@ -166,7 +171,7 @@ def _look_for_pictures(found: Survey, paths: list[str], images: str | None) -> N
         found.problems.append(sentence)
 
 
-def _tell_columns(found: Survey, schema: Any, tally: Tally) -> None:
+def _tell_columns(found: SourceReport, schema: Any, tally: RecordStatistics) -> None:
     columns = COLUMNS[found.form.family]
     meanings = {name: meaning for meaning, name in match(schema.names, columns).items()}
     found.about["columns"] = [
@@ -181,7 +186,7 @@ def _tell_columns(found: Survey, schema: Any, tally: Tally) -> None:
     found.problems.extend(wrong_types(schema, columns).values())
 
 
-def _tell_bad(found: Survey, bad: Bad, examined: int) -> None:
+def _tell_bad(found: SourceReport, bad: Bad, examined: int) -> None:
     if not bad.counts:
         return
     total = sum(bad.counts.values())
@@ -198,7 +203,7 @@ def _tell_bad(found: Survey, bad: Bad, examined: int) -> None:
     found.about["bad"] = bad.examples
 
 
-def _look_at_unknown(found: Survey, sizes: dict[str, int]) -> None:
+def _look_at_unknown(found: SourceReport, sizes: dict[str, int]) -> None:
     """Why it is none of the formats: the columns or fields it has, and what they may be meant for."""
     files = list(sizes)
     if found.form.name == "unknown-json":

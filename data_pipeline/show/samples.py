@@ -14,7 +14,7 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import ContentError, UserError
-from data_pipeline.formats.records import Verdict, image_url
+from data_pipeline.formats.records import BadRecord, image_url
 from data_pipeline.show.tars import caption, metadata, read_members
 from data_pipeline.sources.tar import Sample, image_member
 from data_pipeline.transforms.augment import draw_rows
@@ -70,7 +70,7 @@ class Look:
     examined: int = 0
     pictures: list[Picture] = field(default_factory=list)
     figures: Figures = field(default_factory=Figures)
-    bad: list[Verdict] = field(default_factory=list)
+    bad: list[BadRecord] = field(default_factory=list)
 
 
 def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
@@ -91,7 +91,7 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
         try:
             picture = _picture(url, sample, members, look, i in keep)
         except ContentError as error:
-            look.bad.append(Verdict(url, sample.key, error.reason, error.detail))
+            look.bad.append(BadRecord(url, sample.key, error.reason, error.detail))
             continue
         if picture is not None:
             look.pictures.append(picture)
@@ -100,7 +100,7 @@ def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
             look.figures.captions.append(said)
             look.figures.words.append(len(said.split()))
         else:
-            look.bad.append(Verdict(url, sample.key, "missing caption"))
+            look.bad.append(BadRecord(url, sample.key, "missing caption"))
     return look
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.formats import Format
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from data_pipeline.sources.tar import Sample
 
 LONGEST = 200  # characters of a caption or document that are shown
@@ -17,7 +17,7 @@ FIRST = 5  # records that are shown
 
 
 @dataclass
-class Survey:
+class SourceReport:
     """`about` is plain and JSON-able; `series` holds one list of figures a name, for what was examined, and
     `passages` the first documents, (address, text), whole; `tables` the samples of each tar examined.
 
@@ -49,7 +49,7 @@ class Bad:
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: BadRecord) -> None:
         self.counts[verdict.reason] += 1
         if self.counts[verdict.reason] <= EXAMPLES:
             self.examples.append(

@@ -10,17 +10,17 @@ from data_pipeline.formats.img2dataset import Outcome, Sums
 from data_pipeline.formats.instructions import Conversation
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.paligemma import Prompted
-from data_pipeline.show.source_report import Survey, clip, share
+from data_pipeline.show.source_report import SourceReport, clip, share
 
 # Characters that are kept of what a record says.
 LONGEST_KEY = 300
 LONGEST_TURN = 4000
 
 
-class Tally:
+class RecordStatistics:
     """`add` every usable record, then `finish`; `examined` counts the unusable ones too."""
 
-    def __init__(self, found: Survey, first: int) -> None:
+    def __init__(self, found: SourceReport, first: int) -> None:
         self.found = found
         self.first = first
         self.examined = 0
@@ -57,13 +57,13 @@ class Tally:
             self.found.notes.append(f"{share(self.twice, self.used)} records examined repeat {what}")
 
 
-class PairTally(Tally):
+class PairStatistics(RecordStatistics):
     """Tables and lines of addresses and captions."""
 
     NUMBERS = ("similarity", "punsafe", "pwatermark", "aesthetic")
     FIELDS = ("width", "height", *NUMBERS, "nsfw", "license", "language", "hash", "md5", "id")
 
-    def __init__(self, found: Survey, first: int) -> None:
+    def __init__(self, found: SourceReport, first: int) -> None:
         super().__init__(found, first)
         self.sample: list[Pair] = []
 
@@ -115,10 +115,10 @@ class PairTally(Tally):
         self.tell_twice("an address")
 
 
-class OutcomeTally(Tally):
+class OutcomeStatistics(RecordStatistics):
     """img2dataset's parquet files without their tars."""
 
-    def __init__(self, found: Survey, first: int) -> None:
+    def __init__(self, found: SourceReport, first: int) -> None:
         super().__init__(found, first)
         self.sums = Sums()
 
@@ -148,7 +148,7 @@ class OutcomeTally(Tally):
         self.tell_twice("a key: two runs of img2dataset number from 0 both")
 
 
-class DocumentTally(Tally):
+class DocumentStatistics(RecordStatistics):
     """(url, text) of web pages."""
 
     def add(self, document: tuple[str, str]) -> None:
@@ -176,12 +176,12 @@ class DocumentTally(Tally):
         self.tell_twice("an address")
 
 
-class WithPictures(Tally):
+class WithPictures(RecordStatistics):
     """Records that name pictures; `paths` holds the first of them."""
 
     LOOKED_FOR = 64
 
-    def __init__(self, found: Survey, first: int) -> None:
+    def __init__(self, found: SourceReport, first: int) -> None:
         super().__init__(found, first)
         self.paths: list[str] = []
 
@@ -190,7 +190,7 @@ class WithPictures(Tally):
         self.paths += paths[: self.LOOKED_FOR - len(self.paths)]
 
 
-class ConversationTally(WithPictures):
+class ConversationStatistics(WithPictures):
     """Dialogues with or without pictures."""
 
     def add(self, entry: tuple[str, Conversation]) -> None:
@@ -218,7 +218,7 @@ class ConversationTally(WithPictures):
         self.tell_twice("an id")
 
 
-class PromptedTally(WithPictures):
+class PromptedStatistics(WithPictures):
     """PaliGemma's examples."""
 
     def add(self, entry: tuple[str, Prompted]) -> None:
@@ -249,11 +249,11 @@ class PromptedTally(WithPictures):
             )
 
 
-TALLIES: dict[str, type[Tally]] = {
-    "pairs": PairTally,
-    "lines": PairTally,
-    "outcomes": OutcomeTally,
-    "documents": DocumentTally,
-    "conversations": ConversationTally,
-    "prompted": PromptedTally,
+TALLIES: dict[str, type[RecordStatistics]] = {
+    "pairs": PairStatistics,
+    "lines": PairStatistics,
+    "outcomes": OutcomeStatistics,
+    "documents": DocumentStatistics,
+    "conversations": ConversationStatistics,
+    "prompted": PromptedStatistics,
 }

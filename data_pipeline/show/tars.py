@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.show import beside_tars
-from data_pipeline.show.source_report import Survey, clip, share, spread
+from data_pipeline.show.source_report import SourceReport, clip, share, spread
 from data_pipeline.sources.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
 
@@ -20,7 +20,7 @@ from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, me
 EXAMINE_REMOTE = 2
 
 
-def look(found: Survey, path: str, examine: int, first: int) -> None:
+def look(found: SourceReport, path: str, examine: int, first: int) -> None:
     """Fill in what is known of the tars; members are counted in `examine` of them. Raises UserError if there is
     none."""
     about, urls = found.about, list(found.form.files)
@@ -77,7 +77,7 @@ def read_members(url: str, sample: Sample) -> dict[str, bytes]:
     }
 
 
-def _open(path: str, found: Survey) -> Manifest | None:
+def _open(path: str, found: SourceReport) -> Manifest | None:
     """The source as training opens it; what that warns of is a note."""
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -90,7 +90,7 @@ def _open(path: str, found: Survey) -> Manifest | None:
     return manifest
 
 
-def _tables(urls: Sequence[str], found: Survey) -> dict[str, list[Sample]]:
+def _tables(urls: Sequence[str], found: SourceReport) -> dict[str, list[Sample]]:
     """Member tables of the shards that can be read; the others, and counts that are wrong, become problems."""
     problems = found.problems
     try:
@@ -146,7 +146,7 @@ def _kind(members: Counter[str], chosen: Sequence[str], tabled: dict[str, str]) 
     return "img2dataset" if written else "webdataset tars"
 
 
-def _repeated_keys(found: Survey, tables: dict[str, list[Sample]]) -> None:
+def _repeated_keys(found: SourceReport, tables: dict[str, list[Sample]]) -> None:
     """Keys that stand in two shards: two runs of img2dataset in one source number from 0 both."""
     seen: dict[str, str] = {}
     repeated: list[tuple[str, str, str]] = []

@@ -9,14 +9,14 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import BLOCK
+from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 
 if TYPE_CHECKING:
     pass
 
 
 GROUP = 64  # entries that share a base
-WIDEST = (2**32 - 1) * BLOCK
+WIDEST = (2**32 - 1) * TAR_BLOCK_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ def pack_starts(starts: np.ndarray) -> tuple[bytes, int]:
     """
     if starts[-1] > WIDEST:
         raise UserError(f"ends at byte {starts[-1]}; tars of 2 TiB and more are not supported, split it")
-    entries = starts // BLOCK
+    entries = starts // TAR_BLOCK_BYTES
     groups = np.pad(entries, (0, -len(entries) % GROUP), mode="edge").reshape(-1, GROUP)
     bases = groups[:, :1]
     if (groups - bases).max() > 65535:

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.sources.offset_file import GROUP, OffsetFile, block_bytes, check_of
-from data_pipeline.sources.tar import BLOCK
+from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from data_pipeline.sources.manifest import Manifest
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 UNKNOWN = -1
-PIECE = 16_384  # rows looked up at once
+ROWS_PER_PIECE = 16_384  # rows looked up at once
 
 
 def _map(path: str) -> Any:
@@ -89,7 +89,7 @@ class Offsets:
         """`starts` as in `pack_starts`."""
         if shard in self._learned:
             self._bytes -= self._learned.pop(shard).nbytes
-        self._learned[shard] = (starts // BLOCK).astype(np.uint32)
+        self._learned[shard] = (starts // TAR_BLOCK_BYTES).astype(np.uint32)
         self._bytes += self._learned[shard].nbytes
         while self._bytes > self._limit and len(self._learned) > 1:
             self._bytes -= self._learned.popitem(last=False)[1].nbytes
@@ -102,7 +102,7 @@ class Offsets:
         if shard in self._learned:
             self._learned.move_to_end(shard)
             starts = self._learned[shard]
-            return int(starts[index]) * BLOCK, int(starts[index + 1]) * BLOCK
+            return int(starts[index]) * TAR_BLOCK_BYTES, int(starts[index + 1]) * TAR_BLOCK_BYTES
         block, stop = int(self._blocks[shard]), index + 1
         if block == UNKNOWN:
             raise KeyError(f"the samples of shard {shard} were not located yet")
@@ -110,8 +110,8 @@ class Offsets:
             self._check(shard)
         if self._widths[shard] == 4:
             at = block // 4
-            return self._wide_at[at + index] * BLOCK, self._wide_at[at + stop] * BLOCK
-        return self._entry(block, index) * BLOCK, self._entry(block, stop) * BLOCK
+            return self._wide_at[at + index] * TAR_BLOCK_BYTES, self._wide_at[at + stop] * TAR_BLOCK_BYTES
+        return self._entry(block, index) * TAR_BLOCK_BYTES, self._entry(block, stop) * TAR_BLOCK_BYTES
 
     def _entry(self, block: int, entry: int) -> int:
         group = entry // GROUP
@@ -142,19 +142,19 @@ class Offsets:
             rows = ~mapped & (shards == shard)
             if int(shard) not in self._learned:
                 raise KeyError(f"the samples of shard {shard} were not located yet")
-            starts = self._learned[int(shard)].astype(np.int64) * BLOCK
+            starts = self._learned[int(shard)].astype(np.int64) * TAR_BLOCK_BYTES
             start[rows], stop[rows] = starts[indices[rows]], starts[indices[rows] + 1]
         return start, stop
 
     def _many(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`_mapped` in the order of the shards, piece by piece: the first touch of pages, which takes most of the time
         of a process's first batch, is a tenth cheaper."""
-        if shards.size <= PIECE:
+        if shards.size <= ROWS_PER_PIECE:
             return self._mapped(shards, indices)
         start, stop = np.empty(shards.size, np.int64), np.empty(shards.size, np.int64)
         order = np.argsort(shards, axis=None)
-        for at in range(0, shards.size, PIECE):
-            rows = order[at : at + PIECE]
+        for at in range(0, shards.size, ROWS_PER_PIECE):
+            rows = order[at : at + ROWS_PER_PIECE]
             start[rows], stop[rows] = self._mapped(shards.reshape(-1)[rows], indices.reshape(-1)[rows])
         return start.reshape(shards.shape), stop.reshape(shards.shape)
 
@@ -167,8 +167,8 @@ class Offsets:
         start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
         wide = self._widths[shards] == 4
         at = blocks[wide] // 4 + indices[wide]
-        start[wide] = self._wide[at].astype(np.int64) * BLOCK
-        stop[wide] = self._wide[at + 1].astype(np.int64) * BLOCK
+        start[wide] = self._wide[at].astype(np.int64) * TAR_BLOCK_BYTES
+        stop[wide] = self._wide[at + 1].astype(np.int64) * TAR_BLOCK_BYTES
         start[~wide] = self._entries(blocks[~wide], indices[~wide])
         stop[~wide] = self._entries(blocks[~wide], indices[~wide] + 1)
         return start, stop
@@ -176,7 +176,7 @@ class Offsets:
     def _entries(self, blocks: np.ndarray, entries: np.ndarray) -> np.ndarray:
         groups = entries // GROUP
         bases = self._wide[blocks // 4 + (GROUP // 2 + 1) * groups].astype(np.int64)
-        return (bases + self._narrow[blocks // 2 + entries + 2 * (groups + 1)]) * BLOCK
+        return (bases + self._narrow[blocks // 2 + entries + 2 * (groups + 1)]) * TAR_BLOCK_BYTES
 
 
 def offsets_gone(url: str) -> UserError:

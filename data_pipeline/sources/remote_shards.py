@@ -19,14 +19,14 @@ from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import locate
-from data_pipeline.sources.tar import BLOCK
+from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.storage.cache_cleanup import LOCATED
 from data_pipeline.storage.cached_ranges import _read, fetch, pieces
 
 REMEMBERED = 1 << 16  # units whose bytes were looked up
 FETCHED = 2  # whole tars kept in memory where there is no cache
-AT_ONCE = 16
+PARALLEL_READS = 16
 Place = tuple[int, int]
 """Shard, and position in its tar."""
 
@@ -159,7 +159,7 @@ class RemoteShards:
 
 def _write_starts(path: str, starts: np.ndarray) -> None:
     """Offsets outlive a restart of the machine, so they carry a hash."""
-    content = (starts // BLOCK).astype("<u4").tobytes()
+    content = (starts // TAR_BLOCK_BYTES).astype("<u4").tobytes()
     storage.publish(path, content + xxhash.xxh64_digest(content))
 
 
@@ -172,11 +172,11 @@ def _read_starts(path: str) -> np.ndarray | None:
     content = data[:-8]
     if len(content) % 4 or not content or data[-8:] != xxhash.xxh64_digest(content):
         return None
-    return np.frombuffer(content, "<u4").astype(np.int64) * BLOCK
+    return np.frombuffer(content, "<u4").astype(np.int64) * TAR_BLOCK_BYTES
 
 
 class ReadAhead:
-    """Reads places in the order in which they will be asked for, never more than AT_ONCE ahead."""
+    """Reads places in the order in which they will be asked for, never more than PARALLEL_READS ahead."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
@@ -194,8 +194,8 @@ class ReadAhead:
         if not self._waiting and place not in self._begun:
             return None
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(AT_ONCE, "dromos-read")
-        while self._waiting and len(self._begun) < AT_ONCE:
+            self._pool = ThreadPoolExecutor(PARALLEL_READS, "dromos-read")
+        while self._waiting and len(self._begun) < PARALLEL_READS:
             following = self._waiting.popleft()
             self._begun[following] = self._pool.submit(self._read, *following)
         future = self._begun.pop(place, None)

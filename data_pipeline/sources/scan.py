@@ -11,8 +11,8 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import (
-    BLOCK,
     IMAGE_EXTENSIONS,
+    TAR_BLOCK_BYTES,
     Bytes,
     Member,
     Truncated,
@@ -92,7 +92,7 @@ def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
         extensions += (extension,)
         names.append(name)
         places.append((offset, size))
-        end = offset + -(-size // BLOCK) * BLOCK
+        end = offset + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
     kinds[extensions] += 1
     del kinds[()]  # what came before the first sample
     state = xxhash.xxh64("\0".join(names).encode("utf-8", "surrogateescape"))

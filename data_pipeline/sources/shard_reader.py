@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data_pipeline import storage
 from data_pipeline.activity import reading
 from data_pipeline.errors import UserError
-from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, open_source, stats_url, wrong_count
+from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, stats_url, wrong_count
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import locate
 from data_pipeline.sources.tar import Sample, members_of
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
     from data_pipeline.sources.remote_shards import RemoteShards
     from data_pipeline.storage.cache import CacheSettings
-
-__all__ = ["Manifest", "ShardReader", "open_source"]
 
 
 class ShardReader:

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import BLOCK
+from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 
 SUFFIXES = (".tar.idx", ".idx")
 INFO = ".nv-meta/.info.json"
@@ -37,7 +37,7 @@ def count(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         counts = pool.map(lambda item: _count_in(*item), beside.values())
         found |= {url: number for url, number in zip(beside, counts, strict=True) if number is not None}
-    for url in [url for url, number in found.items() if number > sizes[url] // BLOCK]:
+    for url in [url for url, number in found.items() if number > sizes[url] // TAR_BLOCK_BYTES]:
         _warn(url, f"{found.pop(url)} samples are told of it, and it has {sizes[url]} bytes")
     return found
 

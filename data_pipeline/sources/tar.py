@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     pass
 
 
-BLOCK = 512
-ZERO = bytes(BLOCK)
+TAR_BLOCK_BYTES = 512
+ZERO = bytes(TAR_BLOCK_BYTES)
 # webdataset skips members such as __index__/x.json: they describe the tar and are no samples.
 META = re.compile(r"__[^/]*__($|/)")
 # name, size, checksum, kind, magic, prefix of a header (POSIX ustar, IEEE Std 1003.1).
@@ -227,8 +227,8 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
     pax: dict[str, str] = {}
     extended = False  # headers that describe the next one came before it
     while True:
-        header = data[position : position + BLOCK]
-        if len(header) < BLOCK:
+        header = data[position : position + TAR_BLOCK_BYTES]
+        if len(header) < TAR_BLOCK_BYTES:
             if part and position == end and not extended:
                 return
             raise Truncated(
@@ -250,7 +250,7 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
             size = _number(raw_size, position, where)
         if "size" in pax and kind not in b"xg":
             size = int(pax["size"])
-        content = position + BLOCK
+        content = position + TAR_BLOCK_BYTES
         if kind in b"123456":
             size = 0
         if content + size > end:
@@ -258,7 +258,7 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
                 f"{where} is cut off: the member at byte {position} should end at byte {content + size}, "
                 f"the file at byte {end}; make it again or remove it"
             )
-        position = content + -(-size // BLOCK) * BLOCK
+        position = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if kind in b"07\0":
             if extended:
                 name = pax.get("path") or long_name or _name(raw_name, magic, prefix)
@@ -273,8 +273,8 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
             extended = True
             if size > LONGEST_HEADER:
                 raise UserError(
-                    f"{where} is damaged: the header at byte {content - BLOCK} says that a name takes {size} bytes; "
-                    "make it again or remove it"
+                    f"{where} is damaged: the header at byte {content - TAR_BLOCK_BYTES} says that a name takes "
+                    f"{size} bytes; make it again or remove it"
                 )
             if kind == b"L":
                 long_name = _text(data[content : content + size])

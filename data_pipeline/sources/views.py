@@ -23,8 +23,8 @@ FOLDER = "_index/views"
 FORMAT = "1"
 NUMBERS = ("count", "size", "kept", "block")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-BLOCK = 512  # samples whose bits share a rank
-BYTES = BLOCK // 8
+SAMPLES_PER_BLOCK = 512  # samples whose bits share a rank
+BYTES = SAMPLES_PER_BLOCK // 8
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 ONES = _BITS.sum(axis=1).astype(np.uint8)
 """uint8 [256]: bits set in a byte."""
@@ -68,7 +68,7 @@ class View:
     def _select(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
         bits, ranks = self._maps
         first = self.blocks[shards]
-        low, high = first.copy(), first + np.maximum(1, -(-self.tar_counts[shards] // BLOCK))
+        low, high = first.copy(), first + np.maximum(1, -(-self.tar_counts[shards] // SAMPLES_PER_BLOCK))
         while (high - low > 1).any():
             middle = (low + high) // 2
             before = ranks[middle] <= indices
@@ -82,7 +82,7 @@ class View:
         each = np.arange(len(rows))
         value = rows[each, byte]
         rest -= so_far[each, byte] - ONES[value]
-        return (low - first) * BLOCK + byte * 8 + _PLACE[value, rest]
+        return (low - first) * SAMPLES_PER_BLOCK + byte * 8 + _PLACE[value, rest]
 
 
 def split(data: Any, url: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ def split(data: Any, url: str) -> tuple[np.ndarray, np.ndarray]:
 
 def pack(kept: np.ndarray) -> np.ndarray:
     """uint8 [blocks, 64], the bits of a shard; `kept` is bool [samples]."""
-    part = np.zeros(max(1, -(-len(kept) // BLOCK)) * BLOCK, bool)
+    part = np.zeros(max(1, -(-len(kept) // SAMPLES_PER_BLOCK)) * SAMPLES_PER_BLOCK, bool)
     part[: len(kept)] = kept
     return np.packbits(part, bitorder="little").reshape(-1, BYTES)
 

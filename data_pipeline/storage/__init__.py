@@ -3,10 +3,8 @@
 from data_pipeline.storage.files import (
     SHARD_SUFFIX,
     TEMPORARY,
-    asking,
     below,
     exists,
-    filesystem,
     is_pattern,
     is_remote,
     join,
@@ -27,11 +25,11 @@ from data_pipeline.storage.files import (
     sizes,
     sync,
 )
+from data_pipeline.storage.object_store import filesystem, store_errors
 
 __all__ = [
     "SHARD_SUFFIX",
     "TEMPORARY",
-    "asking",
     "below",
     "exists",
     "filesystem",
@@ -53,5 +51,6 @@ __all__ = [
     "root_of",
     "size",
     "sizes",
+    "store_errors",
     "sync",
 ]

@@ -9,9 +9,9 @@ from functools import partial
 
 from data_pipeline import storage
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
-from data_pipeline.storage.object_store import PIECE
+from data_pipeline.storage.object_store import RANGE_BYTES
 
-AT_ONCE = 4  # pieces of one tar on their way
+PARALLEL_RANGES = 4  # pieces of one tar on their way
 
 
 def local_copy(settings: CacheSettings, url: str) -> str | None:
@@ -29,15 +29,15 @@ def fetch(cache: Cache, part: ByteRange) -> bool:
 
 def pieces(part: ByteRange) -> Iterator[bytes]:
     """A range from the object store, in ranges of 8 to 16 MiB where it is larger, in order."""
-    count = max(1, -(-(part.stop - part.start) // PIECE))
+    count = max(1, -(-(part.stop - part.start) // RANGE_BYTES))
     cuts = [part.start + (part.stop - part.start) * i // count for i in range(count + 1)]
     if count == 1:
         yield _read(part)
         return
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for low in range(0, count, AT_ONCE):
+    with ThreadPoolExecutor(PARALLEL_RANGES) as pool:
+        for low in range(0, count, PARALLEL_RANGES):
             few = [replace(part, start=a, stop=b) for a, b in zip(cuts[low:-1], cuts[low + 1 :], strict=True)]
-            yield from pool.map(_read, few[:AT_ONCE])
+            yield from pool.map(_read, few[:PARALLEL_RANGES])
 
 
 def _read(part: ByteRange) -> bytes:

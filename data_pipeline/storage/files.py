@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from data_pipeline import activity
 from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
-from data_pipeline.storage.object_store import ask, asking, filesystem
+from data_pipeline.storage.object_store import filesystem, store_errors, with_retries
 
 PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
@@ -45,14 +45,14 @@ def join(root: str, path: str) -> str:
 def exists(url: str) -> bool:
     if not is_remote(url):
         return os.path.exists(local_path(url))
-    return bool(ask(url, lambda store: store.exists(url)))
+    return bool(with_retries(url, lambda store: store.exists(url)))
 
 
 def size(url: str) -> int:
     """Bytes of the file. Raises FileNotFoundError."""
     if not is_remote(url):
         return os.stat(local_path(url)).st_size
-    return int(ask(url, lambda store: store.size(url)))
+    return int(with_retries(url, lambda store: store.size(url)))
 
 
 def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, int]:
@@ -63,7 +63,7 @@ def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, 
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
         with suppress(FileNotFoundError):
-            for url, entry in ask(folder, partial(_entries, folder)).items():
+            for url, entry in with_retries(folder, partial(_entries, folder)).items():
                 found[url] = entry["size"] or 0
                 if tags is not None and "ETag" in entry:
                     tags[url] = object_store.version_of(str(entry["ETag"]))
@@ -86,7 +86,7 @@ def remove(urls: Sequence[str]) -> None:
     for url in urls:
         with suppress(FileNotFoundError):
             if is_remote(url):
-                ask(url, partial(_remove, url))
+                with_retries(url, partial(_remove, url))
             else:
                 os.unlink(local_path(url))
 
@@ -163,7 +163,7 @@ def read_descriptor(descriptor: int, offset: int, length: int) -> bytes:
 def open_bytes(url: str) -> BinaryIO:
     """The file opened for reading."""
     if is_remote(url):
-        with asking(url):
+        with store_errors(url):
             return cast(BinaryIO, filesystem(url).open(url, "rb"))
     return open(local_path(url), "rb")
 
@@ -224,7 +224,7 @@ def _expand(path: str) -> list[str]:
         if not re.search(r"[*?\[]", one):
             shards.append(one)
         elif is_remote(one):
-            shards += ask(one, partial(_matching, one))
+            shards += with_retries(one, partial(_matching, one))
         else:
             shards += sorted(glob.glob(one))
     if not shards:
@@ -245,7 +245,7 @@ def _folder(path: str) -> list[str]:
     """Names in a folder; UserError if it is not there."""
     try:
         if is_remote(path):
-            return ask(path, partial(_listed, path))
+            return with_retries(path, partial(_listed, path))
         return os.listdir(local_path(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -277,7 +277,7 @@ def publishing(path: str) -> Iterator[BinaryIO]:
 
     Raises UserError where an object store refuses."""
     if is_remote(path):
-        with asking(path), _refused(path):
+        with store_errors(path), _refused(path):
             remote = filesystem(path).open(path, "wb")
             try:
                 yield remote
@@ -332,7 +332,7 @@ def publish(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], 
     with the patience of reads."""
     url = os.fspath(path)
     if is_remote(url) and isinstance(content, bytes):
-        ask(url, partial(_put, url, content), to="write")
+        with_retries(url, partial(_put, url, content), to="write")
         return
     with publishing(url) as file:
         if callable(content):

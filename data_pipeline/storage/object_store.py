@@ -19,7 +19,7 @@ import xxhash
 from data_pipeline import activity
 from data_pipeline.errors import ReadError, UserError
 
-PIECE = 16 << 20
+RANGE_BYTES = 16 << 20
 """Bytes of the largest range asked for at once; what is larger is asked for in pieces of half of it to all of it."""
 
 EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
@@ -58,7 +58,7 @@ requests = Requests()
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a store is waited for: `tries` of each read, seconds before the second one, doubled for every other,
     and seconds of silence after which a connection is given up. The environment's DROMOS_READ_TRIES,
     DROMOS_READ_BACKOFF and DROMOS_READ_TIMEOUT set them."""
@@ -68,7 +68,7 @@ class Patience:
     timeout: float = 30.0
 
     @classmethod
-    def of_environment(cls) -> Patience:
+    def of_environment(cls) -> RetryPolicy:
         try:
             return cls(
                 int(os.environ.get("DROMOS_READ_TRIES", cls.tries)),
@@ -90,7 +90,7 @@ def _filesystem(protocol: str, process: int, reading: bool) -> Any:
     """One fsspec file system a protocol, process and use: its event loop does not survive a fork."""
     import fsspec
 
-    patience = Patience.of_environment()
+    patience = RetryPolicy.of_environment()
     options: dict[str, Any] = {}
     if reading and protocol in EXTRAS:
         # botocore and s3fs would each try again by themselves, unseen, and the tries would multiply.
@@ -127,7 +127,7 @@ def forget() -> None:
 
 
 @contextmanager
-def asking(url: str) -> Iterator[None]:
+def store_errors(url: str) -> Iterator[None]:
     """Around calls to an object store: its outages become ReadErrors that name the url, missing keys UserErrors."""
     try:
         yield
@@ -137,27 +137,29 @@ def asking(url: str) -> Iterator[None]:
         if not _of_store(error):
             raise
         if type(error).__name__ in SETTINGS:
-            raise UserError(f"{url}: {_said(error)}; {SETTINGS[type(error).__name__]}") from None
-        raise ReadError(f"{url} cannot be had: {_said(error)}") from error
+            raise UserError(f"{url}: {_describe_error(error)}; {SETTINGS[type(error).__name__]}") from None
+        raise ReadError(f"{url} cannot be had: {_describe_error(error)}") from error
 
 
-def ask(url: str, call: Callable[[Any], Result], *, to: str = "read") -> Result:
+def with_retries(url: str, call: Callable[[Any], Result], *, to: str = "read") -> Result:
     """call(file system), tried again while the store is at fault.
 
     to: read or write, for messages. What is written twice must be as if it had been written once.
     Raises FileNotFoundError, UserError for what is refused or set wrong, ReadError when the tries are used up.
     """
-    patience = Patience.of_environment()
+    patience = RetryPolicy.of_environment()
     for tries in range(1, patience.tries + 1):
         try:
-            with asking(url), activity.reading(url):
+            with store_errors(url), activity.reading(url):
                 return call(_reader(url))
         except OSError as error:
             _raise_if_final(url, error, to)
             requests.failures += 1
             if tries == patience.tries:
                 done = "had" if to == "read" else "written"
-                raise ReadError(f"{url} cannot be {done} after {tries} tries: {_said(error)}") from error
+                raise ReadError(
+                    f"{url} cannot be {done} after {tries} tries: {_describe_error(error)}"
+                ) from error
             patience.wait(tries)
     raise AssertionError("unreachable")
 
@@ -194,7 +196,7 @@ def read(
     """
     if stop is None:
         return bytes(_complete(_Part(url, start, None, size, version=version)).data)
-    pieces = max(1, -(-(stop - start) // PIECE))
+    pieces = max(1, -(-(stop - start) // RANGE_BYTES))
     cuts = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
     parts: list[bytes] = []
     etag = None
@@ -208,24 +210,24 @@ def read(
 
 
 def _complete(part: _Part) -> _Part:
-    patience = Patience.of_environment()
+    patience = RetryPolicy.of_environment()
     for tries in range(1, patience.tries + 1):
         try:
-            with asking(part.url), activity.reading(part.url):
-                _go_on(part, patience)
+            with store_errors(part.url), activity.reading(part.url):
+                _read_remaining(part, patience)
             return part
         except OSError as error:
             _raise_if_final(part.url, error)
             requests.failures += 1
             if tries == patience.tries:
                 raise ReadError(
-                    f"{part.url} cannot be had: at byte {part.at} after {tries} tries: {_said(error)}"
+                    f"{part.url} cannot be had: at byte {part.at} after {tries} tries: {_describe_error(error)}"
                 ) from error
             patience.wait(tries)
     raise AssertionError("unreachable")
 
 
-def _go_on(part: _Part, patience: Patience) -> None:
+def _read_remaining(part: _Part, patience: RetryPolicy) -> None:
     """Ask for what is still missing of `part`."""
     store = _reader(part.url)
     if not hasattr(store, "_call_s3"):
@@ -235,7 +237,7 @@ def _go_on(part: _Part, patience: Patience) -> None:
         return
     from fsspec.asyn import sync
 
-    missing = PIECE if part.stop is None else part.stop - part.at
+    missing = RANGE_BYTES if part.stop is None else part.stop - part.at
     # A connection that gives a byte now and then never times out by itself.
     longest = 2 * patience.timeout + missing / SLOWEST if part.stop is not None else None
     sync(store.loop, _get, store, part, longest)
@@ -316,7 +318,7 @@ def _of_store(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in STORE_PACKAGES
 
 
-def _said(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """An error in words: the store's own where it stands behind ours."""
     if isinstance(error, ReadError) and error.__cause__ is not None:
         error = error.__cause__

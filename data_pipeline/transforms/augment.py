@@ -12,32 +12,32 @@ import numpy as np
 from data_pipeline.hashing import Purpose, hash64
 
 # A crop that does not fit into its image is drawn again so many times at most.
-TRIES = 10
+CROP_CANDIDATES = 10
 RATIO_BITS = 24
 # (16/9)^(1/2), (16/9)^(1/4), ...: products of these are log-uniform. exp() is avoided because its last bit
 # differs between C libraries, and so, once in a while, would the crop; roots and products never do.
 RATIO_ROOTS = tuple(accumulate(repeat(0, RATIO_BITS - 1), lambda root, _: math.sqrt(root), initial=4 / 3))
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
-Try = tuple[float, float, int, int]
+CropCandidate = tuple[float, float, int, int]
 """Where in its range the crop's area lies, its width / height, and two integers below 2**64 for its place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class Augmentation:
     """One row's: tries for its crop, see `crops.choose_crop`; whether it is mirrored; `caption`, below 2**64."""
 
-    crop: list[Try]
+    crop: list[CropCandidate]
     mirror: bool
     caption: int
 
 
-def draw_rows(keys: np.ndarray) -> list[Draw]:
+def draw_rows(keys: np.ndarray) -> list[Augmentation]:
     """Draws of rows with these keys, uint64 [rows]; a row's depend on its key alone.
 
     A try's area is uniform in 0..1, its aspect ratio log-uniform in 3/4..4/3.
     """
-    crops = hash64(keys[:, None], Purpose.CROP, np.arange(4 * TRIES, dtype=np.uint64))
+    crops = hash64(keys[:, None], Purpose.CROP, np.arange(4 * CROP_CANDIDATES, dtype=np.uint64))
     of_area, of_ratio, of_x, of_y = (crops[:, part::4] for part in range(4))
     shares = ((of_area >> np.uint64(11)) / 2.0**53).tolist()
     ratios = _log_uniform_ratios(of_ratio).tolist()
@@ -45,7 +45,7 @@ def draw_rows(keys: np.ndarray) -> list[Draw]:
     mirrors = (hash64(keys, Purpose.FLIP) & np.uint64(1)).astype(bool).tolist()
     captions = hash64(keys, Purpose.CAPTION).tolist()
     return [
-        Draw(list(zip(*row, strict=True)), mirror, caption)
+        Augmentation(list(zip(*row, strict=True)), mirror, caption)
         for row, mirror, caption in zip(tries, mirrors, captions, strict=True)
     ]
 
@@ -58,7 +58,9 @@ def _log_uniform_ratios(draws: np.ndarray) -> np.ndarray:
     return ratios
 
 
-def choose_crop(width: int, height: int, area: tuple[float, float], tries: Sequence[Try] | None) -> Box:
+def choose_crop(
+    width: int, height: int, area: tuple[float, float], tries: Sequence[CropCandidate] | None
+) -> Box:
     """(x, y, width, height): the largest centred square, or in training a draw like RandomResizedCrop's.
 
     `area` is the range of the crop's share of the image; the first of `tries` that fits is taken, else the centre.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import ContentError
-from data_pipeline.transforms.augment import Box, Draw, choose_crop, stored_box
+from data_pipeline.transforms.augment import Augmentation, Box, choose_crop, stored_box
 from data_pipeline.transforms.image_headers import claimed_size, exif_orientation, jpeg_markers, scans
 from data_pipeline.transforms.resize import resize
 
@@ -51,7 +51,7 @@ class _Cut:
     crop: Box
 
 
-def decode_image(data: bytes, spec: ImageSpec, draw: Draw | None, out: np.ndarray) -> tuple[int, ...]:
+def decode_image(data: bytes, spec: ImageSpec, draw: Augmentation | None, out: np.ndarray) -> tuple[int, ...]:
     """Decode, crop, resize (bicubic, antialiased) and perhaps mirror one image, into `out`: uint8 [size, size, 3].
 
     Returns the crop (x, y, width, height, mirrored) in pixels of the upright image: EXIF orientation is applied.
@@ -129,14 +129,16 @@ def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
         raise ContentError("too many pixels", f"{width} x {height}; image.max_pixels is {spec.max_pixels}")
 
 
-def _place(width: int, height: int, orientation: int, spec: ImageSpec, draw: Draw | None) -> tuple[Box, Box]:
+def _place(
+    width: int, height: int, orientation: int, spec: ImageSpec, draw: Augmentation | None
+) -> tuple[Box, Box]:
     """The crop in upright coordinates, and the same box in the stored image of this width and height."""
     upright = (height, width) if orientation >= 5 else (width, height)
     crop = choose_crop(*upright, spec.crop, draw.crop if draw else None)
     return crop, stored_box(crop, *upright, orientation)
 
 
-def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut | None:
+def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut | None:
     """Fast path; None leaves it to Pillow: no simplejpeg, CMYK, or bytes that a strict decoder refuses."""
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
@@ -196,7 +198,7 @@ def _orientation(jpeg: bytes) -> int:
     return orientation
 
 
-def _cut_any(data: bytes, spec: ImageSpec, draw: Draw | None) -> _Cut:
+def _cut_any(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut:
     """Pillow: every other format, odd JPEGs, and the verdict on broken ones."""
     from PIL import Image, UnidentifiedImageError
 

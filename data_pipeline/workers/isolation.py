@@ -18,10 +18,10 @@ from typing import Any
 
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup, join
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
-from data_pipeline.workers.worker import READY, Work
+from data_pipeline.workers.worker import READY, WorkMessage
 from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, ending
 
 CRASHES = {
@@ -30,7 +30,7 @@ CRASHES = {
 CRASHED = "decoder crash"
 # Crashes at one sample that condemn it; other deaths at one row that are an error.
 VERDICT = 2
-TRIES = 3
+ISOLATION_TRIES = 3
 # Seconds between two looks at a process that is waited for.
 LOOK = 1.0
 
@@ -43,13 +43,13 @@ class Closed(Exception):
 class Isolation:
     """Makes an item row by row. `condemned`, sample -> reason, is what was found out."""
 
-    setups: list[Setup]
+    setups: list[BuilderSetup]
     file: SetupFile
     limits: StallLimits
     closing: Callable[[], bool] = lambda: False
     condemned: dict[Sample, str] = field(default_factory=dict)
 
-    def make(self, item: Item) -> Batch:
+    def make(self, item: WorkItem) -> Batch:
         """Raises WorkerError or ReadError when it cannot be made, and what its making raises."""
         self._crashes: Counter[Sample] = Counter()
         self._process: WorkerProcess | None = None
@@ -62,7 +62,7 @@ class Isolation:
             if self._process is not None:
                 self._process.end()
 
-    def _row(self, item: Item) -> Batch:
+    def _row(self, item: WorkItem) -> Batch:
         endings: list[str] = []
         stalls: list[str] = []
         while True:
@@ -71,7 +71,7 @@ class Isolation:
             if self._process is None:
                 self._process, self._starting = WorkerProcess(self.file), starting()
             process = self._process
-            process.ask(Work(0, item, condemned={item.stream: self.condemned}))
+            process.ask(WorkMessage(0, item, condemned={item.stream: self.condemned}))
             found = self._answer(process)
             if isinstance(found, Batch):
                 return found
@@ -91,7 +91,7 @@ class Isolation:
                 endings.append(ending(ended))
             if len(stalls) >= VERDICT:
                 raise stalled(item, stalls[-1])
-            if len(endings) >= TRIES:
+            if len(endings) >= ISOLATION_TRIES:
                 raise killed(item, endings)
 
     def _answer(self, process: WorkerProcess) -> Any:
@@ -120,7 +120,7 @@ def starting() -> Activity:
     return Activity("the program and the indexes of the sources, to start", time.monotonic())
 
 
-def place(setups: list[Setup], sample: Sample) -> str:
+def place(setups: list[BuilderSetup], sample: Sample) -> str:
     """A sample in words."""
     source, shard, index = sample
     for setup in setups:
@@ -129,7 +129,7 @@ def place(setups: list[Setup], sample: Sample) -> str:
     return f"sample {index} of shard {shard} of {source}"
 
 
-def stalled(item: Item, what: str) -> OSError:
+def stalled(item: WorkItem, what: str) -> OSError:
     """The error for rows of which several processes in turn stood still at the same thing."""
     if what.startswith("reading "):
         return ReadError(
@@ -142,7 +142,7 @@ def stalled(item: Item, what: str) -> OSError:
     )
 
 
-def killed(item: Item, endings: list[str]) -> WorkerError:
+def killed(item: WorkItem, endings: list[str]) -> WorkerError:
     """The error for a row whose processes were ended, not by a crash of the decoder."""
     return WorkerError(
         f"{_rows(item)}: {len(endings)} processes of the loader ended while they made it alone ({', '.join(endings)}). "
@@ -151,6 +151,6 @@ def killed(item: Item, endings: list[str]) -> WorkerError:
     )
 
 
-def _rows(item: Item) -> str:
+def _rows(item: WorkItem) -> str:
     rows = f"row {item.start}" if item.stop == item.start + 1 else f"rows {item.start} to {item.stop - 1}"
     return f"step {item.step}, {rows} of stream {item.stream}"

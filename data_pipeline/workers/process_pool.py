@@ -18,12 +18,12 @@ from math import prod
 
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup, cut, join, pixel_shape
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem, cut, join, pixel_shape
 from data_pipeline.errors import WorkerError
 from data_pipeline.workers.isolation import LOOK, Closed, Isolation, place, stalled, starting
-from data_pipeline.workers.shared_memory import Slab, Slabs
+from data_pipeline.workers.shared_memory import SharedBuffer, SharedBufferPool
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
-from data_pipeline.workers.worker import READY, Work
+from data_pipeline.workers.worker import READY, WorkMessage
 from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, ending
 
 # Slices a worker holds: one in the making, one to go on with.
@@ -39,9 +39,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class _Job:
     """An item that was asked for: what has come of its slices, and where its pixels lie."""
 
-    item: Item
+    item: WorkItem
     found: list[Batch | Exception | None]
-    slab: Slab | None = None
+    slab: SharedBuffer | None = None
     placed: bool = False
     running: int = 0
     wanted: bool = True
@@ -55,7 +55,7 @@ class _Job:
 class _Slice:
     job: _Job
     position: int
-    item: Item
+    item: WorkItem
     deaths: int = 0
     stalls: int = 0
 
@@ -76,7 +76,9 @@ class ProcessPool:
 
     ahead = 2
 
-    def __init__(self, setups: Sequence[Setup], workers: int, limits: StallLimits | None = None) -> None:
+    def __init__(
+        self, setups: Sequence[BuilderSetup], workers: int, limits: StallLimits | None = None
+    ) -> None:
         self._setups = list(setups)
         self._specs = {setup.spec.name: setup.spec for setup in setups}
         self._count = workers
@@ -84,7 +86,7 @@ class ProcessPool:
         self._workers: list[_Worker] = []
         self._todo: deque[_Slice] = deque()
         self._jobs: dict[int, _Job] = {}
-        self._slabs = Slabs()
+        self._slabs = SharedBufferPool()
         self._file = SetupFile(self._setups)
         self._condemned: dict[str, dict[Sample, str]] = {}
         self._isolating: list[threading.Thread] = []
@@ -107,7 +109,7 @@ class ProcessPool:
         """Pieces of shared memory that there are now: in the making, seen by someone, and free."""
         return len(self._slabs.alive)
 
-    def submit(self, item: Item, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, pieces: int = 1) -> int:
         slices = cut(item, self._specs[item.stream], pieces)
         job = _Job(item, [None] * len(slices))
         with self._changed:
@@ -201,7 +203,7 @@ class ProcessPool:
                 worker.held[number] = piece
                 piece.job.running += 1
                 condemned = {stream: dict(samples) for stream, samples in self._condemned.items()}
-            work = Work(number, piece.item, condemned=condemned)
+            work = WorkMessage(number, piece.item, condemned=condemned)
             slab = piece.job.slab
             if slab is not None:
                 work = replace(work, slab=slab.number, offset=self._offset(piece), size=slab.size)

@@ -18,20 +18,20 @@ import numpy as np
 from data_pipeline import activity
 from data_pipeline.activity import Sample
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.workers.isolation import LOOK, TRIES, Isolation, place, stalled
+from data_pipeline.workers.isolation import ISOLATION_TRIES, LOOK, Isolation, place, stalled
 from data_pipeline.workers.process_pool import DEATHS
 from data_pipeline.workers.watchdog import StallLimits, StallWatch, log
 from data_pipeline.workers.worker import Condemned, Makers, portable
 from data_pipeline.workers.worker_handle import SetupFile
 
 
-class Maker:
+class BatchActor:
     """The actor: makes batches as a local worker does. Errors are returned, since Ray would rename them."""
 
     def __init__(
-        self, setups: Sequence[Setup], folder: str, limits: StallLimits, condemned: Condemned
+        self, setups: Sequence[BuilderSetup], folder: str, limits: StallLimits, condemned: Condemned
     ) -> None:
         """`folder` is the rank's: relative paths start there, while Ray starts an actor where its node was started."""
         with suppress(OSError):  # a node with other disks; paths to an object store need no folder
@@ -44,13 +44,13 @@ class Maker:
         who = f"actor {os.getpid()} on {socket.gethostname()}"
         self._watch = StallWatch(limits, who, partial(place, self._setups), self._warnings.append)
 
-    def make(self, item: Item) -> Batch | Exception:
+    def make(self, item: WorkItem) -> Batch | Exception:
         try:
             return self._makers[item.stream].make(item.step, item.start, item.stop)
         except Exception as error:
             return portable(error)
 
-    def make_alone(self, item: Item) -> tuple[Batch | Exception, Condemned]:
+    def make_alone(self, item: WorkItem) -> tuple[Batch | Exception, Condemned]:
         """Row by row in processes that may die; also what was found out about samples."""
         file = SetupFile(self._setups)
         isolation = Isolation(self._setups, file, self._limits)
@@ -66,7 +66,7 @@ class Maker:
 
     def stalls(self) -> tuple[list[str], str | None]:
         """What to warn of, and what takes too long. Called while the actor is at work."""
-        told = self._watch.see(activity.look(self._status))
+        told = self._watch.see(activity.read_status(self._status))
         said, self._warnings[:] = list(self._warnings), []
         return said, told
 
@@ -79,7 +79,7 @@ class Maker:
 
 @dataclass
 class _Asked:
-    item: Item
+    item: WorkItem
     actor: int
     reference: Any
     deaths: int = 0
@@ -93,7 +93,7 @@ class RayPool:
     ahead = 2
 
     def __init__(
-        self, setups: Sequence[Setup], actors: int, first: int, limits: StallLimits | None = None
+        self, setups: Sequence[BuilderSetup], actors: int, first: int, limits: StallLimits | None = None
     ) -> None:
         """`first` says at which node to begin, so that ranks begin at different ones."""
         self._ray = _connect()
@@ -105,7 +105,7 @@ class RayPool:
         self._asked: dict[int, _Asked] = {}
         self._next = 0
 
-    def submit(self, item: Item, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, pieces: int = 1) -> int:
         ticket, self._next = self._next, self._next + 1
         actor = ticket % len(self._actors)
         self._asked[ticket] = _Asked(item, actor, self._actors[actor].make.remote(item))
@@ -126,7 +126,7 @@ class RayPool:
                 raise
             except self._ray.exceptions.RayError as error:
                 asked.deaths += 1
-                if asked.deaths >= DEATHS + TRIES:
+                if asked.deaths >= DEATHS + ISOLATION_TRIES:
                     raise WorkerError(
                         f"{asked.item} could not be made by {asked.deaths} Ray actors in turn; nothing was replaced. "
                         f"The last error: {error}"
@@ -193,7 +193,7 @@ class RayPool:
         self._hired += 1
         maker = self._ray.remote(
             num_cpus=0, max_restarts=0, scheduling_strategy=strategy, concurrency_groups={"watch": 1}
-        )(Maker)
+        )(BatchActor)
         return maker.remote(self._setups, os.getcwd(), self._limits, self._condemned)
 
     def _replace(self, number: int) -> None:

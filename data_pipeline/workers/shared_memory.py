@@ -19,7 +19,7 @@ from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory
 LIMIT = 128
 
 
-class Slab:
+class SharedBuffer:
     """One piece of shared memory, mapped here."""
 
     def __init__(self, number: int, size: int) -> None:
@@ -36,16 +36,16 @@ class Slab:
         return np.frombuffer(self.memory, np.uint8, size)
 
 
-class Slabs:
+class SharedBufferPool:
     """The slabs of a pool. Used by one thread, but for `hand_out`."""
 
     def __init__(self) -> None:
-        self.alive: dict[int, Slab] = {}
-        self._free: deque[Slab] = deque()
-        self._returned: deque[Slab] = deque()  # filled by finalizers, in any thread and at any moment
+        self.alive: dict[int, SharedBuffer] = {}
+        self._free: deque[SharedBuffer] = deque()
+        self._returned: deque[SharedBuffer] = deque()  # filled by finalizers, in any thread and at any moment
         self._next = 0
 
-    def take(self, size: int) -> Slab | None:
+    def take(self, size: int) -> SharedBuffer | None:
         """A slab of at least so many bytes that nobody sees; None where there can be no more."""
         while self._returned:
             self._free.append(self._returned.popleft())
@@ -59,21 +59,21 @@ class Slabs:
         if len(self.alive) >= LIMIT or not size or not has_anonymous_memory():
             return None
         try:
-            slab = Slab(self._next, size)
+            slab = SharedBuffer(self._next, size)
         except OSError:  # no more open files, or no more memory to map
             return None
         self._next += 1
         self.alive[slab.number] = slab
         return slab
 
-    def hand_out(self, slab: Slab, shape: tuple[int, ...]) -> np.ndarray:
+    def hand_out(self, slab: SharedBuffer, shape: tuple[int, ...]) -> np.ndarray:
         """Its first bytes as uint8 of a shape. The slab comes back when this array and all views of it are gone."""
         whole = slab.array(int(np.prod(shape)))
         # numpy's views, buffers and torch tensors of this array all hold `whole`, since it does not own its memory.
         weakref.finalize(whole, self._returned.append, slab).atexit = False
         return whole.reshape(shape)
 
-    def give_back(self, slab: Slab) -> None:
+    def give_back(self, slab: SharedBuffer) -> None:
         """One that was taken and never handed out."""
         self._returned.append(slab)
 
@@ -90,6 +90,6 @@ class Slabs:
             self._drop(slab)
         self._free.clear()
 
-    def _drop(self, slab: Slab) -> None:
+    def _drop(self, slab: SharedBuffer) -> None:
         del self.alive[slab.number]
         os.close(slab.descriptor)

@@ -8,9 +8,9 @@ from concurrent.futures import wait as wait_for
 from typing import Protocol
 
 from data_pipeline import activity
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.workers.isolation import LOOK, place
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
 
@@ -20,7 +20,7 @@ class Pool(Protocol):
 
     ahead: int
 
-    def submit(self, item: Item, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, pieces: int = 1) -> int:
         """A ticket for the item's batch, whose rows may be made in so many pieces at once."""
         ...
 
@@ -46,17 +46,17 @@ class ThreadPool:
 
     ahead = 1
 
-    def __init__(self, makers: Mapping[str, BatchMaker], limits: StallLimits | None = None) -> None:
+    def __init__(self, makers: Mapping[str, BatchBuilder], limits: StallLimits | None = None) -> None:
         self._makers = makers
         self._limits = limits or StallLimits()
         self._thread = ThreadPoolExecutor(1, "dromos-loader")
         self._futures: dict[int, Future[Batch]] = {}
         self._next = 0
         self._status = activity.own()
-        setups = [Setup.of(maker) for maker in makers.values()]
+        setups = [BuilderSetup.of(maker) for maker in makers.values()]
         self._watch = StallWatch(self._limits, "the loader", lambda sample: place(setups, sample))
 
-    def submit(self, item: Item, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, pieces: int = 1) -> int:
         ticket, self._next = self._next, self._next + 1
         maker = self._makers[item.stream]
         self._futures[ticket] = self._thread.submit(maker.make, item.step, item.start, item.stop)
@@ -65,7 +65,7 @@ class ThreadPool:
     def result(self, ticket: int) -> Batch:
         future = self._futures.pop(ticket)
         while not wait_for([future], min(LOOK, self._limits.warn)).done:
-            self._watch.see(activity.look(self._status))
+            self._watch.see(activity.read_status(self._status))
         return future.result()
 
     def cancel(self) -> None:

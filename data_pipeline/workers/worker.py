@@ -22,8 +22,8 @@ import numpy as np
 
 from data_pipeline import activity
 from data_pipeline.activity import Sample
-from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.work_items import Item, Setup, pixel_shape
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem, pixel_shape
 from data_pipeline.child_process import die_with
 from data_pipeline.workers.ipc import can_travel, read_shared, receive, send
 
@@ -34,14 +34,14 @@ READY = -1
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkMessage:
     """An item to make. Its pixels go to `slab`, from byte `offset` on; without one they come back in the batch.
 
     A slab's file comes with the message in which it is new. `forget`: slabs that are no more.
     """
 
     number: int
-    item: Item
+    item: WorkItem
     slab: int | None = None
     offset: int = 0
     size: int = 0
@@ -62,12 +62,12 @@ def portable(error: Exception) -> Exception:
 class Makers:
     """The makers of a process's streams, each made when it is first used, and what they are not to decode."""
 
-    def __init__(self, setups: list[Setup]) -> None:
+    def __init__(self, setups: list[BuilderSetup]) -> None:
         self._setups = {setup.spec.name: setup for setup in setups}
-        self._made: dict[str, BatchMaker] = {}
+        self._made: dict[str, BatchBuilder] = {}
         self._condemned: dict[str, dict[Sample, str]] = {}
 
-    def __getitem__(self, stream: str) -> BatchMaker:
+    def __getitem__(self, stream: str) -> BatchBuilder:
         if stream not in self._made:
             self._made[stream] = self._setups[stream].maker()
             self.condemn({})
@@ -112,7 +112,7 @@ def serve(channel: socket.socket, makers: Makers) -> None:
         send(channel, (work.number, answer))
 
 
-def _pixels(slab: mmap, offset: int, rows: int, maker: BatchMaker) -> np.ndarray:
+def _pixels(slab: mmap, offset: int, rows: int, maker: BatchBuilder) -> np.ndarray:
     shape = pixel_shape(maker.spec, rows)
     return np.frombuffer(slab, np.uint8, int(np.prod(shape)), offset).reshape(shape)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from data_pipeline import activity
 from data_pipeline.activity import Activity
-from data_pipeline.batches.work_items import Setup
+from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory, receive, send, shared_message
-from data_pipeline.workers.shared_memory import Slab
-from data_pipeline.workers.worker import Work
+from data_pipeline.workers.shared_memory import SharedBuffer
+from data_pipeline.workers.worker import WorkMessage
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -27,7 +27,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 class SetupFile:
     """Setups, written once into an open file without a name that every worker reads."""
 
-    def __init__(self, setups: Sequence[Setup]) -> None:
+    def __init__(self, setups: Sequence[BuilderSetup]) -> None:
         self.descriptor = shared_message(list(setups))
 
     def close(self) -> None:
@@ -76,7 +76,9 @@ class WorkerProcess:
         """The channel's, for a selector."""
         return self._channel.fileno()
 
-    def ask(self, work: Work, slab: Slab | None = None, alive: Container[int] | None = None) -> None:
+    def ask(
+        self, work: WorkMessage, slab: SharedBuffer | None = None, alive: Container[int] | None = None
+    ) -> None:
         """Send work, with the slab's file if it has not had it; a worker that is dead shows it in `answer`.
 
         alive: the slabs that there are; the worker forgets others
@@ -100,7 +102,7 @@ class WorkerProcess:
 
     def look(self) -> Activity:
         """What it does, or was doing when it died."""
-        return activity.look(self._status) if self._status is not None else Activity()
+        return activity.read_status(self._status) if self._status is not None else Activity()
 
     def end(self) -> int:
         """Kill it, if it is not dead; its exit code, or minus the signal that ended it."""

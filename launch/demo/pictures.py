@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
-from data_pipeline.batches.spec import Batch, ImageSpec, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.evaluation_pass import EvaluationPass
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
+from data_pipeline.transforms.decode import ImageSpec
 from pretrain.recipe.data import Stream
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
@@ -65,7 +66,7 @@ def first_rows(name: str, path: str, stream: Stream, rows: int) -> Batch:
         image=ImageSpec(stream.image.size),
         text=TextSpec(stream.text.tokenizer, stream.text.length),
     )
-    maker = EvaluationMaker(spec)
+    maker = EvaluationPass(spec)
     try:
         return maker.make(0, 0, rows)
     finally:
@@ -95,7 +96,7 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     if image is None or not vision or vision[0].patch is None:
         raise UserError(f"{stage_dir}: the stage has no tower of its own, so no patches to draw")
     patch = vision[0].patch
-    maker = BatchMaker(stage_specs(stage, seed, stage_dir.name, (main,))[0])
+    maker = BatchBuilder(stage_specs(stage, seed, stage_dir.name, (main,))[0])
     try:
         sources = maker.order.refs(0).source
         rows = [

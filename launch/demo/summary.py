@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from pretrain.build.module_weights import load_into
 from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.build.streams import stage_specs
@@ -52,7 +52,7 @@ def flip_figures(root: Path) -> dict[str, Any]:
 def step_seconds(objective: Any, stage: TrainStage, repeats: int = 3) -> dict[str, float]:
     """Median seconds of forward, backward and update of the whole batch in one process, by mask ratio."""
     (spec,) = stage_specs(stage, 0, "timing", objective.streams)
-    batch = BatchMaker(spec).make(0, 0, spec.rows(0))
+    batch = BatchBuilder(spec).make(0, 0, spec.rows(0))
     rows = to_device(batch, stage.data[main_stream(stage)].image, ALONE.device)
     optimizer = torch.optim.AdamW(decay_groups(objective.model, 0.0), lr=0.0)
     objective.model.train()

@@ -18,10 +18,11 @@ from launch.job import Job, StageJob
 from launch.ray.rank_actor import RankActor
 from launch.ray.submit import PAYLOAD, bundle, cluster_of, read_payload
 from launch.run_folder import open_run
-from launch.supervise.rank_group import DONE, LOST, USER_ERROR
+from launch.supervise.rank_group import LOST
 from launch.supervise.stage_runner import log_path, run_stages, say, undone
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
+from pretrain.run.exit_codes import DONE, USER_ERROR
 
 ASK_SECONDS = 30.0
 SAY_SECONDS = 30.0

@@ -17,10 +17,10 @@ from rich.console import Console
 from data_pipeline.errors import UserError
 from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
-from launch.supervise.rank_group import DONE, FAILED, GO_ON, USER_ERROR
 from launch.supervise.stage_runner import say
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
+from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 POLL_SECONDS = 2.0
 PAYLOAD = "DROMOS_JOB"

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 
 from data_pipeline.errors import UserError
-from launch.supervise.rank_group import DONE, USER_ERROR
+from pretrain.run.exit_codes import DONE, USER_ERROR
 
 FIRST_PORT, PORTS, TRIES = 20000, 20000, 100
 USAGE = "meet | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"

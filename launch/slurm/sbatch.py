@@ -20,9 +20,9 @@ from data_pipeline.storage.files import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run_folder import open_run, taken_back
-from launch.supervise.rank_group import DONE, FAILED, GO_ON, USER_ERROR
 from launch.supervise.stage_runner import say
 from pretrain.recipe.schema import Recipe
+from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPT = "job.sbatch"

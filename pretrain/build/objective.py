@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
@@ -107,7 +107,7 @@ def refuse_dropout(config: dict[str, Any], where: str = "model.llm.config") -> N
             raise UserError(f"{where}.{key}: {value}: dropout is not supported, set it to 0")
 
 
-def check_tokens(stage: TrainStage, objective: Any, makers: Mapping[str, BatchMaker]) -> None:
+def check_tokens(stage: TrainStage, objective: Any, makers: Mapping[str, BatchBuilder]) -> None:
     """All text of a stage must be in the words of one tokenizer, and fit the language model's positions."""
     words = stage_tokenizer(stage)
     for name, maker in makers.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.batches.batch_builder import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import SourceSpec, StreamSpec, TextSpec
 from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.captions import CaptionSpec

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from data_pipeline.batches.batch_builder import Batch, StreamSpec
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.evaluation_pass import EvaluationPass
+from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import UserError
 from pretrain.distributed.engine import Runtime
-from pretrain.objectives.device_batch import Rows, to_device
+from pretrain.objectives.device_batch import DeviceBatch, to_device
 from pretrain.recipe.data import Image
 
 
 def passes(
-    maker: EvaluationMaker, spec: StreamSpec, image: Image | None, runtime: Runtime
-) -> Iterator[tuple[Rows, Batch]]:
+    maker: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
+) -> Iterator[tuple[DeviceBatch, Batch]]:
     """Slices of this rank, the same number on every rank, so that ZeRO-3 stays in lock-step."""
     for number in range(len(maker)):
         start = runtime.rank * spec.largest // runtime.world_size
@@ -41,7 +41,7 @@ def tell_left_out(path: str, counted: float, left_out: float, runtime: Runtime) 
         print(f"dromos: evaluation of {path}: {left_out:.0f} unusable samples were left out", flush=True)
 
 
-def shuffled_images(rows: Rows) -> Rows:
+def shuffled_images(rows: DeviceBatch) -> DeviceBatch:
     """The same captions, each with the image of another row: rolled by one among the rows that count."""
     assert rows.images is not None
     order = torch.arange(len(rows), device=rows.tokens.device)

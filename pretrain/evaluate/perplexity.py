@@ -6,7 +6,7 @@ from contextlib import closing
 
 import torch
 
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.storage.cache import CacheSettings
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
@@ -35,7 +35,7 @@ def token_nll(
     spec = evaluation_spec("held_out", wanted, stream, batch)
     image = stream.image if stream is not None else None
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationMaker(spec, cache=cache)) as maker:
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as maker:
         for rows, made in passes(maker, spec, image, runtime):
             shown = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, shown)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.build.objective import load_trained, stage_tokenizer
@@ -74,7 +74,7 @@ def check_held_out(objective: Any, stage: TrainStage) -> None:
     for task, given in tasks:
         try:
             with closing(
-                EvaluationMaker(evaluation_spec("held_out", task, given, stage.eval.batch), cache=cache)
+                EvaluationPass(evaluation_spec("held_out", task, given, stage.eval.batch), cache=cache)
             ) as maker:
                 maker.check()
         except UserError as error:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.errors import UserError
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
@@ -50,7 +50,7 @@ def classify(
     labels = {label: number for number, label in enumerate(wanted.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationMaker(spec, cache=cache)) as maker:
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as maker:
         weights = classifier(forward, wanted, tokenizer, stream.text.length, runtime.device)
         for rows, made in passes(maker, spec, stream.image, runtime):
             left_out += unusable(made)

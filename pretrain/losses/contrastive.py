@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.distributed.collectives import rank, world_size
 
-BLOCK = 1 << 24
+LOGITS_PER_CHUNK = 1 << 24
 """Most elements of one block of logits; more rows than fit are processed in chunks and recomputed backward."""
 
 
@@ -55,7 +55,7 @@ def _row_losses(
 
 
 def contrastive(
-    image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Tensor, block: int = BLOCK
+    image: Tensor, text: Tensor, logit_scale: Tensor, sample_ids: Tensor, block: int = LOGITS_PER_CHUNK
 ) -> Tensor:
     """Sum over the local rows of the symmetric InfoNCE loss, a 0-dim fp32 tensor.
 

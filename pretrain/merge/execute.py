@@ -32,8 +32,8 @@ from pretrain.merge.planning.request import request
 from pretrain.run.address import model_stage
 from pretrain.weights import digests
 from pretrain.weights.companions import read
-from pretrain.weights.dtypes import BLOCK
-from pretrain.weights.source import FROZEN
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK
+from pretrain.weights.folder import FROZEN
 
 OPEN = 200
 """files that may be open besides those of outputs"""
@@ -49,7 +49,7 @@ def merge(
     out: Path | str,
     *,
     run_dir: Path | None = None,
-    chunk: int = BLOCK,
+    chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
     durable: bool = False,
@@ -73,7 +73,7 @@ def execute(
     plans: Sequence[Plan],
     opened: Opened,
     folders: Sequence[Path | str],
-    chunk: int = BLOCK,
+    chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
     *,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.batches.batch_builder import Batch
-from pretrain.objectives.device_batch import Rows
+from data_pipeline.batches.spec import Batch
+from pretrain.objectives.device_batch import DeviceBatch
 
 Forward = Callable[..., Any]
 """The model's forward: the engine in training, the module itself elsewhere."""
@@ -42,7 +42,7 @@ class Objective(Protocol):
     def count(self, stream: str, batch: Batch) -> float:
         """This rank's part of the denominator of the stream's loss."""
 
-    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
         """The loss of one micro-batch; `count` is the denominator summed over micro-batches and ranks."""
 
     def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:

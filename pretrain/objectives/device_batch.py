@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batches.batch_builder import Batch
+from data_pipeline.batches.spec import Batch
 from pretrain.recipe.data import Image
 
 
 @dataclass(frozen=True)
-class Rows:
+class DeviceBatch:
     """Rows of one stream on one rank."""
 
     images: Tensor | None
@@ -50,7 +50,7 @@ def host_tensors(batch: Batch) -> dict[str, Tensor]:
     return tensors
 
 
-def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) -> Rows:
+def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) -> DeviceBatch:
     """Rows from a batch's tensors on the device; pixels are normalised there, from uint8."""
     images = None
     if "pixels" in moved and image is not None:
@@ -59,14 +59,14 @@ def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) 
         scale = 1 / (torch.tensor(image.std, device=device).view(1, 3, 1, 1) * 255)
         pixels = moved["pixels"].permute(0, 3, 1, 2)
         images = (pixels.to(torch.float32, memory_format=torch.contiguous_format) - mean) * scale
-    return Rows(
+    return DeviceBatch(
         images=images,
         longest=max(2, int(batch.used.max(initial=0))),
         **{name: tensor for name, tensor in moved.items() if name != "pixels"},
     )
 
 
-def to_device(batch: Batch, image: Image | None, device: torch.device) -> Rows:
+def to_device(batch: Batch, image: Image | None, device: torch.device) -> DeviceBatch:
     """Move a batch to `device` now."""
     moved = {name: tensor.to(device) for name, tensor in host_tensors(batch).items()}
     return device_rows(moved, batch, image)

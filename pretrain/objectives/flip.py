@@ -8,12 +8,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from data_pipeline.batches.batch_builder import Batch
+from data_pipeline.batches.spec import Batch
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
 from pretrain.models.clip import Clip
 from pretrain.models.masking import keep_patches
 from pretrain.objectives.base import Forward, Loss
-from pretrain.objectives.device_batch import Rows
+from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 
@@ -30,7 +30,7 @@ class Flip:
     def count(self, stream: str, batch: Batch) -> float:
         return float(batch.stop - batch.start)
 
-    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
         total = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids) / count

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from data_pipeline.batches.batch_builder import Batch
+from data_pipeline.batches.spec import Batch
 from pretrain.models.multimodal import Multimodal
 from pretrain.models.visual import FrozenTower
 from pretrain.objectives.base import Forward, Loss, loss_tokens
-from pretrain.objectives.device_batch import Rows
+from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 
@@ -31,7 +31,7 @@ class Sphinx:
     def count(self, stream: str, batch: Batch) -> float:
         return loss_tokens(batch)
 
-    def features(self, rows: Rows) -> Tensor | None:
+    def features(self, rows: DeviceBatch) -> Tensor | None:
         """Frozen visual tokens of the rows, or None for text."""
         if rows.images is None:
             return None
@@ -39,11 +39,11 @@ class Sphinx:
         with torch.no_grad():
             return self.tower(rows.images)
 
-    def token_nll(self, forward: Forward, rows: Rows) -> Tensor:
+    def token_nll(self, forward: Forward, rows: DeviceBatch) -> Tensor:
         """Summed negative log-likelihood of each row, `[rows]`; columns that are padding in every row are left out."""
         return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, features=self.features(rows))
 
-    def loss(self, forward: Forward, stream: str, rows: Rows, count: float) -> Loss:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
         nll = self.token_nll(forward, rows)
         mean = (nll * (rows.weights > 0)).sum() / count
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.transforms.captions import CaptionSpec
 from pretrain.recipe.fields import Count, Strict
 
@@ -24,7 +24,7 @@ def parse_batch(value: Any) -> Any:
     if not isinstance(value, dict):
         return int(value)
     try:
-        schedule = Batches.of(value)
+        schedule = BatchSchedule.of(value)
     except UserError:
         told = ", ".join(map(str, value)) or "missing"
         raise ValueError(
@@ -124,5 +124,5 @@ class Stream(Strict):
     text: Text | None = Field(None, description="Absent in a text stream, which is packed beforehand.")
 
     @property
-    def batches(self) -> Batches:
-        return Batches.of(self.batch)
+    def batches(self) -> BatchSchedule:
+        return BatchSchedule.of(self.batch)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from pretrain.recipe.fields import Length
 from pretrain.recipe.schema import TrainStage
 
@@ -20,7 +20,7 @@ class Ending(Protocol):
     last_step: int | None
 
 
-class Rows(Protocol):
+class HasSteps(Protocol):
     """How many steps have so many samples; a StreamOrder knows also of the batches before an accepted change."""
 
     def steps(self, samples: int) -> int: ...
@@ -45,10 +45,10 @@ def train_length(stage: TrainStage) -> Length:
 
 
 def length_steps(
-    length: Length, batch: int | Mapping[int, int] | Rows, samples_per_epoch: int | None = None
+    length: Length, batch: int | Mapping[int, int] | HasSteps, samples_per_epoch: int | None = None
 ) -> int:
     """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
-    rows: Rows = Batches.of(batch) if isinstance(batch, int | Mapping) else batch
+    rows: HasSteps = BatchSchedule.of(batch) if isinstance(batch, int | Mapping) else batch
     value = Fraction(repr(length.value))  # 0.1 epochs of 30 samples are 3 samples, not 3.0000000000000004
     if length.unit == "steps":
         return math.ceil(value)
@@ -61,7 +61,7 @@ def length_steps(
     return rows.steps(math.ceil(value * samples_per_epoch))
 
 
-def total_steps(stage: TrainStage, samples_per_epoch: int | None = None, rows: Rows | None = None) -> int:
+def total_steps(stage: TrainStage, samples_per_epoch: int | None = None, rows: HasSteps | None = None) -> int:
     """Steps of the whole stage; samples and epochs are those of its main stream, `rows` by default as in the recipe."""
     batches = stage.data[main_stream(stage)].batches
     return max(1, length_steps(train_length(stage), rows or batches, samples_per_epoch))

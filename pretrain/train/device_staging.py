@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data_pipeline.batches.batch_builder import Batch
-from pretrain.objectives.device_batch import Rows, device_rows, host_tensors, to_device
+from data_pipeline.batches.spec import Batch
+from pretrain.objectives.device_batch import DeviceBatch, device_rows, host_tensors, to_device
 from pretrain.recipe.data import Image
 
 Tensors = dict[str, Tensor]
@@ -63,7 +63,7 @@ def copies_for(device: torch.device) -> Copies | None:
 
 def staged(
     batches: Sequence[Batch], image: Image | None, device: torch.device, copies: Copies | None
-) -> Iterator[Rows]:
+) -> Iterator[DeviceBatch]:
     """The rows of each micro-batch, in order; with `copies`, the next is on its way before one is handed out."""
     if copies is None:
         for batch in batches:

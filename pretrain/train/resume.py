@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
 from pretrain.distributed.collectives import from_first, gather
@@ -78,8 +78,8 @@ def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> N
 
 
 def resume_data(
-    makers: Mapping[str, BatchMaker], order: Mapping[str, Any], accept_change: bool
-) -> tuple[dict[str, BatchMaker], list[str]]:
+    makers: Mapping[str, BatchBuilder], order: Mapping[str, Any], accept_change: bool
+) -> tuple[dict[str, BatchBuilder], list[str]]:
     """Makers that go on where `order`, a checkpoint's, was written, and a line for every change that was accepted.
 
     Raises UserError, with both values of what differs, where data or mixture changed without `accept_change`.

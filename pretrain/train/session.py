@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.storage.files import publish
@@ -83,7 +83,7 @@ class Session:
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
         cache = cache_settings(stage)
-        makers = {spec.name: BatchMaker(spec, cache=cache) for spec in specs}
+        makers = {spec.name: BatchBuilder(spec, cache=cache) for spec in specs}
         for maker in makers.values():
             maker.check()  # a tar without images is named before the first step; the launcher looks earlier
         accepted: list[str] = []
@@ -223,7 +223,7 @@ class Session:
         for line in compare_versions(before, now):
             print(f"dromos: warning: {line}", flush=True)
 
-    def loader(self, makers: dict[str, BatchMaker]) -> Any:
+    def loader(self, makers: dict[str, BatchBuilder]) -> Any:
         settings = self.stage.loader
         given = (
             [maker.spec for maker in makers.values()],

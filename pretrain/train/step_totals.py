@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batches.batch_builder import Batch
+from data_pipeline.batches.spec import Batch
 from data_pipeline.order.digest import hex16
 from pretrain.distributed.collectives import all_sum, gather
 from pretrain.objectives.base import Objective
 
 LOW = (1 << 32) - 1
-Batches = dict[str, list[Batch]]
+StepBatches = dict[str, list[Batch]]
 
 
-class Agreement:
+class StepTotals:
     """The same on every rank: one all-reduce of integers, and a second exchange only where samples were replaced.
 
     counts, rows:   by stream, the loss's denominator and the samples of the global batch
@@ -29,7 +29,7 @@ class Agreement:
         self,
         objective: Objective,
         sources: Sequence[str],
-        batches: Batches,
+        batches: StepBatches,
         stop: bool,
         failed: bool,
         device: torch.device,

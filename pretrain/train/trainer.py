@@ -24,7 +24,7 @@ from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBad
 from pretrain.train.device_staging import copies_for, staged
 from pretrain.train.schedule import learning_rate
-from pretrain.train.step_totals import Agreement, Batches
+from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_flag import StopFlag
 
 
@@ -94,7 +94,7 @@ class Trainer:
             )
             asked = bool(self.stop.asked) or out_of_time
             failed = failure is not None
-            agreed = Agreement(self.objective, self.sources, batches, asked, failed, self.runtime.device)
+            agreed = StepTotals(self.objective, self.sources, batches, asked, failed, self.runtime.device)
             if agreed.failed:
                 self.give_up(done - 1, failure)
             row = self.step(done - 1, batches, agreed)
@@ -123,7 +123,7 @@ class Trainer:
         if told:
             raise TooManyBad(told)
 
-    def too_many(self, step: int, agreed: Agreement) -> str | None:
+    def too_many(self, step: int, agreed: StepTotals) -> str | None:
         """Count a step's replaced samples; what to tell the user when they pass a limit, else None."""
         fraction = self.bad.add(step, agreed.samples, agreed.skipped)
         shard = self.bad_shards.add(agreed.bad)
@@ -133,7 +133,7 @@ class Trainer:
         """What to tell the user of a shard with too many unusable samples."""
         return url and self.bad_shards.told(url, read(self.stage_dir / "bad_samples.jsonl"))
 
-    def receive(self, made: Iterator[Batches]) -> tuple[Batches, Exception | None]:
+    def receive(self, made: Iterator[StepBatches]) -> tuple[StepBatches, Exception | None]:
         """The next step's batches, or why they could not be made: the other ranks must hear of it first."""
         try:
             return next(made), None
@@ -153,7 +153,7 @@ class Trainer:
         kind = UserError if isinstance(failure, UserError) else Unreadable
         raise kind(f"step {done + 1}: {why}. {kept}; run it again to go on.")
 
-    def step(self, step: int, batches: Batches, agreed: Agreement) -> dict[str, Any]:
+    def step(self, step: int, batches: StepBatches, agreed: StepTotals) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""
         self.engine.train()
         parts: dict[str, Tensor] = {}
@@ -191,7 +191,7 @@ class Trainer:
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
         return row
 
-    def write(self, row: dict[str, Any], agreed: Agreement) -> None:
+    def write(self, row: dict[str, Any], agreed: StepTotals) -> None:
         """The step's line, and the name of every sample that was replaced in it."""
         if self.log is not None and self.bad_log is not None:
             self.log.write(row)

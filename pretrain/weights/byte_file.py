@@ -191,7 +191,7 @@ def _information(url: str) -> tuple[int, str]:
         return store.info(url)
 
     try:
-        found = object_store.ask(url, call)
+        found = object_store.with_retries(url, call)
     except FileNotFoundError:
         raise UserError(f"{url}: not found") from None
     if found.get("type") == "directory":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-BLOCK = 1 << 16
+ELEMENTS_PER_BLOCK = 1 << 16
 """elements; fewer make Python's share of the time felt, more do not fit the cache"""
 SPAN = 1 << 21
 """elements that one thread works through: what is hashed as one, and is done or not done after a kill"""

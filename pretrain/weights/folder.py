@@ -178,7 +178,7 @@ def _remote_entries(url: str) -> dict[str, bool]:
         return store.ls(url, detail=True)
 
     try:
-        entries = object_store.ask(url, call)
+        entries = object_store.with_retries(url, call)
     except FileNotFoundError:
         raise UserError(f"{url}: nothing there") from None
     found = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] == "directory" for entry in entries}

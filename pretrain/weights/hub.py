@@ -140,16 +140,16 @@ def _why(error: Exception) -> str:
     if _is(error, "HFValidationError"):
         return "no name of a repository; write hf://ORG/NAME[@REVISION]"
     if isinstance(error, ConnectionError | TimeoutError) or status >= 500 or _is(error, *AWAY):
-        said = f" (it says {status})" if status else f" ({_said(error)[:200]})"
+        said = f" (it says {status})" if status else f" ({_describe_error(error)[:200]})"
         said = "" if _is(error, "OfflineModeIsEnabled") else said
         return (
             f"is not in the cache, and the hub does not answer{said}; go online, or copy the folder here and name its "
             "path"
         )
-    return f"cannot be fetched: {_said(error)}"
+    return f"cannot be fetched: {_describe_error(error)}"
 
 
-def _said(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {short(QUERY.sub('', str(error)))}"
 
 

@@ -27,7 +27,7 @@ from pretrain.weights.formats.zero_universal import Universal, is_universal
 from pretrain.weights.origins import origins
 from pretrain.weights.tied_weights import says_tied, tied_names
 
-BLOCK = 1 << 20
+ELEMENTS_COMPARED = 1 << 20
 
 
 class Reader(Protocol):
@@ -290,10 +290,10 @@ def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool
     count = elements(a.info(name)[1])
     return all(
         np.array_equal(
-            a.read(name, at, min(at + BLOCK, count)).view(np.uint8),
-            b.read(other, at, min(at + BLOCK, count)).view(np.uint8),
+            a.read(name, at, min(at + ELEMENTS_COMPARED, count)).view(np.uint8),
+            b.read(other, at, min(at + ELEMENTS_COMPARED, count)).view(np.uint8),
         )
-        for at in range(0, count, BLOCK)
+        for at in range(0, count, ELEMENTS_COMPARED)
     )
 
 

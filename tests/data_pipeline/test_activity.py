@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from data_pipeline import activity
-from data_pipeline.activity import Activity, look
+from data_pipeline.activity import Activity, read_status
 
 IDLE = Activity()
 
@@ -28,24 +28,24 @@ def test_nothing_is_kept_where_nothing_is_installed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(activity, "_status", None)
     with activity.reading("a"), activity.decoding("s", 0, 1):
         assert activity._status is None
-    assert look(bytearray(activity.SIZE)) == IDLE
+    assert read_status(bytearray(activity.SIZE)) == IDLE
 
 
 def test_reads_and_decodes_are_shown_while_they_last(memory: bytearray) -> None:
     with activity.reading("s3://bucket/ä.tar"):
-        first = look(memory)
+        first = read_status(memory)
         assert (first.url, first.sample) == ("s3://bucket/ä.tar", None)
         with activity.decoding("web", 3, 70000):
-            both = look(memory)
+            both = read_status(memory)
             assert (both.url, both.reading_since) == (first.url, first.reading_since)
             assert both.sample == ("web", 3, 70000)
             assert both.decoding_since >= first.reading_since > 0
-    assert look(memory) == IDLE
+    assert read_status(memory) == IDLE
     activity.decoding("web", 1, 2)  # without `with`: until the next
-    assert look(memory).sample == ("web", 1, 2)
+    assert read_status(memory).sample == ("web", 1, 2)
     with pytest.raises(OSError, match="reset"), activity.reading("b"):
         raise OSError("reset")
-    assert look(memory).url is None
+    assert read_status(memory).url is None
 
 
 def test_the_oldest_of_several_reads_is_shown(memory: bytearray) -> None:
@@ -60,16 +60,16 @@ def test_the_oldest_of_several_reads_is_shown(memory: bytearray) -> None:
     thread.start()
     begun.wait(10)
     with activity.reading("fast"):
-        assert look(memory).url == "slow"
+        assert read_status(memory).url == "slow"
         done.set()
         thread.join()
-        assert look(memory).url == "fast"
-    assert look(memory) == IDLE
+        assert read_status(memory).url == "fast"
+    assert read_status(memory) == IDLE
 
 
 def test_texts_longer_than_their_place_are_cut(memory: bytearray) -> None:
     with activity.reading("u" * 10000), activity.decoding("s" * 10000, 1, 2):
-        found = look(memory)
+        found = read_status(memory)
     assert found.url is not None
     assert set(found.url) == {"u"}
     assert found.sample is not None
@@ -89,11 +89,11 @@ def test_what_another_process_did_when_it_died_is_never_half_written() -> None:
                 activity.decoding(f"{number}" * (number % 7 + 1), number, number)
         seen = set()
         while len(seen) < 3:
-            seen.add(look(memory).sample)
+            seen.add(read_status(memory).sample)
         for _ in range(generator.randrange(200)):
-            seen.add(look(memory).sample)
+            seen.add(read_status(memory).sample)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        seen.add(look(memory).sample)
+        seen.add(read_status(memory).sample)
         for sample in seen - {None}:
             assert sample == (f"{sample[1]}" * (sample[1] % 7 + 1), sample[1], sample[1])

@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.batches.batch_builder import Batch, BatchMaker
-from data_pipeline.loader.loader import micro_batches, rows_of
+from data_pipeline.batches.spec import Batch
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.work_items import micro_batches, rows_of
 from pretrain.build.objective import build
 from pretrain.distributed.engine import Engine, start, stop
 from pretrain.recipe.lengths import main_stream
@@ -26,7 +27,7 @@ class InProcess:
 
     wait_seconds = 0.0
 
-    def __init__(self, makers: dict[str, BatchMaker], rank: int, world: int, micro: int | None) -> None:
+    def __init__(self, makers: dict[str, BatchBuilder], rank: int, world: int, micro: int | None) -> None:
         self.makers, self.rank, self.world, self.micro = makers, rank, world, micro
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
@@ -51,7 +52,7 @@ def main(jobs: list[dict]) -> None:
         assert isinstance(stage, TrainStage)
         objective, _ = build(stage, name, recipe.run.seed, run_dir(recipe))
         specs = stage_specs(stage, recipe.run.seed, name, objective.streams)
-        makers = {spec.name: BatchMaker(spec) for spec in specs}
+        makers = {spec.name: BatchBuilder(spec) for spec in specs}
         given = stage.optimizer
         engine = Engine(
             objective.model, stage.engine.zero, stage.engine.dtype, given.betas, given.eps, given.weight_decay,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from pretrain.build.objective import build
 from pretrain.objectives.base import loss_tokens
 from pretrain.recipe.schema import TrainStage
@@ -33,7 +33,7 @@ def plain_losses(
     optimizer = torch.optim.AdamW(
         groups(model, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps
     )
-    makers = {spec.name: BatchMaker(spec) for spec in stage_specs(stage, seed, name, objective.streams)}
+    makers = {spec.name: BatchBuilder(spec) for spec in stage_specs(stage, seed, name, objective.streams)}
     rows = []
     for step in range(steps):
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.batches import row_builder
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.loader.loader import LocalLoader
@@ -49,7 +49,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
 
 def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> None:
     """Brute force: walk the attempts by hand, knowing which samples are bad."""
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     seen: Counter[str] = Counter()
     for step in range(STEPS):
         batch = maker.make(step, 0, BATCH)
@@ -85,7 +85,7 @@ def test_order_digest_is_blind_to_content_and_batch_digest_is_not(spec: StreamSp
     )
     differs = 0
     for step in range(STEPS):
-        bad, good = BatchMaker(spec).make(step, 0, BATCH), BatchMaker(clean).make(step, 0, BATCH)
+        bad, good = BatchBuilder(spec).make(step, 0, BATCH), BatchBuilder(clean).make(step, 0, BATCH)
         assert bad.order_digest == good.order_digest
         assert (bad.batch_digest != good.batch_digest) == bool(bad.skipped)
         differs += bool(bad.skipped)
@@ -105,7 +105,7 @@ def totals(batches: list[Batch]) -> tuple[int, int, Counter[str], set[tuple[int,
 def test_ranks_and_workers_do_not_change_what_is_replaced(
     spec: StreamSpec, world_size: int, workers: int
 ) -> None:
-    want = [totals([BatchMaker(spec).make(step, 0, BATCH)]) for step in range(4)]
+    want = [totals([BatchBuilder(spec).make(step, 0, BATCH)]) for step in range(4)]
     loaders = [LocalLoader([spec], rank, world_size, workers) for rank in range(world_size)]
     try:
         for step, steps in enumerate(zip(*(loader.steps(0, 4) for loader in loaders), strict=True)):
@@ -122,7 +122,7 @@ def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
         LocalLoader([spec], 0, 1, 0)
     # Without the check at opening, the first step says it.
     with pytest.raises(UserError) as served:
-        BatchMaker(spec).make(0, 0, 4)
+        BatchBuilder(spec).make(0, 0, 4)
     for error in (opened, served):
         text = str(error.value)
         for part in ("data.pairs.sources.bare", ".tar", "missing image", "json, txt", "jpg, jpeg, png"):
@@ -135,12 +135,12 @@ def test_a_packed_stream_on_pairs_says_what_it_expects(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"missing tokens.*Expected of every sample: npy with 8 packed tokens"
     ):
-        BatchMaker(spec).check()
+        BatchBuilder(spec).check()
 
 
 def test_one_bad_first_sample_is_no_broken_source(tmp_path: Path) -> None:
     source = write_source(tmp_path / "a", [4], {(0, 0): {"txt": b"a"}, (0, 1): {"txt": b"a"}})
-    BatchMaker(pairs(tmp_path, batch=4, a=source)).check()
+    BatchBuilder(pairs(tmp_path, batch=4, a=source)).check()
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_io_error_is_retried_and_changes_nothing(
     spec: StreamSpec, hurried: None, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    want = BatchMaker(spec).make(0, 0, BATCH)
+    want = BatchBuilder(spec).make(0, 0, BATCH)
     read, calls = ShardReader.read, Counter()
 
     def flaky(self: ShardReader, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
@@ -162,7 +162,7 @@ def test_an_io_error_is_retried_and_changes_nothing(
         return read(self, shard, index)
 
     monkeypatch.setattr(ShardReader, "read", flaky)
-    found = BatchMaker(spec).make(0, 0, BATCH)
+    found = BatchBuilder(spec).make(0, 0, BATCH)
     assert found.batch_digest == want.batch_digest
     assert found.skipped == want.skipped
 
@@ -173,7 +173,7 @@ def test_lasting_io_errors_stop_with_the_url(
     def broken(self: ShardReader, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
 
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     monkeypatch.setattr(ShardReader, "read", broken)
     with pytest.raises(
         ReadError, match=r"mixed/0000\d\.tar, sample \d+: not readable after 3 tries.*reset by peer"
@@ -183,7 +183,7 @@ def test_lasting_io_errors_stop_with_the_url(
 
 def test_a_shard_that_vanished_stops_the_run(tmp_path: Path, hurried: None) -> None:
     source = write_packed(tmp_path / "packed", [3, 3])
-    maker = BatchMaker(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
+    maker = BatchBuilder(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
     (source / "00001.tar").unlink()
     with pytest.raises(ReadError, match=r"00001\.tar.*No such file"):
         maker.make(0, 0, 6)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
-from data_pipeline.batches.work_items import Item, Setup
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import ReadError, WorkerError
-from data_pipeline.loader.loader import LocalLoader, StallLimits
+from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.workers.isolation import CRASHED, Closed, Isolation
+from data_pipeline.workers.watchdog import StallLimits
 from data_pipeline.workers.worker_handle import SetupFile
 from tests.fault.crashing import install, marked
 from tests.support.samples import pairs, write_source
@@ -49,7 +50,7 @@ def total(batches: list[Batch]) -> tuple[int, int, Counter[str], list[tuple[int,
 def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: Path, marks: Path) -> None:
     """The truth is a maker in this process, which is told what it must not decode."""
     spec = spec_with(tmp_path, (0, 3, "SIGSEGV"), (1, 5, "SIGABRT"), (2, 2, "SIGILL"))
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     maker.condemned = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
     truth = [maker.make(step, 0, BATCH) for step in range(STEPS)]
     assert sum(sum(batch.skipped.get("web", {}).values()) for batch in truth) >= 4
@@ -82,7 +83,7 @@ def test_a_condemned_sample_is_not_decoded_again(tmp_path: Path, marks: Path) ->
 def test_what_does_not_come_again_changes_nothing(tmp_path: Path, marks: Path, what: str, times: int) -> None:
     """One crash in isolation is no verdict, and the kernel may kill a slice's workers twice and its row twice more."""
     spec = spec_with(tmp_path, (1, 5, what), times=times)
-    want = BatchMaker(spec)
+    want = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2) as loader:
         for number, step in enumerate(loader.steps(0, STEPS)):
             assert total(step["pairs"]) == total([want.make(number, 0, BATCH)])
@@ -95,7 +96,7 @@ def test_other_deaths_are_an_error_that_names_the_row(
     tmp_path: Path, marks: Path, what: str, told: str
 ) -> None:
     spec = spec_with(tmp_path, (1, 5, what))
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     refs = [maker.order.refs(step) for step in range(STEPS)]
     step, row = next(
         (step, int(at.row[i]))
@@ -127,11 +128,11 @@ def test_a_crash_at_what_is_condemned_already_is_an_error_and_no_circle(tmp_path
 
 
 def test_isolation_ends_between_rows_when_the_pool_is_closed(tmp_path: Path) -> None:
-    setups = [Setup.of(BatchMaker(spec_with(tmp_path)))]
+    setups = [BuilderSetup.of(BatchBuilder(spec_with(tmp_path)))]
     file, asked = SetupFile(setups), iter([False, False, True])
     isolation = Isolation(setups, file, StallLimits(), lambda: next(asked))
     with pytest.raises(Closed):
-        isolation.make(Item("pairs", 0, 0, BATCH))
+        isolation.make(WorkItem("pairs", 0, 0, BATCH))
     assert not list(asked)
     file.close()
 
@@ -142,11 +143,11 @@ def test_a_process_alone_whose_start_stalls_is_named_and_then_an_error(
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
-    setups = [Setup.of(BatchMaker(spec_with(tmp_path)))]
+    setups = [BuilderSetup.of(BatchBuilder(spec_with(tmp_path)))]
     file = SetupFile(setups)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(ReadError, match=r"row 3 of .* have been reading the program and the indexes"):
-        Isolation(setups, file, StallLimits(0.1, 0.3)).make(Item("pairs", 0, 3, 5))
+        Isolation(setups, file, StallLimits(0.1, 0.3)).make(WorkItem("pairs", 0, 3, 5))
     file.close()
 
 
@@ -172,7 +173,7 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
     hook.write_text(STALL)
     spec = spec_with(tmp_path)
     monkeypatch.setenv("STALLS", "1")
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     limits = StallLimits(0.2, 2.5)
     with caplog.at_level(logging.WARNING, "dromos.loader"):
         with LocalLoader([spec], 0, 1, 2, limits=limits) as loader:
@@ -192,8 +193,8 @@ STALL = """
 import os, sys, time
 if "data_pipeline.workers.worker" in sys.orig_argv:
     from data_pipeline import activity
-    from data_pipeline.batches.row_builder import RowMaker
-    make = RowMaker.make
+    from data_pipeline.batches.row_builder import RowBuilder
+    make = RowBuilder.make
 
     def stalling(self, source, shard, index, *given, **named):
         if (shard, index) == (1, 5):
@@ -206,5 +207,5 @@ if "data_pipeline.workers.worker" in sys.orig_argv:
                     time.sleep(600)
         return make(self, source, shard, index, *given, **named)
 
-    RowMaker.make = stalling
+    RowBuilder.make = stalling
 """

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError
-from data_pipeline.storage.object_store import ask
+from data_pipeline.storage.object_store import with_retries
 from pretrain.merge import merge, sweep
 from pretrain.merge.output import multipart, remote
 from pretrain.merge.verify.check_output import verify
@@ -62,7 +62,7 @@ def unfinished(out: str) -> list[str]:
         found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
         return [entry["Key"] for entry in found.get("Uploads", [])]
 
-    return ask(out, call)
+    return with_retries(out, call)
 
 
 def calm(proxy: Proxy) -> None:

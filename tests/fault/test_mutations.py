@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.index.build import build_index
@@ -53,7 +53,7 @@ def no_hang() -> Iterator[None]:
 
 def serve(spec: StreamSpec, steps: int = -(-2 * SAMPLES // BATCH)) -> list[Batch]:
     """Two epochs, with what must hold of any batch whatever the data."""
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     try:
         batches = [maker.make(step, 0, BATCH) for step in range(steps)]
     finally:
@@ -145,7 +145,7 @@ def test_images(pristine: Path, tmp_path: Path, seed: int) -> None:
     spec = pairs(pristine, batch=BATCH, mixed=write_source(tmp_path / "mixed", counts, given))
     with no_hang():
         batches = serve(spec, steps=-(-len(places) // BATCH))
-    order = BatchMaker(spec).order
+    order = BatchBuilder(spec).order
     for batch in batches:
         refs = order.refs(batch.step)
         lines = []

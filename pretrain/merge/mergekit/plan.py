@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Plan, letter
 from pretrain.merge.mergekit.chat_template import template_text, with_template
-from pretrain.merge.mergekit.tensor_recipe import Maker, Want
+from pretrain.merge.mergekit.tensor_recipe import TensorResolver, Want
 from pretrain.merge.mergekit.vocabulary import same_tokens
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
 from pretrain.merge.planning.assemble import assemble, refusal
@@ -42,7 +42,7 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
     index = {model: number for number, model in enumerate(file.models())}
     if file.method != "passthrough" and (told := quantised_inputs(sources[: opened.inputs])):
         raise UserError("\n".join(told))
-    maker = Maker(file, sources, index, seed)
+    maker = TensorResolver(file, sources, index, seed)
     main = index[file.base] if file.base is not None else index[file.slices[0].inputs[0].model]
     wants, taken = _wants(file, sources, index, sources[main])
     decided = [found for want in wants if (found := maker.decide(want)) is not None]

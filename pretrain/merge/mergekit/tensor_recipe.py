@@ -29,7 +29,7 @@ class Want:
     at: float
 
 
-class Maker:
+class TensorResolver:
     """Resolves tensor by tensor and collects what does not fit."""
 
     def __init__(

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from pretrain.merge.mergekit.tokens import TokenRow, Tokens
 from pretrain.merge.vocabulary.align import check_alike, is_embedding, vocabulary_names
-from pretrain.merge.vocabulary.remapped_source import MADE, Rows, View, stored_name
+from pretrain.merge.vocabulary.remapped_source import MADE, RowMap, View, stored_name
 from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
     Tokenizer,
@@ -156,7 +156,7 @@ class _Maker:
         self._counts, self._addresses, self._asked = counts, list(addresses), asked
         self._base = self._addresses.index(base) if base in self._addresses else None
 
-    def rows(self, place: int, ids: Mapping[str, int], total: int) -> Rows:
+    def rows(self, place: int, ids: Mapping[str, int], total: int) -> RowMap:
         owner = np.full(total, MADE, np.int64)
         row = np.zeros(total, np.int64)
         made: Places = dict.fromkeys(range(total))
@@ -173,7 +173,7 @@ class _Maker:
                 made[number] = found
         count = max(ids.values(), default=-1) + 1
         made |= {number: () for number in range(count) if number in made and made[number] is None}
-        return Rows.of(owner, row, made)
+        return RowMap.of(owner, row, made)
 
     def _default(self, token: str, asked: TokenRow | None) -> tuple[tuple[int, int], ...]:
         """Of a token that a model lacks, or that is taken from elsewhere in every model."""

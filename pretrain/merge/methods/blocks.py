@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pretrain.merge.merge_plan import Term
-from pretrain.weights.dtypes import BLOCK, SPAN, Kind, Scratch, widen_into
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, SPAN, Kind, Scratch, widen_into
 from pretrain.weights.source import WeightSource
 
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ class Workers:
         sources: Sequence[WeightSource],
         plans: int = 1,
         threads: int | None = None,
-        block: int = BLOCK,
+        block: int = ELEMENTS_PER_BLOCK,
         ahead: int = 2,
     ) -> None:
         self.sources, self.block = sources, block

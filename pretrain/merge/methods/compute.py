@@ -17,7 +17,7 @@ from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods import gram, native, sce, sparsify, task_vectors
 from pretrain.merge.methods.blocks import Block, Workers
 from pretrain.merge.methods.native import Election, Pass
-from pretrain.merge.methods.task_vectors import Part
+from pretrain.merge.methods.task_vectors import SparseTaskVector
 from pretrain.weights.dtypes import Kind, accumulator, elements
 
 
@@ -66,10 +66,12 @@ def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     factors = [kind(factor) for factor in gram.gram_factors(job, workers)]
     if job.base is None:
         return _weighted(job, factors, kind)
-    return _added(job, [Part(term) for term in job.terms], factors, kind)
+    return _added(job, [SparseTaskVector(term) for term in job.terms], factors, kind)
 
 
-def _added(job: TensorJob, parts: Sequence[Part], factors: Sequence[np.floating], kind: Kind) -> Compute:
+def _added(
+    job: TensorJob, parts: Sequence[SparseTaskVector], factors: Sequence[np.floating], kind: Kind
+) -> Compute:
     """base + sum of factor * part"""
     base = _base(job)
 
@@ -136,7 +138,7 @@ def _sum(terms: Sequence[Term], factors: Sequence[np.floating], block: Block) ->
     return total
 
 
-def _fill(part: Part, base: Term, block: Block, out: np.ndarray) -> None:
+def _fill(part: SparseTaskVector, base: Term, block: Block, out: np.ndarray) -> None:
     """What is left of x - base."""
     block.difference(part.term, base, out)
     if part.key is not None:
@@ -148,22 +150,24 @@ def _fill(part: Part, base: Term, block: Block, out: np.ndarray) -> None:
         sparsify.keep(out, np.logical_not(found, out=found), block)
 
 
-def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[Part]:
+def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[SparseTaskVector]:
     """What DARE chooses, TIES and Breadcrumbs cut of each difference; one look serves all plans of a sweep."""
     base, count, terms = _base(job), elements(job.shape), job.terms
     look = tuple(replace(term, weight=0.0) for term in terms), base
     if job.method.startswith("dare"):
-        return [Part(term, key=_key(job, term)) for term in terms]
+        return [SparseTaskVector(term, key=_key(job, term)) for term in terms]
     if job.method == "ties":
         asked = [(term, max(1, int(term.density * count))) for term in terms]  # at least one, as in mergekit
         cuts = workers.once(look, partial(sparsify.cuts, asked, base, kind, count, workers))
-        return [Part(term, cut=cut) for term, cut in zip(terms, cuts, strict=True)]
+        return [SparseTaskVector(term, cut=cut) for term, cut in zip(terms, cuts, strict=True)]
     if job.method.startswith("breadcrumbs"):
         gamma = float(job.option("gamma", 0.01))
         find = partial(sparsify.bands, terms, base, gamma, kind, count, workers)
         bands = workers.once((*look, gamma), find)
-        return [Part(term, cut=cut, top=top) for term, (cut, top) in zip(terms, bands, strict=True)]
-    return [Part(term) for term in terms]
+        return [
+            SparseTaskVector(term, cut=cut, top=top) for term, (cut, top) in zip(terms, bands, strict=True)
+        ]
+    return [SparseTaskVector(term) for term in terms]
 
 
 def _key(job: TensorJob, term: Term) -> bytes | None:
@@ -173,7 +177,7 @@ def _key(job: TensorJob, term: Term) -> bytes | None:
     return task_vectors.dare_key(int(job.option("seed", 0)), job.name, term.source)
 
 
-def _rescaled(job: TensorJob, part: Part, kind: Kind, workers: Workers) -> float:
+def _rescaled(job: TensorJob, part: SparseTaskVector, kind: Kind, workers: Workers) -> float:
     """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off; for `l1` so much
     larger that what is left of the difference has its norm (pretrain.merge.methods.rescale)."""
     rule, term = job.option("rescale", job.method.startswith("dare")), part.term

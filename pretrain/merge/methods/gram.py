@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods import native
 from pretrain.merge.methods.blocks import Workers
-from pretrain.weights.dtypes import BLOCK, elements, exact_sum
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements, exact_sum
 
 FLAT, TINY = 1e-7, 1e-6
 """mergekit's bounds: a norm up to which a vector has no direction; a sum up to which there is no estimate"""
@@ -68,17 +68,19 @@ def gram(job: TensorJob, workers: Workers) -> np.ndarray:
 def _products(job: TensorJob, start: int, stop: int, workers: Workers) -> Iterator[np.ndarray]:
     count = len(job.terms)
     if count <= native.VECTORS and native.compiled("products") is not None:
-        for block in workers.blocks(start, stop, BLOCK * native.WIDER):
-            for at in range(0, len(block), BLOCK):
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+            for at in range(0, len(block), ELEMENTS_PER_BLOCK):
                 found = np.zeros((count, count))
                 found[np.tril_indices(count)] = list(
                     chain.from_iterable(
-                        native.products(job.terms, job.base, at, min(BLOCK, len(block) - at), block)
+                        native.products(
+                            job.terms, job.base, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block
+                        )
                     )
                 )
                 yield found
         return
-    for block in workers.blocks(start, stop, BLOCK):
+    for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
         vectors = []
         for number, term in enumerate(job.terms):
             if job.base is None:
@@ -194,14 +196,14 @@ def _cosine(first: Term, second: Term, count: int, workers: Workers) -> float:
 
 def _sums(first: Term, second: Term, start: int, stop: int, workers: Workers) -> Iterator[tuple[float, ...]]:
     if native.compiled("products") is not None:
-        for block in workers.blocks(start, stop, BLOCK * native.WIDER):
-            for at in range(0, len(block), BLOCK):
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+            for at in range(0, len(block), ELEMENTS_PER_BLOCK):
                 (aa,), (ab, bb) = native.products(
-                    (first, second), None, at, min(BLOCK, len(block) - at), block
+                    (first, second), None, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block
                 )
                 yield aa, bb, ab
         return
-    for block in workers.blocks(start, stop, BLOCK):
+    for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
         a, b = block.wide(first, np.float64), block.wide(second, np.float64)
         product = block.array("product", np.float64)
         yield tuple(float(np.add.reduce(np.multiply(x, y, out=product))) for x, y in ((a, a), (b, b), (a, b)))

@@ -15,7 +15,7 @@ from data_pipeline.native import function
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods import task_vectors
 from pretrain.merge.methods.blocks import Block
-from pretrain.merge.methods.task_vectors import Part
+from pretrain.merge.methods.task_vectors import SparseTaskVector
 from pretrain.weights.dtypes import FLOATS, Kind
 
 WIDER = 4
@@ -99,7 +99,7 @@ class Election:
 
 
 def based(
-    parts: Sequence[Part],
+    parts: Sequence[SparseTaskVector],
     factors: Sequence[np.floating],
     base: Term,
     election: Election | None,
@@ -127,7 +127,7 @@ def based(
     return run
 
 
-def _rows(parts: Sequence[Part], block: Block) -> tuple[Any, list[Any]]:
+def _rows(parts: Sequence[SparseTaskVector], block: Block) -> tuple[Any, list[Any]]:
     """The parts as difference.c takes them, and the arrays that they point into."""
     rows, held = (Difference * len(parts))(), []
     for row, part in zip(rows, parts, strict=True):
@@ -143,7 +143,9 @@ def _rows(parts: Sequence[Part], block: Block) -> tuple[Any, list[Any]]:
     return rows, held
 
 
-def norms(part: Part, base: Term, kind: Kind, start: int, count: int, block: Block) -> tuple[float, float]:
+def norms(
+    part: SparseTaskVector, base: Term, kind: Kind, start: int, count: int, block: Block
+) -> tuple[float, float]:
     """L1 norms of the whole difference and of what is left of it: of `count` elements from the block's element `start`
     on."""
     (rows, _held), (under, number) = _rows([part], block), stored(base, block)

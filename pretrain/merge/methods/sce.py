@@ -10,8 +10,8 @@ import numpy as np
 from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Block, Workers, spans
 from pretrain.merge.methods.sparsify import HALF, largest
-from pretrain.merge.methods.task_vectors import Cut
-from pretrain.weights.dtypes import BLOCK, Kind, elements, exact_sum
+from pretrain.merge.methods.task_vectors import Threshold
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, Kind, elements, exact_sum
 
 LEAST = 1e-6
 """mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""
@@ -41,7 +41,7 @@ def prepare(job: TensorJob, kind: Kind, workers: Workers) -> Callable[[Block], n
 
 
 def _differences(
-    terms: Sequence[Term], base: Term, cut: Cut | None, share: float, kind: Kind, block: Block
+    terms: Sequence[Term], base: Term, cut: Threshold | None, share: float, kind: Kind, block: Block
 ) -> list[np.ndarray]:
     """x_i - base, zero where nothing is selected."""
     found = [
@@ -59,18 +59,18 @@ def _keys(differences: Sequence[np.ndarray]) -> np.ndarray:
     return np.var(np.stack(differences), axis=0).astype(np.float32).view(np.uint32)
 
 
-def _within(keys: np.ndarray, cut: Cut, block: Block) -> np.ndarray:
+def _within(keys: np.ndarray, cut: Threshold, block: Block) -> np.ndarray:
     first = np.arange(block.start, block.stop) < cut.end
     return (keys > cut.key) | ((keys == cut.key) & first)
 
 
 def _cut(
     terms: Sequence[Term], base: Term, share: float, kind: Kind, count: int, workers: Workers
-) -> Cut | None:
+) -> Threshold | None:
     """The entries of largest variance, int(share * those that vary at all), of equal ones the first; None for none."""
 
     def keys(start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        for block in workers.blocks(start, stop, BLOCK):
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
             yield block.start, _keys(_differences(terms, base, None, 1.0, kind, block))
 
     def histogram(pick: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -97,13 +97,19 @@ def _cut(
         for at, one in keys(start, stop):
             places = np.flatnonzero(one == key)
             if wanted <= len(places):
-                return Cut(key, at + int(places[wanted - 1]) + 1)
+                return Threshold(key, at + int(places[wanted - 1]) + 1)
             wanted -= len(places)
     raise AssertionError("unreachable")
 
 
 def _weights(
-    terms: Sequence[Term], base: Term, cut: Cut | None, share: float, kind: Kind, count: int, workers: Workers
+    terms: Sequence[Term],
+    base: Term,
+    cut: Threshold | None,
+    share: float,
+    kind: Kind,
+    count: int,
+    workers: Workers,
 ) -> list[float]:
     """Mean squares of what is selected of each difference, over their sum.
 
@@ -116,7 +122,7 @@ def _weights(
                 float(np.add.reduce(np.square(one, dtype=np.float64)))
                 for one in _differences(terms, base, cut, share, kind, block)
             ]
-            for block in workers.blocks(start, stop, BLOCK)
+            for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK)
         ]
 
     sums = [part for found in workers.over(work, count) for part in found]

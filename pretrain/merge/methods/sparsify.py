@@ -11,8 +11,8 @@ import numpy as np
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods import native, sparsify
 from pretrain.merge.methods.blocks import Block, Workers, spans
-from pretrain.merge.methods.task_vectors import NOTHING, Cut, Part
-from pretrain.weights.dtypes import BITS, BLOCK, Kind, exact_sum
+from pretrain.merge.methods.task_vectors import NOTHING, SparseTaskVector, Threshold
+from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Kind, exact_sum
 
 HALF = 1 << 16
 FEW = 1 << 14
@@ -25,13 +25,13 @@ Filled = tuple[np.ndarray, np.ndarray]
 """bins of a histogram that are not empty, and their entries"""
 SHORTEST = 1e-7
 """a norm below which nothing is rescaled; mergekit's, so that its files give its results"""
-Fill = Callable[[Part, Term, Block, np.ndarray], None]
+Fill = Callable[[SparseTaskVector, Term, Block, np.ndarray], None]
 """writes what is left of a block's difference to the base into an array"""
 
 
 def cuts(
     asked: Sequence[tuple[Term, int]], base: Term, kind: Kind, count: int, workers: Workers
-) -> list[Cut | None]:
+) -> list[Threshold | None]:
     """For every term and number of entries the cut in which exactly so many of x - base are, of equal ones the first;
     None for all of them.
 
@@ -66,7 +66,7 @@ def cuts(
         room -= len(filled[0]) if kept else 0
         parts[number].append(filled if kept else None)
 
-    made: list[Cut | None] = [None] * len(asked)
+    made: list[Threshold | None] = [None] * len(asked)
     for number, look in looks.items():
         high, wanted = bins[number]
         low, wanted = largest(lower[number], wanted)
@@ -80,7 +80,7 @@ def _end(
     parts: Sequence[Filled | None],
     key: int,
     wanted: int,
-) -> Cut:
+) -> Threshold:
     """The cut at the `wanted`-th entry that equals `key`; parts: lower histograms by span, None where not kept."""
     for (start, stop), part in zip(tiles, parts, strict=True):
         if part is None:
@@ -88,7 +88,7 @@ def _end(
         else:
             equal = int(part[1][part[0] == key % HALF].sum())
         if wanted <= equal:
-            return Cut(key, look.place(start, stop, key, wanted)[0])
+            return Threshold(key, look.place(start, stop, key, wanted)[0])
         wanted -= equal
     raise AssertionError("unreachable")
 
@@ -161,7 +161,7 @@ def _keys(difference: np.ndarray, block: Block) -> np.ndarray:
     return np.minimum(keys, np.uint32(NAN), out=keys)
 
 
-def within(difference: np.ndarray, cut: Cut, block: Block) -> np.ndarray:
+def within(difference: np.ndarray, cut: Threshold, block: Block) -> np.ndarray:
     """Which entries of a block's difference are in the cut."""
     keys, found = _keys(difference, block), block.array("within", bool)
     if block.stop <= cut.end:
@@ -214,7 +214,7 @@ def elect(weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None,
 
 def bands(
     terms: Sequence[Term], base: Term, gamma: float, kind: Kind, count: int, workers: Workers
-) -> list[tuple[Cut | None, Cut | None]]:
+) -> list[tuple[Threshold | None, Threshold | None]]:
     """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing), so that
     int(density * count) entries are left below the int(gamma * count) largest, of equal ones the first. As in
     mergekit, fewer of the largest go where the density asks for more than is left."""
@@ -236,7 +236,7 @@ def bands(
     ]
 
 
-def l1(part: Part, base: Term, fill: Fill, kind: Kind, count: int, workers: Workers) -> float:
+def l1(part: SparseTaskVector, base: Term, fill: Fill, kind: Kind, count: int, workers: Workers) -> float:
     """|x - base|_1 over that of the part, or 1 where either is next to nothing.
 
     Norms are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without
@@ -252,17 +252,17 @@ def l1(part: Part, base: Term, fill: Fill, kind: Kind, count: int, workers: Work
 
 
 def _sums(
-    part: Part, base: Term, fill: Fill, kind: Kind, start: int, stop: int, workers: Workers
+    part: SparseTaskVector, base: Term, fill: Fill, kind: Kind, start: int, stop: int, workers: Workers
 ) -> Iterator[tuple[float, float]]:
     if native.compiled("norms", kind) is not None:
-        for block in workers.blocks(start, stop, BLOCK * native.WIDER):
-            for at in range(0, len(block), BLOCK):
-                yield native.norms(part, base, kind, at, min(BLOCK, len(block) - at), block)
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+            for at in range(0, len(block), ELEMENTS_PER_BLOCK):
+                yield native.norms(part, base, kind, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block)
         return
-    for block in workers.blocks(start, stop, BLOCK):
+    for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
         one, size = block.array("rescaled", kind), block.array("size", np.float64)
         found = []
-        for what in (Part(part.term), part):
+        for what in (SparseTaskVector(part.term), part):
             fill(what, base, block, one)
             np.copyto(size, one)
             found.append(float(np.add.reduce(np.abs(size, out=size))))

@@ -15,7 +15,7 @@ LATTICE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """The largest entries of a difference: keys above `key`, and those equal to it before element `end`.
 
     A key is the bits of the magnitude as float32; they sort as the numbers do, NaN last and all alike.
@@ -25,12 +25,12 @@ class Cut:
     end: int
 
 
-NOTHING = Cut(0x7FFFFFFF, 0)
+NOTHING = Threshold(0x7FFFFFFF, 0)
 """no entry is that large"""
 
 
 @dataclass(frozen=True)
-class Part:
+class SparseTaskVector:
     """Of x - base, x the term: the other entries are zero.
 
     key: of pretrain.merge.methods.dare, the entries chosen by it stay; None where nothing is dropped at random.
@@ -40,8 +40,8 @@ class Part:
 
     term: Term
     key: bytes | None = None
-    cut: Cut | None = None
-    top: Cut | None = None
+    cut: Threshold | None = None
+    top: Threshold | None = None
 
 
 def dare_key(seed: int, name: str, source: int) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.object_store import answer_of, ask, filesystem
+from data_pipeline.storage.object_store import answer_of, filesystem, with_retries
 
 SMALL = 1 << 20
 """Bytes of the largest object that is kept and put whole at the end."""
@@ -37,7 +37,7 @@ def begun_in(folder: str) -> list[Begun]:
     What lies deeper is others': a merge neither goes on with it nor takes it back.
     """
     try:
-        return ask(folder, lambda store: list(_begun(store, folder)))
+        return with_retries(folder, lambda store: list(_begun(store, folder)))
     except UserError:
         return []
 
@@ -119,7 +119,7 @@ class Multipart:
                         raise
             return place | {"UploadId": store.call_s3("create_multipart_upload", **place)["UploadId"]}
 
-        self._place = ask(self.url, call, to="write")
+        self._place = with_retries(self.url, call, to="write")
 
     def write(self, data: bytes | bytearray) -> None:
         self._buffer += data
@@ -160,11 +160,11 @@ class Multipart:
                 raise
             return str(answer["ETag"])
 
-        self._sent[number] = ask(self.url, call, to="write")
+        self._sent[number] = with_retries(self.url, call, to="write")
 
     def commit(self) -> None:
         """The object appears under its name, whole."""
-        ask(self.url, self._put_whole if self._small else self._complete, to="write")
+        with_retries(self.url, self._put_whole if self._small else self._complete, to="write")
 
     def _put_whole(self, store: Any) -> None:
         bucket, key, _ = store.split_path(self.url)

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.storage.files import exists, join, publish, read_bytes, remove
-from data_pipeline.storage.object_store import EXTRAS, asking, filesystem
+from data_pipeline.storage.object_store import EXTRAS, filesystem, store_errors
 from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.output.journal import Done
@@ -62,19 +62,19 @@ class Uploads:
             earlier = self._earlier.get(url.partition("://")[2].partition("/")[2])
             self._open = Multipart(url, size, part, self._pool, self._ahead, earlier)
         else:
-            with asking(url):
+            with store_errors(url):
                 self._open = filesystem(url).open(url, "wb", block_size=part, autocommit=False)
         self._last = url
         self._sent.append(self._open)
 
     def write(self, data: bytes | bytearray) -> None:
-        with asking(self.folder):
+        with store_errors(self.folder):
             self._open.write(data)
 
     def end(self) -> None:
         """Send what is left of the file that was begun."""
         if self._open is not None:
-            with asking(self.folder):
+            with store_errors(self.folder):
                 self._open.close()
             self._open = None
 
@@ -98,7 +98,7 @@ class Uploads:
             )
         publish(join(self.folder, MARK), self._key.encode())
         while self._sent:
-            with asking(self.folder):
+            with store_errors(self.folder):
                 self._sent[0].commit()
             self._sent.pop(0)
         remove([join(self.folder, MARK)])

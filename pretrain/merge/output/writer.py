@@ -17,7 +17,7 @@ from pretrain.merge.methods.compute import Compute, prepare
 from pretrain.merge.output import overflow
 from pretrain.merge.output.journal import Done
 from pretrain.weights import digests
-from pretrain.weights.dtypes import BLOCK, DTYPES, elements, narrow_into
+from pretrain.weights.dtypes import DTYPES, ELEMENTS_PER_BLOCK, elements, narrow_into
 from pretrain.weights.source import WeightSource
 
 MANY = 4  # outputs in order of which several spans may be held
@@ -101,7 +101,7 @@ class Task:
 def write_tensors(
     outputs: Sequence[Output],
     sources: Sequence[WeightSource],
-    block: int = BLOCK,
+    block: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:

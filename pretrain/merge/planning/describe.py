@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.merge.merge_plan import Option, Plan, TensorJob, letter
-from pretrain.weights.dtypes import BLOCK, DTYPES, elements
-from pretrain.weights.source import FROZEN, WeightSource
+from pretrain.weights.dtypes import DTYPES, ELEMENTS_PER_BLOCK, elements
+from pretrain.weights.folder import FROZEN
+from pretrain.weights.source import WeightSource
 
 THETA = {
     "linear": "sum of weight x input",
@@ -154,7 +155,7 @@ def cost(plan: Plan, sources: Sequence[WeightSource], threads: int | None = None
     work = sum(WORK.get(job.method, 1) * reads[job.name] for job in plan.jobs)
     arrays = max((len(job.terms) + (16 if job.method == "ties" else 6) for job in plan.jobs), default=0)
     headers = sum(len(file.header) for file in plan.files)
-    memory = START + (threads or processors()) * BLOCK * 8 * arrays + 20 * headers
+    memory = START + (threads or processors()) * ELEMENTS_PER_BLOCK * 8 * arrays + 20 * headers
     return Cost(sum(reads.values()), plan.size, int(memory), (work + plan.size) / RATE)
 
 

@@ -16,7 +16,7 @@ from pretrain.merge.planning.inputs import Opened
 from pretrain.merge.sweeps.results import Scored, Sweep, _shown, folder_names
 from pretrain.merge.sweeps.scoring import Command, metric_of, telling
 from pretrain.merge.sweeps.workspace import Workplace, discard
-from pretrain.weights.dtypes import BLOCK
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK
 
 RESULTS = "sweep.json"
 
@@ -31,7 +31,7 @@ def run_sweep(
     keep: bool = True,
     metric: str | None = None,
     lower: bool | None = None,
-    chunk: int = BLOCK,
+    chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join
-from data_pipeline.storage.object_store import ask
+from data_pipeline.storage.object_store import with_retries
 from pretrain.merge.execute import check_apart, execute
 from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Plan, letter
@@ -264,7 +264,7 @@ class _Search:
         """The results beside the soup; the trials' folder goes."""
         trials, done = self.place, self._done
         if trials.remote:
-            ask(
+            with_retries(
                 trials.url,
                 lambda store: _copy_all(store, join(trials.url, LOGS), join(done.url, LOGS)),
                 to="write",

@@ -16,7 +16,7 @@ from pretrain.merge.planning.inputs import Opened
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request, resolve_weights
 from pretrain.merge.sweeps.scored_sweep import run_sweep
-from pretrain.weights.dtypes import BLOCK, elements
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.source import WeightSource, open_weights
 
 Place = TypeVar("Place", Path, str)
@@ -29,7 +29,7 @@ def sweep(
     out: Place,
     *,
     run_dir: Path | None = None,
-    chunk: int = BLOCK,
+    chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
     **asked: Any,

@@ -14,7 +14,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote, join, local_path, publish, read_bytes
-from data_pipeline.storage.object_store import ask
+from data_pipeline.storage.object_store import with_retries
 from pretrain.merge.output.record import RECORD
 from pretrain.merge.sweeps.scoring import Command, Figures, score
 from pretrain.run.lock import FolderLock
@@ -72,7 +72,7 @@ class Workplace:
     def remove(self) -> None:
         """All of it, results and logs too."""
         if self.remote:
-            ask(self.url, lambda store: _remove_all(store, self.url), to="write")
+            with_retries(self.url, lambda store: _remove_all(store, self.url), to="write")
         shutil.rmtree(self.folder)
 
     def score(self, command: Command, trial: Path, name: str) -> Figures:

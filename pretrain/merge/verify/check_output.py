@@ -26,9 +26,9 @@ from pretrain.merge.verify.recompute import (
 )
 from pretrain.merge.vocabulary.align import EMBEDDING
 from pretrain.weights.dtypes import Info
-from pretrain.weights.folder import Folder
+from pretrain.weights.folder import FROZEN, Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
-from pretrain.weights.source import FROZEN, WeightSource
+from pretrain.weights.source import WeightSource
 
 CHUNKS = 32
 

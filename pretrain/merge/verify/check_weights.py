@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.verify.recompute import Progress
 from pretrain.weights.digests import of_file, of_tensor
-from pretrain.weights.dtypes import BLOCK, elements
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 
@@ -74,8 +74,8 @@ def _look_at(file: SafetensorsFile, tensor: str, workers: Workers) -> tuple[str,
 
     def work(start: int, stop: int) -> tuple[bytes, int, int]:
         digest, nan, inf = xxhash.xxh64(), 0, 0
-        for at in range(start, stop, BLOCK):
-            block = file.read(tensor, at, min(at + BLOCK, stop))
+        for at in range(start, stop, ELEMENTS_PER_BLOCK):
+            block = file.read(tensor, at, min(at + ELEMENTS_PER_BLOCK, stop))
             digest.update(block.view(np.uint8).data)
             if dtype in INFINITY:
                 kind, magnitude, infinite = INFINITY[dtype]

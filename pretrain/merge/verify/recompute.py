@@ -16,7 +16,7 @@ from pretrain.merge.methods.blocks import Workers, spans
 from pretrain.merge.methods.compute import Compute, prepare
 from pretrain.merge.output.writer import rounded
 from pretrain.weights.digests import of_names, of_tensor
-from pretrain.weights.dtypes import BLOCK, elements
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource, open_weights
 
@@ -72,8 +72,8 @@ def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], wo
     def digest(name: str) -> str:
         def work(start: int, stop: int) -> bytes:
             one = xxhash.xxh64()
-            for at in range(start, stop, BLOCK):
-                one.update(source.read(name, at, min(at + BLOCK, stop)).view(np.uint8).data)
+            for at in range(start, stop, ELEMENTS_PER_BLOCK):
+                one.update(source.read(name, at, min(at + ELEMENTS_PER_BLOCK, stop)).view(np.uint8).data)
             return one.digest()
 
         return of_tensor(workers.over(work, elements(source.info(name)[1])))
@@ -93,7 +93,7 @@ def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[
     draw = random.Random(seed)
     for number in sorted(draw.choices(range(len(jobs)), weights=sizes, k=count)):
         start = draw.randrange(sizes[number])
-        yield number, start, min(start + BLOCK, sizes[number])
+        yield number, start, min(start + ELEMENTS_PER_BLOCK, sizes[number])
 
 
 def differing(

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
-from pretrain.merge.vocabulary.remapped_source import Rows, View, stored_name
+from pretrain.merge.vocabulary.remapped_source import RowMap, View, stored_name
 from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
     STALE,
@@ -175,7 +175,7 @@ def check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]])
             raise UserError(f"{name}: under a vocabulary rule rows must be of one width and dtype: {listed}")
 
 
-Made = tuple[Rows, dict[str, Path | bytes], list[str], str | None]
+Made = tuple[RowMap, dict[str, Path | bytes], list[str], str | None]
 """rows, companions, notes, and why the companions cannot be those of the output"""
 
 
@@ -209,7 +209,7 @@ def _pad(
         if "config.json" in companions:
             config = parse_json(read(companions["config.json"]), f"{source.address}: config.json")
             companions["config.json"] = as_json(adapted_config(config, {"vocab_size": total}))
-        made.append((Rows.of(owner, np.arange(total)), companions, notes, None))
+        made.append((RowMap.of(owner, np.arange(total)), companions, notes, None))
     return made
 
 
@@ -258,7 +258,7 @@ def _by_token(
                 )
             except UserError as error:  # matters only where the output is to have this config
                 unfit = str(error)
-            made.append((Rows.of(owner, row), companions, notes, unfit))
+            made.append((RowMap.of(owner, row), companions, notes, unfit))
             continue
         companions = {FILE: joined}
         try:
@@ -267,7 +267,7 @@ def _by_token(
             unfit = str(error)
         stale = [name for name in source.companions if name in STALE]
         notes = [f"{', '.join(stale)} of {source.address} left out: tokenizer.json says it"] if stale else []
-        made.append((Rows.of(owner, row), companions, notes, unfit))
+        made.append((RowMap.of(owner, row), companions, notes, unfit))
     return made
 
 

@@ -13,11 +13,11 @@ from pretrain.weights.dtypes import DTYPES, Info, elements, narrow
 from pretrain.weights.source import WeightSource
 
 MADE = -1
-BLOCK = 1 << 20
+ELEMENTS_PER_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowMap:
     """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
     both go on by one.
 
@@ -36,7 +36,7 @@ class Rows:
         owner: np.ndarray,
         row: np.ndarray,
         made: Mapping[int, tuple[tuple[int, int], ...] | None] | None = None,
-    ) -> Rows:
+    ) -> RowMap:
         breaks = (np.diff(row) != 1) | (np.diff(owner) != 0) | (owner[1:] == MADE)
         starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
         return cls(owner, row, starts, made or {})
@@ -58,7 +58,7 @@ class View(WeightSource):
         self,
         source: WeightSource,
         sources: Sequence[WeightSource],
-        rows: Mapping[str, Rows],
+        rows: Mapping[str, RowMap],
         companions: Mapping[str, Path | bytes],
         notes: Sequence[str],
         unfit: str | None,
@@ -124,7 +124,7 @@ class View(WeightSource):
         count = len(rows.row) - len(means)
         assert means == set(range(count, count + len(means)))
         total = np.zeros(width)
-        step = max(1, BLOCK // max(1, width))
+        step = max(1, ELEMENTS_PER_STEP // max(1, width))
         for at in range(0, count, step):
             end = min(at + step, count)
             block = _wide(self.read(name, at * width, end * width), self.info(name)[0])

@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
 from pretrain.weights.dtypes import Info
 from pretrain.weights.formats.safetensors_file import is_name, short
-from pretrain.weights.formats.torch_pickle import Stub, Unpickler
+from pretrain.weights.formats.torch_pickle import Unpickler
 from pretrain.weights.formats.torch_tensor import Storage, Tensor
 from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
@@ -86,9 +86,6 @@ class TorchFile:
         if not self.file.remote:
             self.directory.start(entry)
         return storage
-
-
-__all__ = ["Storage", "Stub", "Tensor", "TorchFile"]
 
 
 class StateDict:

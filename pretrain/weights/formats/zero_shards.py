@@ -17,12 +17,14 @@ from pretrain.weights.byte_file import ByteFile
 from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, Info, elements, narrow
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import is_name, short
-from pretrain.weights.formats.torch_file import Stub, Tensor, TorchFile
+from pretrain.weights.formats.torch_file import TorchFile
+from pretrain.weights.formats.torch_pickle import Stub
+from pretrain.weights.formats.torch_tensor import Tensor
 
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 EXPERTS = re.compile(r"(^|_)expert_\d+_|^expp_rank_\d+_")
-BLOCK = 1 << 18  # elements that are compared at once
+ELEMENTS_COMPARED = 1 << 18  # elements that are compared at once
 SIDE_BY_SIDE = 8  # remote files whose heads are read at once
 LAYERS = re.compile(r"^layer_\d+")
 
@@ -201,8 +203,8 @@ class ZeroShards:
     def _rounds_to(self, master: Tensor, name: str) -> bool:
         """Whether all of a master rounds to the stored tensor of its shape; compared block by block."""
         dtype = self.info(name)[0]
-        for at in range(0, master.numel, BLOCK):
-            stop = min(at + BLOCK, master.numel)
+        for at in range(0, master.numel, ELEMENTS_COMPARED):
+            stop = min(at + ELEMENTS_COMPARED, master.numel)
             stored = self.read(name, at, stop).view(np.uint16)
             if not np.array_equal(narrow(master.read(at, stop), dtype).view(np.uint16), stored):
                 return False

@@ -12,7 +12,8 @@ from pretrain.weights.byte_file import ByteFile
 from pretrain.weights.dtypes import Info, elements
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import is_name
-from pretrain.weights.formats.torch_file import Tensor, TorchFile
+from pretrain.weights.formats.torch_file import TorchFile
+from pretrain.weights.formats.torch_tensor import Tensor
 
 MASTER = "fp32.pt"
 SIDE_BY_SIDE = 8

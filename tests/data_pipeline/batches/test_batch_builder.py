@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
@@ -61,7 +61,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StreamSpec]
 
 def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec]) -> None:
     root, spec = mixture
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     words = {word: i + 4 for i, word in enumerate(WORDS)}
     for step in (0, 3):
         batch = maker.make(step, 0, 12)
@@ -103,10 +103,10 @@ def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec])
 def test_any_split_over_ranks_is_the_same_batch(
     mixture: tuple[Path, StreamSpec], cuts: tuple[int, ...]
 ) -> None:
-    whole = BatchMaker(mixture[1])
+    whole = BatchBuilder(mixture[1])
     # Every slice by a maker of its own, and steps out of order: no state may leak in.
     for step in (4, 0, 2):
-        parts = [BatchMaker(mixture[1]).make(step, a, b) for a, b in pairwise(cuts)]
+        parts = [BatchBuilder(mixture[1]).make(step, a, b) for a, b in pairwise(cuts)]
         want = whole.make(step, 0, 12)
         for name in ARRAYS:
             np.testing.assert_array_equal(joined(parts, name), getattr(want, name))
@@ -117,7 +117,7 @@ def test_any_split_over_ranks_is_the_same_batch(
 
 
 def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec]) -> None:
-    maker = BatchMaker(mixture[1])
+    maker = BatchBuilder(mixture[1])
     memory = np.full((5, SIZE, SIZE, 3), 77, np.uint8)
     batch = maker.make(1, 3, 7, pixels=memory[:4])
     np.testing.assert_array_equal(memory[:4], maker.make(1, 3, 7).pixels)
@@ -130,7 +130,7 @@ def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec
 
 def test_a_pickled_batch_leaves_its_pixels_out_of_band(mixture: tuple[Path, StreamSpec]) -> None:
     buffers: list[pickle.PickleBuffer] = []
-    batch = BatchMaker(mixture[1]).make(0, 0, 3)
+    batch = BatchBuilder(mixture[1]).make(0, 0, 3)
     head = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
     assert 3 * SIZE * SIZE * 3 in [buffer.raw().nbytes for buffer in buffers]
     np.testing.assert_array_equal(pickle.loads(head, buffers=buffers).images, batch.images)
@@ -141,9 +141,9 @@ def test_a_condemned_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: P
     bad = (0, 4)
     write_source(whole / "source", [9])
     write_source(broken / "source", [9], {bad: {"png": b"broken", "txt": b"a"}})
-    spared = BatchMaker(pairs(whole, batch=9, source=whole / "source"))
+    spared = BatchBuilder(pairs(whole, batch=9, source=whole / "source"))
     spared.condemned["source", *bad] = "undecodable"
-    want = BatchMaker(pairs(broken, batch=9, source=broken / "source")).make(0, 0, 9)
+    want = BatchBuilder(pairs(broken, batch=9, source=broken / "source")).make(0, 0, 9)
     found = spared.make(0, 0, 9)
     assert found.skipped == want.skipped == {"source": {"undecodable": 1}}
     assert found.batch_digest == want.batch_digest
@@ -153,7 +153,7 @@ def test_a_condemned_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: P
 
 def test_an_epoch_serves_every_sample_once(tmp_path: Path) -> None:
     spec = pairs(tmp_path, batch=6, only=write_source(tmp_path / "only", [5, 9, 4]))
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     ids = np.concatenate([maker.make(step, 0, 6).sample_ids for step in range(6)])
     shards, indices = np.repeat([0, 1, 2], [5, 9, 4]), np.concatenate([np.arange(n) for n in (5, 9, 4)])
     every = np.sort(sample_ids("only", shards, indices))
@@ -164,7 +164,7 @@ def test_an_epoch_serves_every_sample_once(tmp_path: Path) -> None:
 
 def test_seed_changes_order_and_crops(mixture: tuple[Path, StreamSpec]) -> None:
     spec = mixture[1]
-    one, other = (BatchMaker(dataclasses.replace(spec, seed=s)).make(0, 0, 12) for s in (1, 2))
+    one, other = (BatchBuilder(dataclasses.replace(spec, seed=s)).make(0, 0, 12) for s in (1, 2))
     assert one.order_digest != other.order_digest
     assert (one.sample_ids != other.sample_ids).any()
 
@@ -173,7 +173,7 @@ def test_seed_changes_order_and_crops(mixture: tuple[Path, StreamSpec]) -> None:
 def test_packed_text(tmp_path: Path, dtype: type) -> None:
     source = write_packed(tmp_path / "packed", [4, 3], dtype=dtype)
     spec = StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=7, length=LENGTH)
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     batch = maker.make(0, 0, 7)
     refs = maker.order.refs(0)
     np.testing.assert_array_equal(
@@ -194,7 +194,7 @@ def test_packed_text(tmp_path: Path, dtype: type) -> None:
 )
 def test_packed_text_of_another_shape_is_named(tmp_path: Path, written: dict, message: str) -> None:
     source = write_packed(tmp_path / "packed", [4], **written)
-    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
+    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
     for attempt in (maker.check, lambda: maker.make(0, 0, 2)):
         with pytest.raises(UserError, match=message):
             attempt()
@@ -224,7 +224,7 @@ def spoilt_npy() -> Iterator[bytes]:
 def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
     spoilt = list(spoilt_npy())
     source = write_packed(tmp_path / "t", [4])
-    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
+    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
     good = maker.make(0, 0, 4)
     reader = maker._rows._readers["t"]
     whole = reader.read
@@ -245,7 +245,7 @@ def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
     out = io.BytesIO()
     np.save(out, np.array([print] * LENGTH, dtype=object), allow_pickle=True)
     source = write_source(tmp_path / "packed", [1], {(0, 0): {"npy": out.getvalue()}})
-    maker = BatchMaker(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
+    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
     with pytest.raises(UserError, match=r"undecodable.*allow_pickle"):
         maker.check()
 
@@ -260,7 +260,7 @@ def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
 def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:
     source = write_source(tmp_path / "held_out", [5, 2, 4])
     spec = dataclasses.replace(pairs(tmp_path, batch=4, held_out=source), image=ImageSpec(SIZE))
-    maker = EvaluationMaker(spec)
+    maker = EvaluationPass(spec)
     assert (len(maker), maker.samples) == (3, 11)
     batches = [maker.make(number, 0, 4) for number in range(3)]
     places = [(shard, index) for shard, count in enumerate([5, 2, 4]) for index in range(count)]
@@ -278,7 +278,7 @@ def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:
     assert len(np.unique(joined(batches, "sample_ids")[:11])) == 11
     # Ranks, also of uneven size, see slices of the same batch.
     for cuts in ((0, 2, 4), (0, 1, 4)):
-        parts = [EvaluationMaker(spec).make(2, a, b) for a, b in pairwise(cuts)]
+        parts = [EvaluationPass(spec).make(2, a, b) for a, b in pairwise(cuts)]
         for name in ARRAYS:
             np.testing.assert_array_equal(joined(parts, name), getattr(batches[2], name))
         assert sum(part.batch_digest for part in parts) % 2**64 == batches[2].batch_digest
@@ -286,7 +286,7 @@ def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:
 
 def test_an_unusable_sample_has_no_weight_in_evaluation(tmp_path: Path) -> None:
     source = write_source(tmp_path / "held_out", [4], {(0, 2): {"png": b"broken", "txt": b"a"}})
-    batch = EvaluationMaker(pairs(tmp_path, batch=4, held_out=source)).make(0, 0, 4)
+    batch = EvaluationPass(pairs(tmp_path, batch=4, held_out=source)).make(0, 0, 4)
     assert batch.weights.tolist() == [1, 1, 0, 1]
     assert batch.skipped == {"held_out": {"undecodable": 1}}
     assert batch.samples == {"held_out": 3}
@@ -295,13 +295,13 @@ def test_an_unusable_sample_has_no_weight_in_evaluation(tmp_path: Path) -> None:
 
 def test_evaluation_takes_one_source(mixture: tuple[Path, StreamSpec]) -> None:
     with pytest.raises(UserError, match="one source is expected, not first, second"):
-        EvaluationMaker(mixture[1])
+        EvaluationPass(mixture[1])
 
 
 def test_images_alone_need_no_captions(tmp_path: Path) -> None:
     bare = {(0, i): {"png": members(0, i)["png"]} for i in range(3)}
     source = write_source(tmp_path / "bare", [3], bare)
     spec = dataclasses.replace(pairs(tmp_path, batch=3, bare=source), text=None)
-    batch = BatchMaker(spec).make(0, 0, 3)
+    batch = BatchBuilder(spec).make(0, 0, 3)
     assert batch.tokens.shape == (3, 0)
     assert batch.images.any(axis=(1, 2, 3)).all()

@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.formats import detect, img2dataset, refinedweb
 from data_pipeline.formats.img2dataset import Outcome, Sums, odd_key, read_outcomes
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from tests.data_pipeline.formats.test_laion import SCHEMAS, write
 from tests.support.samples import write_packed, write_source
 
@@ -152,8 +152,8 @@ def test_rows_without_key_or_status_are_verdicts(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     first, second, third = read_outcomes(str(tmp_path))
     assert isinstance(first, Outcome)
-    assert isinstance(second, Verdict)
-    assert isinstance(third, Verdict)
+    assert isinstance(second, BadRecord)
+    assert isinstance(third, BadRecord)
     assert (first.width, second.reason, third.reason) == (4, "missing key", "missing status")
 
 

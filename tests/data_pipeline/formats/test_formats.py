@@ -14,7 +14,7 @@ import webdataset
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import img2dataset, refinedweb
-from data_pipeline.sources.shard_reader import open_source
+from data_pipeline.sources.manifest import open_source
 
 # As img2dataset's reader and downloader name them: the columns kept, caption and url, then its own.
 COLUMNS = [

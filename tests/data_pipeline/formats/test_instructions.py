@@ -12,7 +12,7 @@ from data_pipeline.errors import ContentError
 from data_pipeline.formats import instructions, paligemma
 from data_pipeline.formats.instructions import Conversation, Turn, read_conversations
 from data_pipeline.formats.paligemma import Prompted, read_prompted
-from data_pipeline.formats.records import Verdict, check_image_path, image_url
+from data_pipeline.formats.records import BadRecord, check_image_path, image_url
 
 LLAVA = {
     "id": "004539375",
@@ -121,7 +121,7 @@ def test_files_of_both_shapes_give_records_and_verdicts_by_place(suffix: str, tm
     (_, first), (place, second), (_, third) = read_conversations(path)
     assert isinstance(first, Conversation)
     assert first.id == "004539375"
-    assert second == Verdict(path, place, "no answer", "1 turns, none of them the assistant's")
+    assert second == BadRecord(path, place, "no answer", "1 turns, none of them the assistant's")
     assert place == ("entry 1" if suffix == "json" else "line 2")
     assert isinstance(third, Conversation)
     assert third.id == "3"
@@ -131,7 +131,7 @@ def test_bytes_in_a_list_that_are_no_utf8_are_told(tmp_path: Path) -> None:
     text = json.dumps([talk("human: h@", "gpt: ho")]).encode().replace(b"@", b"\xff")
     (tmp_path / "a.json").write_bytes(text)
     ((_, found),) = read_conversations(str(tmp_path / "a.json"))
-    assert isinstance(found, Verdict)
+    assert isinstance(found, BadRecord)
     assert found.reason == "not UTF-8"
 
 

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.formats import laion
 from data_pipeline.formats.laion import Pair, read_pairs
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 
 URLS = ["http://a/1.jpg", "http://a/2.jpg", None]
 TEXTS = ["a red dot", "", None]
@@ -114,7 +114,7 @@ def test_every_schema_is_known_and_read(name: str, copied: bool, tmp_path: Path)
     first, second, third = read_pairs(write(tmp_path / "a.parquet", schema))
     assert isinstance(first, Pair)
     assert isinstance(second, Pair)
-    assert third == Verdict(str(tmp_path / "a.parquet"), "row 2", "missing url")
+    assert third == BadRecord(str(tmp_path / "a.parquet"), "row 2", "missing url")
     assert (first.url, second.url) == ("http://a/1.jpg", "http://a/2.jpg")
     if name != "laion-coco":
         assert (first.captions, second.captions) == (("a red dot",), ())
@@ -194,7 +194,7 @@ def test_text_that_is_no_utf8_is_a_verdict(tmp_path: Path) -> None:
     first, second, third = read_pairs(str(tmp_path / "a.parquet"))
     assert isinstance(first, Pair)
     assert first.captions == ("good",)
-    assert isinstance(second, Verdict)
+    assert isinstance(second, BadRecord)
     assert (second.reason, second.place) == ("not UTF-8", "row 1")
     assert isinstance(third, Pair)
     assert third.captions == ()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.formats import cc3m, text_records
 from data_pipeline.formats.laion import Pair
-from data_pipeline.formats.records import Verdict
+from data_pipeline.formats.records import BadRecord
 from data_pipeline.formats.text_records import lines
 
 
@@ -41,7 +41,7 @@ def test_pairs_are_those_of_a_plain_reader_of_tabs(header: bool, end: bytes, tmp
 def test_bad_lines_are_counted_where_they_stand(tmp_path: Path) -> None:
     content = b"one\thttp://1\nno tab\na\tb\tc\n\n\xff\xfe\thttp://2\nno url\t \n\thttp://3\nlast\thttp://4"
     found = list(cc3m.read_pairs(tsv(tmp_path, content)))
-    told = [(r.place, r.reason) if isinstance(r, Verdict) else (r.url, r.captions) for r in found]
+    told = [(r.place, r.reason) if isinstance(r, BadRecord) else (r.url, r.captions) for r in found]
     assert told == [
         ("http://1", ("one",)),
         ("line 2", "no tab"),
@@ -66,7 +66,7 @@ def test_a_long_line_is_skipped_in_little_memory(tmp_path: Path) -> None:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     first, second, third = found
-    assert isinstance(second, Verdict)
+    assert isinstance(second, BadRecord)
     assert (second.place, second.reason) == ("line 2", "line too long")
     assert isinstance(third, Pair)
     assert third.url == "http://2"
@@ -77,7 +77,7 @@ def test_a_long_line_is_skipped_in_little_memory(tmp_path: Path) -> None:
 def test_binary_bytes_are_verdicts(tmp_path: Path) -> None:
     found = list(cc3m.read_pairs(tsv(tmp_path, bytes(range(256)) * 50)))
     assert found
-    assert all(isinstance(one, Verdict) for one in found)
+    assert all(isinstance(one, BadRecord) for one in found)
 
 
 def test_swapped_columns_are_noticed() -> None:
@@ -135,7 +135,7 @@ def test_entries_of_a_list_are_those_that_json_loads(
 
 def reasons(content: bytes, longest: int = 1 << 20) -> list[Any]:
     found = text_records.records("f", io.BytesIO(content), longest)
-    return [(place, v.reason) if isinstance(v, Verdict) else v for place, v in found]
+    return [(place, v.reason) if isinstance(v, BadRecord) else v for place, v in found]
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 
 from data_pipeline import SourceSpec, UserError, activity
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
-from data_pipeline.batches.work_items import Item
+from data_pipeline.batches.work_items import WorkItem, micro_batches, rows_of
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader import loader as loader_module
-from data_pipeline.loader.loader import Loader, LocalLoader, StallLimits, micro_batches, rows_of
+from data_pipeline.loader.loader import Loader, LocalLoader
 from data_pipeline.workers import process_pool, thread_pool
 from data_pipeline.workers.process_pool import ProcessPool
+from data_pipeline.workers.watchdog import StallLimits
 from data_pipeline.workers.worker_handle import WorkerProcess
 from tests.support.samples import LENGTH, SIZE, pairs, write_packed, write_source
 
@@ -52,7 +53,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
 @pytest.fixture(scope="module")
 def truth(specs: list[StreamSpec]) -> list[dict[str, Batch]]:
     """Whole global batches, one maker call each."""
-    makers = {spec.name: BatchMaker(spec) for spec in specs}
+    makers = {spec.name: BatchBuilder(spec) for spec in specs}
     return [
         {name: maker.make(step, 0, maker.spec.batch) for name, maker in makers.items()}
         for step in range(STEPS)
@@ -238,12 +239,12 @@ def test_workers_whose_start_stalls_are_named(
 
 
 def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
-    asked: list[Item] = []
+    asked: list[WorkItem] = []
 
     class Recording(thread_pool.ThreadPool):
         ahead = 2
 
-        def submit(self, item: Item, pieces: int = 1) -> int:
+        def submit(self, item: WorkItem, pieces: int = 1) -> int:
             asked.append(item)
             return super().submit(item, pieces)
 
@@ -254,7 +255,7 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
     with Recorded(specs, 0, 1, 0) as loader:
         for number, _ in enumerate(loader.steps(0, 9)):
             assert max(item.step for item in asked) == min(number + 2, 8)
-    assert asked == [Item(s.name, step, 0, s.batch) for step in range(9) for s in specs]
+    assert asked == [WorkItem(s.name, step, 0, s.batch) for step in range(9) for s in specs]
     assert (thread_pool.ThreadPool.ahead, ProcessPool.ahead) == (1, 2)
 
 
@@ -268,7 +269,7 @@ class Counting:
         self.pieces: list[int] = []
         self.most = 0
 
-    def submit(self, item: Item, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, pieces: int = 1) -> int:
         ticket = len(self.pieces)
         self.pieces.append(pieces)
         self.held[ticket] = (item.stop - item.start) * SIZE * SIZE * 3
@@ -326,20 +327,20 @@ def test_the_first_batch_is_made_by_all_workers(
         (batch,) = next(loader.steps(0, 1))["pairs"]
     assert sorted(rows for _, *rows in makers) == [[0, 16], [16, 32], [32, 48], [48, 64]]
     assert (batch.start, batch.stop) == (0, 64)
-    assert batch.batch_digest == BatchMaker(big).make(0, 0, 64).batch_digest
+    assert batch.batch_digest == BatchBuilder(big).make(0, 0, 64).batch_digest
 
 
 def test_a_read_that_stalls_in_this_process_is_named(
     specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make = BatchMaker.make
+    make = BatchBuilder.make
 
-    def slow(self: BatchMaker, step: int, start: int, stop: int) -> Batch:
+    def slow(self: BatchBuilder, step: int, start: int, stop: int) -> Batch:
         with activity.reading("/far/away.tar"):
             time.sleep(0.5)
         return make(self, step, start, stop)
 
-    monkeypatch.setattr(BatchMaker, "make", slow)
+    monkeypatch.setattr(BatchBuilder, "make", slow)
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
         LocalLoader(specs[:1], 0, 1, 0, limits=StallLimits(0.05, 0.1)) as loader,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.loader.prefetch_plan import Plan, window_steps
 from data_pipeline.order.source_order import WINDOW
@@ -48,10 +48,10 @@ def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[M
     return made, bounds
 
 
-def maker_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchMaker:
+def maker_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchBuilder:
     specs = {name: SourceSpec(source.root, weight=weights.get(name)) for name, source in sources.items()}
     spec = StreamSpec("text", 7, specs, batch=BATCH, length=8)
-    return BatchMaker(spec, sources, None, CacheSettings(str(tmp_path / "cache"), limit))
+    return BatchBuilder(spec, sources, None, CacheSettings(str(tmp_path / "cache"), limit))
 
 
 def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.batches.spec import SourceSpec
-from data_pipeline.batches.work_items import Setup
+from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.index.build import build_index
 from data_pipeline.loader.prefetcher import STARTS, Prefetcher
 from data_pipeline.storage.cache import Cache, CacheSettings
@@ -218,7 +218,7 @@ def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
 ) -> None:
     """Else readers would go on one sample at a time, waiting for its first window."""
     with stream(counted.remote, tmp_path) as remote:
-        setup = Setup.of(remote._maker)
+        setup = BuilderSetup.of(remote._maker)
         begun = Prefetcher.of([setup], 0, 1)
         assert begun is not None
         cache = Cache(setup.cache or CacheSettings.of())
@@ -239,7 +239,7 @@ def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
     counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with stream(counted.remote, tmp_path) as remote:
-        setup = Setup.of(remote._maker)
+        setup = BuilderSetup.of(remote._maker)
     (manifest,) = setup.manifests.values()
     assert manifest.offsets is not None
     gone = replace(manifest, offsets=replace(manifest.offsets, url=f"{manifest.offsets.url}.gone"))

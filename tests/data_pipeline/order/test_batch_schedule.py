@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.batches.work_items import check_ranks, items_of
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 
 SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).flatmap(
     lambda later: st.integers(1, 9).map(lambda rows: {0: rows, **later})
@@ -21,13 +21,15 @@ SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).f
 
 
 def spec(batch: Any) -> StreamSpec:
-    return StreamSpec("pairs", 0, {"a": SourceSpec("a")}, Batches.of(batch), length=8)
+    return StreamSpec("pairs", 0, {"a": SourceSpec("a")}, BatchSchedule.of(batch), length=8)
 
 
 @given(SCHEDULES, st.integers(0, 60))
 def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: int) -> None:
-    batches = Batches.of(json.loads(json.dumps(Batches.of(schedule).plain())))  # as a checkpoint keeps it
-    assert batches == Batches.of(schedule)
+    batches = BatchSchedule.of(
+        json.loads(json.dumps(BatchSchedule.of(schedule).plain()))
+    )  # as a checkpoint keeps it
+    assert batches == BatchSchedule.of(schedule)
     listed = [schedule[max(first for first in schedule if first <= step)] for step in range(70)]
     assert [batches.at(step) for step in range(70)] == listed
     assert batches.before(number) == sum(listed[:number])
@@ -37,14 +39,14 @@ def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: i
 
 
 def test_a_number_is_the_same_batch_always() -> None:
-    assert Batches.of(8) == Batches.of({0: 8})
-    assert Batches.of(8).plain() == 8
-    assert [Batches.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
+    assert BatchSchedule.of(8) == BatchSchedule.of({0: 8})
+    assert BatchSchedule.of(8).plain() == 8
+    assert [BatchSchedule.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
 
 
 def test_whole_numbers_of_any_kind_are_rows() -> None:
-    assert Batches.of(np.int64(8)) == Batches.of({"0": np.int32(8)}) == Batches.of(8)
-    assert type(Batches.of(np.int64(8)).rows[0]) is int
+    assert BatchSchedule.of(np.int64(8)) == BatchSchedule.of({"0": np.int32(8)}) == BatchSchedule.of(8)
+    assert type(BatchSchedule.of(np.int64(8)).rows[0]) is int
 
 
 @pytest.mark.parametrize(
@@ -52,13 +54,13 @@ def test_whole_numbers_of_any_kind_are_rows() -> None:
 )
 def test_what_is_no_whole_number_is_refused(batch: Any) -> None:
     with pytest.raises(UserError, match=r"batch: .*(no whole number|twice)"):
-        Batches.of(batch)
+        BatchSchedule.of(batch)
 
 
 @pytest.mark.parametrize("batch", [{}, {1: 8}, {-1: 8, 0: 8}, {0: 0}, {0: 8, 5: -8}, 0])
 def test_what_is_no_schedule_is_refused(batch: Any) -> None:
     with pytest.raises(UserError, match="batch"):
-        Batches.of(batch)
+        BatchSchedule.of(batch)
 
 
 def test_ranks_share_every_batch_of_a_schedule() -> None:

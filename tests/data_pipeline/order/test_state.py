@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import Batches
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder, choose_lanes
 
 PRINTS = {"a": "f1", "b": "f2"}
@@ -76,7 +76,9 @@ def test_what_is_no_state_is_refused() -> None:
 
 
 def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:
-    assert [choose_lanes(Batches.of(batch), None) for batch in (1, 7, 256, 1024, 65_536, 1500, 2 * 1031)] == [
+    assert [
+        choose_lanes(BatchSchedule.of(batch), None) for batch in (1, 7, 256, 1024, 65_536, 1500, 2 * 1031)
+    ] == [
         1,
         7,
         256,
@@ -85,13 +87,13 @@ def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:
         750,
         2,
     ]
-    assert choose_lanes(Batches.of(256), 64) == 64
+    assert choose_lanes(BatchSchedule.of(256), 64) == 64
     with pytest.raises(
         UserError, match="100 does not divide the batch of 256; the nearest number that does is 128"
     ):
-        choose_lanes(Batches.of(256), 100)
+        choose_lanes(BatchSchedule.of(256), 100)
     with pytest.raises(UserError, match="batch is 0"):
-        choose_lanes(Batches.of(0), None)
+        choose_lanes(BatchSchedule.of(0), None)
 
 
 @pytest.mark.parametrize(("step", "start", "stop"), [(-1, 0, 4), (0, -1, 4), (0, 5, 4), (0, 0, 17)])
@@ -113,9 +115,9 @@ def test_steps_of_a_length_count_the_batches_before_a_change() -> None:
     state = StreamOrder(sources, 8, 8, 7).state(step)
     resumed = StreamOrder(sources, ramp, 8, 7).resume(state, accept_change=True)
     changed = StreamOrder(sources, ramp, 8, 7, segments=resumed.segments)
-    rows = [8] * step + [Batches.of(ramp).at(later) for later in range(step, 30)]
+    rows = [8] * step + [BatchSchedule.of(ramp).at(later) for later in range(step, 30)]
     for samples in range(sum(rows[:step]), sum(rows)):
         assert changed.steps(samples) == next(n for n in range(31) if sum(rows[:n]) >= samples)
     assert changed.steps(1) == step  # over, wherever it was
     first = StreamOrder(sources, ramp, 8, 7)
-    assert [first.steps(n) for n in range(300)] == [Batches.of(ramp).steps(n) for n in range(300)]
+    assert [first.steps(n) for n in range(300)] == [BatchSchedule.of(ramp).steps(n) for n in range(300)]

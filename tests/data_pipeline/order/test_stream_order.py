@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from data_pipeline.order.stream_order import (
-    Refs,
+    SampleRefs,
     SourceCounts,
     StreamOrder,
     row_keys,
@@ -54,7 +54,7 @@ def mixtures(draw: Any) -> list[SourceCounts]:
     ]
 
 
-def tuples(refs: Refs) -> list[tuple[int, ...]]:
+def tuples(refs: SampleRefs) -> list[tuple[int, ...]]:
     return list(zip(*(getattr(refs, field).tolist() for field in FIELDS), strict=True))
 
 

@@ -19,7 +19,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.formats import refinedweb
 from data_pipeline.prepare.pack import pack
 from data_pipeline.prepare.train_tokenizer import train_tokenizer
-from data_pipeline.sources.shard_reader import ShardReader, open_source
+from data_pipeline.sources.manifest import open_source
+from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.transforms.tokenizers import load_tokenizer
 
 WORDS = [

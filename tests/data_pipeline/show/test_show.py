@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from data_pipeline import storage
-from data_pipeline.batches.batch_builder import BatchMaker, ImageSpec, SourceSpec, StreamSpec
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.formats import img2dataset, refinedweb
 from data_pipeline.index.build import build_index
 from data_pipeline.show import describe, render
 from data_pipeline.sources.tar import TarWriter
+from data_pipeline.transforms.decode import ImageSpec
 
 
 def rows(count: int) -> list[img2dataset.Row]:
@@ -108,7 +110,7 @@ def test_what_is_served_is_no_problem(tmp_path: Path, extension: str) -> None:
     about = describe(str(tmp_path))
     assert (about["kind"], about["problems"]) == ("webdataset tars", [])
     spec = StreamSpec("pairs", 0, {"a": SourceSpec(str(tmp_path))}, batch=1, image=ImageSpec(size=8))
-    images = BatchMaker(spec).make(0, 0, 1).images
+    images = BatchBuilder(spec).make(0, 0, 1).images
     assert images is not None
     assert images[0, 0].mean() > 240
 

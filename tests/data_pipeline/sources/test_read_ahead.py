@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from data_pipeline.errors import ReadError
-from data_pipeline.sources.remote_shards import AT_ONCE, Place, ReadAhead
+from data_pipeline.sources.remote_shards import PARALLEL_READS, Place, ReadAhead
 
 
 class Store:
@@ -51,7 +51,7 @@ def test_each_is_read_once_and_several_at_once() -> None:
         assert not store.asked  # nothing before somebody asks
         assert [ahead.take(place) for place in places] == [f"{a} {b}".encode() for a, b in places]
     assert sorted(store.asked) == sorted(places)
-    assert 4 <= store.most <= AT_ONCE
+    assert 4 <= store.most <= PARALLEL_READS
 
 
 def test_it_never_runs_far_ahead() -> None:
@@ -60,7 +60,7 @@ def test_it_never_runs_far_ahead() -> None:
         ahead.expect([(0, n) for n in range(20, 120)])
         assert ahead.take((0, 20)) == b"0 20"
         time.sleep(0.05)
-        assert len(store.asked) == AT_ONCE
+        assert len(store.asked) == PARALLEL_READS
 
 
 def test_an_error_is_raised_for_its_own_sample() -> None:

@@ -17,9 +17,9 @@ import webdataset
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
-from data_pipeline.sources.manifest import FORMAT
+from data_pipeline.sources.manifest import FORMAT, open_source
 from data_pipeline.sources.scan import locate
-from data_pipeline.sources.shard_reader import ShardReader, open_source
+from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from tests.support.s3_server import s3_server
 

@@ -19,8 +19,9 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
 from data_pipeline.sources import manifest
+from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.scan import locate
-from data_pipeline.sources.shard_reader import ShardReader, open_source
+from data_pipeline.sources.shard_reader import ShardReader
 from tests.support.s3_server import s3_server
 from tests.support.tars import Entry, truth, write_entries
 

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import BLOCK, Sample, TarWriter, member_table, split_name, walk
+from data_pipeline.sources.tar import TAR_BLOCK_BYTES, Sample, TarWriter, member_table, split_name, walk
 
 SAMPLES = {
     "000000000": {"txt": b"a red circle", "jpg": b"\xff\xd8" + bytes(700), "json": b"{}"},
@@ -132,7 +132,9 @@ def test_a_file_over_8_gib_has_its_size_in_base_256() -> None:
     info = tarfile.TarInfo("big.bin")
     info.size = 9 << 30
     header = info.tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises(UserError, match=f"should end at byte {(9 << 30) + BLOCK}, the file at byte 512"):
+    with pytest.raises(
+        UserError, match=f"should end at byte {(9 << 30) + TAR_BLOCK_BYTES}, the file at byte 512"
+    ):
         member_table(header)
 
 
@@ -140,9 +142,9 @@ def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar")
     data, whole = path.read_bytes(), member_table(path)
     last = max(offset + size for s in whole for offset, size in s.members.values())
-    end = -(-last // BLOCK) * BLOCK  # where the zero blocks begin
-    for cut in [*range(1, len(data), 97), *range(0, len(data), BLOCK)]:
-        if cut >= end + BLOCK:
+    end = -(-last // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES  # where the zero blocks begin
+    for cut in [*range(1, len(data), 97), *range(0, len(data), TAR_BLOCK_BYTES)]:
+        if cut >= end + TAR_BLOCK_BYTES:
             assert member_table(data[:cut]) == whole
         else:
             with pytest.raises(UserError, match=r"cut off|no tar"):
@@ -203,7 +205,7 @@ def test_pax_sizes_below_zero_do_not_loop() -> None:
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, len(record)
     file = tarfile.TarInfo("a.txt").tobuf(tarfile.USTAR_FORMAT)
-    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + file + bytes(1024)
+    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(TAR_BLOCK_BYTES, b"\0") + file + bytes(1024)
     with pytest.raises(UserError, match="negative size"):
         member_table(data)
 
@@ -220,7 +222,7 @@ def test_names_of_gigabytes_are_refused_unread(kind: bytes) -> None:
             return 4 << 30
 
         def __getitem__(self, part: slice, /) -> bytes:
-            assert (part.start, part.stop) == (0, BLOCK)
+            assert (part.start, part.stop) == (0, TAR_BLOCK_BYTES)
             return info.tobuf(tarfile.USTAR_FORMAT)
 
     with pytest.raises(

@@ -18,16 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import storage
-from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import SourceSpec
 from data_pipeline.errors import UserError
 from data_pipeline.index import parallel
 from data_pipeline.index.build import build_index
 from data_pipeline.index.build_view import Rule, make_view
-from data_pipeline.sources.shard_reader import ShardReader, open_source
+from data_pipeline.sources.manifest import open_source
+from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
-from data_pipeline.sources.views import BLOCK, View, pack, ranks_of
+from data_pipeline.sources.views import SAMPLES_PER_BLOCK, View, pack, ranks_of
 from tests.support.s3_server import s3_server
 from tests.support.samples import members, pairs
 
@@ -111,7 +112,7 @@ def test_a_view_takes_a_bit_a_sample() -> None:
     bits = pack(np.ones(10_000, bool))
     content, _ = ranks_of(bits.reshape(-1), np.array([bits.size]))
     assert len(content) * 8 / 10_000 < 1.1
-    assert bits.shape == (-(-10_000 // BLOCK), BLOCK // 8)
+    assert bits.shape == (-(-10_000 // SAMPLES_PER_BLOCK), SAMPLES_PER_BLOCK // 8)
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -143,8 +144,8 @@ def test_training_meets_each_kept_sample_and_each_is_the_one_it_was(root: str, t
     make_view(root, "good", Rule(where=WHERE))
     places = kept_places()
     spec = pairs(tmp_path, batch=len(places), a=SourceSpec(root, view="good"))
-    batch = BatchMaker(spec).make(0, 0, len(places))
-    whole = BatchMaker(pairs(tmp_path, batch=sum(COUNTS), a=SourceSpec(root)))
+    batch = BatchBuilder(spec).make(0, 0, len(places))
+    whole = BatchBuilder(pairs(tmp_path, batch=sum(COUNTS), a=SourceSpec(root)))
     first = whole.make(0, 0, sum(COUNTS))
     order = whole.order.refs(0, 0, sum(COUNTS))
     row = {(int(s), int(i)): n for n, (s, i) in enumerate(zip(order.shard, order.index, strict=True))}
@@ -158,7 +159,7 @@ def test_training_meets_each_kept_sample_and_each_is_the_one_it_was(root: str, t
 
 
 def _drawn(spec: Any) -> tuple[np.ndarray, np.ndarray]:
-    refs = BatchMaker(spec).order.refs(0, 0, spec.batch)
+    refs = BatchBuilder(spec).order.refs(0, 0, spec.batch)
     return refs.shard, refs.index
 
 
@@ -171,11 +172,11 @@ def test_what_replaces_a_sample_is_kept_too(root: str, tmp_path: Path) -> None:
             tar.write(f"00003{index:04d}", content)
     make_view(root, "good", Rule(where=WHERE))
     spec = pairs(tmp_path, batch=len(places), a=SourceSpec(root, view="good"))
-    batch = BatchMaker(spec).make(0, 0, len(places))
+    batch = BatchBuilder(spec).make(0, 0, len(places))
     assert batch.skipped["a"]["undecodable"] >= len(broken)
     keys = {f"{s:05d}{i:04d}" for s, i in broken}
     assert {bad["key"] for bad in batch.bad} == keys
-    whole = BatchMaker(pairs(tmp_path, batch=sum(COUNTS), a=SourceSpec(root)))
+    whole = BatchBuilder(pairs(tmp_path, batch=sum(COUNTS), a=SourceSpec(root)))
     from data_pipeline.order.stream_order import sample_ids
 
     good = [place for place in places if place not in broken]
@@ -186,7 +187,7 @@ def test_what_replaces_a_sample_is_kept_too(root: str, tmp_path: Path) -> None:
 
 def test_evaluation_reads_the_kept_in_order(root: str, tmp_path: Path) -> None:
     make_view(root, "good", Rule(where=WHERE))
-    maker = EvaluationMaker(pairs(tmp_path, batch=4, a=SourceSpec(root, view="good")))
+    maker = EvaluationPass(pairs(tmp_path, batch=4, a=SourceSpec(root, view="good")))
     maker.check()
     metas = [meta for n in range(len(maker)) for meta in maker.make(n, 0, 4).meta or []]
     assert [m["key"] for m in metas if m["key"]] == [f"{s:05d}{i:04d}" for s, i in kept_places()]

@@ -10,11 +10,14 @@ from typing import BinaryIO
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.batches.batch_builder import BatchMaker, ImageSpec, SourceSpec, StreamSpec
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.sources.shard_reader import ShardReader, open_source
+from data_pipeline.sources.manifest import open_source
+from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.storage import object_store
+from data_pipeline.transforms.decode import ImageSpec
 from tests.support.s3_server import s3_server, stop
 from tests.support.samples import write_source
 
@@ -184,7 +187,7 @@ def test_rows_of_a_store_that_went_away_are_named(dead: tuple[str, ShardReader])
     root, reader = dead
     spec = StreamSpec("pairs", 0, {"a": SourceSpec(root)}, batch=1, image=ImageSpec())
     with pytest.raises(ReadError, match=rf"{root}/00000\.tar, sample 0: .* at byte 0 after 2 tries: "):
-        BatchMaker(spec, {"a": reader.manifest}).make(0, 0, 1)
+        BatchBuilder(spec, {"a": reader.manifest}).make(0, 0, 1)
 
 
 def test_missing_keys_and_a_wrong_bucket_are_the_users(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.batches.batch_builder import BatchMaker
-from data_pipeline.batches.evaluation_pass import EvaluationMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import TextSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order.digest import row_digest
@@ -148,7 +148,7 @@ def test_the_choice_is_part_of_the_digest_and_of_the_row(tmp_path: Path) -> None
     assert spec.text is not None
     text = TextSpec(spec.text.tokenizer, LENGTH, CaptionSpec(("json.c",), ("json.s",), 2))
     spec = dataclasses.replace(spec, text=text, image=None)
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     seen = set()
     for step in range(8):
         batch, refs = maker.make(step, 0, 6), maker.order.refs(step)
@@ -161,7 +161,7 @@ def test_the_choice_is_part_of_the_digest_and_of_the_row(tmp_path: Path) -> None
             seen.add(choice)
         assert batch.batch_digest == want % 2**64
     assert seen == {1, 2}
-    held_out = EvaluationMaker(spec).make(0, 0, 6)
+    held_out = EvaluationPass(spec).make(0, 0, 6)
     assert [meta["caption"] for meta in held_out.meta or []] == ["a blue dot"] * 6
 
 
@@ -192,4 +192,4 @@ def test_the_expected_members_are_named(tmp_path: Path) -> None:
     assert spec.text is not None
     text = TextSpec(spec.text.tokenizer, LENGTH, CaptionSpec(("json.made", "json.written")))
     with pytest.raises(UserError, match=r"a caption \(json\.made or json\.written\)"):
-        BatchMaker(dataclasses.replace(spec, text=text)).check()
+        BatchBuilder(dataclasses.replace(spec, text=text)).check()

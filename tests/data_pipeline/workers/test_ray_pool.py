@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.loader.loader import LocalLoader, StallLimits
+from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.workers.isolation import CRASHED
+from data_pipeline.workers.watchdog import StallLimits
 from tests.data_pipeline.loader.test_loader import wait_until
 from tests.fault.deadly import Deadly
 from tests.support.samples import members, pairs, write_source
@@ -206,18 +207,18 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
             ray.kill(rank)
 
 
-def deadly(tmp_path: Path, what: str) -> BatchMaker:
+def deadly(tmp_path: Path, what: str) -> BatchBuilder:
     """A maker of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
     replace = {(0, 3): members(0, 3) | {"txt": f"a red dot of {what}".encode()}}
     spec = pairs(tmp_path, batch=9, a=write_source(tmp_path / "a", [9], replace))
-    return BatchMaker(spec, tokenizer=Deadly(BatchMaker(spec).tokenizer))
+    return BatchBuilder(spec, tokenizer=Deadly(BatchBuilder(spec).tokenizer))
 
 
 def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
     from data_pipeline.loader.loader import RayLoader
 
     maker = deadly(tmp_path, "crash")
-    truth = BatchMaker(maker.spec)
+    truth = BatchBuilder(maker.spec)
     truth.condemned = {("a", 0, 3): CRASHED}
     with RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}) as loader:
         for number, step in enumerate(loader.steps(0, 4)):

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
-from data_pipeline.batches.work_items import Item, cut, join
+from data_pipeline.batches.work_items import WorkItem, cut, join
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.workers import ipc, shared_memory
 from data_pipeline.workers.process_pool import ProcessPool
-from data_pipeline.workers.shared_memory import Slabs
+from data_pipeline.workers.shared_memory import SharedBufferPool
 from tests.data_pipeline.loader.test_loader import wait_until
 from tests.support.samples import SIZE, pairs, write_packed, write_source
 
@@ -67,7 +67,7 @@ def content(view: Any) -> bytes:
 def test_nothing_that_is_seen_is_ever_written(spec: StreamSpec) -> None:
     """A user who keeps views of all kinds for various times, against what they showed at first and the truth."""
     generator = random.Random(1)
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     kept: deque[tuple[Any, bytes]] = deque()
     numbers = set()
     with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
@@ -109,7 +109,7 @@ def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
     spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_memory, "LIMIT", 20)
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 1) as loader:
         steps = loader.steps(0, 60)
         kept = [next(steps)["pairs"][0] for _ in range(30)]
@@ -134,7 +134,7 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
 ) -> None:
     for module in (ipc, shared_memory):
         monkeypatch.setattr(module, "has_anonymous_memory", lambda: False)
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2) as loader:
         for number, step in enumerate(loader.steps(0, 4)):
             want = maker.make(number, 0, BATCH)
@@ -145,7 +145,7 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
 
 def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) -> None:
     """Workers still fill the memory of cancelled items while the next steps are asked for."""
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2, micro_batch=6) as loader:
         for start in range(0, 40, 4):
             for number, step in enumerate(loader.steps(start, start + 9), start):
@@ -176,7 +176,7 @@ def test_pixels_go_through_shared_memory_and_not_through_the_socket(
 
 
 def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: Path) -> None:
-    maker = BatchMaker(spec)
+    maker = BatchBuilder(spec)
     text = StreamSpec("text", 0, {"t": spec.sources["web"]}, batch=2048, length=8)
     packed = StreamSpec(
         "text",
@@ -185,10 +185,10 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
         batch=600,
         length=8,
     )
-    assert [len(cut(Item("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
-    for each, made, rows in ((spec, maker, BATCH), (packed, BatchMaker(packed), 600)):
+    assert [len(cut(WorkItem("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
+    for each, made, rows in ((spec, maker, BATCH), (packed, BatchBuilder(packed), 600)):
         for pieces in (1, 2, 3, 7):
-            items = cut(Item(each.name, 3, 0, rows), each, pieces)
+            items = cut(WorkItem(each.name, 3, 0, rows), each, pieces)
             assert [row for item in items for row in range(item.start, item.stop)] == list(range(rows))
             parts = [made.make(3, item.start, item.stop) for item in items]
             found, want = join(parts), made.make(3, 0, rows)
@@ -198,7 +198,7 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
 
 
 def test_memory_fits_what_it_is_taken_for() -> None:
-    pool = Slabs()
+    pool = SharedBufferPool()
     big = pool.take(100_000)
     assert big is not None
     seen = pool.hand_out(big, (10, 100))
@@ -220,7 +220,7 @@ def test_memory_fits_what_it_is_taken_for() -> None:
 
 
 def test_arrays_in_a_cycle_come_back_with_the_collector() -> None:
-    pool = Slabs()
+    pool = SharedBufferPool()
     slab = pool.take(64)
     assert slab is not None
     cycle: list[Any] = [pool.hand_out(slab, (8, 8))]

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from data_pipeline.sources.shard_reader import open_source
+from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.storage.files import publish_table
 from launch.cli.data import app
 from launch.cli.data_reports import ProgressLine
 from pretrain.build.streams import stream_spec
-from pretrain.recipe.schema import Stream
+from pretrain.recipe.data import Stream
 
 runner = CliRunner()
 

@@ -21,7 +21,7 @@ from PIL import Image
 from data_pipeline.errors import UserError
 from data_pipeline.formats import refinedweb
 from data_pipeline.prepare.pack import SUMMARY
-from data_pipeline.sources.shard_reader import open_source
+from data_pipeline.sources.manifest import open_source
 from data_pipeline.transforms.tokenizers import load_tokenizer
 from launch.demo import data as demo_data
 from launch.demo import documents as demo_text

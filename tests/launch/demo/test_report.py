@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from launch.demo.pictures import caption_cards, masked_cards, sample_cards
@@ -160,7 +160,7 @@ def test_the_masks_are_those_of_the_training(root: Path) -> None:
     masked = masked_cards(root / "flip" / "masked", each=3)
     assert (masked.kept, masked.patches, masked.ratio) == (8, 16, 0.5)
     _, stage = read_stage(root / "flip" / "masked")
-    batch = BatchMaker(stage_specs(stage, 3, "masked", ("pairs",))[0]).make(0, 0, 8)
+    batch = BatchBuilder(stage_specs(stage, 3, "masked", ("pairs",))[0]).make(0, 0, 8)
     assert len(masked.cards) == 3
     for row, card in enumerate(masked.cards):
         served, seen = (decoded(picture.source) for picture in card.pictures)
@@ -194,7 +194,7 @@ def test_captions_are_the_most_likely_token_at_every_step(root: Path) -> None:
     objective, stage = load_trained(str(root / "sphinx" / "real"))
     tokenizer = stage_tokenizer(stage)
     spec = {spec.name: spec for spec in stage_specs(stage, 3, "real", objective.streams)}["captions"]
-    rows = to_device(BatchMaker(spec).make(0, 0, 1), stage.data["captions"].image, torch.device("cpu"))
+    rows = to_device(BatchBuilder(spec).make(0, 0, 1), stage.data["captions"].image, torch.device("cpu"))
     image = decoded(cards[0].pictures[0].source)
     settings = stage.data["captions"].image
     assert settings is not None

@@ -25,7 +25,7 @@ from pretrain.evaluate.held_out import shuffled_images
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.suite import ALONE, evaluate, flat
 from pretrain.evaluate.zero_shot import classify
-from pretrain.objectives.device_batch import Rows
+from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
 from tests.support import tiny
 
@@ -231,7 +231,7 @@ def test_no_usable_row_keeps_its_own_image() -> None:
     weights = torch.tensor([0.0, 1, 1, 0, 1, 0, 0])
     images = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
     none = torch.zeros(7, dtype=torch.long)
-    rows = Rows(images, none[:, None], none, weights, none, none, 2)
+    rows = DeviceBatch(images, none[:, None], none, weights, none, none, 2)
     shown = shuffled_images(rows).images
     assert shown is not None
     assert shown[weights > 0, 0, 0, 0].tolist() == [4, 1, 2]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from pretrain.build.objective import load_trained
 from pretrain.build.streams import stage_specs
 from pretrain.export import write_folder as export_module
 from pretrain.export.write_folder import export
-from pretrain.objectives.device_batch import Rows, to_device
+from pretrain.objectives.device_batch import DeviceBatch, to_device
 
 CAPTIONS = [
     "a red square number 7",
@@ -23,9 +23,9 @@ CAPTIONS = [
 ]
 
 
-def some_rows(objective: object, stage: object, stream: str) -> Rows:
+def some_rows(objective: object, stage: object, stream: str) -> DeviceBatch:
     spec = {s.name: s for s in stage_specs(stage, 3, "main", objective.streams)}[stream]  # type: ignore[attr-defined,arg-type]
-    return to_device(BatchMaker(spec).make(0, 0, 4), stage.data[stream].image, torch.device("cpu"))  # type: ignore[attr-defined]
+    return to_device(BatchBuilder(spec).make(0, 0, 4), stage.data[stream].image, torch.device("cpu"))  # type: ignore[attr-defined]
 
 
 def test_open_clip_gives_the_same_features(tiny_runs: Path, tmp_path: Path) -> None:

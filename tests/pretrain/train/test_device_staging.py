@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data_pipeline.batches.batch_builder import BatchMaker
+from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
-from pretrain.objectives.device_batch import Rows, to_device
+from pretrain.objectives.device_batch import DeviceBatch, to_device
 from pretrain.recipe.data import Image
 from pretrain.train.device_staging import PinnedCopies, Tensors, copies_for, staged
 from tests.support.samples import SIZE, pairs, write_source
@@ -19,11 +19,11 @@ IMAGE = Image(size=SIZE)
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     root = tmp_path_factory.mktemp("staging")
-    maker = BatchMaker(pairs(root, batch=8, a=write_source(root / "a", [9, 7])))
+    maker = BatchBuilder(pairs(root, batch=8, a=write_source(root / "a", [9, 7])))
     return [maker.make(0, start, start + 2) for start in range(0, 8, 2)]
 
 
-def equal(a: Rows, b: Rows) -> bool:
+def equal(a: DeviceBatch, b: DeviceBatch) -> bool:
     return a.longest == b.longest and all(
         torch.equal(value, getattr(b, name)) for name, value in vars(a).items() if name != "longest"
     )

@@ -18,7 +18,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from pretrain.weights.formats import torch_pickle
-from pretrain.weights.formats.torch_file import Tensor, TorchFile
+from pretrain.weights.formats.torch_file import TorchFile
+from pretrain.weights.formats.torch_tensor import Tensor
 
 torch = pytest.importorskip("torch")
 
