@@ -72,7 +72,7 @@ class Stream:
         )
         cache = cache or CacheSettings.of()
         self._own(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))
-        self._maker = self._loader.makers[name]
+        self._maker = self._loader.builders[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
 
@@ -127,16 +127,16 @@ class Stream:
     def _remake(self, spec: StreamSpec) -> None:
         """The same rank's loader for another specification of the stream."""
         loader = self._loader
-        maker = self._maker.remade(spec)
+        builder = self._maker.remade(spec)
         self.close()
-        self._maker = maker
+        self._maker = builder
         self._own(
             LocalLoader(
                 [spec],
                 loader.rank,
                 loader.world_size,
                 loader.workers,
-                makers={spec.name: maker},
+                builders={spec.name: builder},
                 limits=loader.limits,
             )
         )

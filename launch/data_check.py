@@ -77,11 +77,11 @@ def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -
                 }
                 spec = dataclasses.replace(spec, sources=bare)
             try:
-                maker = BatchBuilder(spec)
+                builder = BatchBuilder(spec)
                 try:
-                    maker.check()
+                    builder.check()
                 finally:
-                    maker.close()
+                    builder.close()
             except (UserError, ReadError) as error:
                 raise UserError(f"stage {name}: {error}") from None
 

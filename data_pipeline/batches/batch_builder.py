@@ -86,7 +86,7 @@ class BatchBuilder:
         self.condemned: dict[tuple[str, int, int], str] = {}
 
     def remade(self, spec: StreamSpec) -> BatchBuilder:
-        """A maker for another specification of the same sources."""
+        """A builder for another specification of the same sources."""
         return BatchBuilder(spec, self.manifests, self.tokenizer, self.cache)
 
     @property

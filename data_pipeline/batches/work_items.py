@@ -45,10 +45,10 @@ class BuilderSetup:
     cache: CacheSettings | None = None
 
     @staticmethod
-    def of(maker: BatchBuilder) -> BuilderSetup:
-        return BuilderSetup(maker.spec, maker.manifests, maker.tokenizer, maker.cache)
+    def of(builder: BatchBuilder) -> BuilderSetup:
+        return BuilderSetup(builder.spec, builder.manifests, builder.tokenizer, builder.cache)
 
-    def maker(self) -> BatchBuilder:
+    def builder(self) -> BatchBuilder:
         return BatchBuilder(self.spec, self.manifests, self.tokenizer, self.cache)
 
 

@@ -35,8 +35,8 @@ class Loader:
     """What local and Ray loaders share. A step's batches do not depend on who makes them, nor on what came before.
 
     Opening it reads one sample of every source, so that a source without images ends here in a UserError.
-    makers: stream -> BatchBuilder, for its order, manifests and tokenizer; those handed in are taken as checked
-    cache: where what is read of an object store is kept on this node; makers that are handed in have their own
+    builders: stream -> BatchBuilder, for its order, manifests and tokenizer; those handed in are taken as checked
+    cache: where what is read of an object store is kept on this node; builders that are handed in have their own
     wait_seconds: how long the caller waited for the step that was yielded last
     """
 
@@ -47,7 +47,7 @@ class Loader:
         world_size: int,
         workers: int,
         micro_batch: int | None = None,
-        makers: Mapping[str, BatchBuilder] | None = None,
+        builders: Mapping[str, BatchBuilder] | None = None,
         limits: StallLimits | None = None,
         cache: CacheSettings | None = None,
     ) -> None:
@@ -62,10 +62,10 @@ class Loader:
         self.wait_seconds = 0.0
         self._turn = 0
         self.limits = limits or StallLimits()
-        self.makers = dict(makers or {spec.name: BatchBuilder(spec, cache=cache) for spec in self.specs})
+        self.builders = dict(builders or {spec.name: BatchBuilder(spec, cache=cache) for spec in self.specs})
         self._prefetcher: Prefetcher | None = None
         self._pool: Pool = self._open()
-        if makers is None:
+        if builders is None:
             self._check()  # workers start meanwhile
 
     def _open(self) -> Pool:
@@ -73,7 +73,7 @@ class Loader:
 
     @property
     def setups(self) -> list[BuilderSetup]:
-        return [BuilderSetup.of(maker) for maker in self.makers.values()]
+        return [BuilderSetup.of(builder) for builder in self.builders.values()]
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches.
@@ -139,14 +139,14 @@ class Loader:
         return item.step <= step + self._pool.ahead and (not held or held + self._bytes(item) <= AHEAD_BYTES)
 
     def _bytes(self, item: WorkItem) -> int:
-        spec, rows = self.makers[item.stream].spec, item.stop - item.start
+        spec, rows = self.builders[item.stream].spec, item.stop - item.start
         length = spec.text.length if spec.text else spec.length or 0
         return prod(pixel_shape(spec, rows)) + 4 * rows * length
 
     def _check(self) -> None:
         try:
-            for maker in self.makers.values():
-                maker.check()
+            for builder in self.builders.values():
+                builder.check()
         except BaseException:
             self.close()
             raise
@@ -156,8 +156,8 @@ class Loader:
         self._pool.close()
         if self._prefetcher is not None:
             self._prefetcher.close()
-        for maker in self.makers.values():
-            maker.close()
+        for builder in self.builders.values():
+            builder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +175,7 @@ class LocalLoader(Loader):
         self._prefetcher = Prefetcher.of(self.setups, self.rank, self.world_size)
         if self.workers:
             return ProcessPool(self.setups, self.workers, self.limits)
-        return ThreadPool(self.makers, self.limits)
+        return ThreadPool(self.builders, self.limits)
 
     @property
     def worker_pids(self) -> list[int]:

@@ -27,13 +27,13 @@ ALONE = (
 class Reach:
     """Sources of a stream whose windows last about equally long, and the next step to plan for them."""
 
-    maker: BatchBuilder
+    builder: BatchBuilder
     names: list[str]
     next: int
 
     def ahead(self, step: int) -> int:
         """Steps that a window lasts."""
-        return window_steps(self.maker.order, self.maker.spec.rows(step), self.names)
+        return window_steps(self.builder.order, self.builder.spec.rows(step), self.names)
 
 
 class Plan:
@@ -44,7 +44,7 @@ class Plan:
     """
 
     def __init__(
-        self, makers: Sequence[BatchBuilder], rank: int, world_size: int, limit_bytes: int, first: int
+        self, builders: Sequence[BatchBuilder], rank: int, world_size: int, limit_bytes: int, first: int
     ) -> None:
         self._rank, self._world_size = rank, world_size
         self._limit = limit_bytes
@@ -54,20 +54,21 @@ class Plan:
         self._queue: deque[ByteRange] = deque()
         self._fetched: set[ByteRange] = set()
         self.held = 0
-        self._makers = [maker for maker in makers if prefetched(maker.manifests.values())]
+        self._makers = [builder for builder in builders if prefetched(builder.manifests.values())]
         self._reaches: list[Reach] = []
-        for maker in self._makers:
+        for builder in self._makers:
             alike: dict[int, list[str]] = {}
-            for name, manifest in maker.manifests.items():
+            for name, manifest in builder.manifests.items():
                 if prefetched([manifest]):
-                    steps = window_steps(maker.order, maker.spec.rows(first), [name])
+                    steps = window_steps(builder.order, builder.spec.rows(first), [name])
                     alike.setdefault(steps.bit_length(), []).append(name)
-            self._reaches += [Reach(maker, names, first) for names in alike.values()]
+            self._reaches += [Reach(builder, names, first) for names in alike.values()]
 
     def alone(self) -> int:
         """Steps for which samples may be fetched one by one."""
         counts = [
-            maker.order.samples_per_epoch() // ALONE // maker.spec.rows(self._first) for maker in self._makers
+            builder.order.samples_per_epoch() // ALONE // builder.spec.rows(self._first)
+            for builder in self._makers
         ]
         return max(1, min(counts, default=1))
 
@@ -80,14 +81,14 @@ class Plan:
 
     def look(self, reach: Reach) -> None:
         """Queue the units that its next step needs and no step looked at before, in order of the rows."""
-        maker, step = reach.maker, reach.next
+        builder, step = reach.builder, reach.next
         reach.next += 1
-        if maker.order.last_step is not None and step >= maker.order.last_step:
+        if builder.order.last_step is not None and step >= builder.order.last_step:
             return
-        refs = maker.order.refs(step, *rows_of(self._rank, self._world_size, maker.spec.rows(step)))
+        refs = builder.order.refs(step, *rows_of(self._rank, self._world_size, builder.spec.rows(step)))
         for name in reach.names:
-            units = maker.units(name)
-            rows = np.flatnonzero(refs.source == maker.names.index(name))
+            units = builder.units(name)
+            rows = np.flatnonzero(refs.source == builder.names.index(name))
             if units is not None and rows.size:
                 for part in _parts(units, refs.shard[rows], refs.index[rows]):
                     self._use(part, step)

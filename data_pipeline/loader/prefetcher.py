@@ -50,7 +50,7 @@ class Worker:
     """What the process does: plans as the loader goes on, and fetches what is planned."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
-        self._makers = [setup.maker() for setup in setups]
+        self._makers = [setup.builder() for setup in setups]
         self._rank, self._world_size = rank, world_size
         cache = next(setup.cache for setup in setups if setup.cache is not None)
         self._cache = Cache(cache)

@@ -191,10 +191,10 @@ class RayPool:
         ]
         strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=False)
         self._hired += 1
-        maker = self._ray.remote(
+        builder = self._ray.remote(
             num_cpus=0, max_restarts=0, scheduling_strategy=strategy, concurrency_groups={"watch": 1}
         )(BatchActor)
-        return maker.remote(self._setups, os.getcwd(), self._limits, self._condemned)
+        return builder.remote(self._setups, os.getcwd(), self._limits, self._condemned)
 
     def _replace(self, number: int) -> None:
         """A new actor for a dead one, and everything that the dead one had not handed over asked again."""

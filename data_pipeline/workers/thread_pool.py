@@ -46,20 +46,20 @@ class ThreadPool:
 
     ahead = 1
 
-    def __init__(self, makers: Mapping[str, BatchBuilder], limits: StallLimits | None = None) -> None:
-        self._makers = makers
+    def __init__(self, builders: Mapping[str, BatchBuilder], limits: StallLimits | None = None) -> None:
+        self._makers = builders
         self._limits = limits or StallLimits()
         self._thread = ThreadPoolExecutor(1, "dromos-loader")
         self._futures: dict[int, Future[Batch]] = {}
         self._next = 0
         self._status = activity.own()
-        setups = [BuilderSetup.of(maker) for maker in makers.values()]
+        setups = [BuilderSetup.of(builder) for builder in builders.values()]
         self._watch = StallWatch(self._limits, "the loader", lambda sample: place(setups, sample))
 
     def submit(self, item: WorkItem, pieces: int = 1) -> int:
         ticket, self._next = self._next, self._next + 1
-        maker = self._makers[item.stream]
-        self._futures[ticket] = self._thread.submit(maker.make, item.step, item.start, item.stop)
+        builder = self._makers[item.stream]
+        self._futures[ticket] = self._thread.submit(builder.make, item.step, item.start, item.stop)
         return ticket
 
     def result(self, ticket: int) -> Batch:

@@ -60,7 +60,7 @@ def portable(error: Exception) -> Exception:
 
 
 class Makers:
-    """The makers of a process's streams, each made when it is first used, and what they are not to decode."""
+    """The builders of a process's streams, each made when it is first used, and what they are not to decode."""
 
     def __init__(self, setups: list[BuilderSetup]) -> None:
         self._setups = {setup.spec.name: setup for setup in setups}
@@ -69,15 +69,15 @@ class Makers:
 
     def __getitem__(self, stream: str) -> BatchBuilder:
         if stream not in self._made:
-            self._made[stream] = self._setups[stream].maker()
+            self._made[stream] = self._setups[stream].builder()
             self.condemn({})
         return self._made[stream]
 
     def condemn(self, found: Condemned) -> None:
         for stream, samples in found.items():
             self._condemned.setdefault(stream, {}).update(samples)
-        for stream, maker in self._made.items():
-            maker.condemned.update(self._condemned.get(stream, {}))
+        for stream, builder in self._made.items():
+            builder.condemned.update(self._condemned.get(stream, {}))
 
     def prepare(self) -> None:
         """Make all before they are asked for; what is wrong with one is said when it is."""
@@ -86,7 +86,7 @@ class Makers:
                 self[stream]
 
 
-def serve(channel: socket.socket, makers: Makers) -> None:
+def serve(channel: socket.socket, builders: Makers) -> None:
     """Answer each Work with (number, batch or error) until the channel closes."""
     slabs: dict[int, mmap] = {}
     send(channel, (READY, None))
@@ -99,12 +99,12 @@ def serve(channel: socket.socket, makers: Makers) -> None:
             os.close(descriptor)
         answer: Any
         try:
-            makers.condemn(work.condemned)
-            maker, item = makers[work.item.stream], work.item
+            builders.condemn(work.condemned)
+            builder, item = builders[work.item.stream], work.item
             pixels = None
             if work.slab is not None:
-                pixels = _pixels(slabs[work.slab], work.offset, item.stop - item.start, maker)
-            answer = maker.make(item.step, item.start, item.stop, pixels)
+                pixels = _pixels(slabs[work.slab], work.offset, item.stop - item.start, builder)
+            answer = builder.make(item.step, item.start, item.stop, pixels)
             if pixels is not None:
                 answer.pixels = None
         except Exception as error:
@@ -112,8 +112,8 @@ def serve(channel: socket.socket, makers: Makers) -> None:
         send(channel, (work.number, answer))
 
 
-def _pixels(slab: mmap, offset: int, rows: int, maker: BatchBuilder) -> np.ndarray:
-    shape = pixel_shape(maker.spec, rows)
+def _pixels(slab: mmap, offset: int, rows: int, builder: BatchBuilder) -> np.ndarray:
+    shape = pixel_shape(builder.spec, rows)
     return np.frombuffer(slab, np.uint8, int(np.prod(shape)), offset).reshape(shape)
 
 
@@ -125,9 +125,9 @@ def main(channel: int, setups: int, status: int, parent: int) -> None:
     if status >= 0:
         activity.install(mmap(status, activity.SIZE))
     try:
-        makers = Makers(read_shared(setups))
-        makers.prepare()
-        serve(socket.socket(fileno=channel), makers)
+        builders = Makers(read_shared(setups))
+        builders.prepare()
+        serve(socket.socket(fileno=channel), builders)
     except (EOFError, ConnectionError):
         os._exit(0)
 

@@ -66,11 +66,11 @@ def first_rows(name: str, path: str, stream: Stream, rows: int) -> Batch:
         image=ImageSpec(stream.image.size),
         text=TextSpec(stream.text.tokenizer, stream.text.length),
     )
-    maker = EvaluationPass(spec)
+    builder = EvaluationPass(spec)
     try:
-        return maker.make(0, 0, rows)
+        return builder.make(0, 0, rows)
     finally:
-        maker.close()
+        builder.close()
 
 
 def shown(batch: Batch) -> list[tuple[int, dict[str, Any]]]:
@@ -96,16 +96,18 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     if image is None or not vision or vision[0].patch is None:
         raise UserError(f"{stage_dir}: the stage has no tower of its own, so no patches to draw")
     patch = vision[0].patch
-    maker = BatchBuilder(stage_specs(stage, seed, stage_dir.name, (main,))[0])
+    builder = BatchBuilder(stage_specs(stage, seed, stage_dir.name, (main,))[0])
     try:
-        sources = maker.order.refs(0).source
+        sources = builder.order.refs(0).source
         rows = [
-            int(row) for number in range(len(maker.names)) for row in np.flatnonzero(sources == number)[:each]
+            int(row)
+            for number in range(len(builder.names))
+            for row in np.flatnonzero(sources == number)[:each]
         ]
-        batches = [maker.make(0, row, row + 1) for row in rows]
-        tokenizer = maker.tokenizer
+        batches = [builder.make(0, row, row + 1) for row in rows]
+        tokenizer = builder.tokenizer
     finally:
-        maker.close()
+        builder.close()
     assert tokenizer is not None
     patches, ratio = (image.size // patch) ** 2, stage.objective.image_mask
     keys = torch.from_numpy(np.concatenate([batch.row_keys for batch in batches]).view(np.int64))

@@ -107,18 +107,18 @@ def refuse_dropout(config: dict[str, Any], where: str = "model.llm.config") -> N
             raise UserError(f"{where}.{key}: {value}: dropout is not supported, set it to 0")
 
 
-def check_tokens(stage: TrainStage, objective: Any, makers: Mapping[str, BatchBuilder]) -> None:
+def check_tokens(stage: TrainStage, objective: Any, builders: Mapping[str, BatchBuilder]) -> None:
     """All text of a stage must be in the words of one tokenizer, and fit the language model's positions."""
     words = stage_tokenizer(stage)
-    for name, maker in makers.items():
+    for name, builder in builders.items():
         used = (
-            {f"data.{name}.text.tokenizer": maker.tokenizer.fingerprint}
-            if maker.tokenizer is not None
+            {f"data.{name}.text.tokenizer": builder.tokenizer.fingerprint}
+            if builder.tokenizer is not None
             else {}
         )
         used |= {
             f"data.{name}.sources.{source} (packed with another tokenizer)": manifest.tokenizer
-            for source, manifest in maker.manifests.items()
+            for source, manifest in builder.manifests.items()
             if manifest.tokenizer
         }
         for what, fingerprint in used.items():
@@ -129,8 +129,8 @@ def check_tokens(stage: TrainStage, objective: Any, makers: Mapping[str, BatchBu
                 )
         llm = getattr(objective.model, "llm", None)
         most = getattr(llm.config, "max_position_embeddings", None) if llm is not None else None
-        seen = objective.tower.tokens + 2 if maker.spec.image is not None and llm is not None else 0
-        length = (maker.spec.text.length if maker.spec.text else maker.spec.length) or 0
+        seen = objective.tower.tokens + 2 if builder.spec.image is not None and llm is not None else 0
+        length = (builder.spec.text.length if builder.spec.text else builder.spec.length) or 0
         if most is not None and seen + length > most:
             raise UserError(
                 f"data.{name}: a row has {seen} visual and {length} text tokens, model.llm.config."

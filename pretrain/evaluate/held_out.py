@@ -16,13 +16,13 @@ from pretrain.recipe.data import Image
 
 
 def passes(
-    maker: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
+    builder: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
 ) -> Iterator[tuple[DeviceBatch, Batch]]:
     """Slices of this rank, the same number on every rank, so that ZeRO-3 stays in lock-step."""
-    for number in range(len(maker)):
+    for number in range(len(builder)):
         start = runtime.rank * spec.largest // runtime.world_size
         stop = (runtime.rank + 1) * spec.largest // runtime.world_size
-        batch = maker.make(number, start, stop)
+        batch = builder.make(number, start, stop)
         yield to_device(batch, image, runtime.device), batch
 
 

@@ -35,8 +35,8 @@ def token_nll(
     spec = evaluation_spec("held_out", wanted, stream, batch)
     image = stream.image if stream is not None else None
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as maker:
-        for rows, made in passes(maker, spec, image, runtime):
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as builder:
+        for rows, made in passes(builder, spec, image, runtime):
             shown = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, shown)
             total[0] += (nll.double() * (rows.weights > 0)).sum()

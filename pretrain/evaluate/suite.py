@@ -75,8 +75,8 @@ def check_held_out(objective: Any, stage: TrainStage) -> None:
         try:
             with closing(
                 EvaluationPass(evaluation_spec("held_out", task, given, stage.eval.batch), cache=cache)
-            ) as maker:
-                maker.check()
+            ) as builder:
+                builder.check()
         except UserError as error:
             raise UserError(f"eval: {task.path}: {error}") from None
 

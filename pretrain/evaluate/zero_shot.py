@@ -50,9 +50,9 @@ def classify(
     labels = {label: number for number, label in enumerate(wanted.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as maker:
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as builder:
         weights = classifier(forward, wanted, tokenizer, stream.text.length, runtime.device)
-        for rows, made in passes(maker, spec, stream.image, runtime):
+        for rows, made in passes(builder, spec, stream.image, runtime):
             left_out += unusable(made)
             predicted = (forward(images=rows.images)["image"].float() @ weights.float().T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):

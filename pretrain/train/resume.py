@@ -78,26 +78,26 @@ def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> N
 
 
 def resume_data(
-    makers: Mapping[str, BatchBuilder], order: Mapping[str, Any], accept_change: bool
+    builders: Mapping[str, BatchBuilder], order: Mapping[str, Any], accept_change: bool
 ) -> tuple[dict[str, BatchBuilder], list[str]]:
     """Makers that go on where `order`, a checkpoint's, was written, and a line for every change that was accepted.
 
     Raises UserError, with both values of what differs, where data or mixture changed without `accept_change`.
     """
-    if set(makers) != set(order):
+    if set(builders) != set(order):
         raise UserError(
             f"data: the checkpoint was trained on the streams {', '.join(sorted(order))}, the recipe has "
-            f"{', '.join(sorted(makers))}; restore them, or start a new run folder"
+            f"{', '.join(sorted(builders))}; restore them, or start a new run folder"
         )
     going_on, changes = {}, []
-    for name, maker in makers.items():
+    for name, builder in builders.items():
         try:
-            resumed = maker.order.resume(order[name], maker.fingerprints, accept_change)
+            resumed = builder.order.resume(order[name], builder.fingerprints, accept_change)
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
         changes += [f"data.{name}: {line}" for line in resumed.changes]
         segments = resumed.segments
-        going_on[name] = maker.remade(replace(maker.spec, segments=segments)) if segments else maker
+        going_on[name] = builder.remade(replace(builder.spec, segments=segments)) if segments else builder
     return going_on, changes
 
 

@@ -83,20 +83,20 @@ class Session:
         if start is not None and stage.continue_ is not None:
             specs = same_order(specs, start.state["order"], stage.continue_)
         cache = cache_settings(stage)
-        makers = {spec.name: BatchBuilder(spec, cache=cache) for spec in specs}
-        for maker in makers.values():
-            maker.check()  # a tar without images is named before the first step; the launcher looks earlier
+        builders = {spec.name: BatchBuilder(spec, cache=cache) for spec in specs}
+        for builder in builders.values():
+            builder.check()  # a tar without images is named before the first step; the launcher looks earlier
         accepted: list[str] = []
         if start is not None:
-            makers, accepted = resume_data(makers, start.state["order"], self.recipe.run.accept_change)
-        plan = self.plan(makers[objective.main].order)
-        for line in check_ends({name: maker.order for name, maker in makers.items()}, plan.total):
+            builders, accepted = resume_data(builders, start.state["order"], self.recipe.run.accept_change)
+        plan = self.plan(builders[objective.main].order)
+        for line in check_ends({name: builder.order for name, builder in builders.items()}, plan.total):
             if runtime.rank == 0:
                 print(f"dromos: {line}", flush=True)
         if start is not None:
             check_length(start, stage, self.folder, plan.total)
         check_held_out(objective, stage)
-        check_tokens(stage, objective, makers)
+        check_tokens(stage, objective, builders)
         self.load_weights(objective, start)
         engine = Engine(
             objective.model,
@@ -125,9 +125,11 @@ class Session:
             return flat(evaluate(objective, engine, stage, tokenizer, runtime))
 
         def order_state(step: int) -> dict[str, Any]:
-            return {name: maker.order.state(step, maker.fingerprints) for name, maker in makers.items()}
+            return {
+                name: builder.order.state(step, builder.fingerprints) for name, builder in builders.items()
+            }
 
-        loader = self.loader(makers)
+        loader = self.loader(builders)
         barrier()  # frozen.safetensors is there
         self.trainer = Trainer(
             stage,
@@ -223,15 +225,15 @@ class Session:
         for line in compare_versions(before, now):
             print(f"dromos: warning: {line}", flush=True)
 
-    def loader(self, makers: dict[str, BatchBuilder]) -> Any:
+    def loader(self, builders: dict[str, BatchBuilder]) -> Any:
         settings = self.stage.loader
         given = (
-            [maker.spec for maker in makers.values()],
+            [builder.spec for builder in builders.values()],
             self.runtime.rank,
             self.runtime.world_size,
             settings.workers,
             self.stage.train.micro_batch,
-            makers,
+            builders,
             StallLimits(settings.stall_warn, settings.stall_error),
         )
         if settings.backend == "ray":

@@ -27,15 +27,15 @@ class InProcess:
 
     wait_seconds = 0.0
 
-    def __init__(self, makers: dict[str, BatchBuilder], rank: int, world: int, micro: int | None) -> None:
-        self.makers, self.rank, self.world, self.micro = makers, rank, world, micro
+    def __init__(self, builders: dict[str, BatchBuilder], rank: int, world: int, micro: int | None) -> None:
+        self.builders, self.rank, self.world, self.micro = builders, rank, world, micro
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         for step in range(first, last):
             made = {}
-            for name, maker in self.makers.items():
-                mine = rows_of(self.rank, self.world, maker.spec.rows(step))
-                made[name] = [maker.make(step, *part) for part in micro_batches(*mine, self.micro)]
+            for name, builder in self.builders.items():
+                mine = rows_of(self.rank, self.world, builder.spec.rows(step))
+                made[name] = [builder.make(step, *part) for part in micro_batches(*mine, self.micro)]
             yield made
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ def main(jobs: list[dict]) -> None:
         assert isinstance(stage, TrainStage)
         objective, _ = build(stage, name, recipe.run.seed, run_dir(recipe))
         specs = stage_specs(stage, recipe.run.seed, name, objective.streams)
-        makers = {spec.name: BatchBuilder(spec) for spec in specs}
+        builders = {spec.name: BatchBuilder(spec) for spec in specs}
         given = stage.optimizer
         engine = Engine(
             objective.model, stage.engine.zero, stage.engine.dtype, given.betas, given.eps, given.weight_decay,
@@ -60,7 +60,7 @@ def main(jobs: list[dict]) -> None:
         )  # fmt: skip
         total = stage.train.steps or 1
         plan = Plan(total, stage.schedule.warmup.value, given.lr or 0.0, 1 << 30, None, None)
-        loader = InProcess(makers, runtime.rank, runtime.world_size, stage.train.micro_batch)
+        loader = InProcess(builders, runtime.rank, runtime.world_size, stage.train.micro_batch)
         trainer = Trainer(
             stage, Path(job["out"]), objective, engine, loader, plan, runtime, flag, lambda step: {}, dict
         )

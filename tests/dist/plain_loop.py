@@ -33,14 +33,14 @@ def plain_losses(
     optimizer = torch.optim.AdamW(
         groups(model, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps
     )
-    makers = {spec.name: BatchBuilder(spec) for spec in stage_specs(stage, seed, name, objective.streams)}
+    builders = {spec.name: BatchBuilder(spec) for spec in stage_specs(stage, seed, name, objective.streams)}
     rows = []
     for step in range(steps):
         optimizer.zero_grad()
         row: dict[str, float] = {"loss": 0.0}
         for stream in objective.streams:
             size = stage.data[stream].batch
-            batch = makers[stream].make(step, 0, size)
+            batch = builders[stream].make(step, 0, size)
             count = float(size) if stage.objective.kind == "flip" else loss_tokens(batch)
             made = to_device(batch, stage.data[stream].image, torch.device("cpu"))
             loss = objective.loss(model, stream, made, count)

@@ -49,11 +49,11 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
 
 def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> None:
     """Brute force: walk the attempts by hand, knowing which samples are bad."""
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     seen: Counter[str] = Counter()
     for step in range(STEPS):
-        batch = maker.make(step, 0, BATCH)
-        refs = maker.order.refs(step)
+        batch = builder.make(step, 0, BATCH)
+        refs = builder.order.refs(step)
         counted: Counter[str] = Counter()
         lines = []
         for i in range(BATCH):
@@ -63,7 +63,7 @@ def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> N
                 counted[BAD[place][1]] += 1
                 lines.append((i, epoch, attempt, "{:05d}{:04d}".format(*place), BAD[place][1]))
                 attempt += 1
-                place = maker.order.replacement(0, *assigned, epoch, attempt)
+                place = builder.order.replacement(0, *assigned, epoch, attempt)
             arrays = [np.array([v]) for v in (*place, epoch)]
             assert batch.sample_ids[i] == sample_ids("mixed", *arrays[:2])[0]
             assert batch.row_keys[i] == row_keys(spec.seed, "mixed", *arrays, attempt)[0]
@@ -173,20 +173,20 @@ def test_lasting_io_errors_stop_with_the_url(
     def broken(self: ShardReader, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
 
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     monkeypatch.setattr(ShardReader, "read", broken)
     with pytest.raises(
         ReadError, match=r"mixed/0000\d\.tar, sample \d+: not readable after 3 tries.*reset by peer"
     ):
-        maker.make(0, 0, BATCH)
+        builder.make(0, 0, BATCH)
 
 
 def test_a_shard_that_vanished_stops_the_run(tmp_path: Path, hurried: None) -> None:
     source = write_packed(tmp_path / "packed", [3, 3])
-    maker = BatchBuilder(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
+    builder = BatchBuilder(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
     (source / "00001.tar").unlink()
     with pytest.raises(ReadError, match=r"00001\.tar.*No such file"):
-        maker.make(0, 0, 6)
+        builder.make(0, 0, 6)
 
 
 def test_a_verdict_survives_the_way_between_processes() -> None:

@@ -48,18 +48,18 @@ def total(batches: list[Batch]) -> tuple[int, int, Counter[str], list[tuple[int,
 
 
 def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: Path, marks: Path) -> None:
-    """The truth is a maker in this process, which is told what it must not decode."""
+    """The truth is a builder in this process, which is told what it must not decode."""
     spec = spec_with(tmp_path, (0, 3, "SIGSEGV"), (1, 5, "SIGABRT"), (2, 2, "SIGILL"))
-    maker = BatchBuilder(spec)
-    maker.condemned = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
-    truth = [maker.make(step, 0, BATCH) for step in range(STEPS)]
+    builder = BatchBuilder(spec)
+    builder.condemned = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
+    truth = [builder.make(step, 0, BATCH) for step in range(STEPS)]
     assert sum(sum(batch.skipped.get("web", {}).values()) for batch in truth) >= 4
     for workers, world_size, first in ((1, 1, 0), (2, 1, 0), (3, 2, 0), (2, 1, 2)):
         for rank in range(world_size):
             with LocalLoader([spec], rank, world_size, workers, micro_batch=5) as loader:
                 for number, step in enumerate(loader.steps(first, STEPS), first):
                     rows = slice(step["pairs"][0].start, step["pairs"][-1].stop)
-                    whole = maker.make(number, rows.start, rows.stop)
+                    whole = builder.make(number, rows.start, rows.stop)
                     assert total(step["pairs"]) == total([whole])
                     for name in ("pixels", "tokens", "row_keys", "sample_ids"):
                         found = np.concatenate([getattr(batch, name) for batch in step["pairs"]])
@@ -96,8 +96,8 @@ def test_other_deaths_are_an_error_that_names_the_row(
     tmp_path: Path, marks: Path, what: str, told: str
 ) -> None:
     spec = spec_with(tmp_path, (1, 5, what))
-    maker = BatchBuilder(spec)
-    refs = [maker.order.refs(step) for step in range(STEPS)]
+    builder = BatchBuilder(spec)
+    refs = [builder.order.refs(step) for step in range(STEPS)]
     step, row = next(
         (step, int(at.row[i]))
         for step, at in enumerate(refs)
@@ -107,7 +107,7 @@ def test_other_deaths_are_an_error_that_names_the_row(
     with LocalLoader([spec], 0, 1, 2) as loader:
         made = loader.steps(0, STEPS)
         for number in range(step):
-            assert total(next(made)["pairs"]) == total([maker.make(number, 0, BATCH)])
+            assert total(next(made)["pairs"]) == total([builder.make(number, 0, BATCH)])
         expected = rf"step {step}, row {row} of stream pairs.*{told}.*memory"
         with pytest.raises(WorkerError, match=expected) as error:
             next(made)
@@ -173,12 +173,12 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
     hook.write_text(STALL)
     spec = spec_with(tmp_path)
     monkeypatch.setenv("STALLS", "1")
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     limits = StallLimits(0.2, 2.5)
     with caplog.at_level(logging.WARNING, "dromos.loader"):
         with LocalLoader([spec], 0, 1, 2, limits=limits) as loader:
             for number, step in enumerate(loader.steps(0, STEPS)):
-                assert total(step["pairs"]) == total([maker.make(number, 0, BATCH)])
+                assert total(step["pairs"]) == total([builder.make(number, 0, BATCH)])
         said = [record.getMessage() for record in caplog.records]
         assert any("has been reading s3://far/away.tar for" in line for line in said)
         monkeypatch.setenv("STALLS", "9")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.atomic_folder import partial_of
+from data_pipeline.storage.atomic_folder import new_folder, partial_of
 from pretrain.merge import merge, plan
 from pretrain.merge.methods import blocks
 from pretrain.merge.output import journal, local, resumed_folder
@@ -231,7 +231,7 @@ def test_two_merges_into_one_folder(pair: tuple[str, str], tmp_path: Path) -> No
 
 
 def hold(out: Path, pipe: Any) -> None:
-    with resumed_folder.new_folder(out, 0) as partial:
+    with new_folder(out, 0) as partial:
         (partial / "mine").write_text("whole")
         pipe.send("writing")
         pipe.recv()

@@ -53,11 +53,11 @@ def no_hang() -> Iterator[None]:
 
 def serve(spec: StreamSpec, steps: int = -(-2 * SAMPLES // BATCH)) -> list[Batch]:
     """Two epochs, with what must hold of any batch whatever the data."""
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     try:
-        batches = [maker.make(step, 0, BATCH) for step in range(steps)]
+        batches = [builder.make(step, 0, BATCH) for step in range(steps)]
     finally:
-        maker.close()
+        builder.close()
     for batch in batches:
         assert batch.images is not None
         assert batch.images.shape == (BATCH, 3, SIZE, SIZE)

@@ -42,13 +42,13 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
     index = {model: number for number, model in enumerate(file.models())}
     if file.method != "passthrough" and (told := quantised_inputs(sources[: opened.inputs])):
         raise UserError("\n".join(told))
-    maker = TensorResolver(file, sources, index, seed)
+    resolver = TensorResolver(file, sources, index, seed)
     main = index[file.base] if file.base is not None else index[file.slices[0].inputs[0].model]
     wants, taken = _wants(file, sources, index, sources[main])
-    decided = [found for want in wants if (found := maker.decide(want)) is not None]
-    if maker.problems:
+    decided = [found for want in wants if (found := resolver.decide(want)) is not None]
+    if resolver.problems:
         names = " and ".join(f"{letter(i)} ({source.address})" for i, source in enumerate(sources))
-        raise refusal(names, maker.problems, f"as {file.path} asks")
+        raise refusal(names, resolver.problems, f"as {file.path} asks")
     ties = [
         f"{one.name} is written, and the config, that of {sources[main].address}, ties it to {to}: who loads the model "
         "may get that instead"

@@ -61,11 +61,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StreamSpec]
 
 def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec]) -> None:
     root, spec = mixture
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     words = {word: i + 4 for i, word in enumerate(WORDS)}
     for step in (0, 3):
-        batch = maker.make(step, 0, 12)
-        refs = maker.order.refs(step)
+        batch = builder.make(step, 0, 12)
+        refs = builder.order.refs(step)
         served = assigned = 0
         for i in range(12):
             name = ("first", "second")[refs.source[i]]
@@ -104,7 +104,7 @@ def test_any_split_over_ranks_is_the_same_batch(
     mixture: tuple[Path, StreamSpec], cuts: tuple[int, ...]
 ) -> None:
     whole = BatchBuilder(mixture[1])
-    # Every slice by a maker of its own, and steps out of order: no state may leak in.
+    # Every slice by a builder of its own, and steps out of order: no state may leak in.
     for step in (4, 0, 2):
         parts = [BatchBuilder(mixture[1]).make(step, a, b) for a, b in pairwise(cuts)]
         want = whole.make(step, 0, 12)
@@ -117,15 +117,15 @@ def test_any_split_over_ranks_is_the_same_batch(
 
 
 def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec]) -> None:
-    maker = BatchBuilder(mixture[1])
+    builder = BatchBuilder(mixture[1])
     memory = np.full((5, SIZE, SIZE, 3), 77, np.uint8)
-    batch = maker.make(1, 3, 7, pixels=memory[:4])
-    np.testing.assert_array_equal(memory[:4], maker.make(1, 3, 7).pixels)
+    batch = builder.make(1, 3, 7, pixels=memory[:4])
+    np.testing.assert_array_equal(memory[:4], builder.make(1, 3, 7).pixels)
     assert np.shares_memory(batch.pixels, memory)
     assert (memory[4] == 77).all()
     for wrong in (memory, memory[:4, :, ::-1], memory[:4].astype(np.int8)):
         with pytest.raises(ValueError, match=r"contiguous uint8 \(4, 12, 12, 3\) expected"):
-            maker.make(1, 3, 7, pixels=wrong)
+            builder.make(1, 3, 7, pixels=wrong)
 
 
 def test_a_pickled_batch_leaves_its_pixels_out_of_band(mixture: tuple[Path, StreamSpec]) -> None:
@@ -153,8 +153,8 @@ def test_a_condemned_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: P
 
 def test_an_epoch_serves_every_sample_once(tmp_path: Path) -> None:
     spec = pairs(tmp_path, batch=6, only=write_source(tmp_path / "only", [5, 9, 4]))
-    maker = BatchBuilder(spec)
-    ids = np.concatenate([maker.make(step, 0, 6).sample_ids for step in range(6)])
+    builder = BatchBuilder(spec)
+    ids = np.concatenate([builder.make(step, 0, 6).sample_ids for step in range(6)])
     shards, indices = np.repeat([0, 1, 2], [5, 9, 4]), np.concatenate([np.arange(n) for n in (5, 9, 4)])
     every = np.sort(sample_ids("only", shards, indices))
     np.testing.assert_array_equal(np.sort(ids[:18]), every)
@@ -173,9 +173,9 @@ def test_seed_changes_order_and_crops(mixture: tuple[Path, StreamSpec]) -> None:
 def test_packed_text(tmp_path: Path, dtype: type) -> None:
     source = write_packed(tmp_path / "packed", [4, 3], dtype=dtype)
     spec = StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=7, length=LENGTH)
-    maker = BatchBuilder(spec)
-    batch = maker.make(0, 0, 7)
-    refs = maker.order.refs(0)
+    builder = BatchBuilder(spec)
+    batch = builder.make(0, 0, 7)
+    refs = builder.order.refs(0)
     np.testing.assert_array_equal(
         batch.tokens, np.repeat((refs.shard * 1000 + refs.index)[:, None], LENGTH, 1)
     )
@@ -194,8 +194,8 @@ def test_packed_text(tmp_path: Path, dtype: type) -> None:
 )
 def test_packed_text_of_another_shape_is_named(tmp_path: Path, written: dict, message: str) -> None:
     source = write_packed(tmp_path / "packed", [4], **written)
-    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
-    for attempt in (maker.check, lambda: maker.make(0, 0, 2)):
+    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
+    for attempt in (builder.check, lambda: builder.make(0, 0, 2)):
         with pytest.raises(UserError, match=message):
             attempt()
 
@@ -224,9 +224,9 @@ def spoilt_npy() -> Iterator[bytes]:
 def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
     spoilt = list(spoilt_npy())
     source = write_packed(tmp_path / "t", [4])
-    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
-    good = maker.make(0, 0, 4)
-    reader = maker._rows._readers["t"]
+    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
+    good = builder.make(0, 0, 4)
+    reader = builder._rows._readers["t"]
     whole = reader.read
     for number, npy in enumerate(spoilt):
         bad = number % 4
@@ -235,7 +235,7 @@ def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
             return ("spoilt", {"npy": npy}) if index == bad else whole(shard, index)
 
         reader.read = read  # type: ignore[method-assign]
-        batch = maker.make(0, 0, 4)
+        batch = builder.make(0, 0, 4)
         assert batch.skipped == {"t": {"undecodable": 1}}, npy[:200]
         assert batch.order_digest == good.order_digest
         assert bad not in batch.tokens[:, 0]
@@ -245,9 +245,9 @@ def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
     out = io.BytesIO()
     np.save(out, np.array([print] * LENGTH, dtype=object), allow_pickle=True)
     source = write_source(tmp_path / "packed", [1], {(0, 0): {"npy": out.getvalue()}})
-    maker = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
+    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
     with pytest.raises(UserError, match=r"undecodable.*allow_pickle"):
-        maker.check()
+        builder.check()
 
 
 def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
@@ -260,9 +260,9 @@ def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
 def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:
     source = write_source(tmp_path / "held_out", [5, 2, 4])
     spec = dataclasses.replace(pairs(tmp_path, batch=4, held_out=source), image=ImageSpec(SIZE))
-    maker = EvaluationPass(spec)
-    assert (len(maker), maker.samples) == (3, 11)
-    batches = [maker.make(number, 0, 4) for number in range(3)]
+    builder = EvaluationPass(spec)
+    assert (len(builder), builder.samples) == (3, 11)
+    batches = [builder.make(number, 0, 4) for number in range(3)]
     places = [(shard, index) for shard, count in enumerate([5, 2, 4]) for index in range(count)]
     meta = [row for batch in batches for row in batch.meta]
     for i, (shard, index) in enumerate(places):

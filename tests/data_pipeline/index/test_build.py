@@ -25,6 +25,7 @@ from data_pipeline.index.shard_record import walk_shard
 from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
+from data_pipeline.storage import files
 from tests.support.s3_server import s3_server
 from tests.support.tars import truth, write_entries
 
@@ -393,7 +394,7 @@ def test_a_bucket_that_may_not_be_written_is_told_before_the_walk(
 
     for path in Path(root).glob("*.tar"):
         storage.publish(f"{s3}/closed/{path.name}", path.read_bytes())
-    monkeypatch.setattr(storage, "_put", refuse)
+    monkeypatch.setattr(files, "_put", refuse)
     with pytest.raises(
         UserError, match=rf"{s3}/closed/_index/.* may not be written \(refused: Access Denied\)"
     ):

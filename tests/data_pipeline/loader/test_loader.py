@@ -52,10 +52,10 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
 
 @pytest.fixture(scope="module")
 def truth(specs: list[StreamSpec]) -> list[dict[str, Batch]]:
-    """Whole global batches, one maker call each."""
-    makers = {spec.name: BatchBuilder(spec) for spec in specs}
+    """Whole global batches, one builder call each."""
+    builders = {spec.name: BatchBuilder(spec) for spec in specs}
     return [
-        {name: maker.make(step, 0, maker.spec.batch) for name, maker in makers.items()}
+        {name: builder.make(step, 0, builder.spec.batch) for name, builder in builders.items()}
         for step in range(STEPS)
     ]
 
@@ -250,7 +250,7 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
 
     class Recorded(Loader):
         def _open(self) -> thread_pool.Pool:
-            return Recording(self.makers)
+            return Recording(self.builders)
 
     with Recorded(specs, 0, 1, 0) as loader:
         for number, _ in enumerate(loader.steps(0, 9)):
@@ -312,20 +312,20 @@ def test_look_ahead_is_bounded_in_bytes(
 def test_the_first_batch_is_made_by_all_workers(
     specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makers = set()
+    builders = set()
     answer = WorkerProcess.answer
 
     def seen(self: WorkerProcess) -> tuple[int, object]:
         found = answer(self)
         if isinstance(found[1], Batch):
-            makers.add((self.pid, found[1].start, found[1].stop))
+            builders.add((self.pid, found[1].start, found[1].stop))
         return found
 
     monkeypatch.setattr(WorkerProcess, "answer", seen)
     big = dataclasses.replace(specs[0], batch=64)
     with LocalLoader([big], 0, 1, 4) as loader:
         (batch,) = next(loader.steps(0, 1))["pairs"]
-    assert sorted(rows for _, *rows in makers) == [[0, 16], [16, 32], [32, 48], [48, 64]]
+    assert sorted(rows for _, *rows in builders) == [[0, 16], [16, 32], [32, 48], [48, 64]]
     assert (batch.start, batch.stop) == (0, 64)
     assert batch.batch_digest == BatchBuilder(big).make(0, 0, 64).batch_digest
 

@@ -72,11 +72,11 @@ def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:
 def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path: Path) -> None:
     counts = [9001, 1, 0, 8190] + [10_007] * 104  # more than 64 x 16384 samples
     source, bounds = manifest(tmp_path, "a", counts, 4)
-    maker = maker_of(tmp_path, {"a": source}, 1 << 40)
+    builder = maker_of(tmp_path, {"a": source}, 1 << 40)
     world, rank, steps = 4, 1, range(5, 3005)
-    found = walk(Plan([maker], rank, world, 1 << 40, steps.start), steps)
+    found = walk(Plan([builder], rank, world, 1 << 40, steps.start), steps)
     window = WINDOW * 64  # steps: each of the 64 lanes has one row a step
-    assert window_steps(maker.order, BATCH, ["a"]) == window + 1
+    assert window_steps(builder.order, BATCH, ["a"]) == window + 1
 
     fetched: list[np.ndarray] = [np.zeros(starts[-1] // 512, bool) for starts in bounds]
     asked = 0
@@ -87,7 +87,7 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
             assert not fetched[shard][part.start // 512 : part.stop // 512].any()  # nothing twice
             fetched[shard][part.start // 512 : part.stop // 512] = True
             asked += 1
-        refs = maker.order.refs(step, rank * BATCH // world, (rank + 1) * BATCH // world)
+        refs = builder.order.refs(step, rank * BATCH // world, (rank + 1) * BATCH // world)
         for shard, index in zip(refs.shard.tolist(), refs.index.tolist(), strict=True):
             start, stop = bounds[shard][index : index + 2]
             assert fetched[shard][start // 512 : stop // 512].all()
@@ -102,12 +102,12 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
 
 def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> None:
     source, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
-    maker = maker_of(tmp_path, {"a": source}, 1 << 40)
+    builder = maker_of(tmp_path, {"a": source}, 1 << 40)
     limit = 4_000_000
-    plan = Plan([maker], 0, 1, limit, 0)
+    plan = Plan([builder], 0, 1, limit, 0)
     asked: Counter[ByteRange] = Counter()
     needed: set[ByteRange] = set()
-    units = maker.units("a")
+    units = builder.units("a")
     assert units is not None
     for at in range(1500):
         while (reach := plan.following(at, 10**9)) is not None:
@@ -116,7 +116,7 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
         while (part := plan.take()) is not None:
             asked[part] += 1
         assert plan.held <= limit
-        refs = maker.order.refs(at)
+        refs = builder.order.refs(at)
         starts, stops = units.ranges(refs.shard, units.number(refs.shard, refs.index))
         needed |= {
             units.part(*place)
@@ -130,8 +130,8 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
 @pytest.mark.parametrize("limit", [1 << 40, 1 << 20])
 def test_small_sources_are_fetched_in_larger_units_where_they_fit(tmp_path: Path, limit: int) -> None:
     source, bounds = manifest(tmp_path, "a", [3000] * 40, 8)  # runs of 7
-    maker = maker_of(tmp_path, {"a": source}, limit)
-    units = maker.units("a")
+    builder = maker_of(tmp_path, {"a": source}, limit)
+    units = builder.units("a")
     assert isinstance(units, Units)
     assert units.run == 7
     assert units.length % 7 == 0
@@ -157,14 +157,16 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     small, _ = manifest(tmp_path, "b", [50, 60], 4)
     local = Manifest("c", str(tmp_path), ["0.tar"], np.array([1000]), np.array([10**6]), "manifest", "")
     sources = {"a": large, "b": small, "c": local}
-    maker = maker_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
-    found = [part for parts in walk(Plan([maker], 0, 1, 1 << 40, 0), range(2000)).values() for part in parts]
+    builder = maker_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
+    found = [
+        part for parts in walk(Plan([builder], 0, 1, 1 << 40, 0), range(2000)).values() for part in parts
+    ]
     by_source = {name: [part for part in found if f"/{name}/" in part.url] for name in sources}
     assert not by_source["c"]
     assert len(by_source["b"]) == 2  # each shard once
     # Half of the rows, so that a window lasts twice as long; the small one is not fetched so far ahead.
-    assert window_steps(maker.order, BATCH, ["a"]) == 2 * WINDOW * 64 + 1
-    assert window_steps(maker.order, BATCH, ["b"]) == 4 * WINDOW + 1
+    assert window_steps(builder.order, BATCH, ["a"]) == 2 * WINDOW * 64 + 1
+    assert window_steps(builder.order, BATCH, ["b"]) == 4 * WINDOW + 1
     assert len(by_source["a"]) == len(set(by_source["a"]))
     assert len(by_source["a"]) <= (2000 * BATCH / 2 / 64 + 2 * WINDOW * BATCH) * 1.01
 

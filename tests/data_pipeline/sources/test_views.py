@@ -187,9 +187,9 @@ def test_what_replaces_a_sample_is_kept_too(root: str, tmp_path: Path) -> None:
 
 def test_evaluation_reads_the_kept_in_order(root: str, tmp_path: Path) -> None:
     make_view(root, "good", Rule(where=WHERE))
-    maker = EvaluationPass(pairs(tmp_path, batch=4, a=SourceSpec(root, view="good")))
-    maker.check()
-    metas = [meta for n in range(len(maker)) for meta in maker.make(n, 0, 4).meta or []]
+    builder = EvaluationPass(pairs(tmp_path, batch=4, a=SourceSpec(root, view="good")))
+    builder.check()
+    metas = [meta for n in range(len(builder)) for meta in builder.make(n, 0, 4).meta or []]
     assert [m["key"] for m in metas if m["key"]] == [f"{s:05d}{i:04d}" for s, i in kept_places()]
 
 

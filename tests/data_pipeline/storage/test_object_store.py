@@ -37,7 +37,7 @@ def store(server: Store) -> Iterator[Store]:
 
 def test_a_large_range_is_read_in_pieces(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     root, proxy = store
-    monkeypatch.setattr(object_store, "PIECE", 1 << 20)
+    monkeypatch.setattr(object_store, "RANGE_BYTES", 1 << 20)
     before = object_store.requests.gets
     start, stop = 12_345, 12_345 + (3 << 20)
     assert storage.read_range(f"{root}/a.bin", start, stop - start, len(DATA)) == DATA[start:stop]
@@ -147,7 +147,7 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
 
     # And between two pieces of one read.
     proxy.forget()
-    monkeypatch.setattr(object_store, "PIECE", 100)
+    monkeypatch.setattr(object_store, "RANGE_BYTES", 100)
     count = Proxy.count
 
     def change(self: Proxy, key: str, asked: str) -> None:

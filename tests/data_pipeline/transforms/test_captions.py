@@ -148,14 +148,14 @@ def test_the_choice_is_part_of_the_digest_and_of_the_row(tmp_path: Path) -> None
     assert spec.text is not None
     text = TextSpec(spec.text.tokenizer, LENGTH, CaptionSpec(("json.c",), ("json.s",), 2))
     spec = dataclasses.replace(spec, text=text, image=None)
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     seen = set()
     for step in range(8):
-        batch, refs = maker.make(step, 0, 6), maker.order.refs(step)
+        batch, refs = builder.make(step, 0, 6), builder.order.refs(step)
         want = 0
         for row, (key, index, epoch) in enumerate(zip(batch.row_keys, refs.index, refs.epoch, strict=True)):
             choice = (1, 2)[draw_rows(np.array([key]))[0].caption >> 63]
-            tokens = maker.tokenizer.encode(captions[choice])  # type: ignore[union-attr]
+            tokens = builder.tokenizer.encode(captions[choice])  # type: ignore[union-attr]
             assert batch.tokens[row, 1 : len(tokens) + 1].tolist() == tokens
             want += row_digest("pairs", row, "source", "00000.tar", index, 0, epoch, (), choice)
             seen.add(choice)

@@ -208,7 +208,7 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
 
 
 def deadly(tmp_path: Path, what: str) -> BatchBuilder:
-    """A maker of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
+    """A builder of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
     replace = {(0, 3): members(0, 3) | {"txt": f"a red dot of {what}".encode()}}
     spec = pairs(tmp_path, batch=9, a=write_source(tmp_path / "a", [9], replace))
     return BatchBuilder(spec, tokenizer=Deadly(BatchBuilder(spec).tokenizer))
@@ -217,10 +217,10 @@ def deadly(tmp_path: Path, what: str) -> BatchBuilder:
 def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
     from data_pipeline.loader.loader import RayLoader
 
-    maker = deadly(tmp_path, "crash")
-    truth = BatchBuilder(maker.spec)
+    builder = deadly(tmp_path, "crash")
+    truth = BatchBuilder(builder.spec)
     truth.condemned = {("a", 0, 3): CRASHED}
-    with RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}) as loader:
+    with RayLoader([builder.spec], 0, 1, 2, builders={"pairs": builder}) as loader:
         for number, step in enumerate(loader.steps(0, 4)):
             (batch,), want = step["pairs"], truth.make(number, 0, 9)
             assert batch.skipped == want.skipped == {"a": {CRASHED: want.skipped["a"][CRASHED]}}
@@ -238,11 +238,11 @@ def test_a_kill_or_a_stall_is_no_verdict(
 ) -> None:
     from data_pipeline.loader.loader import RayLoader
 
-    maker = deadly(tmp_path, what)
+    builder = deadly(tmp_path, what)
     limits = StallLimits(0.5, 3.0)
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
-        RayLoader([maker.spec], 0, 1, 2, makers={"pairs": maker}, limits=limits) as loader,
+        RayLoader([builder.spec], 0, 1, 2, builders={"pairs": builder}, limits=limits) as loader,
         pytest.raises(WorkerError, match=told),
     ):
         next(loader.steps(0, 1))
@@ -253,7 +253,7 @@ def test_a_kill_or_a_stall_is_no_verdict(
 
 def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
-    from data_pipeline.workers import ray_pool
+    from data_pipeline.loader.loader import RayLoader
 
     def refuse(**_: object) -> None:
         raise ConnectionError("nobody there")
@@ -262,4 +262,4 @@ def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     with pytest.raises(UserError, match=r"no Ray cluster at 192\.0\.2\.1:6379.*ray start --head.*--on ray"):
-        ray_pool.RayLoader([spec], 0, 1, 1)
+        RayLoader([spec], 0, 1, 1)

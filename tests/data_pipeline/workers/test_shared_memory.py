@@ -67,12 +67,12 @@ def content(view: Any) -> bytes:
 def test_nothing_that_is_seen_is_ever_written(spec: StreamSpec) -> None:
     """A user who keeps views of all kinds for various times, against what they showed at first and the truth."""
     generator = random.Random(1)
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     kept: deque[tuple[Any, bytes]] = deque()
     numbers = set()
     with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
         for number, step in enumerate(loader.steps(0, 60)):
-            whole = maker.make(number, 0, BATCH)
+            whole = builder.make(number, 0, BATCH)
             for batch in step["pairs"]:
                 assert batch.pixels is not None
                 assert whole.pixels is not None
@@ -109,13 +109,13 @@ def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
     spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_memory, "LIMIT", 20)
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 1) as loader:
         steps = loader.steps(0, 60)
         kept = [next(steps)["pairs"][0] for _ in range(30)]
         assert slab_count(loader) == 20  # what came after that came through the socket
         for number, batch in enumerate(kept):
-            np.testing.assert_array_equal(batch.pixels, maker.make(number, 0, BATCH).pixels)
+            np.testing.assert_array_equal(batch.pixels, builder.make(number, 0, BATCH).pixels)
             assert batch.pixels.flags.writeable
             assert batch.pixels.flags.c_contiguous
         descriptors = len(os.listdir("/proc/self/fd"))
@@ -134,10 +134,10 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
 ) -> None:
     for module in (ipc, shared_memory):
         monkeypatch.setattr(module, "has_anonymous_memory", lambda: False)
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2) as loader:
         for number, step in enumerate(loader.steps(0, 4)):
-            want = maker.make(number, 0, BATCH)
+            want = builder.make(number, 0, BATCH)
             np.testing.assert_array_equal(step["pairs"][0].pixels, want.pixels)
             assert step["pairs"][0].batch_digest == want.batch_digest
         assert slab_count(loader) == 0
@@ -145,11 +145,11 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
 
 def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) -> None:
     """Workers still fill the memory of cancelled items while the next steps are asked for."""
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2, micro_batch=6) as loader:
         for start in range(0, 40, 4):
             for number, step in enumerate(loader.steps(start, start + 9), start):
-                whole = maker.make(number, 0, BATCH)
+                whole = builder.make(number, 0, BATCH)
                 for batch in step["pairs"]:
                     np.testing.assert_array_equal(batch.pixels, whole.pixels[batch.start : batch.stop])
                 if number == start + 1:
@@ -176,7 +176,7 @@ def test_pixels_go_through_shared_memory_and_not_through_the_socket(
 
 
 def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: Path) -> None:
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     text = StreamSpec("text", 0, {"t": spec.sources["web"]}, batch=2048, length=8)
     packed = StreamSpec(
         "text",
@@ -186,7 +186,7 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
         length=8,
     )
     assert [len(cut(WorkItem("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
-    for each, made, rows in ((spec, maker, BATCH), (packed, BatchBuilder(packed), 600)):
+    for each, made, rows in ((spec, builder, BATCH), (packed, BatchBuilder(packed), 600)):
         for pieces in (1, 2, 3, 7):
             items = cut(WorkItem(each.name, 3, 0, rows), each, pieces)
             assert [row for item in items for row in range(item.start, item.stop)] == list(range(rows))
@@ -194,7 +194,7 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
             found, want = join(parts), made.make(3, 0, rows)
             for name, value in vars(want).items():
                 np.testing.assert_array_equal(getattr(found, name), value)
-    assert maker.make(3, 0, BATCH).skipped
+    assert builder.make(3, 0, BATCH).skipped
 
 
 def test_memory_fits_what_it_is_taken_for() -> None:

@@ -12,7 +12,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from pretrain.build.objective import load_trained
 from pretrain.build.streams import stage_specs
-from pretrain.export import write_folder as export_module
+from pretrain.export import open_clip
 from pretrain.export.write_folder import export
 from pretrain.objectives.device_batch import DeviceBatch, to_device
 
@@ -114,7 +114,7 @@ def test_a_folder_of_the_user_s_beside_the_export_stays(
     (tmp_path / "clip.tmp/notes.txt").write_text("keep me")
     with monkeypatch.context() as patch:
         patch.setattr(
-            export_module, "_save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+            open_clip, "save_tensors", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
         with pytest.raises(UserError, match="clip: cannot be written: No space left"):
             export(flip, "open_clip", tmp_path / "clip")

@@ -72,7 +72,7 @@ def test_the_cause_of_real_shards_is_named(tmp_path: Path) -> None:
     ]
     replace = {(shard, i): m for shard, samples in enumerate(spoilt) for i, m in enumerate(samples)}
     spec = pairs(tmp_path, batch=24, laion=write_source(tmp_path / "laion", [6, 6, 6, 6], replace))
-    with LocalLoader([spec], 0, 1, 0, makers={"pairs": BatchBuilder(spec)}) as loader:
+    with LocalLoader([spec], 0, 1, 0, builders={"pairs": BatchBuilder(spec)}) as loader:
         lines = json.loads(json.dumps(next(loader.steps(0, 1))["pairs"][0].bad))
     limited = BadShards(6)
     over = limited.add(lines)
@@ -101,12 +101,12 @@ def test_all_ranks_together_count_what_one_would(tmp_path: Path, world_size: int
     replace = {(0, i): {"txt": b"a"} for i in range(0, 20, 2)}
     spec = pairs(tmp_path, batch=12, web=write_source(tmp_path / "web", [20, 30], replace))
     whole, parts = BadShards(8), BadShards(8)
-    maker = BatchBuilder(spec)
+    builder = BatchBuilder(spec)
     loaders = [LocalLoader([spec], rank, world_size, 0, 5) for rank in range(world_size)]
     fired = []
     for step, made in enumerate(zip(*(loader.steps(0, 12) for loader in loaders), strict=True)):
         lines = [each for rank in made for batch in rank["pairs"] for each in batch.bad]
-        found = whole.add(maker.make(step, 0, 12).bad)
+        found = whole.add(builder.make(step, 0, 12).bad)
         assert parts.add(lines) == found
         assert parts.state() == whole.state()
         fired.append(found)

@@ -19,8 +19,8 @@ IMAGE = Image(size=SIZE)
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     root = tmp_path_factory.mktemp("staging")
-    maker = BatchBuilder(pairs(root, batch=8, a=write_source(root / "a", [9, 7])))
-    return [maker.make(0, start, start + 2) for start in range(0, 8, 2)]
+    builder = BatchBuilder(pairs(root, batch=8, a=write_source(root / "a", [9, 7])))
+    return [builder.make(0, start, start + 2) for start in range(0, 8, 2)]
 
 
 def equal(a: DeviceBatch, b: DeviceBatch) -> bool:

@@ -144,14 +144,14 @@ def test_after_a_kill_only_the_rest_is_sent(
             merge(pair, out, beta=0.3)
     assert len(uploads(bucket)) == 1
     assert objects(out) == {}
-    real = multipart.ask
+    real = multipart.with_retries
 
     def ask(url: str, call: Any, **options: Any) -> Any:
         if call.__qualname__.startswith("Multipart._put.") and url.startswith(out):
             parts.append(url)
         return real(url, call, **options)
 
-    monkeypatch.setattr(multipart, "ask", ask)
+    monkeypatch.setattr(multipart, "with_retries", ask)
     merge(pair, out, beta=0.3)
     merge(pair, tmp_path / "out", beta=0.3)
     assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -280,11 +280,13 @@ class Answers:
 def test_an_upload_that_somebody_took_back_and_one_whose_answer_got_lost(
     pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = multipart.ask
+    real = multipart.with_retries
 
     def answering(method: str, times: list[int]) -> None:
         monkeypatch.setattr(
-            multipart, "ask", lambda url, call, **o: real(url, lambda s: call(Answers(s, method, times)), **o)
+            multipart,
+            "with_retries",
+            lambda url, call, **o: real(url, lambda s: call(Answers(s, method, times)), **o),
         )
 
     for method in ("upload_part", "complete_multipart_upload"):
@@ -304,8 +306,8 @@ def test_who_may_not_list_uploads_begins_anew(
             raise UserError(f"{url} may not be read")
         return real(url, call, **options)
 
-    real = multipart.ask
-    monkeypatch.setattr(multipart, "ask", denied)
+    real = multipart.with_retries
+    monkeypatch.setattr(multipart, "with_retries", denied)
     merge(pair, f"{bucket}/unlisted", beta=0.3)
     assert "merge.json" in objects(f"{bucket}/unlisted")
 
