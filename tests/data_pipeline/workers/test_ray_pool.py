@@ -54,10 +54,13 @@ def add_node(cluster: Any, **settings: Any) -> None:
 def running() -> Iterator[Any]:
     """Two nodes of one CPU; RAY_ADDRESS leads there, as in a job."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
+    from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
 
     # Socket paths may have 107 characters, which pytest's own folders use up.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    # Cluster writes its address to /tmp/ray/ray_current_cluster whatever temp_dir is, and does not create the folder.
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
