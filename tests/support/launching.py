@@ -18,7 +18,7 @@ from rich.console import Console
 from data_pipeline.sources.tar import TarWriter
 
 ROOT = Path(__file__).resolve().parents[2]
-STANDIN = ROOT / "tests" / "launch" / "standin.py"
+STANDIN = ROOT / "tests" / "support" / "standin.py"
 
 RECIPE = """
 run: {name: small, dir: RUN_DIR, seed: 0}
