@@ -38,6 +38,22 @@ class Located:
     step: int | None = None
 
 
+class StageNotReady(UserError):
+    """The addressed stage has not run or has not finished.
+
+    The message is `before`, the command that runs the stage, and `after`. A caller that knows the recipe replaces
+    the general command by its own with `with_command`.
+    """
+
+    def __init__(self, stage: str, before: str, after: str = "") -> None:
+        super().__init__(f"{before}dromos run RECIPE --stage {stage}{after}")
+        self.stage, self.before, self.after = stage, before, after
+
+    def with_command(self, command: str) -> str:
+        """The message with `command` as the command that runs the stage."""
+        return f"{self.before}{command}{self.after}"
+
+
 def locate(address: str, run_dir: Path | None = None) -> Located:
     """Resolve `address`; a bare name is a stage of `run_dir`, a bare RUN is looked up beside `run_dir`.
 
@@ -135,25 +151,29 @@ def _remote(address: str) -> Located:
 def _stage(stage: Path, which: str | None, address: str) -> Located:
     if not is_stage(stage):
         raise _absent([stage], address)
-    again = f"dromos run RECIPE --stage {stage.name}"
     result = _result(stage)
     if (stage / "weights").is_dir():
         if which and which.isdigit():
             raise UserError(f"{address}: {stage} is a merge stage and has no steps; leave @{which} out")
         if result is None:
-            raise UserError(f"{address}: stage {stage.name} of {stage.parent} has not finished; run: {again}")
+            raise StageNotReady(
+                stage.name, f"{address}: stage {stage.name} of {stage.parent} has not finished; run: "
+            )
         return Located("folder", str(stage / "weights"), stage)
     steps = complete_steps(stage / "checkpoints")
     if not steps:
-        raise UserError(
-            f"{address}: stage {stage.name} of {stage.parent} has no complete checkpoint yet; run: {again}"
+        raise StageNotReady(
+            stage.name,
+            f"{address}: stage {stage.name} of {stage.parent} has no complete checkpoint yet; run: ",
         )
     newest = max(steps)
     if which is None and (result is None or result.get("step") != newest):
         ended = f"it once ended at step {result.get('step')}, the " if result else ""
-        raise UserError(
+        raise StageNotReady(
+            stage.name,
             f"{address}: stage {stage.name} of {stage.parent} has not finished ({ended}newest checkpoint: step "
-            f"{newest}); run: {again}, or write @latest to take it as it is"
+            f"{newest}); run: ",
+            ", or write @latest to take it as it is",
         )
     step = newest
     if which == "best":
@@ -212,14 +232,15 @@ def _path(path: Path, which: str | None, address: str) -> Located:
 def _absent(candidates: list[Path], address: str) -> UserError:
     looked = " or ".join(str(c) for c in candidates)
     stage = candidates[0].name
-    again = f"dromos run RECIPE --stage {stage}"
     for candidate in candidates:
         if (candidate.parent / "recipe.yaml").exists():
-            return UserError(f"{address}: stage {stage} of {candidate.parent} has not run; run: {again}")
+            return StageNotReady(stage, f"{address}: stage {stage} of {candidate.parent} has not run; run: ")
     if meant := _near(candidates[0]):
         return UserError(f"{address}: not found{meant}")
     hub = f"; on the Hugging Face hub it is hf://{address}" if HUB_NAME.match(address) else ""
-    return UserError(f"{address}: not found (looked for {looked}); if it is a stage, make it: {again}{hub}")
+    return StageNotReady(
+        stage, f"{address}: not found (looked for {looked}); if it is a stage, make it: ", hub
+    )
 
 
 def _near(path: Path) -> str:
