@@ -1,4 +1,7 @@
-"""`make bench`: runs the benchmarks, prints a table each, writes the numbers as JSON where --out says."""
+"""`make bench`: runs benchmarks and prints a table for each; `--out FILE` writes the numbers as JSON.
+
+Exit code 1 where a bar is not held, 0 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,19 @@ import argparse
 import json
 import os
 import platform
+import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks import index, loader, merge, order, peers
+from benchmarks import index, loader, merge, order, peers, startup
 
-BENCHMARKS = {"index": index.run, "loader": loader.run, "merge": merge.run, "order": order.run}
+BENCHMARKS = {
+    "index": index.run,
+    "loader": loader.run,
+    "merge": merge.run,
+    "order": order.run,
+    "startup": startup.run,
+}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -21,7 +32,35 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(",")) if text else ()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the named benchmarks, or all; 1 if a bar is not held."""
+    options = parse(arguments)
+    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    print(
+        f"{machine['cores']} cores, Python {machine['python']}; best of {options.rounds} rounds, taken in turn"
+    )
+    settings: dict[str, dict[str, Any]] = {
+        "loader": {
+            "data": options.data,
+            "workers": options.workers,
+            "beside": options.peers,
+            "memory": not options.no_memory,
+        },
+        "merge": {"parts": options.parts, "folder": options.folder},
+    }
+    figures, missed = {}, []
+    for name in options.names or BENCHMARKS:
+        figures[name] = BENCHMARKS[name](options.rounds, **settings.get(name, {}))
+        print("\n".join(table(name, figures[name])), flush=True)
+        missed += [f"{name}: {row}" for row in missed_bars(figures[name])]
+    if options.out:
+        options.out.write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
+    for bar in missed:
+        print(f"bar not held: {bar}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each, best one counts (default 3)")
@@ -32,9 +71,11 @@ def main() -> None:
         "--workers", type=_numbers, default=(1, 2), help="loader: worker processes (default 1,2)"
     )
     parser.add_argument(
-        "--peers", type=_words, default=tuple(peers.PEERS), help="loader: beside whom; default: all"
+        "--peers", type=_words, default=tuple(peers.PEERS), help="loader: beside which peers; default: all"
     )
-    parser.add_argument("--no-memory", action="store_true", help="loader: leave out 50,000 samples of memory")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="loader: leave out the memory figure of 50,000 samples"
+    )
     parser.add_argument(
         "--parts",
         type=_words,
@@ -45,51 +86,43 @@ def main() -> None:
         "--folder", type=Path, help="merge: where to put 25 GB (default: the temporary folder)"
     )
     parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
-    arguments = parser.parse_args()
-    if wrong := set(arguments.parts) - set(merge.PARTS):
+    options = parser.parse_args(arguments)
+    if wrong := set(options.parts) - set(merge.PARTS):
         parser.error(f"no part {min(wrong)!r}; there are {', '.join(merge.PARTS)}")
-    if strange := set(arguments.peers) - set(peers.PEERS):
+    if strange := set(options.peers) - set(peers.PEERS):
         parser.error(f"no peer {min(strange)!r}; there are {', '.join(peers.PEERS)}")
-    unknown = [name for name in arguments.names if name not in BENCHMARKS]
-    if unknown:
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    print(
-        f"{machine['cores']} cores, Python {machine['python']}; best of {arguments.rounds} rounds, taken in turn"
-    )
-    own = {
-        "loader": {
-            "data": arguments.data,
-            "workers": arguments.workers,
-            "beside": arguments.peers,
-            "memory": not arguments.no_memory,
-        },
-        "merge": {"parts": arguments.parts, "folder": arguments.folder},
-    }
-    figures = {}
-    for name in arguments.names or BENCHMARKS:
-        figures[name] = BENCHMARKS[name](arguments.rounds, **own.get(name, {}))
-        print(f"\n{name}: {figures[name]['what']}")
-        most, least = (figures[name].get(kind, {}) for kind in ("most", "least"))
-        for row, value in figures[name]["rows"].items():
+    return options
+
+
+def table(name: str, figures: dict[str, Any]) -> list[str]:
+    """The figures of a benchmark as lines, each bar beside its row."""
+    most, least, missed = figures.get("most", {}), figures.get("least", {}), missed_bars(figures)
+    lines = [f"\n{name}: {figures['what']}"]
+    for row, value in figures["rows"].items():
+        bar = most.get(row, least.get(row))
+        if bar is not None:
+            digits = 1 if row in most and bar >= 10 else 2
             shown, verdict = (
-                f"{value:,.{2 if value < 100 and name == 'merge' else 0}f} {figures[name]['unit']}",
-                "",
+                f"{value:,.{digits}f}",
+                f"   bar {bar:g}{': NOT HELD' if row in missed else ''}",
             )
-            if row in most:
-                shown, verdict = f"{value:,.1f}", _verdict(most[row], value < most[row])
-            elif row in least:
-                shown, verdict = f"{value:,.2f}", _verdict(least[row], value >= least[row])
-            print(f"  {row:<44} {shown:>20}{verdict}")
-        for line in figures[name].get("notes", []):
-            print(f"  {line}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n")
+        else:
+            digits = 2 if value < 100 and name in ("merge", "startup") else 0
+            shown, verdict = f"{value:,.{digits}f} {figures['unit']}", ""
+        lines.append(f"  {row:<56} {shown:>20}{verdict}")
+    return [*lines, *(f"  {line}" for line in figures.get("notes", []))]
 
 
-def _verdict(bar: float, held: bool) -> str:
-    return f"   bar {bar:g}{'' if held else ': NOT HELD'}"
+def missed_bars(figures: dict[str, Any]) -> list[str]:
+    """Rows that miss their bar: `most` must stay above the value, `least` must be reached."""
+    rows = figures["rows"]
+    return [
+        *(row for row, bar in figures.get("most", {}).items() if row in rows and not rows[row] < bar),
+        *(row for row, bar in figures.get("least", {}).items() if row in rows and not rows[row] >= bar),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

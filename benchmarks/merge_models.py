@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.merge.planning.output_layout import INDEX, lay_out
-from pretrain.weights.dtypes import DTYPES, Info, elements
+from pretrain.weights.dtypes import DTYPES, TensorInfo, elements
 
 POOL = 1 << 22
 """random numbers that all tensors are cut from, each at a place of its own"""
@@ -66,7 +66,7 @@ def write_safetensors(folder: Path, model: Llama, seed: int, dtype: str = "BF16"
     """A folder as transformers writes it."""
     folder.mkdir(parents=True)
     numbers = Numbers(seed)
-    tensors: dict[str, Info] = {name: (dtype, shape) for name, shape in model.shapes().items()}
+    tensors: dict[str, TensorInfo] = {name: (dtype, shape) for name, shape in model.shapes().items()}
     size = model.parameters * DTYPES[dtype].itemsize
     laid = lay_out(tensors, size if shards == 1 else int(size / (shards - 0.5)))
     for number, file in enumerate(laid.files):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import __main__ as command
 from benchmarks import bare, loader, photos
 
 
@@ -87,3 +88,27 @@ def test_the_command_refuses_a_name_that_is_none() -> None:
     )
     assert done.returncode == 2
     assert "no benchmark 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "missed"),
+    [
+        ({"fast": 3.0, "small": 39.0}, []),
+        ({"fast": 2.9, "small": 39.0}, ["fast"]),
+        ({"fast": 3.0, "small": 40.0}, ["small"]),
+        ({"fast": float("nan"), "small": float("nan")}, ["small", "fast"]),
+        ({"fast": 3.1}, []),  # the part with the other bar did not run
+    ],
+)
+def test_a_bar_that_is_not_held_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: dict[str, float],
+    missed: list[str],
+) -> None:
+    figures = {"what": "w", "unit": "s", "rows": rows, "least": {"fast": 3.0}, "most": {"small": 40.0}}
+    monkeypatch.setitem(command.BENCHMARKS, "order", lambda rounds: figures)
+    assert command.main(["order", "--rounds", "1"]) == (1 if missed else 0)
+    printed = capsys.readouterr()
+    assert printed.out.count("NOT HELD") == len(missed)
+    assert printed.err.splitlines() == [f"bar not held: order: {row}" for row in missed]
