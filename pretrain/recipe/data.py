@@ -1,4 +1,4 @@
-"""A recipe's `data` section: sources, and what becomes of their images and captions."""
+"""The `data` section of a recipe: sources, image and text settings, and the global batch of each stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.recipe.fields import Count, Strict
 
 
 def parse_batch(value: Any) -> Any:
-    """Rows, or first step -> rows in the order of steps."""
+    """An int (rows), or a dict {first step: rows} sorted by step. Raises ValueError for anything else."""
     rows = list(value.values()) if isinstance(value, dict) else [value]
     for number in rows:
         if isinstance(number, bool) or not re.fullmatch(r"\s*-?[0-9]+\s*", str(number)):
@@ -26,102 +26,104 @@ def parse_batch(value: Any) -> Any:
     try:
         schedule = BatchSchedule.of(value)
     except UserError:
-        told = ", ".join(map(str, value)) or "missing"
+        steps = ", ".join(map(str, value)) or "missing"
         raise ValueError(
-            f"its first steps are {told}; they must begin with 0 and be whole numbers, as in {{0: 1024, 1000: 4096}}"
+            f"the first steps are {steps}; they must begin with 0 and be whole numbers, as in {{0: 1024, 1000: 4096}}"
         ) from None
     return dict(zip(schedule.first, schedule.rows, strict=True))
 
 
-class Source(Strict):
-    """One dataset in a stream: a folder of tars, a brace pattern of tars, or a manifest."""
-
-    path: str = Field(description="Folder, or pattern such as data/{00000..00031}.tar; local or s3://.")
-    weight: float | None = Field(None, gt=0, description="Share of the stream; absent: by number of samples.")
-    repeat: float | None = Field(None, gt=0, description="Multiplies the size that the weight is taken from.")
-    cap: Count | None = Field(None, gt=0, description="Bounds the size that the weight is taken from.")
-    max_epochs: float | None = Field(None, gt=0, description="The source ends after this many passes.")
-    view: str | None = Field(None, description="View of the source, made by `dromos data view`, to train on.")
-
-
 def parse_source(value: Any) -> Any:
+    """A bare path is short for `{path: PATH}`."""
     return {"path": value} if isinstance(value, str) else value
 
 
-class Image(Strict):
-    """How an image becomes pixels."""
+class Source(Strict):
+    """One dataset of a stream."""
 
-    size: int = Field(224, gt=0, description="Side of the square fed to the tower, in pixels.")
-    crop: tuple[float, float] = Field(
-        (1.0, 1.0), description="Range of the crop's area, as a share of the image."
-    )
-    flip: bool = Field(False, description="Mirror half of the images, left to right.")
-    max_pixels: Count = Field(
-        25_000_000,
-        gt=0,
-        le=178_000_000,
-        description="Larger images, such as 50M, count as unusable; decoding takes 3 bytes a pixel.",
-    )
-    mean: tuple[float, float, float] = Field(
-        (0.48145466, 0.4578275, 0.40821073), description="Of RGB in 0..1."
-    )
-    std: tuple[float, float, float] = Field(
-        (0.26862954, 0.26130258, 0.27577711), description="Of RGB in 0..1."
-    )
+    path: str
+    """Folder of tars, or brace pattern such as data/{00000..00031}.tar; local or s3://. Required."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the rows: relative to the other weights, or a fraction of the stream if some sources have no weight.
+
+    Default: in proportion to the source's size.
+    """
+    repeat: float | None = Field(None, gt=0)
+    """Factor on the source's size when shares follow size. Not with `weight`. Default: 1."""
+    cap: Count | None = Field(None, gt=0)
+    """Upper limit of the source's size, in samples, when shares follow size. Not with `weight`. Default: no limit."""
+    max_epochs: float | None = Field(None, gt=0)
+    """The source ends after this many passes over its samples. Default: it never ends."""
+    view: str | None = None
+    """Name of a view of the source, written by `dromos data view`; only its samples are used. Default: all samples."""
+
+
+class Image(Strict):
+    """From image bytes to normalised pixels."""
+
+    size: int = Field(224, gt=0)
+    """Height and width of the square image that the vision tower receives, in pixels. Default: 224."""
+    crop: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest area of the random crop, as fractions of the image. Default: [1, 1], the whole image."""
+    flip: bool = False
+    """Mirror an image left to right with probability 0.5. Default: false."""
+    max_pixels: Count = Field(25_000_000, gt=0, le=178_000_000)
+    """Images with more pixels are unusable samples; decoding takes 3 bytes per pixel. Default: 25M."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of R, G and B that is subtracted, on the scale 0 to 1. Default: the mean of CLIP (OpenAI)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of R, G and B, on the scale 0 to 1. Default: the deviation of CLIP (OpenAI)."""
 
 
 class Captions(Strict):
-    """Which captions of a sample come into question; each time one of them is drawn."""
+    """Candidate captions of a sample; each time the sample is read, one of them is drawn."""
 
-    from_: list[str] = Field(
-        alias="from",
-        description="Members that hold a caption or a list of them: txt, json.caption, json.all_captions.",
-    )
-    scores: list[str | None] = Field(
-        default_factory=list, description="The json.FIELD with the scores of each member in `from`, or null."
-    )
-    top: int | None = Field(
-        None, ge=1, description="Only so many with the best scores; without scores, so many from the front."
-    )
+    from_: list[str] = Field(alias="from")
+    """Members with one caption or a list of captions: txt, json.caption, json.all_captions. Required."""
+    scores: list[str | None] = Field(default_factory=list)
+    """For each entry of `from`, the json.FIELD with its scores, or null. Default: no scores."""
+    top: int | None = Field(None, ge=1)
+    """Number of candidates: those with the highest scores, or the first ones without scores. Default: all."""
 
     @model_validator(mode="after")
     def _fits(self) -> Captions:
-        CaptionSpec(tuple(self.from_), tuple(self.scores), self.top)
+        CaptionSpec(tuple(self.from_), tuple(self.scores), self.top)  # raises UserError for a contradiction
         return self
 
 
 class Text(Strict):
-    """How a caption becomes tokens."""
+    """From a caption to a row of tokens."""
 
-    tokenizer: str = Field("clip-bpe", description="clip-bpe, or a folder or file with a tokenizer.json.")
-    length: int = Field(32, gt=2, description="Tokens in a row: start token, caption, end token, padding.")
-    captions: Captions | None = Field(
-        None, description="Which of several captions is taken; absent: txt, or one of caption in json."
-    )
+    tokenizer: str = "clip-bpe"
+    """`clip-bpe`, or the path of a tokenizer.json or of the folder that holds it. Default: clip-bpe."""
+    length: int = Field(32, gt=2)
+    """Tokens per row: start token, caption, end token, padding. Longer captions are cut. Default: 32."""
+    captions: Captions | None = None
+    """Where captions are. Default: the member txt, else the first caption field of the member json."""
 
 
 class Stream(Strict):
     """A named mixture of sources that an objective consumes, and its global batch."""
 
-    sources: dict[str, Annotated[Source, BeforeValidator(parse_source)]] = Field(
-        default_factory=dict, description="Name -> path or {path, weight, repeat, cap, max_epochs, view}."
-    )
-    batch: Annotated[int | dict[int, int], BeforeValidator(parse_batch)] = Field(
-        256,
-        description="Rows of the global batch, over all ranks; or first step -> rows, as {0: 1024, 1000: 4096}.",
-    )
-    lanes: int | None = Field(
-        None, gt=0, description="Fixed fractions of the rows; default: largest divisor of batch up to 1024."
-    )
-    share_by: Literal["size", "sqrt"] = Field(
-        "size", description="Sources without a weight share the rows by size, or by the square root of it."
-    )
-    order_as: str | None = Field(None, description="Stage whose order, crops and masks this stream shares.")
-    length: int | None = Field(
-        None, gt=1, description="Tokens of a packed text sequence; only for text streams."
-    )
-    image: Image | None = Field(None, description="Absent in a text stream.")
-    text: Text | None = Field(None, description="Absent in a text stream, which is packed beforehand.")
+    sources: dict[str, Annotated[Source, BeforeValidator(parse_source)]] = Field(default_factory=dict)
+    """Source name -> path, or {path, weight, repeat, cap, max_epochs, view}. Required: at least one."""
+    batch: Annotated[int | dict[int, int], BeforeValidator(parse_batch)] = 256
+    """Rows of the global batch over all ranks; or first step -> rows, as {0: 1024, 1000: 4096}. Default: 256."""
+    lanes: int | None = Field(None, gt=0)
+    """Fixed parts of the global batch, each with its own order of samples; must divide every batch.
+
+    Default: the largest divisor of every batch up to 1024.
+    """
+    share_by: Literal["size", "sqrt"] = "size"
+    """Sources without `weight` share rows by size, or by the square root of size. Default: size."""
+    order_as: str | None = None
+    """Stage whose order, crops and masks this stream repeats. Default: its own."""
+    length: int | None = Field(None, gt=1)
+    """Tokens per row of a packed text stream; not for streams with images. Default: none."""
+    image: Image | None = None
+    """Image settings. Default: none, which makes this a text stream."""
+    text: Text | None = None
+    """Caption settings. Default: none, for packed text, which is tokenised beforehand."""
 
     @property
     def batches(self) -> BatchSchedule:

@@ -1,4 +1,4 @@
-"""What the fields of a recipe are made of: strict sections, lengths and counts."""
+"""Base classes and value types of the recipe schema: strict sections, durations, counts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 LENGTH = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBT]?)\s*(steps?|samples?|epochs?)?\s*$")
 
 
 class Strict(BaseModel):
-    """Base of every section: read-only, and a key that is not a field is an error."""
+    """Base of every section: read-only, and unknown keys are errors.
+
+    Keys are documented by the docstring below each field. It is for readers of the code only: pydantic's
+    `use_attribute_docstrings` would add a tenth to the import time of the schema.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -29,30 +33,33 @@ class Length(Strict):
 
 
 def parse_length(value: Any, unit: str = "steps") -> Any:
-    """`51M samples` -> Length(51e6, "samples"); a bare number is in `unit`."""
+    """`51M samples` -> Length(51e6, "samples"). A number without a unit is in `unit`.
+
+    Raises ValueError for text that is not a length; leaves a Length or a map to pydantic.
+    """
     if isinstance(value, Length | dict):
         return value
     if isinstance(value, bool):
         raise ValueError("a length is a number with steps, samples or epochs")
     if isinstance(value, int | float):
         return Length(value=float(value), unit=unit)  # type: ignore[arg-type]
-    found = LENGTH.match(str(value))
-    if not found:
+    match = LENGTH.match(str(value))
+    if not match:
         raise ValueError(
-            f"{value!r} is no length; write for example '1000 steps', '51M samples', '0.5 epochs'"
+            f"{value!r} is not a length; write for example '1000 steps', '51M samples', '0.5 epochs'"
         )
-    number, scale, word = found.groups()
+    number, suffix, word = match.groups()
     name = {"step": "steps", "sample": "samples", "epoch": "epochs"}.get(word or "", word or unit)
-    return Length(value=float(number) * SCALE[scale], unit=name)  # type: ignore[arg-type]
+    return Length(value=float(number) * SUFFIXES[suffix], unit=name)  # type: ignore[arg-type]
 
 
 def parse_count(value: Any) -> Any:
-    """`12.8B` -> 12800000000."""
+    """`12.8B` -> 12800000000. Raises ValueError for text that is not a number; leaves other types to pydantic."""
     if isinstance(value, str):
-        found = LENGTH.match(value)
-        if not found or found.group(3):
-            raise ValueError(f"{value!r} is no number; write for example 128M or 12.8B")
-        return round(float(found.group(1)) * SCALE[found.group(2)])
+        match = LENGTH.match(value)
+        if not match or match.group(3):
+            raise ValueError(f"{value!r} is not a number; write for example 128M or 12.8B")
+        return round(float(match.group(1)) * SUFFIXES[match.group(2)])
     return value
 
 

@@ -1,4 +1,8 @@
-"""The typed recipe: every key a user may write, with its meaning and default; unknown keys are refused."""
+"""The typed recipe: every section and key with meaning, unit and default. Unknown keys are errors.
+
+A length (`Duration`) is written `500` or `500 steps`, `51M samples`, `0.03 epochs`; a count as `128M` or `12.8B`.
+An address names weights: a stage, RUN/STAGE[@STEP], a path, s3://, hf:// or open_clip:// (pretrain/run/address.py).
+"""
 
 from __future__ import annotations
 
@@ -11,102 +15,134 @@ from pretrain.recipe.fields import Count, Duration, Length, Strict
 
 
 class Run(Strict):
-    """What the run is called and where it writes."""
+    """Name, folder and seed of a run."""
 
-    name: str = Field(
-        "run", description="Name of the run; the run folder is runs/NAME unless dir says otherwise."
-    )
-    dir: str | None = Field(None, description="The run folder itself, relative to the working directory.")
-    seed: int = Field(0, ge=0, description="Seed of order, crops, masks and initial weights.")
-    accept_change: bool = Field(False, description="Continue although the data or its mixture changed.")
+    name: str = "run"
+    """Name of the run; its folder is runs/NAME unless `dir` is set. Default: run."""
+    dir: str | None = None
+    """Path of the run folder, relative to the working directory. Default: runs/NAME."""
+    seed: int = Field(0, ge=0)
+    """Seed of sample order, crops, masks and initial weights. Default: 0."""
+    accept_change: bool = False
+    """Resume although the data, the shares of its sources or the batch changed. Default: false."""
 
 
 class Vision(Strict):
-    """A vision tower: trained here (width, layers, ... or arch) or taken from elsewhere (init)."""
+    """A vision tower: a new one from width, layers and patch (or `arch`), or a trained one from `init`."""
 
-    arch: str | None = Field(None, description="open_clip://ARCH: the tower's shape from open_clip.")
-    init: str | None = Field(
-        None, description="Address of trained weights: flip/tuned, a path, open_clip://ARCH/TAG."
-    )
-    join: Literal["channel", "sequence"] = Field("channel", description="How several towers are joined.")
-    part: str | None = Field(None, description="Part of the checkpoint to use, for example qformer.")
+    arch: str | None = None
+    """open_clip://ARCH: take the tower's shape from open_clip; other keys change it. Default: none."""
+    init: str | None = None
+    """Address of trained weights, for example flip/tuned or open_clip://ARCH/TAG. Default: new weights."""
+    join: Literal["channel", "sequence"] = "channel"
+    """How the tokens of several towers are joined: along the width, or one after the other. Default: channel."""
+    part: str | None = None
+    """Part of the checkpoint to use as tower, for example qformer. Default: its vision tower."""
     width: int | None = Field(None, gt=0)
+    """Width of a token inside the tower. Required without `arch` and `init`."""
     layers: int | None = Field(None, gt=0)
+    """Number of transformer layers. Required without `arch` and `init`."""
     head_width: int = Field(64, gt=0)
-    patch: int | None = Field(None, gt=0, description="Side of a patch in pixels.")
+    """Width of one attention head; the tower has width / head_width heads. Ignored with `arch`. Default: 64."""
+    patch: int | None = Field(None, gt=0)
+    """Height and width of a patch, in pixels. Required without `arch` and `init`."""
     mlp_ratio: float = 4.0
-    positions: Literal["learnable", "sincos"] = Field(
-        "learnable", description="sincos: fixed 2-D sine and cosine."
-    )
-    pool: Literal["tok", "avg"] = Field("tok", description="Class token, or the mean over patches.")
+    """Width of a layer's MLP divided by `width`. Ignored with `arch`. Default: 4."""
+    positions: Literal["learnable", "sincos"] = "learnable"
+    """Position embeddings: learned, or fixed 2-D sine and cosine. Default: learnable."""
+    pool: Literal["tok", "avg"] = "tok"
+    """Image feature: the class token, or the mean over the patch tokens. Default: tok."""
 
 
 class TextTower(Strict):
     """The text tower of a contrastive model."""
 
     width: int = 512
+    """Width of a token inside the tower. Default: 512."""
     heads: int = 8
+    """Number of attention heads per layer. Default: 8."""
     layers: int = 12
+    """Number of transformer layers. Default: 12."""
     causal: bool = True
+    """Tokens attend only to earlier tokens. Default: true."""
 
 
 class Llm(Strict):
-    """The language model: from an address, or new from a transformers config."""
+    """The language model; exactly one of `init` and `config`."""
 
-    init: str | None = Field(None, description="Address of weights: hf://ORG/NAME, a folder, RUN/STAGE.")
-    config: dict[str, Any] | None = Field(
-        None, description="transformers config with model_type, for a new model."
-    )
-    tokenizer: str | None = Field(None, description="Folder or file with a tokenizer.json.")
+    init: str | None = None
+    """Address of trained weights: hf://ORG/NAME, a folder, RUN/STAGE. Default: new weights from `config`."""
+    config: dict[str, Any] | None = None
+    """transformers config of a new model, with model_type. Default: none."""
+    tokenizer: str | None = None
+    """Path of a tokenizer.json or of the folder that holds it. Default: that of the streams."""
 
 
 class Views(Strict):
-    """Into which views an image is cut before the towers see it."""
+    """Views into which an image is cut for the towers."""
 
     size: int = 224
+    """Height and width of a view, in pixels. Default: 224."""
     tiles: str = "1x1"
+    """Rows x columns of tiles. Default: 1x1."""
     global_: Literal["first", "last", "only"] = Field("only", alias="global")
+    """The downscaled whole image comes before the tiles, after them, or alone. Default: only."""
 
 
 def parse_towers(value: Any) -> Any:
+    """One tower may be written without the list."""
     return [value] if isinstance(value, dict | Vision) else value
 
 
 class Model(Strict):
-    """What is trained."""
+    """The model that is trained."""
 
-    embed: int | None = Field(None, gt=0, description="Width of the joint embedding of a contrastive model.")
+    embed: int | None = Field(None, gt=0)
+    """Width of the joint embedding of a contrastive model. Default: that of `vision.arch`, else `text.width`."""
     vision: Annotated[list[Vision], BeforeValidator(parse_towers)] | None = None
+    """The vision tower, or a list of towers. Default: none (text only)."""
     text: TextTower | None = None
+    """The text tower of a contrastive model. Default: none."""
     llm: Llm | None = None
+    """The language model of a generative model. Default: none."""
     views: Views | None = None
-    freeze: list[str] = Field(default_factory=list, description="Parts that do not train: vision, text, llm.")
+    """Views of an image. Default: the whole image once."""
+    freeze: list[str] = Field(default_factory=list)
+    """Parts that are not trained: vision, text, llm. Default: none."""
 
 
 class Objective(Strict):
-    """What the losses are."""
+    """The training objective."""
 
     kind: Literal["flip", "sphinx", "instruct"]
-    image_mask: float = Field(0.0, ge=0, lt=1, description="Share of patches that the tower does not see.")
-    text_mask: float = Field(0.0, ge=0, lt=1, description="Share of caption tokens that are dropped.")
-    weights: dict[str, float] | None = Field(None, description="Weight of each stream's token-mean loss.")
-    template: str | None = Field(None, description="How dialogues become text, for example vicuna.")
+    """flip: contrastive; sphinx: next tokens of text and captions; instruct: next tokens of dialogues. Required."""
+    image_mask: float = Field(0.0, ge=0, lt=1)
+    """Fraction of an image's patches that the tower does not receive. Default: 0."""
+    text_mask: float = Field(0.0, ge=0, lt=1)
+    """Fraction of a caption's tokens that are dropped. Default: 0."""
+    weights: dict[str, float] | None = None
+    """Stream name -> factor on the stream's loss (a mean per token). Default: 1 for each stream."""
+    template: str | None = None
+    """Conversation template that turns dialogues into text, for example vicuna. Default: none."""
 
 
 class Optimizer(Strict):
-    """AdamW and its hyper-parameters."""
+    """AdamW; exactly one of `lr` and `lr_per_256`."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float | None = Field(None, gt=0, description="Peak learning rate.")
-    lr_per_256: float | None = Field(
-        None, gt=0, description="Peak learning rate for a batch of 256, scaled linearly."
-    )
+    """The only optimizer of this version. Default: adamw."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate. Default: from `lr_per_256`."""
+    lr_per_256: float | None = Field(None, gt=0)
+    """Peak learning rate for a global batch of 256 rows; it is multiplied by (largest batch / 256). Default: none."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moments. Default: [0.9, 0.95]."""
     eps: float = 1e-8
+    """Term that is added to the denominator of the update. Default: 1e-8."""
     weight_decay: float = 0.0
-    clip: float = Field(
-        1.0, ge=0, description="Global gradient norm is clipped to this; 0 switches clipping off."
-    )
+    """Decoupled weight decay of matrices; vectors, biases, norms and single tokens do not decay. Default: 0."""
+    clip: float = Field(1.0, ge=0)
+    """Upper limit of the global gradient norm; 0 switches clipping off. Default: 1."""
 
     @model_validator(mode="after")
     def _one_rate(self) -> Optimizer:
@@ -119,115 +155,131 @@ class Schedule(Strict):
     """Learning rate over the training."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Duration = Field(default_factory=lambda: Length(value=0), description="Linear warm-up from 0.")
-    final_lr: float = Field(0.0, ge=0, description="Learning rate at the end.")
+    """Shape of the decay after warm-up, from the peak to `final_lr`; constant: no decay. Default: cosine."""
+    warmup: Duration = Field(default_factory=lambda: Length(value=0))
+    """Length of the linear warm-up from 0 to the peak. Default: 0 steps."""
+    final_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the training, the same unit as the peak. Default: 0."""
 
 
 class Train(Strict):
-    """How long; exactly one of steps, samples, epochs (of the objective's main stream)."""
+    """Length of the training: exactly one of steps, samples, epochs (of the objective's main stream)."""
 
     steps: Count | None = Field(None, gt=0)
+    """Optimizer steps. Default: from samples or epochs."""
     samples: Count | None = Field(None, gt=0)
+    """Rows of the main stream, over all ranks; rounded up to whole steps. Default: none."""
     epochs: float | None = Field(None, gt=0)
-    micro_batch: int | None = Field(
-        None, gt=0, description="Rows of a rank that pass at once; absent: all of them."
-    )
-    hours: float | None = Field(None, gt=0, description="Save and stop (exit code 75) after this many hours.")
+    """Passes over the main stream; rounded up to whole steps. Default: none."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Rows of a rank in one forward and backward pass. Default: all rows of the rank."""
+    hours: float | None = Field(None, gt=0)
+    """Save a checkpoint and exit with code 75 after this many hours. Default: no limit."""
 
 
 class Engine(Strict):
     """DeepSpeed and numerics."""
 
     zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: what ranks share out: nothing, optimizer states, also gradients, also weights. Default: 1."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of forward and backward; master weights are fp32. Default: fp32."""
     deterministic: bool = False
+    """Use only deterministic kernels of PyTorch. Default: false."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory. Default: false."""
     offload: Literal["cpu"] | None = None
+    """cpu: keep optimizer states in host memory. Default: on the device."""
     compile: bool = False
+    """Compile the model with torch.compile. Default: false."""
 
 
 class Cache(Strict):
-    """Where each node keeps what its ranks read of object stores."""
+    """Node-local cache of what the ranks of a node read from object stores."""
 
-    folder: str | None = Field(
-        None,
-        description="A folder of the user's own, on a disk of the node; absent: DROMOS_CACHE, or in /tmp.",
-    )
-    gigabytes: float | None = Field(
-        None, ge=0, description="At most; absent: half of what is free there, up to 100. 0: no cache."
-    )
+    folder: str | None = None
+    """Folder on a local disk of the node. Default: the environment variable DROMOS_CACHE, else a folder in /tmp."""
+    gigabytes: float | None = Field(None, ge=0)
+    """Upper limit of its size, in GB; 0: no cache. Default: half of the free space of the disk, up to 100."""
 
 
 class Loader(Strict):
-    """Who reads and decodes."""
+    """Reading and decoding of the training data."""
 
     backend: Literal["local", "ray"] = "local"
-    workers: int = Field(2, ge=0, description="Processes a rank; 0 reads inside the rank.")
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="More replaced samples than this stop the run."
-    )
-    max_bad_in_shard: int = Field(
-        200, ge=1, description="So many unusable samples of one shard in one epoch stop the run."
-    )
-    stall_warn: float = Field(
-        30.0,
-        gt=0,
-        description="Seconds after which a read or a decode that does not end is named in the log.",
-    )
-    stall_error: float = Field(
-        600.0,
-        gt=0,
-        description="Seconds after which it is ended and tried by another worker; then it is an error.",
-    )
+    """Where batches are built: processes beside each rank, or Ray actors over the nodes. Default: local."""
+    workers: int = Field(2, ge=0)
+    """Worker processes per rank; 0 builds batches in a thread of the rank. Default: 2."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this fraction of a source's samples was replaced in the last 100 steps. Default: 0.01."""
+    max_bad_in_shard: int = Field(200, ge=1)
+    """Stop when a shard has this many unusable samples in one epoch. Default: 200."""
+    stall_warn: float = Field(30.0, gt=0)
+    """Seconds after which a read or decode that does not end is named in the log. Default: 30."""
+    stall_error: float = Field(600.0, gt=0)
+    """Seconds after which a stalled worker is killed; another worker tries again, then it is an error. Default: 600."""
     cache: Cache = Field(default_factory=Cache)
+    """The node-local cache."""
 
 
 class Checkpoint(Strict):
-    """When to save and how many to keep."""
+    """Checkpoints during the training; one is always saved at its end."""
 
     every: Duration = Field(default_factory=lambda: Length(value=1000))
+    """Length between two checkpoints. Default: 1000 steps."""
     keep: int = Field(3, ge=1)
+    """Number of newest complete checkpoints that are kept. Default: 3."""
 
 
 class ZeroShot(Strict):
     """Zero-shot classification of one labelled source."""
 
     path: str
-    classes: dict[str, str] = Field(
-        default_factory=dict, description="Label as it stands in the json member -> name in the prompt."
-    )
+    """Folder or brace pattern of tars, as in data.STREAM.sources. Required."""
+    classes: dict[str, str] = Field(default_factory=dict)
+    """Label in the json member -> class name in the prompt. Required."""
     templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
-    label: str = Field("label", description="Key of the json member that holds the label.")
+    """Prompts; {} is replaced by the class name, and features are averaged. Default: ["a photo of a {}."]."""
+    label: str = "label"
+    """Field of the json member that holds the label. Default: label."""
 
 
 class Perplexity(Strict):
-    """Mean negative log-likelihood a token on one held-out source."""
+    """Mean negative log-likelihood per token of one held-out source, in nats."""
 
     path: str
-    stream: str | None = Field(
-        None, description="Stream whose image and text settings apply; absent: packed text."
-    )
-    length: int | None = Field(None, gt=1, description="Tokens of a packed sequence; only without stream.")
+    """Folder or brace pattern of tars, as in data.STREAM.sources. Required."""
+    stream: str | None = None
+    """Stream whose image and text settings apply. Default: none, for packed text."""
+    length: int | None = Field(None, gt=1)
+    """Tokens per row of packed text; only without `stream`. Default: none."""
 
 
 class Evaluation(Strict):
-    """Held-out figures, during training and at its end."""
+    """Held-out evaluation, during the training and at its end."""
 
-    every: Duration | None = Field(None, description="Absent: only at the end of the stage.")
+    every: Duration | None = None
+    """Length between two evaluations. Default: only at the end of the stage."""
     batch: int = Field(256, gt=0)
+    """Rows of an evaluation batch, over all ranks. Default: 256."""
     zero_shot: dict[str, Annotated[ZeroShot, BeforeValidator(parse_source)]] = Field(default_factory=dict)
+    """Name -> zero-shot task. Default: none."""
     perplexity: dict[str, Perplexity] = Field(default_factory=dict)
+    """Name -> held-out source. Default: none."""
 
 
 class TrainStage(Strict):
-    """One resolved training stage: the recipe's defaults with the stage's own values over them."""
+    """One resolved training stage: the recipe's defaults, overlaid with the stage's own values."""
 
     kind: Literal["train"] = "train"
-    init: str | None = Field(None, description="Address whose weights start this stage, nothing else.")
-    continue_: str | None = Field(
-        None, alias="continue", description="Address that this stage continues entirely."
-    )
+    """train or merge. Default: train."""
+    init: str | None = None
+    """Address of the initial weights; optimizer, schedule and data start new. Default: random weights."""
+    continue_: str | None = Field(None, alias="continue")
+    """Address of a stage to continue with weights, optimizer, schedule and data position. Default: none."""
     data: dict[str, Stream] = Field(default_factory=dict)
+    """Stream name -> stream. Required: at least one."""
+    # Sections: the docstrings of their classes say what they hold.
     model: Model = Field(default_factory=Model)
     objective: Objective
     optimizer: Optimizer = Field(default_factory=Optimizer)
@@ -240,21 +292,27 @@ class TrainStage(Strict):
 
 
 class MergeStage(Strict):
-    """One resolved merge stage: theta = sum of weight x input."""
+    """One resolved merge stage: the weighted sum of its inputs, tensor by tensor."""
 
     kind: Literal["merge"]
+    """merge. Required."""
     method: Literal["linear"] = "linear"
-    inputs: dict[str, float] = Field(min_length=2, description="Address -> weight.")
-    only: str | None = Field(None, description="Regular expression of the tensors that are mixed.")
-    copy_rest: str | None = Field(None, description="Address that the other tensors come from.")
+    """The only method of a stage; `dromos merge` has more. Default: linear."""
+    inputs: dict[str, float] = Field(min_length=2)
+    """Address -> weight of the input. Required: at least two."""
+    only: str | None = None
+    """Regular expression of the names of the tensors that are merged. Default: all."""
+    copy_rest: str | None = None
+    """Address from which the other tensors are copied. Default: none."""
     eval: Evaluation = Field(default_factory=Evaluation)
+    """Evaluation of the merged weights."""
 
 
 class Recipe(Strict):
-    """A recipe with every stage resolved: `run` and `prepare` belong to the run, the rest to its stages."""
+    """A recipe with every stage resolved: `run` and `prepare` belong to the run, all other keys to its stages."""
 
     run: Run = Field(default_factory=Run)
-    prepare: Literal["demo"] | None = Field(
-        None, description="What `dromos data prepare` makes for this recipe."
-    )
+    prepare: Literal["demo"] | None = None
+    """Data set that `dromos data prepare` writes for this recipe. Default: none."""
     stages: dict[str, Annotated[TrainStage | MergeStage, Field(discriminator="kind")]]
+    """Stage name -> resolved stage, in the order in which they run."""
