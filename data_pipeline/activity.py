@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from types import TracebackType
 
-SIZE = 4096
+STATUS_BYTES = 4096
 """Bytes of a status memory."""
 
 # A count of writes (odd while one is going on), since when it reads and decodes (0: it does not), the sample's shard
@@ -46,7 +46,7 @@ class _Status:
 
     def begin(self, key: int, url: str) -> None:
         with self._lock:
-            self._reads[key] = (time.monotonic(), url.encode(errors="replace")[: SIZE - _URL])
+            self._reads[key] = (time.monotonic(), url.encode(errors="replace")[: STATUS_BYTES - _URL])
             if len(self._reads) == 1:
                 self._write()
 
@@ -100,16 +100,16 @@ class _Decoding:
 _status: _Status | None = None
 
 
-def install(memory: mmap | bytearray) -> None:
-    """Write what this process does to `memory`, of SIZE bytes, from now on."""
+def write_status_to(memory: mmap | bytearray) -> None:
+    """Write what this process does to `memory`, of STATUS_BYTES bytes, from now on."""
     global _status
     _status = _Status(memory)
 
 
-def own() -> mmap | bytearray:
+def own_memory() -> mmap | bytearray:
     """The memory that this process writes to; some of its own if nothing was installed."""
     if _status is None:
-        install(bytearray(SIZE))
+        write_status_to(bytearray(STATUS_BYTES))
     assert _status is not None
     return _status.memory
 

@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 
 U64 = np.uint64
-START = 0x9E3779B97F4A7C15
-STEP = 0xD1342543DE82EF95
-ROUNDS = 6
-MASK = 2**64 - 1
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
+HASH_MULTIPLIER = 0xD1342543DE82EF95
+PERMUTATION_ROUNDS = 6
+MASK_64 = 2**64 - 1
 
 
 class Purpose(IntEnum):
@@ -34,7 +34,7 @@ class Purpose(IntEnum):
 def uint64(x: Any) -> np.ndarray:
     """`x` as uint64 array; negative integers wrap as in two's complement."""
     if isinstance(x, int):
-        return np.asarray(x & MASK, U64)
+        return np.asarray(x & MASK_64, U64)
     return np.asarray(x).astype(U64, copy=False)
 
 
@@ -49,10 +49,10 @@ def mix64(x: Any) -> np.ndarray:
 
 def hash64(*parts: Any) -> np.ndarray:
     """Keyed hash of integers, broadcast against each other: uint64 of the broadcast shape. Order of parts matters."""
-    h: Any = U64(START)
+    h: Any = U64(GOLDEN_RATIO_64)
     with np.errstate(over="ignore"):
         for part in parts:
-            h = mix64(h * U64(STEP) + uint64(part))
+            h = mix64(h * U64(HASH_MULTIPLIER) + uint64(part))
     return h
 
 
@@ -73,7 +73,7 @@ def permute(x: Any, n: Any, key: Any) -> np.ndarray:
     bits = np.maximum(5, np.frexp((n.astype(np.int64) - 1).astype(np.float64))[1]).astype(U64)
     low, shift = (U64(1) << bits) - U64(1), (bits + U64(1)) >> U64(1)
     with np.errstate(over="ignore"):
-        keys = [mix64(key + U64((r * START) & MASK)) for r in range(ROUNDS)]
+        keys = [mix64(key + U64((r * GOLDEN_RATIO_64) & MASK_64)) for r in range(PERMUTATION_ROUNDS)]
     y = _rounds(x, low, shift, keys)
     single = np.broadcast_to(n == 1, shape).reshape(-1)
     out = np.where(single, U64(0), np.broadcast_to(y, shape).reshape(-1))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def function(module: str, library: str, name: str) -> Any:
+def load_function(module: str, library: str, name: str) -> Any:
     """Function `name` of `library` beside the file `module`; None where it was not built, or for another machine."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(module).with_name(library + suffix)

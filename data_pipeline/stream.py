@@ -13,7 +13,7 @@ from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.order.batch_schedule import BatchSchedule
-from data_pipeline.order.mixture_weights import By
+from data_pipeline.order.mixture_weights import ShareBy
 from data_pipeline.order.stream_order import StreamOrder, stream_seed
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.decode import ImageSpec
@@ -54,7 +54,7 @@ class Stream:
         seed: int = 0,
         name: str = "stream",
         lanes: int | None = None,
-        share_by: By = "size",
+        share_by: ShareBy = "size",
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -71,8 +71,8 @@ class Stream:
             name, order, specs, BatchSchedule.of(batch), lanes, image, text, length, share_by=share_by
         )
         cache = cache or CacheSettings.of()
-        self._own(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))
-        self._maker = self._loader.builders[name]
+        self._set_loader(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))
+        self._builder = self._loader.builders[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
 
@@ -84,7 +84,7 @@ class Stream:
     @property
     def order(self) -> StreamOrder:
         """Which sample stands where: `samples_per_epoch()`, `refs(step)`."""
-        return self._maker.order
+        return self._builder.order
 
     def __iter__(self) -> Self:
         return self
@@ -105,7 +105,7 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """Position after the last batch served, as JSON; valid for any world size and number of workers."""
-        return {"stream": self.name, **self.order.state(self._step, self._maker.fingerprints)}
+        return {"stream": self.name, **self.order.state(self._step, self._builder.fingerprints)}
 
     def resume(self, state: Mapping[str, Any], accept_change: bool = False) -> list[str]:
         """Go on where `state` was taken. Raises UserError, naming both values, if the data or mixture changed.
@@ -115,22 +115,22 @@ class Stream:
         """
         if state.get("stream") != self.name:
             raise UserError(f"the state is of stream {state.get('stream')!r}; this one is {self.name!r}")
-        resumed = self.order.resume(state, self._maker.fingerprints, accept_change)
+        resumed = self.order.resume(state, self._builder.fingerprints, accept_change)
         if self._steps is not None:
             self._steps.close()  # type: ignore[attr-defined]  # a generator
             self._steps = None
-        if resumed.segments != self._maker.spec.segments:
-            self._remake(replace(self._maker.spec, segments=resumed.segments))
+        if resumed.segments != self._builder.spec.segments:
+            self._rebuild_loader(replace(self._builder.spec, segments=resumed.segments))
         self._step = int(state["step"])
         return resumed.changes
 
-    def _remake(self, spec: StreamSpec) -> None:
+    def _rebuild_loader(self, spec: StreamSpec) -> None:
         """The same rank's loader for another specification of the stream."""
         loader = self._loader
-        builder = self._maker.remade(spec)
+        builder = self._builder.with_spec(spec)
         self.close()
-        self._maker = builder
-        self._own(
+        self._builder = builder
+        self._set_loader(
             LocalLoader(
                 [spec],
                 loader.rank,
@@ -141,15 +141,15 @@ class Stream:
             )
         )
 
-    def _own(self, loader: LocalLoader) -> None:
+    def _set_loader(self, loader: LocalLoader) -> None:
         """Take a loader, whose workers end with this stream also where nobody closes it, as in a notebook."""
         self._loader = loader
-        self._end = weakref.finalize(self, loader.close)
-        self._end.atexit = False
+        self._finalizer = weakref.finalize(self, loader.close)
+        self._finalizer.atexit = False
 
     def close(self) -> None:
         """End the workers."""
-        self._end()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self

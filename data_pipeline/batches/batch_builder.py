@@ -16,7 +16,7 @@ from data_pipeline.order import digest
 from data_pipeline.order.stream_order import SampleRefs, SourceCounts, StreamOrder, row_keys, sample_ids
 from data_pipeline.sources.manifest import Manifest, open_source
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.augment import Augmentation, draw_rows
+from data_pipeline.transforms.augment import Augmentation, draw_augmentations
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def order_of(spec: StreamSpec, manifests: Mapping[str, Manifest]) -> StreamOrder
 
 
 @dataclass
-class Served:
-    """What a row got: a sample, and the verdicts on those that came before it."""
+class ServedRow:
+    """What a row got: a sample, and the rejections on those that came before it."""
 
     shard: int
     index: int
     row: Row
-    verdicts: list[Rejection]
+    rejections: list[Rejection]
 
 
 class BatchBuilder:
@@ -66,7 +66,7 @@ class BatchBuilder:
 
     `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
     cache: where what is read of an object store is kept on this node; None keeps nothing
-    condemned: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
+    known_bad: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class BatchBuilder:
         self.names = list(spec.sources)
         self.order = order_of(spec, self.manifests)
         self._rows = RowBuilder(spec, self.manifests, self.tokenizer, cache)
-        self.condemned: dict[tuple[str, int, int], str] = {}
+        self.known_bad: dict[tuple[str, int, int], str] = {}
 
-    def remade(self, spec: StreamSpec) -> BatchBuilder:
+    def with_spec(self, spec: StreamSpec) -> BatchBuilder:
         """A builder for another specification of the same sources."""
         return BatchBuilder(spec, self.manifests, self.tokenizer, self.cache)
 
@@ -113,7 +113,7 @@ class BatchBuilder:
         """
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
-        batch = self._rows.empty(step, start, stop, pixels)
+        batch = self._rows.empty_batch(step, start, stop, pixels)
         for number, name in enumerate(self.names):
             rows = refs.source == number
             self._rows.expect(name, refs.shard[rows], refs.index[rows])
@@ -123,14 +123,14 @@ class BatchBuilder:
         skipped: dict[str, Counter[str]] = defaultdict(Counter)
         for i in range(stop - start):
             served = self._serve(refs, drawn, i, draws[i], None if batch.pixels is None else batch.pixels[i])
-            shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.verdicts)
-            for attempt, (shard, index, verdict) in enumerate(served.verdicts):
+            shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.rejections)
+            for attempt, (shard, index, verdict) in enumerate(served.rejections):
                 source = self.names[refs.source[i]]
                 skipped[source][verdict.reason] += 1
                 place = {"step": step, "row": int(refs.row[i])}
                 place |= {"epoch": int(refs.epoch[i]), "attempt": attempt}
-                batch.bad.append(place | self._rows.bad(source, shard, index, verdict))
-            self._rows.put(batch, i, served.row)
+                batch.bad.append(place | self._rows.bad_sample_record(source, shard, index, verdict))
+            self._rows.fill_row(batch, i, served.row)
             self._add_digests(batch, refs, i, served)
         batch.row_keys[:] = self._row_keys(refs, shards, indices, attempts)
         for number, name in enumerate(self.names):
@@ -159,29 +159,29 @@ class BatchBuilder:
         attempts = np.zeros(len(refs.row), np.int64)
         if self.spec.packed:
             return [None] * len(attempts)
-        return draw_rows(self._row_keys(refs, refs.shard, refs.index, attempts))
+        return draw_augmentations(self._row_keys(refs, refs.shard, refs.index, attempts))
 
     def _serve(
         self, refs: SampleRefs, drawn: SampleRefs, i: int, draw: Augmentation | None, out: np.ndarray | None
-    ) -> Served:
+    ) -> ServedRow:
         """The sample assigned to row i, or the first usable one of those that replace it."""
         number, epoch = int(refs.source[i]), int(refs.epoch[i])
         name = self.names[number]
         shard, index = int(refs.shard[i]), int(refs.index[i])
-        verdicts: list[Rejection] = []
+        rejections: list[Rejection] = []
         for attempt in range(1, ATTEMPTS + 2):
             try:
-                if (name, shard, index) in self.condemned:
-                    raise ContentError(self.condemned[name, shard, index])
-                return Served(shard, index, self._rows.make(name, shard, index, draw, out), verdicts)
+                if (name, shard, index) in self.known_bad:
+                    raise ContentError(self.known_bad[name, shard, index])
+                return ServedRow(shard, index, self._rows.make(name, shard, index, draw, out), rejections)
             except ContentError as verdict:
-                verdicts.append((shard, index, verdict))
+                rejections.append((shard, index, verdict))
             shard, index = self.order.replacement(
                 number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
             )
             index = self.manifests[name].position(shard, index)
-            (draw,) = draw_rows(self._row_key(name, shard, index, epoch, attempt))
-        raise self._rows.unusable(name, verdicts)
+            (draw,) = draw_augmentations(self._row_key(name, shard, index, epoch, attempt))
+        raise self._rows.unusable_error(name, rejections)
 
     def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> np.ndarray:
         place = np.array([[shard], [index], [epoch]])
@@ -199,7 +199,7 @@ class BatchBuilder:
                 )
         return keys
 
-    def _add_digests(self, batch: Batch, refs: SampleRefs, i: int, served: Served) -> None:
+    def _add_digests(self, batch: Batch, refs: SampleRefs, i: int, served: ServedRow) -> None:
         name = self.names[refs.source[i]]
         paths = self.manifests[name].paths
         row, epoch, shard, index = (a.item(i) for a in (refs.row, refs.epoch, refs.shard, refs.index))
@@ -210,7 +210,7 @@ class BatchBuilder:
             name,
             paths[served.shard],
             served.index,
-            len(served.verdicts),
+            len(served.rejections),
             epoch,
             served.row.crop,
             served.row.choice,

@@ -54,7 +54,7 @@ class EvaluationPass:
 
     def make(self, number: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of batch `number`; `meta` holds each row's key, caption and json member."""
-        batch = self._rows.empty(number, start, stop)
+        batch = self._rows.empty_batch(number, start, stop)
         batch.meta = []
         place = number * self.spec.largest + np.arange(start, stop, dtype=np.int64)
         real = int((place < self.samples).sum())
@@ -83,11 +83,11 @@ class EvaluationPass:
             reasons = batch.skipped.setdefault(self.source, {})
             reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
             place = {"step": batch.step, "row": batch.start + i}
-            batch.bad.append(place | self._rows.bad(self.source, shard, index, verdict))
+            batch.bad.append(place | self._rows.bad_sample_record(self.source, shard, index, verdict))
             if out is not None:
                 out[...] = 0  # its caption may have been what is wrong
             return None
-        self._rows.put(batch, i, row)
+        self._rows.fill_row(batch, i, row)
         batch.weights[i] = 1
         batch.samples[self.source] += 1
         path = self.manifests[self.source].paths[shard]

@@ -17,7 +17,7 @@ from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, image_member
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.augment import Augmentation, draw_rows
+from data_pipeline.transforms.augment import Augmentation, draw_augmentations
 from data_pipeline.transforms.captions import json_member, pick_caption
 from data_pipeline.transforms.decode import decode_image
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
@@ -111,7 +111,7 @@ class RowBuilder:
     def key_of(self, source: str, shard: int, index: int) -> str:
         return self._readers[source].key(shard, index)
 
-    def empty(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
+    def empty_batch(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
         """A batch of rows [start, stop) without content; `pixels` is memory to use for its images."""
         rows = stop - start
         if self.spec.image is not None:
@@ -132,7 +132,7 @@ class RowBuilder:
             row_keys=np.zeros(rows, np.uint64),
         )
 
-    def put(self, batch: Batch, i: int, row: Row) -> None:
+    def fill_row(self, batch: Batch, i: int, row: Row) -> None:
         """Row number i of the batch, but for its pixels, which are there already."""
         batch.tokens[i] = row.tokens
         batch.used[i] = row.used
@@ -141,8 +141,8 @@ class RowBuilder:
         """Raise UserError if none of the source's first samples is usable, before a step is taken."""
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
-        verdicts: list[Rejection] = []
-        (draw,) = draw_rows(np.zeros(1, np.uint64))
+        rejections: list[Rejection] = []
+        (draw,) = draw_augmentations(np.zeros(1, np.uint64))
         size = self.spec.image.size if self.spec.image else 0
         out = np.empty((size, size, 3), np.uint8)
         for number in range(min(8, int(counts[shard]))):
@@ -151,13 +151,13 @@ class RowBuilder:
                 self.make(source, shard, index, draw, out)
                 return
             except ContentError as verdict:
-                verdicts.append((shard, index, verdict))
-        raise self.unusable(source, verdicts)
+                rejections.append((shard, index, verdict))
+        raise self.unusable_error(source, rejections)
 
-    def unusable(self, source: str, verdicts: list[Rejection]) -> UserError:
+    def unusable_error(self, source: str, rejections: list[Rejection]) -> UserError:
         """The error for a source of which several samples in a row are unusable: names the first of them."""
-        shard, index, verdict = verdicts[0]
-        reasons = sorted({v.reason for _, _, v in verdicts})
+        shard, index, verdict = rejections[0]
+        reasons = sorted({v.reason for _, _, v in rejections})
         if self.spec.packed:
             expected = f"npy with {self.length} packed tokens"
         else:
@@ -168,13 +168,13 @@ class RowBuilder:
                 wanted.append(f"a caption ({where})")
             expected = " and ".join(wanted)
         return UserError(
-            f"data.{self.spec.name}.sources.{source}: all {len(verdicts)} samples tried are unusable "
+            f"data.{self.spec.name}.sources.{source}: all {len(rejections)} samples tried are unusable "
             f"({', '.join(reasons)}). First {self.url(source, shard)}, sample "
             f"{self.key_of(source, shard, index)!r}: {verdict}. Expected of every sample: {expected}. "
             "Correct the source's path or make its tars again"
         )
 
-    def bad(self, source: str, shard: int, index: int, verdict: ContentError) -> dict[str, Any]:
+    def bad_sample_record(self, source: str, shard: int, index: int, verdict: ContentError) -> dict[str, Any]:
         """A line of bad_samples.jsonl."""
         return {
             "source": source,

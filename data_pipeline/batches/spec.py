@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
-from data_pipeline.order.mixture_weights import By
+from data_pipeline.order.mixture_weights import ShareBy
 from data_pipeline.order.state import Segment
 from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
@@ -62,7 +62,7 @@ class StreamSpec:
     image: ImageSpec | None = None
     text: TextSpec | None = None
     length: int | None = None
-    share_by: By = "size"
+    share_by: ShareBy = "size"
     segments: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,8 +88,8 @@ class StreamSpec:
             yield f"text.length is {self.text.length}; a start token, a caption and an end token need at least 3"
         if self.packed and self.length is not None and self.length < 1:
             yield f"length is {self.length}; it must be at least 1 token"
-        if self.share_by not in get_args(By):
-            yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(By))}"
+        if self.share_by not in get_args(ShareBy):
+            yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(ShareBy))}"
 
     @property
     def batches(self) -> BatchSchedule:

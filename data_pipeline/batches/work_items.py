@@ -14,6 +14,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.order import digest
+from data_pipeline.order.batch_schedule import uneven_batch
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer
@@ -56,14 +57,9 @@ def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
     """Rows [start, stop) of the global batch that a rank takes. Raises UserError if the ranks cannot share it."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
-    if batch % world_size:
-        below = batch // world_size * world_size
-        nearest = [size for size in (below, below + world_size) if size]
-        nearest.sort(key=lambda size: (abs(size - batch), size))
-        raise UserError(
-            f"a batch of {batch} rows cannot be split evenly over {world_size} ranks; nearest that can: "
-            f"{' or '.join(map(str, nearest))}"
-        )
+    problem = uneven_batch(batch, world_size)
+    if problem is not None:
+        raise UserError(problem)
     rows = batch // world_size
     return rank * rows, (rank + 1) * rows
 
@@ -87,11 +83,10 @@ def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
     """Raise UserError that names the stream whose batch the ranks cannot share."""
     for spec in specs:
         for first, batch in zip(spec.batches.first, spec.batches.rows, strict=True):
-            try:
-                rows_of(0, world_size, batch)
-            except UserError as error:
+            problem = uneven_batch(batch, world_size)
+            if problem is not None:
                 where = f" from step {first} on" if len(spec.batches.rows) > 1 else ""
-                raise UserError(f"data.{spec.name}.batch{where}: {error}") from None
+                raise UserError(f"data.{spec.name}.batch{where}: {problem}")
 
 
 def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:
@@ -100,7 +95,7 @@ def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:
     return rows, size, size, 3
 
 
-def cut(item: WorkItem, spec: StreamSpec, pieces: int) -> list[WorkItem]:
+def split_item(item: WorkItem, spec: StreamSpec, pieces: int) -> list[WorkItem]:
     """At most so many items of nearly equal numbers of rows, in order."""
     rows = item.stop - item.start
     pieces = max(1, min(pieces, rows // (LEAST_TEXT if spec.packed else LEAST_IMAGES)))
@@ -108,7 +103,7 @@ def cut(item: WorkItem, spec: StreamSpec, pieces: int) -> list[WorkItem]:
     return [replace(item, start=a, stop=b) for a, b in pairwise(ends)]
 
 
-def join(parts: Sequence[Batch]) -> Batch:
+def join_batches(parts: Sequence[Batch]) -> Batch:
     """The batch of the parts' rows, which follow on one another: arrays end to end, counters and digests summed."""
     if len(parts) == 1:
         return parts[0]

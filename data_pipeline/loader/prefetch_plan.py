@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline import storage
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.work_items import rows_of
-from data_pipeline.order.source_order import SHORT, WINDOW
+from data_pipeline.order.source_order import MIN_WINDOWS_PER_PIECE, RUNS_PER_WINDOW
 from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
@@ -141,8 +141,8 @@ def window_steps(order: StreamOrder, batch: int, names: Iterable[str]) -> int:
     longest = 0.0
     for source, weight in zip(order.sources, order.weights, strict=True):
         if weight and source.name in names:
-            window = WINDOW * source.run if source.windows else source.samples / source.pieces
-            window = min(window, SHORT * WINDOW * source.run)
+            window = RUNS_PER_WINDOW * source.run if source.windows else source.samples / source.pieces
+            window = min(window, MIN_WINDOWS_PER_PIECE * RUNS_PER_WINDOW * source.run)
             longest = max(longest, window * sum(order.weights) / weight)
     return max(LEAST_AHEAD, int(longest * order.lanes / batch) + 1)
 

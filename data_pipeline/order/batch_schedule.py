@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 
 
-def _whole(number: Any) -> int:
+def _whole_number(number: Any) -> int:
     """A step or a number of rows, which JSON and YAML may hold as text. Raises UserError for 8.5 or True."""
     try:
         if not isinstance(number, bool):
@@ -48,8 +48,8 @@ class BatchSchedule:
         if isinstance(batch, BatchSchedule):
             return batch
         if not isinstance(batch, Mapping):
-            return BatchSchedule((0,), (_whole(batch),))
-        by_step = {_whole(step): _whole(rows) for step, rows in batch.items()}
+            return BatchSchedule((0,), (_whole_number(batch),))
+        by_step = {_whole_number(step): _whole_number(rows) for step, rows in batch.items()}
         if len(by_step) < len(batch):
             raise UserError(f"batch: a step stands twice among {', '.join(map(repr, batch))}; write it once")
         return BatchSchedule(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
@@ -81,7 +81,7 @@ class BatchSchedule:
         first, rows = self.first[last], self.rows[last]
         return first - (self.before(first) - max(0, samples)) // rows
 
-    def plain(self) -> int | dict[str, int]:
+    def to_json(self) -> int | dict[str, int]:
         """As JSON: a number, or first step -> rows."""
         if len(self.rows) == 1:
             return self.rows[0]
@@ -91,3 +91,18 @@ class BatchSchedule:
         if len(self.rows) == 1:
             return str(self.rows[0])
         return "{" + ", ".join(f"{a}: {b}" for a, b in zip(self.first, self.rows, strict=True)) + "}"
+
+
+def nearest_batches(batch: int, world_size: int) -> list[int]:
+    """The two batches next to `batch` that `world_size` ranks share evenly, the nearer one first; none below 1."""
+    below = batch // world_size * world_size
+    sizes = [size for size in (below, below + world_size) if size]
+    return sorted(sizes, key=lambda size: (abs(size - batch), size))
+
+
+def uneven_batch(batch: int, world_size: int) -> str | None:
+    """The error of a batch that `world_size` ranks cannot share evenly, with the nearest batches; None if they can."""
+    if batch % world_size == 0:
+        return None
+    nearest = " or ".join(map(str, nearest_batches(batch, world_size)))
+    return f"a batch of {batch} rows cannot be split evenly over {world_size} ranks; nearest batch: {nearest}"

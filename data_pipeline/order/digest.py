@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import xxhash
 
-MASK = 2**64 - 1
+MASK_64 = 2**64 - 1
 
 
 def row_digest(
@@ -40,9 +40,9 @@ def _framed(text: str) -> bytes:
 
 def add(a: int, b: int) -> int:
     """Sum of two digests modulo 2**64."""
-    return (int(a) + int(b)) & MASK
+    return (int(a) + int(b)) & MASK_64
 
 
 def hex16(x: int) -> str:
     """A digest as it stands in logs: 16 hexadecimal digits."""
-    return f"{int(x) & MASK:016x}"
+    return f"{int(x) & MASK_64:016x}"

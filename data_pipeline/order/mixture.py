@@ -7,7 +7,7 @@ from math import gcd
 
 import numpy as np
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 
 
 def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
     return total
 
 
-def earlier(groups: np.ndarray) -> np.ndarray:
+def count_earlier_equal(groups: np.ndarray) -> np.ndarray:
     """How many elements of each row before an element are equal to it; `groups` is [rows, elements], from 0 on."""
     small = groups.astype(np.int16) if groups.max(initial=0) < 2**15 else groups  # sorted by radix
     order = np.argsort(small, axis=1, kind="stable")
@@ -74,7 +74,7 @@ class Cycle:
         self.edges = np.concatenate([[0], np.cumsum(self.weights)])
         self.length = int(self.edges[-1])
         self.lanes = lanes
-        self.stride = (self.length * GOLDEN) >> 64
+        self.stride = (self.length * GOLDEN_RATIO_64) >> 64
         while gcd(self.stride, self.length) != 1:
             self.stride += 1
 

@@ -9,12 +9,12 @@ from typing import Literal, Protocol
 
 from data_pipeline.errors import UserError
 
-LIMIT = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
+MAX_CYCLE_SLOTS = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
 
-By = Literal["size", "sqrt"]  # what the shares of sources without a weight are in proportion to
+ShareBy = Literal["size", "sqrt"]  # what the shares of sources without a weight are in proportion to
 
 
-class Share(Protocol):
+class ShareSettings(Protocol):
     """How a source's share is set; see order.SourceCounts."""
 
     @property
@@ -27,7 +27,7 @@ class Share(Protocol):
     def max_epochs(self) -> float | None: ...
 
 
-def exact(number: float) -> Fraction:
+def exact_fraction(number: float) -> Fraction:
     """The fraction a decimal stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
     fraction = Fraction(str(number))
     if fraction.denominator <= 10**9:
@@ -45,22 +45,22 @@ def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[i
     weights = [int(share * whole) for share in shares]
     divisor = gcd(*weights)
     weights = [weight // divisor for weight in weights]
-    if sum(weights) > LIMIT:
+    if sum(weights) > MAX_CYCLE_SLOTS:
         total = sum(weights)
-        floors = [weight * LIMIT // total for weight in weights]
-        by_remainder = sorted(range(len(weights)), key=lambda k: (-(weights[k] * LIMIT % total), k))
-        for k in by_remainder[: LIMIT - sum(floors)]:
+        floors = [weight * MAX_CYCLE_SLOTS // total for weight in weights]
+        by_remainder = sorted(range(len(weights)), key=lambda k: (-(weights[k] * MAX_CYCLE_SLOTS % total), k))
+        for k in by_remainder[: MAX_CYCLE_SLOTS - sum(floors)]:
             floors[k] += 1
         weights = floors
     for name, weight in zip(names, weights, strict=True):
         if weight == 0:
             raise UserError(
-                f"source {name!r}: its share is below one slot in {LIMIT}; raise its weight or remove it"
+                f"source {name!r}: its share is below one slot in {MAX_CYCLE_SLOTS}; raise its weight or remove it"
             )
     return tuple(weights)
 
 
-def contradiction(source: Share) -> str | None:
+def share_mistake(source: ShareSettings) -> str | None:
     """What is wrong with the share of one source, whatever the others and the counts are."""
     for key in ("weight", "repeat", "cap", "max_epochs"):
         value = getattr(source, key)
@@ -71,24 +71,26 @@ def contradiction(source: Share) -> str | None:
     return None
 
 
-def size(name: str, source: Share, samples: int) -> Fraction:
+def source_size(name: str, source: ShareSettings, samples: int) -> Fraction:
     """Size of a source that its share is taken from: samples x repeat, at most cap."""
-    wrong = contradiction(source)
+    wrong = share_mistake(source)
     if wrong is not None:
         raise UserError(f"source {name!r}: {wrong}")
-    grown = samples * (Fraction(1) if source.repeat is None else exact(source.repeat))
+    grown = samples * (Fraction(1) if source.repeat is None else exact_fraction(source.repeat))
     return grown if source.cap is None else min(grown, Fraction(source.cap))
 
 
-def root(size: Fraction) -> Fraction:
+def rounded_sqrt(size: Fraction) -> Fraction:
     """Square root, exact for squares of whole numbers, else rounded down to a multiple of 2**-20, at least that."""
     return Fraction(max(1, isqrt(int(size * 2**40))), 2**20)
 
 
-def shares(sources: Mapping[str, Share], sizes: Sequence[Fraction], by: By = "size") -> list[Fraction]:
+def source_shares(
+    sources: Mapping[str, ShareSettings], sizes: Sequence[Fraction], by: ShareBy = "size"
+) -> list[Fraction]:
     """Shares of the sources, in proportion; see order.SourceCounts. `by` is for sources without a weight."""
-    sizes = [root(size) for size in sizes] if by == "sqrt" else sizes
-    given = [None if source.weight is None else exact(source.weight) for source in sources.values()]
+    sizes = [rounded_sqrt(size) for size in sizes] if by == "sqrt" else sizes
+    given = [None if source.weight is None else exact_fraction(source.weight) for source in sources.values()]
     rest = 1 - sum(weight for weight in given if weight is not None)
     total = sum((size for size, weight in zip(sizes, given, strict=True) if weight is None), Fraction(0))
     if total == 0:
@@ -107,8 +109,8 @@ def shares(sources: Mapping[str, Share], sizes: Sequence[Fraction], by: By = "si
     ]
 
 
-def check_shares(sources: Mapping[str, Share]) -> None:
+def check_shares(sources: Mapping[str, ShareSettings]) -> None:
     """Raise UserError for shares that no number of samples makes possible; nothing is opened."""
-    found = shares(sources, [size(name, source, 1) for name, source in sources.items()])
+    found = source_shares(sources, [source_size(name, source, 1) for name, source in sources.items()])
     if all(source.weight is not None for source in sources.values()):
         integer_weights(found, list(sources))

@@ -12,16 +12,16 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.hashing import START, U64, hash64, key64, permute
+from data_pipeline.hashing import GOLDEN_RATIO_64, U64, hash64, key64, permute
 
-WINDOW = 16  # runs shuffled together, sample by sample
-SHORT = 4  # a lane's piece of fewer windows is one window
-TRIES_IN_SHARD = 8  # replacements taken from the bad sample's own shard
+RUNS_PER_WINDOW = 16  # runs shuffled together, sample by sample
+MIN_WINDOWS_PER_PIECE = 4  # a lane's piece of fewer windows is one window
+REPLACEMENTS_IN_SHARD = 8  # replacements taken from the bad sample's own shard
 # Arrays of at most 128 KB, for which the allocator asks the kernel for no fresh pages.
-ROWS_PER_PIECE = 16_384
+ROWS_PER_BLOCK = 16_384
 
 
-class Use(IntEnum):
+class SourcePurpose(IntEnum):
     """What a source's key is used for; frozen by golden values like `hashing.Purpose`."""
 
     RUNS = 101
@@ -37,7 +37,7 @@ def run_length(samples: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
+class LaneLayout:
     """How the samples of a source are cut: runs of `run` neighbours, `pieces` that the lanes take in turn.
 
     A source smaller than `lanes` windows is interleaved: one piece, walked by the draws of all lanes together.
@@ -48,7 +48,7 @@ class Cut:
 
     @property
     def interleaved(self) -> bool:
-        return self.samples < self.lanes * WINDOW * run_length(self.samples)
+        return self.samples < self.lanes * RUNS_PER_WINDOW * run_length(self.samples)
 
     @property
     def run(self) -> int:
@@ -58,7 +58,7 @@ class Cut:
     def pieces(self) -> int:
         return 1 if self.interleaved else self.lanes
 
-    def begun(self, drawn: np.ndarray) -> tuple[int, int]:
+    def begun_epochs(self, drawn: np.ndarray) -> tuple[int, int]:
         """Epochs that are begun, and how many samples of them are not visited, after `drawn` [lanes] draws."""
         total = int(drawn.sum())
         if not total:
@@ -103,9 +103,9 @@ class SourceOrder:
         self.samples = int(self.first[-1])
         if not self.samples:
             raise UserError(f"source {name!r}: its {counts.size} shards hold no samples; check its path")
-        self.cut = Cut(self.samples, lanes)
-        self.interleaved, self.pieces, self.run = self.cut.interleaved, self.cut.pieces, self.cut.run
-        self.windows = self.samples >= SHORT * self.pieces * WINDOW * self.run
+        self.layout = LaneLayout(self.samples, lanes)
+        self.interleaved, self.pieces, self.run = self.layout.interleaved, self.layout.pieces, self.layout.run
+        self.windows = self.samples >= MIN_WINDOWS_PER_PIECE * self.pieces * RUNS_PER_WINDOW * self.run
         self.key = int(hash64(seed, key64(name)))
         self.first_epoch = first_epoch
 
@@ -123,22 +123,22 @@ class SourceOrder:
             raise ValueError(f"attempt {attempt}: the first replacement of a sample is attempt 1")
         neighbours = int(self.first[shard + 1] - self.first[shard]) - 1
         bad = int(self.first[shard]) + index
-        if attempt <= min(TRIES_IN_SHARD, neighbours):
-            key = hash64(self.key, epoch, Use.REPLACE_IN_SHARD, bad)
+        if attempt <= min(REPLACEMENTS_IN_SHARD, neighbours):
+            key = hash64(self.key, epoch, SourcePurpose.REPLACE_IN_SHARD, bad)
             other = int(permute(attempt - 1, neighbours, key))
             return shard, other + (other >= index)
         if self.samples == 1:
             raise UserError(
                 f"source {self.name!r}: its only sample is unusable and there is no other to replace it"
             )
-        key = hash64(self.key, epoch, Use.REPLACE_IN_SOURCE, bad)
+        key = hash64(self.key, epoch, SourcePurpose.REPLACE_IN_SOURCE, bad)
         other = int(permute(attempt % (self.samples - 1), self.samples - 1, key))
         other += other >= bad
         found = int(np.searchsorted(self.first, other, "right")) - 1
         return found, other - int(self.first[found])
 
 
-class Place(NamedTuple):
+class DrawPosition(NamedTuple):
     """Where draws stand, before any shuffle: epoch, piece, the piece's bounds and the draw's position in the epoch."""
 
     epoch: np.ndarray
@@ -148,7 +148,7 @@ class Place(NamedTuple):
     position: np.ndarray
 
 
-class Grid(NamedTuple):
+class RunGrid(NamedTuple):
     """Runs of the source of each row (or of the one source): their length, the last one's, full ones, the last's rank.
 
     `short` is the rank of the short run in the epoch's permutation; `windows` says whether pieces have several.
@@ -170,7 +170,7 @@ class Grid(NamedTuple):
         return rank * self.run - np.where(rank > self.short, self.run - self.tail, 0)
 
 
-class Walk:
+class SampleLocator:
     """The draws of a stream's sources; see SourceOrder for the order that they follow."""
 
     def __init__(self, sources: Sequence[SourceOrder]) -> None:
@@ -197,8 +197,8 @@ class Walk:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and index of each draw: the n-th of its lane, or the n-th over all lanes if interleaved."""
         found = np.empty((3, draw.size), np.int64)
-        for at in range(0, draw.size, ROWS_PER_PIECE):
-            rows = slice(at, at + ROWS_PER_PIECE)
+        for at in range(0, draw.size, ROWS_PER_BLOCK):
+            rows = slice(at, at + ROWS_PER_BLOCK)
             found[:, rows] = self._refs(source[rows], lane[rows], draw[rows])
         return found[0], found[1], found[2]
 
@@ -210,7 +210,7 @@ class Walk:
         if self._mixed:
             epoch, sample = np.zeros_like(draw), np.zeros_like(draw)
             for rows in (np.flatnonzero(self._run[k] > 1), np.flatnonzero(self._run[k] == 1)):
-                part = Place(*(field[rows] for field in place))
+                part = DrawPosition(*(field[rows] for field in place))
                 epoch[rows], sample[rows] = self._samples_at(k[rows], part)
         else:
             epoch, sample = self._samples_at(k, place)
@@ -222,49 +222,51 @@ class Walk:
         shard[in_order] = np.searchsorted(self._first, at[in_order], "right") - 1
         return epoch, shard - self._shards_before[k], at - self._first[shard]
 
-    def _place(self, k: Any, lane: np.ndarray, draw: np.ndarray) -> Place:
+    def _place(self, k: Any, lane: np.ndarray, draw: np.ndarray) -> DrawPosition:
         n, pieces = self._samples[k], self._pieces[k]
         lane = np.minimum(lane, pieces - 1)  # an interleaved source has one piece, walked by all lanes
         walked, unrolled = unroll(lane, draw, n, pieces)
         piece = unrolled % pieces
         start, stop = piece * n // pieces, (piece + 1) * n // pieces
         epoch = unrolled - lane + self._first_epoch[k]
-        return Place(epoch, piece, start, stop, start + walked - unrolled * n // pieces)
+        return DrawPosition(epoch, piece, start, stop, start + walked - unrolled * n // pieces)
 
-    def _samples_at(self, k: Any, place: Place) -> tuple[np.ndarray, np.ndarray]:
+    def _samples_at(self, k: Any, place: DrawPosition) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample of each place; all of sources with runs of one sample, or all of others."""
         n, run, key = self._samples[k], self._run[k], self._key[k]
         if not place.position.size:
             return place.epoch, place.position
         # One epoch for all rows spares the permutations a hash a row.
         epoch = place.epoch[0] if (place.epoch == place.epoch[0]).all() else place.epoch
-        runs_key = hash64(key, epoch, Use.RUNS)
+        runs_key = hash64(key, epoch, SourcePurpose.RUNS)
         if np.all(run == 1):
             return place.epoch, permute(place.position, n, runs_key)
         full_runs, tail = n // run, n % run
-        rank = (hash64(key, epoch, Use.SHORT_RUN) % (full_runs + 1).astype(U64)).astype(np.int64)
-        grid = Grid(run, tail, full_runs, np.where(tail, rank, full_runs), self._windows[k])
+        rank = (hash64(key, epoch, SourcePurpose.SHORT_RUN) % (full_runs + 1).astype(U64)).astype(np.int64)
+        grid = RunGrid(run, tail, full_runs, np.where(tail, rank, full_runs), self._windows[k])
         low, high = self._window(place, grid)
-        inside = permute(place.position - low, high - low, hash64(key, place.epoch, Use.WINDOW, low))
+        inside = permute(
+            place.position - low, high - low, hash64(key, place.epoch, SourcePurpose.WINDOW, low)
+        )
         return place.epoch, self._sample(low + inside, grid, runs_key)
 
     @staticmethod
-    def _window(place: Place, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    def _window(place: DrawPosition, grid: RunGrid) -> tuple[np.ndarray, np.ndarray]:
         """Bounds of each position's window; what the grid cuts off at a piece's ends joins the next full window."""
         if not np.any(grid.windows):
             return place.start, place.stop
-        golden = place.piece.astype(U64) * U64(START)
+        golden = place.piece.astype(U64) * U64(GOLDEN_RATIO_64)
         phase = (golden >> U64(60)).astype(np.int64)  # the 16 runs of a window in golden steps
-        first = (grid.rank(place.start) + phase) // WINDOW + 1
-        last = (grid.rank(place.stop - 1) + phase) // WINDOW - 1
-        window = np.clip((grid.rank(place.position) + phase) // WINDOW, first, last)
+        first = (grid.rank(place.start) + phase) // RUNS_PER_WINDOW + 1
+        last = (grid.rank(place.stop - 1) + phase) // RUNS_PER_WINDOW - 1
+        window = np.clip((grid.rank(place.position) + phase) // RUNS_PER_WINDOW, first, last)
         from_start = (window == first) | ~grid.windows
-        low = np.where(from_start, place.start, grid.start(window * WINDOW - phase))
+        low = np.where(from_start, place.start, grid.start(window * RUNS_PER_WINDOW - phase))
         to_stop = (window == last) | ~grid.windows
-        return low, np.where(to_stop, place.stop, grid.start((window + 1) * WINDOW - phase))
+        return low, np.where(to_stop, place.stop, grid.start((window + 1) * RUNS_PER_WINDOW - phase))
 
     @staticmethod
-    def _sample(position: np.ndarray, grid: Grid, key: np.ndarray) -> np.ndarray:
+    def _sample(position: np.ndarray, grid: RunGrid, key: np.ndarray) -> np.ndarray:
         """Sample of the source at each position of its epoch."""
         rank = grid.rank(position)
         last = grid.full_runs - 1

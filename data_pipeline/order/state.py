@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a stream's past: the mixtures it was drawn from, and what that says of every draw.
+"""What a checkpoint keeps of a stream's history: the mixtures it was drawn from, and what that says of every draw.
 
 A run that goes on with other data or weights opens a segment. The draws of a source whose samples are still the same
 go on where they were; one whose samples changed starts a pass of its own, under epoch numbers that it has not used.
@@ -16,11 +16,11 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture import Cycle
-from data_pipeline.order.source_order import Cut
+from data_pipeline.order.source_order import LaneLayout
 
 
 @dataclass(frozen=True)
-class Base:
+class SourceBase:
     """From which segment and epoch on a source is drawn as it is now, after how many passes (a fraction)."""
 
     segment: int
@@ -35,7 +35,7 @@ class Segment:
     consumed_per_lane: samples that each lane had served before
     sources: names, in the order of the mixture, which a JSON object does not keep
     fingerprints, counts: of the source's manifest, and of its samples by shard
-    base: what of the past its draws go on from
+    base: what of the history its draws go on from
     unvisited: samples of begun epochs that the change of segment left, for sources that changed or went away
     cycles: (consumed_per_lane from which on, weights in the order of `sources`); the next where a source ends
     """
@@ -49,7 +49,7 @@ class Segment:
     counts: dict[str, str]
     weights: dict[str, int]
     max_epochs: dict[str, str]
-    base: dict[str, Base]
+    base: dict[str, SourceBase]
     unvisited: dict[str, int]
     cycles: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
@@ -59,7 +59,7 @@ class Segment:
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Segment:
         """Raises KeyError, TypeError or ValueError for what is no segment."""
-        base = {name: Base(**one) for name, one in found["base"].items()}
+        base = {name: SourceBase(**one) for name, one in found["base"].items()}
         cycles = tuple((int(at), tuple(weights)) for at, weights in found["cycles"])
         lists = {"sources": tuple(found["sources"]), "base": base, "cycles": cycles}
         return Segment(**{**found, **lists})
@@ -81,18 +81,18 @@ class Segment:
         return dict(zip(self.sources, total, strict=True))
 
 
-class Past(NamedTuple):
+class History(NamedTuple):
     """Segments that are over, with the draws of each source in each of them, int64 [lanes]."""
 
     segments: tuple[Segment, ...]
     drawn: tuple[dict[str, np.ndarray], ...]
 
     @staticmethod
-    def of(segments: Sequence[Segment], end: int, lanes: int) -> Past:
+    def of(segments: Sequence[Segment], end: int, lanes: int) -> History:
         """`end`: samples that each lane has served at the end of the last one."""
         ends = [*(segment.consumed_per_lane for segment in segments[1:]), end]
         drawn = (segment.drawn(stop, lanes) for segment, stop in zip(segments, ends, strict=True))
-        return Past(tuple(segments), tuple(drawn))
+        return History(tuple(segments), tuple(drawn))
 
     def since(self, name: str, segment: int, lanes: int) -> np.ndarray:
         """Draws of a source, int64 [lanes], from a segment on."""
@@ -105,31 +105,31 @@ class Past(NamedTuple):
         return {name: sum(int(found[name].sum()) for found in self.drawn if name in found) for name in names}
 
 
-def follow(past: Past, now: Segment, lanes: int) -> Segment:
-    """`now`, which is opened after `past`, with the base of each of its sources and what is left unvisited."""
-    base: dict[str, Base] = {}
+def open_segment(history: History, now: Segment, lanes: int) -> Segment:
+    """`now`, which is opened after `history`, with the base of each of its sources and what is left unvisited."""
+    base: dict[str, SourceBase] = {}
     unvisited: dict[str, int] = {}
-    last = past.segments[-1]
+    last = history.segments[-1]
     for name in dict.fromkeys((*now.sources, *last.sources)):
-        known = next((old for old in reversed(past.segments) if name in old.sources), None)
+        known = next((old for old in reversed(history.segments) if name in old.sources), None)
         if known is None:
-            base[name] = Base(len(past.segments))
+            base[name] = SourceBase(len(history.segments))
             continue
         before = known.base[name]
         if name in now.sources and now.same_samples(known, name):
             base[name] = before
             continue
-        drawn = past.since(name, before.segment, lanes)
-        epochs, left = Cut(known.samples[name], lanes).begun(drawn)
+        drawn = history.since(name, before.segment, lanes)
+        epochs, left = LaneLayout(known.samples[name], lanes).begun_epochs(drawn)
         if name in last.sources:
             unvisited[name] = left
         if name in now.sources:
             passes = Fraction(before.passes) + Fraction(int(drawn.sum()), known.samples[name])
-            base[name] = Base(len(past.segments), before.first_epoch + epochs, str(passes))
+            base[name] = SourceBase(len(history.segments), before.first_epoch + epochs, str(passes))
     return replace(now, base=base, unvisited=unvisited)
 
 
-def told(segment: Segment) -> list[str]:
+def change_notes(segment: Segment) -> list[str]:
     """What a change of segment leaves behind, in words."""
     lines = []
     for name, left in segment.unvisited.items():
@@ -151,7 +151,7 @@ class Resumed(NamedTuple):
     changes: list[str]
 
 
-def go_on(
+def resume_segments(
     state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: BatchSchedule, accept_change: bool
 ) -> Resumed:
     """The segments with which a stream of the mixture `now` goes on after `state`; see StreamOrder.resume."""
@@ -159,7 +159,7 @@ def go_on(
         before = tuple(Segment.from_json(one) for one in state["segments"])
         step, served = int(state["step"]), int(state["consumed_per_lane"])
         fixed = [("seed", state["seed"], seed), ("lanes", state["lanes"], lanes)]
-        free = [("batch", state["batch"], batches.plain()), *_pairs(before[-1], now)]
+        free = [("batch", state["batch"], batches.to_json()), *_compared_values(before[-1], now)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"the checkpoint's data position cannot be read ({error!r}): another version of dromos wrote it, or it is "
@@ -182,12 +182,12 @@ def go_on(
         )
     if not changed:
         return Resumed(before if len(before) > 1 else (), [])
-    past = Past.of(before, served, lanes)
-    opened = follow(past, replace(now, first_step=step, consumed_per_lane=served), lanes)
-    return Resumed((*before, opened), changed + told(opened))
+    history = History.of(before, served, lanes)
+    opened = open_segment(history, replace(now, first_step=step, consumed_per_lane=served), lanes)
+    return Resumed((*before, opened), changed + change_notes(opened))
 
 
-def _pairs(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
+def _compared_values(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
     """What may differ between two mixtures, with both values, equal or not."""
     found = [
         (f"{key} of source {name!r}", old.get(name, "no such source"), new.get(name, "no such source"))

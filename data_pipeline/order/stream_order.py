@@ -22,13 +22,19 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import hash64, key64
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.digest import hex16
-from data_pipeline.order.mixture import Cycle, earlier
-from data_pipeline.order.mixture_weights import By, exact, integer_weights, shares, size
-from data_pipeline.order.source_order import SourceOrder, Walk
-from data_pipeline.order.state import Base, Past, Resumed, Segment, go_on
+from data_pipeline.order.mixture import Cycle, count_earlier_equal
+from data_pipeline.order.mixture_weights import (
+    ShareBy,
+    exact_fraction,
+    integer_weights,
+    source_shares,
+    source_size,
+)
+from data_pipeline.order.source_order import SampleLocator, SourceOrder
+from data_pipeline.order.state import History, Resumed, Segment, SourceBase, resume_segments
 
-MOST_LANES = 1024
-NEVER = 2**53  # draws of a source that no run gets to; far below where sums of them overflow
+MAX_LANES = 1024
+UNREACHABLE_DRAWS = 2**53  # draws of a source that no run gets to; far below where sums of them overflow
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class StreamOrder:
         batch: int | Mapping[int, int] | BatchSchedule,
         lanes: int | None,
         seed: int,
-        by: By = "size",
+        by: ShareBy = "size",
         segments: Sequence[Segment] = (),
     ) -> None:
         self.batches = BatchSchedule.of(batch)
@@ -96,25 +102,29 @@ class StreamOrder:
             raise UserError(
                 f"a stream needs one or more sources, each under a name of its own; it has {names}"
             )
-        self._past = Past.of(segments[:-1], segments[-1].consumed_per_lane, self.lanes) if segments else None
-        self._base = segments[-1].base if segments else {name: Base(0) for name in names}
+        self._history = (
+            History.of(segments[:-1], segments[-1].consumed_per_lane, self.lanes) if segments else None
+        )
+        self._base = segments[-1].base if segments else {name: SourceBase(0) for name in names}
         self.sources = [
             SourceOrder(source.name, source.counts, self.lanes, seed, self._base[source.name].first_epoch)
             for source in sources
         ]
         named = {source.name: source for source in sources}
-        sizes = [size(order.name, named[order.name], order.samples) for order in self.sources]
-        self.weights = integer_weights(shares(named, sizes, by), names)
+        sizes = [source_size(order.name, named[order.name], order.samples) for order in self.sources]
+        self.weights = integer_weights(source_shares(named, sizes, by), names)
         self._epoch_samples = ceil(sum(sizes))
-        self._limits = [None if source.max_epochs is None else exact(source.max_epochs) for source in sources]
-        self.mixture_hash = self._hash()
-        self._walk = Walk(self.sources)
+        self._limits = [
+            None if source.max_epochs is None else exact_fraction(source.max_epochs) for source in sources
+        ]
+        self.mixture_hash = self._mixture_hash()
+        self._locator = SampleLocator(self.sources)
         self._interleaved = np.array([source.interleaved for source in self.sources])
         self.ends: dict[str, int] = {}  # source -> step from which on its max_epochs are over
         self.last_step: int | None = None  # step at which all sources have ended
         self.segment = segments[-1] if segments else self._segment({})
         self._phases: list[Phase] = []
-        self._plan()
+        self._plan_phases()
 
     def refs(self, step: int, start: int = 0, stop: int | None = None) -> SampleRefs:
         """Samples of rows [start, stop) of the global batch of `step`; both count from 0."""
@@ -133,8 +143,8 @@ class StreamOrder:
         if not rows.size:
             return SampleRefs(*np.zeros((5, 0), np.int64))
         lane = rows // (batch // self.lanes)
-        source, draw = self._deal(step, rows)
-        return SampleRefs(rows, source, *self._walk.refs(source, lane, draw))
+        source, draw = self._deal_rows(step, rows)
+        return SampleRefs(rows, source, *self._locator.refs(source, lane, draw))
 
     def replacement(self, source: int, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
         """Shard and index of the sample that replaces a bad one at `attempt` >= 1; see SourceOrder.replacement."""
@@ -156,7 +166,7 @@ class StreamOrder:
         """Samples that the steps before `step` took of each source, also of those that have left."""
         phase, slots = self._phase(step)
         here = phase.drawn - self._drawn_before() + phase.cycle.consumed(np.arange(self.lanes), slots)
-        total = self._past.totals() if self._past else {}
+        total = self._history.totals() if self._history else {}
         for source, drawn in zip(self.sources, here.sum(axis=1).tolist(), strict=True):
             total[source.name] = total.get(source.name, 0) + drawn
         return total
@@ -171,11 +181,11 @@ class StreamOrder:
         return {
             "step": step,
             "seed": hex16(self.seed),
-            "batch": self.batches.plain(),
+            "batch": self.batches.to_json(),
             "lanes": self.lanes,
-            "consumed_per_lane": self._served(step),
+            "consumed_per_lane": self._served_per_lane(step),
             "consumed": self.consumed(step),
-            "segments": [one.to_json() for one in (*(self._past.segments if self._past else ()), now)],
+            "segments": [one.to_json() for one in (*(self._history.segments if self._history else ()), now)],
         }
 
     def resume(
@@ -190,7 +200,7 @@ class StreamOrder:
         `accept_change` allows it: then a segment is opened. Seed and lanes never change.
         """
         now = self._segment(dict(fingerprints or {}))
-        return go_on(state, now, hex16(self.seed), self.lanes, self.batches, accept_change)
+        return resume_segments(state, now, hex16(self.seed), self.lanes, self.batches, accept_change)
 
     def _segment(self, fingerprints: dict[str, str]) -> Segment:
         """The first segment of a run with this mixture."""
@@ -205,16 +215,16 @@ class StreamOrder:
             counts={source.name: source.counts_hash for source in self.sources},
             weights=dict(zip(names, self.weights, strict=True)),
             max_epochs={name: str(limit) for name, limit in zip(names, self._limits, strict=True)},
-            base={name: Base(0) for name in names},
+            base={name: SourceBase(0) for name in names},
             unvisited={},
         )
 
-    def _served(self, step: int) -> int:
+    def _served_per_lane(self, step: int) -> int:
         """Samples that each lane has served before `step`."""
         rows = self.batches.before(step) - self.batches.before(self.segment.first_step)
         return self.segment.consumed_per_lane + rows // self.lanes
 
-    def _deal(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _deal_rows(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row, and which draw of it: by lane, or counted over all lanes where it is interleaved."""
         phase, slots = self._phase(step)
         per_lane = self.batches.at(step) // self.lanes
@@ -223,9 +233,9 @@ class StreamOrder:
             lane = lane[int(rows[0]) // per_lane : int(rows[-1]) // per_lane + 1]
         source = phase.cycle.sources(lane[:, None], slots + np.arange(per_lane))
         drawn = phase.drawn[:, lane] + phase.cycle.consumed(lane, slots)
-        draw = drawn[source, np.arange(lane.size)[:, None]] + earlier(source)
+        draw = drawn[source, np.arange(lane.size)[:, None]] + count_earlier_equal(source)
         if self._interleaved.any():
-            over_lanes = earlier(source.T.reshape(1, -1)).reshape(per_lane, -1).T
+            over_lanes = count_earlier_equal(source.T.reshape(1, -1)).reshape(per_lane, -1).T
             draw = np.where(self._interleaved[source], drawn.sum(axis=1)[source] + over_lanes, draw)
         at = rows - lane[0] * per_lane
         return source.reshape(-1)[at], draw.reshape(-1)[at]
@@ -233,7 +243,7 @@ class StreamOrder:
     def _phase(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the slots that each lane dealt in it before that step."""
         phase = next(s for s in reversed(self._phases) if s.first_step <= step)
-        return phase, self._served(step) - phase.begin
+        return phase, self._served_per_lane(step) - phase.begin
 
     def _drawn(self, step: int) -> np.ndarray:
         phase, slots = self._phase(step)
@@ -241,22 +251,22 @@ class StreamOrder:
 
     def _drawn_before(self) -> np.ndarray:
         """Draws, int64 [sources, lanes], that the sources go on from at the present segment's start."""
-        if self._past is None:
+        if self._history is None:
             return np.zeros((len(self.sources), self.lanes), np.int64)
         return np.stack(
-            [self._past.since(s.name, self._base[s.name].segment, self.lanes) for s in self.sources]
+            [self._history.since(s.name, self._base[s.name].segment, self.lanes) for s in self.sources]
         )
 
-    def _plan(self) -> None:
+    def _plan_phases(self) -> None:
         """Lay out the phases: at the step where a source has had its max_epochs, the others share its slots."""
         weights = list(self.weights)
         step, drawn = self.segment.first_step, self._drawn_before()
         while any(weights):
-            self._phases.append(Phase(step, self._served(step), Cycle(weights, self.lanes), drawn))
+            self._phases.append(Phase(step, self._served_per_lane(step), Cycle(weights, self.lanes), drawn))
             ends = {
-                k: self._end(k, limit)
+                k: self._end_step(k, limit)
                 for k, limit in enumerate(self._limits)
-                if limit is not None and weights[k] and limit * self.sources[k].samples < NEVER
+                if limit is not None and weights[k] and limit * self.sources[k].samples < UNREACHABLE_DRAWS
             }
             if not ends:
                 return
@@ -266,7 +276,7 @@ class StreamOrder:
                 self.ends[self.sources[k].name], weights[k] = step, 0
         self.last_step = step
 
-    def _end(self, k: int, passes: Fraction) -> int:
+    def _end_step(self, k: int, passes: Fraction) -> int:
         """First step before which source `k` has had all its passes, those over samples it had earlier included."""
         source, first = self.sources[k], self._phases[-1].first_step
         left = passes - Fraction(self._base[source.name].passes)
@@ -281,7 +291,7 @@ class StreamOrder:
             high = first + 2 * (high - first)
         return bisect_left(range(first, high), True, key=over) + first
 
-    def _hash(self) -> str:
+    def _mixture_hash(self) -> str:
         sources = [
             [source.name, source.counts_hash, weight, str(limit)]
             for source, weight, limit in zip(self.sources, self.weights, self._limits, strict=True)
@@ -293,7 +303,7 @@ def choose_lanes(batches: BatchSchedule, lanes: int | None) -> int:
     """Lanes of a stream: what the recipe says if it divides every batch, else their largest divisor up to 1024."""
     common = batches.divisor
     if lanes is None:
-        return max(d for d in range(1, min(common, MOST_LANES) + 1) if common % d == 0)
+        return max(d for d in range(1, min(common, MAX_LANES) + 1) if common % d == 0)
     if lanes < 1 or common % lanes:
         near = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - lanes))
         what = "the batch" if len(batches.rows) == 1 else "every batch"

@@ -32,7 +32,7 @@ class Augmentation:
     caption: int
 
 
-def draw_rows(keys: np.ndarray) -> list[Augmentation]:
+def draw_augmentations(keys: np.ndarray) -> list[Augmentation]:
     """Draws of rows with these keys, uint64 [rows]; a row's depend on its key alone.
 
     A try's area is uniform in 0..1, its aspect ratio log-uniform in 3/4..4/3.

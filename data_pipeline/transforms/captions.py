@@ -9,10 +9,10 @@ from typing import Any
 
 from data_pipeline.errors import ContentError, UserError
 
-JSON = "json."
+JSON_PREFIX = "json."
 # Fields of the json member, the first of which that holds a caption is taken where there is no txt. img2dataset and
 # most others write `caption`; LAION-COCO has the best of its captions in `top_caption`.
-FIELDS = ("caption", "captions", "top_caption", "all_captions")
+CAPTION_FIELDS = ("caption", "captions", "top_caption", "all_captions")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class CaptionSpec:
                 f"text.captions.scores: {len(self.scores)} for {len(self.members)} members in `from`; write one for "
                 "each, null for one that has no scores"
             )
-        wrong = next((name for name in self.scores if name is not None and not name.startswith(JSON)), None)
+        wrong = next(
+            (name for name in self.scores if name is not None and not name.startswith(JSON_PREFIX)), None
+        )
         if wrong is not None:
             raise UserError(
                 f"text.captions.scores: {wrong}: scores stand in the json member; write json.FIELD"
@@ -52,7 +54,7 @@ def pick_caption(
     """Caption of a sample and its number among the sample's captions.
 
     `draw`, below 2**64, chooses among those that come into question; None takes the first, or best, of them. Without
-    `spec`, the candidates are the txt member, else those of the first of FIELDS in the json member that has any.
+    `spec`, the candidates are the txt member, else those of the first of CAPTION_FIELDS in the json member that has any.
     Raises ContentError `missing caption` if all are blank or absent.
     """
     candidates, scores = _usual(members) if spec is None else _named(members, spec)
@@ -92,7 +94,7 @@ def _usual(members: dict[str, bytes]) -> tuple[list[Any], list[float]]:
     if "txt" in members:
         return [members["txt"].decode("utf-8", "replace")], [0.0]
     about = json_member(members)
-    found = (_listed(about.get(field)) for field in FIELDS)
+    found = (_listed(about.get(field)) for field in CAPTION_FIELDS)
     captions = next((listed for listed in found if any(map(_is_text, listed))), [])
     return captions, [0.0] * len(captions)
 
@@ -100,11 +102,15 @@ def _usual(members: dict[str, bytes]) -> tuple[list[Any], list[float]]:
 def _named(members: dict[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
     """All captions of the members named and a score for each; minus infinity where it has none that is a number."""
     names = (*spec.members, *spec.scores)
-    about = json_member(members) if any(name is not None and name.startswith(JSON) for name in names) else {}
+    about = (
+        json_member(members)
+        if any(name is not None and name.startswith(JSON_PREFIX) for name in names)
+        else {}
+    )
 
     def values(name: str) -> list[Any]:
-        if name.startswith(JSON):
-            return _listed(about.get(name.removeprefix(JSON)))
+        if name.startswith(JSON_PREFIX):
+            return _listed(about.get(name.removeprefix(JSON_PREFIX)))
         return [members[name].decode("utf-8", "replace")] if name in members else []
 
     captions: list[Any] = []

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import ContentError
 from data_pipeline.transforms.augment import Augmentation, Box, choose_crop, stored_box
-from data_pipeline.transforms.image_headers import claimed_size, exif_orientation, jpeg_markers, scans
+from data_pipeline.transforms.image_headers import claimed_size, count_scans, exif_orientation, jpeg_markers
 from data_pipeline.transforms.resize import resize
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ImageSpec:
 
 
 @dataclass(slots=True)
-class _Cut:
+class _CroppedPixels:
     """Pixels as they are stored that hold the crop: `inner` (left, top, right, bottom) of them is the crop."""
 
     pixels: np.ndarray | PIL.Image.Image
@@ -60,7 +60,9 @@ def decode_image(data: bytes, spec: ImageSpec, draw: Augmentation | None, out: n
     `undecodable` or `too many pixels`.
     """
     image, turns = _pillow()
-    cut = (_cut_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _cut_any(data, spec, draw)
+    cut = (_decode_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _decode_with_pillow(
+        data, spec, draw
+    )
     mirrored = draw is not None and spec.flip and draw.mirror
     upright = cut.orientation not in turns
     stored = cut.pixels
@@ -82,7 +84,7 @@ def decode_image(data: bytes, spec: ImageSpec, draw: Augmentation | None, out: n
     return (*cut.crop, int(mirrored))
 
 
-def versions() -> dict[str, str]:
+def decoder_versions() -> dict[str, str]:
     """Of the decoders and the libraries in them: another one may give other pixels."""
     from PIL import Image, features
 
@@ -129,7 +131,7 @@ def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
         raise ContentError("too many pixels", f"{width} x {height}; image.max_pixels is {spec.max_pixels}")
 
 
-def _place(
+def _crop_boxes(
     width: int, height: int, orientation: int, spec: ImageSpec, draw: Augmentation | None
 ) -> tuple[Box, Box]:
     """The crop in upright coordinates, and the same box in the stored image of this width and height."""
@@ -138,7 +140,7 @@ def _place(
     return crop, stored_box(crop, *upright, orientation)
 
 
-def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut | None:
+def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels | None:
     """Fast path; None leaves it to Pillow: no simplejpeg, CMYK, or bytes that a strict decoder refuses."""
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
@@ -151,8 +153,8 @@ def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut |
     if space in ("CMYK", "YCCK"):
         return None
     orientation = _orientation(data)
-    crop, (x, y, w, h) = _place(width, height, orientation, spec, draw)
-    eighths = _eighths(min(w, h), spec.size)
+    crop, (x, y, w, h) = _crop_boxes(width, height, orientation, spec, draw)
+    eighths = _jpeg_eighths(min(w, h), spec.size)
     least = {}
     if eighths < 8:
         # The decoder takes the smallest scale that leaves so many pixels; a partial one at the far edges counts.
@@ -172,10 +174,10 @@ def _cut_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut |
         min(right - start_x, cut.shape[1]),
         min(bottom - start_y, cut.shape[0]),
     )
-    return _Cut(cut, inner, orientation, crop)
+    return _CroppedPixels(cut, inner, orientation, crop)
 
 
-def _eighths(side: int, size: int) -> int:
+def _jpeg_eighths(side: int, size: int) -> int:
     """At how many eighths of its size to decode a JPEG whose crop's shorter side becomes `size`; see docs/log.md.
 
     Up to 4/8 a decode costs no more than a whole one and the resize much less; 1.5 pixels are left for each of the
@@ -193,12 +195,12 @@ def _eighths(side: int, size: int) -> int:
 def _orientation(jpeg: bytes) -> int:
     """EXIF orientation of a JPEG. Raises ContentError if it has scans beyond reason."""
     orientation, progressive = jpeg_markers(jpeg)
-    if progressive and (found := scans(jpeg)) > MAX_SCANS:
+    if progressive and (found := count_scans(jpeg)) > MAX_SCANS:
         raise ContentError("undecodable", f"{found} scans; no more than {MAX_SCANS} are decoded")
     return orientation
 
 
-def _cut_any(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut:
+def _decode_with_pillow(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels:
     """Pillow: every other format, odd JPEGs, and the verdict on broken ones."""
     from PIL import Image, UnidentifiedImageError
 
@@ -221,8 +223,8 @@ def _cut_any(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cut:
         ) from error
     except Exception as error:  # whatever a decoder raises on complete bytes is a verdict on them
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
-    crop, (x, y, w, h) = _place(rgb.width, rgb.height, orientation, spec, draw)
-    return _Cut(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
+    crop, (x, y, w, h) = _crop_boxes(rgb.width, rgb.height, orientation, spec, draw)
+    return _CroppedPixels(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

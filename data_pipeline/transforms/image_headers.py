@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 
-ORIENTATION = 0x0112
-EXIF = b"Exif\x00\x00"
+ORIENTATION_TAG = 0x0112
+EXIF_PREFIX = b"Exif\x00\x00"
 # Markers of a JPEG that have no length: fill, TEM, RST0 to RST7, SOI.
-BARE = {0xFF, 0x01, *range(0xD0, 0xD9)}
+MARKERS_WITHOUT_LENGTH = {0xFF, 0x01, *range(0xD0, 0xD9)}
 # Start of frame of a progressive JPEG, Huffman or arithmetic.
-PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+PROGRESSIVE_FRAMES = {0xC2, 0xC6, 0xCA, 0xCE}
 START_OF_SCAN, APP1 = 0xDA, 0xE1
 
 
@@ -59,14 +59,14 @@ def jpeg_markers(data: bytes) -> tuple[int, bool]:
                 break
             continue
         marker = data[at + 1]
-        if marker in BARE:
+        if marker in MARKERS_WITHOUT_LENGTH:
             at += 1 if marker == 0xFF else 2
             continue
         if marker == START_OF_SCAN:
             break
         length = data[at + 2] << 8 | data[at + 3]
-        progressive |= marker in PROGRESSIVE
-        if marker == APP1 and not orientation and data[at + 4 : at + 10] == EXIF:
+        progressive |= marker in PROGRESSIVE_FRAMES
+        if marker == APP1 and not orientation and data[at + 4 : at + 10] == EXIF_PREFIX:
             orientation = exif_orientation(data[at + 10 : at + 2 + length])
         at += 2 + length
     return orientation or 1, progressive
@@ -77,7 +77,7 @@ def exif_orientation(tiff: bytes) -> int:
 
     Read here because Pillow's parser costs a hundred times as much, and would be run for every photograph.
     """
-    tiff = tiff.removeprefix(EXIF)
+    tiff = tiff.removeprefix(EXIF_PREFIX)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return 1
@@ -86,7 +86,7 @@ def exif_orientation(tiff: bytes) -> int:
         (entries,) = struct.unpack_from(order + "H", tiff, start)
         for entry in range(entries):
             tag, kind, count = struct.unpack_from(order + "HHI", tiff, start + 2 + 12 * entry)
-            if tag == ORIENTATION and count == 1 and kind in (1, 3, 4):
+            if tag == ORIENTATION_TAG and count == 1 and kind in (1, 3, 4):
                 letter = {1: "B", 3: "H", 4: "I"}[kind]
                 (value,) = struct.unpack_from(order + letter, tiff, start + 10 + 12 * entry)
                 return value if 1 <= value <= 8 else 1
@@ -95,6 +95,6 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def scans(data: bytes) -> int:
+def count_scans(data: bytes) -> int:
     """Start-of-scan markers of a JPEG; those of a thumbnail count too."""
     return data.count(b"\xff\xda")

@@ -16,7 +16,7 @@ Inner = tuple[float, float, float, float]
 @cache
 def kernel() -> Any:
     """The function of resize.c, built by setuptools when the package was installed; None where no compiler was."""
-    found = native.function(__file__, "_resize", "dromos_resize")
+    found = native.load_function(__file__, "_resize", "dromos_resize")
     if found is not None:
         box = [ctypes.c_float] * 4
         size = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]

@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 
 CLIP_BPE = "clip-bpe"
 # Looked for, in this order, where no tokenizer_config.json names the special tokens.
-COMMON = {
+COMMON_SPECIAL_TOKENS = {
     "start": (
         "<|start|>",
         "<s>",
@@ -30,7 +30,7 @@ COMMON = {
     "end": ("<|end|>", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<end_of_text>", "[SEP]"),
     "pad": ("<|pad|>", "<pad>", "[PAD]"),
 }
-FIELDS = {"start": "bos_token", "end": "eos_token", "pad": "pad_token"}
+CONFIG_FIELDS = {"start": "bos_token", "end": "eos_token", "pad": "pad_token"}
 
 
 class Tokenizer(Protocol):
@@ -155,12 +155,12 @@ def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]
     config_file = file.with_name("tokenizer_config.json")
     config = _config(config_file) if config_file.is_file() else {}
     ids: dict[str, int | None] = {}
-    for role, field in FIELDS.items():
+    for role, field in CONFIG_FIELDS.items():
         named = config.get(field)
         named = named.get("content") if isinstance(named, dict) else named
         if named is not None and (not isinstance(named, str) or named not in vocabulary):
             raise UserError(f"{config_file}: {field} {named!r} is not in the vocabulary of {file}")
-        names = (named,) if field in config else COMMON[role]
+        names = (named,) if field in config else COMMON_SPECIAL_TOKENS[role]
         ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
     end = ids["end"]
     if end is None:

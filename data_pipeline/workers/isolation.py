@@ -1,9 +1,8 @@
-"""Rows that ended the workers that made them, made one by one in processes that may die.
+"""Rebuilds rows that killed two workers, one by one, in throw-away processes, to find the bad sample.
 
-What is learnt is whether a sample's content is at fault: a process that dies of a crash (SIGSEGV and the like) twice
-while it decodes the same sample is a verdict on that sample, and it is replaced as any unusable one. A process that is
-killed (SIGKILL: the kernel wants memory), or that leaves, says nothing about the data: its rows are tried again, and
-then that is an error.
+Two crashes (SIGSEGV and the like) while decoding the same sample prove that the sample is bad: it is replaced like any
+unusable sample. A kill (SIGKILL: usually the kernel is out of memory), an exit or a stall proves nothing about the
+data: the row is tried again, and an error follows if it keeps failing.
 """
 
 from __future__ import annotations
@@ -14,114 +13,122 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join_batches
 from data_pipeline.errors import ReadError, WorkerError
-from data_pipeline.workers.watchdog import StallLimits, StallWatch
+from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch
 from data_pipeline.workers.worker import READY, WorkMessage
-from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, ending
+from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, describe_exit
 
-CRASHES = {
+CRASH_EXITS = {
     -number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 }
-CRASHED = "decoder crash"
-# Crashes at one sample that condemn it; other deaths at one row that are an error.
-VERDICT = 2
-ISOLATION_TRIES = 3
-# Seconds between two looks at a process that is waited for.
-LOOK = 1.0
+CRASHED = "decoder crash"  # the reason under which such a sample is counted
+MAX_CRASHES = 2  # crashes at one sample, after which it is known to be bad
+MAX_STALLS = 2  # stalls at one row, after which the stall is an error
+MAX_DEATHS = 3  # other deaths at one row, after which they are an error
+POLL_SECONDS = 1.0  # between two checks of a process whose result is awaited
 
 
-class Closed(Exception):
-    """The pool was closed meanwhile."""
+class PoolClosed(Exception):
+    """The pool was closed while rows were rebuilt."""
 
 
 @dataclass
 class Isolation:
-    """Makes an item row by row. `condemned`, sample -> reason, is what was found out."""
+    """Builds an item row by row. `known_bad` collects the samples that crash the decoder: sample -> reason."""
 
     setups: list[BuilderSetup]
     file: SetupFile
     limits: StallLimits
-    closing: Callable[[], bool] = lambda: False
-    condemned: dict[Sample, str] = field(default_factory=dict)
+    is_closing: Callable[[], bool] = lambda: False
+    known_bad: dict[Sample, str] = field(default_factory=dict)
 
     def make(self, item: WorkItem) -> Batch:
-        """Raises WorkerError or ReadError when it cannot be made, and what its making raises."""
+        """Build the batch of an item. Raises WorkerError or ReadError if its processes keep failing, and any error
+        that building a row raises.
+        """
         self._crashes: Counter[Sample] = Counter()
         self._process: WorkerProcess | None = None
-        self._starting: Activity | None = None
+        self._startup: Activity | None = None
         try:
-            return join(
-                [self._row(replace(item, start=row, stop=row + 1)) for row in range(item.start, item.stop)]
+            return join_batches(
+                [
+                    self._make_row(replace(item, start=row, stop=row + 1))
+                    for row in range(item.start, item.stop)
+                ]
             )
         finally:
             if self._process is not None:
-                self._process.end()
+                self._process.kill()
 
-    def _row(self, item: WorkItem) -> Batch:
-        endings: list[str] = []
-        stalls: list[str] = []
+    def _make_row(self, item: WorkItem) -> Batch:
+        deaths: list[str] = []
+        stalls: list[Stall] = []
         while True:
-            if self.closing():
-                raise Closed
+            if self.is_closing():
+                raise PoolClosed
             if self._process is None:
-                self._process, self._starting = WorkerProcess(self.file), starting()
+                self._process, self._startup = WorkerProcess(self.file), startup_activity()
             process = self._process
-            process.ask(WorkMessage(0, item, condemned={item.stream: self.condemned}))
-            found = self._answer(process)
-            if isinstance(found, Batch):
-                return found
-            if isinstance(found, Exception):
-                raise found
+            process.send(WorkMessage(0, item, known_bad={item.stream: self.known_bad}))
+            outcome = self._await_result(process)
+            if isinstance(outcome, Batch):
+                return outcome
+            if isinstance(outcome, Exception):
+                raise outcome
             self._process = None
-            doing, ended = process.look(), process.end()
-            if found is not None:
-                stalls.append(found)
+            last, exit_code = process.inspect(), process.kill()
+            if isinstance(outcome, Stall):
+                stalls.append(outcome)
             elif (
-                ended in CRASHES and doing.url is None and doing.sample and doing.sample not in self.condemned
+                exit_code in CRASH_EXITS
+                and last.url is None
+                and last.sample
+                and last.sample not in self.known_bad
             ):
-                self._crashes[doing.sample] += 1
-                if self._crashes[doing.sample] >= VERDICT:
-                    self.condemned[doing.sample] = CRASHED
+                self._crashes[last.sample] += 1
+                if self._crashes[last.sample] >= MAX_CRASHES:
+                    self.known_bad[last.sample] = CRASHED
             else:
-                endings.append(ending(ended))
-            if len(stalls) >= VERDICT:
-                raise stalled(item, stalls[-1])
-            if len(endings) >= ISOLATION_TRIES:
-                raise killed(item, endings)
+                deaths.append(describe_exit(exit_code))
+            if len(stalls) >= MAX_STALLS:
+                raise stall_error(item, stalls[-1])
+            if len(deaths) >= MAX_DEATHS:
+                raise death_error(item, deaths)
 
-    def _answer(self, process: WorkerProcess) -> Any:
-        """A batch or an error; in words, what takes too long; None if the process is dead."""
-        watch = StallWatch(self.limits, f"worker {process.pid}", lambda sample: place(self.setups, sample))
+    def _await_result(self, process: WorkerProcess) -> Batch | Exception | Stall | None:
+        """The process's batch or error, the stall it is in, or None if it is dead."""
+        watch = StallWatch(
+            self.limits, f"worker {process.pid}", lambda sample: describe_sample(self.setups, sample)
+        )
         with selectors.PollSelector() as selector:
             selector.register(process, selectors.EVENT_READ)
             while True:
-                while not selector.select(min(LOOK, self.limits.warn)):
-                    if self.closing():
-                        raise Closed
-                    told = watch.see(self._starting or process.look())
-                    if told:
-                        return told
+                while not selector.select(min(POLL_SECONDS, self.limits.warn)):
+                    if self.is_closing():
+                        raise PoolClosed
+                    stall = watch.check(self._startup or process.inspect())
+                    if stall is not None:
+                        return stall
                 try:
-                    number, found = process.answer()
+                    number, result = process.receive()
                 except (EOFError, ConnectionError):
                     return None
                 if number != READY:
-                    return found
-                self._starting = None
+                    return result
+                self._startup = None
 
 
-def starting() -> Activity:
-    """What a process does that was started now, until it says that it is ready."""
-    return Activity("the program and the indexes of the sources, to start", time.monotonic())
+def startup_activity() -> Activity:
+    """The activity of a process that is started now, until it reports that it is ready."""
+    return Activity("its program files and the source indexes at start-up", time.monotonic())
 
 
-def place(setups: list[BuilderSetup], sample: Sample) -> str:
-    """A sample in words."""
+def describe_sample(setups: list[BuilderSetup], sample: Sample) -> str:
+    """A sample's index and shard URL, as text."""
     source, shard, index = sample
     for setup in setups:
         if source in setup.manifests:
@@ -129,28 +136,28 @@ def place(setups: list[BuilderSetup], sample: Sample) -> str:
     return f"sample {index} of shard {shard} of {source}"
 
 
-def stalled(item: WorkItem, what: str) -> OSError:
-    """The error for rows of which several processes in turn stood still at the same thing."""
-    if what.startswith("reading "):
-        return ReadError(
-            f"{_rows(item)}: two workers of the loader have been {what} (loader.stall_error). Nothing was replaced; "
-            "run again once it can be read"
-        )
+def stall_error(item: WorkItem, stall: Stall) -> OSError:
+    """The error for rows at which two processes in turn stalled: ReadError for a read, WorkerError for a decode."""
+    stalled = (
+        f"{_describe_rows(item)}: two loader workers in turn were stuck {stall} (limit: loader.stall_error)"
+    )
+    if stall.is_read:
+        return ReadError(f"{stalled}. No sample was replaced; run again once this can be read")
     return WorkerError(
-        f"{_rows(item)}: two workers of the loader have been {what} (loader.stall_error). A time-out is no verdict on "
-        "a sample, so nothing was replaced; look at that sample, or raise loader.stall_error"
+        f"{stalled}. A time-out does not prove that a sample is bad, so no sample was replaced; inspect that sample, "
+        "or raise loader.stall_error"
     )
 
 
-def killed(item: WorkItem, endings: list[str]) -> WorkerError:
-    """The error for a row whose processes were ended, not by a crash of the decoder."""
+def death_error(item: WorkItem, deaths: list[str]) -> WorkerError:
+    """The error for a row whose processes died for another reason than a decoder crash."""
     return WorkerError(
-        f"{_rows(item)}: {len(endings)} processes of the loader ended while they made it alone ({', '.join(endings)}). "
-        "Nothing was replaced. SIGKILL mostly means that memory ran out: set fewer loader.workers, a smaller "
-        "train.micro_batch or data.STREAM.image.max_pixels, or ask for more memory"
+        f"{_describe_rows(item)}: {len(deaths)} loader processes died while building it alone ({', '.join(deaths)}). "
+        "No sample was replaced. SIGKILL usually means out of memory: lower loader.workers, train.micro_batch or "
+        "data.STREAM.image.max_pixels, or request more memory"
     )
 
 
-def _rows(item: WorkItem) -> str:
+def _describe_rows(item: WorkItem) -> str:
     rows = f"row {item.start}" if item.stop == item.start + 1 else f"rows {item.start} to {item.stop - 1}"
     return f"step {item.step}, {rows} of stream {item.stream}"

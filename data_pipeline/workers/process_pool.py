@@ -1,7 +1,8 @@
-"""Items of work done by worker processes, which are replaced when they die; their pixels lie in shared memory.
+"""Pool of worker processes; dead or stalled ones are replaced and their slices rebuilt. Pixels are in shared memory.
 
-An item is cut into slices, so that several workers make one batch; slices are handed out in the order in which they are
-needed. A slice whose worker died is made by another; one that ended two is made row by row in isolation.
+An item is split into slices, so that several workers build one batch. Slices are handed out in the order in which they
+are needed. A slice whose worker died goes to another worker; a slice that killed two workers is rebuilt row by row in
+isolation (isolation.py).
 """
 
 from __future__ import annotations
@@ -18,37 +19,45 @@ from math import prod
 
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
-from data_pipeline.batches.work_items import BuilderSetup, WorkItem, cut, join, pixel_shape
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join_batches, pixel_shape, split_item
 from data_pipeline.errors import WorkerError
-from data_pipeline.workers.isolation import LOOK, Closed, Isolation, place, stalled, starting
+from data_pipeline.workers.isolation import (
+    POLL_SECONDS,
+    Isolation,
+    PoolClosed,
+    describe_sample,
+    stall_error,
+    startup_activity,
+)
 from data_pipeline.workers.shared_memory import SharedBuffer, SharedBufferPool
-from data_pipeline.workers.watchdog import StallLimits, StallWatch
+from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch
 from data_pipeline.workers.worker import READY, WorkMessage
-from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, ending
+from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, describe_exit
 
-# Slices a worker holds: one in the making, one to go on with.
-HELD = 2
-# A worker may be killed by anything; a slice that ended two of them is made in isolation.
-DEATHS = 2
-# Deaths of workers that never got ready, for each worker: then something is wrong with the installation.
-STILLBORN = 3
+# Slices that one worker holds: the one it builds, and the next, so that it never waits for this process.
+SLICES_PER_WORKER = 2
+# Deaths of workers at one slice, after which it is rebuilt in isolation, and stalls, after which they are an error.
+# One death proves nothing: a worker may be killed from outside.
+MAX_FAILURES = 2
+# Failed starts per worker, after which they are an error: the installation is broken, or memory is too short.
+MAX_FAILED_STARTS = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
 class _Job:
-    """An item that was asked for: what has come of its slices, and where its pixels lie."""
+    """A submitted item: the result of each slice (None: not built yet), and the memory for its pixels."""
 
     item: WorkItem
-    found: list[Batch | Exception | None]
-    slab: SharedBuffer | None = None
-    placed: bool = False
+    results: list[Batch | Exception | None]
+    buffer: SharedBuffer | None = None
+    is_allocated: bool = False
     running: int = 0
-    wanted: bool = True
+    is_cancelled: bool = False
 
     @property
-    def done(self) -> bool:
-        return all(each is not None for each in self.found)
+    def is_done(self) -> bool:
+        return all(result is not None for result in self.results)
 
 
 @dataclass
@@ -62,16 +71,18 @@ class _Slice:
 
 @dataclass
 class _Worker:
+    """A running worker. `startup` is its activity until it is ready; `slices`: message number -> slice, in order."""
+
     process: WorkerProcess
     watch: StallWatch
-    starting: Activity | None = field(default_factory=starting)
-    held: dict[int, _Slice] = field(default_factory=dict)
+    startup: Activity | None = field(default_factory=startup_activity)
+    slices: dict[int, _Slice] = field(default_factory=dict)
 
 
 class ProcessPool:
-    """Worker processes behind sockets, tended by one thread, which also reads results as soon as they are there.
+    """Worker processes behind sockets. One thread manages them and reads each result as soon as it arrives.
 
-    That thread starts the workers, because the kernel kills a worker when the thread that started it ends.
+    That thread also starts the workers, because the kernel kills a worker when the thread that started it ends.
     """
 
     ahead = 2
@@ -84,64 +95,64 @@ class ProcessPool:
         self._count = workers
         self._limits = limits or StallLimits()
         self._workers: list[_Worker] = []
-        self._todo: deque[_Slice] = deque()
+        self._queue: deque[_Slice] = deque()
         self._jobs: dict[int, _Job] = {}
-        self._slabs = SharedBufferPool()
+        self._buffers = SharedBufferPool()
         self._file = SetupFile(self._setups)
-        self._condemned: dict[str, dict[Sample, str]] = {}
-        self._isolating: list[threading.Thread] = []
-        self._stillborn = 0
-        self._next = self._number = 0
+        self._known_bad: dict[str, dict[Sample, str]] = {}
+        self._isolation_threads: list[threading.Thread] = []
+        self._failed_starts = 0
+        self._next_ticket = self._next_number = 0
         self._closing = False
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
-        self._bell, self._ring = socket.socketpair()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="dromos-loader", daemon=True)
         self._thread.start()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that run now."""
+        """Process ids of the running workers."""
         return [worker.process.pid for worker in list(self._workers)]
 
     @property
-    def slabs(self) -> int:
-        """Pieces of shared memory that there are now: in the making, seen by someone, and free."""
-        return len(self._slabs.alive)
+    def buffer_count(self) -> int:
+        """Number of shared buffers: those being filled, those that batches still use, and the free ones."""
+        return len(self._buffers.alive)
 
     def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        slices = cut(item, self._specs[item.stream], pieces)
+        slices = split_item(item, self._specs[item.stream], pieces)
         job = _Job(item, [None] * len(slices))
         with self._changed:
-            ticket, self._next = self._next, self._next + 1
+            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
             self._jobs[ticket] = job
-            self._todo += [_Slice(job, position, each) for position, each in enumerate(slices)]
+            self._queue += [_Slice(job, position, each) for position, each in enumerate(slices)]
         self._wake()
         return ticket
 
     def result(self, ticket: int) -> Batch:
         with self._changed:
             job = self._jobs[ticket]
-            self._changed.wait_for(lambda: job.done or self._failure or self._closing)
-            if not job.done:
+            self._changed.wait_for(lambda: job.is_done or self._failure or self._closing)
+            if not job.is_done:
                 kind = WorkerError if isinstance(self._failure, OSError) else RuntimeError
                 raise kind(str(self._failure or "the loader is closed")) from self._failure
             del self._jobs[ticket]
-            parts = [part for part in job.found if isinstance(part, Batch)]
-            if len(parts) < len(job.found):
-                self._abandon(job)
-                raise next(part for part in job.found if isinstance(part, Exception))
-            batch = join(parts)
-            if job.slab is not None:
+            parts = [part for part in job.results if isinstance(part, Batch)]
+            if len(parts) < len(job.results):
+                self._cancel_job(job)
+                raise next(part for part in job.results if isinstance(part, Exception))
+            batch = join_batches(parts)
+            if job.buffer is not None:
                 shape = pixel_shape(self._specs[batch.stream], batch.stop - batch.start)
-                batch.pixels = self._slabs.hand_out(job.slab, shape)
+                batch.pixels = self._buffers.hand_out(job.buffer, shape)
         return batch
 
     def cancel(self) -> None:
         with self._changed:
-            self._todo.clear()
+            self._queue.clear()
             for job in self._jobs.values():
-                self._abandon(job)
+                self._cancel_job(job)
             self._jobs.clear()
 
     def close(self) -> None:
@@ -151,184 +162,188 @@ class ProcessPool:
         self._wake()
         self._thread.join()
 
-    def _abandon(self, job: _Job) -> None:
-        """Nobody waits for it. Its memory is free once no worker writes to it any more."""
-        job.wanted = False
-        if not job.running and job.slab is not None:
-            self._slabs.give_back(job.slab)
-            job.slab = None
+    def _cancel_job(self, job: _Job) -> None:
+        """Mark a job as cancelled. Its memory is free once no worker writes to it any more."""
+        job.is_cancelled = True
+        if not job.running and job.buffer is not None:
+            self._buffers.release(job.buffer)
+            job.buffer = None
 
     def _wake(self) -> None:
         with suppress(OSError):
-            self._ring.send(b"!")
+            self._wake_sender.send(b"!")
 
     def _run(self) -> None:
-        # Workers inherit this thread's mask: a Ctrl-C that hits one while it starts must not print a trace.
+        # Workers inherit this thread's signal mask: Ctrl-C during the start of one must not print a traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             while not self._closing:
-                self._hire()
-                self._assign()
-                self._collect()
-                self._watch()
+                self._start_workers()
+                self._assign_slices()
+                self._receive_results()
+                self._check_stalls()
         except WorkerError as error:
             self._failure = error
         except OSError as error:
-            self._failure = WorkerError(f"no more workers of the loader can be started or heard: {error}")
+            self._failure = WorkerError(f"cannot start loader workers or receive from them: {error}")
         except BaseException as error:
             self._failure = error
         finally:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
-            self._dismiss()
+            self._shut_down()
 
-    def _hire(self) -> None:
+    def _start_workers(self) -> None:
         while len(self._workers) < self._count:
             process = WorkerProcess(self._file)
             watch = StallWatch(
-                self._limits, f"worker {process.pid}", lambda sample: place(self._setups, sample)
+                self._limits, f"worker {process.pid}", lambda sample: describe_sample(self._setups, sample)
             )
             self._workers.append(_Worker(process, watch))
 
-    def _assign(self) -> None:
+    def _assign_slices(self) -> None:
         while True:
-            worker = min(self._workers, key=lambda each: len(each.held))
+            worker = min(self._workers, key=lambda each: len(each.slices))
             with self._changed:
-                if len(worker.held) >= HELD or not self._todo:
+                if len(worker.slices) >= SLICES_PER_WORKER or not self._queue:
                     return
-                piece = self._todo.popleft()
-                self._place(piece.job)
-                number, self._number = self._number, self._number + 1
-                worker.held[number] = piece
+                piece = self._queue.popleft()
+                self._acquire_buffer(piece.job)
+                number, self._next_number = self._next_number, self._next_number + 1
+                worker.slices[number] = piece
                 piece.job.running += 1
-                condemned = {stream: dict(samples) for stream, samples in self._condemned.items()}
-            work = WorkMessage(number, piece.item, condemned=condemned)
-            slab = piece.job.slab
-            if slab is not None:
-                work = replace(work, slab=slab.number, offset=self._offset(piece), size=slab.size)
-            worker.process.ask(work, slab, self._slabs.alive)
+                known_bad = {stream: dict(samples) for stream, samples in self._known_bad.items()}
+            work = WorkMessage(number, piece.item, known_bad=known_bad)
+            buffer = piece.job.buffer
+            if buffer is not None:
+                work = replace(work, buffer=buffer.number, offset=self._offset(piece), size=buffer.size)
+            worker.process.send(work, buffer, self._buffers.alive)
 
     def _offset(self, piece: _Slice) -> int:
-        """Bytes of the item's pixels before this slice's."""
+        """Byte offset of the slice's pixels in the item's pixels."""
         return prod(pixel_shape(self._specs[piece.item.stream], piece.item.start - piece.job.item.start))
 
-    def _place(self, job: _Job) -> None:
+    def _acquire_buffer(self, job: _Job) -> None:
         """Give a job memory for its pixels when its first slice is handed out."""
-        if not job.placed:
+        if not job.is_allocated:
             shape = pixel_shape(self._specs[job.item.stream], job.item.stop - job.item.start)
-            job.slab, job.placed = self._slabs.take(prod(shape)), True
-            self._slabs.trim(len(self._jobs))
+            job.buffer, job.is_allocated = self._buffers.acquire(prod(shape)), True
+            self._buffers.trim(len(self._jobs))
 
-    def _collect(self) -> None:
-        """Wait for something to happen, for a while only where somebody works, and take what workers made."""
-        busy = any(worker.held for worker in self._workers)
+    def _receive_results(self) -> None:
+        """Wait for results, new work or dead workers; with a time-out while workers are busy, to check for stalls."""
+        is_busy = any(worker.slices for worker in self._workers)
         with selectors.PollSelector() as selector:  # select() fails beyond 1024 open files
-            selector.register(self._bell, selectors.EVENT_READ)
+            selector.register(self._wake_receiver, selectors.EVENT_READ)
             for worker in self._workers:
                 selector.register(worker.process, selectors.EVENT_READ, worker)
-            timeout = min(LOOK, self._limits.warn) if busy else None
+            timeout = min(POLL_SECONDS, self._limits.warn) if is_busy else None
             ready = [key.data for key, _ in selector.select(timeout)]
         for worker in ready:
             if worker is None:
-                self._bell.recv(4096)
+                self._wake_receiver.recv(4096)
                 continue
             try:
-                number, found = worker.process.answer()
+                number, result = worker.process.receive()
             except (EOFError, ConnectionError):
-                self._bury(worker)
+                self._replace_worker(worker)
                 continue
             if number == READY:
-                worker.starting = None
+                worker.startup = None
             else:
-                self._stillborn = 0
-                self._finish(worker.held.pop(number), found)
+                self._failed_starts = 0
+                self._store_result(worker.slices.pop(number), result)
 
-    def _finish(self, piece: _Slice, found: Batch | Exception) -> None:
+    def _store_result(self, piece: _Slice, result: Batch | Exception) -> None:
         with self._changed:
             job = piece.job
             job.running -= 1
-            job.found[piece.position] = found
-            if not job.wanted:
-                self._abandon(job)
-            elif job.done:
+            job.results[piece.position] = result
+            if job.is_cancelled:
+                self._cancel_job(job)
+            elif job.is_done:
                 self._changed.notify_all()
 
-    def _watch(self) -> None:
+    def _check_stalls(self) -> None:
         for worker in list(self._workers):
-            if worker.held:
-                told = worker.watch.see(worker.starting or worker.process.look())
-                if told:
-                    self._bury(worker, told)
+            if worker.slices:
+                stall = worker.watch.check(worker.startup or worker.process.inspect())
+                if stall is not None:
+                    self._replace_worker(worker, stall)
 
-    def _bury(self, worker: _Worker, stall: str | None = None) -> None:
-        """Put the slices of a dead or stalled worker back in front; the one it was at has that to its name."""
+    def _replace_worker(self, worker: _Worker, stall: Stall | None = None) -> None:
+        """Requeue the slices of a dead or stalled worker at the head of the queue; the slice it was building is charged
+        with the failure. `_start_workers` starts the new worker.
+        """
         self._workers.remove(worker)
-        ended = worker.process.end()
-        first = next(iter(worker.held.values()), None)
-        if first is not None and stall is not None:
-            first.stalls += 1
-        elif first is not None and worker.starting is None:
-            first.deaths += 1
+        exit_code = worker.process.kill()
+        current = next(iter(worker.slices.values()), None)
+        if current is not None and stall is not None:
+            current.stalls += 1
+        elif current is not None and worker.startup is None:
+            current.deaths += 1
         else:
-            self._stillborn += 1
-            if self._stillborn >= STILLBORN * self._count:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS * self._count:
                 raise WorkerError(
-                    f"workers of the loader end as soon as they start ({ending(ended)}); after SIGKILL, which mostly "
-                    "means that memory ran out, set fewer loader.workers"
+                    f"loader workers die while they start ({describe_exit(exit_code)}); after SIGKILL, which usually "
+                    "means out of memory, lower loader.workers"
                 )
-        for piece in reversed(worker.held.values()):
-            if piece.stalls >= DEATHS and stall is not None:
-                self._finish(piece, stalled(piece.item, stall))
-            elif piece.deaths >= DEATHS:
-                self._isolate(piece)
+        for piece in reversed(worker.slices.values()):
+            if piece.stalls >= MAX_FAILURES and stall is not None:
+                self._store_result(piece, stall_error(piece.item, stall))
+            elif piece.deaths >= MAX_FAILURES:
+                self._start_isolation(piece)
             else:
-                self._again(piece)
+                self._requeue(piece)
 
-    def _again(self, piece: _Slice) -> None:
+    def _requeue(self, piece: _Slice) -> None:
         with self._changed:
             piece.job.running -= 1
-            if piece.job.wanted:
-                self._todo.appendleft(piece)
+            if piece.job.is_cancelled:
+                self._cancel_job(piece.job)
             else:
-                self._abandon(piece.job)
+                self._queue.appendleft(piece)
 
-    def _isolate(self, piece: _Slice) -> None:
-        """Make a slice in a thread of its own, whose processes may die without harm."""
-        thread = threading.Thread(target=self._alone, args=(piece,), name="dromos-isolation", daemon=True)
-        self._isolating.append(thread)
+    def _start_isolation(self, piece: _Slice) -> None:
+        """Rebuild a slice row by row in a thread of its own, so that the other workers continue."""
+        thread = threading.Thread(
+            target=self._make_isolated, args=(piece,), name="dromos-isolation", daemon=True
+        )
+        self._isolation_threads.append(thread)
         thread.start()
 
-    def _alone(self, piece: _Slice) -> None:
+    def _make_isolated(self, piece: _Slice) -> None:
         isolation = Isolation(self._setups, self._file, self._limits, lambda: self._closing)
-        found: Batch | Exception
+        result: Batch | Exception
         try:
-            found = isolation.make(piece.item)
-            self._deposit(piece, found)
-        except Closed:
+            result = isolation.make(piece.item)
+            self._move_pixels(piece, result)
+        except PoolClosed:
             return
         except Exception as error:
-            found = error
+            result = error
         with self._changed:
-            for sample, reason in isolation.condemned.items():
-                self._condemned.setdefault(piece.item.stream, {})[sample] = reason
-        self._finish(piece, found)
+            for sample, reason in isolation.known_bad.items():
+                self._known_bad.setdefault(piece.item.stream, {})[sample] = reason
+        self._store_result(piece, result)
 
-    def _deposit(self, piece: _Slice, batch: Batch) -> None:
-        """Move pixels that came through a socket to where the item's other slices lie."""
+    def _move_pixels(self, piece: _Slice, batch: Batch) -> None:
+        """Move pixels that came through a socket to the buffer of the item's other slices."""
         job = piece.job
-        if job.slab is not None and batch.pixels is not None:
+        if job.buffer is not None and batch.pixels is not None:
             begin, flat = self._offset(piece), batch.pixels.reshape(-1)
-            job.slab.array(begin + flat.size)[begin:] = flat
+            job.buffer.array(begin + flat.size)[begin:] = flat
             batch.pixels = None
 
-    def _dismiss(self) -> None:
+    def _shut_down(self) -> None:
         for worker in self._workers:
-            worker.process.end()
-        for thread in self._isolating:
+            worker.process.kill()
+        for thread in self._isolation_threads:
             thread.join()
         self._workers.clear()
-        self._slabs.close()
+        self._buffers.close()
         self._file.close()
-        self._bell.close()
-        self._ring.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()

@@ -1,4 +1,4 @@
-"""Steps of a rank whose batches are made by Ray actors, spread over the nodes of a cluster."""
+"""Pool of Ray actors, spread over the nodes of a cluster, that build the batches of one rank."""
 
 from __future__ import annotations
 
@@ -20,152 +20,165 @@ from data_pipeline.activity import Sample
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.workers.isolation import ISOLATION_TRIES, LOOK, Isolation, place, stalled
-from data_pipeline.workers.process_pool import DEATHS
-from data_pipeline.workers.watchdog import StallLimits, StallWatch, log
-from data_pipeline.workers.worker import Condemned, Makers, portable
+from data_pipeline.workers.isolation import (
+    MAX_DEATHS,
+    POLL_SECONDS,
+    Isolation,
+    describe_sample,
+    stall_error,
+)
+from data_pipeline.workers.process_pool import MAX_FAILURES
+from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch, log
+from data_pipeline.workers.worker import Builders, KnownBad, picklable_error
 from data_pipeline.workers.worker_handle import SetupFile
 
 
 class BatchActor:
-    """The actor: makes batches as a local worker does. Errors are returned, since Ray would rename them."""
+    """The actor: builds batches as a worker process does. It returns errors, because Ray changes the type of raised
+    ones.
+    """
 
     def __init__(
-        self, setups: Sequence[BuilderSetup], folder: str, limits: StallLimits, condemned: Condemned
+        self, setups: Sequence[BuilderSetup], folder: str, limits: StallLimits, known_bad: KnownBad
     ) -> None:
-        """`folder` is the rank's: relative paths start there, while Ray starts an actor where its node was started."""
-        with suppress(OSError):  # a node with other disks; paths to an object store need no folder
+        """`folder` is the working directory of the rank. Relative paths start there; Ray would start the actor in the
+        directory in which its node was started.
+        """
+        with suppress(OSError):  # a node with other disks; URLs of an object store need no folder
             os.chdir(folder)
         self._setups, self._limits = list(setups), limits
-        self._makers = Makers(self._setups)
-        self._makers.condemn(condemned)
-        self._status = activity.own()
+        self._builders = Builders(self._setups)
+        self._builders.add_known_bad(known_bad)
+        self._status = activity.own_memory()
         self._warnings: list[str] = []
-        who = f"actor {os.getpid()} on {socket.gethostname()}"
-        self._watch = StallWatch(limits, who, partial(place, self._setups), self._warnings.append)
+        name = f"actor {os.getpid()} on {socket.gethostname()}"
+        self._watch = StallWatch(limits, name, partial(describe_sample, self._setups), self._warnings.append)
 
     def make(self, item: WorkItem) -> Batch | Exception:
         try:
-            return self._makers[item.stream].make(item.step, item.start, item.stop)
+            return self._builders[item.stream].make(item.step, item.start, item.stop)
         except Exception as error:
-            return portable(error)
+            return picklable_error(error)
 
-    def make_alone(self, item: WorkItem) -> tuple[Batch | Exception, Condemned]:
-        """Row by row in processes that may die; also what was found out about samples."""
+    def make_isolated(self, item: WorkItem) -> tuple[Batch | Exception, KnownBad]:
+        """Build an item row by row in throw-away processes. Returns also the bad samples that this found."""
         file = SetupFile(self._setups)
         isolation = Isolation(self._setups, file, self._limits)
         try:
-            return isolation.make(item), {item.stream: isolation.condemned}
+            return isolation.make(item), {item.stream: isolation.known_bad}
         except Exception as error:
-            return portable(error), {}
+            return picklable_error(error), {}
         finally:
             file.close()
 
-    def condemn(self, found: Condemned) -> None:
-        self._makers.condemn(found)
+    def add_known_bad(self, known_bad: KnownBad) -> None:
+        self._builders.add_known_bad(known_bad)
 
-    def stalls(self) -> tuple[list[str], str | None]:
-        """What to warn of, and what takes too long. Called while the actor is at work."""
-        told = self._watch.see(activity.read_status(self._status))
-        said, self._warnings[:] = list(self._warnings), []
-        return said, told
+    def check_stalls(self) -> tuple[list[str], Stall | None]:
+        """The new warnings, and the stall if there is one. Called in a second thread while `make` runs."""
+        stall = self._watch.check(activity.read_status(self._status))
+        warnings, self._warnings[:] = list(self._warnings), []
+        return warnings, stall
 
-    def place(self) -> tuple[str, int]:
-        """Node and process of this actor."""
+    def location(self) -> tuple[str, int]:
+        """(node id, process id) of this actor."""
         import ray
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 @dataclass
-class _Asked:
+class _Request:
+    """A submitted item: the number of its actor, the reference of its result, and the failures so far."""
+
     item: WorkItem
     actor: int
     reference: Any
     deaths: int = 0
     stalls: int = 0
-    alone: bool = False
+    is_isolated: bool = False
 
 
 class RayPool:
-    """Actors that take turns; one that dies, with its node or alone, is replaced and its items are made again."""
+    """Items go to the actors in turn. A dead actor (or node) is replaced and its items are built again."""
 
     ahead = 2
 
     def __init__(
-        self, setups: Sequence[BuilderSetup], actors: int, first: int, limits: StallLimits | None = None
+        self, setups: Sequence[BuilderSetup], actors: int, first_node: int, limits: StallLimits | None = None
     ) -> None:
-        """`first` says at which node to begin, so that ranks begin at different ones."""
+        """`first_node`: index of the first actor's node, modulo the number of nodes; ranks use different ones."""
         self._ray = _connect()
         self._limits = limits or StallLimits()
-        self._condemned: dict[str, dict[Sample, str]] = {}
+        self._known_bad: dict[str, dict[Sample, str]] = {}
         self._setups = self._ray.put(list(setups))
-        self._hired = first
-        self._actors = [self._hire() for _ in range(max(1, actors))]
-        self._asked: dict[int, _Asked] = {}
-        self._next = 0
+        self._next_node = first_node
+        self._actors = [self._start_actor() for _ in range(max(1, actors))]
+        self._requests: dict[int, _Request] = {}
+        self._next_ticket = 0
 
     def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        ticket, self._next = self._next, self._next + 1
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         actor = ticket % len(self._actors)
-        self._asked[ticket] = _Asked(item, actor, self._actors[actor].make.remote(item))
+        self._requests[ticket] = _Request(item, actor, self._actors[actor].make.remote(item))
         return ticket
 
     def result(self, ticket: int) -> Batch:
-        asked = self._asked[ticket]
+        request = self._requests[ticket]
         while True:
             try:
-                stall = self._wait(asked)
+                stall = self._wait(request)
                 if stall is None:
-                    found = self._ray.get(asked.reference)
+                    result = self._ray.get(request.reference)
                     break
-                asked.stalls += 1
-                if asked.stalls >= DEATHS:
-                    raise stalled(asked.item, stall)
+                request.stalls += 1
+                if request.stalls >= MAX_FAILURES:
+                    raise stall_error(request.item, stall)
             except self._ray.exceptions.RayTaskError:
                 raise
             except self._ray.exceptions.RayError as error:
-                asked.deaths += 1
-                if asked.deaths >= DEATHS + ISOLATION_TRIES:
+                request.deaths += 1
+                if request.deaths >= MAX_FAILURES + MAX_DEATHS:
                     raise WorkerError(
-                        f"{asked.item} could not be made by {asked.deaths} Ray actors in turn; nothing was replaced. "
-                        f"The last error: {error}"
+                        f"{request.item} could not be built by {request.deaths} Ray actors in turn; no sample was "
+                        f"replaced. The last error: {error}"
                     ) from error
-                asked.alone = asked.deaths >= DEATHS
-            self._replace(asked.actor)
-        del self._asked[ticket]
-        if asked.alone:
-            found, condemned = found
-            self._condemn(condemned)
-        if isinstance(found, Exception):
-            raise found
-        return _writable(found)
+                request.is_isolated = request.deaths >= MAX_FAILURES
+            self._replace_actor(request.actor)
+        del self._requests[ticket]
+        if request.is_isolated:
+            result, known_bad = result
+            self._share_known_bad(known_bad)
+        if isinstance(result, Exception):
+            raise result
+        return _writable(result)
 
-    def _wait(self, asked: _Asked) -> str | None:
-        """Until an item is made, or its actor is dead; what takes too long there, in words, if something does."""
-        while not self._ray.wait([asked.reference], timeout=min(LOOK, self._limits.warn))[0]:
-            watching = self._actors[asked.actor].stalls.options(concurrency_group="watch").remote()
-            if self._ray.wait([watching], timeout=LOOK)[0]:
-                said, told = self._ray.get(watching)
-                for line in said:
+    def _wait(self, request: _Request) -> Stall | None:
+        """Wait until an item is built or its actor is dead, and log warnings. Returns the actor's stall, if any."""
+        while not self._ray.wait([request.reference], timeout=min(POLL_SECONDS, self._limits.warn))[0]:
+            method = self._actors[request.actor].check_stalls.options(concurrency_group="watch")
+            check = method.remote()
+            if self._ray.wait([check], timeout=POLL_SECONDS)[0]:
+                warnings, stall = self._ray.get(check)
+                for line in warnings:
                     log.warning(line)
-                if told:
-                    return str(told)
+                if isinstance(stall, Stall):
+                    return stall
         return None
 
-    def _condemn(self, found: Condemned) -> None:
-        """Tell all actors, now and later, what they must not decode."""
-        for stream, samples in found.items():
-            self._condemned.setdefault(stream, {}).update(samples)
-        if any(found.values()):
+    def _share_known_bad(self, known_bad: KnownBad) -> None:
+        """Send bad samples to all actors, also to those that start later."""
+        for stream, samples in known_bad.items():
+            self._known_bad.setdefault(stream, {}).update(samples)
+        if any(known_bad.values()):
             for actor in self._actors:
-                actor.condemn.remote(found)
+                actor.add_known_bad.remote(known_bad)
 
     def cancel(self) -> None:
-        for asked in self._asked.values():
+        for request in self._requests.values():
             with suppress(self._ray.exceptions.RayError):
-                self._ray.cancel(asked.reference)
-        self._asked.clear()
+                self._ray.cancel(request.reference)
+        self._requests.clear()
 
     def close(self) -> None:
         self.cancel()
@@ -174,41 +187,41 @@ class RayPool:
                 self._ray.kill(actor)
         self._actors.clear()
 
-    def places(self) -> list[tuple[str, int]]:
-        """(node, process) of every actor."""
-        found: list[tuple[str, int]] = self._ray.get([actor.place.remote() for actor in self._actors])
-        return found
+    def locations(self) -> list[tuple[str, int]]:
+        """(node id, process id) of every actor."""
+        locations: list[tuple[str, int]] = self._ray.get([actor.location.remote() for actor in self._actors])
+        return locations
 
-    def _hire(self) -> Any:
-        # No CPU of its own: so an actor fits beside ranks that have taken them all. But Ray's SPREAD, and now and
-        # then a soft affinity, puts actors that ask for nothing on one node; hence each node in turn, by name. If
-        # that node is gone, the actor dies unborn and its replacement goes to the next.
+    def _start_actor(self) -> Any:
+        # The actor asks for no CPU, so that it fits beside ranks that have taken all of them. Ray's SPREAD strategy,
+        # and sometimes a soft node affinity, put such actors on one node; hence hard affinity to each node in turn. If
+        # that node is gone, the actor dies before it starts, and its replacement goes to the next node.
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         alive = [node for node in self._ray.nodes() if node["Alive"]]
         nodes = sorted(node["NodeID"] for node in alive if node["Resources"].get("CPU")) or [
             alive[0]["NodeID"]
         ]
-        strategy = NodeAffinitySchedulingStrategy(nodes[self._hired % len(nodes)], soft=False)
-        self._hired += 1
-        builder = self._ray.remote(
+        strategy = NodeAffinitySchedulingStrategy(nodes[self._next_node % len(nodes)], soft=False)
+        self._next_node += 1
+        actor_class = self._ray.remote(
             num_cpus=0, max_restarts=0, scheduling_strategy=strategy, concurrency_groups={"watch": 1}
         )(BatchActor)
-        return builder.remote(self._setups, os.getcwd(), self._limits, self._condemned)
+        return actor_class.remote(self._setups, os.getcwd(), self._limits, self._known_bad)
 
-    def _replace(self, number: int) -> None:
-        """A new actor for a dead one, and everything that the dead one had not handed over asked again."""
+    def _replace_actor(self, number: int) -> None:
+        """Start a new actor for a dead or stalled one, and submit again the items whose results are not fetched yet."""
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(self._actors[number])
-        self._actors[number] = self._hire()
-        for asked in self._asked.values():
-            if asked.actor == number:
-                actor = self._actors[number]
-                asked.reference = (actor.make_alone if asked.alone else actor.make).remote(asked.item)
+        actor = self._actors[number] = self._start_actor()
+        for request in self._requests.values():
+            if request.actor == number:
+                method = actor.make_isolated if request.is_isolated else actor.make
+                request.reference = method.remote(request.item)
 
 
 def _connect() -> Any:
-    """The ray module, connected: to this process's cluster, else to RAY_ADDRESS, else to one on this machine."""
+    """The ray module, connected to this process's cluster, else to RAY_ADDRESS, else to a cluster on this machine."""
     try:
         import ray
     except ImportError:
@@ -224,13 +237,13 @@ def _connect() -> Any:
                 "`ray start --head`, or run with --on ray, or choose loader.backend: local"
             ) from error
         if threading.current_thread() is threading.main_thread():
-            # ray.init ends the process on SIGTERM; a rank means to save first.
+            # ray.init's handler ends the process on SIGTERM; a rank must save a checkpoint first.
             signal.signal(signal.SIGTERM, on_sigterm)
     return ray
 
 
 def _writable(batch: Batch) -> Batch:
-    """Arrays of its own: Ray's lie in the shared object store, may not be written, and would keep it full."""
+    """Copy the batch's arrays: those from Ray are read-only views of its object store, and keep it full."""
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, np.ndarray):

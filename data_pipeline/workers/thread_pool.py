@@ -1,4 +1,4 @@
-"""Where items of work are done: in a thread of this process here, in worker processes in process_pool.py."""
+"""The `Pool` protocol, and `ThreadPool`, which builds batches in one thread of the training process."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ from data_pipeline import activity
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem
-from data_pipeline.workers.isolation import LOOK, place
+from data_pipeline.workers.isolation import POLL_SECONDS, describe_sample
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
 
 
 class Pool(Protocol):
-    """Takes items, gives batches; `ahead` is how many steps it is worth asking for in advance."""
+    """Builds work items in the background. `ahead`: the number of steps that are worth submitting in advance."""
 
     ahead: int
 
     def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        """A ticket for the item's batch, whose rows may be made in so many pieces at once."""
+        """Start to build an item, in at most `pieces` slices at once. Returns a ticket for its batch."""
         ...
 
     def result(self, ticket: int) -> Batch:
-        """Wait for a batch, or raise the error that its making raised."""
+        """Wait for a batch. Raises the error that building it raised."""
         ...
 
     def cancel(self) -> None:
-        """Forget all tickets."""
+        """Drop all tickets."""
         ...
 
     def close(self) -> None:
-        """Cancel and leave nothing running."""
+        """Cancel and stop all processes and threads."""
         ...
 
 
 class ThreadPool:
-    """Makes batches inside this process, one step ahead.
+    """Builds batches inside this process, one step ahead (`loader.workers: 0`).
 
-    Nothing protects this process here: a decoder that crashes ends it, and a read that stalls is named in the log but
-    cannot be ended.
+    This process is not protected: a decoder that crashes ends it, and a stalled read is named in the log but not
+    interrupted.
     """
 
     ahead = 1
 
     def __init__(self, builders: Mapping[str, BatchBuilder], limits: StallLimits | None = None) -> None:
-        self._makers = builders
+        self._builders = builders
         self._limits = limits or StallLimits()
         self._thread = ThreadPoolExecutor(1, "dromos-loader")
         self._futures: dict[int, Future[Batch]] = {}
-        self._next = 0
-        self._status = activity.own()
+        self._next_ticket = 0
+        self._status = activity.own_memory()
         setups = [BuilderSetup.of(builder) for builder in builders.values()]
-        self._watch = StallWatch(self._limits, "the loader", lambda sample: place(setups, sample))
+        self._watch = StallWatch(self._limits, "the loader", lambda sample: describe_sample(setups, sample))
 
     def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        ticket, self._next = self._next, self._next + 1
-        builder = self._makers[item.stream]
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        builder = self._builders[item.stream]
         self._futures[ticket] = self._thread.submit(builder.make, item.step, item.start, item.stop)
         return ticket
 
     def result(self, ticket: int) -> Batch:
         future = self._futures.pop(ticket)
-        while not wait_for([future], min(LOOK, self._limits.warn)).done:
-            self._watch.see(activity.read_status(self._status))
+        while not wait_for([future], min(POLL_SECONDS, self._limits.warn)).done:
+            self._watch.check(activity.read_status(self._status))
         return future.result()
 
     def cancel(self) -> None:

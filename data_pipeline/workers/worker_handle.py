@@ -1,4 +1,4 @@
-"""A worker process as its parent holds it: started, given work, looked at, and ended."""
+"""Worker process of the loader, parent side: start it, send work, receive results, inspect its activity, kill it."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from typing import Any
 from data_pipeline import activity
 from data_pipeline.activity import Activity
 from data_pipeline.batches.work_items import BuilderSetup
-from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory, receive, send, shared_message
+from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory, receive, send, write_shared
 from data_pipeline.workers.shared_memory import SharedBuffer
 from data_pipeline.workers.worker import WorkMessage
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# A worker uses one thread; several workers share the cores.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class SetupFile:
-    """Setups, written once into an open file without a name that every worker reads."""
+    """An anonymous file with the builder setups, written once and read by every worker."""
 
     def __init__(self, setups: Sequence[BuilderSetup]) -> None:
-        self.descriptor = shared_message(list(setups))
+        self.descriptor = write_shared(list(setups))
 
     def close(self) -> None:
         os.close(self.descriptor)
 
 
 class WorkerProcess:
-    """One running worker. It ends with the thread that started it, at the latest."""
+    """One running worker. The kernel kills it when the thread that started it ends."""
 
     def __init__(self, setups: SetupFile) -> None:
-        self._channel, theirs = socket.socketpair()
+        self._channel, child_channel = socket.socketpair()
         self._status: mmap | None = None
-        self._slabs: set[int] = set()
-        self._told = 0
+        self._buffers: set[int] = set()
+        self._known_bad_sent = 0
         status = -1
         if has_anonymous_memory():
-            status = anonymous_file(activity.SIZE, "dromos-status")
-            self._status = mmap(status, activity.SIZE)
-        given = (theirs.fileno(), setups.descriptor, status)
+            status = anonymous_file(activity.STATUS_BYTES, "dromos-status")
+            self._status = mmap(status, activity.STATUS_BYTES)
+        descriptors = (child_channel.fileno(), setups.descriptor, status)
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
         try:
@@ -56,15 +57,15 @@ class WorkerProcess:
                     "-P",
                     "-m",
                     "data_pipeline.workers.worker",
-                    *map(str, given),
+                    *map(str, descriptors),
                     str(os.getpid()),
                 ],
-                pass_fds=[descriptor for descriptor in given if descriptor >= 0],
+                pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path},
+                env=os.environ | dict.fromkeys(THREAD_VARIABLES, "1") | {"PYTHONPATH": path},
             )
         finally:
-            theirs.close()
+            child_channel.close()
             if status >= 0:
                 os.close(status)
 
@@ -73,44 +74,46 @@ class WorkerProcess:
         return self._process.pid
 
     def fileno(self) -> int:
-        """The channel's, for a selector."""
+        """File descriptor of the channel, so that a selector accepts this object."""
         return self._channel.fileno()
 
-    def ask(
-        self, work: WorkMessage, slab: SharedBuffer | None = None, alive: Container[int] | None = None
+    def send(
+        self, work: WorkMessage, buffer: SharedBuffer | None = None, alive: Container[int] | None = None
     ) -> None:
-        """Send work, with the slab's file if it has not had it; a worker that is dead shows it in `answer`.
+        """Send work, with the file of its buffer if the worker does not have it yet.
 
-        alive: the slabs that there are; the worker forgets others
+        The worker forgets all buffers whose numbers are not in `alive` (None: it keeps all). A dead worker raises
+        nothing here; `receive` raises.
         """
         descriptors: list[int] = []
-        if slab is not None and slab.number not in self._slabs:
-            descriptors = [slab.descriptor]
-            self._slabs.add(slab.number)
-        gone = {number for number in self._slabs if alive is not None and number not in alive}
-        self._slabs -= gone
-        told = sum(map(len, work.condemned.values()))
-        work = replace(work, forget=tuple(gone), condemned=work.condemned if told > self._told else {})
-        self._told = told
+        if buffer is not None and buffer.number not in self._buffers:
+            descriptors = [buffer.descriptor]
+            self._buffers.add(buffer.number)
+        gone = {number for number in self._buffers if alive is not None and number not in alive}
+        self._buffers -= gone
+        # Samples are only ever added, so that their number tells whether there are new ones.
+        count = sum(map(len, work.known_bad.values()))
+        known_bad = work.known_bad if count > self._known_bad_sent else {}
+        self._known_bad_sent = count
         with suppress(ConnectionError):
-            send(self._channel, work, descriptors)
+            send(self._channel, replace(work, forget=tuple(gone), known_bad=known_bad), descriptors)
 
-    def answer(self) -> tuple[int, Any]:
-        """(number, batch or error). Raises EOFError or ConnectionError when the process is gone."""
-        found: tuple[int, Any] = receive(self._channel)[0]
-        return found
+    def receive(self) -> tuple[int, Any]:
+        """(number, batch or error). Raises EOFError or ConnectionError if the worker is dead."""
+        answer: tuple[int, Any] = receive(self._channel)[0]
+        return answer
 
-    def look(self) -> Activity:
-        """What it does, or was doing when it died."""
+    def inspect(self) -> Activity:
+        """The worker's present activity, or its last one if it is dead."""
         return activity.read_status(self._status) if self._status is not None else Activity()
 
-    def end(self) -> int:
-        """Kill it, if it is not dead; its exit code, or minus the signal that ended it."""
+    def kill(self) -> int:
+        """Kill the worker if it still runs. Returns its exit code, or minus the number of the signal that ended it."""
         self._channel.close()
         self._process.kill()
         return self._process.wait()
 
 
-def ending(status: int) -> str:
-    """How a process ended, in words."""
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+def describe_exit(code: int) -> str:
+    """`signal SIGKILL` or `exit code 1`."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

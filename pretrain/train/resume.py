@@ -97,7 +97,7 @@ def resume_data(
             raise UserError(f"data.{name}: {error}") from None
         changes += [f"data.{name}: {line}" for line in resumed.changes]
         segments = resumed.segments
-        going_on[name] = builder.remade(replace(builder.spec, segments=segments)) if segments else builder
+        going_on[name] = builder.with_spec(replace(builder.spec, segments=segments)) if segments else builder
     return going_on, changes
 
 

@@ -13,7 +13,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.storage.files import publish
-from data_pipeline.transforms.decode import versions
+from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
 from pretrain.build.objective import build, check_tokens, stage_tokenizer
@@ -207,7 +207,7 @@ class Session:
 
     @property
     def record(self) -> dict[str, Any]:
-        return stage_record(self.recipe, self.name) | {"versions": versions()}
+        return stage_record(self.recipe, self.name) | {"versions": decoder_versions()}
 
     def go_on(self, step: int, total: int) -> None:
         """Cut the stage's own logs at the step it goes on from, and record what it goes on with."""

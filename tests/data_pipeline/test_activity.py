@@ -18,9 +18,9 @@ IDLE = Activity()
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> bytearray:
-    given = bytearray(activity.SIZE)
+    given = bytearray(activity.STATUS_BYTES)
     monkeypatch.setattr(activity, "_status", None)
-    activity.install(given)
+    activity.write_status_to(given)
     return given
 
 
@@ -28,7 +28,7 @@ def test_nothing_is_kept_where_nothing_is_installed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(activity, "_status", None)
     with activity.reading("a"), activity.decoding("s", 0, 1):
         assert activity._status is None
-    assert read_status(bytearray(activity.SIZE)) == IDLE
+    assert read_status(bytearray(activity.STATUS_BYTES)) == IDLE
 
 
 def test_reads_and_decodes_are_shown_while_they_last(memory: bytearray) -> None:
@@ -74,17 +74,17 @@ def test_texts_longer_than_their_place_are_cut(memory: bytearray) -> None:
     assert set(found.url) == {"u"}
     assert found.sample is not None
     assert set(found.sample[0]) == {"s"}
-    assert len(memory) == activity.SIZE
+    assert len(memory) == activity.STATUS_BYTES
 
 
 def test_what_another_process_did_when_it_died_is_never_half_written() -> None:
     """Kills at random moments: the url and the sample always belong together."""
     generator = random.Random(4)
     for _ in range(20):
-        memory = mmap.mmap(-1, activity.SIZE)
+        memory = mmap.mmap(-1, activity.STATUS_BYTES)
         pid = os.fork()
         if pid == 0:
-            activity.install(memory)
+            activity.write_status_to(memory)
             for number in range(1 << 30):
                 activity.decoding(f"{number}" * (number % 7 + 1), number, number)
         seen = set()

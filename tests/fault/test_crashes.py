@@ -51,7 +51,7 @@ def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: P
     """The truth is a builder in this process, which is told what it must not decode."""
     spec = spec_with(tmp_path, (0, 3, "SIGSEGV"), (1, 5, "SIGABRT"), (2, 2, "SIGILL"))
     builder = BatchBuilder(spec)
-    builder.condemned = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
+    builder.known_bad = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
     truth = [builder.make(step, 0, BATCH) for step in range(STEPS)]
     assert sum(sum(batch.skipped.get("web", {}).values()) for batch in truth) >= 4
     for workers, world_size, first in ((1, 1, 0), (2, 1, 0), (3, 2, 0), (2, 1, 2)):

@@ -24,7 +24,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from data_pipeline.order import digest
 from data_pipeline.order.stream_order import row_keys, sample_ids
-from data_pipeline.transforms.augment import choose_crop, draw_rows
+from data_pipeline.transforms.augment import choose_crop, draw_augmentations
 from data_pipeline.transforms.decode import ImageSpec
 from tests.support.samples import LENGTH, SIZE, WORDS, members, pairs, write_packed, write_source
 
@@ -73,7 +73,9 @@ def test_rows_are_what_tarfile_and_pillow_give(mixture: tuple[Path, StreamSpec])
             sample = read_tar(root / name / f"{shard:05d}.tar")[index]
             key = row_keys(spec.seed, name, *(np.array([v]) for v in (shard, index, epoch)), 0)[0]
             image = Image.open(io.BytesIO(sample["png"]))
-            x, y, w, h = choose_crop(*image.size, spec.image.crop, draw_rows(np.array([key]))[0].crop)
+            x, y, w, h = choose_crop(
+                *image.size, spec.image.crop, draw_augmentations(np.array([key]))[0].crop
+            )
             mirrored = int(hash64(key, Purpose.FLIP)) & 1
             image = image.crop((x, y, x + w, y + h)).resize(
                 (SIZE, h), Image.Resampling.BICUBIC
@@ -136,13 +138,13 @@ def test_a_pickled_batch_leaves_its_pixels_out_of_band(mixture: tuple[Path, Stre
     np.testing.assert_array_equal(pickle.loads(head, buffers=buffers).images, batch.images)
 
 
-def test_a_condemned_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: Path) -> None:
+def test_a_known_bad_sample_is_replaced_undecoded_as_a_broken_one_is(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     bad = (0, 4)
     write_source(whole / "source", [9])
     write_source(broken / "source", [9], {bad: {"png": b"broken", "txt": b"a"}})
     spared = BatchBuilder(pairs(whole, batch=9, source=whole / "source"))
-    spared.condemned["source", *bad] = "undecodable"
+    spared.known_bad["source", *bad] = "undecodable"
     want = BatchBuilder(pairs(broken, batch=9, source=broken / "source")).make(0, 0, 9)
     found = spared.make(0, 0, 9)
     assert found.skipped == want.skipped == {"source": {"undecodable": 1}}

@@ -12,7 +12,7 @@ import xxhash
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.loader.prefetch_plan import Plan, window_steps
-from data_pipeline.order.source_order import WINDOW
+from data_pipeline.order.source_order import RUNS_PER_WINDOW
 from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.offset_file import OffsetFile, pack_starts
@@ -75,7 +75,7 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
     builder = maker_of(tmp_path, {"a": source}, 1 << 40)
     world, rank, steps = 4, 1, range(5, 3005)
     found = walk(Plan([builder], rank, world, 1 << 40, steps.start), steps)
-    window = WINDOW * 64  # steps: each of the 64 lanes has one row a step
+    window = RUNS_PER_WINDOW * 64  # steps: each of the 64 lanes has one row a step
     assert window_steps(builder.order, BATCH, ["a"]) == window + 1
 
     fetched: list[np.ndarray] = [np.zeros(starts[-1] // 512, bool) for starts in bounds]
@@ -94,7 +94,7 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
             useful += stop - start
     # What was begun and not ended is at most two windows a lane.
     lanes, served = 16, len(steps) * BATCH // world
-    assert asked <= (served / 64 + 2 * WINDOW * lanes) * 1.01
+    assert asked <= (served / 64 + 2 * RUNS_PER_WINDOW * lanes) * 1.01
     assert sum(part.stop - part.start for parts in found.values() for part in parts) <= 1.1 * useful * (
         1 + 2 * window / len(steps)
     )
@@ -165,10 +165,10 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     assert not by_source["c"]
     assert len(by_source["b"]) == 2  # each shard once
     # Half of the rows, so that a window lasts twice as long; the small one is not fetched so far ahead.
-    assert window_steps(builder.order, BATCH, ["a"]) == 2 * WINDOW * 64 + 1
-    assert window_steps(builder.order, BATCH, ["b"]) == 4 * WINDOW + 1
+    assert window_steps(builder.order, BATCH, ["a"]) == 2 * RUNS_PER_WINDOW * 64 + 1
+    assert window_steps(builder.order, BATCH, ["b"]) == 4 * RUNS_PER_WINDOW + 1
     assert len(by_source["a"]) == len(set(by_source["a"]))
-    assert len(by_source["a"]) <= (2000 * BATCH / 2 / 64 + 2 * WINDOW * BATCH) * 1.01
+    assert len(by_source["a"]) <= (2000 * BATCH / 2 / 64 + 2 * RUNS_PER_WINDOW * BATCH) * 1.01
 
 
 def test_samples_are_read_alone_for_a_small_part_of_an_epoch(tmp_path: Path) -> None:

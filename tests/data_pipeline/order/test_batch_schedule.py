@@ -27,7 +27,7 @@ def spec(batch: Any) -> StreamSpec:
 @given(SCHEDULES, st.integers(0, 60))
 def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: int) -> None:
     batches = BatchSchedule.of(
-        json.loads(json.dumps(BatchSchedule.of(schedule).plain()))
+        json.loads(json.dumps(BatchSchedule.of(schedule).to_json()))
     )  # as a checkpoint keeps it
     assert batches == BatchSchedule.of(schedule)
     listed = [schedule[max(first for first in schedule if first <= step)] for step in range(70)]
@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: i
 
 def test_a_number_is_the_same_batch_always() -> None:
     assert BatchSchedule.of(8) == BatchSchedule.of({0: 8})
-    assert BatchSchedule.of(8).plain() == 8
+    assert BatchSchedule.of(8).to_json() == 8
     assert [BatchSchedule.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
 
 

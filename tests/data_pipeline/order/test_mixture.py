@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.mixture import Cycle, earlier, floor_sums
-from data_pipeline.order.mixture_weights import LIMIT, exact, integer_weights
+from data_pipeline.order.mixture import Cycle, count_earlier_equal, floor_sums
+from data_pipeline.order.mixture_weights import MAX_CYCLE_SLOTS, exact_fraction, integer_weights
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 
 
@@ -26,10 +26,10 @@ def source(name: str, samples: int, **keys: Any) -> SourceCounts:
 
 
 def test_a_decimal_is_the_fraction_it_stands_for() -> None:
-    assert exact(0.1) == Fraction(1, 10)
-    assert exact(1 / 3) == Fraction(1, 3)
-    assert exact(1e-7) == Fraction(1, 10**7)
-    assert exact(3) == 3
+    assert exact_fraction(0.1) == Fraction(1, 10)
+    assert exact_fraction(1 / 3) == Fraction(1, 3)
+    assert exact_fraction(1e-7) == Fraction(1, 10**7)
+    assert exact_fraction(3) == 3
 
 
 def test_weights_follow_shares_or_sizes() -> None:
@@ -63,8 +63,8 @@ def test_an_epoch_of_the_stream_counts_sizes() -> None:
 def test_a_cycle_too_long_is_rounded_to_the_limit() -> None:
     shares = [Fraction(3_000_000_019), Fraction(1_000_000_007), Fraction(1000)]
     weights = integer_weights(shares, ["a", "b", "c"])
-    assert sum(weights) == LIMIT
-    assert all(abs(w - s * LIMIT / sum(shares)) < 1 for w, s in zip(weights, shares, strict=True))
+    assert sum(weights) == MAX_CYCLE_SLOTS
+    assert all(abs(w - s * MAX_CYCLE_SLOTS / sum(shares)) < 1 for w, s in zip(weights, shares, strict=True))
     with pytest.raises(UserError, match="'b'"):
         integer_weights([Fraction(10**11), Fraction(1)], ["a", "b"])
 
@@ -99,7 +99,7 @@ def test_floor_sums_equal_the_sums(data: st.DataObject) -> None:
 
 
 def test_floor_sums_do_not_overflow_at_the_limit() -> None:
-    m, a, n, b = LIMIT, LIMIT - 1, LIMIT, 2 * LIMIT
+    m, a, n, b = MAX_CYCLE_SLOTS, MAX_CYCLE_SLOTS - 1, MAX_CYCLE_SLOTS, 2 * MAX_CYCLE_SLOTS
     # (a t + b) // m = t + 2 - (t > 0) for t < m = n = b / 2, since a t + b = m t + b - t
     assert floor_sums(n, m, a, np.array([b])).tolist() == [n * (n - 1) // 2 + 2 * n - (n - 1)]
 
@@ -120,9 +120,9 @@ def test_earlier_equals_are_counted(groups: int) -> None:
     values = np.random.RandomState(groups).randint(0, groups, (5, 300)) + 40_000 * (groups == 200)
     values[:, 7:20] = values[:, :1]
     want = [[row[:at].tolist().count(one) for at, one in enumerate(row)] for row in values]
-    assert earlier(values).tolist() == want
+    assert count_earlier_equal(values).tolist() == want
     small = values % 200
-    assert earlier(small).tolist() == [
+    assert count_earlier_equal(small).tolist() == [
         [row[:at].tolist().count(x) for at, x in enumerate(row)] for row in small
     ]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
 from data_pipeline.order import source_order
-from data_pipeline.order.source_order import SourceOrder, Walk
+from data_pipeline.order.source_order import SampleLocator, SourceOrder
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 from tests.support.naive_order import Change, Mixture, Source, epoch_pieces, walk, weights_of
 
@@ -246,7 +246,7 @@ def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
             first = sum(edges[(lane + e) % lanes + 1] - edges[(lane + e) % lanes] for e in range(epoch))
             piece = want[(lane + epoch) % lanes]
             draw = np.arange(first, first + len(piece))
-            at = ours._walk.refs(np.zeros_like(draw), np.full_like(draw, lane), draw)
+            at = ours._locator.refs(np.zeros_like(draw), np.full_like(draw, lane), draw)
             assert set(at[0].tolist()) == {epoch}
             assert list(zip(at[1].tolist(), at[2].tolist(), strict=True)) == piece
 
@@ -264,11 +264,11 @@ def test_begun_epochs_and_what_they_leave_are_counted_as_enumerated(data: st.Dat
         draw = np.concatenate([np.arange(n) for n in drawn])
     visited = set()
     if draw.size:
-        epoch, _, index = Walk([source]).refs(np.zeros_like(lane), lane, draw)
+        epoch, _, index = SampleLocator([source]).refs(np.zeros_like(lane), lane, draw)
         visited = set(zip(epoch.tolist(), index.tolist(), strict=True))
     assert len(visited) == drawn.sum()
     epochs = max((epoch + 1 for epoch, _ in visited), default=0)
-    assert source.cut.begun(drawn) == (epochs, epochs * samples - len(visited))
+    assert source.layout.begun_epochs(drawn) == (epochs, epochs * samples - len(visited))
 
 
 def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
@@ -283,11 +283,11 @@ def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
     random = np.random.RandomState(0)
     source, lane = random.randint(0, len(sizes), 4000), random.randint(0, lanes, 4000)
     draw = random.randint(0, 3_000, 4000)
-    found = together._walk.refs(source, lane, draw)
+    found = together._locator.refs(source, lane, draw)
     for k, alone in enumerate(sources):
         mine = source == k
-        walk_alone = StreamOrder([alone], lanes, lanes, 9)._walk
-        want = walk_alone.refs(np.zeros(mine.sum(), np.int64), lane[mine], draw[mine])
+        locator_alone = StreamOrder([alone], lanes, lanes, 9)._locator
+        want = locator_alone.refs(np.zeros(mine.sum(), np.int64), lane[mine], draw[mine])
         for ours, theirs in zip(found, want, strict=True):
             assert np.array_equal(ours[mine], theirs)
 

@@ -19,7 +19,7 @@ from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import TextSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order.digest import row_digest
-from data_pipeline.transforms.augment import draw_rows
+from data_pipeline.transforms.augment import draw_augmentations
 from data_pipeline.transforms.captions import CaptionSpec, pick_caption
 from pretrain.build.streams import text_spec
 from pretrain.recipe.data import Text
@@ -37,7 +37,7 @@ def sample(**fields: Any) -> dict[str, bytes]:
 
 
 def drawn(given: dict[str, bytes], spec: CaptionSpec | None, times: int = 300) -> Counter[tuple[str, int]]:
-    draws = draw_rows(np.arange(times, dtype=np.uint64))
+    draws = draw_augmentations(np.arange(times, dtype=np.uint64))
     return Counter(pick_caption(given, draw.caption, spec) for draw in draws)
 
 
@@ -51,7 +51,7 @@ def test_caption_comes_from_txt_then_json() -> None:
 
 def test_one_of_several_captions_is_chosen_by_key() -> None:
     member = {"json": json.dumps({"caption": ["first", " ", None, "second", "third"]}).encode()}
-    draws = draw_rows(np.arange(300, dtype=np.uint64))
+    draws = draw_augmentations(np.arange(300, dtype=np.uint64))
     chosen = [pick_caption(member, draw.caption) for draw in draws]
     assert set(chosen) == {("first", 0), ("second", 3), ("third", 4)}
     for one in set(chosen):
@@ -154,7 +154,7 @@ def test_the_choice_is_part_of_the_digest_and_of_the_row(tmp_path: Path) -> None
         batch, refs = builder.make(step, 0, 6), builder.order.refs(step)
         want = 0
         for row, (key, index, epoch) in enumerate(zip(batch.row_keys, refs.index, refs.epoch, strict=True)):
-            choice = (1, 2)[draw_rows(np.array([key]))[0].caption >> 63]
+            choice = (1, 2)[draw_augmentations(np.array([key]))[0].caption >> 63]
             tokens = builder.tokenizer.encode(captions[choice])  # type: ignore[union-attr]
             assert batch.tokens[row, 1 : len(tokens) + 1].tolist() == tokens
             want += row_digest("pairs", row, "source", "00000.tar", index, 0, epoch, (), choice)

@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipeline.errors import ContentError
 from data_pipeline.hashing import Purpose, hash64
 from data_pipeline.sources.tar import image_member
-from data_pipeline.transforms.augment import Box, choose_crop, draw_rows
+from data_pipeline.transforms.augment import Box, choose_crop, draw_augmentations
 from data_pipeline.transforms.decode import ImageSpec, decode_image
 from tests.support.samples import encode, pixels
 
@@ -30,12 +30,12 @@ SMOOTH = np.stack(
 def decode(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:
     """Pixels and crop of one image, as a batch with one row of this key has them."""
     out = np.empty((spec.size, spec.size, 3), np.uint8)
-    draw = draw_rows(np.array([key], np.uint64))[0] if train else None
+    draw = draw_augmentations(np.array([key], np.uint64))[0] if train else None
     return out, decode_image(data, spec, draw, out)
 
 
 def chosen(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> Box:
-    (draw,) = draw_rows(np.array([key], np.uint64))
+    (draw,) = draw_augmentations(np.array([key], np.uint64))
     return choose_crop(width, height, spec.crop, draw.crop if train else None)
 
 
@@ -140,8 +140,8 @@ def test_crops_are_uniform_in_area_and_log_ratio() -> None:
 def test_draws_of_a_batch_are_those_of_its_rows_alone() -> None:
     """And of the hash as it is written down in hashing.Purpose."""
     keys = hash64(np.arange(5), 77)
-    for key, row in zip(keys, draw_rows(keys), strict=True):
-        assert row == draw_rows(np.array([key]))[0]
+    for key, row in zip(keys, draw_augmentations(keys), strict=True):
+        assert row == draw_augmentations(np.array([key]))[0]
         drawn = [int(hash64(key, Purpose.CROP, i)) for i in range(40)]
         for (share, ratio, x, y), four in zip(row.crop, zip(*[iter(drawn)] * 4, strict=True), strict=True):
             assert (share, x, y) == ((four[0] >> 11) / 2**53, four[2], four[3])

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import ContentError
-from data_pipeline.transforms.augment import choose_crop, draw_rows, stored_box
-from data_pipeline.transforms.decode import ImageSpec, decode_image, versions
+from data_pipeline.transforms.augment import choose_crop, draw_augmentations, stored_box
+from data_pipeline.transforms.decode import ImageSpec, decode_image, decoder_versions
 from data_pipeline.transforms.image_headers import claimed_size, exif_orientation, jpeg_markers
 from tests.support.samples import encode, pixels
 
@@ -31,7 +31,7 @@ SMOOTH = np.stack(
 
 def decode(data: bytes, spec: ImageSpec, key: int | None = None) -> tuple[np.ndarray, tuple[int, ...]]:
     out = np.empty((spec.size, spec.size, 3), np.uint8)
-    draw = None if key is None else draw_rows(np.array([key], np.uint64))[0]
+    draw = None if key is None else draw_augmentations(np.array([key], np.uint64))[0]
     return out, decode_image(data, spec, draw, out)
 
 
@@ -76,7 +76,7 @@ def test_orientation_is_applied_to_picture_and_crop(kind: str, orientation: int)
     for key in range(6):
         found, (x, y, w, h, mirrored) = decode(data, spec, key)
         assert (x, y, w, h) == choose_crop(
-            *true.size, spec.crop, draw_rows(np.array([key], np.uint64))[0].crop
+            *true.size, spec.crop, draw_augmentations(np.array([key], np.uint64))[0].crop
         )
         want = true.crop((x, y, x + w, y + h)).resize((70, 70), Image.Resampling.BICUBIC)
         want = ImageOps.mirror(want) if mirrored else want
@@ -403,7 +403,7 @@ def test_pillows_own_warning_of_large_images_is_not_given() -> None:
 def test_versions_name_both_decoders() -> None:
     import simplejpeg
 
-    found = versions()
+    found = decoder_versions()
     assert found["simplejpeg"] == simplejpeg.__version__
     assert found["pillow"] == Image.__version__
     assert all(isinstance(value, str) and value for value in found.values())

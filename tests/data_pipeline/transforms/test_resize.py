@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.transforms import decode, resize
-from data_pipeline.transforms.augment import draw_rows
+from data_pipeline.transforms.augment import draw_augmentations
 
 Box = tuple[float, float, float, float]
 
@@ -138,7 +138,7 @@ def test_a_photograph_is_the_same_without_the_kernel(
 ) -> None:
     reader = ShardReader(open_source("photos", str(shared / "data" / "photos")))
     spec = decode.ImageSpec(96, crop=(0.5, 1.0), flip=True)
-    draws = draw_rows(np.arange(40, dtype=np.uint64))
+    draws = draw_augmentations(np.arange(40, dtype=np.uint64))
     for index in range(40):
         data = bytes(reader.read(0, index)[1]["jpg"])
         outs = []

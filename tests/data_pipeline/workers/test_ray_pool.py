@@ -222,7 +222,7 @@ def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_pa
 
     builder = deadly(tmp_path, "crash")
     truth = BatchBuilder(builder.spec)
-    truth.condemned = {("a", 0, 3): CRASHED}
+    truth.known_bad = {("a", 0, 3): CRASHED}
     with RayLoader([builder.spec], 0, 1, 2, builders={"pairs": builder}) as loader:
         for number, step in enumerate(loader.steps(0, 4)):
             (batch,), want = step["pairs"], truth.make(number, 0, 9)

@@ -20,7 +20,7 @@ import torch
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
-from data_pipeline.batches.work_items import WorkItem, cut, join
+from data_pipeline.batches.work_items import WorkItem, join_batches, split_item
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.workers import ipc, shared_memory
 from data_pipeline.workers.process_pool import ProcessPool
@@ -185,13 +185,13 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
         batch=600,
         length=8,
     )
-    assert [len(cut(WorkItem("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
+    assert [len(split_item(WorkItem("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
     for each, made, rows in ((spec, builder, BATCH), (packed, BatchBuilder(packed), 600)):
         for pieces in (1, 2, 3, 7):
-            items = cut(WorkItem(each.name, 3, 0, rows), each, pieces)
+            items = split_item(WorkItem(each.name, 3, 0, rows), each, pieces)
             assert [row for item in items for row in range(item.start, item.stop)] == list(range(rows))
             parts = [made.make(3, item.start, item.stop) for item in items]
-            found, want = join(parts), made.make(3, 0, rows)
+            found, want = join_batches(parts), made.make(3, 0, rows)
             for name, value in vars(want).items():
                 np.testing.assert_array_equal(getattr(found, name), value)
     assert builder.make(3, 0, BATCH).skipped

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
-from data_pipeline.transforms.decode import versions
+from data_pipeline.transforms.decode import decoder_versions
 from pretrain.build.module_weights import read_frozen, read_state
 from pretrain.build.objective import freeze
 from pretrain.run.folder import complete_steps
@@ -90,15 +90,15 @@ def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path,
     assert 5 <= len(steps(stage)) < 60
 
     record = yaml.safe_load((stage / "resolved.yaml").read_text())
-    assert record["versions"] == versions()
+    assert record["versions"] == decoder_versions()
     record["versions"]["simplejpeg"] = "0.9"
     (stage / "resolved.yaml").write_text(yaml.safe_dump(record))
     code, printed = rank.run(recipe)
     assert code == 0
     assert re.search(r"main goes on after step \d+", printed)
-    assert f'warning: versions.simplejpeg: "0.9" -> "{versions()["simplejpeg"]}"' in printed
+    assert f'warning: versions.simplejpeg: "0.9" -> "{decoder_versions()["simplejpeg"]}"' in printed
     assert printed.count("warning: versions.") == 1
-    assert yaml.safe_load((stage / "resolved.yaml").read_text())["versions"] == versions()
+    assert yaml.safe_load((stage / "resolved.yaml").read_text())["versions"] == decoder_versions()
     assert undisturbed.code() == 0
     assert rows(stage) == rows(whole / "run" / "main")
     assert json.loads((stage / "result.json").read_text())["step"] == 60
