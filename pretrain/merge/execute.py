@@ -24,14 +24,14 @@ from pretrain.merge.output.remote import MARK, RemoteOutput, half_published, upl
 from pretrain.merge.output.resumed_folder import resumed_folder
 from pretrain.merge.output.writer import Output, Progress, write_tensors, written
 from pretrain.merge.planning.describe import ROUNDING, THETA
-from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.lineage import ancestors
 from pretrain.merge.planning.output_layout import INDEX
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.run.address import model_stage
 from pretrain.weights import digests
-from pretrain.weights.companions import read
+from pretrain.weights.companions import read_companion
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK
 from pretrain.weights.folder import FROZEN
 
@@ -71,7 +71,7 @@ def merge(
 
 def execute(
     plans: Sequence[Plan],
-    opened: Opened,
+    opened: OpenedInputs,
     folders: Sequence[Path | str],
     chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
@@ -92,7 +92,7 @@ def execute(
     keys = [plan.key(prints) for plan in plans]
     for out in folders:
         check_apart(str(out), opened)
-    records = [existing(str(o), key, plan.asked) for o, key, plan in zip(folders, keys, plans, strict=True)]
+    records = [existing(str(o), key, plan.request) for o, key, plan in zip(folders, keys, plans, strict=True)]
     todo = [i for i, record in enumerate(records) if record is None]
     _allow_open(OPEN + sum(len(plans[i].files) + 2 for i in todo))
     with ExitStack() as stack:
@@ -118,7 +118,7 @@ def execute(
     return [record for record in records if record is not None]
 
 
-def _check_inputs(opened: Opened) -> None:
+def _check_inputs(opened: OpenedInputs) -> None:
     """UserError where a mapped file was changed after the look at it that goes before every read."""
     for file in (file for source in opened.sources for file in source.files):
         if not file.remote:
@@ -138,7 +138,7 @@ def _allow_open(files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
-def _head(plan: Plan, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
+def _head(plan: Plan, opened: OpenedInputs, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
     """What an output is made of, for its journal: the plan without its inputs, and they with their times."""
     inputs = {
         f"{source.address}: {Path(file.name).name}": file.identity
@@ -154,7 +154,7 @@ def _followed(folder: str) -> str:
     return os.path.realpath(link) if not is_remote(folder) and os.path.islink(link) else folder
 
 
-def check_apart(folder: str, opened: Opened) -> None:
+def check_apart(folder: str, opened: OpenedInputs) -> None:
     """Raises UserError for an output within an input: that stays as it is, and is what it was for whoever copies it."""
     if is_remote(folder):
         return
@@ -225,7 +225,7 @@ def _check_whole(folder: str, record: Mapping[str, Any]) -> None:
             )
 
 
-def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
+def _record(output: Output, opened: OpenedInputs, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
     plan, made = output.plan, written(output)
     inputs = [
         {
@@ -235,7 +235,7 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
             "weight": plan.weights[i] if i < len(plan.weights) else None,
             "files": files,
             "lineage": sorted(ancestors(source)),
-            "read": {"tensors": len(made.inputs[i]), "digest": digests.of_names(made.inputs[i])},
+            "read": {"tensors": len(made.inputs[i]), "digest": digests.combined_digest(made.inputs[i])},
         }
         for i, (source, files) in enumerate(zip(opened.sources, prints, strict=True))
     ]
@@ -244,7 +244,7 @@ def _record(output: Output, opened: Opened, prints: list[dict[str, str]], key: s
         "method": plan.method,
         "theta": f"{THETA[plan.method]}; {ROUNDING}",
         "inputs": inputs,
-        "asked": plan.asked,
+        "asked": plan.request,
         "mixed": sum(job.why == "mixed" for job in plan.jobs),
         "copied": {job.name: job.why for job in plan.jobs if job.why != "mixed"},
         "left_out": list(plan.left_out),
@@ -268,7 +268,7 @@ def _version() -> str:
 
 def _beside(plan: Plan) -> dict[str, bytes | Path]:
     """Content of config, tokenizer, index and the stage that says what the model is; where frozen tensors lie."""
-    files: dict[str, bytes | Path] = {name: read(content) for name, content in plan.companions.items()}
+    files: dict[str, bytes | Path] = {name: read_companion(content) for name, content in plan.companions.items()}
     if plan.index is not None:
         files[INDEX] = plan.index
     if plan.frozen is not None:

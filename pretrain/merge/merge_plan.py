@@ -118,7 +118,7 @@ class Plan:
     inputs: int
     method: str
     weights: tuple[float, ...]
-    asked: dict[str, Any]
+    request: dict[str, Any]
     jobs: tuple[TensorJob, ...]
     files: tuple[OutputFile, ...]
     index: bytes | None
@@ -128,7 +128,7 @@ class Plan:
     companions: dict[str, Path | bytes]
     stage_dir: Path | None
     notes: tuple[str, ...] = field(default=())
-    rows: tuple[str, ...] = field(default=())
+    rows_digests: tuple[str, ...] = field(default=())
 
     @property
     def size(self) -> int:
@@ -155,7 +155,7 @@ class Plan:
             for n, c in sorted(self.companions.items())
         ]
         files = [file.name for file in self.files]
-        parts = [hashes, jobs, files, self.left_out, companions, self.rows, self.frozen is not None]
+        parts = [hashes, jobs, files, self.left_out, companions, self.rows_digests, self.frozen is not None]
         return xxhash.xxh64(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from pretrain.merge.merge_plan import Plan
 from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
 from pretrain.merge.mergekit.yaml_file import MergekitFile, is_mergekit, parse
 from pretrain.merge.planning import checkpoint_windows
-from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.output_layout import SHARD_SIZE, parse_size
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import Request, Rule, request
@@ -221,7 +221,7 @@ def load_spec(path: str | Path) -> MergeSpec | MergekitFile:
 
 def prepare_spec(
     spec: MergeSpec | MergekitFile, max_shard_size: int | None = None, seed: int | None = None
-) -> tuple[Plan, Opened]:
+) -> tuple[Plan, OpenedInputs]:
     """Plan what a spec asks. `max_shard_size` and `seed` stand for what the file does not say.
 
     A merge of our own has both among its keys; mergekit takes them from its command line.
@@ -237,7 +237,7 @@ def prepare_spec(
     return plan, opened
 
 
-def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Opened]:
+def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, OpenedInputs]:
     """The plan again from what a plan's `asked` and a record in merge.json say."""
     if "mergekit" in asked:
         from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
@@ -246,5 +246,5 @@ def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, Op
         file = parse(asked["file"], asked["mergekit"])
         opened = open_mergekit(file, run_dir)
         return plan_mergekit(file, opened, asked["max_shard_size"], asked["seed"]), opened
-    (plan,), opened = prepare(Request.from_plain(asked), run_dir=run_dir)
+    (plan,), opened = prepare(Request.from_dict(asked), run_dir=run_dir)
     return plan, opened

@@ -14,10 +14,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
 from data_pipeline.storage.files import is_remote, local_path, read_descriptor
 
-LARGEST_BLOCK, SMALLEST_BLOCK = 8 << 20, 1 << 20
-BUDGET = 64 << 20
+MAX_BLOCK_BYTES, MIN_BLOCK_BYTES = 8 << 20, 1 << 20
+CACHE_BYTES = 64 << 20
 """Bytes that the blocks of one source take, however many files it has (with 1 MiB blocks: from 22 files on, more)."""
-FETCHES = 4  # blocks of one source that are asked for at once
+PARALLEL_FETCHES = 4  # blocks of one source that are asked for at once
 
 
 class ByteFile(Protocol):
@@ -92,14 +92,14 @@ class LocalFile:
             raise UserError(f"{self.name}: was changed while it was read; merge again when it is complete")
 
 
-class Blocks:
-    """Blocks of the remote files of one source, fetched by a few threads, the least recently used dropped."""
+class BlockCache:
+    """BlockCache of the remote files of one source, fetched by a few threads, the least recently used dropped."""
 
     def __init__(self, files: int) -> None:
-        share = BUDGET // (3 * max(1, files))
-        self.size = max(SMALLEST_BLOCK, min(LARGEST_BLOCK, share))
-        self._keep = max(3 * files, BUDGET // self.size)
-        self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="weights")
+        share = CACHE_BYTES // (3 * max(1, files))
+        self.size = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, share))
+        self._keep = max(3 * files, CACHE_BYTES // self.size)
+        self._pool = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="weights")
         self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -134,11 +134,11 @@ class RemoteFile:
 
     remote = True
 
-    def __init__(self, url: str, blocks: Blocks | None = None) -> None:
+    def __init__(self, url: str, blocks: BlockCache | None = None) -> None:
         self.name = url
         self._info = _information(url)
         self.size = self._info[0]
-        self._blocks = blocks or Blocks(1)
+        self._blocks = blocks or BlockCache(1)
 
     @property
     def identity(self) -> str:
@@ -199,7 +199,7 @@ def _information(url: str) -> tuple[int, str]:
     return int(found["size"] or 0), str(found.get("ETag", ""))
 
 
-def open_file(url: str | os.PathLike[str], blocks: Blocks | None = None) -> ByteFile:
+def open_file(url: str | os.PathLike[str], blocks: BlockCache | None = None) -> ByteFile:
     """A file on a disk or in an object store; the remote files of one source share `blocks`."""
     url = os.fspath(url)
     return RemoteFile(url, blocks) if is_remote(url) else LocalFile(local_path(url))

@@ -9,23 +9,23 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import open_file
-from pretrain.weights.folder import Folder, not_a_pointer, parse_json
+from pretrain.weights.folder import Folder, parse_json, refuse_pointer
 
 COMPANIONS = (
     "config.json", "generation_config.json", "open_clip_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "chat_template*", "tokenizer*", "normalizer.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm",
 )  # fmt: skip
-TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
-LARGE = ("tokenizer.json", "vocab.json")  # never looked into: no setting of transformers stands there
-LIMIT = 256 << 20
-CODE = "auto_map"
-SECTIONS = ("text_config", "llm_config", "language_config")
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
+UNPARSED = ("tokenizer.json", "vocab.json")  # never looked into: no setting of transformers stands there
+MAX_BYTES = 256 << 20
+AUTO_MAP = "auto_map"
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 CONFIG = "config.json"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 DTYPE_KEYS = ("dtype", "torch_dtype")
-NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
@@ -36,26 +36,26 @@ def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
     found: dict[str, Path | bytes] = {}
     notes: list[str] = []
     for name in folder.matching(*COMPANIONS):
-        if not name.endswith(TEXTS) or name.endswith(".index.json"):
+        if not name.endswith(COPIED_SUFFIXES) or name.endswith(".index.json"):
             continue
         path = folder.path(name)
-        found[name] = raw = folder.bytes(name, LIMIT) if folder.remote else Path(path)
+        found[name] = raw = folder.bytes(name, MAX_BYTES) if folder.remote else Path(path)
         if isinstance(raw, Path):
-            not_a_pointer(open_file(path))
-        if name in LARGE or not name.endswith(".json"):
+            refuse_pointer(open_file(path))
+        if name in UNPARSED or not name.endswith(".json"):
             continue
-        content = parse_json(read(raw), path)
-        if isinstance(content, dict) and CODE in content:
-            del content[CODE]
+        content = parse_json(read_companion(raw), path)
+        if isinstance(content, dict) and AUTO_MAP in content:
+            del content[AUTO_MAP]
             found[name] = as_json(content)
-            notes.append(f"{path}: its {CODE} is left out, since a merge copies no code")
+            notes.append(f"{path}: its {AUTO_MAP} is left out, since a merge copies no code")
     code = folder.matching("*.py")
     if code:
         notes.append(f"{folder.url}: {', '.join(code)} not copied, since a merge copies no code")
     return found, notes
 
 
-def read(companion: Path | bytes) -> bytes:
+def read_companion(companion: Path | bytes) -> bytes:
     return companion if isinstance(companion, bytes) else companion.read_bytes()
 
 
@@ -71,8 +71,8 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     if not isinstance(config, dict):
         raise UserError(f"config.json is no map of settings, but {json.dumps(config)[:80]}; write it again")
     adapted: dict[str, Any] = json.loads(json.dumps(config))
-    adapted.pop(CODE, None)
-    sections = [adapted[name] for name in SECTIONS if isinstance(adapted.get(name), dict)]
+    adapted.pop(AUTO_MAP, None)
+    sections = [adapted[name] for name in TEXT_SECTIONS if isinstance(adapted.get(name), dict)]
     for key, value in changes.items():
         places = [part for part in (adapted, *sections) if key in part]
         if not places:
@@ -87,7 +87,7 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def read_config(companions: Mapping[str, Path | bytes]) -> dict[str, Any] | None:
     """The content of config.json; None where there is none."""
     content = companions.get(CONFIG)
-    found = None if content is None else parse_json(read(content), CONFIG)
+    found = None if content is None else parse_json(read_companion(content), CONFIG)
     return found if isinstance(found, dict) else None
 
 
@@ -95,9 +95,9 @@ def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dic
     """The dtype of the output under the key that the config has for it."""
     config = read_config(companions) if dtype is not None else None
     keys = [key for key in DTYPE_KEYS if config is not None and key in config]
-    if config is None or dtype is None or not keys or all(config[key] == NAMES[dtype] for key in keys):
+    if config is None or dtype is None or not keys or all(config[key] == TORCH_NAMES[dtype] for key in keys):
         return dict(companions)
-    return {**companions, CONFIG: as_json(config | dict.fromkeys(keys, NAMES[dtype]))}
+    return {**companions, CONFIG: as_json(config | dict.fromkeys(keys, TORCH_NAMES[dtype]))}
 
 
 def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) -> dict[str, Path | bytes]:

@@ -14,9 +14,9 @@ import numpy as np
 FLOATS = ("F64", "F32", "F16", "BF16")
 ELEMENTS_PER_BLOCK = 1 << 16
 """elements; fewer make Python's share of the time felt, more do not fit the cache"""
-SPAN = 1 << 21
+ELEMENTS_PER_SPAN = 1 << 21
 """elements that one thread works through: what is hashed as one, and is done or not done after a kill"""
-Kind = type[np.float32] | type[np.float64]
+Accumulator = type[np.float32] | type[np.float64]
 """an accumulation type"""
 QUIET_NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0}
 BITS: dict[np.dtype, np.dtype] = {
@@ -25,7 +25,7 @@ BITS: dict[np.dtype, np.dtype] = {
 }
 MANTISSA: dict[np.dtype, int] = {np.dtype(np.float32): 23, np.dtype(np.float64): 52}
 BIAS: dict[np.dtype, int] = {np.dtype(np.float32): 127, np.dtype(np.float64): 1023}
-SMALL = {"F16": (10, 15), "BF16": (7, 127)}
+SIXTEEN_BIT = {"F16": (10, 15), "BF16": (7, 127)}
 """16-bit floats: bits of the mantissa, bias of the exponent"""
 
 
@@ -45,9 +45,9 @@ class Scratch:
         return held[:count]
 
 
-def accumulator(dtypes: Sequence[str]) -> Kind:
+def accumulator(dtypes: Sequence[str]) -> Accumulator:
     """fp32 for 16-bit inputs, fp64 as soon as one of them is wider."""
-    return np.float32 if all(dtype in SMALL for dtype in dtypes) else np.float64
+    return np.float32 if all(dtype in SIXTEEN_BIT for dtype in dtypes) else np.float64
 
 
 def widen_into(out: np.ndarray, chunk: np.ndarray, dtype: str, scratch: Scratch) -> np.ndarray:
@@ -86,8 +86,8 @@ def narrow_into(out: np.ndarray, total: np.ndarray, dtype: str, scratch: Scratch
     nan = np.isnan(total) if len(total) and np.isnan(np.maximum.reduce(total)) else None
     if dtype == "BF16" and total.dtype == np.float32:
         _narrow_bf16(out, total, scratch)
-    elif dtype in SMALL:
-        _narrow_small(out.view(np.uint16), total, *SMALL[dtype], scratch)
+    elif dtype in SIXTEEN_BIT:
+        _narrow_small(out.view(np.uint16), total, *SIXTEEN_BIT[dtype], scratch)
     else:
         np.copyto(out, total, casting="same_kind")
     if nan is not None:
@@ -158,7 +158,7 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
 }  # fmt: skip
 MAX_DIMENSIONS = 64
-Info = tuple[str, tuple[int, ...]]
+TensorInfo = tuple[str, tuple[int, ...]]
 """dtype as safetensors spells it, and shape"""
 
 

@@ -19,13 +19,13 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
 from data_pipeline.storage.files import is_remote, join, local_path
-from pretrain.weights.byte_file import Blocks, ByteFile, RemoteFile, open_file
+from pretrain.weights.byte_file import BlockCache, ByteFile, RemoteFile, open_file
 
 MAX_JSON = 256 << 20
 BLOBS = "blobs"  # where the Hugging Face cache keeps the files that its snapshots link to
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-STORES = (".git/annex/objects", ".dvc/cache")
-HASHED = re.compile(r"[0-9a-f]{2}")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+CONTENT_STORES = (".git/annex/objects", ".dvc/cache")
+HASH_FOLDER = re.compile(r"[0-9a-f]{2}")
 """a folder of a store by content, such as dvc's files/md5/3f"""
 POINTERS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; fetch the file itself with git lfs pull",
@@ -34,18 +34,25 @@ POINTERS = {
 """how files begin that stand for others"""
 FROZEN = "frozen.safetensors"
 INDEX = ".index.json"
-SINGLE = (
+SINGLE_FILES = (
     "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
-ASIDE = (FROZEN, "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")
+NOT_MODEL_WEIGHTS = (
+    FROZEN,
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "rng_state*.pth",
+)
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
 
 
 SCANNED, SHOWN = 100, 3
 
 
-OTHERS = {
+UNSUPPORTED = {
     "*.gguf": "GGUF, whose numbers are quantised for llama.cpp; name the safetensors that it was made from",
     "model_index.json": "a pipeline of diffusers; name one of its parts, such as unet or transformer",
     "*.h5": "weights of TensorFlow; save them as safetensors with transformers",
@@ -71,7 +78,7 @@ class Folder:
         found = _remote_entries(self.url) if self.remote else _local_entries(self.url)
         for name, is_folder in sorted(found.items()):
             (self.folders if is_folder else self.names).append(name)
-        self._blocks: Blocks | None = None
+        self._blocks: BlockCache | None = None
         self._linked: set[Path] = set()  # folders outside of this one where opened weights lie
 
     def __contains__(self, name: str) -> bool:
@@ -87,7 +94,7 @@ class Folder:
         url = join(self.url, name)
         if self._is_link(name):
             link = Path(local_path(url))
-            _check_there(link)
+            _check_target_exists(link)
             if not self._may_follow(link):
                 raise UserError(
                     f"{link}: a link to {link.resolve()}, which is outside of {self.url} and not where its weights "
@@ -98,17 +105,17 @@ class Folder:
     def open(self, name: str) -> ByteFile:
         """A file of weights; links to them are followed wherever they lead."""
         if self.remote and self._blocks is None:
-            self._blocks = Blocks(len(self.matching(*WEIGHTS)))
+            self._blocks = BlockCache(len(self.matching(*WEIGHT_PATTERNS)))
         url = join(self.url, name)
-        file = not_a_pointer(self._checked(name, self._blocks))
+        file = refuse_pointer(self._checked(name, self._blocks))
         if self._is_link(name):
             self._linked.add(Path(local_path(url)).resolve().parent)
         return file
 
-    def _checked(self, name: str, blocks: Blocks | None = None) -> ByteFile:
+    def _checked(self, name: str, blocks: BlockCache | None = None) -> ByteFile:
         url = join(self.url, name)
         if self._is_link(name):
-            _check_there(Path(local_path(url)))
+            _check_target_exists(Path(local_path(url)))
         return open_file(url, blocks)
 
     def _is_link(self, name: str) -> bool:
@@ -121,32 +128,36 @@ class Folder:
             home.parent.name == "snapshots" and target.parent == cache / BLOBS
         ):
             return True
-        if any(target.is_relative_to(above / store) for above in (home, *home.parents) for store in STORES):
+        if any(
+            target.is_relative_to(above / store)
+            for above in (home, *home.parents)
+            for store in CONTENT_STORES
+        ):
             return True
         return any(
             target.parent == other
             or (
                 target.parent.parent == other.parent
-                and HASHED.fullmatch(target.parent.name)
-                and HASHED.fullmatch(other.name)
+                and HASH_FOLDER.fullmatch(target.parent.name)
+                and HASH_FOLDER.fullmatch(other.name)
             )
             for other in self._linked
         )
 
-    def below(self, name: str) -> Folder:
+    def subfolder(self, name: str) -> Folder:
         return Folder(join(self.url, name))
 
     def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
         """A small file, whole. `follow`: also where a link leads out of the folder, for what is never copied."""
         if self.remote:
-            file: ByteFile = RemoteFile(self.path(name), Blocks(1))
+            file: ByteFile = RemoteFile(self.path(name), BlockCache(1))
         else:
             file = self._checked(name) if follow else open_file(self.path(name))
         if file.size > limit:
             raise UserError(
                 f"{file.name}: {file.size:,} bytes, more than {limit:,}; it is not what its name says"
             )
-        return not_a_pointer(file).peek(0, file.size)
+        return refuse_pointer(file).peek(0, file.size)
 
     def json(self, name: str, follow: bool = False) -> Any:
         return parse_json(self.bytes(name, follow=follow), join(self.url, name))
@@ -186,7 +197,7 @@ def _remote_entries(url: str) -> dict[str, bool]:
     return found
 
 
-def not_a_pointer(file: ByteFile) -> ByteFile:
+def refuse_pointer(file: ByteFile) -> ByteFile:
     """`file`; UserError where it only stands for another, which was not fetched."""
     start = file.peek(0, min(file.size, 64))
     for mark, what in POINTERS.items():
@@ -195,7 +206,7 @@ def not_a_pointer(file: ByteFile) -> ByteFile:
     return file
 
 
-def _check_there(link: Path) -> None:
+def _check_target_exists(link: Path) -> None:
     if not link.exists():
         raise UserError(
             f"{link}: a link to {os.readlink(link)}, which is not there; fetch it (git annex get, dvc pull) or mount "
@@ -210,7 +221,7 @@ def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], lis
     Raises UserError for an index that is none, that names files outside of the folder or absent ones, and for a
     folder of which it is not clear what its weights are.
     """
-    for name in SINGLE:
+    for name in SINGLE_FILES:
         index = f"{name}{INDEX}"
         if name in folder:
             files = {name: set[str]()}
@@ -223,19 +234,19 @@ def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], lis
         indexes = folder.matching(f"*{suffix}{INDEX}")
         if len(indexes) == 1:
             return _by_index(folder, indexes[0]), []
-    aside = {*folder.matching(*ASIDE), *ADAPTERS}
-    for pattern in WEIGHTS:
+    aside = {*folder.matching(*NOT_MODEL_WEIGHTS), *ADAPTERS}
+    for pattern in WEIGHT_PATTERNS:
         found = [name for name in folder.matching(pattern) if name not in aside]
-        if len(found) == 1 and PART.fullmatch(found[0]) is None:
+        if len(found) == 1 and SHARD_NAME.fullmatch(found[0]) is None:
             return {found[0]: set()}, []
         if found and not folder.matching("consolidated.*.pth"):
             return _parts(folder, address, found), []
-    raise UserError(_nothing(folder, address))
+    raise UserError(_no_weights_message(folder, address))
 
 
 def _parts(folder: Folder, address: str, found: list[str]) -> dict[str, set[str]]:
     """Shards numbered i-of-N that came without their index, where all are there."""
-    parts = [PART.fullmatch(name) for name in found]
+    parts = [SHARD_NAME.fullmatch(name) for name in found]
     kinds = {(part["stem"], part["count"], part["suffix"]) if part else None for part in parts}
     if kinds == {None} or len(kinds) > 1:
         raise UserError(
@@ -253,7 +264,7 @@ def _parts(folder: Folder, address: str, found: list[str]) -> dict[str, set[str]
     return {name: set() for name in found}
 
 
-def _nothing(folder: Folder, address: str) -> str:
+def _no_weights_message(folder: Folder, address: str) -> str:
     if not folder.names and not folder.folders:
         return f"{address}: no safetensors file and no checkpoint, {folder.url} is empty"
     if adapters := [name for name in ADAPTERS if name in folder]:
@@ -261,26 +272,28 @@ def _nothing(folder: Folder, address: str) -> str:
             f"{address}: an adapter ({adapters[0]}), not a model; merge it into its base first "
             "(peft: merge_and_unload), then name the result"
         )
-    for pattern, what in OTHERS.items():
+    for pattern, what in UNSUPPORTED.items():
         if found := folder.matching(pattern):
             return f"{address}: no safetensors file and no checkpoint in {folder.url}; {found[0]}: {what}"
-    near = ", ".join(_below(folder))
+    near = ", ".join(_weight_folders_below(folder))
     advice = f"there are some in {near}" if near else "name one file, or RUN/STAGE"
     return f"{address}: no safetensors file and no checkpoint in {folder.url}; {advice}"
 
 
-def _below(folder: Folder) -> list[str]:
+def _weight_folders_below(folder: Folder) -> list[str]:
     """A few folders below that hold weights: a Trainer's checkpoints, a snapshot in the Hub's cache."""
     if folder.remote:
         return []
     found = []
     for name in folder.folders[:SCANNED]:
         try:
-            inner = folder.below(name)
-            deeper = [inner.below(one) for one in inner.folders[:SCANNED]] if name == "snapshots" else [inner]
+            inner = folder.subfolder(name)
+            deeper = (
+                [inner.subfolder(one) for one in inner.folders[:SCANNED]] if name == "snapshots" else [inner]
+            )
         except UserError:  # one that cannot be read
             continue
-        found += [one.url for one in deeper if one.matching(*WEIGHTS)]
+        found += [one.url for one in deeper if one.matching(*WEIGHT_PATTERNS)]
     return found[-SHOWN:]
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, LocalFile
-from pretrain.weights.companions import COMPANIONS, TEXTS
+from pretrain.weights.companions import COMPANIONS, COPIED_SUFFIXES
 from pretrain.weights.folder import MAX_JSON, Folder, weight_files
 from pretrain.weights.formats.safetensors_file import short
 
-BESIDE = ("README.md", "merge.json")  # they say where weights come from, and what is tied
-AWAY = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")
-VERBOSE = ("HF_HUB_VERBOSITY", "HF_DEBUG")
-QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # of an address: it may hold a signature that lets anyone read
+OTHER_FILES = ("README.md", "merge.json")  # they say where weights come from, and what is tied
+OFFLINE_ERRORS = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")
+VERBOSE_VARIABLES = ("HF_HUB_VERBOSITY", "HF_DEBUG")
+URL_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # of an address: it may hold a signature that lets anyone read
 
 
-class Listing(Folder):
+class RepositoryListing(Folder):
     """What stands at the top of a repository, as a folder: `fetch` gives a file's local path."""
 
     def __init__(self, address: str, names: Sequence[str], fetch: Callable[[str], str]) -> None:
@@ -58,32 +58,32 @@ def fetch(address: str, name: str) -> str:
         listed = [one.rfilename for one in hub.HfApi().model_info(**where).siblings or ()]
     except Exception as error:  # the client lets its HTTP library's own errors through
         return _cached(address, hub, where, error)
-    there = Listing(address, listed, lambda file: hub.hf_hub_download(filename=file, **where))
+    there = RepositoryListing(address, listed, lambda file: hub.hf_hub_download(filename=file, **where))
     try:
-        with _quietly(hub.utils):
-            wanted = [glob.escape(file) for file in files_wanted(there)]
+        with _silenced(hub.utils):
+            wanted = [glob.escape(file) for file in files_to_fetch(there)]
             return str(hub.snapshot_download(allow_patterns=wanted, **where))
     except UserError:
         raise
     except Exception as error:  # as above
-        raise UserError(f"{address}: {_why(error)}") from None
+        raise UserError(f"{address}: {_reason(error)}") from None
 
 
-def files_wanted(folder: Folder) -> list[str]:
+def files_to_fetch(folder: Folder) -> list[str]:
     """What a merge reads of a folder: one copy of the weights with its index, config, tokenizer and the like."""
     weights, _ = weight_files(folder, folder.url)
-    beside = [name for name in folder.matching(*COMPANIONS) if name.endswith(TEXTS)]
+    beside = [name for name in folder.matching(*COMPANIONS) if name.endswith(COPIED_SUFFIXES)]
     through_index = any(weights.values())
     indexes = folder.matching(f"*{Path(min(weights)).suffix}.index.json") if through_index else []
-    return sorted({*weights, *indexes, *folder.matching(*BESIDE), *beside})
+    return sorted({*weights, *indexes, *folder.matching(*OTHER_FILES), *beside})
 
 
 @contextmanager
-def _quietly(utils: Any) -> Iterator[None]:
+def _silenced(utils: Any) -> Iterator[None]:
     """Without what the client would draw into files, and without its log, which holds signed addresses."""
     logger, bars = utils.logging.get_logger(), sys.stderr.isatty() or utils.are_progress_bars_disabled()
     level = logger.level
-    if not any(os.environ.get(name) for name in VERBOSE):
+    if not any(os.environ.get(name) for name in VERBOSE_VARIABLES):
         logger.setLevel(CRITICAL)
     if not bars:
         utils.disable_progress_bars()
@@ -97,17 +97,17 @@ def _quietly(utils: Any) -> Iterator[None]:
 
 def _cached(address: str, hub: Any, where: dict[str, Any], error: Exception) -> str:
     """What the cache holds, if it is whole, where the hub would not say what there is."""
-    if _is(error, "RevisionNotFoundError", "HFValidationError"):
-        raise UserError(f"{address}: {_why(error)}") from None
+    if _has_type(error, "RevisionNotFoundError", "HFValidationError"):
+        raise UserError(f"{address}: {_reason(error)}") from None
     try:
         # A pattern that nothing matches: the client would ask for all that the repository has.
         folder = str(hub.snapshot_download(local_files_only=True, allow_patterns=["/"], **where))
     except Exception:  # as above; why the hub would not say is what helps, not why the cache is empty
-        raise UserError(f"{address}: {_why(error)}") from None
+        raise UserError(f"{address}: {_reason(error)}") from None
     try:
         weight_files(Folder(folder), address)
     except UserError as missing:
-        raise UserError(f"{address}: {_why(error)} (in the cache it is not whole: {missing})") from None
+        raise UserError(f"{address}: {_reason(error)} (in the cache it is not whole: {missing})") from None
     return folder
 
 
@@ -126,22 +126,26 @@ def fetch_open_clip(address: str, name: str) -> str:
     try:
         return str(pretrained.download_pretrained(known))
     except Exception as error:  # as above
-        raise UserError(f"{address}: {_why(error)}") from None
+        raise UserError(f"{address}: {_reason(error)}") from None
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    if _is(error, "GatedRepoError"):
+    if _has_type(error, "GatedRepoError"):
         return "is gated; ask for access on its page, and log in (hf auth login)"
-    if _is(error, "RepositoryNotFoundError") or status == 401:
+    if _has_type(error, "RepositoryNotFoundError") or status == 401:
         return "no such repository, or one that needs a login (hf auth login)"
-    if _is(error, "RevisionNotFoundError"):
+    if _has_type(error, "RevisionNotFoundError"):
         return "no such revision; correct what stands after @"
-    if _is(error, "HFValidationError"):
+    if _has_type(error, "HFValidationError"):
         return "no name of a repository; write hf://ORG/NAME[@REVISION]"
-    if isinstance(error, ConnectionError | TimeoutError) or status >= 500 or _is(error, *AWAY):
+    if (
+        isinstance(error, ConnectionError | TimeoutError)
+        or status >= 500
+        or _has_type(error, *OFFLINE_ERRORS)
+    ):
         said = f" (it says {status})" if status else f" ({_describe_error(error)[:200]})"
-        said = "" if _is(error, "OfflineModeIsEnabled") else said
+        said = "" if _has_type(error, "OfflineModeIsEnabled") else said
         return (
             f"is not in the cache, and the hub does not answer{said}; go online, or copy the folder here and name its "
             "path"
@@ -150,9 +154,9 @@ def _why(error: Exception) -> str:
 
 
 def _describe_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {short(QUERY.sub('', str(error)))}"
+    return f"{type(error).__name__}: {short(URL_QUERY.sub('', str(error)))}"
 
 
-def _is(error: Exception, *names: str) -> bool:
+def _has_type(error: Exception, *names: str) -> bool:
     """By name: the client, and the HTTP library that it lets through, are imported where they are used."""
     return any(kind.__name__ in names for kind in type(error).__mro__)

@@ -18,16 +18,16 @@ from pretrain.run.folder import step_of
 from pretrain.weights import companions, hub
 from pretrain.weights.byte_file import ByteFile, LocalFile, open_file
 from pretrain.weights.digests import fingerprint
-from pretrain.weights.dtypes import Info, elements
-from pretrain.weights.folder import FROZEN, OTHERS, Folder, not_a_pointer, weight_files
+from pretrain.weights.dtypes import TensorInfo, elements
+from pretrain.weights.folder import FROZEN, UNSUPPORTED, Folder, refuse_pointer, weight_files
 from pretrain.weights.formats.safetensors_file import SafetensorsFile, short
 from pretrain.weights.formats.torch_file import StateDict
 from pretrain.weights.formats.zero_shards import ZeroShards, is_zero_folder
-from pretrain.weights.formats.zero_universal import Universal, is_universal
+from pretrain.weights.formats.zero_universal import UniversalCheckpoint, is_universal
 from pretrain.weights.origins import origins
-from pretrain.weights.tied_weights import says_tied, tied_names
+from pretrain.weights.tied_weights import tie_setting, tied_names
 
-ELEMENTS_COMPARED = 1 << 20
+ELEMENTS_PER_COMPARISON = 1 << 20
 
 
 class Reader(Protocol):
@@ -35,7 +35,7 @@ class Reader(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def info(self, name: str) -> Info: ...
+    def info(self, name: str) -> TensorInfo: ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
 
@@ -49,14 +49,14 @@ class WeightSource:
     tied:    name -> the name under which the same weight is stored; not in `names()`.
     files:   every file that holds tensors.
     folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
-    unfit:   why its config cannot be that of a merge; None where it can.
+    config_error:   why its config cannot be that of a merge; None where it can.
     rows:    a digest of the rows in which its embeddings are seen; empty where they are seen as they are stored.
-    remarks: notes of which files were taken.
+    folder_notes: notes of which files were taken.
     """
 
-    unfit: str | None = None
-    rows: str = ""
-    remarks: Sequence[str] = ()
+    config_error: str | None = None
+    rows_digest: str = ""
+    folder_notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class WeightSource:
         """Every stored tensor once, frozen ones included."""
         return list(self._holder)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """dtype as safetensors spells it (F32, BF16, ...) and shape."""
         return self._holder[name].info(name)
 
@@ -131,7 +131,7 @@ class WeightSource:
     @property
     def notes(self) -> list[str]:
         """What a person should know of what is taken from a folder and what is not."""
-        return [*self.remarks, *self._beside[1]]
+        return [*self.folder_notes, *self._beside[1]]
 
     @cached_property
     def lineage(self) -> frozenset[str]:
@@ -154,7 +154,7 @@ class WeightSource:
         known: dict[str, str] = {}
         if self.located.kind == "checkpoint":
             known = _manifest(Folder(self.located.path))
-        return {name: known.get(name) or fingerprint(file) for name, file in _by_name(self.files).items()}
+        return {name: known.get(name) or fingerprint(file) for name, file in _short_names(self.files).items()}
 
 
 def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
@@ -170,7 +170,7 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
     if located.kind == "file":
         source = _open_file(address, located)
     else:
-        source = _open_folder(address, *_find(located, address))
+        source = _open_folder(address, *_resolve_folder(located, address))
     aside = located.stage_dir / FROZEN if located.stage_dir is not None else None
     if aside is not None and aside.is_file():
         source._add_frozen(LocalFile(aside))
@@ -180,21 +180,21 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
 def _open_file(address: str, located: Located) -> WeightSource:
     """One file; where its folder has no other weights, that folder."""
     if located.path.endswith(".gguf"):
-        raise UserError(f"{address}: {OTHERS['*.gguf']}")
-    folder, note = (None, None) if is_remote(located.path) else _around(located.path)
-    file = not_a_pointer(open_file(located.path)) if folder is None else folder.open(Path(located.path).name)
+        raise UserError(f"{address}: {UNSUPPORTED['*.gguf']}")
+    folder, note = (None, None) if is_remote(located.path) else _enclosing_folder(located.path)
+    file = refuse_pointer(open_file(located.path)) if folder is None else folder.open(Path(located.path).name)
     if located.path.endswith(".safetensors"):
         source = WeightSource(address, located, {file.name: SafetensorsFile(file)}, [file], folder=folder)
     else:
         state = StateDict(file)
         source = WeightSource(address, located, {file.name: state}, [file], state.tied, folder=folder)
     if folder is not None:
-        source._tie(_ties(source))
-    source.remarks = [note] if note else []
+        source._tie(_recorded_ties(source))
+    source.folder_notes = [note] if note else []
     return source
 
 
-def _around(path: str) -> tuple[Folder | None, str | None]:
+def _enclosing_folder(path: str) -> tuple[Folder | None, str | None]:
     """The folder of a file of weights that are its only ones; or why it is not taken, where config.json is there."""
     folder, name = Folder(os.path.dirname(path) or "."), os.path.basename(path)
     if "config.json" not in folder and "open_clip_config.json" not in folder:
@@ -210,7 +210,7 @@ def _around(path: str) -> tuple[Folder | None, str | None]:
     return None, f"{path} is one of several: config and tokenizer of its folder are not taken"
 
 
-def _find(located: Located, address: str) -> tuple[Located, Folder]:
+def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
     """The folder itself: a checkpoint's, also where `latest` of a folder names it, or a step of a remote stage."""
     if is_remote(located.path) and (found := WHICH.match(located.path)):
         return _remote_step(found["base"], found["which"], address)
@@ -223,7 +223,7 @@ def _find(located: Located, address: str) -> tuple[Located, Folder]:
         tag = folder.bytes("latest", 4096).decode("utf-8", "replace").strip()
         if tag not in folder.folders:
             raise UserError(f"{folder.url}/latest: names {tag[:100]!r}, which is no folder beside it")
-        below = folder.below(tag)
+        below = folder.subfolder(tag)
         return Located("folder" if is_universal(below) else "checkpoint", below.url), below
     return located, folder
 
@@ -231,14 +231,14 @@ def _find(located: Located, address: str) -> tuple[Located, Folder]:
 def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]:
     above = Folder(f"{stage}/checkpoints")
     steps = {step: name for name in above.folders if (step := step_of(name)) is not None}
-    complete = {step: name for step, name in steps.items() if "COMPLETE" in above.below(name)}
+    complete = {step: name for step, name in steps.items() if "COMPLETE" in above.subfolder(name)}
     if which == "best" or not complete or (which.isdigit() and int(which) not in complete):
         have = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(
             f"{address}: complete checkpoints of a remote stage are taken by step or @latest; {have}"
         )
     step = max(complete) if which == "latest" else int(which)
-    folder = above.below(complete[step])
+    folder = above.subfolder(complete[step])
     return Located("checkpoint", folder.url, None, step), folder
 
 
@@ -247,12 +247,12 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
         shards = ZeroShards(folder)
         return WeightSource(address, located, {folder.url: shards}, shards.files, shards.tied, shards.frozen)
     if is_universal(folder):
-        universal = Universal(folder)
+        universal = UniversalCheckpoint(folder)
         return WeightSource(address, located, {folder.url: universal}, universal.files, universal.tied)
     readers: dict[str, Reader] = {}
     files: list[ByteFile] = []
     tied: dict[str, str] = {}
-    placed, remarks = weight_files(folder, address)
+    placed, folder_notes = weight_files(folder, address)
     for name, expected in placed.items():
         files.append(file := folder.open(name))
         reader = SafetensorsFile(file) if name.endswith(".safetensors") else StateDict(file)
@@ -263,12 +263,12 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
             raise UserError(f"{file.name}: has no {short(absent[0])}, which its folder's index says is there")
         readers[file.name] = reader
     source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
-    source.remarks = remarks
-    source._tie(_ties(source))
+    source.folder_notes = folder_notes
+    source._tie(_recorded_ties(source))
     return source
 
 
-def _ties(source: WeightSource) -> dict[str, str]:
+def _recorded_ties(source: WeightSource) -> dict[str, str]:
     """What merge.json says is tied, else what config.json does."""
     folder = source.folder
     assert folder is not None
@@ -280,7 +280,7 @@ def _ties(source: WeightSource) -> dict[str, str]:
     def equal(name: str, stored: str) -> bool:
         return not folder.remote and same_tensor(source, name, source, stored)
 
-    return tied_names(source.names(), config, equal if says_tied(config) else None)
+    return tied_names(source.names(), config, equal if tie_setting(config) else None)
 
 
 def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool:
@@ -290,10 +290,10 @@ def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool
     count = elements(a.info(name)[1])
     return all(
         np.array_equal(
-            a.read(name, at, min(at + ELEMENTS_COMPARED, count)).view(np.uint8),
-            b.read(other, at, min(at + ELEMENTS_COMPARED, count)).view(np.uint8),
+            a.read(name, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
+            b.read(other, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
         )
-        for at in range(0, count, ELEMENTS_COMPARED)
+        for at in range(0, count, ELEMENTS_PER_COMPARISON)
     )
 
 
@@ -307,7 +307,7 @@ def _manifest(folder: Folder) -> dict[str, str]:
         raise UserError(f"{folder.url}/manifest.json: not what a checkpoint has there") from None
 
 
-def _by_name(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
+def _short_names(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
     """Files by their own names; with their folders' where two have the same."""
     named = {Path(file.name).name: file for file in files}
     if len(named) == len(files):

@@ -25,7 +25,7 @@ TIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM)$")
 
 
-def says_tied(config: Any) -> bool | None:
+def tie_setting(config: Any) -> bool | None:
     """`tie_word_embeddings` of a config.json, at its top or in `text_config`; None where it says nothing."""
     if not isinstance(config, dict):
         return None
@@ -43,7 +43,7 @@ def tied_names(
     Where the config ties, or says nothing of it and the model has a head that is not stored, the absent names of TIES
     are ties. A name that is stored too, although the config ties it, is one when `equal(name, stored)`.
     """
-    tied = says_tied(config)
+    tied = tie_setting(config)
     classes = config.get("architectures") if isinstance(config, dict) else None
     headed = isinstance(classes, list) and any(isinstance(one, str) and HEADED.search(one) for one in classes)
     if tied is False or (tied is None and not headed):

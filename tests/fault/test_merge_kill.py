@@ -39,7 +39,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (blocks, dtypes, local):
-        monkeypatch.setattr(module, "SPAN", SPAN)
+        monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", SPAN)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -178,7 +178,7 @@ from pretrain.merge.methods import blocks
 from pretrain.merge.output import local
 from pretrain.weights import dtypes
 for module in (blocks, dtypes, local):
-    module.SPAN = 4096
+    module.ELEMENTS_PER_SPAN = 4096
 print("ready", flush=True)
 merge(sys.argv[1:3], sys.argv[3], beta=0.3, chunk=1024)
 """

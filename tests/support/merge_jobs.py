@@ -11,7 +11,7 @@ from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.methods.compute import prepare
 from pretrain.merge.output.writer import rounded
-from pretrain.weights.dtypes import DTYPES, Info
+from pretrain.weights.dtypes import DTYPES, TensorInfo
 from pretrain.weights.source import WeightSource
 
 
@@ -21,7 +21,7 @@ class Held:
     def __init__(self, array: np.ndarray, dtype: str) -> None:
         self.array, self.dtype = array, dtype
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         return self.dtype, self.array.shape
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from pretrain.merge.vocabulary.remapped_source import View
-from pretrain.weights.companions import as_json, read
+from pretrain.merge.vocabulary.remapped_source import RemappedSource
+from pretrain.weights.companions import as_json, read_companion
 from pretrain.weights.folder import parse_json
 from pretrain.weights.source import WeightSource
 
@@ -27,7 +27,7 @@ KNOWN = {
 }
 
 
-def template_text(sources: Sequence[WeightSource], wanted: str | None) -> tuple[str | None, list[str]]:
+def chosen_template(sources: Sequence[WeightSource], wanted: str | None) -> tuple[str | None, list[str]]:
     """The output's template, None where the file says nothing of it; and notes. UserError for a name not in KNOWN."""
     if wanted is None:
         return None, []
@@ -50,9 +50,11 @@ def template_of(source: WeightSource) -> str | None:
     """The chat template beside weights, wherever it stands; of several the default."""
     beside = source.companions
     if NAME in beside:
-        return read(beside[NAME]).decode("utf-8", "replace")
+        return read_companion(beside[NAME]).decode("utf-8", "replace")
     for name in ELSEWHERE:
-        content = parse_json(read(beside[name]), f"{source.address}: {name}") if name in beside else None
+        content = (
+            parse_json(read_companion(beside[name]), f"{source.address}: {name}") if name in beside else None
+        )
         found = content.get("chat_template") if isinstance(content, dict) else None
         if isinstance(found, list):
             found = next(
@@ -75,8 +77,8 @@ def with_template(source: WeightSource, text: str) -> WeightSource:
     }
     config = beside.get("tokenizer_config.json")
     if config is not None:
-        content = parse_json(read(config), f"{source.address}: tokenizer_config.json")
+        content = parse_json(read_companion(config), f"{source.address}: tokenizer_config.json")
         if isinstance(content, dict) and content.pop("chat_template", None) is not None:
             beside["tokenizer_config.json"] = as_json(content)
     beside[NAME] = text.encode("utf-8")
-    return View.beside(source, beside)
+    return RemappedSource.beside(source, beside)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Plan, letter
-from pretrain.merge.mergekit.chat_template import template_text, with_template
-from pretrain.merge.mergekit.tensor_recipe import TensorResolver, Want
-from pretrain.merge.mergekit.vocabulary import same_tokens
+from pretrain.merge.mergekit.chat_template import chosen_template, with_template
+from pretrain.merge.mergekit.tensor_recipe import OutputTensor, TensorResolver
+from pretrain.merge.mergekit.vocabulary import remap_to_tokenizer
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
 from pretrain.merge.planning.assemble import assemble, refusal
-from pretrain.merge.planning.inputs import Opened, quantised_inputs
+from pretrain.merge.planning.inputs import OpenedInputs, quantised_inputs
 from pretrain.merge.planning.lineage import lineage_notes
 from pretrain.merge.planning.rules import split_layer
 from pretrain.merge.vocabulary.align import ADVICE, aligned
@@ -25,18 +25,18 @@ FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
 after them"""
 
 
-def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> Opened:
+def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> OpenedInputs:
     """Open every model of the file, the base first, their vocabularies brought together as it asks."""
     opened = [open_weights(model, run_dir) for model in _addresses(file)]
     models = len(file.models())
-    text, told = template_text(opened[:models], file.template)
+    text, told = chosen_template(opened[:models], file.template)
     sources, notes = _aligned(file, opened)
     if text is not None:
         sources = [with_template(source, text) for source in sources]
-    return Opened(sources, models, notes=(*notes, *told))
+    return OpenedInputs(sources, models, notes=(*notes, *told))
 
 
-def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed: int = 0) -> Plan:
+def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int, seed: int = 0) -> Plan:
     """`opened`: by `open_mergekit`. Raises one UserError with every mismatch."""
     sources = opened.sources
     index = {model: number for number, model in enumerate(file.models())}
@@ -63,7 +63,7 @@ def plan_mergekit(file: MergekitFile, opened: Opened, max_shard_size: int, seed:
         inputs=opened.inputs,
         method=file.method,
         weights=[],
-        asked={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
+        request={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
         dtype=file.dtype,
         notes=[*file.notes, *opened.notes, *ties, *lineage_notes(sources)],
     )
@@ -74,7 +74,7 @@ def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[Weig
     """The sources with the same rows, and notes. mergekit merges rows by number where no tokenizer_source is given."""
     if file.tokens is not None:
         first, last = ({one.model for one in file.slices[end].inputs} for end in (0, -1))
-        return same_tokens(sources, _addresses(file), file.base, file.tokens, (first, last))
+        return remap_to_tokenizer(sources, _addresses(file), file.base, file.tokens, (first, last))
     try:
         return aligned(sources, None), []
     except UserError as error:
@@ -91,7 +91,7 @@ def _addresses(file: MergekitFile) -> list[str]:
 
 def _wants(
     file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], main: WeightSource
-) -> tuple[list[Want], list[int] | None]:
+) -> tuple[list[OutputTensor], list[int] | None]:
     """Every tensor of the output in order, and, for slices, the first source's layer that each layer comes from.
 
     main: whose config the output has. A head that it stores, and another model ties, is that model's embedding.
@@ -114,7 +114,7 @@ def _wants(
                 suffixes = dict.fromkeys(suffix for names, here in held for suffix in names.get(here, ()))
                 for suffix in suffixes:
                     names = tuple(f"{stack}.{here}.{suffix}" for here in places)
-                    wants.append(Want(f"{stack}.{number}.{suffix}", part, names, at))
+                    wants.append(OutputTensor(f"{stack}.{number}.{suffix}", part, names, at))
                 taken.append(places[0])
                 number += 1
     stored = set(main.names())
@@ -125,9 +125,11 @@ def _wants(
     return wants, None if file.whole else taken
 
 
-def _outside(name: str, part: Slice, inputs: Sequence[WeightSource], through_ties: bool = False) -> Want:
+def _outside(
+    name: str, part: Slice, inputs: Sequence[WeightSource], through_ties: bool = False
+) -> OutputTensor:
     names = (source.tied.get(name, name) if through_ties else name for source in inputs)
-    return Want(name, part, tuple(names), 0.0)
+    return OutputTensor(name, part, tuple(names), 0.0)
 
 
 def _is_first(name: str) -> bool:

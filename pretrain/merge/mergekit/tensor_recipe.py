@@ -10,17 +10,17 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Term, letter
 from pretrain.merge.mergekit.parameters import parameter
 from pretrain.merge.mergekit.yaml_file import BASED, SPANNED, Input, MergekitFile, Slice
-from pretrain.merge.planning.assemble import Blend, Decided
+from pretrain.merge.planning.assemble import Blend, PlannedTensor
 from pretrain.merge.planning.request import normalized
 from pretrain.merge.vocabulary.align import is_vocabulary
-from pretrain.weights.dtypes import FLOATS, Info
+from pretrain.weights.dtypes import FLOATS, TensorInfo
 from pretrain.weights.source import WeightSource, same_tensor
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 
 @dataclass(frozen=True)
-class Want:
+class OutputTensor:
     """One tensor of the output: its names in the inputs of a slice, and where it stands in that slice."""
 
     name: str
@@ -45,7 +45,7 @@ class TensorResolver:
         """What does not fit, tensor by tensor; a parameter that is wrong for many of them once."""
         return self._problems + [f"{_several(names)}: {why}" for why, names in self._unset.items()]
 
-    def decide(self, want: Want) -> Decided | None:
+    def decide(self, want: OutputTensor) -> PlannedTensor | None:
         """The tensor, or None and a problem."""
         inputs = [
             (one, Term(self._index[one.model], name))
@@ -74,9 +74,9 @@ class TensorResolver:
             return None
         dtype = self._file.dtype or _promoted([dtype for dtype, _ in infos])
         kept = self._file.method == "passthrough" and blend.terms[0].weight == 1
-        return Decided(want.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
+        return PlannedTensor(want.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
 
-    def _same(self, want: Want, terms: list[Term], infos: list[Info]) -> Decided | None:
+    def _same(self, want: OutputTensor, terms: list[Term], infos: list[TensorInfo]) -> PlannedTensor | None:
         """What is no float is copied, and must be the same in every input."""
         if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
             advice = "8-bit floats cannot be mixed; bring them back to 16 bits first"
@@ -87,9 +87,9 @@ class TensorResolver:
             if not same_tensor(first, terms[0].name, self._sources[term.source], term.name):
                 self._problems.append(f"{want.name}: {infos[0][0]}, and not the same in every input")
                 return None
-        return Decided(want.name, infos[0], "integer", Blend("copy", (terms[0],)))
+        return PlannedTensor(want.name, infos[0], "integer", Blend("copy", (terms[0],)))
 
-    def _blend(self, want: Want, inputs: list[tuple[Input, Term]]) -> Blend:
+    def _blend(self, want: OutputTensor, inputs: list[tuple[Input, Term]]) -> Blend:
         method = self._file.method
         base = next((term for one, term in inputs if one.model == want.part.base), None)
         if method == "passthrough":
@@ -114,7 +114,7 @@ class TensorResolver:
             return self._spanned(want, inputs, base)
         return self._differences(want, inputs, base)
 
-    def _spanned(self, want: Want, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+    def _spanned(self, want: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
         """Methods that weigh the models themselves."""
         method: Method = self._file.method  # type: ignore[assignment]
         if method == "karcher":
@@ -145,14 +145,14 @@ class TensorResolver:
         terms = (replace(term, weight=weight) for (_, term), weight in zip(others, weights, strict=True))
         return Blend(method, tuple(terms), base, tuple(options))
 
-    def _refuse(self, key: str, want: Want, default: bool) -> None:
+    def _refuse(self, key: str, want: OutputTensor, default: bool) -> None:
         """A switch that is only supported as mergekit has it by default."""
         if bool(self._shared(key, want, float(default))) is not default:
             raise UserError(
                 f"{key}: {str(not default).lower()} (row by row) is not supported; leave {key} out"
             )
 
-    def _differences(self, want: Want, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+    def _differences(self, want: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
         assert base is not None
         method = self._file.method
         assert method in BASED
@@ -186,18 +186,20 @@ class TensorResolver:
         options |= dict.fromkeys(("gamma",) if gammas else (), max(gammas, default=0.0))
         return Blend(method, tuple(terms), base, tuple(options.items()))  # type: ignore[arg-type]
 
-    def _weight(self, want: Want, one: Input, term: Term) -> float:
+    def _weight(self, want: OutputTensor, one: Input, term: Term) -> float:
         found = self._own("weight", want, one, term, None)
         if found is None:
             raise UserError(f"parameter weight is missing for {one.model}")
         return found
 
-    def _own(self, key: str, want: Want, one: Input, term: Term, default: float | None) -> float | None:
+    def _own(
+        self, key: str, want: OutputTensor, one: Input, term: Term, default: float | None
+    ) -> float | None:
         """A parameter of one input: filters see the tensor's name in that input."""
         found = parameter(self._file, want.part, one, key, term.name, want.at)
         return default if found is None else float(found)
 
-    def _shared(self, key: str, want: Want, default: float | None) -> float | None:
+    def _shared(self, key: str, want: OutputTensor, default: float | None) -> float | None:
         """A parameter of the whole tensor: filters see its name in the output."""
         found = parameter(self._file, want.part, None, key, want.name, want.at)
         return default if found is None else float(found)

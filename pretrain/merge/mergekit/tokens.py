@@ -23,7 +23,7 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizerRule:
     """source: `union`, `base`, or the address of the model whose tokenizer the output has."""
 
     source: str
@@ -31,13 +31,15 @@ class Tokens:
     rows: Mapping[str, TokenRow] = field(default_factory=dict)
 
 
-def tokens_of(where: str, values: Mapping[str, Any], model: Callable[[Any], str]) -> Tokens | None:
+def parse_tokenizer_rule(
+    where: str, values: Mapping[str, Any], model: Callable[[Any], str]
+) -> TokenizerRule | None:
     """`tokenizer_source` or `tokenizer` of a file; `model` makes an address of a reference."""
     short, block = values.get("tokenizer_source"), values.get("tokenizer")
     if short and block is not None:
         raise UserError(f"{where}: tokenizer_source and tokenizer say the same; leave one out")
     if block is None:
-        return Tokens(_source(short, model)) if short else None
+        return TokenizerRule(_source(short, model)) if short else None
     if not isinstance(block, dict):
         raise UserError(f"{where}: tokenizer is a map: source, tokens, pad_to_multiple_of")
     _only(f"{where}: tokenizer", block, ("source", "tokens", "pad_to_multiple_of"))
@@ -48,7 +50,7 @@ def tokens_of(where: str, values: Mapping[str, Any], model: Callable[[Any], str]
     if not isinstance(tokens, dict):
         raise UserError(f"{where}: tokenizer: tokens is a map of tokens")
     rows = {str(token): _row(f"{where}: tokenizer: {token}", given, model) for token, given in tokens.items()}
-    return Tokens(_source(block.get("source") or "union", model), multiple or 1, rows)
+    return TokenizerRule(_source(block.get("source") or "union", model), multiple or 1, rows)
 
 
 def _source(given: Any, model: Callable[[Any], str]) -> Literal["union", "base"] | str:

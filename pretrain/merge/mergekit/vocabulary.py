@@ -13,14 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from data_pipeline.errors import UserError
-from pretrain.merge.mergekit.tokens import TokenRow, Tokens
-from pretrain.merge.vocabulary.align import check_alike, is_embedding, vocabulary_names
-from pretrain.merge.vocabulary.remapped_source import MADE, RowMap, View, stored_name
+from pretrain.merge.mergekit.tokens import TokenizerRule, TokenRow
+from pretrain.merge.vocabulary.align import check_row_types, is_embedding, vocabulary_names
+from pretrain.merge.vocabulary.remapped_source import MEAN, RemappedSource, RowMap, stored_name
 from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
     Tokenizer,
+    joint_tokenizer_json,
     read_tokenizer,
-    rewritten,
     with_tokenizer,
 )
 from pretrain.weights.source import WeightSource
@@ -28,11 +28,11 @@ from pretrain.weights.source import WeightSource
 Places = dict[int, tuple[tuple[int, int], ...] | None]
 
 
-def same_tokens(
+def remap_to_tokenizer(
     sources: Sequence[WeightSource],
     addresses: Sequence[str],
     base: str | None,
-    tokens: Tokens,
+    tokens: TokenizerRule,
     ends: tuple[Collection[str], Collection[str]],
 ) -> tuple[list[WeightSource], list[str]]:
     """The sources that have embeddings as views with the rows of one tokenizer, and notes.
@@ -73,10 +73,10 @@ def same_tokens(
     ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
     total = max(len(ids), max(ids.values(), default=-1) + 1)
     total += -total % tokens.multiple
-    check_alike([sources[i] for i in taking], [names[i] for i in taking])
+    check_row_types([sources[i] for i in taking], [names[i] for i in taking])
     rows_in = [int(stored[i]) for i in taking]
     makers = [
-        _Maker(
+        _RowMapBuilder(
             [tokenizers[i].ids for i in taking],
             rows_in,
             [addresses[i] for i in taking],
@@ -95,14 +95,14 @@ def same_tokens(
         companions = with_tokenizer(
             sources[i].companions, sources[donor].companions, joined, total, sources[i].address
         )
-        views[i] = View(sources[i], made_of, rows, companions, [], None)
+        views[i] = RemappedSource(sources[i], made_of, rows, companions, [], None)
     if any(count > total for count in rows_in):
         notes.append(f"rows beyond the {total} of the tokenizer are left out, as mergekit does")
     return views, notes
 
 
 def _vocabulary(
-    tokens: Tokens, tokenizers: Sequence[Tokenizer], donor: int, rows: Sequence[float]
+    tokens: TokenizerRule, tokenizers: Sequence[Tokenizer], donor: int, rows: Sequence[float]
 ) -> tuple[dict[str, int], bytes | None]:
     """Token -> row of the output; and its tokenizer.json, None where it is the donor's.
 
@@ -125,7 +125,7 @@ def _vocabulary(
     fresh = [token for token in tokens.rows if token not in ids]
     if len(order) == 1 and not fresh and len(ids) == len(tokenizers[donor].ids):
         return ids, None
-    content = json.loads(rewritten(order, ids))
+    content = json.loads(joint_tokenizer_json(order, ids))
     for number, token in enumerate(fresh, free):
         ids[token] = number
         added = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
@@ -135,7 +135,7 @@ def _vocabulary(
     return ids, json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8")
 
 
-class _Maker:
+class _RowMapBuilder:
     """Where rows come from, model by model, all given by their place among those that have embeddings."""
 
     def __init__(
@@ -157,7 +157,7 @@ class _Maker:
         self._base = self._addresses.index(base) if base in self._addresses else None
 
     def rows(self, place: int, ids: Mapping[str, int], total: int) -> RowMap:
-        owner = np.full(total, MADE, np.int64)
+        owner = np.full(total, MEAN, np.int64)
         row = np.zeros(total, np.int64)
         made: Places = dict.fromkeys(range(total))
         for token, number in ids.items():

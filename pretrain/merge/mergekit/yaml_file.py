@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.mergekit.tokens import Tokens, tokens_of
+from pretrain.merge.mergekit.tokens import TokenizerRule, parse_tokenizer_rule
 from pretrain.merge.planning.request import check_dtype
 
 Settings = Mapping[str, Any]
@@ -77,7 +77,7 @@ class MergekitFile:
     parameters: Settings
     module: Settings
     dtype: str | None
-    tokens: Tokens | None
+    tokens: TokenizerRule | None
     template: str | None
     values: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
@@ -135,7 +135,7 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
         parameters=settings[0],
         module=settings[1],
         dtype=_dtype(where, values),
-        tokens=tokens_of(where, values, lambda given: _model(where, given)),
+        tokens=parse_tokenizer_rule(where, values, lambda given: _model(where, given)),
         template=template,
         values=values,
         notes=tuple(notes),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pretrain.merge.merge_plan import Term
-from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, SPAN, Kind, Scratch, widen_into
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, ELEMENTS_PER_SPAN, Accumulator, Scratch, widen_into
 from pretrain.weights.source import WeightSource
 
 Item = TypeVar("Item")
@@ -30,7 +30,7 @@ class Block:
         self.scratch = Scratch()
         self.start = self.stop = 0
         self._stored: dict[tuple[int, str], np.ndarray] = {}
-        self._wide: dict[tuple[int, str, Kind], np.ndarray] = {}
+        self._wide: dict[tuple[int, str, Accumulator], np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -48,7 +48,7 @@ class Block:
             self._stored[key] = self.sources[term.source].read(term.name, self.start, self.stop)
         return self._stored[key]
 
-    def wide(self, term: Term, kind: Kind) -> np.ndarray:
+    def wide(self, term: Term, kind: Accumulator) -> np.ndarray:
         """Exactly, in the accumulation type; not to be written to."""
         key = term.source, term.name, kind
         if key not in self._wide:
@@ -143,6 +143,6 @@ class Workers:
 
 
 def spans(count: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most SPAN elements that tile `count`."""
-    for start in range(0, count, SPAN):
-        yield start, min(start + SPAN, count)
+    """Ranges of at most ELEMENTS_PER_SPAN elements that tile `count`."""
+    for start in range(0, count, ELEMENTS_PER_SPAN):
+        yield start, min(start + ELEMENTS_PER_SPAN, count)

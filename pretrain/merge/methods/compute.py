@@ -18,7 +18,7 @@ from pretrain.merge.methods import gram, native, sce, sparsify, task_vectors
 from pretrain.merge.methods.blocks import Block, Workers
 from pretrain.merge.methods.native import Election, Pass
 from pretrain.merge.methods.task_vectors import SparseTaskVector
-from pretrain.weights.dtypes import Kind, accumulator, elements
+from pretrain.weights.dtypes import Accumulator, accumulator, elements
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ def prepare(job: TensorJob, workers: Workers) -> Compute:
         return METHODS[job.method](job, kind, workers)
 
 
-def _linear(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+def _linear(job: TensorJob, kind: Accumulator, workers: Workers) -> Compute:
     """sum_i w_i x_i"""
     factors = [kind(term.weight) for term in job.terms]
     return _weighted(job, factors, kind)
 
 
-def _slerp(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+def _slerp(job: TensorJob, kind: Accumulator, workers: Workers) -> Compute:
     """s_0 x_0 + s_1 x_1 with the factors of pretrain.merge.methods.slerp"""
     t, count = float(job.option("t", 0.5)), elements(job.shape)
     factors = [kind(factor) for factor in gram.slerp_factors(job.terms[0], job.terms[1], t, count, workers)]
     return _weighted(job, factors, kind)
 
 
-def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+def _task_arithmetic(job: TensorJob, kind: Accumulator, workers: Workers) -> Compute:
     """base + sum_i f_i d_i, d_i what choice or trimming leaves of x_i - base, f_i = lambda w_i, divided by the sum of
     the weights where normalised, and as much larger as rescaling says"""
     scale, divisor, parts = float(job.option("lambda", 1.0)), _divisor(job), _parts(job, kind, workers)
@@ -61,7 +61,7 @@ def _task_arithmetic(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     return _added(job, parts, factors, kind)
 
 
-def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+def _spanned(job: TensorJob, kind: Accumulator, workers: Workers) -> Compute:
     """The sum of the inputs, or of their differences to the base, with the factors of pretrain.merge.methods.gram"""
     factors = [kind(factor) for factor in gram.gram_factors(job, workers)]
     if job.base is None:
@@ -70,7 +70,7 @@ def _spanned(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
 
 
 def _added(
-    job: TensorJob, parts: Sequence[SparseTaskVector], factors: Sequence[np.floating], kind: Kind
+    job: TensorJob, parts: Sequence[SparseTaskVector], factors: Sequence[np.floating], kind: Accumulator
 ) -> Compute:
     """base + sum of factor * part"""
     base = _base(job)
@@ -88,7 +88,7 @@ def _added(
     return Compute(compute, native.based(parts, factors, base, None, kind, job.dtype))
 
 
-def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
+def _consensus(job: TensorJob, kind: Accumulator, workers: Workers) -> Compute:
     """base + lambda elect_i(w_i d_i), d_i what choice or trimming leaves of x_i - base"""
     base, parts = _base(job), _parts(job, kind, workers)
     factors = [kind(_rescaled(job, part, kind, workers)) for part in parts]
@@ -110,7 +110,7 @@ def _consensus(job: TensorJob, kind: Kind, workers: Workers) -> Compute:
     return Compute(compute, native.based(parts, factors, base, election, kind, job.dtype))
 
 
-METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
+METHODS: dict[str, Callable[[TensorJob, Accumulator, Workers], Compute]] = {
     "linear": _linear,
     "slerp": _slerp,
     "task_arithmetic": _task_arithmetic,
@@ -124,7 +124,7 @@ METHODS: dict[str, Callable[[TensorJob, Kind, Workers], Compute]] = {
 }
 
 
-def _weighted(job: TensorJob, factors: Sequence[np.floating], kind: Kind) -> Compute:
+def _weighted(job: TensorJob, factors: Sequence[np.floating], kind: Accumulator) -> Compute:
     """sum_i f_i x_i"""
     return Compute(
         lambda block: _sum(job.terms, factors, block), native.linear(job.terms, factors, kind, job.dtype)
@@ -150,7 +150,7 @@ def _fill(part: SparseTaskVector, base: Term, block: Block, out: np.ndarray) -> 
         sparsify.keep(out, np.logical_not(found, out=found), block)
 
 
-def _parts(job: TensorJob, kind: Kind, workers: Workers) -> list[SparseTaskVector]:
+def _parts(job: TensorJob, kind: Accumulator, workers: Workers) -> list[SparseTaskVector]:
     """What DARE chooses, TIES and Breadcrumbs cut of each difference; one look serves all plans of a sweep."""
     base, count, terms = _base(job), elements(job.shape), job.terms
     look = tuple(replace(term, weight=0.0) for term in terms), base
@@ -177,7 +177,7 @@ def _key(job: TensorJob, term: Term) -> bytes | None:
     return task_vectors.dare_key(int(job.option("seed", 0)), job.name, term.source)
 
 
-def _rescaled(job: TensorJob, part: SparseTaskVector, kind: Kind, workers: Workers) -> float:
+def _rescaled(job: TensorJob, part: SparseTaskVector, kind: Accumulator, workers: Workers) -> float:
     """The weight; for DARE divided by the density, which keeps the mean, unless that is switched off; for `l1` so much
     larger that what is left of the difference has its norm (pretrain.merge.methods.rescale)."""
     rule, term = job.option("rescale", job.method.startswith("dare")), part.term

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.native import function
+from data_pipeline.native import load_function
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods import task_vectors
 from pretrain.merge.methods.blocks import Block
 from pretrain.merge.methods.task_vectors import SparseTaskVector
-from pretrain.weights.dtypes import FLOATS, Kind
+from pretrain.weights.dtypes import FLOATS, Accumulator
 
 WIDER = 4
 """times the elements of a block that numpy's passes work on: nothing but the result is held, and writes are dearer
@@ -55,7 +55,7 @@ class Difference(ctypes.Structure):
     )  # fmt: skip
 
 
-def compiled(name: str, kind: Kind | None = None) -> Any:
+def compiled(name: str, kind: Accumulator | None = None) -> Any:
     """A function of the C files, of those that there are for both accumulation types that for `kind`; None where
     nothing was built."""
     return _found(name, "" if kind is None else "_float" if kind is np.float32 else "_double")
@@ -63,7 +63,7 @@ def compiled(name: str, kind: Kind | None = None) -> Any:
 
 @cache
 def _found(name: str, suffix: str) -> Any:
-    found = function(__file__, "_passes", f"dromos_{name}{suffix}") if sys.byteorder == "little" else None
+    found = load_function(__file__, "_passes", f"dromos_{name}{suffix}") if sys.byteorder == "little" else None
     if found is not None:
         found.restype, found.argtypes = SIGNATURES[name]
     return found
@@ -75,7 +75,7 @@ def stored(term: Term, block: Block) -> tuple[np.ndarray, int]:
     return np.ascontiguousarray(block.stored(term)), FLOATS.index(dtype)
 
 
-def linear(terms: Sequence[Term], factors: Sequence[np.floating], kind: Kind, dtype: str) -> Pass | None:
+def linear(terms: Sequence[Term], factors: Sequence[np.floating], kind: Accumulator, dtype: str) -> Pass | None:
     """sum_i f_i x_i, rounded to `dtype`."""
     call = compiled("linear", kind)
     if call is None:
@@ -103,7 +103,7 @@ def based(
     factors: Sequence[np.floating],
     base: Term,
     election: Election | None,
-    kind: Kind,
+    kind: Accumulator,
     dtype: str,
 ) -> Pass | None:
     """base + sum of factor * part, or what is elected of these, rounded to `dtype`."""
@@ -144,7 +144,7 @@ def _rows(parts: Sequence[SparseTaskVector], block: Block) -> tuple[Any, list[An
 
 
 def norms(
-    part: SparseTaskVector, base: Term, kind: Kind, start: int, count: int, block: Block
+    part: SparseTaskVector, base: Term, kind: Accumulator, start: int, count: int, block: Block
 ) -> tuple[float, float]:
     """L1 norms of the whole difference and of what is left of it: of `count` elements from the block's element `start`
     on."""
@@ -154,7 +154,7 @@ def norms(
     return sums[0], sums[1]
 
 
-def histogram(term: Term, base: Term, kind: Kind, high: int, block: Block, out: np.ndarray) -> None:
+def histogram(term: Term, base: Term, kind: Accumulator, high: int, block: Block, out: np.ndarray) -> None:
     """Adds the block's keys of x - base to `out`, uint32 [65536]: upper halves, or for high >= 0 the lower halves of
     keys with that upper one."""
     (x, x_dtype), (under, base_dtype) = stored(term, block), stored(base, block)
@@ -162,7 +162,7 @@ def histogram(term: Term, base: Term, kind: Kind, high: int, block: Block, out: 
     call(x.ctypes.data, x_dtype, under.ctypes.data, base_dtype, len(block), high, out.ctypes.data)
 
 
-def place(term: Term, base: Term, kind: Kind, key: int, wanted: int, block: Block) -> tuple[int, int]:
+def place(term: Term, base: Term, kind: Accumulator, key: int, wanted: int, block: Block) -> tuple[int, int]:
     """The element after the `wanted`-th of the block whose key is `key`, and how many there are up to it."""
     (x, x_dtype), (under, base_dtype) = stored(term, block), stored(base, block)
     found = ctypes.c_uint64()

@@ -11,13 +11,13 @@ from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Block, Workers, spans
 from pretrain.merge.methods.sparsify import HALF, largest
 from pretrain.merge.methods.task_vectors import Threshold
-from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, Kind, elements, exact_sum
+from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, Accumulator, elements, exact_sum
 
 LEAST = 1e-6
 """mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""
 
 
-def prepare(job: TensorJob, kind: Kind, workers: Workers) -> Callable[[Block], np.ndarray]:
+def prepare(job: TensorJob, kind: Accumulator, workers: Workers) -> Callable[[Block], np.ndarray]:
     """A block's elements of base + sum_i w_i d_i over the sum of the w_i of those that agree with the elected sign."""
     base, count = job.base, elements(job.shape)
     assert base is not None
@@ -41,7 +41,7 @@ def prepare(job: TensorJob, kind: Kind, workers: Workers) -> Callable[[Block], n
 
 
 def _differences(
-    terms: Sequence[Term], base: Term, cut: Threshold | None, share: float, kind: Kind, block: Block
+    terms: Sequence[Term], base: Term, cut: Threshold | None, share: float, kind: Accumulator, block: Block
 ) -> list[np.ndarray]:
     """x_i - base, zero where nothing is selected."""
     found = [
@@ -65,7 +65,7 @@ def _within(keys: np.ndarray, cut: Threshold, block: Block) -> np.ndarray:
 
 
 def _cut(
-    terms: Sequence[Term], base: Term, share: float, kind: Kind, count: int, workers: Workers
+    terms: Sequence[Term], base: Term, share: float, kind: Accumulator, count: int, workers: Workers
 ) -> Threshold | None:
     """The entries of largest variance, int(share * those that vary at all), of equal ones the first; None for none."""
 
@@ -107,7 +107,7 @@ def _weights(
     base: Term,
     cut: Threshold | None,
     share: float,
-    kind: Kind,
+    kind: Accumulator,
     count: int,
     workers: Workers,
 ) -> list[float]:

@@ -12,7 +12,7 @@ from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods import native, sparsify
 from pretrain.merge.methods.blocks import Block, Workers, spans
 from pretrain.merge.methods.task_vectors import NOTHING, SparseTaskVector, Threshold
-from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Kind, exact_sum
+from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Accumulator, exact_sum
 
 HALF = 1 << 16
 FEW = 1 << 14
@@ -30,7 +30,7 @@ Fill = Callable[[SparseTaskVector, Term, Block, np.ndarray], None]
 
 
 def cuts(
-    asked: Sequence[tuple[Term, int]], base: Term, kind: Kind, count: int, workers: Workers
+    asked: Sequence[tuple[Term, int]], base: Term, kind: Accumulator, count: int, workers: Workers
 ) -> list[Threshold | None]:
     """For every term and number of entries the cut in which exactly so many of x - base are, of equal ones the first;
     None for all of them.
@@ -99,7 +99,7 @@ class Look:
 
     term: Term
     base: Term
-    kind: Kind
+    kind: Accumulator
     workers: Workers
 
     def histogram(self, start: int, stop: int, high: int) -> np.ndarray:
@@ -213,7 +213,7 @@ def elect(weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None,
 
 
 def bands(
-    terms: Sequence[Term], base: Term, gamma: float, kind: Kind, count: int, workers: Workers
+    terms: Sequence[Term], base: Term, gamma: float, kind: Accumulator, count: int, workers: Workers
 ) -> list[tuple[Threshold | None, Threshold | None]]:
     """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing), so that
     int(density * count) entries are left below the int(gamma * count) largest, of equal ones the first. As in
@@ -236,7 +236,7 @@ def bands(
     ]
 
 
-def l1(part: SparseTaskVector, base: Term, fill: Fill, kind: Kind, count: int, workers: Workers) -> float:
+def l1(part: SparseTaskVector, base: Term, fill: Fill, kind: Accumulator, count: int, workers: Workers) -> float:
     """|x - base|_1 over that of the part, or 1 where either is next to nothing.
 
     Norms are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without
@@ -252,7 +252,7 @@ def l1(part: SparseTaskVector, base: Term, fill: Fill, kind: Kind, count: int, w
 
 
 def _sums(
-    part: SparseTaskVector, base: Term, fill: Fill, kind: Kind, start: int, stop: int, workers: Workers
+    part: SparseTaskVector, base: Term, fill: Fill, kind: Accumulator, start: int, stop: int, workers: Workers
 ) -> Iterator[tuple[float, float]]:
     if native.compiled("norms", kind) is not None:
         for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):

@@ -14,7 +14,7 @@ from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.output.journal import Done, Journal
 from pretrain.merge.output.writer import Key
-from pretrain.weights.dtypes import DTYPES, SPAN, elements
+from pretrain.weights.dtypes import DTYPES, ELEMENTS_PER_SPAN, elements
 
 
 @dataclass
@@ -63,8 +63,8 @@ class LocalOutput:
         """Bytes of a span, if what is in the file is what was written."""
         job = self.plan.jobs[key[0]]
         size = DTYPES[job.dtype].itemsize
-        at = job.offset + key[1] * SPAN * size
-        length = min(SPAN, elements(job.shape) - key[1] * SPAN) * size
+        at = job.offset + key[1] * ELEMENTS_PER_SPAN * size
+        length = min(ELEMENTS_PER_SPAN, elements(job.shape) - key[1] * ELEMENTS_PER_SPAN) * size
         digest, left = xxhash.xxh64(), length
         while left and (data := os.pread(self.files[job.file], min(left, 1 << 20), at + length - left)):
             digest.update(data)

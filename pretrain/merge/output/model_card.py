@@ -121,7 +121,7 @@ def _load(plan: Plan) -> str:
 
 def _spec(plan: Plan) -> str:
     """What `dromos merge --spec` takes to make the same again: mergekit's own file where that was given."""
-    asked, said = plan.asked, ""
+    asked, said = plan.request, ""
     if "mergekit" in asked:
         flags = f" --seed {asked['seed']}" if asked.get("seed") else ""
         if asked["max_shard_size"] != SHARD_SIZE:

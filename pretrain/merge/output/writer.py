@@ -75,14 +75,14 @@ def written(output: Output) -> Written:
     overflows: dict[str, int] = {}
     for number, job in enumerate(plan.jobs):
         parts = [output.done[number, place] for place in range(len(list(spans(elements(job.shape)))))]
-        tensors[job.name] = digests.of_tensor(bytes.fromhex(part.digest) for part in parts)
+        tensors[job.name] = digests.tensor_digest(bytes.fromhex(part.digest) for part in parts)
         if count := sum(part.overflow for part in parts):
             overflows[job.name] = count
         for place, term in enumerate(job.reads):
-            read = digests.of_tensor(bytes.fromhex(part.inputs[place]) for part in parts)
+            read = digests.tensor_digest(bytes.fromhex(part.inputs[place]) for part in parts)
             inputs[term.source][term.name] = read
     files = {
-        file.name: digests.of_file(file.header, [tensors[j.name] for j in plan.jobs if j.file == number])
+        file.name: digests.file_digest(file.header, [tensors[j.name] for j in plan.jobs if j.file == number])
         for number, file in enumerate(plan.files)
     }
     return Written(tensors, files, inputs, overflows)

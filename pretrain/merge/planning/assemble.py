@@ -12,24 +12,24 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Why
 from pretrain.merge.planning.output_layout import lay_out
 from pretrain.weights.companions import with_dtype
-from pretrain.weights.dtypes import Info
+from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.source import WeightSource
 
 LISTED = 200
 
 
 @dataclass(frozen=True)
-class Decided:
+class PlannedTensor:
     """One tensor of the output; `info`: dtype and shape as it is written."""
 
     name: str
-    info: Info
+    info: TensorInfo
     why: Why
     blend: Blend
 
 
 def assemble(
-    decided: Sequence[Decided],
+    decided: Sequence[PlannedTensor],
     sources: Sequence[WeightSource],
     main: int,
     max_shard_size: int,
@@ -37,7 +37,7 @@ def assemble(
     inputs: int,
     method: str,
     weights: Sequence[float],
-    asked: dict[str, Any],
+    request: dict[str, Any],
     dtype: str | None,
     frozen: Path | None = None,
     left_out: Sequence[str] = (),
@@ -48,8 +48,8 @@ def assemble(
     main:  the source whose config, tokenizer and ties the output has.
     dtype: what config.json says the output is; None: as it is there.
     """
-    if (unfit := sources[main].unfit) is not None:
-        raise UserError(f"{unfit}; the output has the config of {sources[main].address}")
+    if (config_error := sources[main].config_error) is not None:
+        raise UserError(f"{config_error}; the output has the config of {sources[main].address}")
     laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
     jobs = []
     named = {one.name: one for one in decided}
@@ -83,7 +83,7 @@ def assemble(
         inputs=inputs,
         method=method,
         weights=tuple(float(weight) for weight in weights),
-        asked=asked,
+        request=request,
         jobs=tuple(jobs),
         files=laid.files,
         index=laid.index,
@@ -93,7 +93,7 @@ def assemble(
         companions=with_dtype(sources[main].companions, dtype),
         stage_dir=sources[main].located.stage_dir,
         notes=(*notes, *sources[main].notes),
-        rows=tuple(source.rows for source in sources),
+        rows_digests=tuple(source.rows_digest for source in sources),
     )
 
 

@@ -30,12 +30,12 @@ THETA = {
     "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
 }
 ROUNDING = "each product rounded, added in this order, rounded once to the output type"
-RATE = 1e9
+BYTES_PER_SECOND = 1e9
 """bytes a second, read, combined and written, that an estimate takes for granted"""
-START = 32e6
+BASE_MEMORY = 32e6
 """bytes of the command with numpy before it merges, as measured"""
 SPANNED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
-WORK = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
+PASSES = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
 """how often a method goes over what it reads, where that is more than once"""
 
 
@@ -47,7 +47,7 @@ def lines(plan: Plan) -> list[str]:
         for i, address in enumerate(plan.addresses)
     ]
     rows.append(f"theta = {formula(plan)}")
-    rows += [f"  {job.name}  {job.dtype} {list(job.shape)}  {how(plan, job)}" for job in plan.jobs]
+    rows += [f"  {job.name}  {job.dtype} {list(job.shape)}  {blend_text(plan, job)}" for job in plan.jobs]
     if plan.frozen is not None:
         rows.append(f"  {FROZEN}: shared with {plan.frozen}")
     rows += [f"  left out: {name}" for name in plan.left_out]
@@ -71,13 +71,13 @@ def summary(plan: Plan) -> str:
 def formula(plan: Plan, addresses: bool = False) -> str:
     """The merge in one line, before any rule; inputs by letter or by address."""
     if not plan.weights:
-        return f"{plan.method}, tensor by tensor as {plan.asked['file']} asks"
+        return f"{plan.method}, tensor by tensor as {plan.request['file']} asks"
     names = plan.addresses if addresses else tuple(map(letter, range(len(plan.weights))))
     terms = " + ".join(f"{w:g} x {name}" for w, name in zip(plan.weights, names, strict=False))
     return terms if plan.method == "linear" else f"{plan.method}({terms})"
 
 
-def how(plan: Plan, job: TensorJob) -> str:
+def blend_text(plan: Plan, job: TensorJob) -> str:
     """What one tensor is made of."""
     marks = [letter(term.source) for term in job.terms]
     renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
@@ -108,7 +108,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "others": list(plan.addresses[plan.inputs :]),
         "method": plan.method,
-        "asked": plan.asked,
+        "asked": plan.request,
         "tensors": [
             {
                 "name": job.name,
@@ -133,7 +133,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read from the inputs (each once), bytes written, peak memory in bytes, seconds where RATE is had."""
+    """Bytes read from the inputs (each once), bytes written, peak memory in bytes, seconds at BYTES_PER_SECOND."""
 
     read: int
     written: int
@@ -145,18 +145,18 @@ class Cost:
         time = f"{self.seconds:.1f} s" if self.seconds >= 0.1 else "less than 0.1 s"
         return [
             f"reads {self.read:,} bytes, writes {self.written:,}; takes about {self.memory / 1e6:.0f} MB of memory, "
-            f"and {time} where the machine moves {RATE / 1e9:g} GB/s"
+            f"and {time} where the machine moves {BYTES_PER_SECOND / 1e9:g} GB/s"
         ]
 
 
 def cost(plan: Plan, sources: Sequence[WeightSource], threads: int | None = None) -> Cost:
     """Nothing is read for it. Memory is that of arrays and interpreter, without the page cache of mapped files."""
     reads = {job.name: _read(job, sources) for job in plan.jobs}
-    work = sum(WORK.get(job.method, 1) * reads[job.name] for job in plan.jobs)
+    work = sum(PASSES.get(job.method, 1) * reads[job.name] for job in plan.jobs)
     arrays = max((len(job.terms) + (16 if job.method == "ties" else 6) for job in plan.jobs), default=0)
     headers = sum(len(file.header) for file in plan.files)
-    memory = START + (threads or processors()) * ELEMENTS_PER_BLOCK * 8 * arrays + 20 * headers
-    return Cost(sum(reads.values()), plan.size, int(memory), (work + plan.size) / RATE)
+    memory = BASE_MEMORY + (threads or processors()) * ELEMENTS_PER_BLOCK * 8 * arrays + 20 * headers
+    return Cost(sum(reads.values()), plan.size, int(memory), (work + plan.size) / BYTES_PER_SECOND)
 
 
 def processors() -> int:

@@ -16,7 +16,7 @@ CODES = ("U8", "I8", "I16", "I32")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedInputs:
     """The sources of a merge: its inputs first, then whatever else it names.
 
     named: as it was written -> index. notes: what the plan should say of the sources.
@@ -30,7 +30,7 @@ class Opened:
 
 def open_inputs(
     inputs: Sequence[str], others: Sequence[str | None] = (), run_dir: Path | None = None
-) -> Opened:
+) -> OpenedInputs:
     """Open every address; each of `others` may be one of the inputs, their letter (A, B, ...), or another address."""
     addresses, named = list(inputs), {}
     for other in others:
@@ -48,7 +48,7 @@ def open_inputs(
         if other not in addresses:
             addresses.append(other)
         named[other] = addresses.index(other)
-    return Opened([open_weights(address, run_dir) for address in addresses], len(inputs), named)
+    return OpenedInputs([open_weights(address, run_dir) for address in addresses], len(inputs), named)
 
 
 def quantised(source: WeightSource) -> str | None:

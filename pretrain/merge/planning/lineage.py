@@ -17,7 +17,7 @@ from pretrain.weights.source import WeightSource
 DEPTH = 20
 
 
-def twin_notes(sources: Sequence[WeightSource]) -> list[str]:
+def duplicate_notes(sources: Sequence[WeightSource]) -> list[str]:
     """A note for what is named twice, which is most often a slip of the pen."""
     places: dict[str, list[str]] = {}
     for number, source in enumerate(sources):

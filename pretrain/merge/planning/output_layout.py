@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import OutputFile
-from pretrain.weights.dtypes import DTYPES, Info, elements
+from pretrain.weights.dtypes import DTYPES, TensorInfo, elements
 from pretrain.weights.formats.safetensors_file import layout
 
 SINGLE = "model.safetensors"
@@ -28,13 +28,13 @@ class Layout:
     places: dict[str, tuple[int, int]]
 
 
-def lay_out(tensors: Mapping[str, Info], max_shard_size: int = SHARD_SIZE) -> Layout:
+def lay_out(tensors: Mapping[str, TensorInfo], max_shard_size: int = SHARD_SIZE) -> Layout:
     """Files of at most `max_shard_size` bytes of tensors, filled in the order of `tensors`.
 
     A file ends before the tensor that would overfill it; a tensor larger than a file has one of its own. One file
     is model.safetensors, several are model-00001-of-0000N.safetensors with an index.
     """
-    groups: list[dict[str, Info]] = [{}]
+    groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
     for name, info in tensors.items():
         size = _size(info)
@@ -55,7 +55,9 @@ def lay_out(tensors: Mapping[str, Info], max_shard_size: int = SHARD_SIZE) -> La
     return Layout(tuple(files), _index(tensors, names, places) if count > 1 else None, places)
 
 
-def _index(tensors: Mapping[str, Info], files: list[str], places: Mapping[str, tuple[int, int]]) -> bytes:
+def _index(
+    tensors: Mapping[str, TensorInfo], files: list[str], places: Mapping[str, tuple[int, int]]
+) -> bytes:
     content = {
         "metadata": {"total_size": sum(_size(info) for info in tensors.values())},
         "weight_map": {name: files[places[name][0]] for name in sorted(tensors)},
@@ -63,7 +65,7 @@ def _index(tensors: Mapping[str, Info], files: list[str], places: Mapping[str, t
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _size(info: Info) -> int:
+def _size(info: TensorInfo) -> int:
     return elements(info[1]) * DTYPES[info[0]].itemsize
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import BASED, Method, Options, Plan, Term, Why, letter
-from pretrain.merge.planning.assemble import Blend, Decided, assemble, refusal
-from pretrain.merge.planning.inputs import Opened, open_inputs, quantised_inputs
-from pretrain.merge.planning.lineage import lineage_notes, twin_notes
+from pretrain.merge.planning.assemble import Blend, PlannedTensor, assemble, refusal
+from pretrain.merge.planning.inputs import OpenedInputs, open_inputs, quantised_inputs
+from pretrain.merge.planning.lineage import duplicate_notes, lineage_notes
 from pretrain.merge.planning.request import Request
 from pretrain.merge.planning.rules import Rules
 from pretrain.merge.vocabulary.align import aligned
-from pretrain.weights.dtypes import FLOATS, Info
+from pretrain.weights.dtypes import FLOATS, TensorInfo
 from pretrain.weights.source import WeightSource
 
 ADVICE = {
@@ -34,7 +34,7 @@ class Slot:
     """A tensor of the output before its weights are known; `origin`: the one source it is copied from."""
 
     name: str
-    info: Info
+    info: TensorInfo
     why: Why
     origin: int | None
 
@@ -70,7 +70,7 @@ class Planner:
         for name in every:
             self._decide(name)
         self._refuse_quantised()
-        self._problems += [("rule", problem) for problem in self._rules.idle(every)]
+        self._problems += [("rule", problem) for problem in self._rules.unmatched(every)]
         if not any(slot.why == "mixed" for slot in self._slots) and not self._problems:
             found = f"matches '{request.only}'" if request.only is not None else "could be mixed"
             self._problems.append(("none", f"no tensor {found}"))
@@ -94,7 +94,7 @@ class Planner:
         linked = set() if self._frozen is None else {s.name for s in self._slots if self._is_frozen(s)}
         slots = [slot for slot in self._slots if slot.name not in linked]
         decided = [
-            Decided(
+            PlannedTensor(
                 slot.name,
                 self._stored(slot),
                 slot.why,
@@ -110,11 +110,11 @@ class Planner:
             inputs=self.inputs,
             method=self.request.method,
             weights=weights,
-            asked=replace(self.request, weights=tuple(weights)).plain(),
+            request=replace(self.request, weights=tuple(weights)).to_dict(),
             dtype=self.dtype,
             frozen=self._frozen,
             left_out=self._left_out,
-            notes=[*self.request.notes, *twin_notes(self.sources), *lineage_notes(self.sources)],
+            notes=[*self.request.notes, *duplicate_notes(self.sources), *lineage_notes(self.sources)],
         )
 
     def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:
@@ -139,17 +139,17 @@ class Planner:
             options |= {"rescale": asked.rescale, "seed": asked.seed}
         return tuple(sorted(options.items()))
 
-    def _stored(self, slot: Slot) -> Info:
+    def _stored(self, slot: Slot) -> TensorInfo:
         return (self.dtype or slot.info[0], slot.info[1]) if slot.why == "mixed" else slot.info
 
     def _decide(self, name: str) -> None:
-        rule = self._rules.find(name)
+        rule = self._rules.first_match(name)
         if rule is not None and rule.copy_from is not None:
             self._copy(name, rule.copy_from)
             return
         holders = [i for i in range(self.inputs) if name in self._held[i]]
         if not self._rules.mixes(name):
-            outside = self._rules.outside(name)
+            outside = self._rules.outside_only(name)
             why: Why = "rest" if outside else "excluded"
             self._unmixed(name, holders, why, "outside only" if outside else "excluded")
         elif len(holders) < self.inputs or (self.base is not None and name not in self._held[self.base]):
@@ -244,7 +244,7 @@ class Planner:
         return f"{'base' if index == self.base else letter(index)} ({self.sources[index].address})"
 
 
-def open_request(request: Request, run_dir: Path | None = None) -> Opened:
+def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
     """Open everything that a request names, vocabularies brought together as it asks.
 
     Raises UserError where embeddings of different vocabularies would be mixed and it does not say how.
@@ -257,7 +257,7 @@ def open_request(request: Request, run_dir: Path | None = None) -> Opened:
 
 def prepare(
     request: Request, weights: Sequence[Sequence[float]] | None = None, run_dir: Path | None = None
-) -> tuple[list[Plan], Opened]:
+) -> tuple[list[Plan], OpenedInputs]:
     """One plan a row of resolved weights (default: the request's own), all with the same tensors in the same places."""
     rows = [request.weights] if weights is None else weights
     opened = open_request(request, run_dir)

@@ -75,7 +75,7 @@ class Request:
     vocabulary: str | None = None
     notes: tuple[str, ...] = ()
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, under the keys of a spec and as JSON and YAML hold it."""
         found = _plain(self)
         found.pop("notes", None)
@@ -87,7 +87,7 @@ class Request:
         return {KEYS.get(name, name): value for name, value in found.items() if value != []}
 
     @classmethod
-    def from_plain(cls, asked: dict[str, Any]) -> Request:
+    def from_dict(cls, asked: dict[str, Any]) -> Request:
         """What `plain` said; nothing is checked again."""
         names = {key: name for name, key in KEYS.items()}
         given = _tuples({names.get(key, key): value for key, value in asked.items()})
@@ -167,10 +167,10 @@ def request(
         check_rule(rule, count, method)
     return Request(
         inputs=tuple(inputs),
-        weights=weights_of(count, method, beta, weights, t, normalize),
+        weights=input_weights(count, method, beta, weights, t, normalize),
         method="linear" if method == "soup" else method,
         base=base,
-        densities=densities_of(count, density),
+        densities=input_densities(count, density),
         scale=_finite("--lambda", 1.0 if scale is None else scale),
         normalize=normalize,
         rescale=rescale is not False,
@@ -247,7 +247,7 @@ def check_dtype(dtype: str | None) -> str | None:
     return found
 
 
-def weights_of(
+def input_weights(
     count: int,
     method: str,
     beta: float | None,
@@ -287,7 +287,7 @@ def weights_of(
     return resolve_weights(count, beta, weights)
 
 
-def densities_of(count: int, density: float | Sequence[float] | None) -> tuple[float, ...]:
+def input_densities(count: int, density: float | Sequence[float] | None) -> tuple[float, ...]:
     listed = (
         [1.0 if density is None else float(density)] if not isinstance(density, Sequence) else list(density)
     )

@@ -43,23 +43,23 @@ class Rules:
 
     def mixes(self, name: str) -> bool:
         """Whether a tensor of that name is to be mixed, as far as `only`, `exclude` and the rules say."""
-        rule = self.find(name)
+        rule = self.first_match(name)
         excluded = rule is not None and (rule.exclude or rule.copy_from is not None)
         excluded = excluded or (self._exclude is not None and self._exclude.search(name) is not None)
-        return not excluded and not self.outside(name)
+        return not excluded and not self.outside_only(name)
 
-    def outside(self, name: str) -> bool:
+    def outside_only(self, name: str) -> bool:
         """Whether `only` leaves the tensor out of what is mixed."""
         return self._only is not None and not self._only.search(name)
 
-    def find(self, name: str) -> Rule | None:
+    def first_match(self, name: str) -> Rule | None:
         """The first rule that holds for a tensor."""
         for pattern, rule in self._rules:
             if pattern.search(name) and (rule.layers is None or _within(rule.layers, name)):
                 return rule
         return None
 
-    def idle(self, names: Collection[str]) -> list[str]:
+    def unmatched(self, names: Collection[str]) -> list[str]:
         """What of `exclude` and the rules finds nothing among `names`, in words: most often a slip of the pen."""
         found = []
         if self._exclude is not None and not any(map(self._exclude.search, names)):
@@ -81,7 +81,7 @@ class Rules:
 
     def weights(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
         """One resolved weight for each input, for a tensor that is mixed."""
-        rule = self.find(name)
+        rule = self.first_match(name)
         if rule is None:
             return tuple(default)
         if rule.t is not None:

@@ -12,7 +12,7 @@ from pretrain.merge.execute import check_apart, execute
 from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output.record import RECORD
 from pretrain.merge.output.writer import Progress
-from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.sweeps.results import Scored, Sweep, _shown, folder_names
 from pretrain.merge.sweeps.scoring import Command, metric_of, telling
 from pretrain.merge.sweeps.workspace import Workplace, discard
@@ -23,7 +23,7 @@ RESULTS = "sweep.json"
 
 def run_sweep(
     plans: Sequence[Plan],
-    opened: Opened,
+    opened: OpenedInputs,
     betas: Sequence[float],
     out: Path | str,
     command: Command | None = None,

@@ -20,7 +20,7 @@ from pretrain.merge.execute import check_apart, execute
 from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Plan, letter
 from pretrain.merge.output.writer import Progress
-from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.planner import Planner
 from pretrain.merge.planning.request import Request
 from pretrain.merge.sweeps.scoring import Command, Figures, metric_of, telling
@@ -100,7 +100,7 @@ class Soup:
 
 def find_soup(
     request: Request,
-    opened: Opened,
+    opened: OpenedInputs,
     out: Path | str,
     command: Command | None = None,
     *,
@@ -149,7 +149,7 @@ class _Search:
     def __init__(
         self,
         request: Request,
-        opened: Opened,
+        opened: OpenedInputs,
         out: str,
         command: Command | None,
         threads: int | None,

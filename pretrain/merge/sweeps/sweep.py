@@ -12,7 +12,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import join
 from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output.writer import Progress, combine_range
-from pretrain.merge.planning.inputs import Opened
+from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request, resolve_weights
 from pretrain.merge.sweeps.scored_sweep import run_sweep
@@ -50,7 +50,7 @@ def sweep(
 
 def plan_sweep(
     a: str, b: str, betas: Sequence[float], *, run_dir: Path | None = None, **asked: Any
-) -> tuple[list[Plan], Opened]:
+) -> tuple[list[Plan], OpenedInputs]:
     """One plan a beta, all with the same tensors in the same places."""
     if not betas:
         raise UserError("a sweep needs betas")

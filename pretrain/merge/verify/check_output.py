@@ -25,7 +25,7 @@ from pretrain.merge.verify.recompute import (
     read_digest,
 )
 from pretrain.merge.vocabulary.align import EMBEDDING
-from pretrain.weights.dtypes import Info
+from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.folder import FROZEN, Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource
@@ -103,7 +103,7 @@ def _check_all(
     else:
         report.add("wrong", f"{RECORD} was edited: its seal is of other content")
     sound: dict[str, SafetensorsFile] = {}
-    held: dict[str, Info] = {}
+    held: dict[str, TensorInfo] = {}
     places: dict[str, str] = {}
     with Workers([], threads=threads) as workers:
         for name, entry in record["output"].items():
@@ -145,7 +145,7 @@ def _check_places(
     folder: Folder,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
-    held: Mapping[str, Info],
+    held: Mapping[str, TensorInfo],
     places: Mapping[str, str],
 ) -> None:
     """Every tensor in its file, in its shape; the index says so too; ties lead to something."""
@@ -204,7 +204,7 @@ def _digest_of(folder: Folder, name: str) -> str | None:
         return None
 
 
-def _check_config(report: Report, folder: Folder, held: Mapping[str, Info]) -> None:
+def _check_config(report: Report, folder: Folder, held: Mapping[str, TensorInfo]) -> None:
     """What config.json says of sizes, where it is the same in all models: vocabulary, width, number of layers."""
     try:
         config: Any = folder.json("config.json") if "config.json" in folder else {}

@@ -12,7 +12,7 @@ import xxhash
 from data_pipeline.errors import UserError
 from pretrain.merge.methods.blocks import Workers
 from pretrain.merge.verify.recompute import Progress
-from pretrain.weights.digests import of_file, of_tensor
+from pretrain.weights.digests import file_digest, tensor_digest
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
@@ -57,7 +57,7 @@ def check_file(
             report.not_finite[tensor] = counts[0], counts[1]
         if progress is not None:
             progress(elements(file.info(tensor)[1]) * file.read(tensor, 0, 0).itemsize)
-    if of_file(file.header, found.values()) == entry["digest"]:
+    if file_digest(file.header, found.values()) == entry["digest"]:
         return True
     other = [tensor for tensor, digest in found.items() if record["tensors"].get(tensor) != digest]
     for tensor in other:
@@ -86,7 +86,7 @@ def _look_at(file: SafetensorsFile, tensor: str, workers: Workers) -> tuple[str,
 
     parts = list(workers.over(work, elements(shape)))
     return (
-        of_tensor(part[0] for part in parts),
+        tensor_digest(part[0] for part in parts),
         sum(part[1] for part in parts),
         sum(part[2] for part in parts),
     )

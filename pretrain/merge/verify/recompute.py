@@ -15,7 +15,7 @@ from pretrain.merge.merge_plan import TensorJob
 from pretrain.merge.methods.blocks import Workers, spans
 from pretrain.merge.methods.compute import Compute, prepare
 from pretrain.merge.output.writer import rounded
-from pretrain.weights.digests import of_names, of_tensor
+from pretrain.weights.digests import combined_digest, tensor_digest
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource, open_weights
@@ -76,9 +76,9 @@ def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], wo
                 one.update(source.read(name, at, min(at + ELEMENTS_PER_BLOCK, stop)).view(np.uint8).data)
             return one.digest()
 
-        return of_tensor(workers.over(work, elements(source.info(name)[1])))
+        return tensor_digest(workers.over(work, elements(source.info(name)[1])))
 
-    return of_names({name: digest(name) for name in names})
+    return combined_digest({name: digest(name) for name in names})
 
 
 def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[tuple[int, int, int]]:

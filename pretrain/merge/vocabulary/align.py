@@ -10,17 +10,17 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
-from pretrain.merge.vocabulary.remapped_source import RowMap, View, stored_name
+from pretrain.merge.vocabulary.remapped_source import RemappedSource, RowMap, stored_name
 from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
     STALE,
     Tokenizer,
+    joint_tokenizer_json,
     read_tokenizer,
-    renumbered,
-    rewritten,
+    renumbered_companions,
     with_tokenizer,
 )
-from pretrain.weights.companions import adapted_config, as_json, read
+from pretrain.weights.companions import adapted_config, as_json, read_companion
 from pretrain.weights.folder import parse_json
 from pretrain.weights.source import WeightSource
 
@@ -72,14 +72,16 @@ def aligned(
         if not any(map(mixed, shared)):  # those of other names are never mixed: the planner lists them
             return list(sources)
         raise UserError(_difference(taking, chosen, rows, tokenizers))
-    check_alike(chosen, [names[i] for i in taking])
+    check_row_types(chosen, [names[i] for i in taking])
     made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
     unknown = _unknown(chosen, rows, {name for found in names for name in found})
     views = list(sources)
     for place, i in enumerate(taking):
-        moved, companions, notes, unfit = made[place]
+        moved, companions, notes, config_error = made[place]
         notes = [*notes, *unknown]
-        views[i] = View(sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, unfit)
+        views[i] = RemappedSource(
+            sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, config_error
+        )
     return views
 
 
@@ -136,7 +138,7 @@ def _rows_of(source: WeightSource, names: Sequence[str], rule: str | None) -> in
 
 def _raw(source: WeightSource) -> bytes | None:
     companion = source.companions.get(FILE)
-    return None if companion is None else read(companion)
+    return None if companion is None else read_companion(companion)
 
 
 def _difference(
@@ -159,7 +161,7 @@ def _difference(
     return f"the vocabularies differ: {'; '.join(said)}{note}; {ADVICE}"
 
 
-def check_alike(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
+def check_row_types(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
     """Rows of one source are read in another's place: they must be as wide and of the same type."""
     for name in dict.fromkeys(name for found in names for name in found):
         for source in sources:
@@ -207,7 +209,7 @@ def _pad(
             companions |= {n: c for n, c in other.companions.items() if n.startswith(theirs)}
             notes.append(f"the tokenizer is that of {other.address}, which has the most tokens")
         if "config.json" in companions:
-            config = parse_json(read(companions["config.json"]), f"{source.address}: config.json")
+            config = parse_json(read_companion(companions["config.json"]), f"{source.address}: config.json")
             companions["config.json"] = as_json(adapted_config(config, {"vocab_size": total}))
         made.append((RowMap.of(owner, np.arange(total)), companions, notes, None))
     return made
@@ -237,7 +239,7 @@ def _by_token(
             ids |= {token: free + place for place, token in enumerate(extra)}
             free += len(extra)
         total = max(rows[0], free)
-    joined = rewritten(tokenizers, ids) if rule != "first" else b""
+    joined = joint_tokenizer_json(tokenizers, ids) if rule != "first" else b""
     holder = {t: next(k for k, one in enumerate(tokenizers) if t in one.ids) for t in ids}
     made: list[Made] = []
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
@@ -247,7 +249,7 @@ def _by_token(
             from_whom = i if token in tokenizer.ids else holder[token]
             owner[number], row[number] = from_whom, tokenizers[from_whom].ids[token]
         companions: dict[str, Path | bytes]
-        unfit = None
+        config_error = None
         if rule == "first":
             notes = [f"the tokenizer is that of {sources[0].address}"] if i else []
             donor = sources[0].companions
@@ -257,17 +259,17 @@ def _by_token(
                     source.companions, donor, None, total, source.address, (tokenizer, ids)
                 )
             except UserError as error:  # matters only where the output is to have this config
-                unfit = str(error)
-            made.append((RowMap.of(owner, row), companions, notes, unfit))
+                config_error = str(error)
+            made.append((RowMap.of(owner, row), companions, notes, config_error))
             continue
         companions = {FILE: joined}
         try:
-            companions = renumbered(source.companions, tokenizer, ids, joined, total)
+            companions = renumbered_companions(source.companions, tokenizer, ids, joined, total)
         except UserError as error:  # matters only where the output is to have this config
-            unfit = str(error)
+            config_error = str(error)
         stale = [name for name in source.companions if name in STALE]
         notes = [f"{', '.join(stale)} of {source.address} left out: tokenizer.json says it"] if stale else []
-        made.append((RowMap.of(owner, row), companions, notes, unfit))
+        made.append((RowMap.of(owner, row), companions, notes, config_error))
     return made
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pretrain.weights.dtypes import DTYPES, Info, elements, narrow
+from pretrain.weights.dtypes import DTYPES, TensorInfo, elements, narrow
 from pretrain.weights.source import WeightSource
 
-MADE = -1
+MEAN = -1
 ELEMENTS_PER_STEP = 1 << 20
 
 
@@ -21,7 +21,7 @@ class RowMap:
     """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
     both go on by one.
 
-    made: rows whose owner is MADE -> the (owner, row) whose mean they are: zeros for none, of all rows of this
+    made: rows whose owner is MEAN -> the (owner, row) whose mean they are: zeros for none, of all rows of this
           tensor that are not made so for None.
     """
 
@@ -37,7 +37,7 @@ class RowMap:
         row: np.ndarray,
         made: Mapping[int, tuple[tuple[int, int], ...] | None] | None = None,
     ) -> RowMap:
-        breaks = (np.diff(row) != 1) | (np.diff(owner) != 0) | (owner[1:] == MADE)
+        breaks = (np.diff(row) != 1) | (np.diff(owner) != 0) | (owner[1:] == MEAN)
         starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
         return cls(owner, row, starts, made or {})
 
@@ -48,7 +48,7 @@ class RowMap:
         return xxhash.xxh64_hexdigest(self.owner.tobytes() + self.row.tobytes() + made)
 
 
-class View(WeightSource):
+class RemappedSource(WeightSource):
     """A source whose vocabulary's tensors (those of `rows`) are read in the rows of the output; all else is as it is.
 
     sources: whom `owner` counts.
@@ -61,21 +61,23 @@ class View(WeightSource):
         rows: Mapping[str, RowMap],
         companions: Mapping[str, Path | bytes],
         notes: Sequence[str],
-        unfit: str | None,
+        config_error: str | None,
     ) -> None:
         self.__dict__.update(source.__dict__)
-        self.unfit = unfit or source.unfit
+        self.config_error = config_error or source.config_error
         self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
         self._source, self._sources, self._rows = source, sources, dict(rows)
-        self.rows = " ".join([source.rows, *(f"{name} {one.digest}" for name, one in rows.items())]).strip()
+        self.rows_digest = " ".join(
+            [source.rows_digest, *(f"{name} {one.digest}" for name, one in rows.items())]
+        ).strip()
         self._mean: dict[str, np.ndarray] = {}
 
     @classmethod
-    def beside(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> View:
+    def beside(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> RemappedSource:
         """The same weights with other files beside them."""
         return cls(source, [], {}, companions, [], None)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         dtype, shape = self._source.info(name)
         return (dtype, (len(self._rows[name].row), *shape[1:])) if name in self._rows else (dtype, shape)
 
@@ -91,7 +93,7 @@ class View(WeightSource):
             first = int(rows.starts[run])
             last = int(rows.starts[run + 1]) if run + 1 < len(rows.starts) else shape[0]
             end = min(stop, last * width)
-            if int(rows.owner[first]) == MADE:
+            if int(rows.owner[first]) == MEAN:
                 part = self._made(name, first)[at - first * width : end - first * width]
             else:
                 shift = (int(rows.row[first]) - first) * width

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.vocabulary.tokenizer_legacy import read_ids
-from pretrain.weights.companions import adapted_config, as_json, read
+from pretrain.weights.companions import adapted_config, as_json, read_companion
 from pretrain.weights.folder import parse_json
 
 FILE = "tokenizer.json"
@@ -63,7 +63,7 @@ def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
         ids = read_ids(companions, where)
         return None if ids is None else Tokenizer(where, {}, ids)
     where = f"{where}: {FILE}"
-    content = parse_json(read(companions[FILE]), where)
+    content = parse_json(read_companion(companions[FILE]), where)
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pieces with scores, numbered by their place
@@ -85,7 +85,7 @@ def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
     return Tokenizer(where, content, ids)
 
 
-def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
+def joint_tokenizer_json(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     """tokenizer.json of the first tokenizer with exactly the tokens of `ids`, under these numbers.
 
     Tokens that the first lacks come from the others: added tokens as they are; pieces of the model together with the
@@ -93,7 +93,7 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     for one that is damaged.
     """
     try:
-        return _rewritten(tokenizers, ids)
+        return _joint_tokenizer_json(tokenizers, ids)
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -101,7 +101,7 @@ def rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
         raise UserError(f"{of}: not a tokenizer ({error!r}); fetch or write it again") from None
 
 
-def _rewritten(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
+def _joint_tokenizer_json(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> bytes:
     first = tokenizers[0]
     _check_content(first)
     content = copy.deepcopy(first.content)
@@ -200,7 +200,7 @@ def _number(token: Any, ids: Mapping[str, int], where: str) -> int:
     return ids[token]
 
 
-def renumbered(
+def renumbered_companions(
     companions: Companions, tokenizer: Tokenizer, ids: Mapping[str, int], joined: bytes, rows: int
 ) -> dict[str, Path | bytes]:
     """Companions of weights whose tokens get new numbers: `joined` as tokenizer.json, and whatever names tokens.
@@ -213,7 +213,7 @@ def renumbered(
     out[FILE] = joined
     for name in ("config.json", "generation_config.json"):
         if name in out:
-            content = parse_json(read(out[name]), f"{tokenizer.where}: {name}")
+            content = parse_json(read_companion(out[name]), f"{tokenizer.where}: {name}")
             _renumber_settings(content, by_number, ids, f"{tokenizer.where}: {name}")
             if name == "config.json":
                 content = adapted_config(content, {"vocab_size": rows})
@@ -224,7 +224,7 @@ def renumbered(
 def _with_added(companions: Companions, joined: bytes, where: str) -> dict[str, Path | bytes]:
     """The tokens that tokenizer_config.json lists, where it does, are those of the joined tokenizer.json."""
     settings = companions.get("tokenizer_config.json")
-    content = parse_json(read(settings), where) if settings is not None else None
+    content = parse_json(read_companion(settings), where) if settings is not None else None
     if not isinstance(content, dict) or not isinstance(content.get("added_tokens_decoder"), dict):
         return dict(companions)
     content["added_tokens_decoder"] = {
@@ -275,11 +275,11 @@ def with_tokenizer(
         theirs = _with_added(theirs, joined, where) | {FILE: joined}
     found: dict[str, Path | bytes] = {**out, **theirs}
     for name in ("config.json", "generation_config.json"):
-        content = parse_json(read(found[name]), f"{where}: {name}") if name in found else None
+        content = parse_json(read_companion(found[name]), f"{where}: {name}") if name in found else None
         if not isinstance(content, dict):
             continue
         if donor is not companions:
-            said = parse_json(read(donor[name]), name) if name in donor else {}
+            said = parse_json(read_companion(donor[name]), name) if name in donor else {}
             if moved is not None:
                 own = {number: token for token, number in moved[0].ids.items()}
                 _renumber_settings(content, own, moved[1], f"{where}: {name}", said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pretrain.weights.companions import read
+from pretrain.weights.companions import read_companion
 from pretrain.weights.folder import parse_json
 
 Companions = Mapping[str, Path | bytes]
@@ -27,15 +27,15 @@ def read_ids(companions: Companions, where: str) -> dict[str, int] | None:
 
 def _own(companions: Companions, where: str) -> dict[str, int] | None:
     if "vocab.json" in companions:
-        content = parse_json(read(companions["vocab.json"]), f"{where}: vocab.json")
+        content = parse_json(read_companion(companions["vocab.json"]), f"{where}: vocab.json")
         return dict(content) if isinstance(content, dict) and _numbers(content) else None
     if "vocab.txt" in companions:
-        lines = read(companions["vocab.txt"]).decode("utf-8", "replace").rstrip("\n").split("\n")
+        lines = read_companion(companions["vocab.txt"]).decode("utf-8", "replace").rstrip("\n").split("\n")
         return {line.rstrip("\r"): number for number, line in enumerate(lines)}
     for name in MODELS:
         if name in companions:
             try:
-                pieces = list(_pieces(read(companions[name])))
+                pieces = list(_pieces(read_companion(companions[name])))
             except (ValueError, IndexError):  # some models have files of that name in another form
                 return None
             return {piece: number for number, piece in enumerate(pieces)} or None
@@ -44,11 +44,13 @@ def _own(companions: Companions, where: str) -> dict[str, int] | None:
 
 def _added(companions: Companions, where: str) -> Iterator[tuple[str, int]]:
     if "added_tokens.json" in companions:
-        content = parse_json(read(companions["added_tokens.json"]), f"{where}: added_tokens.json")
+        content = parse_json(read_companion(companions["added_tokens.json"]), f"{where}: added_tokens.json")
         if isinstance(content, dict) and _numbers(content):
             yield from content.items()
     if "tokenizer_config.json" in companions:
-        content = parse_json(read(companions["tokenizer_config.json"]), f"{where}: tokenizer_config.json")
+        content = parse_json(
+            read_companion(companions["tokenizer_config.json"]), f"{where}: tokenizer_config.json"
+        )
         known = content.get("added_tokens_decoder") if isinstance(content, dict) else None
         for number, one in known.items() if isinstance(known, dict) else ():
             if str(number).isdigit() and isinstance(one, dict) and isinstance(one.get("content"), str):

@@ -11,11 +11,11 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
-from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, Info, elements
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, TensorInfo, elements
 
-ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
+DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 MAX_HEADER = 100_000_000  # as in the reference library
-FIRST = 1 << 16  # bytes that are asked for at once: most headers are whole in them
+FIRST_READ_BYTES = 1 << 16  # bytes that are asked for at once: most headers are whole in them
 
 
 class SafetensorsFile:
@@ -28,7 +28,7 @@ class SafetensorsFile:
         self._file = open_file(file) if isinstance(file, Path | str) else file
         self.path = Path(self._file.name) if not self._file.remote else self._file.name
         self.size = self._file.size
-        start = self._file.peek(0, min(self.size, FIRST))
+        start = self._file.peek(0, min(self.size, FIRST_READ_BYTES))
         length = int.from_bytes(start[:8], "little")
         if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, self.size - 8):
             raise self._broken(f"its header would be {length} bytes in a file of {self.size}")
@@ -40,7 +40,7 @@ class SafetensorsFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         dtype, shape, _ = self._entries[name]
         return dtype, shape
 
@@ -118,7 +118,7 @@ def short(text: str) -> str:
     return line if len(line) <= 300 else line[:297] + "..."
 
 
-def layout(tensors: Mapping[str, Info], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """Header bytes (length prefix included) of a file with these tensors, and each one's place in the file in bytes.
 
     Widest dtype first, then by name, as the reference implementation does: every tensor is aligned to its type, and
@@ -127,7 +127,7 @@ def layout(tensors: Mapping[str, Info], metadata: Mapping[str, str]) -> tuple[by
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     offsets: dict[str, int] = {}
-    for name in sorted(tensors, key=lambda name: (-ORDER[tensors[name][0]], name)):
+    for name in sorted(tensors, key=lambda name: (-DTYPE_ORDER[tensors[name][0]], name)):
         dtype, shape = tensors[name]
         length = elements(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + length]}

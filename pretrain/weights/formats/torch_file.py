@@ -10,15 +10,17 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
-from pretrain.weights.dtypes import Info
+from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.formats.safetensors_file import is_name, short
 from pretrain.weights.formats.torch_pickle import Unpickler
 from pretrain.weights.formats.torch_tensor import Storage, Tensor
 from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
 MAX_PICKLE = 64 << 20
-INSIDE = ("state_dict", "model_state_dict", "model", "module")
-WRAPPED = "module."  # what DistributedDataParallel puts before every name, and open_clip's checkpoints keep
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+DDP_PREFIX = (
+    "module."  # what DistributedDataParallel puts before every name, and open_clip's checkpoints keep
+)
 
 
 class TorchFile:
@@ -89,7 +91,7 @@ class TorchFile:
 
 
 class StateDict:
-    """A flat state dict at the top of a file, or under one of INSIDE.
+    """A flat state dict at the top of a file, or under one of STATE_DICT_KEYS.
 
     `tied`: a name that shares its memory with an earlier one -> that one; it is not in `names()`.
     """
@@ -97,9 +99,14 @@ class StateDict:
     def __init__(self, file: ByteFile | Path | str) -> None:
         archive = TorchFile(file)
         content: Any = archive.content
-        for _ in INSIDE:
+        for _ in STATE_DICT_KEYS:
             inner = next(
-                (content[k] for k in INSIDE if isinstance(content, dict) and _is_dict(content.get(k))), None
+                (
+                    content[k]
+                    for k in STATE_DICT_KEYS
+                    if isinstance(content, dict) and _is_dict(content.get(k))
+                ),
+                None,
             )
             if inner is None:
                 break
@@ -108,14 +115,16 @@ class StateDict:
             raise UserError(f"{archive.name}: holds no state dict")
         found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if not found:
-            raise UserError(f"{archive.name}: holds no tensors at its top nor under {', '.join(INSIDE)}")
+            raise UserError(
+                f"{archive.name}: holds no tensors at its top nor under {', '.join(STATE_DICT_KEYS)}"
+            )
         for name in found:
             if not is_name(name):
                 raise UserError(
                     f"{archive.name}: a tensor is named {ascii(name)[:80]}, which is no printable text"
                 )
-        if all(name.startswith(WRAPPED) for name in found):
-            found = {name.removeprefix(WRAPPED): value for name, value in found.items()}
+        if all(name.startswith(DDP_PREFIX) for name in found):
+            found = {name.removeprefix(DDP_PREFIX): value for name, value in found.items()}
         self.tied: dict[str, str] = {}
         self._tensors: dict[str, Tensor] = {}
         first: dict[object, str] = {}
@@ -128,7 +137,7 @@ class StateDict:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         return self._tensors[name].dtype, self._tensors[name].shape
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -162,10 +162,10 @@ def _check_keys(keys: Any) -> None:
 
 
 # Python's own machine, not C's: that one clears memory for any place in its memo that a file claims.
-_Machine: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
-class Unpickler(_Machine):
+class Unpickler(_PythonUnpickler):
     """One pickle; `storage` makes a Storage of its key, dtype and bytes."""
 
     def __init__(self, data: bytes, storage: Callable[[str, str, int], Storage]) -> None:
@@ -264,7 +264,7 @@ def _dispatch() -> dict[int, Action]:
         pickle.SETITEMS: Unpickler.load_setitems, pickle.DICT: Unpickler.load_dict,
         pickle.FROZENSET: Unpickler.load_frozenset, pickle.ADDITEMS: Unpickler.load_additems,
     }  # fmt: skip
-    table = {code: _counted(action) for code, action in _Machine.dispatch.items()}
+    table = {code: _counted(action) for code, action in _PythonUnpickler.dispatch.items()}
     table |= {code[0]: _counted(action) for code, action in own.items()}
     return table | {code[0]: _refused(what) for code, what in FORBIDDEN_CODES.items()}
 

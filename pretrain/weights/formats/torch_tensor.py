@@ -90,7 +90,7 @@ class Tensor:
 
     def strided(self) -> np.ndarray:
         kind = DTYPES[self.dtype]
-        last = self.offset + _reach(self.shape, self.stride)
+        last = self.offset + _last_element(self.shape, self.stride)
         span = self.storage.bytes(self.offset * kind.itemsize, (last + 1) * kind.itemsize)
         strides = tuple(step * kind.itemsize for step in self.stride)
         return np.lib.stride_tricks.as_strided(
@@ -115,13 +115,13 @@ def checked_tensor(storage: Storage, dtype: str, offset: Any, shape: Any, stride
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *stride)):
         raise ValueError("a tensor whose shape, stride or offset is no whole number from 0 on")
     taken = elements(tuple(shape)) * DTYPES[dtype].itemsize
-    if taken and (offset + _reach(shape, stride) + 1) * DTYPES[dtype].itemsize > storage.nbytes:
+    if taken and (offset + _last_element(shape, stride) + 1) * DTYPES[dtype].itemsize > storage.nbytes:
         raise ValueError(f"a tensor of shape {tuple(shape)} that reaches beyond its storage")
     if taken > max(storage.nbytes, LARGEST_EXPANDED):
         raise ValueError(f"a tensor of shape {tuple(shape)} over {storage.nbytes} bytes")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
 
 
-def _reach(shape: Any, stride: Any) -> int:
+def _last_element(shape: Any, stride: Any) -> int:
     """Elements from the first to the last of a tensor that is not empty."""
     return sum((side - 1) * step for side, step in zip(shape, stride, strict=True))

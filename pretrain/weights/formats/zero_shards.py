@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile
-from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, Info, elements, narrow
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, TensorInfo, elements, narrow
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import is_name, short
 from pretrain.weights.formats.torch_file import TorchFile
@@ -24,8 +24,8 @@ from pretrain.weights.formats.torch_tensor import Tensor
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 EXPERTS = re.compile(r"(^|_)expert_\d+_|^expp_rank_\d+_")
-ELEMENTS_COMPARED = 1 << 18  # elements that are compared at once
-SIDE_BY_SIDE = 8  # remote files whose heads are read at once
+ELEMENTS_PER_COMPARISON = 1 << 18  # elements that are compared at once
+PARALLEL_OPENS = 8  # remote files whose heads are read at once
 LAYERS = re.compile(r"^layer_\d+")
 
 
@@ -43,7 +43,7 @@ class Piece:
 class Entry:
     """One parameter and its pieces in order; `stops`: where each ends."""
 
-    info: Info
+    info: TensorInfo
     pieces: tuple[Piece, ...]
     stops: tuple[int, ...]
 
@@ -101,7 +101,7 @@ class ZeroShards:
     def names(self) -> list[str]:
         return list(self._entries)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         return self._entries[name].info
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -130,7 +130,7 @@ class ZeroShards:
         self.files += files
         if not self.folder.remote:
             return [TorchFile(file) for file in files]
-        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
             return list(pool.map(TorchFile, files))
 
     def _refuse_parallel(self) -> None:
@@ -203,8 +203,8 @@ class ZeroShards:
     def _rounds_to(self, master: Tensor, name: str) -> bool:
         """Whether all of a master rounds to the stored tensor of its shape; compared block by block."""
         dtype = self.info(name)[0]
-        for at in range(0, master.numel, ELEMENTS_COMPARED):
-            stop = min(at + ELEMENTS_COMPARED, master.numel)
+        for at in range(0, master.numel, ELEMENTS_PER_COMPARISON):
+            stop = min(at + ELEMENTS_PER_COMPARISON, master.numel)
             stored = self.read(name, at, stop).view(np.uint16)
             if not np.array_equal(narrow(master.read(at, stop), dtype).view(np.uint16), stored):
                 return False
@@ -242,7 +242,7 @@ class ZeroShards:
             at = 0
             for place, (name, shape) in enumerate(group.items()):
                 self._put(name, ("F32", shape), _cut(vector, at, elements(shape)))
-                at += elements(shape) + (_whole(paddings[number][place]) if paddings else 0)
+                at += elements(shape) + (_size(paddings[number][place]) if paddings else 0)
             self._check_length(at, sum(shard.numel for shard in vector), slack=2 * len(partitions))
 
     def _stage_3(self, flat: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]]) -> None:
@@ -301,7 +301,7 @@ class ZeroShards:
     def _add(self, name: str, tensor: Tensor) -> None:
         self._put(name, (tensor.dtype, tensor.shape), [Piece(0, tensor.numel, tensor, 0)])
 
-    def _put(self, name: str, info: Info, pieces: Iterable[Piece]) -> None:
+    def _put(self, name: str, info: TensorInfo, pieces: Iterable[Piece]) -> None:
         pieces = tuple(pieces)
         self._entries[name] = Entry(info, pieces, tuple(piece.stop for piece in pieces))
 
@@ -329,10 +329,10 @@ def _shapes(group: Any, file: str) -> dict[str, tuple[int, ...]]:
 def _shape(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, tuple | list) or len(shape) > MAX_DIMENSIONS:
         raise ValueError("a shape that is no short list of numbers")
-    return tuple(_whole(side) for side in shape)
+    return tuple(_size(side) for side in shape)
 
 
-def _whole(number: Any) -> int:
+def _size(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 1 << 63:
         raise ValueError("a size that is no whole number from 0 on")
     return number

@@ -9,14 +9,14 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile
-from pretrain.weights.dtypes import Info, elements
+from pretrain.weights.dtypes import TensorInfo, elements
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import is_name
 from pretrain.weights.formats.torch_file import TorchFile
 from pretrain.weights.formats.torch_tensor import Tensor
 
 MASTER = "fp32.pt"
-SIDE_BY_SIDE = 8
+PARALLEL_OPENS = 8
 
 
 def is_universal(folder: Folder) -> bool:
@@ -24,18 +24,18 @@ def is_universal(folder: Folder) -> bool:
     return "zero" in folder.folders and not folder.matching("*.safetensors", "*.bin")
 
 
-class Universal:
+class UniversalCheckpoint:
     """Parameters in `zero/NAME/fp32.pt`. Those of ZeRO-3 are flat there; the model file beside `zero` has their shapes,
     the buffers, and which names share one weight (`tied`). Raises UserError naming the file that is not what it should
     be.
     """
 
     def __init__(self, folder: Folder) -> None:
-        zero = folder.below("zero")
+        zero = folder.subfolder("zero")
         model = _Model(folder)
         self.tied = {alias: name for alias, name in model.shared.items() if name in zero.folders}
         names = [n for n in zero.folders if not n.endswith((".tmp", "_tmp")) and n not in self.tied]
-        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        with ThreadPoolExecutor(PARALLEL_OPENS) as pool:
             opened = list(pool.map(lambda name: _open(zero, name), names))
         self.files: list[ByteFile] = [*model.files, *(file for file, _ in opened)]
         self._tensors = {name: tensor for name, (_, tensor) in zip(names, opened, strict=True)}
@@ -57,7 +57,7 @@ class Universal:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         return self._tensors[name].dtype, self._shapes[name]
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class Universal:
 
 
 def _open(zero: Folder, name: str) -> tuple[ByteFile, Tensor]:
-    below = zero.below(name)
+    below = zero.subfolder(name)
     if MASTER not in below:
         raise UserError(f"{below.url}: holds no {MASTER}; convert the checkpoint again")
     file = below.open(MASTER)

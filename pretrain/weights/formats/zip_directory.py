@@ -36,7 +36,7 @@ class ZipDirectory:
 
     def __init__(self, file: ByteFile) -> None:
         self._file = file
-        start, length, count = self._find()
+        start, length, count = self._locate_directory()
         raw = file.peek(start, start + length)
         found: list[Entry] = []
         at = 0
@@ -68,7 +68,7 @@ class ZipDirectory:
             raise ValueError(f"{entry.name!r} reaches into what follows it")
         return start
 
-    def _find(self) -> tuple[int, int, int]:
+    def _locate_directory(self) -> tuple[int, int, int]:
         """Place, length and number of entries of the directory."""
         size = self._file.size
         tail = self._file.peek(max(0, size - TAIL), size)
@@ -105,14 +105,14 @@ def _entry(raw: bytes, at: int) -> tuple[Entry, int]:
         raise ValueError("its directory ends early")
     if flags & 1:
         raise ValueError("it is encrypted")
-    size, packed, header = _wide(raw[body + name : body + name + extra], size, packed, header)
+    size, packed, header = _zip64_values(raw[body + name : body + name + extra], size, packed, header)
     if method == STORED and size != packed:
         raise ValueError("a member has two sizes")
     text = raw[body : body + name].decode("utf-8" if flags & 0x800 else "cp437")
     return Entry(text, method, packed, header, 0), end
 
 
-def _wide(extra: bytes, *values: int) -> list[int]:
+def _zip64_values(extra: bytes, *values: int) -> list[int]:
     """The 64-bit values of an entry's extra field in place of those that say 0xFFFFFFFF."""
     at = 0
     field = b""

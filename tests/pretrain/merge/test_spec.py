@@ -191,8 +191,8 @@ def test_sizes_that_are_refused(text: str) -> None:
 )
 def test_a_request_comes_back_from_its_record_and_its_record_is_a_spec(text: str, tmp_path: Path) -> None:
     first = asked(text, tmp_path)
-    plain = json.loads(json.dumps(first.plain()))
-    assert Request.from_plain(plain) == first
+    plain = json.loads(json.dumps(first.to_dict()))
+    assert Request.from_dict(plain) == first
     assert asked(yaml.safe_dump(plain), tmp_path) == first
 
 

@@ -14,7 +14,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
 from pretrain.weights import byte_file
-from pretrain.weights.byte_file import Blocks, RemoteFile
+from pretrain.weights.byte_file import BlockCache, RemoteFile
 from pretrain.weights.dtypes import elements
 from pretrain.weights.source import WeightSource, open_weights
 from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2, stage_3
@@ -174,7 +174,7 @@ def test_a_local_file_changed_after_it_was_opened_is_an_error(tmp_path: Path) ->
 def test_headers_come_by_small_ranges_and_each_byte_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 20)
+    monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 20)
     with faulty_s3() as (root, proxy):
         tensors = {f"w{i}": floats(i, 500_000) for i in range(4)}
         write(tmp_path / "m", tensors)
@@ -204,12 +204,12 @@ def test_reads_go_on_over_faults(tmp_path: Path) -> None:
 
 
 def test_blocks_are_bounded_however_much_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 14)
-    monkeypatch.setattr(byte_file, "SMALLEST_BLOCK", 1 << 14)
-    monkeypatch.setattr(byte_file, "BUDGET", 1 << 16)
+    monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(byte_file, "MIN_BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(byte_file, "CACHE_BYTES", 1 << 16)
     data = np.random.default_rng(0).bytes(1 << 20)
     storage.publish(f"{bucket}/block", data)
-    blocks = Blocks(1)
+    blocks = BlockCache(1)
     file = RemoteFile(f"{bucket}/block", blocks)
     for start in [*range(0, 1 << 20, 50_000), 7, 1_000_000]:
         stop = min(start + 60_000, 1 << 20)
@@ -217,7 +217,7 @@ def test_blocks_are_bounded_however_much_is_read(bucket: str, monkeypatch: pytes
         assert len(blocks._held) * blocks.size <= 1 << 16
     assert file.read(0, 1 << 20) == data
     assert file.read(10, 10) == b""
-    assert Blocks(1000).size == 1 << 14
+    assert BlockCache(1000).size == 1 << 14
 
 
 def test_companions_and_lineage_come_from_the_store(bucket: str, tmp_path: Path) -> None:

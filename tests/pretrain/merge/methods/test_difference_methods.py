@@ -152,8 +152,8 @@ def test_trimming_keeps_exactly_the_largest_and_of_equal_ones_the_first(
 
 def test_the_cut_is_found_in_any_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal entries in several spans: the places before the cut's are counted span by span."""
-    monkeypatch.setattr(dtypes, "SPAN", 64)
-    monkeypatch.setattr(blocks, "SPAN", 64)
+    monkeypatch.setattr(dtypes, "ELEMENTS_PER_SPAN", 64)
+    monkeypatch.setattr(blocks, "ELEMENTS_PER_SPAN", 64)
     values = np.random.default_rng(0).integers(0, 3, 1000).astype(np.float32)
     zero = np.zeros(1000, np.float32)
     for density in (0.1, 0.3333, 0.5, 0.777, 0.999):

@@ -237,8 +237,8 @@ def test_choices_of_dare_are_pinned() -> None:
 @pytest.mark.parametrize(("few", "room"), [(0, 1 << 22), (3, 1 << 22), (1 << 14, 1 << 22), (1 << 14, 9)])
 def test_cuts_are_numpys_in_any_span(monkeypatch: pytest.MonkeyPatch, few: int, room: int) -> None:
     """Whether a span's histogram was kept or has to be counted again, as there are many bins or spans."""
-    monkeypatch.setattr(kernels, "SPAN", 256)
-    monkeypatch.setattr(blocks, "SPAN", 256)
+    monkeypatch.setattr(kernels, "ELEMENTS_PER_SPAN", 256)
+    monkeypatch.setattr(blocks, "ELEMENTS_PER_SPAN", 256)
     monkeypatch.setattr(sparsify, "FEW", few)
     monkeypatch.setattr(sparsify, "ROOM", room)
     random = np.random.default_rng(few)

@@ -96,7 +96,7 @@ def test_sums_that_overflow_on_the_way(tmp_path: Path, passes: str, dtype: str) 
 
 def test_counts_outlive_a_kill(models: Path, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (blocks, dtypes, local):
-        monkeypatch.setattr(module, "SPAN", SPAN)
+        monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", SPAN)
     whole = merge(["a", "b"], "whole", weights=[1.5, -0.8])
     real, added = journal.Journal.add, []
 

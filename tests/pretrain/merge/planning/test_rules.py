@@ -225,7 +225,7 @@ def test_fp64_and_the_config_s_dtype(tmp_path: Path) -> None:
 def test_a_plan_comes_back_from_what_it_says(models: list[str]) -> None:
     rules = [Rule("norm", copy_from=models[2]), Rule("", layers=(0, 5), curve=(0.1, 0.9))]
     first = plan(models[:2], beta=0.5, rules=rules, max_shard_size=100)
-    again, _ = replan(first.asked)
+    again, _ = replan(first.request)
     assert again == first
     assert len(first.files) > 1
 

@@ -134,8 +134,8 @@ def test_over_faults_nothing_else_is_found(
     merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small blocks, so that there are many requests; a fifth of them fails."""
-    monkeypatch.setattr(byte_file, "LARGEST_BLOCK", 1 << 15)
-    monkeypatch.setattr(byte_file, "SMALLEST_BLOCK", 1 << 15)
+    monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(byte_file, "MIN_BLOCK_BYTES", 1 << 15)
     proxy = store[1]
     proxy.forget()
     proxy.rate = 0.2

@@ -175,8 +175,8 @@ def test_a_token_that_a_setting_needs_must_stay(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS, ["<s>"]), word_level(B_WORDS, [])]
     folders = [str(model(tmp_path / str(i), t, t.get_vocab_size(), seed=i)) for i, t in enumerate(tokenizers)]
     wrong = r"config\.json: needs the token '<s>'"
-    unfit = [view.unfit for view in aligned(opened(*map(Path, folders)), "intersect")]
-    assert re.search(wrong, unfit[0] or "")
+    config_error = [view.config_error for view in aligned(opened(*map(Path, folders)), "intersect")]
+    assert re.search(wrong, config_error[0] or "")
     with pytest.raises(UserError, match=wrong):
         plan(folders, beta=0.5, vocabulary="intersect")
 
@@ -215,7 +215,7 @@ def test_the_first_s_tokens_and_no_others(tmp_path: Path, padding: int) -> None:
         tokenizers[0].get_vocab_size() + padding
     ] * 2
     assert [read_config(view)["eos_token_id"] for view in views] == [tokenizers[0].token_to_id("<s>")] * 2
-    assert views[1].unfit is None
+    assert views[1].config_error is None
     merge(
         list(map(str, folders)),
         tmp_path / "out",
@@ -247,7 +247,7 @@ def test_numbers_that_the_first_s_settings_lack_follow_their_tokens(tmp_path: Pa
             assert moved["mask_token_id"] is None
             assert moved["eos_token_id"] == tokenizers[0].token_to_id("<s>")
         else:
-            assert re.search(r"needs the token '<img>'", view.unfit or "")
+            assert re.search(r"needs the token '<img>'", view.config_error or "")
 
 
 def test_what_may_go_by_token_under_a_name_that_is_not_known_is_told(tmp_path: Path) -> None:

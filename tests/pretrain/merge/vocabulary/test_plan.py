@@ -51,7 +51,7 @@ def test_union_by_a_spec_and_by_mergekit_s_key(pair: list[str], tmp_path: Path) 
     opened = open_mergekit(file)
     made = plan_mergekit(file, opened, 10**9)
     execute([made], opened, [tmp_path / "theirs"])
-    assert replan(made.asked)[0] == made
+    assert replan(made.request)[0] == made
     rows = ["<s>", "x", "y", "z", "w"]
     a, b = (open_weights(path).array(EMBED).astype(np.float64) for path in pair)
     want = [
@@ -145,7 +145,7 @@ def test_rows_from_elsewhere_are_another_plan(pair: list[str], tmp_path: Path) -
     hashes = [[source.hashes() for source in opened.sources] for _, opened in made]
     assert hashes[0] == hashes[1]
     assert made[0][0].key(hashes[0]) != made[1][0].key(hashes[1])
-    assert made[0][0].key(hashes[0]) == replan(made[0][0].asked)[0].key(hashes[0])
+    assert made[0][0].key(hashes[0]) == replan(made[0][0].request)[0].key(hashes[0])
     execute([made[0][0]], made[0][1], [tmp_path / "out"])
     with pytest.raises(UserError, match="out holds another merge: of mergekit"):
         execute([made[1][0]], made[1][1], [tmp_path / "out"])
