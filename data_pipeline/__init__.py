@@ -1,4 +1,7 @@
-"""From bytes on disk or S3 to batches; `Stream` is the exact loader for anyone's loop."""
+"""From bytes on disk or S3 to collated batches. `Stream` is the loader for any training loop.
+
+The names below are the public interface; every other module is internal and may move.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ __all__ = [
     "WorkerError",
 ]
 
-# Loaded on first use: light commands import this package without numpy.
+# Submodule of each name, imported on first use: light commands import this package without numpy.
 _HOMES = {
     "Batch": "batches.spec",
     "CacheSettings": "storage.cache",

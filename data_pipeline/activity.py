@@ -1,5 +1,7 @@
-"""What a process that makes batches is doing now, where another process can see it: which url it reads or sample it
-decodes, and since when. So a stalled read can be named, and a crash be put down to the sample that was decoded.
+"""Status memory of a process: the URL it reads, the sample it decodes and since when, readable from its parent.
+
+The watchdog uses it to name a stalled read, and the pool to attribute a crash to the sample that was being decoded.
+Writes are lock-free for the reader: a sequence counter (seqlock) tells it to read again.
 """
 
 from __future__ import annotations
@@ -12,23 +14,22 @@ from dataclasses import dataclass
 from mmap import mmap
 from types import TracebackType
 
-STATUS_BYTES = 4096
-"""Bytes of a status memory."""
+STATUS_BYTES = 4096  # size of a status memory
 
-# A count of writes (odd while one is going on), since when it reads and decodes (0: it does not), the sample's shard
-# and index, and the lengths of the two texts that follow: its source and the url.
+# Header: sequence counter (odd during a write), start times of the read and of the decode (0: none), the sample's shard
+# and index, lengths in bytes of the two texts that follow: source name and URL.
 _HEAD = struct.Struct("<QddqqHH")
 _COUNT = struct.Struct("<Q")
 _SOURCE, _URL = _HEAD.size, _HEAD.size + 512
 _IDLE = nullcontext()
 
+# Source name, shard, index in the shard.
 Sample = tuple[str, int, int]
-"""Source, shard, and index in the shard."""
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What a process was doing: times are of time.monotonic(), which processes of a machine share on Linux."""
+    """Status of a process. Times are time.monotonic() in seconds, one clock for all processes of a Linux machine."""
 
     url: str | None = None
     reading_since: float = 0.0
@@ -37,25 +38,27 @@ class Activity:
 
 
 class _Status:
+    """Writer of a status memory; several threads may read files at once, one thread decodes."""
+
     def __init__(self, memory: mmap | bytearray) -> None:
         self.memory = memory
         self._lock = threading.Lock()
         self._writes = 0
-        self._reads: dict[int, tuple[float, bytes]] = {}  # oldest first: it is the one that is shown
+        self._reads: dict[int, tuple[float, bytes]] = {}  # oldest first: the oldest is published
         self._sample: tuple[float, bytes, int, int] | None = None
 
-    def begin(self, key: int, url: str) -> None:
+    def begin_read(self, key: int, url: str) -> None:
         with self._lock:
             self._reads[key] = (time.monotonic(), url.encode(errors="replace")[: STATUS_BYTES - _URL])
             if len(self._reads) == 1:
                 self._write()
 
-    def end(self, key: int) -> None:
+    def end_read(self, key: int) -> None:
         with self._lock:
             del self._reads[key]
             self._write()
 
-    def decode(self, sample: tuple[float, bytes, int, int] | None) -> None:
+    def set_sample(self, sample: tuple[float, bytes, int, int] | None) -> None:
         with self._lock:
             self._sample = sample
             self._write()
@@ -76,12 +79,12 @@ class _Reading:
         self._status, self._url = status, url
 
     def __enter__(self) -> None:
-        self._status.begin(id(self), self._url)
+        self._status.begin_read(id(self), self._url)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._status.end(id(self))
+        self._status.end_read(id(self))
 
 
 class _Decoding:
@@ -94,20 +97,21 @@ class _Decoding:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._status.decode(None)
+        self._status.set_sample(None)
 
 
+# Module state, because it describes the process itself.
 _status: _Status | None = None
 
 
 def write_status_to(memory: mmap | bytearray) -> None:
-    """Write what this process does to `memory`, of STATUS_BYTES bytes, from now on."""
+    """Publish the status of this process in `memory`, STATUS_BYTES long, from now on."""
     global _status
     _status = _Status(memory)
 
 
 def own_memory() -> mmap | bytearray:
-    """The memory that this process writes to; some of its own if nothing was installed."""
+    """The status memory of this process; private memory is created if `write_status_to` was never called."""
     if _status is None:
         write_status_to(bytearray(STATUS_BYTES))
     assert _status is not None
@@ -115,28 +119,28 @@ def own_memory() -> mmap | bytearray:
 
 
 def reading(url: str) -> AbstractContextManager[None]:
-    """Around every read of a file or object: says that it is going on. Reads may overlap, in several threads."""
+    """Context of every read of a file or object: publishes its URL. Reads of several threads may overlap."""
     return _IDLE if _status is None else _Reading(_status, url)
 
 
 def decoding(source: str, shard: int, index: int) -> AbstractContextManager[None]:
-    """Around what is done with a sample's complete bytes; said from the call on."""
+    """Context of decoding a sample whose bytes are complete; published from the call on, before `with` is entered."""
     if _status is None:
         return _IDLE
-    _status.decode((time.monotonic(), source.encode(errors="replace")[: _URL - _SOURCE], shard, index))
+    _status.set_sample((time.monotonic(), source.encode(errors="replace")[: _URL - _SOURCE], shard, index))
     return _Decoding(_status)
 
 
 def read_status(memory: mmap | bytearray) -> Activity:
-    """What the process that writes to `memory` does, or did when it died. Idle if it died while it wrote."""
+    """Status of the process that writes to `memory`, or its last one if it died; idle if it died during a write."""
     for _ in range(100):
         (before,) = _COUNT.unpack_from(memory, 0)
         _, since, decoded, shard, index, source, url = _HEAD.unpack_from(memory, 0)
-        name, place = bytes(memory[_SOURCE : _SOURCE + source]), bytes(memory[_URL : _URL + url])
+        name, text = bytes(memory[_SOURCE : _SOURCE + source]), bytes(memory[_URL : _URL + url])
         (after,) = _COUNT.unpack_from(memory, 0)
         if before == after and not before % 2:
             return Activity(
-                url=place.decode(errors="replace") if since else None,
+                url=text.decode(errors="replace") if since else None,
                 reading_since=since,
                 sample=(name.decode(errors="replace"), shard, index) if decoded else None,
                 decoding_since=decoded,

@@ -1,14 +1,22 @@
-"""The two errors that carry meaning: a mistake of the user's, and a verdict on the content of a sample."""
+"""The errors of this package, one per cause: user input, sample content, storage, worker processes.
+
+UserError and ContentError are final: repeating the same work fails again. After a ReadError or a WorkerError the same
+work can be repeated.
+"""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The user's input is wrong; the message says what, where and what to do. The command line exits with 2."""
+    """The user's input is wrong. The message says what, where and what to do; the command line exits with code 2."""
 
 
 class ContentError(Exception):
-    """Complete bytes that are no usable sample; `reason` is a short slug that is counted, such as `undecodable`."""
+    """A sample was read completely, but its content is unusable; another sample replaces it.
+
+    reason: a short category, such as `undecodable`, under which replaced samples are counted
+    detail: one line for bad_samples.jsonl, the same on every run
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -20,10 +28,11 @@ class ContentError(Exception):
 
 
 class ReadError(OSError):
-    """Bytes could not be had after several tries. The data is never changed for it: the run stops and can go on."""
+    """Bytes could not be read after several tries. No sample is replaced: the run stops and can be resumed."""
 
 
 class WorkerError(OSError):
-    """Rows could not be made: their processes died or hung, for no reason in the data. As after a ReadError, the data
-    are never changed for it: the run stops and can go on.
+    """Worker processes died or hung for a reason outside the data.
+
+    As after a ReadError, no sample is replaced: the run stops and can be resumed.
     """

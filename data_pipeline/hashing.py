@@ -1,7 +1,7 @@
-"""All randomness of a run: an integer hash and a keyed permutation, the same bits on any machine and numpy version.
+"""Integer hash and keyed permutation behind every random choice, with the same bits on any machine and numpy version.
 
-The values are part of every checkpoint's meaning: tests pin them, and a change of one constant changes every order,
-crop and mask.
+A checkpoint's data position is only valid with these exact values. Golden values pin them: changing one constant
+changes every order, crop and mask.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 import xxhash
 
 U64 = np.uint64
-GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / golden ratio; also the increment of splitmix64
 HASH_MULTIPLIER = 0xD1342543DE82EF95
 PERMUTATION_ROUNDS = 6
 MASK_64 = 2**64 - 1
 
 
 class Purpose(IntEnum):
-    """What a row's key is used for; mixed in by `hash64(key, Purpose.X)` so that no two uses share their bits."""
+    """The use of a row's key. `hash64(key, Purpose.X)` gives each use random bits of its own."""
 
     CROP = 1
     FLIP = 2
@@ -32,14 +32,17 @@ class Purpose(IntEnum):
 
 
 def uint64(x: Any) -> np.ndarray:
-    """`x` as uint64 array; negative integers wrap as in two's complement."""
+    """`x` as a uint64 array; negative integers wrap as in two's complement."""
     if isinstance(x, int):
         return np.asarray(x & MASK_64, U64)
     return np.asarray(x).astype(U64, copy=False)
 
 
 def mix64(x: Any) -> np.ndarray:
-    """Finaliser of splitmix64: a bijection of 64-bit integers in which every output bit depends on every input bit."""
+    """Finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit integers.
+
+    Every output bit depends on every input bit.
+    """
     x = uint64(x)
     with np.errstate(over="ignore"):
         x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
@@ -48,7 +51,7 @@ def mix64(x: Any) -> np.ndarray:
 
 
 def hash64(*parts: Any) -> np.ndarray:
-    """Keyed hash of integers, broadcast against each other: uint64 of the broadcast shape. Order of parts matters."""
+    """Hash of integers, broadcast against each other: uint64 of the broadcast shape. The order of `parts` matters."""
     h: Any = U64(GOLDEN_RATIO_64)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -57,16 +60,20 @@ def hash64(*parts: Any) -> np.ndarray:
 
 
 def key64(text: str) -> int:
-    """xxh64 of the text in UTF-8 (file names that are not UTF-8 keep their bytes), to mix names into `hash64`."""
+    """xxh64 of a text in UTF-8, to mix names into `hash64`.
+
+    File names that are not UTF-8 keep their bytes (surrogateescape).
+    """
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogateescape"))
 
 
 def permute(x: Any, n: Any, key: Any) -> np.ndarray:
-    """Where `x` of [0, n) goes in the permutation named by `key`: int64; x, n and key broadcast; 1 <= n < 2**52.
+    """Position of `x` in [0, n) after the permutation of [0, n) with this key: int64; x, n and key broadcast.
 
-    Six rounds of multiply, add and xor-shift on the smallest 2**k >= n; what lands at n or above walks on along its
-    cycle, which keeps it a bijection of [0, n) and takes fewer than two passes on average for n > 16. Below 2**5 six
-    rounds do not mix: with k = 3 some of the 720 orders of six came out 4 times too unevenly, with k = 5 none.
+    Requires 1 <= n < 2**52. Six rounds of multiply, add and xor-shift permute the smallest 2**k >= n. A result of n or
+    above is permuted again until it falls below n (cycle walking): this keeps a bijection of [0, n) and takes fewer
+    than two passes on average for n > 16. k is at least 5, because six rounds do not mix fewer bits: with k = 3 some
+    of the 720 orders of six items were 4 times too uneven, with k = 5 none.
     """
     x, n, key = uint64(x), uint64(n), uint64(key)
     shape = np.broadcast_shapes(x.shape, n.shape, key.shape)
@@ -77,20 +84,21 @@ def permute(x: Any, n: Any, key: Any) -> np.ndarray:
     y = _rounds(x, low, shift, keys)
     single = np.broadcast_to(n == 1, shape).reshape(-1)
     out = np.where(single, U64(0), np.broadcast_to(y, shape).reshape(-1))
-    todo = np.flatnonzero(out >= np.broadcast_to(n, shape).reshape(-1))
-    while todo.size:
+    outside = np.flatnonzero(out >= np.broadcast_to(n, shape).reshape(-1))
+    while outside.size:
         y = _rounds(
-            out[todo],
-            _take(low, shape, todo),
-            _take(shift, shape, todo),
-            [_take(k, shape, todo) for k in keys],
+            out[outside],
+            _take(low, shape, outside),
+            _take(shift, shape, outside),
+            [_take(k, shape, outside) for k in keys],
         )
-        out[todo] = y
-        todo = todo[y >= _take(n, shape, todo)]
+        out[outside] = y
+        outside = outside[y >= _take(n, shape, outside)]
     return out.reshape(shape).astype(np.int64)
 
 
 def _rounds(y: np.ndarray, low: np.ndarray, shift: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    """One pass of the rounds, a bijection of [0, low]: odd multiplier, addend and xor-shift are all invertible."""
     with np.errstate(over="ignore"):
         for key in keys:
             y = (y * (key | U64(1)) + (key >> U64(32))) & low
@@ -99,4 +107,5 @@ def _rounds(y: np.ndarray, low: np.ndarray, shift: np.ndarray, keys: list[np.nda
 
 
 def _take(a: np.ndarray, shape: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
+    """Elements `rows` of `a`, broadcast to `shape` and flattened; a scalar stays a scalar."""
     return a if a.ndim == 0 else np.broadcast_to(a, shape).reshape(-1)[rows]

@@ -1,4 +1,7 @@
-"""The C functions that setuptools builds beside a module when the package is installed, where there is a compiler."""
+"""Finds the compiled C functions that the build placed beside a module.
+
+setuptools compiles them when the package is installed, if the machine has a C compiler; every one is optional.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 
 def load_function(module: str, library: str, name: str) -> Any:
-    """Function `name` of `library` beside the file `module`; None where it was not built, or for another machine."""
+    """C function `name` of `library` beside the file `module`; None if it was not built, or for another machine."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(module).with_name(library + suffix)
         if path.exists():

@@ -1,4 +1,4 @@
-"""The exact loader for anyone's training loop: an endless iterator whose position is one small dictionary."""
+"""`Stream`: the exact loader for any training loop; its position is one small JSON object."""
 
 from __future__ import annotations
 
@@ -21,26 +21,32 @@ from data_pipeline.workers.watchdog import StallLimits
 
 
 class Stream:
-    """Batches of webdataset tars, in an order that is a function of the arguments alone.
+    """Endless iterator over batches of webdataset tars, in an order that depends on the arguments alone.
 
-    The same arguments give the same global batches on any number of ranks and workers: rank r of W gets rows
-    [r batch/W, (r+1) batch/W). Each epoch visits every sample exactly once. An unusable sample is replaced,
-    deterministically, and counted in `batch.skipped`.
+    The same arguments give the same global batches on any number of ranks and workers: rank r of W receives rows
+    [r batch/W, (r+1) batch/W). Each epoch visits every sample exactly once. An unusable sample is replaced
+    deterministically and counted in `batch.skipped`.
 
         stream = Stream("data/train", batch=256, image=ImageSpec(224), text=TextSpec("clip-bpe", 77))
         for batch in stream:                     # never ends, unless every source has max_epochs
             step(batch.images, batch.tokens)     # uint8 [rows, 3, 224, 224], int32 [rows, 77]
-            saved = stream.state()               # JSON; another process goes on with stream.resume(saved)
+            saved = stream.state()               # JSON; another process continues with stream.resume(saved)
 
-    Parameters: `sources` is a folder or pattern of tars, or name -> path or SourceSpec for a mixture; `batch` is the
-    global batch, or first step -> rows; `share_by` ("size" or "sqrt" of it) shares the rows among sources without a
-    weight. Without `image` and `text`, samples are packed sequences of `length` tokens (uint16 or uint32 in a member
-    `npy`). `workers` processes decode; 0 decodes in a thread of this process. `cache` says where, and how much of,
-    what is read of an object store is kept on this node; `limits` says when a read that does not end is named
-    and ended. Use it as a context manager, or call close(). docs/stream.md tells what it guarantees.
+    sources: folder or brace pattern of tars; for a mixture, name -> path or SourceSpec
+    batch: rows of the global batch, or first step -> rows for a ramp-up
+    image, text: how pixels and captions are decoded. Without both, samples are packed sequences of `length` tokens
+        (uint16 or uint32 in the tar member `npy`)
+    seed, name: the order depends on both, so two streams of one run differ
+    lanes: parts of the global batch that read separate parts of each source; default: see order.choose_lanes
+    share_by: "size" or "sqrt" (of the size): how sources without a weight share the rows
+    workers: processes that decode; 0 decodes in one thread of this process
+    cache: folder and size of this node's cache of object-store data
+    limits: seconds after which the watchdog reports and kills a stalled read or decode
 
-    Raises UserError for what cannot work, before the first batch where it can be known; ReadError and WorkerError,
-    both OSErrors, where bytes cannot be had or processes die: the data never change for it, and the state still holds.
+    Use it as a context manager, or call close(). docs/stream.md lists the guarantees.
+
+    Raises UserError for invalid input, before the first batch where possible. Raises ReadError if bytes cannot be read
+    and WorkerError if worker processes die; both are OSErrors, replace no sample and leave the position valid.
     """
 
     def __init__(
@@ -83,7 +89,7 @@ class Stream:
 
     @property
     def order(self) -> StreamOrder:
-        """Which sample stands where: `samples_per_epoch()`, `refs(step)`."""
+        """The order of samples: `samples_per_epoch()`, `refs(step)`."""
         return self._builder.order
 
     def __iter__(self) -> Self:
@@ -97,24 +103,29 @@ class Stream:
             batch = next(self._steps)[self.name][0]
         except StopIteration:
             raise
-        except BaseException:  # an iterator that raised, or met a Ctrl-C, is at its end; the stream is not
+        except (
+            BaseException
+        ):  # a generator that raised (also on Ctrl-C) is finished: the next call starts a new one
             self._steps = None
             raise
         self._step += 1
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Position after the last batch served, as JSON; valid for any world size and number of workers."""
+        """Position after the last batch served, as a JSON object; valid for any world size and number of workers."""
         return {"stream": self.name, **self.order.state(self._step, self._builder.fingerprints)}
 
     def resume(self, state: Mapping[str, Any], accept_change: bool = False) -> list[str]:
-        """Go on where `state` was taken. Raises UserError, naming both values, if the data or mixture changed.
+        """Continue from `state`. Raises UserError with old and new value if the data or the mixture changed.
 
-        `accept_change` goes on with what is there now and returns what changed and what is left unvisited, in words.
-        Seed and lanes cannot change. States taken afterwards know of the change and need no `accept_change`.
+        With `accept_change` the stream continues with the present data instead, and returns one line for each change
+        and for each source with unvisited samples. Seed and lanes cannot change. A state taken afterwards includes the
+        change and resumes without `accept_change`.
         """
         if state.get("stream") != self.name:
-            raise UserError(f"the state is of stream {state.get('stream')!r}; this one is {self.name!r}")
+            raise UserError(
+                f"the state belongs to stream {state.get('stream')!r}, but this stream is {self.name!r}"
+            )
         resumed = self.order.resume(state, self._builder.fingerprints, accept_change)
         if self._steps is not None:
             self._steps.close()  # type: ignore[attr-defined]  # a generator
@@ -125,7 +136,7 @@ class Stream:
         return resumed.changes
 
     def _rebuild_loader(self, spec: StreamSpec) -> None:
-        """The same rank's loader for another specification of the stream."""
+        """Replace the loader by one of the same rank for another specification of the stream."""
         loader = self._loader
         builder = self._builder.with_spec(spec)
         self.close()
@@ -142,7 +153,7 @@ class Stream:
         )
 
     def _set_loader(self, loader: LocalLoader) -> None:
-        """Take a loader, whose workers end with this stream also where nobody closes it, as in a notebook."""
+        """Use `loader`, and end its workers when this stream is garbage collected, as in a notebook without close()."""
         self._loader = loader
         self._finalizer = weakref.finalize(self, loader.close)
         self._finalizer.atexit = False

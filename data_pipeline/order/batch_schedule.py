@@ -1,4 +1,4 @@
-"""How many rows each step of a stream has: always the same number, or a schedule such as a ramp-up."""
+"""`BatchSchedule`: rows of the global batch at each step, constant or ramped up. Steps count from 0."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from data_pipeline.errors import UserError
 
 
 def _whole_number(number: Any) -> int:
-    """A step or a number of rows, which JSON and YAML may hold as text. Raises UserError for 8.5 or True."""
+    """A step or a number of rows as int; JSON and YAML may hold it as text. Raises UserError for 8.5 or True."""
     try:
         if not isinstance(number, bool):
             return int(number) if isinstance(number, str) else index(number)
     except (TypeError, ValueError):
         pass
     raise UserError(
-        f"batch: {number!r} is no whole number; write rows, or first step -> rows, as in {{0: 1024}}"
+        f"batch: {number!r} is not a whole number; write a number of rows, or first step -> rows, as in {{0: 1024}}"
     )
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Rows of the global batch by step: from step `first[i]` on, until the next one, they are `rows[i]`."""
+    """Rows of the global batch: `rows[i]` from step `first[i]` up to, not including, step `first[i + 1]`."""
 
     first: tuple[int, ...]
     rows: tuple[int, ...]
@@ -35,8 +35,8 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         if not self.first or self.first[0] != 0 or any(a >= b for a, b in pairwise(self.first)):
             raise UserError(
-                f"batch: its first steps are {', '.join(map(str, self.first)) or 'missing'}; "
-                "they must begin with 0 and grow, as in {0: 1024, 1000: 4096}"
+                f"batch: the first steps are {', '.join(map(str, self.first)) or 'missing'}; "
+                "they must start at 0 and increase, as in {0: 1024, 1000: 4096}"
             )
         for rows in self.rows:
             if rows < 1:
@@ -44,31 +44,35 @@ class BatchSchedule:
 
     @staticmethod
     def of(batch: int | Mapping[int, int] | Mapping[str, int] | BatchSchedule) -> BatchSchedule:
-        """From a number of rows, a map first step -> rows (also as JSON has it), or itself. Raises UserError."""
+        """From a number of rows, a map first step -> rows, or a schedule. Raises UserError.
+
+        Steps may be text, as JSON writes the keys of an object.
+        """
         if isinstance(batch, BatchSchedule):
             return batch
         if not isinstance(batch, Mapping):
             return BatchSchedule((0,), (_whole_number(batch),))
         by_step = {_whole_number(step): _whole_number(rows) for step, rows in batch.items()}
         if len(by_step) < len(batch):
-            raise UserError(f"batch: a step stands twice among {', '.join(map(repr, batch))}; write it once")
+            raise UserError(f"batch: a step appears twice in {', '.join(map(repr, batch))}; write it once")
         return BatchSchedule(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
 
     @property
     def largest(self) -> int:
+        """Rows of the largest batch."""
         return max(self.rows)
 
     @property
     def divisor(self) -> int:
-        """Greatest number that divides every batch."""
+        """Greatest common divisor of all batches."""
         return gcd(*self.rows)
 
     def at(self, step: int) -> int:
-        """Rows of `step`, counted from 0."""
+        """Rows at `step`."""
         return self.rows[bisect_right(self.first, step) - 1]
 
     def before(self, step: int) -> int:
-        """Rows of all steps before `step`."""
+        """Total rows of all steps before `step`."""
         ends = [*self.first[1:], step]
         return sum(
             rows * max(0, min(end, step) - first)
@@ -76,13 +80,13 @@ class BatchSchedule:
         )
 
     def steps(self, samples: int) -> int:
-        """The fewest steps that together have at least so many rows."""
+        """Smallest number of steps that together have at least `samples` rows."""
         last = bisect_right([self.before(first) for first in self.first], max(0, samples)) - 1
         first, rows = self.first[last], self.rows[last]
         return first - (self.before(first) - max(0, samples)) // rows
 
     def to_json(self) -> int | dict[str, int]:
-        """As JSON: a number, or first step -> rows."""
+        """A number of rows, or first step -> rows; `of` reads both."""
         if len(self.rows) == 1:
             return self.rows[0]
         return {str(step): rows for step, rows in zip(self.first, self.rows, strict=True)}

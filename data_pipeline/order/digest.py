@@ -1,4 +1,7 @@
-"""Witness of the data: a digest a row, summed modulo 2**64, so that the sum depends on no split over ranks."""
+"""order_digest and batch_digest: one hash per row, summed modulo 2**64.
+
+The sum does not depend on the world size or on the order of rows, so runs with different layouts can be compared.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ def row_digest(
     crop: Sequence[int],
     caption: int,
 ) -> int:
-    """xxh64 of what one row was assigned (attempt 0, no crop, caption -1) or was served.
+    """xxh64 of one row: of its assignment (attempt 0, no crop, caption -1) or of the sample that was served.
 
-    Texts go in with their length before them and integers as 8 bytes, little endian, so that two different rows never
-    make the same bytes. `shard_path` is the path below the source's root; `crop` is what decode reports, () for none.
+    The hashed bytes are all integers as 8 bytes, little endian, then each text after its length, so two different rows
+    never give the same bytes. `shard_path` is relative to the source's root. `crop` is the result of decode_image,
+    () for none.
     """
     numbers = (row, index, attempt, epoch, caption, len(crop), *crop)
     texts = _framed(stream) + _framed(source) + _framed(shard_path)
@@ -34,6 +38,7 @@ def row_digest(
 
 @lru_cache(maxsize=4096)
 def _framed(text: str) -> bytes:
+    """UTF-8 bytes of a text after their length; cached, since few names occur in many rows."""
     raw = text.encode("utf-8", "surrogateescape")
     return struct.pack("<q", len(raw)) + raw
 
@@ -44,5 +49,5 @@ def add(a: int, b: int) -> int:
 
 
 def hex16(x: int) -> str:
-    """A digest as it stands in logs: 16 hexadecimal digits."""
+    """A digest as written in logs and metrics: 16 hexadecimal digits."""
     return f"{int(x) & MASK_64:016x}"

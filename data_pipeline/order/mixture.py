@@ -1,4 +1,8 @@
-"""How a stream's slots are dealt to its sources: a cycle of integer weights in golden-stride order, in closed form."""
+"""Deals the slots of a lane to sources: integer weights in golden-ratio stride order, in closed form.
+
+A slot is one row of one lane. The closed form counts the slots of any prefix without enumerating them, so a run can
+start at any step.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,15 @@ from math import gcd
 
 import numpy as np
 
-GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+from data_pipeline.hashing import GOLDEN_RATIO_64
 
 
 def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
-    """Sum over t in [0, n) of floor((a t + b) / m), exactly, for every b >= 0; 0 <= a < m <= 2**31, n <= m, b < 2 m.
+    """Sum over t in [0, n) of floor((a t + b) / m), exactly, for each element of `b`: int64 of its shape.
 
-    Euclid's algorithm on (m, a), which all elements share, so that it takes some 44 steps at most (the sum of the
-    lattice points under a line; Graham, Knuth, Patashnik, Concrete Mathematics, 3.5). In place and without `%`, which
-    numpy does not vectorise: three times as fast.
+    Requires 0 <= a < m <= 2**31, n <= m and 0 <= b <= 2 m. Counts the lattice points under a line by Euclid's algorithm
+    on (m, a) (Graham, Knuth, Patashnik, Concrete Mathematics, 3.5). All elements share its at most 44 steps. It works
+    in place and avoids `%`, which numpy does not vectorise: three times as fast.
     """
     b = b.astype(np.int64)
     count = np.full_like(b, n)
@@ -23,7 +27,7 @@ def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
     quotient, product = np.empty_like(b), np.empty_like(b)
 
     def divide(x: np.ndarray) -> None:
-        """Leaves x mod m in x and x // m in quotient."""
+        """Write x mod m to x and x // m to quotient."""
         np.floor_divide(x, m, out=quotient)
         np.multiply(quotient, m, out=product)
         np.subtract(x, product, out=x)
@@ -48,24 +52,28 @@ def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
 
 
 def count_earlier_equal(groups: np.ndarray) -> np.ndarray:
-    """How many elements of each row before an element are equal to it; `groups` is [rows, elements], from 0 on."""
-    small = groups.astype(np.int16) if groups.max(initial=0) < 2**15 else groups  # sorted by radix
+    """For each element, the number of equal elements before it in its row: int64 [rows, elements].
+
+    `groups` is an integer array [rows, elements] of values of at least 0.
+    """
+    small = groups.astype(np.int16) if groups.max(initial=0) < 2**15 else groups  # numpy sorts int16 by radix
     order = np.argsort(small, axis=1, kind="stable")
     ordered = np.take_along_axis(small, order, 1)
     at = np.arange(groups.shape[1])
     begins = np.zeros(groups.shape, np.int64)
     np.copyto(begins[:, 1:], at[1:], where=ordered[:, 1:] != ordered[:, :-1])
-    found = np.empty(groups.shape, np.int64)
-    np.put_along_axis(found, order, at - np.maximum.accumulate(begins, axis=1), 1)
-    return found
+    counts = np.empty(groups.shape, np.int64)
+    np.put_along_axis(counts, order, at - np.maximum.accumulate(begins, axis=1), 1)
+    return counts
 
 
 class Cycle:
-    """Slots of every lane: slot q of lane i goes to the source whose interval holds (q g + i C / L) mod C.
+    """Assignment of slots: slot q of lane i belongs to the source whose interval holds (q g + i C / L) mod C.
 
-    C is the sum of the integer weights, each source owns an interval as long as its weight, and the stride g is next to
-    C / golden ratio and coprime to C: each lane deals exactly `weight` slots to a source in any C successive ones, and
-    the lanes, each in another phase, do so together in every step.
+    C is the sum of the integer weights and L the number of lanes. Each source owns an interval of [0, C) whose length
+    is its weight. The stride g is the first number from floor(C / golden ratio) on that is coprime to C. So any C
+    successive slots of a lane contain exactly `weight` slots of each source, spread evenly. The lanes start at
+    different phases, so each step comes close to the weights too.
     """
 
     def __init__(self, weights: Sequence[int], lanes: int) -> None:
@@ -79,12 +87,12 @@ class Cycle:
             self.stride += 1
 
     def sources(self, lane: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """Source of each slot; `lane` and `slot` broadcast. A source of weight 0 gets none."""
-        where = (slot % self.length * self.stride + self._phase(lane)) % self.length
-        return np.searchsorted(self.edges, where, "right") - 1
+        """Number of the source of each slot; `lane` and `slot` broadcast. A source of weight 0 gets no slot."""
+        position = (slot % self.length * self.stride + self._phase(lane)) % self.length
+        return np.searchsorted(self.edges, position, "right") - 1
 
     def consumed(self, lane: np.ndarray, slots: int) -> np.ndarray:
-        """Slots that each source gets in the first `slots` of each lane: int64 [sources, lanes], without counting."""
+        """Slots of each source among the first `slots` of each lane: int64 [sources, lanes], in closed form."""
         cycles, rest = divmod(slots, self.length)
         phase = self._phase(lane)
         inner = self.edges[1:-1, None]

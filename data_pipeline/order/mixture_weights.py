@@ -1,4 +1,7 @@
-"""What each source gets of a stream: exact shares from weights or sizes, and what contradicts itself in them."""
+"""Exact integer weights of the sources of a mixture, from weights, sizes, repeats and caps.
+
+Shares are fractions, so weights do not depend on floating point. Recipe checks use this module: it imports no numpy.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from typing import Literal, Protocol
 
 from data_pipeline.errors import UserError
 
-MAX_CYCLE_SLOTS = 2**31  # slots of a cycle: products of two slot numbers stay below 2**63
+MAX_CYCLE_SLOTS = 2**31  # the product of two slot numbers stays below 2**63
 
-ShareBy = Literal["size", "sqrt"]  # what the shares of sources without a weight are in proportion to
+ShareBy = Literal[
+    "size", "sqrt"
+]  # sources without a weight share in proportion to their size, or its square root
 
 
 class ShareSettings(Protocol):
-    """How a source's share is set; see order.SourceCounts."""
+    """The keys that set the share of a source; see stream_order.SourceCounts."""
 
     @property
     def weight(self) -> float | None: ...
@@ -28,30 +33,32 @@ class ShareSettings(Protocol):
 
 
 def exact_fraction(number: float) -> Fraction:
-    """The fraction a decimal stands for: 0.1 is 1/10, 0.3333333333333333 is 1/3."""
+    """The fraction that a decimal number means: 1/10 for 0.1, 1/3 for 0.3333333333333333."""
     fraction = Fraction(str(number))
     if fraction.denominator <= 10**9:
         return fraction
-    return fraction.limit_denominator(10**9) or fraction  # what would be rounded to nothing stays as it is
+    return (
+        fraction.limit_denominator(10**9) or fraction
+    )  # a number that would round to 0 keeps its exact value
 
 
 def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:
-    """Smallest integers in the proportions of `shares` (> 0), whose sum is the length of the cycle.
+    """Smallest integers in the proportions of `shares` (each above 0). Their sum is the length of the cycle.
 
-    A cycle over 2**31 slots (weights with no common measure) is rounded to 2**31 by largest remainders: an error below
-    one sample in two thousand million. Raises UserError for a share so small that it gets no slot.
+    If the sum exceeds 2**31, it is reduced to 2**31 by largest remainders: an error below one sample in 2 * 10**9.
+    Raises UserError if a share is too small for one slot.
     """
-    whole = lcm(*(share.denominator for share in shares))
-    weights = [int(share * whole) for share in shares]
+    denominator = lcm(*(share.denominator for share in shares))
+    weights = [int(share * denominator) for share in shares]
     divisor = gcd(*weights)
     weights = [weight // divisor for weight in weights]
     if sum(weights) > MAX_CYCLE_SLOTS:
         total = sum(weights)
-        floors = [weight * MAX_CYCLE_SLOTS // total for weight in weights]
+        rounded = [weight * MAX_CYCLE_SLOTS // total for weight in weights]
         by_remainder = sorted(range(len(weights)), key=lambda k: (-(weights[k] * MAX_CYCLE_SLOTS % total), k))
-        for k in by_remainder[: MAX_CYCLE_SLOTS - sum(floors)]:
-            floors[k] += 1
-        weights = floors
+        for k in by_remainder[: MAX_CYCLE_SLOTS - sum(rounded)]:
+            rounded[k] += 1
+        weights = rounded
     for name, weight in zip(names, weights, strict=True):
         if weight == 0:
             raise UserError(
@@ -61,56 +68,62 @@ def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[i
 
 
 def share_mistake(source: ShareSettings) -> str | None:
-    """What is wrong with the share of one source, whatever the others and the counts are."""
+    """The mistake in the share of one source as text, None if there is none; needs no other source and no counts."""
     for key in ("weight", "repeat", "cap", "max_epochs"):
         value = getattr(source, key)
         if value is not None and not 0 < value < float("inf"):
-            return f"{key} is {value}; it must be a number above 0"
+            return f"{key} is {value}; it must be a finite number above 0"
     if source.weight is not None and (source.repeat is not None or source.cap is not None):
-        return "weight sets its share, so repeat and cap would change nothing; remove one or the other"
+        return "weight sets the share, so repeat and cap have no effect; remove weight, or repeat and cap"
     return None
 
 
 def source_size(name: str, source: ShareSettings, samples: int) -> Fraction:
-    """Size of a source that its share is taken from: samples x repeat, at most cap."""
-    wrong = share_mistake(source)
-    if wrong is not None:
-        raise UserError(f"source {name!r}: {wrong}")
-    grown = samples * (Fraction(1) if source.repeat is None else exact_fraction(source.repeat))
-    return grown if source.cap is None else min(grown, Fraction(source.cap))
+    """Size of a source for its share: samples x repeat, at most cap. Raises UserError for a mistake in its keys."""
+    mistake = share_mistake(source)
+    if mistake is not None:
+        raise UserError(f"source {name!r}: {mistake}")
+    size = samples * (Fraction(1) if source.repeat is None else exact_fraction(source.repeat))
+    return size if source.cap is None else min(size, Fraction(source.cap))
 
 
 def rounded_sqrt(size: Fraction) -> Fraction:
-    """Square root, exact for squares of whole numbers, else rounded down to a multiple of 2**-20, at least that."""
+    """Square root, rounded down to a multiple of 2**-20 and at least 2**-20; exact for squares of whole numbers."""
     return Fraction(max(1, isqrt(int(size * 2**40))), 2**20)
 
 
 def source_shares(
     sources: Mapping[str, ShareSettings], sizes: Sequence[Fraction], by: ShareBy = "size"
 ) -> list[Fraction]:
-    """Shares of the sources, in proportion; see order.SourceCounts. `by` is for sources without a weight."""
+    """Shares of the sources, in proportion to each other; see stream_order.SourceCounts.
+
+    `sizes` are those of `source_size`; `by` applies to sources without a weight. Raises UserError if the weights leave
+    nothing for these.
+    """
     sizes = [rounded_sqrt(size) for size in sizes] if by == "sqrt" else sizes
-    given = [None if source.weight is None else exact_fraction(source.weight) for source in sources.values()]
-    rest = 1 - sum(weight for weight in given if weight is not None)
-    total = sum((size for size, weight in zip(sizes, given, strict=True) if weight is None), Fraction(0))
+    weights = [
+        None if source.weight is None else exact_fraction(source.weight) for source in sources.values()
+    ]
+    rest = 1 - sum(weight for weight in weights if weight is not None)
+    total = sum((size for size, weight in zip(sizes, weights, strict=True) if weight is None), Fraction(0))
     if total == 0:
-        return [weight for weight in given if weight is not None]
-    if all(weight is None for weight in given):
+        return [weight for weight in weights if weight is not None]
+    if all(weight is None for weight in weights):
         return list(sizes)
     if rest <= 0:
-        bare = [name for name, source in sources.items() if source.weight is None]
+        unweighted = [name for name, source in sources.items() if source.weight is None]
         raise UserError(
-            f"weights: the given ones add up to {float(1 - rest):g}, "
-            f"which leaves nothing of the stream for {', '.join(bare)}; "
-            "give every source a weight, or weights that add up to less than 1"
+            f"weights: they add up to {float(1 - rest):g}, "
+            f"which leaves nothing of the stream for {', '.join(unweighted)}; "
+            "give every source a weight, or use weights that add up to less than 1"
         )
     return [
-        rest * size / total if weight is None else weight for size, weight in zip(sizes, given, strict=True)
+        rest * size / total if weight is None else weight for size, weight in zip(sizes, weights, strict=True)
     ]
 
 
 def check_shares(sources: Mapping[str, ShareSettings]) -> None:
-    """Raise UserError for shares that no number of samples makes possible; nothing is opened."""
-    found = source_shares(sources, [source_size(name, source, 1) for name, source in sources.items()])
+    """Raise UserError for shares that are invalid for any number of samples. Opens no source."""
+    shares = source_shares(sources, [source_size(name, source, 1) for name, source in sources.items()])
     if all(source.weight is not None for source in sources.values()):
-        integer_weights(found, list(sources))
+        integer_weights(shares, list(sources))

@@ -1,4 +1,9 @@
-"""One source: how its samples are cut into runs and pieces, and which sample replaces a bad one."""
+"""One source: runs, windows and lanes; the n-th sample of a lane, and the replacement of a bad sample.
+
+Terms: a run is up to 64 neighbouring samples, read together. A window is 16 runs of the permuted epoch, shuffled
+sample by sample. A piece is the part of an epoch that one lane draws. A draw is the n-th sample of a lane. All of it is
+a pure function of (seed, source name, samples by shard, lanes).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +20,14 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import GOLDEN_RATIO_64, U64, hash64, key64, permute
 
 RUNS_PER_WINDOW = 16  # runs shuffled together, sample by sample
-MIN_WINDOWS_PER_PIECE = 4  # a lane's piece of fewer windows is one window
-REPLACEMENTS_IN_SHARD = 8  # replacements taken from the bad sample's own shard
-# Arrays of at most 128 KB, for which the allocator asks the kernel for no fresh pages.
+MIN_WINDOWS_PER_PIECE = 4  # a piece of fewer windows is shuffled as one window
+REPLACEMENTS_IN_SHARD = 8  # the first replacements of a bad sample come from its own shard
+# Arrays of at most 128 KB: the allocator reuses memory for them instead of asking the kernel for fresh pages.
 ROWS_PER_BLOCK = 16_384
 
 
 class SourcePurpose(IntEnum):
-    """What a source's key is used for; frozen by golden values like `hashing.Purpose`."""
+    """The use of a source's key; pinned by golden values like `hashing.Purpose`."""
 
     RUNS = 101
     SHORT_RUN = 102
@@ -32,15 +37,15 @@ class SourcePurpose(IntEnum):
 
 
 def run_length(samples: int) -> int:
-    """Neighbours read together: at least 16384 runs a source, so that small sources are shuffled sample by sample."""
+    """Samples per run: 1 to 64, so that a source has at least 16384 runs and small sources are shuffled per sample."""
     return min(64, max(1, samples // 16384))
 
 
 @dataclass(frozen=True)
 class LaneLayout:
-    """How the samples of a source are cut: runs of `run` neighbours, `pieces` that the lanes take in turn.
+    """Division of a source into runs of `run` neighbours and into `pieces` pieces, which the lanes take in turn.
 
-    A source smaller than `lanes` windows is interleaved: one piece, walked by the draws of all lanes together.
+    A source of fewer samples than `lanes` windows is interleaved: it has one piece, shared by the draws of all lanes.
     """
 
     samples: int
@@ -59,7 +64,7 @@ class LaneLayout:
         return 1 if self.interleaved else self.lanes
 
     def begun_epochs(self, drawn: np.ndarray) -> tuple[int, int]:
-        """Epochs that are begun, and how many samples of them are not visited, after `drawn` [lanes] draws."""
+        """Number of epochs begun after `drawn` draws, int64 [lanes], and of their samples that are not visited yet."""
         total = int(drawn.sum())
         if not total:
             return 0, 0
@@ -74,35 +79,38 @@ class LaneLayout:
 def unroll(
     lane: np.ndarray, draw: np.ndarray, samples: np.ndarray | int, pieces: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws as if each lane's walk had begun at piece 0, and the pieces they fall in, counted over all epochs."""
-    walked = draw + lane * samples // pieces
-    return walked, -((-(walked + 1) * pieces) // samples) - 1
+    """Draw numbers as if each lane had started at piece 0, and the pieces they fall in, numbered over all epochs."""
+    unrolled = draw + lane * samples // pieces
+    return unrolled, -((-(unrolled + 1) * pieces) // samples) - 1
 
 
 class SourceOrder:
-    """Samples laid end to end, cut into runs of neighbours, permuted by (seed, epoch), cut into one piece a lane.
+    """Order of one source of N samples over L lanes: runs permuted by (seed, epoch), divided into one piece per lane.
 
-    In epoch e lane i walks piece (i + e) mod L of the permuted runs; pieces end at floor(j N / L), so an epoch
-    visits every sample exactly once. Inside a piece, windows of 16 runs are shuffled sample by sample, on a grid that
-    starts elsewhere in each piece. A piece of fewer than 4 windows is one window: with 2 million samples of one-topic
-    shards in batches of 65536, windows of 16 runs gave 4.1 times the topic variance of independent draws, whole pieces
-    0.95 times. A source smaller than L windows is not cut: its draws, counted over all lanes, walk one permutation of
-    its samples. The grid of runs is the same in every epoch, so that a run can be kept in a cache; the short run at
-    the source's end takes any place in the permutation. `first_epoch` is above 0 where the source has had other
-    samples before.
+    In epoch e, lane i draws piece (i + e) mod L of the permuted runs. Piece j ends at floor((j + 1) N / L), so an
+    epoch visits every sample exactly once. Inside a piece, windows of 16 runs are shuffled sample by sample; the grid
+    of windows starts at a different run in each piece. A piece of fewer than 4 windows is one window: with 2 million
+    samples in one-topic shards and batches of 65536, windows of 16 runs gave 4.1 times the topic variance of
+    independent draws, whole pieces 0.95 times. A source smaller than L windows is not divided: its draws, counted over
+    all lanes, follow one permutation of its samples.
+
+    The runs are the same in every epoch, so that a cache can keep whole runs; the short run at the source's end takes
+    any position in the permutation. `first_epoch` is above 0 if the source had other samples earlier in the training.
+
+    Raises UserError if `counts`, the samples by shard, are not whole numbers of at least 0, or are all 0.
     """
 
     def __init__(self, name: str, counts: np.ndarray, lanes: int, seed: int, first_epoch: int = 0) -> None:
         counts = np.asarray(counts)
         if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
             raise UserError(
-                f"source {name!r}: samples by shard must be whole numbers of at least 0, one a shard"
+                f"source {name!r}: samples by shard must be whole numbers of at least 0, one per shard"
             )
         self.name = name
         self.first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.samples = int(self.first[-1])
         if not self.samples:
-            raise UserError(f"source {name!r}: its {counts.size} shards hold no samples; check its path")
+            raise UserError(f"source {name!r}: its {counts.size} shards contain no samples; check its path")
         self.layout = LaneLayout(self.samples, lanes)
         self.interleaved, self.pieces, self.run = self.layout.interleaved, self.layout.pieces, self.layout.run
         self.windows = self.samples >= MIN_WINDOWS_PER_PIECE * self.pieces * RUNS_PER_WINDOW * self.run
@@ -111,35 +119,37 @@ class SourceOrder:
 
     @cached_property
     def counts_hash(self) -> str:
-        """Of the samples by shard."""
+        """Hash of the samples by shard, 16 hexadecimal digits."""
         return xxhash.xxh64_hexdigest(self.first.astype("<i8").tobytes())
 
     def replacement(self, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
-        """Another sample for a bad one: attempts 1 to 8 in its shard, later ones (or where it has no more) anywhere.
+        """Shard and index of the sample that replaces a bad one at `attempt` >= 1.
 
-        No attempt names the bad sample itself, and attempts in one shard differ from each other.
+        Attempts 1 to 8 choose from the bad sample's shard while it has further samples, later attempts from the whole
+        source. No attempt returns the bad sample itself, and attempts within the shard all differ. Raises UserError if
+        the source has no other sample.
         """
         if attempt < 1:
-            raise ValueError(f"attempt {attempt}: the first replacement of a sample is attempt 1")
+            raise ValueError(f"attempt {attempt}: attempts count from 1")
         neighbours = int(self.first[shard + 1] - self.first[shard]) - 1
         bad = int(self.first[shard]) + index
         if attempt <= min(REPLACEMENTS_IN_SHARD, neighbours):
             key = hash64(self.key, epoch, SourcePurpose.REPLACE_IN_SHARD, bad)
-            other = int(permute(attempt - 1, neighbours, key))
-            return shard, other + (other >= index)
+            replacement = int(permute(attempt - 1, neighbours, key))
+            return shard, replacement + (replacement >= index)
         if self.samples == 1:
             raise UserError(
-                f"source {self.name!r}: its only sample is unusable and there is no other to replace it"
+                f"source {self.name!r}: its only sample is unusable and there is no other sample to replace it"
             )
         key = hash64(self.key, epoch, SourcePurpose.REPLACE_IN_SOURCE, bad)
-        other = int(permute(attempt % (self.samples - 1), self.samples - 1, key))
-        other += other >= bad
-        found = int(np.searchsorted(self.first, other, "right")) - 1
-        return found, other - int(self.first[found])
+        replacement = int(permute(attempt % (self.samples - 1), self.samples - 1, key))
+        replacement += replacement >= bad
+        shard = int(np.searchsorted(self.first, replacement, "right")) - 1
+        return shard, replacement - int(self.first[shard])
 
 
 class DrawPosition(NamedTuple):
-    """Where draws stand, before any shuffle: epoch, piece, the piece's bounds and the draw's position in the epoch."""
+    """Positions of draws before any shuffle: epoch, piece, the piece's bounds, position in the epoch; arrays [rows]."""
 
     epoch: np.ndarray
     piece: np.ndarray
@@ -149,9 +159,12 @@ class DrawPosition(NamedTuple):
 
 
 class RunGrid(NamedTuple):
-    """Runs of the source of each row (or of the one source): their length, the last one's, full ones, the last's rank.
+    """Runs in an epoch's permutation; each field is an array [rows], or a scalar if the stream has one source.
 
-    `short` is the rank of the short run in the epoch's permutation; `windows` says whether pieces have several.
+    run, tail: samples of a full run, and of the short run at the source's end (0: there is none)
+    full_runs: number of full runs
+    short: rank of the short run in the permutation; `full_runs` if there is none
+    windows: True if pieces are divided into windows
     """
 
     run: Any
@@ -166,12 +179,15 @@ class RunGrid(NamedTuple):
         return (position + np.where(after, self.run - self.tail, 0)) // self.run
 
     def start(self, rank: np.ndarray) -> np.ndarray:
-        """Position at which the run of each rank begins."""
+        """First position of the run of each rank."""
         return rank * self.run - np.where(rank > self.short, self.run - self.tail, 0)
 
 
 class SampleLocator:
-    """The draws of a stream's sources; see SourceOrder for the order that they follow."""
+    """Maps draws to samples for all sources of a stream at once, in the order that SourceOrder defines.
+
+    With one source the tables are scalars, which spares numpy a lookup per row.
+    """
 
     def __init__(self, sources: Sequence[SourceOrder]) -> None:
         def table(values: Sequence[int], dtype: type = np.int64) -> Any:
@@ -195,18 +211,21 @@ class SampleLocator:
     def refs(
         self, source: np.ndarray, lane: np.ndarray, draw: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, shard and index of each draw: the n-th of its lane, or the n-th over all lanes if interleaved."""
-        found = np.empty((3, draw.size), np.int64)
+        """Epoch, shard and index of each draw, int64 [rows] each.
+
+        Draw n is the n-th of its lane, or the n-th over all lanes if its source is interleaved.
+        """
+        refs = np.empty((3, draw.size), np.int64)
         for at in range(0, draw.size, ROWS_PER_BLOCK):
             rows = slice(at, at + ROWS_PER_BLOCK)
-            found[:, rows] = self._refs(source[rows], lane[rows], draw[rows])
-        return found[0], found[1], found[2]
+            refs[:, rows] = self._refs(source[rows], lane[rows], draw[rows])
+        return refs[0], refs[1], refs[2]
 
     def _refs(
         self, source: np.ndarray, lane: np.ndarray, draw: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         k = source if self._samples.ndim else ()
-        place = self._place(k, lane, draw)
+        place = self._positions(k, lane, draw)
         if self._mixed:
             epoch, sample = np.zeros_like(draw), np.zeros_like(draw)
             for rows in (np.flatnonzero(self._run[k] > 1), np.flatnonzero(self._run[k] == 1)):
@@ -215,28 +234,30 @@ class SampleLocator:
         else:
             epoch, sample = self._samples_at(k, place)
         at = sample + self._before[k]
-        in_order = np.argsort(
-            at
-        )  # a search in order finds its way in the cache: four times as fast, sort included
+        # Searching in ascending order hits the CPU cache: four times as fast, sort included.
+        in_order = np.argsort(at)
         shard = np.empty_like(at)
         shard[in_order] = np.searchsorted(self._first, at[in_order], "right") - 1
         return epoch, shard - self._shards_before[k], at - self._first[shard]
 
-    def _place(self, k: Any, lane: np.ndarray, draw: np.ndarray) -> DrawPosition:
+    def _positions(self, k: Any, lane: np.ndarray, draw: np.ndarray) -> DrawPosition:
         n, pieces = self._samples[k], self._pieces[k]
-        lane = np.minimum(lane, pieces - 1)  # an interleaved source has one piece, walked by all lanes
-        walked, unrolled = unroll(lane, draw, n, pieces)
-        piece = unrolled % pieces
+        lane = np.minimum(lane, pieces - 1)  # an interleaved source has one piece, shared by all lanes
+        number, unrolled_piece = unroll(lane, draw, n, pieces)
+        piece = unrolled_piece % pieces
         start, stop = piece * n // pieces, (piece + 1) * n // pieces
-        epoch = unrolled - lane + self._first_epoch[k]
-        return DrawPosition(epoch, piece, start, stop, start + walked - unrolled * n // pieces)
+        epoch = unrolled_piece - lane + self._first_epoch[k]
+        return DrawPosition(epoch, piece, start, stop, start + number - unrolled_piece * n // pieces)
 
     def _samples_at(self, k: Any, place: DrawPosition) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and sample of each place; all of sources with runs of one sample, or all of others."""
+        """Epoch and sample number of each position.
+
+        Either all sources here have runs of one sample, or none has.
+        """
         n, run, key = self._samples[k], self._run[k], self._key[k]
         if not place.position.size:
             return place.epoch, place.position
-        # One epoch for all rows spares the permutations a hash a row.
+        # If all rows are of one epoch, a scalar saves one hash per row.
         epoch = place.epoch[0] if (place.epoch == place.epoch[0]).all() else place.epoch
         runs_key = hash64(key, epoch, SourcePurpose.RUNS)
         if np.all(run == 1):
@@ -244,19 +265,19 @@ class SampleLocator:
         full_runs, tail = n // run, n % run
         rank = (hash64(key, epoch, SourcePurpose.SHORT_RUN) % (full_runs + 1).astype(U64)).astype(np.int64)
         grid = RunGrid(run, tail, full_runs, np.where(tail, rank, full_runs), self._windows[k])
-        low, high = self._window(place, grid)
+        low, high = self._window_bounds(place, grid)
         inside = permute(
             place.position - low, high - low, hash64(key, place.epoch, SourcePurpose.WINDOW, low)
         )
-        return place.epoch, self._sample(low + inside, grid, runs_key)
+        return place.epoch, self._sample_numbers(low + inside, grid, runs_key)
 
     @staticmethod
-    def _window(place: DrawPosition, grid: RunGrid) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of each position's window; what the grid cuts off at a piece's ends joins the next full window."""
+    def _window_bounds(place: DrawPosition, grid: RunGrid) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of each position's window. Partial windows at the ends of a piece join the full window beside them."""
         if not np.any(grid.windows):
             return place.start, place.stop
         golden = place.piece.astype(U64) * U64(GOLDEN_RATIO_64)
-        phase = (golden >> U64(60)).astype(np.int64)  # the 16 runs of a window in golden steps
+        phase = (golden >> U64(60)).astype(np.int64)  # 0 to 15: golden-ratio steps over the 16 runs
         first = (grid.rank(place.start) + phase) // RUNS_PER_WINDOW + 1
         last = (grid.rank(place.stop - 1) + phase) // RUNS_PER_WINDOW - 1
         window = np.clip((grid.rank(place.position) + phase) // RUNS_PER_WINDOW, first, last)
@@ -266,8 +287,8 @@ class SampleLocator:
         return low, np.where(to_stop, place.stop, grid.start((window + 1) * RUNS_PER_WINDOW - phase))
 
     @staticmethod
-    def _sample(position: np.ndarray, grid: RunGrid, key: np.ndarray) -> np.ndarray:
-        """Sample of the source at each position of its epoch."""
+    def _sample_numbers(position: np.ndarray, grid: RunGrid, key: np.ndarray) -> np.ndarray:
+        """Sample number at each position of its epoch, after the permutation of runs."""
         rank = grid.rank(position)
         last = grid.full_runs - 1
         number = permute(np.minimum(rank - (rank > grid.short), last), grid.full_runs, key)

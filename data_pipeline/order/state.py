@@ -1,7 +1,8 @@
-"""What a checkpoint keeps of a stream's history: the mixtures it was drawn from, and what that says of every draw.
+"""Order state in a checkpoint, and how a run resumes from it, also with changed data.
 
-A run that goes on with other data or weights opens a segment. The draws of a source whose samples are still the same
-go on where they were; one whose samples changed starts a pass of its own, under epoch numbers that it has not used.
+The state is a list of segments: one per mixture that the stream was drawn from. A run that continues with other data or
+weights opens a new segment. A source with unchanged samples continues its draws. A source with changed samples
+starts a new pass, with epoch numbers that it has not used before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from data_pipeline.order.source_order import LaneLayout
 
 @dataclass(frozen=True)
 class SourceBase:
-    """From which segment and epoch on a source is drawn as it is now, after how many passes (a fraction)."""
+    """Start of the present samples of a source.
+
+    segment: number of the first segment with these samples
+    first_epoch: epoch number of their first pass
+    passes: passes over earlier samples of the source, as the text of a fraction; they count towards max_epochs
+    """
 
     segment: int
     first_epoch: int = 0
@@ -30,14 +36,14 @@ class SourceBase:
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps from `first_step` on, drawn from one mixture; most fields are by source.
+    """Steps from `first_step` on that are drawn from one mixture; dictionaries are by source name.
 
-    consumed_per_lane: samples that each lane had served before
-    sources: names, in the order of the mixture, which a JSON object does not keep
-    fingerprints, counts: of the source's manifest, and of its samples by shard
-    base: what of the history its draws go on from
-    unvisited: samples of begun epochs that the change of segment left, for sources that changed or went away
-    cycles: (consumed_per_lane from which on, weights in the order of `sources`); the next where a source ends
+    consumed_per_lane: samples that each lane had served before this segment
+    sources: names in the order of the mixture; a list, because JSON objects have no order
+    fingerprints: of the sources' manifests; counts: hashes of their samples by shard
+    base: start of each source's present samples
+    unvisited: samples of begun epochs that are never visited, for sources that changed or were removed
+    cycles: (first consumed_per_lane, weights in the order of `sources`); a new one starts when a source ends
     """
 
     first_step: int
@@ -54,25 +60,26 @@ class Segment:
     cycles: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as a JSON object."""
         return asdict(self)
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Segment:
-        """Raises KeyError, TypeError or ValueError for what is no segment."""
-        base = {name: SourceBase(**one) for name, one in found["base"].items()}
-        cycles = tuple((int(at), tuple(weights)) for at, weights in found["cycles"])
-        lists = {"sources": tuple(found["sources"]), "base": base, "cycles": cycles}
-        return Segment(**{**found, **lists})
+    def from_json(fields: Mapping[str, Any]) -> Segment:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError if `fields` do not describe a segment."""
+        base = {name: SourceBase(**base_fields) for name, base_fields in fields["base"].items()}
+        cycles = tuple((int(at), tuple(weights)) for at, weights in fields["cycles"])
+        lists = {"sources": tuple(fields["sources"]), "base": base, "cycles": cycles}
+        return Segment(**{**fields, **lists})
 
     def same_samples(self, other: Segment, name: str) -> bool:
-        """Whether a source has the samples that it has in another segment; both hold it."""
+        """True if the source `name` has the same samples in both segments; both must contain it."""
         prints = [segment.fingerprints[name] for segment in (self, other) if name in segment.fingerprints]
         return len({*prints}) <= 1 and all(
             getattr(self, key)[name] == getattr(other, key)[name] for key in ("samples", "counts")
         )
 
     def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:
-        """Draws of each source, int64 [lanes], from here to where each lane has served `end` samples."""
+        """Draws of each source, int64 [lanes], from this segment's start until each lane has served `end` samples."""
         total = np.zeros((len(self.sources), lanes), np.int64)
         stops = [*(at for at, _ in self.cycles[1:]), end]
         for (at, weights), stop in zip(self.cycles, stops, strict=True):
@@ -82,31 +89,31 @@ class Segment:
 
 
 class History(NamedTuple):
-    """Segments that are over, with the draws of each source in each of them, int64 [lanes]."""
+    """Finished segments, and for each of them the draws of each source, int64 [lanes]."""
 
     segments: tuple[Segment, ...]
     drawn: tuple[dict[str, np.ndarray], ...]
 
     @staticmethod
     def of(segments: Sequence[Segment], end: int, lanes: int) -> History:
-        """`end`: samples that each lane has served at the end of the last one."""
+        """History of `segments`; `end` is the number of samples that each lane had served when the last one finished."""
         ends = [*(segment.consumed_per_lane for segment in segments[1:]), end]
         drawn = (segment.drawn(stop, lanes) for segment, stop in zip(segments, ends, strict=True))
         return History(tuple(segments), tuple(drawn))
 
     def since(self, name: str, segment: int, lanes: int) -> np.ndarray:
-        """Draws of a source, int64 [lanes], from a segment on."""
+        """Draws of a source, int64 [lanes], from the segment of this number on."""
         zero = np.zeros(lanes, np.int64)
         return sum((found[name] for found in self.drawn[segment:] if name in found), zero)
 
     def totals(self) -> dict[str, int]:
-        """Samples that each source gave."""
+        """Samples drawn from each source."""
         names = dict.fromkeys(name for found in self.drawn for name in found)
         return {name: sum(int(found[name].sum()) for found in self.drawn if name in found) for name in names}
 
 
 def open_segment(history: History, now: Segment, lanes: int) -> Segment:
-    """`now`, which is opened after `history`, with the base of each of its sources and what is left unvisited."""
+    """`now` as the segment after `history`, with `base` and `unvisited` filled in."""
     base: dict[str, SourceBase] = {}
     unvisited: dict[str, int] = {}
     last = history.segments[-1]
@@ -130,22 +137,26 @@ def open_segment(history: History, now: Segment, lanes: int) -> Segment:
 
 
 def change_notes(segment: Segment) -> list[str]:
-    """What a change of segment leaves behind, in words."""
+    """One line for each source whose begun epochs stay unfinished after the change to `segment`."""
     lines = []
     for name, left in segment.unvisited.items():
         if name in segment.sources:
             epoch = segment.base[name].first_epoch
             lines.append(
-                f"source {name!r}: {left} samples of the epochs it had begun are left unvisited; its new samples "
-                f"begin with epoch {epoch}"
+                f"source {name!r}: {left} samples of its begun epochs stay unvisited; its new samples start with "
+                f"epoch {epoch}"
             )
         else:
-            lines.append(f"source {name!r}: leaves with {left} samples of its begun epochs unvisited")
+            lines.append(f"source {name!r}: removed; {left} samples of its begun epochs stay unvisited")
     return lines
 
 
 class Resumed(NamedTuple):
-    """How a stream goes on: the segments to make its order with, and what was accepted and is left, in words."""
+    """Result of a resume.
+
+    segments: the segments of the resumed StreamOrder; empty if nothing changed since the start of the run
+    changes: one line for each accepted change and for each source with unvisited samples
+    """
 
     segments: tuple[Segment, ...]
     changes: list[str]
@@ -154,41 +165,41 @@ class Resumed(NamedTuple):
 def resume_segments(
     state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: BatchSchedule, accept_change: bool
 ) -> Resumed:
-    """The segments with which a stream of the mixture `now` goes on after `state`; see StreamOrder.resume."""
+    """Segments with which a stream of mixture `now` continues after `state`; see StreamOrder.resume."""
     try:
-        before = tuple(Segment.from_json(one) for one in state["segments"])
+        before = tuple(Segment.from_json(fields) for fields in state["segments"])
         step, served = int(state["step"]), int(state["consumed_per_lane"])
         fixed = [("seed", state["seed"], seed), ("lanes", state["lanes"], lanes)]
         free = [("batch", state["batch"], batches.to_json()), *_compared_values(before[-1], now)]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"the checkpoint's data position cannot be read ({error!r}): another version of dromos wrote it, or it is "
-            "damaged. Go on with that version or from another checkpoint, or take the weights alone into a new run"
+            "damaged. Resume with that version or from another checkpoint, or start a new run from the weights alone"
         ) from error
-    kept, changed = (
-        [f"{what} was {old}, is now {new}" for what, old, new in pairs if old != new]
-        for pairs in (fixed, free)
+    fixed_changes, free_changes = (
+        [f"{key} was {old}, is now {new}" for key, old, new in values if old != new]
+        for values in (fixed, free)
     )
-    if kept and accept_change:
+    if fixed_changes and accept_change:
         raise UserError(
-            f"{'; '.join(kept)}: neither seed nor lanes of a stream can change while it runs. Restore them "
-            "(lanes can be written beside a new batch), or start a new run folder"
+            f"{'; '.join(fixed_changes)}: the seed and the lanes of a stream cannot change during a run. Restore them "
+            "(a recipe with a new batch can set the old lanes), or start a new run folder"
         )
-    if kept or (changed and not accept_change):
+    if fixed_changes or (free_changes and not accept_change):
         raise UserError(
-            f"the data is not what the checkpoint was trained on: {'; '.join(kept + changed)}. Restore the data "
-            "and the mixture, or go on with what is there now (run.accept_change=true; in Python, "
+            f"the data differs from the data of the checkpoint: {'; '.join(fixed_changes + free_changes)}. Restore the "
+            "data and the mixture, or continue with the present data (run.accept_change=true; in Python, "
             "resume(state, accept_change=True)), or start a new run folder"
         )
-    if not changed:
+    if not free_changes:
         return Resumed(before if len(before) > 1 else (), [])
     history = History.of(before, served, lanes)
     opened = open_segment(history, replace(now, first_step=step, consumed_per_lane=served), lanes)
-    return Resumed((*before, opened), changed + change_notes(opened))
+    return Resumed((*before, opened), free_changes + change_notes(opened))
 
 
 def _compared_values(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:
-    """What may differ between two mixtures, with both values, equal or not."""
+    """(name, old value, new value) of everything that may differ between two mixtures, equal values included."""
     found = [
         (f"{key} of source {name!r}", old.get(name, "no such source"), new.get(name, "no such source"))
         for key in ("samples", "fingerprints", "weights", "max_epochs")

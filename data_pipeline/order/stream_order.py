@@ -1,8 +1,8 @@
-"""Which sample stands in which row of which step: a pure function of the recipe, so that anyone can make any batch.
+"""`StreamOrder`: the sample of every (step, row), as a pure function of recipe and seed.
 
-A stream's rows are split into lanes; a cycle of slots (mixture.py) deals each lane's rows to the sources, and each
-source's own order (source_order.py, walk.py) says which sample that is. Nothing here depends on ranks or workers,
-nor on the past but for the changes of the mixture that a user has accepted (segments.py).
+The rows of a global batch are divided into lanes. A cycle of slots (mixture.py) deals the rows of each lane to the
+sources, and the order of the source (source_order.py) gives the sample. Nothing depends on ranks or workers, so any
+process can build any batch. Only changes of the mixture that the user accepted (state.py) depend on the past.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from data_pipeline.order.source_order import SampleLocator, SourceOrder
 from data_pipeline.order.state import History, Resumed, Segment, SourceBase, resume_segments
 
 MAX_LANES = 1024
-UNREACHABLE_DRAWS = 2**53  # draws of a source that no run gets to; far below where sums of them overflow
+UNREACHABLE_DRAWS = 2**53  # no run draws so many samples of a source; sums of them do not overflow int64
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """One source of a mixture: samples by shard, and how its share of the stream is set.
+    """One source of a mixture: samples by shard, and the keys that set its share of the stream.
 
-    `weight` is a share in proportion to the other weights; without any, shares follow size = samples x `repeat`, at
-    most `cap`. Where some sources have a weight and some have none, weights are fractions of the stream and the rest
-    of it is split by size. `max_epochs` ends the source after so many passes.
+    `weight` is a share in proportion to the other weights. If no source has a weight, shares are proportional to
+    size = samples x `repeat`, at most `cap`. If only some have one, weights are fractions of the stream, and the other
+    sources share the rest by size. The source ends after `max_epochs` passes over its samples.
     """
 
     name: str
@@ -56,7 +56,10 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class SampleRefs:
-    """Samples of some rows, arrays of [rows]: row of the global batch, source in the mixture, epoch, shard, index."""
+    """References to the samples of some rows; every field is int64 [rows].
+
+    row: in the global batch; source: number in the mixture; shard, index: position of the sample in its source
+    """
 
     row: np.ndarray
     source: np.ndarray
@@ -67,9 +70,10 @@ class SampleRefs:
 
 @dataclass(frozen=True)
 class Phase:
-    """From `first_step` on, when each lane has served `begin` samples, slots are dealt by `cycle`.
+    """Steps from `first_step` on whose slots `cycle` deals; a new phase starts when a source ends.
 
-    `drawn` [sources, lanes] is what was dealt before.
+    begin: samples that each lane has served before this phase
+    drawn: draws of each source before this phase, int64 [sources, lanes]
     """
 
     first_step: int
@@ -79,10 +83,13 @@ class Phase:
 
 
 class StreamOrder:
-    """The order of one stream. `seed` is any integer below 2**64, see `stream_seed`.
+    """The order of one stream.
 
-    `by` says how sources without a weight share the stream. `segments` are those that `resume` gave, when a run goes
-    on with a changed mixture; the last of them is of the mixture given here.
+    seed: any integer below 2**64, see `stream_seed`
+    by: how sources without a weight share the stream
+    segments: result of `resume` if the mixture changed during the run; the last one belongs to `sources`
+
+    Raises UserError for invalid batches, lanes, names or shares.
     """
 
     def __init__(
@@ -99,9 +106,7 @@ class StreamOrder:
         self.seed = seed
         names = [source.name for source in sources]
         if not names or len(set(names)) < len(names):
-            raise UserError(
-                f"a stream needs one or more sources, each under a name of its own; it has {names}"
-            )
+            raise UserError(f"a stream needs one or more sources with different names; it has {names}")
         self._history = (
             History.of(segments[:-1], segments[-1].consumed_per_lane, self.lanes) if segments else None
         )
@@ -120,14 +125,19 @@ class StreamOrder:
         self.mixture_hash = self._mixture_hash()
         self._locator = SampleLocator(self.sources)
         self._interleaved = np.array([source.interleaved for source in self.sources])
-        self.ends: dict[str, int] = {}  # source -> step from which on its max_epochs are over
-        self.last_step: int | None = None  # step at which all sources have ended
+        self.ends: dict[str, int] = {}  # source -> first step after its max_epochs
+        self.last_step: int | None = (
+            None  # first step after the max_epochs of all sources; None: the stream never ends
+        )
         self.segment = segments[-1] if segments else self._segment({})
         self._phases: list[Phase] = []
         self._plan_phases()
 
     def refs(self, step: int, start: int = 0, stop: int | None = None) -> SampleRefs:
-        """Samples of rows [start, stop) of the global batch of `step`; both count from 0."""
+        """Samples of rows [start, stop) of the global batch of `step`; steps and rows count from 0.
+
+        Raises UserError after the end of the stream.
+        """
         batch = self.batches.at(step)
         stop = batch if stop is None else stop
         if step < self.segment.first_step or not 0 <= start <= stop <= batch:
@@ -136,8 +146,8 @@ class StreamOrder:
             )
         if self.last_step is not None and step >= self.last_step:
             raise UserError(
-                f"the stream is over: all its sources reach their max_epochs after {self.last_step} steps; "
-                "train no longer than that, or raise max_epochs"
+                f"the stream has ended: all its sources reach their max_epochs after {self.last_step} steps; "
+                "train for at most that many steps, or raise max_epochs"
             )
         rows = np.arange(start, stop)
         if not rows.size:
@@ -147,7 +157,7 @@ class StreamOrder:
         return SampleRefs(rows, source, *self._locator.refs(source, lane, draw))
 
     def replacement(self, source: int, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
-        """Shard and index of the sample that replaces a bad one at `attempt` >= 1; see SourceOrder.replacement."""
+        """Shard and index of the sample that replaces a bad one; see SourceOrder.replacement."""
         return self.sources[source].replacement(shard, index, epoch, attempt)
 
     def samples_per_epoch(self) -> int:
@@ -155,7 +165,7 @@ class StreamOrder:
         return self._epoch_samples
 
     def steps(self, samples: int) -> int:
-        """The fewest steps of the run that have at least so many rows; at least the present segment's first."""
+        """Smallest number of steps of the run with at least `samples` rows; at least the first step of this segment."""
         first = self.segment.first_step
         before = self.segment.consumed_per_lane * self.lanes
         if samples <= before:
@@ -163,7 +173,7 @@ class StreamOrder:
         return self.batches.steps(self.batches.before(first) + samples - before)
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Samples that the steps before `step` took of each source, also of those that have left."""
+        """Samples drawn from each source before `step`, sources that were removed included."""
         phase, slots = self._phase(step)
         here = phase.drawn - self._drawn_before() + phase.cycle.consumed(np.arange(self.lanes), slots)
         total = self._history.totals() if self._history else {}
@@ -172,9 +182,9 @@ class StreamOrder:
         return total
 
     def state(self, step: int, fingerprints: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps, as JSON: enough for `resume` to go on, also with other data.
+        """State of a checkpoint after `step` steps, as a JSON object; `resume` reads it, also with changed data.
 
-        `fingerprints` are the sources' manifests'.
+        `fingerprints`: source name -> fingerprint of its manifest.
         """
         cycles = tuple((phase.begin, tuple(phase.cycle.weights.tolist())) for phase in self._phases)
         now = replace(self.segment, fingerprints=dict(fingerprints or {}), cycles=cycles)
@@ -185,7 +195,9 @@ class StreamOrder:
             "lanes": self.lanes,
             "consumed_per_lane": self._served_per_lane(step),
             "consumed": self.consumed(step),
-            "segments": [one.to_json() for one in (*(self._history.segments if self._history else ()), now)],
+            "segments": [
+                segment.to_json() for segment in (*(self._history.segments if self._history else ()), now)
+            ],
         }
 
     def resume(
@@ -194,16 +206,16 @@ class StreamOrder:
         fingerprints: Mapping[str, str] | None = None,
         accept_change: bool = False,
     ) -> Resumed:
-        """The segments with which an order of this mixture goes on after `state`.
+        """Segments with which a StreamOrder of this mixture continues after `state`.
 
-        Raises UserError with both values of all that differs from what the state was written with, unless
-        `accept_change` allows it: then a segment is opened. Seed and lanes never change.
+        Raises UserError with the old and the new value of everything that differs from `state`. With `accept_change`
+        it opens a new segment instead; seed and lanes can never change.
         """
         now = self._segment(dict(fingerprints or {}))
         return resume_segments(state, now, hex16(self.seed), self.lanes, self.batches, accept_change)
 
     def _segment(self, fingerprints: dict[str, str]) -> Segment:
-        """The first segment of a run with this mixture."""
+        """First segment of a run with this mixture."""
         names = [source.name for source in self.sources]
         return Segment(
             first_step=0,
@@ -220,12 +232,15 @@ class StreamOrder:
         )
 
     def _served_per_lane(self, step: int) -> int:
-        """Samples that each lane has served before `step`."""
+        """Samples that each lane serves before `step`."""
         rows = self.batches.before(step) - self.batches.before(self.segment.first_step)
         return self.segment.consumed_per_lane + rows // self.lanes
 
     def _deal_rows(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each row, and which draw of it: by lane, or counted over all lanes where it is interleaved."""
+        """Source number and draw number of each row.
+
+        Draws count per lane, or over all lanes if the source is interleaved.
+        """
         phase, slots = self._phase(step)
         per_lane = self.batches.at(step) // self.lanes
         lane = np.arange(self.lanes)
@@ -241,16 +256,17 @@ class StreamOrder:
         return source.reshape(-1)[at], draw.reshape(-1)[at]
 
     def _phase(self, step: int) -> tuple[Phase, int]:
-        """The phase of a step, and the slots that each lane dealt in it before that step."""
+        """Phase of a step, and the slots of each lane in this phase before that step."""
         phase = next(s for s in reversed(self._phases) if s.first_step <= step)
         return phase, self._served_per_lane(step) - phase.begin
 
     def _drawn(self, step: int) -> np.ndarray:
+        """Draws of each source before `step`, int64 [sources, lanes]."""
         phase, slots = self._phase(step)
         return phase.drawn + phase.cycle.consumed(np.arange(self.lanes), slots)
 
     def _drawn_before(self) -> np.ndarray:
-        """Draws, int64 [sources, lanes], that the sources go on from at the present segment's start."""
+        """Draws of the sources' present samples before this segment, int64 [sources, lanes]."""
         if self._history is None:
             return np.zeros((len(self.sources), self.lanes), np.int64)
         return np.stack(
@@ -258,7 +274,7 @@ class StreamOrder:
         )
 
     def _plan_phases(self) -> None:
-        """Lay out the phases: at the step where a source has had its max_epochs, the others share its slots."""
+        """Compute the phases: when a source reaches its max_epochs, the other sources share its slots."""
         weights = list(self.weights)
         step, drawn = self.segment.first_step, self._drawn_before()
         while any(weights):
@@ -277,7 +293,7 @@ class StreamOrder:
         self.last_step = step
 
     def _end_step(self, k: int, passes: Fraction) -> int:
-        """First step before which source `k` has had all its passes, those over samples it had earlier included."""
+        """First step after all passes of source `k`; passes over earlier samples of the source count."""
         source, first = self.sources[k], self._phases[-1].first_step
         left = passes - Fraction(self._base[source.name].passes)
         goal = ceil(left * source.samples / source.pieces)
@@ -292,6 +308,7 @@ class StreamOrder:
         return bisect_left(range(first, high), True, key=over) + first
 
     def _mixture_hash(self) -> str:
+        """Hash of lanes, sources, counts, weights and max_epochs: equal hashes mean the same order."""
         sources = [
             [source.name, source.counts_hash, weight, str(limit)]
             for source, weight, limit in zip(self.sources, self.weights, self._limits, strict=True)
@@ -300,26 +317,29 @@ class StreamOrder:
 
 
 def choose_lanes(batches: BatchSchedule, lanes: int | None) -> int:
-    """Lanes of a stream: what the recipe says if it divides every batch, else their largest divisor up to 1024."""
+    """Number of lanes: `lanes` from the recipe, by default the largest common divisor of all batches up to 1024.
+
+    Raises UserError if `lanes` does not divide every batch.
+    """
     common = batches.divisor
     if lanes is None:
         return max(d for d in range(1, min(common, MAX_LANES) + 1) if common % d == 0)
     if lanes < 1 or common % lanes:
         near = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - lanes))
-        what = "the batch" if len(batches.rows) == 1 else "every batch"
+        batch = "the batch" if len(batches.rows) == 1 else "every batch"
         raise UserError(
-            f"lanes: {lanes} does not divide {what} of {batches}; the nearest number that does is {near}"
+            f"lanes: {lanes} does not divide {batch} of {batches}; the nearest number that does is {near}"
         )
     return lanes
 
 
 def stream_seed(run_seed: int, stage: str, stream: str) -> int:
-    """Order seed of one stream of one stage, so that two stages share neither order nor crops unless they ask to."""
+    """Order seed of one stream of one stage; by default two stages share neither order nor crops."""
     return int(hash64(run_seed, key64(stage), key64(stream)))
 
 
 def sample_ids(source_name: str, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Identity of samples, uint64 [rows]: the same in every epoch, stage and run."""
+    """Identifiers of samples, uint64 [rows]: the same in every epoch, stage and run."""
     return hash64(key64(source_name), shards, indices)
 
 
@@ -331,5 +351,5 @@ def row_keys(
     epoch: np.ndarray,
     attempt: np.ndarray | int,
 ) -> np.ndarray:
-    """Key of all randomness of a row, uint64 [rows]: use it as `hash64(key, Purpose.CROP)` and the like."""
+    """Key of every random choice of a row, uint64 [rows]; to be used as `hash64(key, Purpose.CROP)`."""
     return hash64(seed, key64(source_name), shard, index, epoch, attempt)

@@ -73,10 +73,8 @@ def test_a_stream_goes_on_with_a_shard_more_and_other_weights(tmp_path: Path) ->
     with opened(after, 16, workers=1) as stream:
         with pytest.raises(UserError, match="samples of source 'a' was 31, is now 36"):
             stream.resume(state)
-        told = stream.resume(state, accept_change=True)
-        assert "source 'a': 11 samples of the epochs it had begun are left unvisited" in " ".join(
-            told
-        )  # 20 of 31
+        notes = " ".join(stream.resume(state, accept_change=True))
+        assert "source 'a': 11 samples of its begun epochs stay unvisited" in notes  # 20 of 31 were visited
         found += [served(next(stream)) for _ in range(3)]
         state = json.loads(json.dumps(stream.state(), sort_keys=True))
         assert stream.resume(state) == []

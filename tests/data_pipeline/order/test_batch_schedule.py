@@ -53,7 +53,7 @@ def test_whole_numbers_of_any_kind_are_rows() -> None:
     "batch", [8.0, True, "8 rows", {0: 8.5}, {0: 8, 2.5: 9}, {0: 8, True: 9}, {0: 8, "0": 9}]
 )
 def test_what_is_no_whole_number_is_refused(batch: Any) -> None:
-    with pytest.raises(UserError, match=r"batch: .*(no whole number|twice)"):
+    with pytest.raises(UserError, match=r"batch: .*(not a whole number|twice)"):
         BatchSchedule.of(batch)
 
 

@@ -73,7 +73,7 @@ def test_a_cycle_too_long_is_rounded_to_the_limit() -> None:
     ("sources", "words"),
     [
         ([source("a", 0)], ["'a'", "no samples"]),
-        ([source("a", 5), source("a", 6)], ["name of its own"]),
+        ([source("a", 5), source("a", 6)], ["different names"]),
         ([], ["one or more sources"]),
         ([source("a", 5, weight=1.5), source("b", 5)], ["1.5", "b", "every source a weight"]),
         ([source("a", 5, weight=0.5, repeat=2)], ["'a'", "repeat"]),

@@ -132,7 +132,7 @@ def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
         served = step + 1
     assert ours.last_step == (served if served < STEPS else ours.last_step)
     if served < STEPS:
-        with pytest.raises(UserError, match="stream is over"):
+        with pytest.raises(UserError, match="stream has ended"):
             ours.refs(served)
 
 

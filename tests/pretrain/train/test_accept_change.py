@@ -82,7 +82,7 @@ def test_a_shard_is_added_while_the_batch_ramps_up(data: Path) -> None:
     assert [row["samples"] for row in logged(data)] == [{"pairs": n} for n in [8] * 3 + [12] * 6]
     # 3 x 8 + 2 x 12 rows were the one epoch of 48 samples: nothing of it is left
     assert "data.pairs: samples of source 'pairs' was 48, is now 62" in printed
-    assert "0 samples of the epochs it had begun are left unvisited" in printed
+    assert "0 samples of its begun epochs stay unvisited" in printed
     assert [one["first_step"] for one in segments(data, 9)] == [0, 5]
 
     code, printed = rank.run(recipe(data, 11, sources, batch))  # once accepted, it needs no leave
@@ -105,7 +105,7 @@ def test_weights_change_then_a_source_goes_and_the_batch_grows(data: Path) -> No
     alone = {"pairs": other["pairs"]}
     code, printed = rank.run(recipe(data, 10, alone, 16), "run.accept_change=true")
     assert code == 0, printed
-    assert "source 'more': leaves with 12 samples of its begun epochs unvisited" in printed
+    assert "source 'more': removed; 12 samples of its begun epochs stay unvisited" in printed
     pairs, more = (17, 16, 15), (9, 8)
     plan = [
         Mixture(0, (Source("pairs", pairs, 0.5), Source("more", more, 0.5)), {0: 8}),
