@@ -1,9 +1,14 @@
-"""Which stages are done, computed once per command and passed on."""
+"""Which stages of a job are done, computed once per command by `stage_states` and passed on.
+
+To decide that a merge stage is done, its inputs are opened and fingerprinted. Checks, stage runner and backends
+therefore share one `StageStates` and never ask again.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -12,13 +17,38 @@ from pretrain.recipe.checks import addresses
 from pretrain.recipe.dump import stage_record
 from pretrain.recipe.lengths import total_steps
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
-from pretrain.run.identity import read_record
+from pretrain.run.identity import read_record, recorded_length
 
-LENGTHS = ("steps", "samples", "epochs")
+
+@dataclass(frozen=True)
+class StageStates:
+    """Stages that are done and stages to run.
+
+    done:      names of the stages whose outputs are complete as the run folder is now.
+    remaining: stages to run, in order. A merge that reads a remaining stage remains too, also if it is done now:
+               that stage will change its inputs.
+    """
+
+    done: frozenset[str]
+    remaining: tuple[StageJob, ...]
+
+
+def stage_states(recipe: Recipe, stages: Sequence[StageJob], folder: Path) -> StageStates:
+    """The state of each of `stages` in the run folder `folder`. Raises UserError as `is_done` does.
+
+    Call it in the job's working directory: addresses of weights may be relative paths.
+    """
+    done = frozenset(stage.name for stage in stages if is_done(folder, stage, recipe))
+    remaining: list[StageJob] = []
+    for stage in stages:
+        stale = stage.kind == "merge" and reads_any(recipe, stage.name, folder, remaining)
+        if stale or stage.name not in done:
+            remaining.append(stage)
+    return StageStates(done, tuple(remaining))
 
 
 def stage_job(recipe: Recipe, name: str) -> StageJob:
-    """What a launcher needs to know of a stage; steps only where the recipe alone tells them."""
+    """The part of a stage that launchers need; `steps` is None where the recipe alone does not determine it."""
     stage = recipe.stages[name]
     if not isinstance(stage, TrainStage):
         return StageJob(name, "merge")
@@ -27,9 +57,10 @@ def stage_job(recipe: Recipe, name: str) -> StageJob:
 
 
 def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
-    """True if the result.json of a stage reaches the recipe's length. `folder` is the run folder.
+    """True if result.json of a training stage reaches the recipe's length, or if a merge stage has finished.
 
-    Raises UserError for a merge of weights that have changed since.
+    `folder` is the run folder. Raises UserError if result.json is not JSON, or if a finished merge was made from
+    other weights than its inputs hold now.
     """
     path = folder / stage.name / "result.json"
     try:
@@ -37,7 +68,7 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError:
-        raise UserError(f"{path} is not JSON; delete it to run the stage again") from None
+        raise UserError(f"{path} is not valid JSON; delete it to run the stage again") from None
     if stage.kind == "merge":
         from pretrain.merge_stage import is_finished
 
@@ -45,26 +76,22 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
         return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)
     if stage.steps is not None and int(result.get("step", 0)) >= stage.steps:
         return True
-    # Epochs, or samples whose batch changed on the way: then steps do not tell, but what was run to its end does.
-    finished, wanted = read_record(folder / stage.name), stage_record(recipe, stage.name)
-    return finished is not None and _length(finished) == _length(wanted)
+    # Steps do not decide for a length in epochs, or in samples if the batch changed during the run. The stage is
+    # done if the run that finished had the same length.
+    finished, current = read_record(folder / stage.name), stage_record(recipe, stage.name)
+    return finished is not None and recorded_length(finished) == recorded_length(current)
 
 
-def _length(record: dict) -> dict[str, float]:
-    train = record["stage"].get("train") or {}
-    return {unit: train[unit] for unit in LENGTHS if train.get(unit) is not None}
+def reads_any(recipe: Recipe, name: str, folder: Path, stages: Iterable[StageJob]) -> bool:
+    """True if stage `name` takes weights from one of `stages`."""
+    outputs = {(folder / stage.name).resolve() for stage in stages}
+    return any(stage_folders(address, folder) & outputs for _, address in addresses(recipe.stages[name]))
 
 
-def reads(recipe: Recipe, name: str, folder: Path, stages: Iterable[StageJob]) -> bool:
-    """Whether stage `name` takes weights from one of `stages`."""
-    made = {(folder / stage.name).resolve() for stage in stages}
-    return any(_candidates(address, folder) & made for _, address in addresses(recipe.stages[name]))
-
-
-def _candidates(address: str, folder: Path) -> set[Path]:
-    """Stage folders of this machine that the address may mean."""
+def stage_folders(address: str, folder: Path) -> set[Path]:
+    """Local stage folders that `address` can name; empty for a URL."""
     base = address.partition("@")[0]
     if "://" in address:
         return set()
-    ways = [folder / base] if "/" not in base else [Path(base), folder.parent / base]
-    return {way.resolve() for way in ways}
+    candidates = [folder / base] if "/" not in base else [Path(base), folder.parent / base]
+    return {candidate.resolve() for candidate in candidates}

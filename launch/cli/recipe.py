@@ -40,11 +40,11 @@ def show(
       dromos recipe show configs/demo/flip.yaml --stage tuned optimizer.lr=1e-4
     """
     from pretrain.recipe.dump import as_plain, dump_plain
-    from pretrain.recipe.load import load_recipe, select
+    from pretrain.recipe.load import load_recipe, select_stages
 
     loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
     plain = as_plain(loaded)
-    wanted = select(stage, list(loaded.stages), recipe)
+    wanted = select_stages(stage, list(loaded.stages), recipe)
     plain["stages"] = {name: plain["stages"][name] for name in wanted}
     typer.echo(dump_plain(plain), nl=False)
 
@@ -63,8 +63,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
     """
     from launch.data_check import is_prepared, missing_sources
-    from pretrain.recipe.checks import unavailable
-    from pretrain.recipe.lengths import warns
+    from pretrain.recipe.checks import unsupported_problems
+    from pretrain.recipe.lengths import length_warnings
     from pretrain.recipe.load import load_recipe
     from pretrain.recipe.schema import TrainStage
 
@@ -72,13 +72,13 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     ready = True
     for name, stage in loaded.stages.items():
         missing = list(
-            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unavailable(name, stage))
+            dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unsupported_problems(name, stage))
         )
         typer.echo(f"{name}: {describe(stage)}" + ("" if missing else "  ok"))
         for text in missing:
             typer.echo(f"  {text}")
             ready = False
-        for text in warns(stage) if isinstance(stage, TrainStage) else []:
+        for text in length_warnings(stage) if isinstance(stage, TrainStage) else []:
             typer.echo(f"  warning: {text}")
     missing_data = list(missing_sources(loaded, loaded.stages, remote=False))
     for name, key, _, text in missing_data:

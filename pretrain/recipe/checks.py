@@ -1,4 +1,4 @@
-"""What the schema cannot say of a recipe: rules between fields, stages, and batch and world size."""
+"""Rules of a recipe that the schema cannot express: between fields, between stages, batch and world size."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.mixture_weights import check_shares, contradiction
+from data_pipeline.order.batch_schedule import nearest_batches, uneven_batch
+from data_pipeline.order.mixture_weights import check_shares, share_mistake
 from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
-from pretrain.recipe.schema_errors import nearest
-from pretrain.recipe.unsupported import missing_features
+from pretrain.recipe.schema_errors import did_you_mean
+from pretrain.recipe.unsupported import unsupported_features
 from pretrain.recipe.yaml_file import Key
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one key of one stage (`run`: of the run section)."""
+    """A mistake: the stage (`run` for the run section), the key, and the message that follows the key."""
 
     stage: str
     key: Key
     text: str
 
 
-def unavailable(name: str, stage: TrainStage | MergeStage) -> list[Problem]:
-    """The features a stage asks for that are not built yet."""
+def unsupported_problems(name: str, stage: TrainStage | MergeStage) -> list[Problem]:
+    """A problem for each feature that the stage uses and this version does not implement."""
     if not isinstance(stage, TrainStage):
         return []
-    return [Problem(name, key, f"{words} is not available yet") for key, words in missing_features(stage)]
+    return [Problem(name, key, f"{words} is not available yet") for key, words in unsupported_features(stage)]
 
 
 def check_stages(recipe: Recipe) -> list[Problem]:
-    """Rules between stages: whatever is named exists, earlier in the file."""
+    """Rules between stages: every stage that is named exists and comes earlier in the file."""
     problems: list[Problem] = []
     run_name = recipe.run.name
     if recipe.run.dir is None and (not run_name or run_name in (".", "..") or re.search(r"[/\\]", run_name)):
         problems.append(
-            Problem("run", ("name",), f"{run_name!r} is no name for the folder runs/NAME; write run.dir")
+            Problem("run", ("name",), f"{run_name!r} is not a valid folder name for runs/NAME; write run.dir")
         )
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
@@ -52,7 +53,7 @@ def check_stages(recipe: Recipe) -> list[Problem]:
 
 
 def addresses(stage: TrainStage | MergeStage) -> Iterator[tuple[Key, str]]:
-    """Every address that a stage reads weights from, with its key."""
+    """(key, address) of all weights that a stage reads."""
     if isinstance(stage, MergeStage):
         for address in stage.inputs:
             yield ("inputs", address), address
@@ -73,12 +74,12 @@ def addresses(stage: TrainStage | MergeStage) -> Iterator[tuple[Key, str]]:
 def predecessors(stage: TrainStage | MergeStage, names: Iterable[str]) -> list[str]:
     """The stages of the same recipe that must be complete before this one starts."""
     known = list(names)
-    found = [stage_name(address) for _, address in addresses(stage)]
-    return list(dict.fromkeys(name for name in found if name in known))
+    read = [stage_name(address) for _, address in addresses(stage)]
+    return list(dict.fromkeys(name for name in read if name in known))
 
 
 def stage_name(address: str) -> str:
-    """`masked@500` -> `masked`; other addresses as they are."""
+    """`masked@500` -> `masked`; a path or URL is returned unchanged."""
     return address if "://" in address or "/" in address else address.partition("@")[0]
 
 
@@ -91,11 +92,13 @@ def _check_address(name: str, key: Key, address: str, earlier: list[str], names:
     if bare == name:
         return [Problem(name, key, "a stage cannot start from itself")]
     if bare in names:
-        return [Problem(name, key, f"stage {bare!r} stands after {name!r} in the file; move it above")]
+        return [
+            Problem(name, key, f"stage {bare!r} comes after {name!r} in the file; move it before {name!r}")
+        ]
     if Path(address).exists():
         return []
     known = f"; the stages before it are {', '.join(earlier)}" if earlier else ""
-    text = f"{address!r} is no stage of this recipe{nearest(bare, earlier) or known}"
+    text = f"{address!r} is not a stage of this recipe{did_you_mean(bare, earlier) or known}"
     return [Problem(name, key, f"{text}; for another run write RUN/STAGE")]
 
 
@@ -109,7 +112,9 @@ def _check_predecessors(name: str, stage: TrainStage, recipe: Recipe) -> list[Pr
     if source in recipe.stages and isinstance(recipe.stages[source], MergeStage):
         problems.append(
             Problem(
-                name, ("continue",), f"{source!r} is a merge, which has no optimizer; write init: {source}"
+                name,
+                ("continue",),
+                f"{source!r} is a merge stage and has no optimizer state; write init: {source}",
             )
         )
     for stream_name, stream in stage.data.items():
@@ -118,7 +123,7 @@ def _check_predecessors(name: str, stage: TrainStage, recipe: Recipe) -> list[Pr
         key, other = ("data", stream_name, "order_as"), recipe.stages.get(stream.order_as)
         if other is None or stream.order_as == name:
             others = [known for known in recipe.stages if known != name]
-            text = f"{stream.order_as!r} is no other stage of this recipe{nearest(stream.order_as, others)}"
+            text = f"{stream.order_as!r} is not another stage of this recipe{did_you_mean(stream.order_as, others)}"
             problems.append(Problem(name, key, text))
         elif not isinstance(other, TrainStage) or stream_name not in other.data:
             problems.append(Problem(name, key, f"stage {stream.order_as!r} has no stream {stream_name!r}"))
@@ -128,12 +133,12 @@ def _check_predecessors(name: str, stage: TrainStage, recipe: Recipe) -> list[Pr
 def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> list[Problem]:
     """Rules inside one stage."""
     if isinstance(stage, MergeStage):
-        merging = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
-        return [Problem(name, key, text) for key, text in merging]
-    found = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
+        mistakes = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
+        return [Problem(name, key, text) for key, text in mistakes]
+    mistakes = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
     if stage.objective.kind in KINDS:
-        found += [*_check_streams(stage), *KINDS[stage.objective.kind](stage)]
-    return [Problem(name, key, text) for key, text in found]
+        mistakes += [*_check_streams(stage), *KINDS[stage.objective.kind](stage)]
+    return [Problem(name, key, text) for key, text in mistakes]
 
 
 def _check_merge(stage: MergeStage) -> Iterator[tuple[Key, str]]:
@@ -141,7 +146,7 @@ def _check_merge(stage: MergeStage) -> Iterator[tuple[Key, str]]:
         try:
             re.compile(stage.only)
         except re.error as error:
-            yield ("only",), f"{stage.only!r} is no regular expression: {error}"
+            yield ("only",), f"{stage.only!r} is not a valid regular expression: {error}"
 
 
 def _check_training(stage: TrainStage) -> Iterator[tuple[Key, str]]:
@@ -163,82 +168,89 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     for name, stream in stage.data.items():
         at = ("data", name)
         if not stream.sources:
-            yield (*at, "sources"), "names no source; write sources: {NAME: PATH}"
+            yield (*at, "sources"), "has no source; write sources: {NAME: PATH}"
         yield from _check_shares((*at, "sources"), stream)
         if stream.lanes is not None and stream.batches.divisor % stream.lanes:
             near = ", ".join(map(str, nearest_divisors(stream.batches.divisor, stream.lanes)))
             yield (
                 (*at, "lanes"),
-                f"a batch of {stream.batches} cannot be cut into {stream.lanes} lanes; nearest: {near}",
+                f"a batch of {stream.batches} cannot be divided into {stream.lanes} lanes; nearest: {near}",
             )
         if stream.image is not None:
             low, high = stream.image.crop
             if not 0 < low <= high <= 1:
                 yield (
                     (*at, "image", "crop"),
-                    f"[{low}, {high}] is no range of shares; write 0 < LOW <= HIGH <= 1",
+                    f"[{low}, {high}] is not a range of area fractions; write [LOW, HIGH] with 0 < LOW <= HIGH <= 1",
                 )
             patches = [tower.patch for tower in stage.model.vision or [] if tower.patch]
             if any(stream.image.size % patch for patch in patches):
                 yield (
                     (*at, "image", "size"),
-                    f"{stream.image.size} is no multiple of the patch ({patches[0]} pixels)",
+                    f"{stream.image.size} is not a multiple of the patch size ({patches[0]} pixels)",
                 )
     for name in stage.objective.weights or {}:
         if name not in stage.data:
-            yield ("objective", "weights", name), f"is no stream of this stage{nearest(name, stage.data)}"
+            yield (
+                ("objective", "weights", name),
+                f"is not a stream of this stage{did_you_mean(name, stage.data)}",
+            )
 
 
 def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
-    wrong = {name: contradiction(source) for name, source in stream.sources.items()}
+    wrong = {name: share_mistake(source) for name, source in stream.sources.items()}
     if any(wrong.values()):
         yield from (((*at, name), text) for name, text in wrong.items() if text)
     elif stream.sources:
         try:
             check_shares(stream.sources)
         except UserError as error:
-            # Weights contradict each other together; the largest is the likeliest slip.
+            # The weights contradict each other together; the largest one is the likeliest mistake.
             largest = max(stream.sources, key=lambda name: stream.sources[name].weight or 0)
             yield (*at, largest, "weight"), str(error)
 
 
 def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:
-    figures = stage.eval
-    if figures.every is not None and figures.every.value == 0:
+    evaluation = stage.eval
+    if evaluation.every is not None and evaluation.every.value == 0:
         yield ("eval", "every"), "must be longer than 0; leave it out to evaluate at the end only"
-    if figures.zero_shot and stage.objective.kind != "flip":
-        yield ("eval", "zero_shot"), "needs the two towers of flip"
+    if evaluation.zero_shot and stage.objective.kind != "flip":
+        yield (
+            ("eval", "zero_shot"),
+            "needs an image tower and a text tower, which only objective.kind: flip has",
+        )
 
 
 def _check_perplexity(stage: TrainStage | MergeStage, recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """A stage without the stream skips the figure; a stream that no stage has is a slip of the pen."""
+    """A stage without the stream skips the measure, but a stream that no stage has is a mistake."""
     training = [other for other in recipe.stages.values() if isinstance(other, TrainStage)]
     streams = {name for other in training for name in other.data}
-    for task, figure in stage.eval.perplexity.items():
-        if figure.stream is not None and figure.stream not in streams:
-            text = f"no stage has a stream {figure.stream!r}{nearest(figure.stream, streams)}"
+    for task, measure in stage.eval.perplexity.items():
+        if measure.stream is not None and measure.stream not in streams:
+            text = f"no stage has a stream {measure.stream!r}{did_you_mean(measure.stream, streams)}"
             yield ("eval", "perplexity", task, "stream"), text
 
 
 def nearest_divisors(number: int, near: int) -> list[int]:
-    """The divisors of `number` next to `near`, below and above."""
+    """The divisors of `number` next to `near`: the largest one below and the smallest one above."""
     divisors = [value for value in range(1, number + 1) if number % value == 0]
     below = [value for value in divisors if value < near][-1:]
     return below + [value for value in divisors if value > near][:1]
 
 
 def world_size_check(stage: TrainStage, world_size: int) -> None:
-    """UserError when a batch cannot be cut into equal rows a rank, or flip's rows would be cut further."""
+    """Check that `world_size` ranks share every batch evenly and that flip's rows fit into one micro-batch.
+
+    Raises UserError that names the nearest batch and the nearest number of ranks.
+    """
     for name, stream in stage.data.items():
         for first, batch in zip(stream.batches.first, stream.batches.rows, strict=True):
-            if batch % world_size:
-                below = batch // world_size * world_size
-                near = [value for value in (below, below + world_size) if value > 0]
-                ranks = ", ".join(map(str, nearest_divisors(stream.batches.divisor, world_size)))
+            problem = uneven_batch(batch, world_size)
+            if problem is not None:
+                ranks = " or ".join(map(str, nearest_divisors(stream.batches.divisor, world_size)))
                 key = f"data.{name}.batch" + (f".{first}" if isinstance(stream.batch, dict) else "")
                 raise UserError(
-                    f"{key}: {batch} rows cannot be shared evenly by {world_size} ranks; "
-                    f"nearest batch: {' or '.join(map(str, near))} ({key}={near[-1]}); "
+                    f"{key}: {problem} ({key}={nearest_batches(batch, world_size)[0]}); "
                     f"nearest number of ranks: {ranks}"
                 )
         batch = stream.batches.largest
@@ -246,7 +258,7 @@ def world_size_check(stage: TrainStage, world_size: int) -> None:
         micro = stage.train.micro_batch
         if stage.objective.kind == "flip" and micro is not None and micro < rows:
             raise UserError(
-                f"train.micro_batch: {micro} is smaller than a rank's {rows} rows of {name}; "
+                f"train.micro_batch: {micro} is smaller than the {rows} rows per rank of {name}; "
                 "the contrastive loss needs all rows at once until feature caching is available: "
                 f"leave train.micro_batch out, or use at least {-(-batch // micro)} ranks"
             )

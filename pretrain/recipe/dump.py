@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from pretrain.recipe.load import select
+from pretrain.recipe.load import select_stages
 from pretrain.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def as_plain(recipe: Recipe, stage: str | None = None) -> dict[str, Any]:
-    """The resolved recipe as plain data, itself a valid recipe; `stage` narrows it to one stage."""
+    """The resolved recipe as plain data, which is itself a valid recipe; `stage` keeps only that stage."""
     plain = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     if stage is not None:
-        select(stage, list(recipe.stages), "the recipe")
+        select_stages(stage, list(recipe.stages), "the recipe")
         plain["stages"] = {stage: plain["stages"][stage]}
     return plain
 
 
 def stage_record(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What resolved.yaml holds for one stage: `name`, `run` and `stage`."""
+    """The content of a stage's resolved.yaml: `name`, `run` and `stage`."""
     plain = as_plain(recipe, stage)
     return {"name": stage, "run": plain["run"], "stage": plain["stages"][stage]}
 
 
 def dump(recipe: Recipe, stage: str | None = None) -> str:
-    """The resolved recipe (one stage: as in its resolved.yaml) as YAML."""
+    """The resolved recipe as YAML; with `stage`, the text of that stage's resolved.yaml."""
     return dump_plain(as_plain(recipe) if stage is None else stage_record(recipe, stage))
 
 
 def dump_plain(values: dict[str, Any]) -> str:
-    """Plain data as YAML: the order kept, leaves on one line."""
+    """Plain data as YAML: keys keep their order, innermost maps and lists are on one line."""
     return yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
     )

@@ -1,4 +1,4 @@
-"""KINDS: the checks of each objective kind, without torch."""
+"""KINDS: the checks of each objective kind. Imports no torch, so that `dromos recipe check` starts fast."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pretrain.recipe.yaml_file import Key
 
 def _check_pair(name: str, stream: Stream) -> Iterator[tuple[Key, str]]:
     if stream.length is not None:
-        yield ("data", name, "length"), "is for packed text; a stream of images has image and text.length"
+        yield ("data", name, "length"), "is for packed text; a stream with images has text.length instead"
     for part in ("image", "text"):
         if getattr(stream, part) is None:
-            yield ("data", name, part), "is missing; a stream of image and caption needs image and text"
+            yield ("data", name, part), "is missing; a stream of images with captions needs image and text"
 
 
 def _check_flip(stage: TrainStage) -> Iterator[tuple[Key, str]]:
@@ -28,9 +28,9 @@ def _check_flip(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     if not stage.model.vision:
         yield ("model", "vision"), "is missing; flip trains a vision tower"
     if stage.model.llm is not None:
-        yield ("model", "llm"), "has no place in flip; the text tower is model.text"
+        yield ("model", "llm"), "is not used by flip; the text tower is model.text"
     if stage.objective.weights:
-        yield ("objective", "weights"), "flip has one loss, so there is nothing to weigh"
+        yield ("objective", "weights"), "flip has only one loss; remove the weights"
 
 
 def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
@@ -42,17 +42,20 @@ def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     if llm is None or (llm.init is None) == (llm.config is None):
         yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
     if images and not stage.model.vision:
-        yield ("model", "vision"), "is missing; a stream of images needs a vision tower"
+        yield ("model", "vision"), "is missing; a stream with images needs a vision tower"
     for index, tower in enumerate(stage.model.vision or []):
         if tower.init is None:
             yield (
                 ("model", "vision", str(index), "init"),
-                "is missing; sphinx takes towers that are trained already",
+                "is missing; sphinx needs a trained vision tower",
             )
     if stage.model.text is not None:
-        yield ("model", "text"), "has no place in sphinx; the language model is model.llm"
+        yield ("model", "text"), "is not used by sphinx; the language model is model.llm"
     if stage.objective.image_mask > 0:
-        yield ("objective", "image_mask"), "belongs to flip; sphinx sees every patch"
+        yield (
+            ("objective", "image_mask"),
+            "is not used by sphinx, which uses every patch; only flip masks patches",
+        )
 
 
 KINDS = {"flip": _check_flip, "sphinx": _check_sphinx}

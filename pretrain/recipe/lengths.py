@@ -1,4 +1,4 @@
-"""Lengths in steps: how long a stage trains, and when its warm-up, evaluations and checkpoints fall."""
+"""Durations in steps: training, warm-up, evaluation and checkpoint intervals."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pretrain.recipe.fields import Length
 from pretrain.recipe.schema import TrainStage
 
 
-class Ending(Protocol):
-    """What a stream's order knows of its end; see data_pipeline.order.stream_order.StreamOrder."""
+class HasEnds(Protocol):
+    """The steps at which a stream and its sources end; see data_pipeline.order.stream_order.StreamOrder."""
 
     ends: dict[str, int]
     last_step: int | None
 
 
 class HasSteps(Protocol):
-    """How many steps have so many samples; a StreamOrder knows also of the batches before an accepted change."""
+    """Converts samples to steps: a BatchSchedule, or a StreamOrder that also knows the batches before a change."""
 
     def steps(self, samples: int) -> int: ...
 
 
 def main_stream(stage: TrainStage) -> str:
-    """The stream that samples and epochs count: the first one with images, else the first one."""
+    """The stream whose samples and epochs measure the training: the first with images, else the first."""
     with_images = [name for name, stream in stage.data.items() if stream.image is not None]
     return (with_images or list(stage.data))[0]
 
 
 def train_length(stage: TrainStage) -> Length:
-    """`train.steps|samples|epochs` as one Length."""
+    """`train.steps`, `train.samples` or `train.epochs` as one Length."""
     train = stage.train
     if train.steps is not None:
         return Length(value=float(train.steps), unit="steps")
@@ -47,34 +47,43 @@ def train_length(stage: TrainStage) -> Length:
 def length_steps(
     length: Length, batch: int | Mapping[int, int] | HasSteps, samples_per_epoch: int | None = None
 ) -> int:
-    """Steps that cover `length`, rounded up; `samples_per_epoch` is needed for epochs alone."""
-    rows: HasSteps = BatchSchedule.of(batch) if isinstance(batch, int | Mapping) else batch
+    """Number of steps that cover `length`, rounded up. `samples_per_epoch` is only needed for epochs.
+
+    Raises UserError for epochs without `samples_per_epoch`.
+    """
+    schedule: HasSteps = BatchSchedule.of(batch) if isinstance(batch, int | Mapping) else batch
     value = Fraction(repr(length.value))  # 0.1 epochs of 30 samples are 3 samples, not 3.0000000000000004
     if length.unit == "steps":
         return math.ceil(value)
     if length.unit == "samples":
-        return rows.steps(math.ceil(value))
+        return schedule.steps(math.ceil(value))
     if samples_per_epoch is None:
         raise UserError(
-            f"{length}: how long an epoch is, is known only once the sources are open; write steps or samples"
+            f"{length}: the length of an epoch is unknown until the sources are open; write steps or samples"
         )
-    return rows.steps(math.ceil(value * samples_per_epoch))
+    return schedule.steps(math.ceil(value * samples_per_epoch))
 
 
 def total_steps(stage: TrainStage, samples_per_epoch: int | None = None, rows: HasSteps | None = None) -> int:
-    """Steps of the whole stage; samples and epochs are those of its main stream, `rows` by default as in the recipe."""
+    """Number of steps of the stage, at least 1, measured on its main stream.
+
+    `rows` converts samples to steps; by default the recipe's batch does.
+    """
     batches = stage.data[main_stream(stage)].batches
     return max(1, length_steps(train_length(stage), rows or batches, samples_per_epoch))
 
 
-def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:
-    """A line for every source that ends before the training does; UserError if a whole stream would."""
+def check_ends(orders: Mapping[str, HasEnds], total: int) -> list[str]:
+    """One line for each source that ends before the training does.
+
+    Raises UserError if all sources of a stream end before `total` steps.
+    """
     for name, order in orders.items():
         if order.last_step is not None and order.last_step < total:
             raise UserError(
-                f"data.{name}.sources: all of them reach their max_epochs after {order.last_step} steps, the training "
-                f"takes {total}; write train.steps={order.last_step} or less, raise max_epochs, or leave it out of a "
-                "source that may go on"
+                f"data.{name}.sources: all sources reach their max_epochs after {order.last_step} steps, but the "
+                f"training takes {total}; write train.steps={order.last_step} or less, raise max_epochs, or remove "
+                "it from one source"
             )
     return [
         f"data.{name}.sources.{source}: reaches its max_epochs after {step} of {total} steps; then the other "
@@ -85,11 +94,11 @@ def check_ends(orders: Mapping[str, Ending], total: int) -> list[str]:
     ]
 
 
-def warns(stage: TrainStage) -> list[str]:
-    """What is allowed but hardly meant."""
+def length_warnings(stage: TrainStage) -> list[str]:
+    """Lengths that are valid but probably a mistake: a warm-up longer than the training."""
     warmup, length = stage.schedule.warmup, train_length(stage)
     batch = stage.data[main_stream(stage)].batches
-    # One epoch cancels out of the comparison when both are in epochs, and is unknown when one is.
+    # If both are in epochs, any epoch size gives the same comparison; if only one is, the epoch size is unknown.
     epoch = 10**9 if warmup.unit == length.unit == "epochs" else None
     if "epochs" in (warmup.unit, length.unit) and epoch is None:
         return []

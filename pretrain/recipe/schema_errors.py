@@ -1,21 +1,17 @@
-"""Turns pydantic's errors into one line that a person can act on, with the nearest key that exists."""
+"""pydantic's errors as one line each, with the nearest existing key."""
 
 from __future__ import annotations
 
 import difflib
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from pretrain.recipe.yaml_file import Key
 
-if TYPE_CHECKING:
-    pass
-
-
-WORDS = {
+TYPE_NAMES = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
@@ -30,31 +26,34 @@ WORDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
-SECTIONS_NEEDED: dict[Key, str] = {
+REQUIRED_SECTIONS: dict[Key, str] = {
     ("train",): "; write exactly one of steps, samples, epochs, for example train: {steps: 1000}",
     ("objective",): "; write for example objective: {kind: flip}",
 }
 
 
 def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
-    """What is wrong with the value at `key` below `model`; without place or file."""
+    """The message of one pydantic error at `key` below `model`, without file and key.
+
+    `error` is an item of `ValidationError.errors()`.
+    """
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
     if kind == "extra_forbidden":
-        return f"unknown key{hint(model, key)}"
+        return f"unknown key{suggest_key(model, key)}"
     if kind == "missing":
-        return "is missing" + SECTIONS_NEEDED.get(key, "")
+        return "is missing" + REQUIRED_SECTIONS.get(key, "")
     if kind == "value_error":
         return str(context.get("error", error["msg"]))
     if kind == "literal_error":
         options = [
             str(option).strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")
         ]
-        found = difflib.get_close_matches(str(value), options, n=1)
+        close = difflib.get_close_matches(str(value), options, n=1)
         return f"{value!r} is none of {', '.join(options)}" + (
-            f"; did you mean {found[0]!r}?" if found else ""
+            f"; did you mean {close[0]!r}?" if close else ""
         )
-    if kind in WORDS:
-        return f"must be {WORDS[kind]}, not {value!r}"
+    if kind in TYPE_NAMES:
+        return f"must be {TYPE_NAMES[kind]}, not {value!r}"
     text = error["msg"]
     for start, plain in (("Input should be ", "must be "), ("Dictionary should have", "must have")):
         if text.startswith(start):
@@ -62,43 +61,53 @@ def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
     return f"{text}, not {value!r}" if isinstance(value, str | int | float | list | tuple) else text
 
 
-def hint(model: type[BaseModel], key: Key, allowed: Iterable[str] | None = None) -> str:
-    """`; did you mean ...?` for an unknown key: a sibling first, then the same word elsewhere."""
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the end of a message, or an empty string if no candidate is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def suggest_key(model: type[BaseModel], key: Key, allowed: Iterable[str] | None = None) -> str:
+    """`; did you mean ...?` for an unknown key: a close sibling, else the same name in another section.
+
+    `allowed` are the siblings; by default the fields of the section that holds `key`.
+    """
     siblings = fields_below(model, key[:-1]) if allowed is None else sorted(allowed)
-    found = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.7)
-    if found:
-        return f"; did you mean {found[0]!r}?"
-    elsewhere = [path for path in dotted(model) if path.rpartition(".")[2] == key[-1]]
+    close = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.7)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    elsewhere = [path for path in dotted_keys(model) if path.rpartition(".")[2] == key[-1]]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere[:3])}?"
-    found = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.4)
-    if found:
-        return f"; did you mean {found[0]!r}? The keys here are {', '.join(siblings)}"
+    close = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.4)
+    if close:
+        return f"; did you mean {close[0]!r}? The keys here are {', '.join(siblings)}"
     return f"; the keys here are {', '.join(siblings)}" if siblings else ""
 
 
 def fields_below(model: type[BaseModel], key: Key) -> list[str]:
-    """Names of the fields of the section at `key`; empty when it is no section."""
+    """Names of the fields of the section at `key`; empty if `key` is not a section."""
     annotation: Any = model
     for part in key:
-        annotation = _step(annotation, part)
-    found = _model(annotation)
-    return [name for name, _ in _fields(found)] if found else []
+        annotation = _child(annotation, part)
+    section = _section(annotation)
+    return [name for name, _ in _fields(section)] if section else []
 
 
-def dotted(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of the schema, `data.STREAM.image.size` and so on."""
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of the schema in dotted form, for example `data.STREAM.image.size`."""
     for name, annotation in _fields(model):
         yield prefix + name
         inner, holder = annotation, ""
         if get_origin(_bare(inner)) is dict:
             inner, holder = get_args(_bare(inner))[1], {"data": "STREAM."}.get(name, "NAME.")
-        found = _model(inner)
-        if found is not None:
-            yield from dotted(found, f"{prefix}{name}.{holder}")
+        section = _section(inner)
+        if section is not None:
+            yield from dotted_keys(section, f"{prefix}{name}.{holder}")
 
 
 def _fields(model: type[BaseModel]) -> list[tuple[str, Any]]:
+    """(key in the recipe, annotation) of the fields of a section."""
     return [(info.alias or name, info.annotation) for name, info in model.model_fields.items()]
 
 
@@ -117,14 +126,16 @@ def _bare(annotation: Any) -> Any:
             return annotation
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section class of an annotation, also inside a list; None for a plain value."""
     bare = _bare(annotation)
     if get_origin(bare) is list:
         bare = _bare(get_args(bare)[0])
     return bare if isinstance(bare, type) and issubclass(bare, BaseModel) else None
 
 
-def _step(annotation: Any, part: str) -> Any:
+def _child(annotation: Any, part: str) -> Any:
+    """The annotation one key below; None if there is no such key."""
     bare = _bare(annotation)
     if get_origin(bare) is dict:
         return get_args(bare)[1]
@@ -135,9 +146,3 @@ def _step(annotation: Any, part: str) -> Any:
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         return dict(_fields(bare)).get(part)
     return None
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` (nearest: x)` or nothing, for the end of a message."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
-    return f"; did you mean {found[0]!r}?" if found else ""

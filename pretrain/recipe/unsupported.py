@@ -1,4 +1,4 @@
-"""What the schema knows and this version has not built: one table; a feature that is built loses its row."""
+"""Features the schema accepts but this version does not implement. Delete a row when you implement it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pretrain.recipe.yaml_file import Key
 
 @dataclass(frozen=True)
 class Feature:
-    """A key that is refused by name where `used` says so."""
+    """A feature, the key that names it, and the test of whether a stage uses it.
+
+    `words` completes the message "KEY: WORDS is not available yet".
+    """
 
     key: Key
     used: Callable[[TrainStage], bool]
@@ -22,7 +25,7 @@ def _towers(stage: TrainStage) -> list[Vision]:
     return stage.model.vision or []
 
 
-FEATURES: tuple[Feature, ...] = (
+UNSUPPORTED: tuple[Feature, ...] = (
     Feature(
         ("engine", "offload"), lambda s: s.engine.offload is not None, "offloading the optimizer to the CPU"
     ),
@@ -46,17 +49,17 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         ("model", "vision"),
         lambda s: any(t.part is not None for t in _towers(s)),
-        "taking a part of a checkpoint as tower",
+        "using a part of a checkpoint as vision tower",
     ),
     Feature(
         ("model", "vision"),
         lambda s: s.objective.kind == "flip" and any(t.init for t in _towers(s)),
-        "a flip tower from elsewhere (write `init:` for the weights of the whole stage)",
+        "a trained vision tower in flip (write `init:` for the weights of the whole stage)",
     ),
     Feature(
         ("model", "vision"),
         lambda s: s.objective.kind != "flip" and any("://" in (t.init or "") for t in _towers(s)),
-        "a tower that no run of ours has trained (write model.vision.init: RUN/STAGE)",
+        "a vision tower that was not trained by a dromos run (write model.vision.init: RUN/STAGE)",
     ),
     Feature(
         ("model", "freeze"),
@@ -66,7 +69,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         ("model", "llm", "init"),
         lambda s: s.model.llm is not None and s.model.llm.init is not None,
-        "a language model from elsewhere (write model.llm.config for a new one)",
+        "a trained language model (write model.llm.config for a new one)",
     ),
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
@@ -85,6 +88,6 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
-def missing_features(stage: TrainStage) -> list[tuple[Key, str]]:
-    """Keys and words of what a training stage asks for and this version cannot do."""
-    return [(feature.key, feature.words) for feature in FEATURES if feature.used(stage)]
+def unsupported_features(stage: TrainStage) -> list[tuple[Key, str]]:
+    """(key, words) of every unsupported feature that a training stage uses."""
+    return [(feature.key, feature.words) for feature in UNSUPPORTED if feature.used(stage)]

@@ -1,4 +1,4 @@
-"""YAML read strictly: safe types only, a key written twice is an error, and every key remembers its line."""
+"""Strict YAML: safe types only, duplicate keys are errors, and every key keeps its line number."""
 
 from __future__ import annotations
 
@@ -13,18 +13,59 @@ import yaml
 from data_pipeline.errors import UserError
 
 Key = tuple[str, ...]
+# Nested brackets or dashes beyond this depth are left to the parser in Python: libyaml's composer overflows the
+# stack where that one raises an error.
+FAST_DEPTH = 2000
 
 
 @dataclass
 class Document:
-    """A YAML mapping and the line of each of its keys, by path from the top."""
+    """A YAML mapping and the line number of each of its keys, by the key's path from the top."""
 
     path: str
     values: dict[str, Any]
     lines: dict[Key, int] = field(default_factory=dict)
 
     def line(self, key: Key) -> int | None:
+        """Line number of a key, from 1; None for a key that the file does not hold."""
         return self.lines.get(key)
+
+    def location(self, *key: str) -> str:
+        """`recipe.yaml:12: data.pairs`, for messages."""
+        line = self.line(key)
+        return f"{self.path}{f':{line}' if line else ''}: {'.'.join(key)}"
+
+
+def load_yaml(path: str | Path, noun: str = "recipe") -> Document:
+    """Read a file that holds one mapping. UserErrors name the file and line, and call the file a `noun`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {noun}; the path is relative to {Path.cwd()}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the {noun}'s YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        values, lines = _parse(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        problem = error.problem or error.context or "not YAML"
+        if problem == "but found another document":
+            problem = f"a second YAML document begins here (after ---); put each {noun} into its own file"
+        raise UserError(f"{path}{line}: {problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        content = "sections (run, data, model, ...)" if noun == "recipe" else "keys"
+        raise UserError(f"{path}: a {noun} is a map of {content}, not a {type(values).__name__}")
+    return Document(str(path), values, lines)
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of `KEY=VALUE` on a command line, parsed as YAML."""
+    return yaml.load(text, Loader=_Loader)
 
 
 class _Strict(yaml.constructor.SafeConstructor):
@@ -32,17 +73,17 @@ class _Strict(yaml.constructor.SafeConstructor):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        seen: dict[str, int] = {}
+        first_line: dict[str, int] = {}
         for key in own:
             name, line = self._name(key), key.start_mark.line + 1
-            if name in seen:
+            if name in first_line:
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"the key {name!r} is written twice (first in line {seen[name]})",
+                    f"the key {name!r} is written twice (first in line {first_line[name]})",
                     key.start_mark,
                 )
-            seen[name] = line
+            first_line[name] = line
         self.flatten_mapping(node)
         return {self._name(key): self.construct_object(value, deep=True) for key, value in node.value}
 
@@ -59,76 +100,43 @@ class _Strict(yaml.constructor.SafeConstructor):
 
 
 class _Loader(_Strict, yaml.SafeLoader):
-    """SafeLoader whose mapping keys are unique strings, and for which 1e-4 is a number."""
+    """SafeLoader with unique string keys that reads 1e-4 as a number."""
 
 
 def _construct_map(loader: _Strict, node: yaml.MappingNode) -> dict[Hashable, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-def _prepared(loader: Any) -> Any:
+def _configure(loader: Any) -> Any:
+    """Register the strict mappings and the number format on a loader class; returns the class."""
     loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
-    # YAML 1.1 reads 1e-4 as text, which no one who writes a learning rate or rms_norm_eps means.
+    # YAML 1.1 reads 1e-4 as text; in a learning rate or rms_norm_eps it is always meant as a number.
     exponent = re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return loader
 
 
-_prepared(_Loader)
-# libyaml parses some ten times as fast, and is not everywhere.
+_configure(_Loader)
+# libyaml parses about ten times as fast, but PyYAML is not built with it everywhere.
 _FastLoader: Any = (
-    _prepared(type("_FastLoader", (_Strict, yaml.CSafeLoader), {}))
+    _configure(type("_FastLoader", (_Strict, yaml.CSafeLoader), {}))
     if hasattr(yaml, "CSafeLoader")
     else _Loader
 )
-FAST_DEPTH = 2000  # libyaml's composer overflows the stack where the one in Python raises an error
-
-
-def parse_scalar(text: str) -> Any:
-    """The value of `KEY=VALUE` on a command line, read as YAML."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def load_yaml(path: str | Path, what: str = "recipe") -> Document:
-    """Read one mapping; UserError names file and line of what is wrong, and calls the file a `what`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what}; the path is relative to {Path.cwd()}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the {what}'s YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        values, lines = _parse(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        why = error.problem or error.context or "not YAML"
-        if why == "but found another document":
-            why = (
-                f"here a second document begins (after ---); a {what} is one: put each into a file of its own"
-            )
-        raise UserError(f"{path}{line}: {why}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        sections = "sections (run, data, model, ...)" if what == "recipe" else "keys"
-        raise UserError(f"{path}: a {what} is a map of {sections}, this is {type(values).__name__}")
-    return Document(str(path), values, lines)
 
 
 def _parse(text: str) -> tuple[Any, dict[Key, int]]:
-    """Values and lines."""
-    deepest = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
-    loader = (_FastLoader if deepest < FAST_DEPTH else _Loader)(text)
+    """The value of a YAML text, and the line number of every key."""
+    max_depth = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
+    loader = (_FastLoader if max_depth < FAST_DEPTH else _Loader)(text)
     lines: dict[Key, int] = {}
     try:
         node = loader.get_single_node()
         _collect_lines(node, (), lines)
         return (None if node is None else loader.construct_document(node)), lines
     except (yaml.YAMLError, RecursionError):
-        yaml.load(text, Loader=_Loader)  # says more of the same mistake: which character, which alias
+        # The parser in Python has the better message for the same mistake: it names the character or the alias.
+        yaml.load(text, Loader=_Loader)
         raise
 
 

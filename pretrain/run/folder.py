@@ -1,4 +1,4 @@
-"""Which checkpoints a stage's `checkpoints/` holds: the one place that reads their names; needs no torch."""
+"""Names and small files of a run folder: step_XXXXXXXX, COMPLETE, JSON files. No torch."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ STEP = re.compile(r"^step_(\d{8,})$")
 
 
 def tag_of(step: int) -> str:
-    """The name of a checkpoint's folder."""
+    """The folder name of the checkpoint of a step: step_XXXXXXXX."""
     return f"step_{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step in the name of a checkpoint's folder; None for every other name."""
+    """The step in a checkpoint's folder name; None for any other name."""
     match = STEP.match(name)
     return int(match[1]) if match and name == tag_of(int(match[1])) else None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """COMPLETE is written last: what lacks it was cut short."""
+    """True if the checkpoint has a file COMPLETE, which is written last."""
     return (checkpoint / "COMPLETE").exists()
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a stage's `checkpoints/`, ascending; none where there is no folder."""
+    """Steps of the complete checkpoints in a stage's `checkpoints/`, ascending; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
     found = ((step_of(entry.name), entry) for entry in folder.iterdir())
@@ -35,7 +35,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def json_mapping(path: Path) -> dict[str, Any]:
-    """What a JSON file maps; empty where it is absent, damaged or no mapping."""
+    """The mapping in a JSON file; empty if the file is absent, damaged or holds another type."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

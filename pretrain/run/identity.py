@@ -1,4 +1,4 @@
-"""Whose run folder is this: the keys that must match on resume, and what is said when they do not."""
+"""Resume compatibility: which recipe keys must match the run folder, and the error when they differ."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.recipe.data import Image, Stream
 from pretrain.recipe.dump import stage_record
-from pretrain.recipe.fields import parse_length
+from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps
 from pretrain.recipe.schema import Recipe
 from pretrain.run.folder import complete_steps, tag_of
 
-# The rest of a stage (loader, checkpoint, eval, train.micro_batch, other engine keys) may change.
+# Keys that must match on resume. The other keys of a stage (loader, checkpoint, eval, train.micro_batch, the rest of
+# engine) may change.
 IDENTITY: tuple[tuple[str, ...], ...] = (
     ("run", "seed"),
     ("stage", "kind"),
@@ -33,8 +34,8 @@ IDENTITY: tuple[tuple[str, ...], ...] = (
     ("stage", "only"),
     ("stage", "copy_rest"),
 )
-# Keys younger than some run folders, whose records lack them: there the default held.
-LATER: dict[tuple[str, ...], Any] = {
+# Keys that old run folders lack because they were added later, with the value that those runs used.
+ADDED_KEYS: dict[tuple[str, ...], Any] = {
     ("image", "max_pixels"): Image.model_fields["max_pixels"].default,
     ("share_by",): Stream.model_fields["share_by"].default,
 }
@@ -43,21 +44,21 @@ ABSENT = "(absent)"
 
 
 def compare_identity(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences in identity keys between two resolved.yaml contents, as `KEY: OLD -> NEW`.
+    """Differences in identity keys between two resolved.yaml contents, as lines `KEY: OLD -> NEW`.
 
-    With run.accept_change in `new`, the data may differ. A length may grow, not shrink.
+    With run.accept_change in `new`, the data may differ. The length may grow, but not shrink.
     """
-    found: list[str] = []
+    lines: list[str] = []
     for key in _identity_keys(new):
         for path, was, now in _differences(_get(old, key), _get(new, key), key):
-            defaults = [value for end, value in LATER.items() if path[-len(end) :] == end]
+            defaults = [value for end, value in ADDED_KEYS.items() if path[-len(end) :] == end]
             if not (was is None and now in defaults):
-                found.append(f"{_name(path)}: {_show(was)} -> {_show(now)}")
-    return found + _shrunk(old, new)
+                lines.append(f"{_name(path)}: {_show(was)} -> {_show(now)}")
+    return lines + _shortened(old, new)
 
 
 def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed in the keys that may change, for the log of the run."""
+    """Differences in the keys that may change, as lines `KEY: OLD -> NEW` for the log of the run."""
     changed = [
         item
         for item in _differences(old.get("stage"), new.get("stage"), ("stage",))
@@ -67,21 +68,21 @@ def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare_versions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each decoder that is another one now; a record older than these versions tells of none."""
+    """One line for each decoder whose version changed; empty if a record holds no versions."""
     was, now = old.get("versions"), new.get("versions")
     if not isinstance(was, dict) or not isinstance(now, dict):
         return []
     return [
         f"{_name(path)}: {_show(before)} -> {_show(after)}: images may decode to slightly different pixels from "
-        "here on; install the version it had for the same bits"
+        "now on; install the old version for identical bits"
         for path, before, after in _differences(was, now, ("versions",))
     ]
 
 
 def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size: int | None = None) -> None:
-    """UserError when the folder belongs to another recipe, or cannot be resumed like this yet.
+    """Raise UserError if the folder belongs to another recipe or this version cannot resume it with this setup.
 
-    Reads only; a folder that does not exist, or a stage that has not started, is nobody's.
+    Writes nothing. A folder that does not exist and a stage that has not started pass.
     """
     folder = Path(run_dir)
     old, new = read_record(folder / stage), stage_record(recipe, stage)
@@ -91,17 +92,17 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
     differences = compare_identity(old, new)
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
-        data = "go on with the changed data (run.accept_change=true), "
-        accept = data if all(line.startswith("data.") for line in differences) else ""
+        only_data = all(line.startswith("data.") for line in differences)
+        accept = "accept the changed data (run.accept_change=true), " if only_data else ""
         raise UserError(
-            f"{folder / stage} was made by another recipe; it had -> this one has:\n{lines}\n"
+            f"{folder / stage} was written by a different recipe; value there -> value here:\n{lines}\n"
             f"{accept}choose another folder (run.dir=NEW), restore these keys, or delete {folder / stage}"
         )
     _check_resumable(folder / stage, old, new, world_size)
 
 
 def read_record(stage_dir: Path) -> dict[str, Any] | None:
-    """The stage's resolved.yaml, or None when the stage has not started."""
+    """The content of a stage's resolved.yaml; None if the stage has not started. Raises UserError if it is damaged."""
     path = stage_dir / "resolved.yaml"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -113,14 +114,19 @@ def read_record(stage_dir: Path) -> dict[str, Any] | None:
             f"{path}: cannot be read: {problem}; delete {stage_dir} to start the stage again"
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
-        raise UserError(
-            f"{path}: is not what a run writes there; delete {stage_dir} to start the stage again"
-        )
+        raise UserError(f"{path} is not a valid stage record; delete {stage_dir} to start the stage again")
     return record
 
 
+def recorded_length(record: dict[str, Any]) -> Length | None:
+    """The training length in the content of a resolved.yaml; None for a merge stage."""
+    train = _get(record, ("stage", "train")) or {}
+    unit = next((unit for unit in UNITS if train.get(unit) is not None), None)
+    return None if unit is None else parse_length(f"{train[unit]!r} {unit}")
+
+
 def _check_neighbours(folder: Path, recipe: Recipe) -> None:
-    """A new stage beside stages of a run with another name or seed would mix two runs."""
+    """Raise UserError if the folder holds stages of a run with another name or seed."""
     for path in sorted(folder.glob("*/resolved.yaml")):
         record = read_record(path.parent) or {}
         run = record.get("run") or {}
@@ -136,7 +142,7 @@ def _check_neighbours(folder: Path, recipe: Recipe) -> None:
 def _check_resumable(
     stage_dir: Path, old: dict[str, Any], new: dict[str, Any], world_size: int | None
 ) -> None:
-    """Once there is a checkpoint, ZeRO stage and world size stay, until checkpoints can be converted."""
+    """Raise UserError if ZeRO stage or world size differ from the newest checkpoint: it cannot be converted yet."""
     steps = complete_steps(stage_dir / "checkpoints")
     if not steps:
         return
@@ -150,36 +156,30 @@ def _check_resumable(
     if saved_zero != zero:
         raise UserError(
             f"{newest} was saved with engine.zero={saved_zero}; changing it to {zero} on resume "
-            f"is not available yet: go on with {saved_zero}, or start a stage with init: {stage_dir}"
+            f"is not available yet: continue with {saved_zero}, or start a stage with init: {stage_dir}"
         )
     saved = state.get("world_size")
     if world_size is not None and saved is not None and saved != world_size:
         raise UserError(
             f"{newest} was saved by {saved} ranks; resuming with {world_size} is not available yet: "
-            f"go on with {saved} ranks, or start a stage with init: {stage_dir}"
+            f"continue with {saved} ranks, or start a stage with init: {stage_dir}"
         )
 
 
-def _shrunk(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    was, now = _length(old), _length(new)
+def _shortened(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line if the new length is shorter than the old one, or cannot be compared with it."""
+    was, now = recorded_length(old), recorded_length(new)
     if was is None or now is None or was == now:
         return []
     batches = {name: stream.get("batch") for name, stream in (_get(old, ("stage", "data")) or {}).items()}
-    same_unit = was.rpartition(" ")[2] == now.rpartition(" ")[2]
-    lengths = [parse_length(was), parse_length(now)]
-    if same_unit:
-        shorter = lengths[1].value < lengths[0].value
-    elif "epochs" in (lengths[0].unit, lengths[1].unit) or len(batches) != 1:
+    if was.unit == now.unit:
+        shorter = now.value < was.value
+    elif "epochs" in (was.unit, now.unit) or len(batches) != 1:
         return [f"train: {was} -> {now} (cannot tell which is longer)"]
     else:
-        steps = [length_steps(length, next(iter(batches.values()))) for length in lengths]
-        shorter = steps[1] < steps[0]
-    return [f"train: {was} -> {now} (a length may grow, not shrink)"] if shorter else []
-
-
-def _length(record: dict[str, Any]) -> str | None:
-    train = _get(record, ("stage", "train")) or {}
-    return next((f"{train[unit]!r} {unit}" for unit in UNITS if train.get(unit) is not None), None)
+        (batch,) = batches.values()
+        shorter = length_steps(now, batch) < length_steps(was, batch)
+    return [f"train: {was} -> {now} (the length may grow, but not shrink)"] if shorter else []
 
 
 def _identity_keys(new: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -188,13 +188,14 @@ def _identity_keys(new: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _get(record: Any, key: tuple[str, ...]) -> Any:
+    """The value at a path of keys; None if it is absent."""
     for part in key:
         record = record.get(part) if isinstance(record, dict) else None
     return record
 
 
 def _differences(old: Any, new: Any, at: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any, Any]]:
-    """Paths at which two plain values differ, with both values."""
+    """(path, old value, new value) of every leaf that differs; None for an absent value."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [item for key in keys for item in _differences(old.get(key), new.get(key), (*at, str(key)))]

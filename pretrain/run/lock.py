@@ -1,4 +1,4 @@
-"""One writer a stage folder: rank 0 holds an advisory lock while it lives; the kernel drops it on any death."""
+"""One writer per stage folder: rank 0 holds an advisory lock, which the kernel releases when the process ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ WAIT_SECONDS = 30.0
 
 
 class FolderLock:
-    """Holds `folder/.lock`; waits a little for a previous writer that is still going down.
+    """Exclusive lock on `folder/.lock`, held from construction to `release`.
 
-    where: what names the folder, for the message of the UserError when another process has it.
+    wait:  seconds to wait for a previous writer that is still shutting down.
+    where: the setting that names the folder, for the error message.
+    Raises UserError if another process holds the lock after `wait`, or if the file system has no locks.
     """
 
     def __init__(self, folder: Path, wait: float = WAIT_SECONDS, where: str = "run.dir") -> None:
@@ -39,8 +41,8 @@ class FolderLock:
             except OSError as error:
                 self.file.close()
                 raise UserError(
-                    f"{folder}: its file system does not lock files ({error.strerror}), so a second writer could not "
-                    f"be kept out; choose a {where} on one that does"
+                    f"{folder}: the file system does not support file locks ({error.strerror}), so two writers could "
+                    f"damage the folder; choose a {where} on a file system that does"
                 ) from None
         self.file.seek(0)
         self.file.truncate()
@@ -48,5 +50,6 @@ class FolderLock:
         self.file.flush()
 
     def release(self) -> None:
+        """Release the lock; safe to call twice."""
         if not self.file.closed:
             self.file.close()

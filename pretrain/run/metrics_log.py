@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a step, cut at the checkpoint on resume; and the limit on replaced samples."""
+"""JSON-lines logs of a stage (metrics.jsonl, bad_samples.jsonl): append, read, truncate to a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.storage.files import publish
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file; a last line that a kill cut short is left out."""
+    """The objects of a log, up to the first damaged line (a killed process may leave a partial last line)."""
     if not path.exists():
         return []
     rows = []
@@ -23,16 +23,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: those steps are done again."""
+def truncate(path: Path, step: int) -> None:
+    """Remove the objects after `step`, atomically; a resume at `step` repeats those steps."""
     if not path.exists():
         return
     kept = [row for row in read(path) if row["step"] <= step]
     publish(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
-class Log:
-    """Appends objects to a JSON-lines file and flushes each."""
+class JsonLog:
+    """Appends objects to a JSON-lines file and flushes after each one."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,7 @@ class Log:
         self.file.flush()
 
     def close(self) -> None:
+        """Write to disk and close; safe to call twice."""
         if not self.file.closed:
             self.file.flush()
             os.fsync(self.file.fileno())

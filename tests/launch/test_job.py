@@ -60,16 +60,16 @@ def test_the_command_that_goes_on_can_be_pasted(recipe: Path) -> None:
     file = str(ROOT / "configs" / "cluster" / "slurm.yaml")
     job = job_of(recipe, "run.name=a b", on="slurm", nodes=3, ranks_per_node=8, cluster_file=file)
     flags = f"--on slurm --stage masked,tuned --nodes 3 --ranks-per-node 8 --cluster {file}"
-    assert job.go_on() == f"dromos run {recipe} {flags} 'run.name=a b'"
+    assert job.resume_command() == f"dromos run {recipe} {flags} 'run.name=a b'"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"on": "moon"}, "--on moon: is none of local, slurm, ray"),
+        ({"on": "moon"}, "--on moon: unknown backend; write one of local, slurm, ray"),
         ({"nodes": 2}, "--nodes 2: several nodes need --on slurm or --on ray"),
         ({"ranks_per_node": 0}, "--ranks-per-node 0: at least 1"),
-        ({"ranks_per_node": 3}, r"8 rows cannot be shared evenly by 3 ranks; nearest batch: 6 or 9"),
+        ({"ranks_per_node": 3}, r"8 rows cannot be split evenly over 3 ranks; nearest batch: 9 or 6"),
         ({"stages": ["tuned"]}, r"stage tuned: init: .*dromos run .*small.yaml --stage masked"),
         ({"stages": ["tunde"]}, "tuned"),
         ({"cluster_file": "nowhere.yaml", "on": "slurm"}, "--cluster nowhere.yaml: no such file"),
@@ -120,10 +120,13 @@ def test_example_cluster_files_are_right(kind: str) -> None:
         ({"kind": "ray", "colour": 1}, "cluster: unknown key colour; known keys: gpus_per_node"),
         ({"kind": "slurm", "gpus_per_node": -1}, "cluster: gpus_per_node: .* greater than or equal to 0"),
         ({"kind": "slurm", "time": 43200}, 'write the time limit in quotes, for example time: "12:00:00"'),
-        ({"kind": "ray", "env": {"A B": "1"}}, "cluster: env: .*'A B' is no name of an environment variable"),
+        (
+            {"kind": "ray", "env": {"A B": "1"}},
+            "cluster: env: .*'A B' is not a valid name of an environment variable",
+        ),
         ({"kind": "ray", "env": {"A": True}}, "cluster: env.A: .*string"),
         ({"kind": "slurm", "workdir": "runs"}, "cluster: workdir: .*absolute path"),
-        ({"partition": "gpu"}, "kind: None is none of slurm, ray"),
+        ({"partition": "gpu"}, "kind: None is unknown; write one of slurm, ray"),
     ],
 )
 def test_a_wrong_cluster_file_is_told(values: dict, words: str) -> None:
@@ -139,7 +142,7 @@ def test_numbers_in_the_environment_become_text() -> None:
 
 def test_a_cluster_file_of_the_other_kind_is_refused() -> None:
     path = str(ROOT / "configs" / "cluster" / "ray.yaml")
-    with pytest.raises(UserError, match="describes a ray cluster, and the job runs --on slurm"):
+    with pytest.raises(UserError, match="describes a ray cluster, but the job runs --on slurm"):
         load_cluster(path, "slurm")
 
 

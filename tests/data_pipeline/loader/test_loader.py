@@ -119,7 +119,7 @@ def test_an_older_iterator_leaves_the_newer_one_alone(
         newer = loader.steps(1, STEPS)
         next(newer)
         del ended
-        with pytest.raises(RuntimeError, match="another iterator over this loader's steps has begun"):
+        with pytest.raises(RuntimeError, match="another iterator over this loader's steps has started"):
             next(older)
         (batch,) = next(newer)["pairs"]
     assert batch.batch_digest == truth[2]["pairs"].batch_digest
@@ -184,7 +184,7 @@ def test_a_users_mistake_in_a_worker_keeps_its_type(tmp_path: Path) -> None:
     with LocalLoader([pairs(tmp_path, batch=9, a=source)], 0, 1, 1) as loader:
         with pytest.raises(UserError, match=r"00001\.tar holds 4 samples, but .* 5") as error:
             list(loader.steps(0, 2))
-        assert "in a worker of the loader" in error.value.__notes__[0]
+        assert "in a loader worker" in error.value.__notes__[0]
 
 
 def test_an_error_comes_at_its_step_and_not_before(tmp_path: Path) -> None:
@@ -215,9 +215,7 @@ def test_a_system_that_starts_no_worker_is_an_error_after_which_a_rank_can_save(
     monkeypatch.setattr(process_pool, "WorkerProcess", full)
     with (
         LocalLoader(specs, 0, 1, 2) as loader,
-        pytest.raises(
-            WorkerError, match=r"no more workers of the loader can be started .*Too many open files"
-        ),
+        pytest.raises(WorkerError, match=r"cannot start loader workers .*Too many open files"),
     ):
         next(loader.steps(0, 1))
 
@@ -232,10 +230,13 @@ def test_workers_whose_start_stalls_are_named(
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
         LocalLoader(specs, 0, 1, 1, limits=StallLimits(0.1, 0.5)) as loader,
-        pytest.raises(ReadError, match=r"two workers .* have been reading the program and the indexes"),
+        pytest.raises(
+            ReadError,
+            match=r"two loader workers in turn were stuck reading its program files and the source indexes",
+        ),
     ):
         next(loader.steps(0, 1))
-    assert any("has been reading the program" in record.getMessage() for record in caplog.records)
+    assert any("has been reading its program files" in record.getMessage() for record in caplog.records)
 
 
 def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
@@ -249,7 +250,7 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
             return super().submit(item, pieces)
 
     class Recorded(Loader):
-        def _open(self) -> thread_pool.Pool:
+        def _open_pool(self) -> thread_pool.Pool:
             return Recording(self.builders)
 
     with Recorded(specs, 0, 1, 0) as loader:
@@ -295,7 +296,7 @@ def test_look_ahead_is_bounded_in_bytes(
     counting = Counting()
 
     class Counted(Loader):
-        def _open(self) -> thread_pool.Pool:
+        def _open_pool(self) -> thread_pool.Pool:
             return counting
 
     monkeypatch.setattr(loader_module, "AHEAD_BYTES", rows_ahead * (SIZE * SIZE * 3 + 4 * LENGTH))
@@ -313,15 +314,15 @@ def test_the_first_batch_is_made_by_all_workers(
     specs: list[StreamSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builders = set()
-    answer = WorkerProcess.answer
+    receive = WorkerProcess.receive
 
     def seen(self: WorkerProcess) -> tuple[int, object]:
-        found = answer(self)
+        found = receive(self)
         if isinstance(found[1], Batch):
             builders.add((self.pid, found[1].start, found[1].stop))
         return found
 
-    monkeypatch.setattr(WorkerProcess, "answer", seen)
+    monkeypatch.setattr(WorkerProcess, "receive", seen)
     big = dataclasses.replace(specs[0], batch=64)
     with LocalLoader([big], 0, 1, 4) as loader:
         (batch,) = next(loader.steps(0, 1))["pairs"]
@@ -419,7 +420,7 @@ def test_rows_of_ranks_tile_the_batch() -> None:
 )
 def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch: int, world_size: int, nearest: str) -> None:
     with pytest.raises(
-        UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest that can: {nearest}$"
+        UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest batch: {nearest}$"
     ):
         rows_of(0, world_size, batch)
 

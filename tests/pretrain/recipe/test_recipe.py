@@ -1,4 +1,4 @@
-"""Recipes: what inheritance and overrides give, and what every mistake says."""
+"""Recipes: inheritance, overrides, and the message of every mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.build.streams import evaluation_spec, stream_spec
 from pretrain.recipe.checks import nearest_divisors, predecessors, world_size_check
 from pretrain.recipe.dump import as_plain, dump, stage_record
 from pretrain.recipe.fields import Length, parse_length
-from pretrain.recipe.lengths import length_steps, main_stream, total_steps, warns
+from pretrain.recipe.lengths import length_steps, length_warnings, main_stream, total_steps
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.resolve import merge_maps
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
@@ -101,7 +101,7 @@ def test_a_stage_inherits_the_defaults(tmp_path: Path) -> None:
     assert masked.data["pairs"].sources["scenes"].weight == 0.5
 
 
-def test_without_stages_there_is_main(tmp_path: Path) -> None:
+def test_a_recipe_without_stages_has_one_stage_main(tmp_path: Path) -> None:
     text = FLIP[: FLIP.index("stages:")]
     recipe = load(tmp_path, text)
     assert list(recipe.stages) == ["main"]
@@ -139,7 +139,7 @@ def test_every_recipe_of_the_repository_is_well_formed_and_shows_as_itself(
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "demo" in p.parts], ids=lambda path: path.name)
-def test_the_demo_can_run(path: Path) -> None:
+def test_the_demo_recipes_are_runnable(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.prepare == "demo"
     assert run_dir(recipe) == Path("runs/demo") / path.stem
@@ -168,7 +168,7 @@ def test_the_demo_can_run(path: Path) -> None:
         ),
     ],
 )
-def test_papers_name_what_is_not_available_yet(name: str, features: set[str]) -> None:
+def test_paper_recipes_name_unsupported_features(name: str, features: set[str]) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(ROOT / "configs" / f"{name}.yaml")
     lines = str(caught.value).splitlines()
@@ -177,7 +177,7 @@ def test_papers_name_what_is_not_available_yet(name: str, features: set[str]) ->
 
 
 @pytest.mark.parametrize("name", ["flip/laion400m-l16", "sphinx/7b-1k"])
-def test_the_papers_are_the_agreed_ones(name: str, shared: Path, tmp_path: Path) -> None:
+def test_the_paper_recipes_equal_the_agreed_ones(name: str, shared: Path, tmp_path: Path) -> None:
     blocks = (shared / "recipes.md").read_text().split("```yaml\n")[1:]
     wanted = next(block.split("```")[0] for block in blocks if f"configs/{name}.yaml" in block)
     ours = load_recipe(ROOT / "configs" / f"{name}.yaml", runnable=False)
@@ -196,7 +196,7 @@ def test_numbers_with_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["1234567 samples", "0.03 epochs", "25600000 samples", "7 steps"])
-def test_a_length_survives_being_written(text: str) -> None:
+def test_a_length_survives_a_round_trip(text: str) -> None:
     length = parse_length(text)
     assert str(length) == text
     assert parse_length(str(length)) == length
@@ -225,7 +225,7 @@ def test_an_override_holds_for_every_selected_training_stage(tmp_path: Path) -> 
     assert [training(recipe, name).optimizer.lr for name in recipe.stages] == [1e-3, 2e-4]
 
 
-def test_a_stage_has_the_last_word_whatever_the_order(tmp_path: Path) -> None:
+def test_a_stage_override_wins_in_any_order(tmp_path: Path) -> None:
     for overrides in (["tuned.train.steps=7", "train.steps=5"], ["train.steps=5", "tuned.train.steps=7"]):
         recipe = load(tmp_path, FLIP, *overrides)
         assert [training(recipe, name).train.steps for name in recipe.stages] == [5, 7]
@@ -246,7 +246,7 @@ def test_one_length_replaces_another(override: str, train: dict[str, float], tmp
         assert training(load(tmp_path, FLIP, override), name).train.model_dump(exclude_none=True) == train
 
 
-def test_a_value_replaces_what_stood_there_also_a_map(tmp_path: Path) -> None:
+def test_a_value_replaces_the_old_one_also_a_map(tmp_path: Path) -> None:
     recipe = load(
         tmp_path, FLIP, "data.pairs.sources={only: here}", "schedule={kind: linear}", "tuned.init=null"
     )
@@ -257,7 +257,7 @@ def test_a_value_replaces_what_stood_there_also_a_map(tmp_path: Path) -> None:
     assert tuned.init is None
 
 
-def test_overrides_reach_fields_that_are_not_written(tmp_path: Path) -> None:
+def test_overrides_set_fields_that_the_file_does_not_write(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,
         FLIP,
@@ -287,24 +287,24 @@ def test_run_and_loader_apply_to_the_run(tmp_path: Path) -> None:
     assert run_dir(load(tmp_path)) == Path("runs/small")
 
 
-def test_a_stage_without_the_stream_is_passed_over() -> None:
+def test_a_stage_without_the_stream_is_skipped() -> None:
     recipe = load_recipe(ROOT / "configs/demo/sphinx.yaml", ["data.captions.batch=32"], strict=True)
     assert "captions" not in training(recipe, "lm").data
     assert training(recipe, "real").data["captions"].batch == 32
-    # A rank of `lm` is handed the same command line.
+    # A rank of `lm` receives the same command line.
     load_recipe(ROOT / "configs/demo/sphinx.yaml", ["data.captions.batch=32"], "lm")
 
 
 def test_a_long_warm_up_warns(tmp_path: Path) -> None:
-    assert warns(training(load(tmp_path), "masked")) == []
+    assert length_warnings(training(load(tmp_path), "masked")) == []
     short = training(load(tmp_path, FLIP, "train.steps=5"), "masked")
-    assert "warmup (10 steps) is longer than the training (5 steps)" in warns(short)[0]
+    assert "warmup (10 steps) is longer than the training (5 steps)" in length_warnings(short)[0]
     samples = training(load(tmp_path, FLIP, "train.samples=639"), "masked")
-    assert warns(samples) == []  # 639 samples are 10 steps of 64
-    assert warns(training(load(tmp_path, FLIP, "train.samples=576"), "masked")) != []
+    assert length_warnings(samples) == []  # 639 samples are 10 steps of 64
+    assert length_warnings(training(load(tmp_path, FLIP, "train.samples=576"), "masked")) != []
 
 
-def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> None:
+def test_max_pixels_applies_to_training_and_evaluation(tmp_path: Path) -> None:
     stage = training(load(tmp_path, FLIP, "data.pairs.image.max_pixels=50M"), "masked")
     stream = stage.data["pairs"]
     trained = stream_spec("pairs", stream, 0, "masked").image
@@ -359,7 +359,7 @@ def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> 
         ("train=null", ["train", "exactly one of steps, samples, epochs"]),
         ("objective.weights={pairs: 1}", ["objective.weights"]),
         ("data.pairs.sources.scenes.weight=2", ["data.pairs.sources", "add up to 2", "nothing", "digits"]),
-        ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets its share", "cap"]),
+        ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets the share", "cap"]),
         ("data.pairs.sources.scenes.weight=.inf", ["data.pairs.sources.scenes", "weight is inf"]),
         ("data.pairs.sources.digits.weight=1e12", ["data.pairs.sources", "'scenes'", "below one slot"]),
         ("data.pairs.image.max_pixels=1B", ["data.pairs.image.max_pixels", "178000000"]),
@@ -370,19 +370,19 @@ def test_the_limit_of_pixels_reaches_training_and_evaluation(tmp_path: Path) -> 
         ("eval.perplexity={x: {path: a, stream: pears}}", ["eval.perplexity.x.stream", "'pears'", "'pairs'"]),
     ],
 )
-def test_what_an_override_gets_wrong(override: str, words: list[str], tmp_path: Path) -> None:
+def test_a_wrong_override_is_named(override: str, words: list[str], tmp_path: Path) -> None:
     message = refused(tmp_path, FLIP, override)
     for word in [*words, repr(override)]:
         assert word in message
     assert "\n" not in message or len(set(message.splitlines())) == len(message.splitlines())
 
 
-def test_an_override_of_an_unselected_stage_does_nothing_so_it_is_refused(tmp_path: Path) -> None:
+def test_an_override_of_an_unselected_stage_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, FLIP, "tuned.train.steps=5", stage="masked")
     assert "'tuned' is not selected" in message
     load(
         tmp_path, FLIP, "tuned.train.steps=5", stage="masked", strict=False
-    )  # what a rank of the chain is handed
+    )  # a rank of one stage receives the overrides of all
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_an_override_of_an_unselected_stage_does_nothing_so_it_is_refused(tmp_pa
             "sources: {digits: data/digits, scenes: {path: data/scenes, weight: 0.5}}",
             "lanes: 2",
             "pairs:",
-            ["names no source"],
+            ["has no source"],
         ),
         (
             "weight: 0.5",
@@ -419,14 +419,14 @@ def test_an_override_of_an_unselected_stage_does_nothing_so_it_is_refused(tmp_pa
         ("weight: 0.5", "weight: 0.5, repeat: 2", "sources:", ["data.pairs.sources.scenes", "weight sets"]),
         ("    text: {tokenizer: clip-bpe, length: 16}", "", "pairs:", ["data.pairs.text", "is missing"]),
         ("objective: {kind: flip, image_mask: 0.5}", "", None, ["objective.kind", "is missing"]),
-        ("  tuned:", "  data:", "  data:", ["stages.data", "no name for a stage"]),
-        ("kind: flip", "kind: sphinx", "model:", ["model.llm", "model.text", "has no place"]),
+        ("  tuned:", "  data:", "  data:", ["stages.data", "not a valid stage name"]),
+        ("kind: flip", "kind: sphinx", "model:", ["model.llm", "model.text", "is not used by sphinx"]),
         ("init: masked", "init: masked\n    continue: masked", "    continue", ["not both"]),
         ("  masked: {}", "  masked: 5", "  masked: 5", ["stages.masked", "a map"]),
         ("stages:", "stages: {}\nold:", None, ["old", "unknown key"]),
     ],
 )
-def test_what_a_file_gets_wrong(
+def test_a_wrong_file_is_named_with_its_line(
     old: str, new: str, line: str | None, words: list[str], tmp_path: Path
 ) -> None:
     assert old in FLIP
@@ -442,7 +442,7 @@ def test_what_a_file_gets_wrong(
         assert f"recipe.yaml:{number}: " in message
 
 
-def test_every_problem_has_a_line_of_its_own_and_only_one(tmp_path: Path) -> None:
+def test_every_problem_has_exactly_one_line(tmp_path: Path) -> None:
     text = FLIP.replace("batch: 64", "batch: -1").replace(
         "width: 64, layers: 2, patch", "wdth: 64, layers: 2, patch"
     )
@@ -451,7 +451,7 @@ def test_every_problem_has_a_line_of_its_own_and_only_one(tmp_path: Path) -> Non
     assert {"data.pairs.batch", "model.vision.0.wdth"} == {line.split(": ")[1] for line in lines}
 
 
-def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml.*no such recipe"):
         load_recipe(tmp_path / "nowhere.yaml")
     with pytest.raises(UserError, match="folder"):
@@ -461,7 +461,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     assert "constructor" in refused(tmp_path, "run: !!python/object/apply:os.getcwd []\n")
 
 
-def test_yaml_as_people_mean_it(tmp_path: Path) -> None:
+def test_numbers_and_keys_of_yaml(tmp_path: Path) -> None:
     values = load_yaml(write(tmp_path, "a: 1e-4\nb: -2E+3\nc: {0: zero, '1': one}\n")).values
     assert values == {"a": 1e-4, "b": -2000.0, "c": {"0": "zero", "1": "one"}}
     with pytest.raises(UserError, match=r":1: .*quotes"):
@@ -472,7 +472,7 @@ def test_merge_stages_are_checked(tmp_path: Path) -> None:
     def mix(body: str) -> str:
         return refused(tmp_path, FLIP + f"  mix: {{kind: merge, {body}}}\n")
 
-    assert "'tunde' is no stage" in mix("inputs: {masked: 0.5, tunde: 0.5}")
+    assert "'tunde' is not a stage" in mix("inputs: {masked: 0.5, tunde: 0.5}")
     assert "at least 2" in mix("inputs: {masked: 0.5}")
     assert "regular expression" in mix("inputs: {masked: 0.5, tuned: 0.5}, only: '['")
     assert "stages.mix.optimizer: unknown key" in mix("inputs: {masked: 1, tuned: 1}, optimizer: {lr: 1}")
@@ -483,7 +483,7 @@ def test_merge_stages_are_checked(tmp_path: Path) -> None:
 # --- batch and world size
 
 
-def test_a_batch_that_the_ranks_do_not_divide_names_the_nearest_that_they_do(tmp_path: Path) -> None:
+def test_an_uneven_batch_names_the_nearest_even_ones(tmp_path: Path) -> None:
     stage = training(load(tmp_path, FLIP, "data.pairs.batch=100"), "masked")
     for world_size in (1, 2, 4, 5, 10, 50, 100):
         world_size_check(stage, world_size)
@@ -506,7 +506,9 @@ def test_a_schedule_of_the_batch(tmp_path: Path) -> None:
     assert compare_identity(record, stage_record(recipe, "masked")) == []
     for world_size in (1, 2, 16, 32):
         world_size_check(stage, world_size)
-    with pytest.raises(UserError, match=r"data\.pairs\.batch\.10: 96 rows .* 64 ranks; .*ranks: 32"):
+    with pytest.raises(
+        UserError, match=r"data\.pairs\.batch\.10: a batch of 96 rows .* 64 ranks; .*ranks: 32"
+    ):
         world_size_check(stage, 64)
     samples = 64 * 10 + 96 * 20 + 256 * 5
     for length, steps in ((samples, 35), (samples + 1, 36), (640, 10), (641, 11)):
@@ -521,10 +523,10 @@ def test_a_schedule_of_the_batch(tmp_path: Path) -> None:
 def test_lanes_divide_every_batch_of_a_schedule(tmp_path: Path) -> None:
     load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96}", "data.pairs.lanes=32")
     message = refused(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96}", "data.pairs.lanes=64")
-    assert "a batch of {0: 64, 10: 96} cannot be cut into 64 lanes; nearest: 32" in message
+    assert "a batch of {0: 64, 10: 96} cannot be divided into 64 lanes; nearest: 32" in message
 
 
-def test_the_peak_rate_is_that_of_the_largest_batch(tmp_path: Path) -> None:
+def test_the_peak_rate_follows_the_largest_batch(tmp_path: Path) -> None:
     stage = training(
         load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 1024}", "optimizer={lr_per_256: 1e-3}"), "masked"
     )
@@ -548,7 +550,7 @@ def test_a_small_micro_batch_of_a_contrastive_loss_is_refused(tmp_path: Path) ->
         world_size_check(stage, 1)
 
 
-# --- what is written down
+# --- resolved.yaml
 
 
 def test_the_record_of_a_stage_is_plain_yaml(tmp_path: Path) -> None:

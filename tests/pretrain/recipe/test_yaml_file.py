@@ -1,4 +1,4 @@
-"""The strict YAML reader: what it says of mistakes, and that both of its parsers read the same."""
+"""The strict YAML reader: messages with line numbers, and equal results of both parsers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("text", MISTAKES, ids=lambda text: text[:20])
-def test_mistakes_in_the_yaml_say_what_and_where(text: str, tmp_path: Path) -> None:
+def test_mistakes_in_the_yaml_are_named_with_their_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=MISTAKES[text]):
         load_yaml(write(tmp_path, text))
 

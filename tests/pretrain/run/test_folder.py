@@ -1,4 +1,4 @@
-"""One listing of complete checkpoints: what it takes for one, in which order, and that all who look agree."""
+"""The listing of complete checkpoints: which folders count, their order, and that every reader agrees."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def test_steps_ascend_by_number_and_odd_names_do_not_count(tmp_path: Path) -> No
     assert complete_steps(tmp_path / "checkpoints") == [5, 99_999_999, 100_000_000]
 
 
-def test_everyone_takes_the_same_one_for_the_newest(tmp_path: Path) -> None:
+def test_every_reader_picks_the_same_newest_checkpoint(tmp_path: Path) -> None:
     """As text, step_99999999 comes after step_100000000, and step_xx after both."""
-    made = recipe(tmp_path)
+    loaded = recipe(tmp_path)
     stage = tmp_path / "run/masked"
     stage.mkdir(parents=True)
-    (stage / "resolved.yaml").write_text(dump(made, "masked"))
+    (stage / "resolved.yaml").write_text(dump(loaded, "masked"))
     save(stage, "step_99999999", world_size=4)
     newest = save(stage, "step_100000000", world_size=2)
     for name in ODD:
         save(stage, name, world_size=8)
     assert Path(locate("masked@latest", tmp_path / "run").path) == newest
-    check_run_folder(tmp_path / "run", made, "masked", 2)
+    check_run_folder(tmp_path / "run", loaded, "masked", 2)
     with pytest.raises(UserError, match="step_100000000 was saved by 2 ranks"):
-        check_run_folder(tmp_path / "run", made, "masked", 4)
+        check_run_folder(tmp_path / "run", loaded, "masked", 4)
     (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump({"stages": {"masked": {}}}))
     assert [status.checkpoint for status in run_status(tmp_path / "run")] == [100_000_000]
 

@@ -1,4 +1,4 @@
-"""Whose run folder is this: identity keys are refused with both values, free keys pass, lengths may grow."""
+"""Resume compatibility: changed identity keys are refused with both values, free keys pass, lengths may grow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def record(folder: Path, *overrides: str, stage: str = "masked") -> dict[str, An
 
 
 def begin(run: Path, loaded: Recipe, stage: str = "masked", checkpoint: dict[str, Any] | None = None) -> None:
-    """What a stage that has begun leaves in its folder."""
+    """Write the folder of a stage that has started."""
     (run / stage).mkdir(parents=True)
     (run / stage / "resolved.yaml").write_text(dump(loaded, stage))
     if checkpoint is not None:
@@ -90,7 +90,7 @@ def test_a_free_key_may_change(override: str, tmp_path: Path) -> None:
         assert [line.split(": ")[0] for line in compare_free(old, new)] == [override.split("=")[0]]
 
 
-def test_another_decoder_is_named_and_refuses_nothing(tmp_path: Path) -> None:
+def test_a_changed_decoder_version_is_named_but_not_refused(tmp_path: Path) -> None:
     old, new = (
         record(tmp_path) | {"versions": {"pillow": v, "simplejpeg": "1.9.0"}} for v in ("12.0", "13.0")
     )
@@ -98,7 +98,7 @@ def test_another_decoder_is_named_and_refuses_nothing(tmp_path: Path) -> None:
     (line,) = compare_versions(old, new)
     assert line.startswith('versions.pillow: "12.0" -> "13.0": images may decode')
     assert compare_versions(new, new) == []
-    assert compare_versions(record(tmp_path), new) == []  # of a run older than the record of versions
+    assert compare_versions(record(tmp_path), new) == []  # a run from before versions were recorded
     del new["versions"]["simplejpeg"]
     assert len(compare_versions(old, new)) == 2
 
@@ -147,7 +147,7 @@ def test_a_refusal_names_accept_change_where_only_the_data_differs(tmp_path: Pat
     assert "accept_change" not in str(caught.value)
 
 
-def test_a_folder_of_nobody_is_fine(tmp_path: Path) -> None:
+def test_an_absent_folder_passes(tmp_path: Path) -> None:
     check_run_folder(tmp_path / "absent", recipe(tmp_path), "masked", 2)
     assert not (tmp_path / "absent").exists()
 
@@ -174,7 +174,7 @@ def test_a_new_stage_beside_another_run_is_refused(tmp_path: Path) -> None:
             check_run_folder(run, recipe(tmp_path, override), "tuned")
 
 
-def test_world_size_and_zero_stay_once_there_is_a_checkpoint(tmp_path: Path) -> None:
+def test_world_size_and_zero_stage_must_match_a_checkpoint(tmp_path: Path) -> None:
     loaded, other = recipe(tmp_path), recipe(tmp_path, "engine.zero=3")
     fresh = tmp_path / "fresh"
     begin(fresh, loaded)

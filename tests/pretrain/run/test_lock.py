@@ -1,4 +1,4 @@
-"""One writer a folder: refused with the holder's name, waited for, and free again however the holder ends."""
+"""The folder lock: a second writer waits, then fails with the holder's name; a killed holder frees the lock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ time.sleep(600)
 
 @contextmanager
 def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process of its own that holds the lock."""
+    """Another process that holds the lock."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
@@ -41,8 +41,8 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
         holder.communicate()
 
 
-def test_a_second_writer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "stage"  # is made
+def test_a_second_writer_fails_with_the_name_of_the_holder(tmp_path: Path) -> None:
+    folder = tmp_path / "stage"  # created by the lock
     with held_elsewhere(folder) as holder:
         with pytest.raises(UserError) as refused:
             FolderLock(folder, wait=0.1)
@@ -51,12 +51,12 @@ def test_a_second_writer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         assert f"pid {holder.pid} on {socket.gethostname()}" in text
         assert "run.dir" in text
 
-        os.kill(holder.pid, signal.SIGKILL)  # no handler runs: the kernel lets the lock go
+        os.kill(holder.pid, signal.SIGKILL)  # no handler runs: the kernel releases the lock
         holder.wait(timeout=10)
         FolderLock(folder, wait=0.1).release()
 
 
-def test_a_holder_that_goes_down_in_time_is_waited_for(tmp_path: Path) -> None:
+def test_a_second_writer_waits_for_a_holder_that_ends_in_time(tmp_path: Path) -> None:
     first = FolderLock(tmp_path)
     began = time.monotonic()
     threading.Timer(0.5, first.release).start()
@@ -69,7 +69,7 @@ def test_a_holder_that_goes_down_in_time_is_waited_for(tmp_path: Path) -> None:
     FolderLock(tmp_path, wait=0).release()
 
 
-def test_folders_do_not_hinder_each_other(tmp_path: Path) -> None:
+def test_locks_of_different_folders_are_independent(tmp_path: Path) -> None:
     locks = [FolderLock(tmp_path / name, wait=0) for name in ("a", "b")]
     for lock in locks:
         lock.release()

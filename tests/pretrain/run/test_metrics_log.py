@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.run.metrics_log import Log, cut, read
-from pretrain.train.bad_samples import AT_LEAST, WINDOW, BadFraction
+from pretrain.run.metrics_log import JsonLog, read, truncate
+from pretrain.train.bad_samples import MIN_SAMPLES, WINDOW_STEPS, BadFraction
 
 Rows = list[dict[str, object]]
 
 
 def write(path: Path, rows: Rows) -> None:
-    log = Log(path)
+    log = JsonLog(path)
     for row in rows:
         log.write(row)
     log.close()
@@ -26,8 +26,8 @@ ROWS: Rows = [{"step": n, "loss": 1 / n, "time": {"step": 0.25}, "word": "Größ
 
 
 def test_a_log_reads_back_and_is_flushed_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "stage" / "metrics.jsonl"  # the folder is made
-    log = Log(path)
+    path = tmp_path / "stage" / "metrics.jsonl"  # the folder is created
+    log = JsonLog(path)
     for number, row in enumerate(ROWS, 1):
         log.write(row)
         assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:number]
@@ -47,35 +47,35 @@ def test_a_kill_at_any_byte_costs_at_most_the_line_being_written(tmp_path: Path)
         torn.write_bytes(content[:length])
         whole = content[:length].count(b"\n")
         found = read(torn)
-        # A last line that lacks nothing but its newline is whole, too.
+        # A last line that lacks only its newline is complete too.
         assert found in (ROWS[:whole], ROWS[: whole + 1])
         assert (len(found) > whole) == (content[length : length + 1] == b"\n" and length > 0)
 
 
 @pytest.mark.parametrize("step", [0, 3, 5, 9])
-def test_a_cut_log_goes_on_as_if_nothing_had_been_after(tmp_path: Path, step: int) -> None:
+def test_a_truncated_log_continues_at_its_step(tmp_path: Path, step: int) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, ROWS)
     with open(path, "a") as file:
         file.write('{"step": 6, "lo')  # cut short by a kill
-    cut(path, step)
+    truncate(path, step)
     write(path, [{"step": step + 1, "again": True}])
     assert read(path) == [*ROWS[:step], {"step": step + 1, "again": True}]
     assert path.read_text().count("\n") == len(read(path))
     assert list(tmp_path.iterdir()) == [path]  # nothing left beside it
 
 
-def test_cutting_a_log_that_is_not_there_makes_none(tmp_path: Path) -> None:
-    cut(tmp_path / "bad_samples.jsonl", 3)
+def test_truncating_an_absent_log_creates_none(tmp_path: Path) -> None:
+    truncate(tmp_path / "bad_samples.jsonl", 3)
     assert not (tmp_path / "bad_samples.jsonl").exists()
 
 
 def first_excess(counts: np.ndarray, bad: np.ndarray, limit: float) -> int | None:
-    """First step (from 1) at which the last WINDOW steps hold at least AT_LEAST samples and too many bad ones."""
+    """First step, from 1, whose last WINDOW_STEPS steps hold at least MIN_SAMPLES samples and too many bad ones."""
     for step in range(1, len(counts) + 1):
-        last = slice(max(0, step - WINDOW), step)
+        last = slice(max(0, step - WINDOW_STEPS), step)
         seen = int(counts[last].sum())
-        if seen >= AT_LEAST and int(bad[last].sum()) > limit * seen:
+        if seen >= MIN_SAMPLES and int(bad[last].sum()) > limit * seen:
             return step
     return None
 
@@ -135,10 +135,10 @@ def test_sources_are_judged_one_by_one_and_named() -> None:
 def test_what_is_long_ago_is_forgotten() -> None:
     limited = BadFraction(0.01)
     assert limited.add(1, {"web": 10000}, {"web": {"undecodable": 100}}) is None  # exactly the limit
-    for step in range(2, WINDOW + 1):
+    for step in range(2, WINDOW_STEPS + 1):
         assert limited.add(step, {"web": 10}, {}) is None
     # 9 of 1000: step 1 is out of the window.
-    assert limited.add(WINDOW + 1, {"web": 10}, {"web": {"undecodable": 9}}) is None
-    told = limited.add(WINDOW + 2, {"web": 10}, {"web": {"undecodable": 2}})
+    assert limited.add(WINDOW_STEPS + 1, {"web": 10}, {"web": {"undecodable": 9}}) is None
+    told = limited.add(WINDOW_STEPS + 2, {"web": 10}, {"web": {"undecodable": 2}})
     assert told is not None
     assert "11 of the last 1000 samples of web" in told

@@ -53,7 +53,7 @@ def test_a_rank_refuses_before_anything_is_written(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "data.pairs.sources: all of them reach their max_epochs after 6 steps" in done.stderr
+    assert "data.pairs.sources: all sources reach their max_epochs after 6 steps" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
     assert not list(tmp_path.rglob("resolved.yaml"))

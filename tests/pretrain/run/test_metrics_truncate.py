@@ -1,4 +1,4 @@
-"""A log that is cut at its checkpoint survives a power cut: the new content is on the disk before it has the name."""
+"""A truncated log survives a power cut: its new content is on disk before it replaces the old file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from pretrain.run import metrics_log
 
 
-def test_the_cut_log_is_flushed_before_it_replaces_the_old_one(
+def test_the_truncated_log_is_synced_before_it_replaces_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -32,7 +32,7 @@ def test_the_cut_log_is_flushed_before_it_replaces_the_old_one(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
-    metrics_log.cut(path, 3)
+    metrics_log.truncate(path, 3)
     assert [row["step"] for row in metrics_log.read(path)] == [1, 2, 3]
     assert replaced == [True]
     assert tmp_path.stat().st_ino in synced  # the name as well
