@@ -1,4 +1,4 @@
-"""Whether the data of a recipe's stages is there and can be read, seen before anything is written."""
+"""Checks that the sources of a recipe's stages exist and that their first samples can be used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 
-# Where `dromos data prepare` writes; what lies elsewhere is not made by it.
+# The folder that `dromos data prepare` writes.
 PREPARED = "data/demo"
+# Packages that decoding needs; they come with the `train` extra.
 DECODERS = ("simplejpeg", "PIL", "tokenizers")
 
 
 def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
-    """(key, path) of everything that a stage reads: its streams' sources, then what it is evaluated on."""
+    """(key, path) of all data that a stage reads: sources of its streams, then its evaluation sets."""
     if isinstance(stage, TrainStage):
         for name, stream in stage.data.items():
             for source, spec in stream.sources.items():
@@ -30,9 +31,9 @@ def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
 def missing_sources(
     recipe: Recipe, stages: Iterable[str], remote: bool = True
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(stage, key, path, what is wrong) of each path that holds no tars, once, where it is named first.
+    """(stage, key, path, error) of each path without tars, once, where the recipe first names it.
 
-    Without `remote`, those in object stores are taken to be there.
+    Without `remote`, paths in object stores are assumed to exist.
     """
     seen: set[str] = set()
     for name in stages:
@@ -47,35 +48,38 @@ def missing_sources(
 
 
 def is_prepared(path: str, recipe: Recipe) -> bool:
-    """True if `dromos data prepare` of this recipe makes what is at `path`."""
+    """True if `dromos data prepare` of this recipe writes the data at `path`."""
     return recipe.prepare is not None and PurePosixPath(path).is_relative_to(PREPARED)
 
 
 def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -> None:
-    """UserError that names stage and source where the first samples of a source cannot be trained on."""
+    """Read and decode the first samples of every source; equal streams are checked once.
+
+    Without `remote`, sources in object stores are skipped. Raises UserError with stage and source.
+    """
     from data_pipeline.batches.batch_builder import BatchBuilder
     from data_pipeline.batches.spec import SourceSpec
     from pretrain.build.streams import stream_spec
 
-    seen: list[object] = []
+    checked: list[object] = []
     for name in stages:
         stage = recipe.stages[name]
         for key, stream in stage.data.items() if isinstance(stage, TrainStage) else ():
             content = stream.model_copy(update={"order_as": None})
-            if content in seen:
+            if content in checked:
                 continue
-            seen.append(content)
+            checked.append(content)
             spec = stream_spec(key, stream, recipe.run.seed, name)
             if not remote and any(storage.is_remote(source.path) for source in spec.sources.values()):
                 local = [source for source, at in spec.sources.items() if not storage.is_remote(at.path)]
                 if not local:
                     continue
-                # Without its shares, which may not go together where some sources are left out.
-                bare = {
+                # Drop the weights: they may be inconsistent once some sources are left out.
+                unweighted = {
                     source: SourceSpec(spec.sources[source].path, view=spec.sources[source].view)
                     for source in local
                 }
-                spec = dataclasses.replace(spec, sources=bare)
+                spec = dataclasses.replace(spec, sources=unweighted)
             try:
                 builder = BatchBuilder(spec)
                 try:
@@ -87,5 +91,5 @@ def check_contents(recipe: Recipe, stages: Iterable[str], remote: bool = True) -
 
 
 def can_decode() -> bool:
-    """False in an installation without the `train` extra, which submits jobs and does not train."""
+    """True if the packages that decode are installed. A machine that only submits may lack the `train` extra."""
     return all(importlib.util.find_spec(name) is not None for name in DECODERS)

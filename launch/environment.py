@@ -1,4 +1,4 @@
-"""What a job ran on and with: host, cores, GPUs, versions, the source's commit; `RUN/env.json` holds it."""
+"""The environment of a job, stored in RUN/env.json: host, cores, GPUs, package versions, commit of the source."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ PACKAGES = [
     "webdataset",
     "s3fs",
 ]
-SHOWN = re.compile(r"^(OMP|MKL|NCCL|GLOO|CUDA|DS|DEEPSPEED|TORCH|PYTORCH|PYTHON|RAY|SLURM|RANK$|WORLD_SIZE$)")
+# Environment variables that are recorded: those that configure a library.
+RECORDED = re.compile(
+    r"^(OMP|MKL|NCCL|GLOO|CUDA|DS|DEEPSPEED|TORCH|PYTORCH|PYTHON|RAY|SLURM|RANK$|WORLD_SIZE$)"
+)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)
 
 
 def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs that ranks on this machine may use; no torch, no driver call where device files tell."""
+    """Number of GPUs that ranks on this machine may use, from CUDA_VISIBLE_DEVICES or the device files.
+
+    Imports no torch and calls no driver.
+    """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
@@ -45,13 +51,13 @@ def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def core_count() -> int:
-    """Cores this process may run on: what taskset or a container left of the machine's."""
+    """Number of cores this process may use; taskset or a container may restrict them."""
     return len(os.sched_getaffinity(0))
 
 
 def capture(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Facts as JSON; environment variables only where they steer a library, and never a secret."""
-    shown = {name: value for name, value in sorted(environ.items()) if SHOWN.match(name)}
+    """The environment as JSON values. Variables whose names look like secrets are left out."""
+    recorded = {name: value for name, value in sorted(environ.items()) if RECORDED.match(name)}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
@@ -61,7 +67,7 @@ def capture(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "gpus": _gpu_names(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "source": _source(),
-        "environment": {name: value for name, value in shown.items() if not SECRET.search(name)},
+        "environment": {name: value for name, value in recorded.items() if not SECRET.search(name)},
     }
 
 
@@ -73,6 +79,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
+    """Output of a command; None if it is not installed or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -88,7 +95,7 @@ def _gpu_names() -> list[str]:
 
 
 def _source() -> dict[str, Any] | None:
-    """Commit of the checkout that runs, and whether files differ from it; None for an installed wheel."""
+    """Commit of this checkout, and `changed` if tracked files differ from it; None for an installed wheel."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""A job as plain data: what runs, where, and with what. RUN/job.json holds it, the dry run prints it."""
+"""`Job`: what runs, where and with what, as plain data. Stored in RUN/job.json; the dry run prints it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Where = Literal["local", "slurm", "ray"]
+Backend = Literal["local", "slurm", "ray"]
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage of the job. steps: the length that makes it done, or None where only the data tells."""
+    """One stage of a job. steps: the training length, None where only the data determines it."""
 
     name: str
     kind: Literal["train", "merge"]
@@ -26,14 +26,14 @@ class StageJob:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a launcher needs; equal jobs render to equal scripts."""
+    """Everything that a backend needs. Equal jobs render to equal scripts."""
 
     recipe: str
     run_dir: str
     stages: tuple[StageJob, ...]
     overrides: tuple[str, ...] = ()
     name: str = "run"
-    on: Where = "local"
+    on: Backend = "local"
     nodes: int = 1
     ranks_per_node: int = 1
     gpus_per_node: int = 0
@@ -50,37 +50,32 @@ class Job:
         return self.nodes * self.ranks_per_node
 
     @property
-    def copy_of_recipe(self) -> str:
-        """Named after its content: a later submission into the same folder leaves it to this job."""
-        return (
-            f"{self.run_dir}/recipe-{self.recipe_id}.yaml"
-            if self.recipe_id
-            else f"{self.run_dir}/recipe.yaml"
-        )
+    def recipe_copy(self) -> str:
+        """Path of the resolved recipe in the run folder.
+
+        A submitted job has a copy named by its content, which a later submission into the same folder leaves alone.
+        """
+        name = f"recipe-{self.recipe_id}.yaml" if self.recipe_id else "recipe.yaml"
+        return f"{self.run_dir}/{name}"
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.workdir) / self.run_dir
 
     def train_command(self, stage: str) -> list[str]:
-        """What one rank of a training stage executes. A submitted job reads its own copy of the recipe, which
-        has the overrides in it and which neither later edits of the user's file nor later submissions reach."""
-        if self.on != "local":
-            return [self.python, "-P", "-m", "launch.cli", "train", self.copy_of_recipe, "--stage", stage]
-        return [
-            self.python,
-            "-P",
-            "-m",
-            "launch.cli",
-            "train",
-            self.recipe,
-            "--stage",
-            stage,
-            *self.overrides,
-        ]
+        """The command of one rank of a training stage.
 
-    def go_on_command(self) -> list[str]:
-        """What a person types to continue this job."""
+        A submitted job reads its own copy of the resolved recipe, which includes the overrides. Later edits of the
+        user's file and later submissions do not change that copy.
+        """
+        command = [self.python, "-P", "-m", "launch.cli", "train"]
+        if self.on != "local":
+            return [*command, self.recipe_copy, "--stage", stage]
+        return [*command, self.recipe, "--stage", stage, *self.overrides]
+
+    def resume_command(self) -> str:
+        """The command that a user types to resume this job, quoted for a shell."""
         command = ["dromos", "run", self.recipe]
         if self.on != "local":
             command += ["--on", self.on]
@@ -90,10 +85,7 @@ class Job:
         command += ["--ranks-per-node", str(self.ranks_per_node)]
         if self.cluster_file:
             command += ["--cluster", self.cluster_file]
-        return [*command, *self.overrides]
-
-    def go_on(self) -> str:
-        return shlex.join(self.go_on_command())
+        return shlex.join([*command, *self.overrides])
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
@@ -106,9 +98,5 @@ class Job:
 
 
 def recipe_id(dumped: str) -> str:
-    """Tells one resolved recipe from another."""
+    """12 hex digits that identify the text of a resolved recipe."""
     return hashlib.sha256(dumped.encode()).hexdigest()[:12]
-
-
-def load_job(path: str | Path) -> Job:
-    return Job.from_json(Path(path).read_text())

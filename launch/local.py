@@ -1,4 +1,4 @@
-"""The local door: the selected stages in order on this machine, one process group a training stage."""
+"""Local backend: runs the remaining stages in order on this machine, one process group per training stage."""
 
 from __future__ import annotations
 
@@ -12,17 +12,74 @@ from rich.console import Console
 from launch.environment import core_count
 from launch.job import Job, StageJob
 from launch.run_folder import open_run
+from launch.stage_state import StageStates
 from launch.supervise.rank_group import LocalGroup
 from launch.supervise.rank_process import Rank, free_port
-from launch.supervise.stage_runner import log_path, ranks, run_stages, say, undone
+from launch.supervise.stage_runner import count_ranks, log_path, print_done, print_line, run_stages
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, GO_ON
 
 RankCommand = Callable[[str], list[str]]
 
 
+def render(job: Job) -> str:
+    """The command of every rank, ready to paste. The launcher chooses MASTER_PORT when it starts the ranks."""
+    lines = []
+    for stage in job.stages:
+        if stage.kind == "merge":
+            lines.append(f"# {stage.name}: merge into {job.run_dir}/{stage.name}/weights, in this process")
+            continue
+        ranks = count_ranks(job.world_size)
+        lines.append(f"# {stage.name}: training in {job.run_dir}/{stage.name}, {ranks}")
+        for rank in range(job.world_size):
+            env = rank_env(job, rank, None, os.environ)
+            assignments = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
+            lines.append(" ".join([*assignments, shlex.join(job.train_command(stage.name))]))
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    job: Job,
+    recipe: Recipe,
+    states: StageStates,
+    console: Console,
+    rank_command: RankCommand | None = None,
+) -> int:
+    """Run the stages that remain; returns the exit code.
+
+    `rank_command` maps a stage name to the command of its ranks, in place of `job.train_command`.
+    """
+    print_done(job, states, console)
+    if not states.remaining:
+        return DONE
+    open_run(job, recipe)
+    with ExitStack() as stack:
+        environ = dict(os.environ)
+        if any(stage.loader == "ray" for stage in states.remaining):
+            from launch.ray.local_head import ray_for_job
+
+            environ |= stack.enter_context(ray_for_job(job, environ))
+
+        def start(stage: StageJob) -> LocalGroup:
+            command = (rank_command or job.train_command)(stage.name)
+            return LocalGroup(local_ranks(job, stage, environ, command))
+
+        def merge(stage: StageJob) -> int:
+            return run_merge(job, stage, recipe, console)
+
+        return run_stages(job, states.remaining, console, start, merge, job.resume_command())
+
+
+def local_ranks(job: Job, stage: StageJob, environ: Mapping[str, str], command: list[str]) -> list[Rank]:
+    """All ranks of a stage, with one rendezvous port."""
+    port = free_port()
+    envs = [{**environ, **rank_env(job, rank, port, environ)} for rank in range(job.world_size)]
+    folder = job.folder / stage.name
+    return [Rank(command, env, log_path(folder, rank)) for rank, env in enumerate(envs)]
+
+
 def rank_env(job: Job, rank: int, port: int | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """What a rank's environment has beside what the launcher's has."""
+    """Variables that a rank gets in addition to the launcher's `environ`."""
     env = {
         **job.env,
         "RANK": str(rank),
@@ -35,64 +92,18 @@ def rank_env(job: Job, rank: int, port: int | None, environ: Mapping[str, str]) 
     }
     defaults = {"OMP_NUM_THREADS": str(max(1, core_count() // job.ranks_per_node))}
     if not job.gpus_per_node:
-        # gloo otherwise listens on the address of the host's name, which a laptop loses with its network
+        # By default gloo listens on the address of the host name, which a laptop loses with its network.
         defaults |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     return {name: value for name, value in defaults.items() if name not in environ} | env
 
 
-def render(job: Job) -> str:
-    """One command a rank, as a person could type them."""
-    lines = []
-    for stage in job.stages:
-        if stage.kind == "merge":
-            lines.append(f"# {stage.name}: merge into {job.run_dir}/{stage.name}/weights, in this process")
-            continue
-        lines.append(f"# {stage.name}: training in {job.run_dir}/{stage.name}, {ranks(job.world_size)}")
-        for rank in range(job.world_size):
-            env = rank_env(job, rank, None, os.environ)
-            assigned = [f"{name}={shlex.quote(value)}" for name, value in env.items()]
-            lines.append(" ".join([*assigned, shlex.join(job.train_command(stage.name))]))
-    return "\n".join(lines) + "\n"
-
-
-def run(job: Job, recipe: Recipe, console: Console, rank_command: RankCommand | None = None) -> int:
-    """Run the stages that are not done. `rank_command` stands in for the command of a rank, by stage name."""
-    todo = undone(job, recipe, console)
-    if not todo:
-        return DONE
-    open_run(job, recipe)
-    with ExitStack() as stack:
-        environ = dict(os.environ)
-        if any(stage.loader == "ray" for stage in todo):
-            from launch.ray.local_head import ray_for_job
-
-            environ |= stack.enter_context(ray_for_job(job, environ))
-
-        def start(stage: StageJob) -> LocalGroup:
-            return LocalGroup(
-                local_ranks(job, stage, environ, (rank_command or job.train_command)(stage.name))
-            )
-
-        def merge(stage: StageJob) -> int:
-            return merge_here(job, stage, recipe, console)
-
-        return run_stages(job, todo, console, start, merge, job.go_on())
-
-
-def local_ranks(job: Job, stage: StageJob, environ: Mapping[str, str], command: list[str]) -> list[Rank]:
-    port = free_port()
-    envs = [{**environ, **rank_env(job, rank, port, environ)} for rank in range(job.world_size)]
-    folder = job.folder / stage.name
-    return [Rank(command, env, log_path(folder, rank)) for rank, env in enumerate(envs)]
-
-
-def merge_here(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
-    """One merge stage, in this process."""
+def run_merge(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
+    """Run a merge stage in this process; returns the exit code."""
     from pretrain.merge_stage import run_merge_stage
 
     try:
         run_merge_stage(recipe, stage.name, job.folder)
     except KeyboardInterrupt:
-        say(console, f"{stage.name}: interrupted")
+        print_line(console, f"{stage.name}: interrupted")
         return GO_ON
     return DONE

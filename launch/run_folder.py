@@ -1,4 +1,4 @@
-"""What a launcher writes into the run folder before the first stage: its recipes, job.json, env.json."""
+"""Files that a launcher writes into the run folder before the first stage: recipes, job.json, env.json."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from pretrain.recipe.schema import Recipe
 
 
 def open_run(job: Job, recipe: Recipe) -> None:
-    """recipe.yaml is the resolved recipe, overrides laid in: itself a recipe that runs the same. It is the latest
-    one; a submitted job reads a copy of its own, since it may start long after another was submitted."""
+    """Create the run folder and write recipe.yaml, job.json and env.json.
+
+    recipe.yaml is the resolved recipe of the latest job, overrides included, and is itself a complete recipe. A
+    submitted job also gets a copy of its own: it may start long after another job was submitted.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
     text = dump(recipe).encode()
     publish(job.folder / "recipe.yaml", text)
     if job.on != "local":
-        publish(Path(job.workdir) / job.copy_of_recipe, text)
+        publish(Path(job.workdir) / job.recipe_copy, text)
     publish(job.folder / "job.json", job.to_json().encode())
     publish(job.folder / "env.json", (json.dumps(capture(), indent=2) + "\n").encode())
 
 
 @contextmanager
-def taken_back(job: Job, *names: str) -> Iterator[None]:
-    """Leaves the run folder as it was if the block, which writes `names` and what open_run writes, raises UserError."""
+def rollback_on_error(job: Job, *names: str) -> Iterator[None]:
+    """Restore the run folder if the block raises UserError. Covers the files of `open_run` and `names`."""
     paths = [job.folder / name for name in ("recipe.yaml", "job.json", "env.json", *names)]
-    paths.append(Path(job.workdir) / job.copy_of_recipe)
+    paths.append(Path(job.workdir) / job.recipe_copy)
     before = {path: path.read_bytes() for path in paths if path.exists()}
-    new = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
+    missing = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
     try:
         yield
     except UserError:
@@ -42,7 +45,7 @@ def taken_back(job: Job, *names: str) -> Iterator[None]:
                 publish(path, before[path])
             else:
                 path.unlink(missing_ok=True)
-        for folder in new:
+        for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
         raise

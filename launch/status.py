@@ -1,4 +1,4 @@
-"""What a run folder says of its run: each stage's state, step and figures, without starting anything."""
+"""State of a run, read from its folder alone: state, step, loss and newest checkpoint of each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.run.folder import complete_steps, json_mapping
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of a run folder. steps: the length, where the recipe alone tells it."""
+    """One stage of a run. steps: its length, None where the recipe alone does not determine it."""
 
     name: str
     state: str  # done, started or waiting
@@ -38,16 +38,16 @@ class StageStatus:
 
 
 def run_status(run: str | Path) -> list[StageStatus]:
-    """The stages of a run in the recipe's order; UserError when the folder is no run."""
+    """The stages of a run in the recipe's order. Raises UserError if `run` is not a run folder."""
     folder = Path(run)
     path = folder / "recipe.yaml"
     if not path.exists():
         nested = sorted(str(item.parent) for item in folder.glob("*/recipe.yaml"))
-        hint = f"; the runs in it are {', '.join(nested)}" if nested else "; `dromos list FOLDER` finds runs"
-        raise UserError(f"{folder}: is no run folder (no recipe.yaml){hint}")
+        hint = f"; the runs in it are {', '.join(nested)}" if nested else "; `dromos list FOLDER` lists runs"
+        raise UserError(f"{folder}: not a run folder (no recipe.yaml){hint}")
     stages = load_yaml(path).values.get("stages")
     if not isinstance(stages, dict):
-        raise UserError(f"{path}: is not what a run writes there: it has no stages")
+        raise UserError(f"{path}: not a resolved recipe (it has no stages)")
     return [_stage(folder / name, name, content or {}) for name, content in stages.items()]
 
 
@@ -62,7 +62,7 @@ def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:
 
 
 def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:
-    """The last whole line of a JSON-lines file; {} when there is none."""
+    """The last complete row of a JSON-lines file; {} if there is none. Reads the last `tail` bytes."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - tail))
@@ -73,7 +73,7 @@ def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # being written
+            continue  # still being written
         if isinstance(row, dict):
             return row
     return {}

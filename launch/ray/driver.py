@@ -1,4 +1,4 @@
-"""Runs as the entrypoint of a Ray job: places one actor a rank, supervises them, and trains nothing itself."""
+"""Entry point of a Ray job: places one actor per rank and supervises the ranks; trains nothing itself."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from launch.ray.rank_actor import RankActor
 from launch.ray.submit import PAYLOAD, bundle, cluster_of, read_payload
 from launch.run_folder import open_run
 from launch.supervise.rank_group import LOST
-from launch.supervise.stage_runner import log_path, run_stages, say, undone
+from launch.supervise.stage_runner import log_path, print_done, print_line, run_stages
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, USER_ERROR
 
-ASK_SECONDS = 30.0
-SAY_SECONDS = 30.0
+CALL_SECONDS = 30.0  # timeout of one call to an actor
+WAITING_LINE_SECONDS = 30.0  # between two lines about missing resources
 
 
 class RayGroup:
-    """Ranks in actors. An actor that does not answer any more makes its rank LOST."""
+    """Ranks in Ray actors. A rank is LOST when a call to its actor fails."""
 
     poll_seconds = 0.5
 
@@ -38,45 +38,50 @@ class RayGroup:
         self.ended: dict[int, int] = {}
 
     def codes(self) -> dict[int, int]:
-        for rank, code in self._ask("poll").items():
+        for rank, code in self._call("poll").items():
             if code is not None:
                 self.ended[rank] = code
         return dict(self.ended)
 
     def send(self, number: int) -> None:
-        self._ask("send", number)
+        self._call("send", number)
 
     def kill(self) -> None:
-        self._ask("kill")
+        self._call("kill")
 
     def tail(self, rank: int) -> str:
         import ray
 
         try:
-            return ray.get(self.actors[rank].tail.remote(), timeout=ASK_SECONDS)
+            return ray.get(self.actors[rank].tail.remote(), timeout=CALL_SECONDS)
         except ray.exceptions.RayError:
-            return "(its node does not answer)"
+            return "(its node does not respond)"
 
-    def _ask(self, method: str, *arguments: Any) -> dict[int, Any]:
-        """Answers of the ranks that have not ended; who fails to answer is lost."""
+    def _call(self, method: str, *arguments: Any) -> dict[int, Any]:
+        """Call `method` of the actors whose ranks have not ended; returns the results by rank.
+
+        `kill` is called on all actors.
+        """
         import ray
 
-        asked = {
+        references = {
             rank: getattr(actor, method).remote(*arguments)
             for rank, actor in enumerate(self.actors)
             if rank not in self.ended or method == "kill"
         }
-        answers = {}
-        for rank, reference in asked.items():
+        results = {}
+        for rank, reference in references.items():
             try:
-                answers[rank] = ray.get(reference, timeout=ASK_SECONDS)
+                results[rank] = ray.get(reference, timeout=CALL_SECONDS)
             except ray.exceptions.RayError:
                 self.ended.setdefault(rank, LOST)
-        return answers
+        return results
 
 
-class Ranks:
-    """The job's actors in rank order, in a placement group of one bundle a node: R ranks on each of N nodes."""
+class RankActors:
+    """The job's actors in rank order, in a placement group with one bundle per node. Each bundle holds the ranks of
+    its node.
+    """
 
     def __init__(self, job: Job, console: Console) -> None:
         import ray
@@ -100,7 +105,7 @@ class Ranks:
         self.places = ray.get([actor.place.remote() for actor in self.actors])
 
     def start(self, stage: str, command: list[str]) -> RayGroup:
-        """Start a rank in each actor; they meet at the first one's node."""
+        """Start a rank in every actor; the rendezvous is on the first actor's node."""
         import ray
 
         host = self.places[0][1]
@@ -115,12 +120,12 @@ class Ranks:
         return RayGroup(self.actors)
 
     def env(self, rank: int, host: str, port: int) -> dict[str, str]:
-        """A rank's own variables; the GPUs are those of all ranks of its node, among which LOCAL_RANK chooses."""
+        """Variables of one rank. It sees the GPUs of all ranks of its node and takes the one of LOCAL_RANK."""
         import ray
 
-        each = self.job.ranks_per_node
-        first = rank // each * each
-        gpus = [gpu for place in self.places[first : first + each] for gpu in place[2]]
+        per_node = self.job.ranks_per_node
+        first = rank // per_node * per_node
+        gpus = [gpu for place in self.places[first : first + per_node] for gpu in place[2]]
         return {
             "OMP_NUM_THREADS": str(cluster_of(self.job).cpus_per_rank),
             **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {"DS_ACCELERATOR": "cpu"}),
@@ -128,36 +133,41 @@ class Ranks:
             "PYTHONUNBUFFERED": "1",
             "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank % each),
+            "LOCAL_RANK": str(rank % per_node),
             "WORLD_SIZE": str(self.job.world_size),
-            "LOCAL_WORLD_SIZE": str(each),
+            "LOCAL_WORLD_SIZE": str(per_node),
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
 
 
 def place(job: Job, console: Console) -> Any:
-    """A placement group of the job's shape; says what it waits for, and gives up after `start_seconds`."""
+    """Wait for a placement group with one bundle per node.
+
+    Prints what it waits for. Raises UserError after the cluster file's `start_seconds`.
+    """
     from ray.util.placement_group import placement_group
 
     group = placement_group([bundle(job)] * job.nodes, strategy="STRICT_SPREAD")
-    began = said = time.monotonic()
+    started = last_line = time.monotonic()
     limit = cluster_of(job).start_seconds
     while not group.wait(1):
         now = time.monotonic()
-        if now - began > limit:
-            raise UserError(f"{wanted(job)} were not free within {limit} s; the cluster has {offered()}")
-        if now - said > SAY_SECONDS:
-            say(console, f"waiting for {wanted(job)}; the cluster has {offered()}")
-            said = now
+        if now - started > limit:
+            raise UserError(f"{requested(job)} were not free within {limit} s; the cluster has {available()}")
+        if now - last_line > WAITING_LINE_SECONDS:
+            print_line(console, f"waiting for {requested(job)}; the cluster has {available()}")
+            last_line = now
     return group
 
 
-def wanted(job: Job) -> str:
+def requested(job: Job) -> str:
+    """The resources of the job, for messages."""
     return f"{job.nodes} node(s) with {_amounts(bundle(job))} each"
 
 
-def offered() -> str:
+def available() -> str:
+    """The resources of the cluster's nodes, for messages."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -172,7 +182,7 @@ def _amounts(resources: dict[str, float]) -> str:
 
 
 def connect() -> Any:
-    """Join the cluster as this job's driver. ray.init takes SIGTERM for itself; it is given back."""
+    """Connect to the cluster as this job's driver. Restores the signal handlers that ray.init replaces."""
     import ray
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -183,17 +193,17 @@ def connect() -> Any:
 
 
 def run(job: Job, recipe: Recipe, console: Console) -> int:
-    """All stages of the job; what the local door does, with actors in place of child processes."""
-    preflight.check(recipe, job)
-    todo = undone(job, recipe, console)
-    if not todo:
+    """Run the stages that remain, like the local backend, but with actors; returns the exit code."""
+    states = preflight.check(recipe, job)
+    print_done(job, states, console)
+    if not states.remaining:
         return DONE
     open_run(job, recipe)
     connect()
-    ranks = Ranks(job, console)
+    actors = RankActors(job, console)
 
     def start(stage: StageJob) -> RayGroup:
-        return ranks.start(stage.name, job.train_command(stage.name))
+        return actors.start(stage.name, job.train_command(stage.name))
 
     def merge(stage: StageJob) -> int:
         from pretrain.merge_stage import run_merge_stage
@@ -201,16 +211,15 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
         run_merge_stage(recipe, stage.name, job.folder)
         return DONE
 
-    return run_stages(job, todo, console, start, merge, job.go_on())
+    return run_stages(job, states.remaining, console, start, merge, job.resume_command())
 
 
 def main() -> int:
-    """Job and recipe come in the environment; the run's copy of the recipe is where the ranks read it."""
+    """Run the job that the environment carries; returns the exit code. Ranks read the recipe from the run folder."""
     job, text = read_payload(os.environ.pop(PAYLOAD))
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # not the run folder, which is checked before it is written
+        # A temporary folder: the run folder is checked before anything is written into it.
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
             path.write_text(text)
             recipe = load_recipe(path, stage=[stage.name for stage in job.stages])

@@ -1,4 +1,4 @@
-"""One Ray for one job on this machine: started when no cluster is named, gone on every exit path of the launcher."""
+"""One Ray cluster for one local job: started if no cluster is named, ended however the launcher ends."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ START_SECONDS = 120
 
 @contextmanager
 def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Environment that leads loaders to a Ray: the cluster that is named, else one that lasts as long as the block.
+    """Environment that connects loaders to Ray: to the named cluster, else to one that runs as long as the block.
 
-    The block's Ray is a child that the kernel ends with the launcher. Its temporary folder has a short path of its
-    own (Ray's sockets allow 107 characters), its ports are free ones, and it takes a token that only this job knows.
+    The block's Ray is a child process that the kernel ends with the launcher. Its temporary folder has a short path
+    (Ray's socket paths have at most 107 characters), its ports are free ones, and it requires a token that only this
+    job has. Raises UserError if Ray is not installed, RuntimeError if it does not start.
     """
-    if named := job.cluster.get("gcs_address") or environ.get("RAY_ADDRESS"):
-        yield {"RAY_ADDRESS": named}
+    if address := job.cluster.get("gcs_address") or environ.get("RAY_ADDRESS"):
+        yield {"RAY_ADDRESS": address}
         return
     if importlib.util.find_spec("ray") is None:
         raise UserError("loader.backend: ray needs Ray; install it with: pip install 'dromos[ray]'")
@@ -40,7 +41,7 @@ def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]
     try:
         env = token_env(write_token(folder / "token"))
         command = start_command(folder, core_count(), "127.0.0.1", None, port)
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("w+") as output:
             head = subprocess.Popen(
                 guarded(
                     [sys.executable, "-P", "-m", "launch.ray.local_head", str(folder), *command],
@@ -48,7 +49,7 @@ def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]
                 ),
                 env={**environ, **env},
                 stdin=subprocess.DEVNULL,
-                stdout=said,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
@@ -56,8 +57,10 @@ def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]
                 if not _is_up(head, folder):
                     head.terminate()
                     head.wait()
-                    said.seek(0)
-                    raise RuntimeError(f"the job's Ray was not up after {START_SECONDS} s\n{said.read()}")
+                    output.seek(0)
+                    raise RuntimeError(
+                        f"the job's Ray did not start within {START_SECONDS} s\n{output.read()}"
+                    )
                 yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
             finally:
                 head.terminate()
@@ -76,7 +79,7 @@ def _is_up(head: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Supervise the head; asked for by a signal, which the kernel sends when the launcher is gone."""
+    """Run the head until a signal: from the launcher, or from the kernel when the launcher dies."""
     folder, *command = arguments
     return supervise(command, Path(folder), dict(os.environ), (Path(folder) / "up").touch)
 

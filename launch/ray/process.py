@@ -1,4 +1,4 @@
-"""A Ray of our own on one node: how it is started, kept as a child, and ended with all its processes."""
+"""A Ray node as a child process: its `ray start` command, its token, and its end with all its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launch.supervise.rank_process import free_port
 
 MIB = 1 << 20
 STOP_SECONDS = 20
-STARTED = "Ray runtime started."
+STARTED = "Ray runtime started."  # `ray start` prints this when the node is up
 PORTS = (
     "dashboard-agent-listen-port",
     "dashboard-agent-grpc-port",
@@ -29,16 +29,16 @@ HEAD_PORTS = ("ray-client-server-port", "dashboard-port")
 
 
 def start_command(folder: Path, cpus: int, host: str, join: str | None, port: int = 0) -> list[str]:
-    """`ray start` with nothing at a well-known port and no dashboard: of a head, or of a node that joins `join`."""
+    """`ray start` of a head, or of a node that joins the head at `join`. No well-known ports, no dashboard."""
     options = {
         **({"address": join} if join else {"port": port, "include-dashboard": "false"}),
         **{name: free_port() for name in (PORTS if join else PORTS + HEAD_PORTS)},
-        "min-worker-port": 0,  # any free port; the default range is the same for every Ray on the machine
+        "min-worker-port": 0,  # any free port: the default range is shared by all Ray nodes of a machine
         "max-worker-port": 0,
         "node-ip-address": host,
         "num-cpus": cpus,
         "num-gpus": 0,
-        "object-store-memory": store_bytes(),
+        "object-store-memory": object_store_bytes(),
         "temp-dir": folder / "s",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
@@ -56,8 +56,8 @@ def start_command(folder: Path, cpus: int, host: str, join: str | None, port: in
     ]
 
 
-def store_bytes() -> int:
-    """Batches pass through the object store, and a few at a time: 1 GiB, or half of what shared memory is free."""
+def object_store_bytes() -> int:
+    """Size of the object store, which holds a few batches: 1 GiB, or half of the free shared memory if less."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -66,22 +66,25 @@ def store_bytes() -> int:
 
 
 def write_token(path: Path) -> Path:
-    """A token that only this job knows, readable by its user alone."""
+    """Write a new random token, readable by this user only; returns `path`."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     return path
 
 
 def token_env(path: Path) -> dict[str, str]:
+    """Environment in which Ray requires and uses the token."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def supervise(command: list[str], folder: Path, env: dict[str, str], started: Callable[[], None]) -> int:
-    """Keep `ray start --block` as a child until it ends or this process is asked to stop; then end all that it
-    started and remove `folder`. `started` is called when the node is up."""
-    asked = threading.Event()
+    """Run `ray start --block` as a child until it ends or this process gets a signal; returns the exit code.
+
+    At the end, kills all processes that Ray started and removes `folder`. `started` is called when the node is up.
+    """
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: asked.set())
+        signal.signal(number, lambda number, frame: stop.set())
     out = folder / "out"
     try:
         with open(out, "wb") as file:
@@ -93,18 +96,21 @@ def supervise(command: list[str], folder: Path, env: dict[str, str], started: Ca
                 start_new_session=True,
             )
         up = False
-        while ray.poll() is None and not asked.wait(0.1):
+        while ray.poll() is None and not stop.wait(0.1):
             if not up and STARTED in out.read_text(errors="replace"):
                 up = True
                 started()
-        if not asked.is_set():
-            print(f"dromos: Ray ended by itself:\n{out.read_text(errors='replace')[-3000:]}", flush=True)
+        if not stop.is_set():
+            print(
+                f"dromos: Ray ended without a stop request:\n{out.read_text(errors='replace')[-3000:]}",
+                flush=True,
+            )
         ray.terminate()
         with suppress(subprocess.TimeoutExpired):
             ray.wait(STOP_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(ray.pid, signal.SIGKILL)
         ray.wait()
-        return 0 if asked.is_set() else 1
+        return 0 if stop.is_set() else 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The Ray actor that holds one rank: starts it on its node, passes signals on, knows its exit code."""
+"""The Ray actor of one rank: starts the rank on its node, forwards signals, and reports its exit code."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from pathlib import Path
 
 from launch.supervise.rank_process import Rank, RankProcess, free_port
 
-# What Ray tells its worker about itself and would confuse a process that joins the cluster anew.
+# Variables of the actor's own Ray worker. A rank that connects to the cluster itself must not inherit them.
 RAY_INTERNAL = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", "RAY_RAYLET_SOCKET_NAME")
 
 
 class RankActor:
-    """Methods return at once: the rank is a child of this actor's process, and dies with it."""
+    """The rank is a child of the actor's process and dies with it. Methods return immediately."""
 
     def __init__(self) -> None:
         self.child: RankProcess | None = None
 
     def place(self) -> tuple[str, str, list[str]]:
-        """(node id, node address, ids of the GPUs that Ray gave this actor)."""
+        """(node id, node address, ids of the GPUs that Ray assigned to this actor)."""
         import ray
 
         gpus = [str(number) for number in ray.get_gpu_ids()]
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), gpus
 
     def port(self, host: str) -> int:
+        """A free port on this node."""
         return free_port(host)
 
     def start(self, command: list[str], env: dict[str, str], log: str, workdir: str) -> int:
         """Start the rank; returns its process id."""
-        own = {name: value for name, value in os.environ.items() if name not in (*RAY_INTERNAL, "DROMOS_JOB")}
-        self.child = RankProcess(Rank(command, {**own, **env}, Path(log), workdir))
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in (*RAY_INTERNAL, "DROMOS_JOB")
+        }
+        self.child = RankProcess(Rank(command, {**inherited, **env}, Path(log), workdir))
         return self.child.process.pid
 
     def poll(self) -> int | None:

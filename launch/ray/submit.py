@@ -1,4 +1,4 @@
-"""The Ray door: submits a job to a Ray cluster's job API; its driver (ray_driver.py) supervises the ranks there."""
+"""Ray backend: submits a job to the job API of a Ray cluster, where its driver (driver.py) supervises the ranks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from rich.console import Console
 from data_pipeline.errors import UserError
 from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
-from launch.supervise.stage_runner import say
+from launch.supervise.stage_runner import print_line
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 POLL_SECONDS = 2.0
+# Environment variable that carries job and recipe to the driver: the cluster may not see the disks of the machine
+# that submits.
 PAYLOAD = "DROMOS_JOB"
-"""Environment variable that carries job and recipe to the driver: the cluster need not see the submitter's disks."""
-ENV_BYTES = 120_000
-"""Linux takes 131,072 bytes for one variable, and Ray puts a job's whole environment into one of its own."""
+# Linux allows 131,072 bytes in one variable, and Ray puts a job's whole environment into one variable.
+MAX_ENV_BYTES = 120_000
 
 
 def render(job: Job) -> str:
-    """The submission: address, entrypoint, the driver's environment, and what the driver will start."""
+    """The submission as text: address, entrypoint, the driver's environment, and the commands it will start."""
     request = submission(job, recipe="(the resolved recipe)")
     lines = [
         f"address: {address(job, required=False) or 'from RAY_API_SERVER_ADDRESS or RAY_ADDRESS'}",
@@ -40,7 +41,7 @@ def render(job: Job) -> str:
             for name, value in request["runtime_env"]["env_vars"].items()
             if name != PAYLOAD
         ),
-        f"placement: {job.nodes} x {bundle(job)}, one actor a rank",
+        f"placement: {job.nodes} x {bundle(job)}, one actor per rank",
         *(
             f"{stage.name}: {shlex.join(job.train_command(stage.name))}"
             if stage.kind == "train"
@@ -53,6 +54,7 @@ def render(job: Job) -> str:
 
 
 def cluster_of(job: Job) -> RayCluster:
+    """The job's cluster file."""
     cluster = parse_cluster(dict(job.cluster))
     assert isinstance(cluster, RayCluster)
     return cluster
@@ -65,29 +67,31 @@ def bundle(job: Job) -> dict[str, float]:
 
 
 def address(job: Job, required: bool = True) -> str | None:
-    """Where the job API listens, as `ray job submit` looks for it, the cluster file first."""
+    """Address of the job API: from the cluster file, else from the variables that `ray job submit` reads.
+
+    Raises UserError if it is `required` and missing.
+    """
     named = (
         cluster_of(job).address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     )
     if named is None and required:
         raise UserError(
-            "--on ray: no cluster is named; write its address, http://HEAD:8265, in a --cluster file "
-            "or into RAY_API_SERVER_ADDRESS"
+            "--on ray: no cluster address; write it as http://HEAD:8265 into a --cluster file "
+            "or set RAY_API_SERVER_ADDRESS"
         )
     return named
 
 
 def submission(job: Job, recipe: str) -> dict[str, Any]:
-    """Arguments of JobSubmissionClient.submit_job."""
+    """Arguments of JobSubmissionClient.submit_job. Raises UserError if the recipe is too large for a Ray job."""
     payload = pack_payload(job, recipe)
-    stop = {
-        "RAY_JOB_STOP_WAIT_TIME_S": str(cluster_of(job).stop_seconds)
-    }  # Ray's own 3 s are too short for a save
+    # Ray's default of 3 s is too short for a save.
+    stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(cluster_of(job).stop_seconds)}
     env = {**job.env, **stop, PAYLOAD: payload}
-    if (size := len(json.dumps(env))) > ENV_BYTES:
+    if (size := len(json.dumps(env))) > MAX_ENV_BYTES:
         raise UserError(
-            f"--on ray: the recipe and the cluster file's env take {size:,} bytes when packed, and a job of Ray "
-            f"carries at most {ENV_BYTES:,}; move stages, or evaluations with many classes, to a recipe of their own"
+            f"--on ray: the recipe and the cluster file's env take {size:,} bytes when packed, and a Ray job "
+            f"carries at most {MAX_ENV_BYTES:,}; move stages, or evaluations with many classes, to a separate recipe"
         )
     return {
         "entrypoint": f"cd {shlex.quote(job.workdir)} && exec {shlex.quote(job.python)} -P -m launch.ray.driver",
@@ -98,67 +102,73 @@ def submission(job: Job, recipe: str) -> dict[str, Any]:
 
 
 def pack_payload(job: Job, recipe: str) -> str:
+    """Job and recipe as compressed ASCII text; `read_payload` is the inverse."""
     text = json.dumps({"job": json.loads(job.to_json()), "recipe": recipe})
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def read_payload(payload: str) -> tuple[Job, str]:
-    """The job and the resolved recipe's text."""
+    """(job, text of the resolved recipe)."""
     values = json.loads(zlib.decompress(base64.b64decode(payload)))
     return Job.from_json(json.dumps(values["job"])), values["recipe"]
 
 
 def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> int:
-    """Submit the job and say how to follow it; with `wait`, print its log until it has ended."""
-    where = address(job)
+    """Submit the job and print how to follow and stop it; returns the exit code.
+
+    With `wait`, prints the job's log until it has ended. Raises UserError if the cluster does not accept the job.
+    """
+    api = address(job)
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError:
         raise UserError("--on ray needs Ray; install it with: pip install 'dromos[ray]'") from None
     job = dataclasses.replace(job, job_id=new_id(job))
     try:
-        client = JobSubmissionClient(where)
+        client = JobSubmissionClient(api)
         client.submit_job(**submission(job, dump(recipe)))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--on ray: the cluster at {where} did not take the job: {error}") from None
-    say(console, f"submitted job {job.job_id} to {where}: {job.nodes} x {job.ranks_per_node} ranks")
-    say(console, f"log: ray job logs --address {where} --follow {job.job_id}")
-    say(console, f"save and stop: ray job stop --address {where} {job.job_id}")
+        raise UserError(f"--on ray: the cluster at {api} did not accept the job: {error}") from None
+    print_line(console, f"submitted job {job.job_id} to {api}: {job.nodes} x {job.ranks_per_node} ranks")
+    print_line(console, f"log: ray job logs --address {api} --follow {job.job_id}")
+    print_line(console, f"save and stop: ray job stop --address {api} {job.job_id}")
     for stage in job.stages:
-        say(console, f"ranks: {job.run_dir}/{stage.name}/logs/rank_N.log on the cluster")
+        print_line(console, f"ranks: {job.run_dir}/{stage.name}/logs/rank_N.log on the cluster")
     return wait_for(client, job, console) if wait else DONE
 
 
 def new_id(job: Job) -> str:
-    """Tells run and time, and is new at every submission."""
+    """A job id with the run's name and the time, unique per submission."""
     name = "".join(char if char.isalnum() else "-" for char in job.name)
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def wait_for(client: Any, job: Job, console: Console) -> int:
-    """Print the driver's lines as they come; its exit code is ours."""
-    said = 0
+    """Print the driver's log as it grows until the job has ended; returns the job's exit code."""
+    printed = 0
     try:
         while True:
             status = client.get_job_status(job.job_id)
             logs = client.get_job_logs(job.job_id)
-            whole = logs[said : logs.rfind("\n") + 1] if not status.is_terminal() else logs[said:]
-            if whole:
-                console.file.write(whole)
+            end = len(logs) if status.is_terminal() else logs.rfind("\n") + 1  # whole lines while it runs
+            if new := logs[printed:end]:
+                console.file.write(new)
                 console.file.flush()
-                said += len(whole)
+                printed += len(new)
             if status.is_terminal():
                 info = client.get_job_info(job.job_id)
-                say(console, f"job {job.job_id}: {status.value.lower()}")
+                print_line(console, f"job {job.job_id}: {status.value.lower()}")
                 return exit_code(status.value, info.driver_exit_code, info.message, console)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        say(console, f"job {job.job_id} goes on; `ray job stop {job.job_id}` saves and stops it")
+        print_line(
+            console, f"job {job.job_id} continues to run; `ray job stop {job.job_id}` saves and stops it"
+        )
         return FAILED
 
 
 def exit_code(status: str, code: int | None, message: str | None, console: Console) -> int:
-    """The driver's exit code; a stopped job has saved."""
+    """Exit code of `dromos run` for the end of a Ray job. A stopped job has saved."""
     if status == "SUCCEEDED":
         return DONE
     if status == "STOPPED":
@@ -166,5 +176,5 @@ def exit_code(status: str, code: int | None, message: str | None, console: Conso
     if code in (USER_ERROR, GO_ON):
         return code
     if code is None and message:
-        say(console, message)
+        print_line(console, message)
     return FAILED

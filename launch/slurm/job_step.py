@@ -1,7 +1,7 @@
-"""What the sbatch script calls on the nodes of a job: rendezvous address, rank environment, stage state, merge.
+"""Commands that the sbatch script runs on the nodes of a job: rendezvous, rank environment, stage state, merge.
 
-python -P -m launch.slurm.job_step meet                  prints address and port of the rendezvous
-python -P -m launch.slurm.job_step rank -- COMMAND ...   becomes COMMAND, with the environment of one rank
+python -P -m launch.slurm.job_step meet                  prints the address and port of the rendezvous
+python -P -m launch.slurm.job_step rank -- COMMAND ...   replaces itself by COMMAND, with the environment of a rank
 python -P -m launch.slurm.job_step state RECIPE STAGE    prints `done` or `todo`
 python -P -m launch.slurm.job_step merge RECIPE STAGE    runs a merge stage
 """
@@ -18,12 +18,15 @@ from collections.abc import Mapping
 from data_pipeline.errors import UserError
 from pretrain.run.exit_codes import DONE, USER_ERROR
 
-FIRST_PORT, PORTS, TRIES = 20000, 20000, 100
+FIRST_PORT, PORT_COUNT, PORT_ATTEMPTS = 20000, 20000, 100
 USAGE = "meet | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
 
 
 def rank_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """torch.distributed's variables from srun's; DeepSpeed does not derive them. Raises KeyError outside srun."""
+    """The variables of torch.distributed, derived from srun's; DeepSpeed does not derive them.
+
+    Raises KeyError outside srun.
+    """
     env = {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_NTASKS"],
@@ -36,7 +39,7 @@ def rank_env(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_here(environ: Mapping[str, str]) -> str:
-    """Tasks on this node: `2(x3),1` lists them by node, in order."""
+    """Number of tasks on this node. Slurm lists the numbers by node, in order: `2(x3),1` is 2, 2, 2, 1."""
     counts: list[str] = []
     for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
         number, _, repeated = part.partition("(x")
@@ -44,25 +47,26 @@ def _tasks_here(environ: Mapping[str, str]) -> str:
     return counts[int(environ["SLURM_NODEID"])]
 
 
-def node_address(shown: str) -> str:
-    """NodeAddr in what `scontrol show node` prints: node names need not resolve."""
-    found = re.search(r"\bNodeAddr=(\S+)", shown)
-    if not found:
-        raise SystemExit(f"dromos: no NodeAddr in the answer of scontrol show node:\n{shown}")
-    return found[1]
+def node_address(name: str) -> str:
+    """Address of a node by its Slurm name."""
+    return parse_node_address(_scontrol("show", "node", name))
 
 
-def node_address_of(name: str) -> str:
-    return node_address(_scontrol("show", "node", name))
+def parse_node_address(output: str) -> str:
+    """NodeAddr in the output of `scontrol show node`. The node name itself may not resolve."""
+    match = re.search(r"\bNodeAddr=(\S+)", output)
+    if not match:
+        raise SystemExit(f"dromos: no NodeAddr in the output of scontrol show node:\n{output}")
+    return match[1]
 
 
 def ports(job_id: int) -> list[int]:
-    """Ports to try, in order: other for another job, so that jobs that share a node rarely meet."""
-    return [FIRST_PORT + (job_id + attempt * 997) % PORTS for attempt in range(TRIES)]
+    """Ports to try, in order. They differ between jobs, so that jobs on one node rarely try the same port."""
+    return [FIRST_PORT + (job_id + attempt * 997) % PORT_COUNT for attempt in range(PORT_ATTEMPTS)]
 
 
 def first_free(candidates: list[int]) -> int:
-    """The first port that can be bound on this machine."""
+    """The first of `candidates` that can be bound on this machine; SystemExit if there is none."""
     for port in candidates:
         with socket.socket() as probe:
             try:
@@ -75,10 +79,10 @@ def first_free(candidates: list[int]) -> int:
     )
 
 
-def meeting_point(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Address of the job's first node, which is the one that runs the batch script, and a free port on it."""
+def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
+    """(address, free port) of the job's first node, which runs the batch script."""
     names = _scontrol("show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
-    return node_address_of(names[0]), first_free(ports(int(environ["SLURM_JOB_ID"])))
+    return node_address(names[0]), first_free(ports(int(environ["SLURM_JOB_ID"])))
 
 
 def _scontrol(*arguments: str) -> str:
@@ -86,12 +90,13 @@ def _scontrol(*arguments: str) -> str:
 
 
 def state(recipe_path: str, name: str) -> str:
-    """`done` or `todo`."""
-    from launch.stage_state import is_done, stage_job
+    """State of a stage: `done` or `todo`."""
+    from launch.stage_state import stage_job, stage_states
     from pretrain.recipe.load import load_recipe, run_dir
 
     recipe = load_recipe(recipe_path, stage=name)
-    return "done" if is_done(run_dir(recipe), stage_job(recipe, name), recipe) else "todo"
+    states = stage_states(recipe, [stage_job(recipe, name)], run_dir(recipe))
+    return "todo" if states.remaining else "done"
 
 
 def merge(recipe_path: str, name: str) -> None:
@@ -104,11 +109,11 @@ def merge(recipe_path: str, name: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of one command of the batch script; `rank` does not return."""
+    """Run one command of the batch script; returns the exit code. `rank` does not return."""
     try:
         match arguments:
             case ["meet"]:
-                print(*meeting_point(os.environ))
+                print(*rendezvous(os.environ))
             case ["rank", "--", *command] if command:
                 os.execvpe(command[0], command, {**os.environ, **rank_env(os.environ)})
             case ["state", recipe_path, name]:

@@ -1,7 +1,11 @@
-"""One Ray for a Slurm job: each node runs `python -P -m launch.slurm.ray_node run FOLDER`.
+"""One Ray cluster inside a Slurm job.
 
-`prepare FOLDER` comes before it, `wait FOLDER NODES` prints the address. FOLDER, on a shared disk, holds token,
-address, and one mark file per node that is up."""
+python -P -m launch.slurm.ray_node prepare FOLDER      creates FOLDER and the token in it, once per job
+python -P -m launch.slurm.ray_node run FOLDER          runs the Ray node of this Slurm node, until the job ends
+python -P -m launch.slurm.ray_node wait FOLDER NODES   waits until all nodes are up and prints the head's address
+
+FOLDER is on a shared disk. It holds the token, the head's address, and one marker file per node that is up.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +19,22 @@ from pathlib import Path
 
 from data_pipeline.storage.files import publish
 from launch.ray.process import start_command, supervise, token_env, write_token
-from launch.slurm.job_step import node_address_of
+from launch.slurm.job_step import node_address
 from launch.supervise.rank_process import free_port
 
 JOIN_SECONDS = 300
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + JOIN_SECONDS
-    while not true():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"dromos: {what} after {JOIN_SECONDS} s")
-        time.sleep(0.2)
-
-
 def run(shared: Path) -> int:
-    """One node of the job's Ray; node 0 is the head."""
+    """Run this node's part of the job's Ray cluster; Slurm node 0 is the head. Returns the exit code."""
     node, cpus = int(os.environ["SLURM_NODEID"]), int(os.environ.get("SLURM_CPUS_ON_NODE", "1"))
-    host = socket.gethostbyname(node_address_of(os.environ["SLURMD_NODENAME"]))
-    folder = Path(
-        tempfile.mkdtemp(prefix="dromos-ray-")
-    )  # node-local, and short: sockets allow 107 characters
+    host = socket.gethostbyname(node_address(os.environ["SLURMD_NODENAME"]))
+    # On the node's own disk, with a short path: socket paths have at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="dromos-ray-"))
     port = free_port(host) if node == 0 else 0
     address = shared / "address"
     if node:
-        wait_until(address.exists, "the head of the job's Ray is not up")
+        _wait_until(address.exists, "the head of the job's Ray cluster is not up")
     join = address.read_text() if node else None
     command = start_command(folder, cpus, host, join, port)
 
@@ -52,18 +47,27 @@ def run(shared: Path) -> int:
 
 
 def wait(shared: Path, nodes: int) -> str:
-    """The head's address, when all nodes are up."""
-    wait_until(
-        lambda: len(list(shared.glob("node-*"))) >= nodes, f"not all {nodes} nodes of the job's Ray are up"
+    """Wait until all nodes are up; returns the head's address."""
+    _wait_until(
+        lambda: len(list(shared.glob("node-*"))) >= nodes,
+        f"not all {nodes} nodes of the job's Ray cluster are up",
     )
     return (shared / "address").read_text()
 
 
+def _wait_until(condition: Callable[[], bool], problem: str) -> None:
+    deadline = time.monotonic() + JOIN_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"dromos: {problem} after {JOIN_SECONDS} s")
+        time.sleep(0.2)
+
+
 def main(arguments: list[str]) -> int:
-    what, folder, *nodes = arguments
-    if what == "run":
+    command, folder, *nodes = arguments
+    if command == "run":
         return run(Path(folder))
-    if what == "wait":
+    if command == "wait":
         print(wait(Path(folder), int(nodes[0])))
         return 0
     Path(folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The Slurm door: renders a job to an sbatch script, submits it, and waits for it where asked to."""
+"""Slurm backend: renders a job as an sbatch script, submits it, and with `--wait` follows it to its end."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
-from launch.run_folder import open_run, taken_back
-from launch.supervise.stage_runner import say
+from launch.run_folder import open_run, rollback_on_error
+from launch.supervise.stage_runner import print_line
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPT = "job.sbatch"
 POLL_SECONDS = 2.0
-UNKNOWN_TRIES = 6  # a busy controller answers after a while: a minute in all
-# What a killed or hung rank leaves to the others; not --kill-on-bad-exit, which would cut the save of those that
-# have not yet exited when the first one is done saving (75 is a bad exit to Slurm).
+UNKNOWN_ATTEMPTS = 6  # about one minute in all: a busy controller may not answer for some seconds
+# Time that the other ranks have after the first rank exits. --kill-on-bad-exit is no alternative: Slurm counts exit
+# code 75 as bad, and would kill ranks that still save when the first one has saved.
 STRAGGLER_SECONDS = 60
-ENDED = [
+END_STATES = [
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -45,7 +45,7 @@ ENDED = [
 
 
 def render(job: Job) -> str:
-    """The sbatch script, to the letter."""
+    """The sbatch script, exactly as submitted."""
     cluster = _cluster(job)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -64,7 +64,7 @@ def render(job: Job) -> str:
         env=rank_environment(job),
         setup=cluster.setup,
         python=shlex.quote(job.python),
-        recipe=job.copy_of_recipe,
+        recipe=job.recipe_copy,
         run_folder=str(job.folder),
         own_ray=_own_ray(job, cluster) if any(stage.loader == "ray" for stage in job.stages) else None,
         stages=[_stage(job, stage, cluster) for stage in job.stages],
@@ -72,8 +72,8 @@ def render(job: Job) -> str:
 
 
 def options(job: Job, cluster: SlurmCluster) -> list[tuple[str, str | None]]:
-    """sbatch's options in order; `extra` of the cluster file replaces what stands here, `false` removes it."""
-    found: dict[str, str | int | bool | None] = {
+    """sbatch options in order. `extra` of the cluster file overrides an option; `false` removes it."""
+    values: dict[str, str | int | bool | None] = {
         "job-name": job.name,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -89,27 +89,28 @@ def options(job: Job, cluster: SlurmCluster) -> list[tuple[str, str | None]]:
         "signal": f"B:USR1@{cluster.signal_lead}",
         "requeue" if cluster.requeue else "no-requeue": True,
     }
-    found |= cluster.extra
-    kept = ((name, value) for name, value in found.items() if value is not None and value is not False)
+    values |= cluster.extra
+    kept = ((name, value) for name, value in values.items() if value is not None and value is not False)
     return [(name, None if value is True else quote_option(name, str(value))) for name, value in kept]
 
 
 def quote_option(name: str, value: str) -> str:
-    """A value on an #SBATCH line, which sbatch splits at blanks and reads quotes in."""
+    """Quote a value for an #SBATCH line: sbatch splits the line at blanks and interprets quotes."""
     if re.search(r"[\"'\\\n]", value):
         raise UserError(
-            f"--{name}={value!r}: quotes, backslashes and line ends cannot stand in an sbatch option"
+            f"--{name}={value!r}: an sbatch option cannot contain quotes, backslashes or line breaks"
         )
     return f'"{value}"' if re.search(r"[\s#]", value) else value
 
 
 def rank_environment(job: Job) -> dict[str, str]:
-    """What the script exports; RANK and its like are derived in each task."""
+    """Variables that the script exports. RANK and similar ones are derived in each task."""
     cpu = {} if job.gpus_per_node else {"DS_ACCELERATOR": "cpu"}
     return {"PYTHONUNBUFFERED": "1", **cpu, **job.env}
 
 
 def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
+    """The template's values of one stage: names, log folder, srun command line."""
     trains = stage.kind == "train"
     logs = job.folder / stage.name / "logs"
     srun = {
@@ -133,7 +134,7 @@ def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
             *job.train_command(stage.name),
         ]
     else:
-        command = [job.python, "-P", "-m", "launch.slurm.job_step", "merge", job.copy_of_recipe, stage.name]
+        command = [job.python, "-P", "-m", "launch.slurm.job_step", "merge", job.recipe_copy, stage.name]
     ranks = f"{job.nodes} x {job.ranks_per_node} ranks"
     return {
         "name": stage.name,
@@ -146,7 +147,7 @@ def _stage(job: Job, stage: StageJob, cluster: SlurmCluster) -> dict[str, Any]:
 
 
 def _own_ray(job: Job, cluster: SlurmCluster) -> str:
-    """The step that keeps one Ray node on each node, beside the ranks."""
+    """The srun command that runs one Ray node on each Slurm node, beside the ranks."""
     srun = {
         "nodes": job.nodes,
         "ntasks": job.nodes,
@@ -160,7 +161,7 @@ def _own_ray(job: Job, cluster: SlurmCluster) -> str:
 
 
 def _pattern(path: Path) -> str:
-    """A path in which Slurm is to expand nothing."""
+    """A path as a Slurm file name pattern that expands to the same path."""
     return str(path).replace("%", "%%")
 
 
@@ -171,69 +172,74 @@ def _cluster(job: Job) -> SlurmCluster:
 
 
 def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> int:
-    """Write RUN/job.sbatch, submit it, say where its logs are; with `wait`, stay until it has ended."""
+    """Write RUN/job.sbatch, submit it, and print where its logs are; returns the exit code.
+
+    With `wait`, returns when the job has ended. Raises UserError, and restores the run folder, if sbatch refuses.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
-            "--on slurm: there is no sbatch on this machine; submit from a login node, or see --dry-run"
+            "--on slurm: sbatch is not installed on this machine; submit from a login node, or use --dry-run"
         )
     text = render(job)
-    with taken_back(job, SCRIPT):  # written first: an accepted job may start at once
+    with rollback_on_error(job, SCRIPT):  # files first: an accepted job may start at once
         open_run(job, recipe)
         script = job.folder / SCRIPT
         publish(script, text.encode())
         done = subprocess.run(
             ["sbatch", "--parsable", str(script)],
-            env=outside_of_jobs(dict(os.environ)),
+            env=without_job_variables(dict(os.environ)),
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            raise UserError(f"sbatch refused the job (--dry-run shows it):\n{done.stderr.strip()}")
+            raise UserError(f"sbatch refused the job (--dry-run prints the script):\n{done.stderr.strip()}")
     job_id = done.stdout.strip().split(";")[0]
     publish(job.folder / "job.json", dataclasses.replace(job, job_id=job_id).to_json().encode())
     folder = job.run_dir if Path(job.workdir) == Path.cwd() else str(job.folder)
-    say(console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {folder}/{SCRIPT}")
-    say(console, f"log: {folder}/slurm-{job_id}.log")
+    print_line(
+        console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {folder}/{SCRIPT}"
+    )
+    print_line(console, f"log: {folder}/slurm-{job_id}.log")
     for stage in job.stages:
-        say(console, f"ranks: {folder}/{stage.name}/logs/rank_N.log")
+        print_line(console, f"ranks: {folder}/{stage.name}/logs/rank_N.log")
     return wait_for(job_id, job, console) if wait else DONE
 
 
-def outside_of_jobs(environ: dict[str, str]) -> dict[str, str]:
-    """Inside a job, its SLURM_* would steer the new one."""
+def without_job_variables(environ: dict[str, str]) -> dict[str, str]:
+    """`environ` without the variables of an enclosing Slurm job, which would change the options of a new job."""
     if "SLURM_JOB_ID" not in environ:
         return environ
     return {name: value for name, value in environ.items() if not re.match(r"(SLURM|SBATCH|SRUN|PMI)_", name)}
 
 
 def job_state(job_id: str) -> tuple[str, int]:
-    """(state, exit code) as scontrol shows them; UNKNOWN where it does not know the job any more."""
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job_id], capture_output=True, text=True).stdout
-    state = re.search(r"\bJobState=(\w+)", shown)
-    code = re.search(r"\bExitCode=(\d+):(\d+)", shown)
+    """(state, exit code) from `scontrol show job`; the state is UNKNOWN if scontrol does not answer for the job."""
+    output = subprocess.run(["scontrol", "show", "job", "-o", job_id], capture_output=True, text=True).stdout
+    state = re.search(r"\bJobState=(\w+)", output)
+    code = re.search(r"\bExitCode=(\d+):(\d+)", output)
     return (state[1] if state else "UNKNOWN"), (int(code[1]) if code else 1)
 
 
 def wait_for(job_id: str, job: Job, console: Console) -> int:
-    """Follow the job's state until it has ended; its exit code is ours."""
-    before, unknown = "", 0
+    """Print the job's state changes until it has ended; returns its exit code."""
+    previous, unknown = "", 0
     try:
         while True:
             state, code = job_state(job_id)
             unknown = unknown + 1 if state == "UNKNOWN" else 0
-            if unknown == UNKNOWN_TRIES:
+            if unknown == UNKNOWN_ATTEMPTS:
                 log = job.folder / f"slurm-{job_id}.log"
-                say(
+                print_line(
                     console,
-                    f"job {job_id}: scontrol does not answer for it any more; how it ended is in {log}",
+                    f"job {job_id}: scontrol no longer knows the job; see how it ended in {log}",
                 )
                 return FAILED
-            if state != before and not unknown:
-                say(console, f"job {job_id}: {state.lower()}")
-                before = state
-            if state in ENDED:
+            if state != previous and not unknown:
+                print_line(console, f"job {job_id}: {state.lower()}")
+                previous = state
+            if state in END_STATES:
                 return DONE if state == "COMPLETED" else code if code in (USER_ERROR, GO_ON) else FAILED
             time.sleep(POLL_SECONDS * 2 ** max(0, unknown - 1))
     except KeyboardInterrupt:
-        say(console, f"job {job_id} goes on; `scancel {job_id}` ends it")
+        print_line(console, f"job {job_id} continues to run; `scancel {job_id}` ends it")
         return FAILED

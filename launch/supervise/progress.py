@@ -1,4 +1,4 @@
-"""Progress of a stage, read from its metrics.jsonl: a bar in a terminal, a line now and then elsewhere."""
+"""Progress of a stage, read from its metrics.jsonl: a bar on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-PLAIN_SECONDS = 10.0
+LINE_SECONDS = 10.0  # between two lines without a terminal
+REDRAW_SECONDS = 0.1  # between two updates of the bar
 TAIL_BYTES = 1 << 16
 
 
 class Tail:
-    """New rows of a JSON-lines file that another process appends to, cuts on resume, or has not made yet.
+    """Reads new rows of a JSON-lines file. Another process creates it, appends to it, and truncates it on resume.
 
-    Of what is there at the start, only the end is read: a long run's file is large, and its last rows say enough.
+    The first read skips all but the last TAIL_BYTES: the file of a long run is large, and its last rows suffice.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,6 +28,7 @@ class Tail:
         self.offset: int | None = None
 
     def read(self) -> list[dict[str, Any]]:
+        """Rows since the last read."""
         try:
             with open(self.path, "rb") as file:
                 size = file.seek(0, 2)
@@ -36,7 +38,7 @@ class Tail:
                 data = file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]  # a line without its end is still being written
+        whole = data[: data.rfind(b"\n") + 1]  # the writer has not finished a line without its end
         self.offset += len(whole)
         return [row for line in whole.splitlines() if (row := _parse(line)) is not None]
 
@@ -50,7 +52,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 class Figures:
-    """What is shown of a run: last step, loss, rates smoothed over the last steps, time left."""
+    """Figures of a running stage: last step, loss, smoothed rates, and the seconds that remain."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total
@@ -71,7 +73,8 @@ class Figures:
             self.wait_share = _smooth(self.wait_share, min(1.0, times["data_wait"] / seconds))
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
+        """Estimated seconds to the end; None while unknown."""
         if self.total is None or self.step_seconds is None:
             return None
         return max(0, self.total - self.step) * self.step_seconds
@@ -84,8 +87,8 @@ class Figures:
             parts.append(f"{self.rate:,.0f} samples/s")
         if self.wait_share is not None:
             parts.append(f"data wait {self.wait_share:.0%}")
-        if self.left is not None:
-            parts.append(f"ETA {clock(self.left)}")
+        if self.seconds_left is not None:
+            parts.append(f"ETA {clock(self.seconds_left)}")
         return "  ".join(parts)
 
 
@@ -96,19 +99,21 @@ def _smooth(old: float | None, new: float | None) -> float | None:
 
 
 def clock(seconds: float) -> str:
-    """3725 -> 1:02:05."""
+    """Seconds as a clock: 3725 -> 1:02:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class View(Protocol):
-    """Shows figures; `update` may be called as often as one likes."""
+    """Shows the figures of a stage. Limits its own output rate, so `update` may be called at any rate."""
 
     def update(self, stopping: bool = False) -> None: ...
 
 
-class _View:
+class _MetricsView:
+    """A stage's figures, fed from its metrics file."""
+
     def __init__(self, stage: str, folder: Path, total: int | None) -> None:
         self.stage = stage
         self.tail = Tail(folder / "metrics.jsonl")
@@ -121,45 +126,45 @@ class _View:
         return bool(rows)
 
 
-class PlainView(_View):
-    """One line at most every ten seconds, and one at the end; for logs and pipes."""
+class PlainView(_MetricsView):
+    """For logs and pipes: at most one line every `every` seconds, and one at the end."""
 
     def __init__(
         self,
         stage: str,
         folder: Path,
         total: int | None,
-        say: Callable[[str], None],
-        every: float = PLAIN_SECONDS,
+        print_line: Callable[[str], None],
+        every: float = LINE_SECONDS,
     ) -> None:
         super().__init__(stage, folder, total)
-        self.say, self.every = say, every
-        self.last = time.monotonic()
-        self.unsaid = False
+        self.print_line, self.every = print_line, every
+        self.last_line = time.monotonic()
+        self.unprinted = False
 
     def __enter__(self) -> PlainView:
-        self._read()  # what an earlier start left is where this one begins, not news
+        self._read()  # rows of an earlier start are not printed
         return self
 
     def update(self, stopping: bool = False) -> None:
-        self.unsaid = self._read() or self.unsaid
-        if self.unsaid and time.monotonic() - self.last >= self.every:
+        self.unprinted = self._read() or self.unprinted
+        if self.unprinted and time.monotonic() - self.last_line >= self.every:
             self._line()
 
     def _line(self) -> None:
         of = f"/{self.figures.total}" if self.figures.total else ""
-        self.say(f"{self.stage}  step {self.figures.step}{of}  {self.figures.text()}")
-        self.last, self.unsaid = time.monotonic(), False
+        self.print_line(f"{self.stage}  step {self.figures.step}{of}  {self.figures.text()}")
+        self.last_line, self.unprinted = time.monotonic(), False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._read() or self.unsaid:
+        if self._read() or self.unprinted:
             self._line()
 
 
-class LiveView(_View):
-    """A bar in the terminal, redrawn by `update` alone: a refresh thread and forking do not go together."""
+class LiveView(_MetricsView):
+    """For terminals: a bar, redrawn only by `update`. A refresh thread would be unsafe in a process that forks."""
 
     def __init__(self, stage: str, folder: Path, total: int | None, console: Console) -> None:
         super().__init__(stage, folder, total)
@@ -181,7 +186,7 @@ class LiveView(_View):
 
     def update(self, stopping: bool = False) -> None:
         now = time.monotonic()
-        if now - self.drawn < 0.1:
+        if now - self.drawn < REDRAW_SECONDS:
             return
         self._read()
         self.drawn = now
@@ -200,7 +205,7 @@ class LiveView(_View):
 
 
 def view(stage: str, folder: Path, total: int | None, console: Console) -> LiveView | PlainView:
-    """The view that suits the console."""
+    """A bar if the console is a terminal, else plain lines."""
     if console.is_terminal:
         return LiveView(stage, folder, total, console)
     return PlainView(stage, folder, total, lambda text: console.print(text, highlight=False, soft_wrap=True))

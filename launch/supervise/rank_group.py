@@ -1,4 +1,4 @@
-"""The ranks of one training stage: watched together, stopped together, and judged by their exit codes."""
+"""The ranks of one training stage: waits for them, forwards signals, and derives the stage's exit code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Protocol
 from launch.supervise.rank_process import Rank, RankProcess
 from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
-LOST = 1000  # in place of an exit code, where the machine or actor that would know it is gone
-LAST_WORDS_SECONDS = 3.0
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOST = 1000  # stands in for the exit code of a rank whose node or actor is gone
+FAILURE_GRACE_SECONDS = 3.0  # for the other ranks to log their own errors after one has failed
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a group ended. code: 0, 2, 75 or 1; failed: rank that failed first; codes: exit code by rank."""
+    """The end of a group. code: exit code 0, 2, 75 or 1; failed: the rank that failed first; codes: by rank."""
 
     code: int
     failed: int | None = None
@@ -27,21 +27,21 @@ class Outcome:
 
 
 class StopSignals:
-    """Counts SIGINT, SIGTERM and SIGHUP while the block runs, in place of what they would do."""
+    """Counts SIGINT, SIGTERM and SIGHUP while the block runs; suspends their usual effect."""
 
     def __init__(self) -> None:
         self.count = 0
         self.first: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.first = self.first or signal.Signals(number).name
 
     def __enter__(self) -> StopSignals:
-        for number in HEARD:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that is to stay
-                self._previous[number] = signal.signal(number, self._hear)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; keep it ignored
+                self._previous[number] = signal.signal(number, self._count)
         return self
 
     def __exit__(
@@ -52,7 +52,7 @@ class StopSignals:
 
 
 class Group(Protocol):
-    """Running ranks, wherever they run."""
+    """The running ranks of a stage, on any backend."""
 
     size: int
     poll_seconds: float
@@ -61,13 +61,13 @@ class Group(Protocol):
         """Exit codes of the ranks that have ended; -N where signal N killed the rank."""
 
     def send(self, number: int) -> None:
-        """Pass a signal to every rank that still runs."""
+        """Send a signal to every rank that still runs."""
 
     def kill(self) -> None:
-        """End every rank that still runs."""
+        """Kill every rank that still runs."""
 
     def tail(self, rank: int) -> str:
-        """The last lines that a rank wrote since this group started it."""
+        """The last lines of a rank's log since this group started it."""
 
 
 class LocalGroup:
@@ -102,44 +102,50 @@ class LocalGroup:
 
 
 def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> Outcome:
-    """Wait until all ranks have ended; `tick(stopping)` is called at every look at them.
+    """Wait until all ranks have ended; calls `tick(stopping)` at every poll.
 
-    The first stop signal is passed on as SIGTERM, and the ranks get the time a save takes; the second kills.
-    A rank that fails takes the others with it, after a moment for their own last words.
+    The first stop signal is forwarded as SIGTERM, and the ranks may take any time to save; the second one kills them.
+    If a rank fails, the others are killed after FAILURE_GRACE_SECONDS.
     """
-    asked, ended = False, False
+    stopping, ended = False, False
     failed: int | None = None
     deadline: float | None = None
     try:
         while not ended:
             codes = group.codes()
-            tick(asked)
-            if stop.count and not asked:
-                asked = True
+            tick(stopping)
+            if stop.count and not stopping:
+                stopping = True
                 group.send(signal.SIGTERM)
-            failed = failed if failed is not None else first_failure(codes, asked)
-            # A rank that had not begun when it was stopped would be waited for by its peers.
-            unbegun = asked and -signal.SIGTERM in codes.values()
-            if deadline is None and (failed is not None or unbegun):
-                deadline = time.monotonic() + LAST_WORDS_SECONDS
+            failed = failed if failed is not None else first_failure(codes, stopping)
+            # A rank that SIGTERM ended before it started training: its peers would wait for it forever.
+            not_started = stopping and -signal.SIGTERM in codes.values()
+            if deadline is None and (failed is not None or not_started):
+                deadline = time.monotonic() + FAILURE_GRACE_SECONDS
             ended = len(codes) == group.size
             if ended or stop.count > 1 or (deadline is not None and time.monotonic() > deadline):
                 break
             time.sleep(group.poll_seconds)
     finally:
         group.kill()
-    return judge(group.codes(), failed, asked, killed=not ended and stop.count > 1)
+    return group_outcome(group.codes(), failed, stopping, killed=not ended and stop.count > 1)
 
 
 def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
-    """The rank to blame: of those seen at once, one that was killed or lost, as its peers only lost it."""
-    fine = {DONE, GO_ON} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
-    bad = sorted(rank for rank, code in codes.items() if code not in fine)
+    """The rank that caused the failure, None if none failed.
+
+    Of several, prefers one that was killed or lost: its peers fail because they lose their connection to it.
+    """
+    good = {DONE, GO_ON} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
+    bad = sorted(rank for rank, code in codes.items() if code not in good)
     return min(bad, key=lambda rank: (0 < codes[rank] < LOST, rank), default=None)
 
 
-def judge(codes: Mapping[int, int], failed: int | None, stopping: bool, killed: bool) -> Outcome:
-    """The stage's exit code from those of its ranks."""
+def group_outcome(codes: Mapping[int, int], failed: int | None, stopping: bool, killed: bool) -> Outcome:
+    """Outcome of a stage from the exit codes of its ranks.
+
+    failed: see `first_failure`; stopping: a stop signal was forwarded; killed: a second one killed the ranks.
+    """
     if failed is not None:
         return Outcome(USER_ERROR if codes[failed] == USER_ERROR else FAILED, failed, codes)
     if killed:
@@ -150,7 +156,7 @@ def judge(codes: Mapping[int, int], failed: int | None, stopping: bool, killed: 
 
 
 def describe_exit(code: int) -> str:
-    """`exit code 1`, or the signal's name with its usual cause."""
+    """Text of an exit code: `exit code 1`, or the signal's name and its usual cause."""
     if code == LOST:
         return "the loss of its node or Ray actor"
     if code >= 0:

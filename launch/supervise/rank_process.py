@@ -1,4 +1,4 @@
-"""One rank as a child process: its output goes to a log, and it dies with the process that started it."""
+"""One rank as a child process that writes a log and dies with the process that started it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAIL_BYTES = 65536
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank executes; its output is appended to `log`."""
+    """Command and environment of one rank; its output is appended to `log`."""
 
     command: Sequence[str]
     env: Mapping[str, str]
@@ -28,7 +28,7 @@ class Rank:
 
 
 class RankProcess:
-    """A started rank. It has a session of its own, so that a terminal's Ctrl-C reaches the launcher alone."""
+    """A started rank. It has its own session, so that Ctrl-C in a terminal reaches only the launcher."""
 
     def __init__(self, rank: Rank) -> None:
         self.log = rank.log
@@ -52,17 +52,18 @@ class RankProcess:
         return self.process.poll()
 
     def send(self, number: int) -> None:
+        """Send a signal, if the rank still runs."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the rank, and what it left in its session."""
+        """Kill the rank and every process that it left in its session."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def tail(self, lines: int = 30) -> str:
-        """The last lines that the rank wrote since this start."""
+        """The last lines of the log since this start."""
         with open(self.log, "rb") as log:
             log.seek(self.offset)
             text = log.read()[-TAIL_BYTES:].decode(errors="replace")
@@ -70,7 +71,7 @@ class RankProcess:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on at this moment."""
+    """A TCP port on which no process listens at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -1,96 +1,108 @@
-"""Runs a job's stages in order, wherever their ranks run, and says how each one ended."""
+"""Runs a job's stages in order on any backend, and reports how each stage ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
 
 from launch.job import Job, StageJob
-from launch.stage_state import is_done, reads
+from launch.stage_state import StageStates
 from launch.supervise import progress
 from launch.supervise.rank_group import Group, Outcome, StopSignals, describe_exit, supervise
-from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, GO_ON
 
 StartGroup = Callable[[StageJob], Group]
 Merge = Callable[[StageJob], int]
 
 
-def undone(job: Job, recipe: Recipe, console: Console) -> list[StageJob]:
-    """The stages that are left to run; a line for each that is not.
-
-    A merge of a stage that is left is left, too: it is judged when its inputs are what they will be.
-    """
-    left: list[StageJob] = []
+def print_done(job: Job, states: StageStates, console: Console) -> None:
+    """One line per stage that is done and does not run again."""
     for stage in job.stages:
-        later = stage.kind == "merge" and reads(recipe, stage.name, job.folder, left)
-        if not later and is_done(job.folder, stage, recipe):
-            say(console, f"{stage.name}: done ({job.run_dir}/{stage.name})")
-        else:
-            left.append(stage)
-    return left
+        if stage not in states.remaining:
+            print_line(console, f"{stage.name}: done ({job.run_dir}/{stage.name})")
 
 
 def run_stages(
-    job: Job, todo: list[StageJob], console: Console, start: StartGroup, merge: Merge, go_on: str
+    job: Job,
+    stages: Iterable[StageJob],
+    console: Console,
+    start: StartGroup,
+    merge: Merge,
+    resume_command: str,
 ) -> int:
-    """Run the stages until one does not end well. `go_on`: the command that continues, said where one can."""
-    for stage in todo:
+    """Run `stages` in order and stop at the first one that does not end with DONE; returns its exit code.
+
+    `start` starts the ranks of a training stage, `merge` runs a merge stage. `resume_command` is printed when the
+    job stops in a state from which it can resume.
+    """
+    for stage in stages:
         if stage.kind == "merge":
-            say(console, f"{stage.name}: merging into {job.run_dir}/{stage.name}/weights")
+            print_line(console, f"{stage.name}: merging into {job.run_dir}/{stage.name}/weights")
             code = merge(stage)
         else:
-            code = train(job, stage, console, start, go_on)
+            code = train(job, stage, console, start, resume_command)
         if code != DONE:
             if code == GO_ON:
-                say(console, f"to go on: {go_on}")
+                print_line(console, f"to resume: {resume_command}")
             return code
     return DONE
 
 
-def train(job: Job, stage: StageJob, console: Console, start: StartGroup, go_on: str) -> int:
-    """One training stage as one group of ranks."""
+def train(job: Job, stage: StageJob, console: Console, start: StartGroup, resume_command: str) -> int:
+    """Run one training stage as one group of ranks; returns its exit code."""
     folder = job.folder / stage.name
-    say(console, f"{stage.name}: {ranks(job.world_size)}, logs in {job.run_dir}/{stage.name}/logs")
+    ranks = count_ranks(job.world_size)
+    print_line(console, f"{stage.name}: {ranks}, logs in {job.run_dir}/{stage.name}/logs")
     with StopSignals() as stop:
         group = start(stage)
         with progress.view(stage.name, folder, stage.steps, console) as view:
             outcome = supervise(group, stop, view.update)
-    report(job, stage, group, outcome, stop, console, go_on)
+    report(job, stage, group, outcome, stop, console, resume_command)
     return outcome.code
 
 
 def report(
-    job: Job, stage: StageJob, group: Group, outcome: Outcome, stop: StopSignals, console: Console, go_on: str
+    job: Job,
+    stage: StageJob,
+    group: Group,
+    outcome: Outcome,
+    stop: StopSignals,
+    console: Console,
+    resume_command: str,
 ) -> None:
-    """Say how the stage ended; of a failure, which rank, how, and the end of its log."""
+    """Print how the stage ended; after a failure, the rank, the cause and the end of its log."""
     if outcome.failed is not None:
         rank = outcome.failed
-        how = describe_exit(outcome.codes[rank])
+        cause = describe_exit(outcome.codes[rank])
         log = log_path(Path(job.run_dir) / stage.name, rank)
-        say(console, f"{stage.name}: rank {rank} of {job.world_size} ended with {how}; the end of {log}:")
-        say(console, group.tail(rank) or "(it wrote nothing)")
-    elif outcome.code == FAILED:
-        say(console, f"{stage.name}: killed before the save ended; the last complete checkpoint stands")
-        say(console, f"to go on: {go_on}")
-    elif outcome.code == GO_ON:
-        began = all(code >= 0 for code in outcome.codes.values())
-        why = f" on {stop.first}" if stop.first else ""
-        say(
-            console,
-            f"{stage.name}: {'saved and stopped' if began else 'stopped before its ranks had begun'}{why}",
+        print_line(
+            console, f"{stage.name}: rank {rank} of {job.world_size} ended with {cause}; the end of {log}:"
         )
+        print_line(console, group.tail(rank) or "(the log is empty)")
+    elif outcome.code == FAILED:
+        print_line(
+            console, f"{stage.name}: killed before the save ended; the last complete checkpoint is intact"
+        )
+        print_line(console, f"to resume: {resume_command}")
+    elif outcome.code == GO_ON:
+        started = all(code >= 0 for code in outcome.codes.values())
+        state = "saved and stopped" if started else "stopped before its ranks had started"
+        cause = f" on {stop.first}" if stop.first else ""
+        print_line(console, f"{stage.name}: {state}{cause}")
 
 
 def log_path(stage_folder: Path, rank: int) -> Path:
+    """The log of a rank."""
     return stage_folder / "logs" / f"rank_{rank}.log"
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Print `text` as it is, without markup, highlighting or line breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def ranks(number: int) -> str:
+def count_ranks(number: int) -> str:
+    """`1 rank`, `2 ranks`."""
     return "1 rank" if number == 1 else f"{number} ranks"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervise.rank_group import Outcome, first_failure, judge
+from launch.supervise.rank_group import Outcome, first_failure, group_outcome
 from tests.support.launching import Launcher, alive, wait_for, write_recipe
 
 
@@ -72,7 +72,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, number: signal.Signa
     code, output = launcher.end()
     assert code == 75, output
     assert f"saved and stopped on {number.name}" in output
-    assert f"to go on: dromos run {recipe} --stage masked,tuned --ranks-per-node 2" in output
+    assert f"to resume: dromos run {recipe} --stage masked,tuned --ranks-per-node 2" in output
     saved = int((launcher.run / "masked" / "saved").read_text())
     assert saved == launcher.steps("masked")
     assert not (launcher.run / "tuned").exists()
@@ -140,8 +140,8 @@ def test_blame_and_verdict() -> None:
     assert first_failure({0: 1, 1: -9}, stopping=False) == 1
     assert first_failure({0: 75, 1: -15}, stopping=True) is None
     assert first_failure({0: 75, 1: -15}, stopping=False) == 1
-    assert judge({0: 0, 1: 0}, None, False, False).code == 0
-    assert judge({0: 75, 1: 75}, None, False, False).code == 75
-    assert judge({0: 0, 1: 0}, None, True, False).code == 0  # it was done before it heard
-    assert judge({0: 0, 1: -15}, None, True, False).code == 75
-    assert judge({0: -9, 1: 2}, 1, False, False) == Outcome(2, 1, {0: -9, 1: 2})
+    assert group_outcome({0: 0, 1: 0}, None, False, False).code == 0
+    assert group_outcome({0: 75, 1: 75}, None, False, False).code == 75
+    assert group_outcome({0: 0, 1: 0}, None, True, False).code == 0  # the ranks were done before the signal
+    assert group_outcome({0: 0, 1: -15}, None, True, False).code == 75
+    assert group_outcome({0: -9, 1: 2}, 1, False, False) == Outcome(2, 1, {0: -9, 1: 2})

@@ -160,7 +160,7 @@ def test_everything_is_sought_from_the_working_directory_of_the_job(
         preflight.check(loaded, job)
     cluster.write_text(f"kind: slurm\nworkdir: {tmp_path}/nowhere\n")
     job = make_job(loaded, str(recipe), on="slurm", ranks_per_node=1, cluster_file=str(cluster))
-    with pytest.raises(UserError, match=r"cluster\.yaml: workdir: .*nowhere is no folder on this machine"):
+    with pytest.raises(UserError, match=r"cluster\.yaml: workdir: .*nowhere is not a folder on this machine"):
         preflight.check(loaded, job)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data_pipeline.errors import UserError
 from launch.job import Job
-from launch.ray.submit import ENV_BYTES, PAYLOAD, read_payload, submission
+from launch.ray.submit import MAX_ENV_BYTES, PAYLOAD, read_payload, submission
 from launch.run import make_job, run
 from launch.run_folder import open_run
 from launch.slurm import sbatch
@@ -102,7 +102,7 @@ def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
     assert subprocess.run(["true"], env={PAYLOAD: payload}).returncode == 0  # the kernel takes it
     assert read_payload(payload) == (job, text)
     noise = "".join(secrets.token_hex(32) for _ in range(4000))
-    with pytest.raises(UserError, match=f"at most {ENV_BYTES:,}"):
+    with pytest.raises(UserError, match=f"at most {MAX_ENV_BYTES:,}"):
         submission(job, noise)
 
 
@@ -144,7 +144,7 @@ def test_a_job_that_slurm_has_forgotten_is_told_in_words(
     answers(recipe, "RUNNING")
     assert wait(recipe) == 1
     assert sum(quick) > 60
-    assert f"how it ended is in {recipe.parent}/run/slurm-7.log" in capsys.readouterr().out
+    assert f"see how it ended in {recipe.parent}/run/slurm-7.log" in capsys.readouterr().out
 
 
 def test_to_stop_waiting_is_not_to_be_saved(
@@ -154,7 +154,7 @@ def test_to_stop_waiting_is_not_to_be_saved(
     answers(recipe, "RUNNING")
     monkeypatch.setattr(sbatch.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
     assert wait(recipe) == 1
-    assert "job 7 goes on; `scancel 7` ends it" in capsys.readouterr().out
+    assert "job 7 continues to run; `scancel 7` ends it" in capsys.readouterr().out
 
 
 def test_a_refused_job_leaves_the_folder_as_it_was(recipe: Path) -> None:

@@ -1,4 +1,4 @@
-"""A two-stage recipe for tests of the launchers, and a launcher process whose ranks are stand-ins."""
+"""A two-stage recipe for tests of the launchers, and a launcher process whose ranks run standin.py."""
 
 from __future__ import annotations
 
@@ -71,18 +71,20 @@ def standin_command(run_folder: Path) -> Callable[[str], list[str]]:
 
 
 def run_standin(path: str, *stages: str, ranks: int = 2) -> int:
-    """What the launcher process of a test does."""
+    """Main function of the launcher process of a test; returns the exit code."""
     from launch import local
     from launch.run import make_job
+    from launch.stage_state import stage_states
     from pretrain.recipe.load import load_recipe
 
     recipe = load_recipe(path)
     job = make_job(recipe, path, stages=stages or None, ranks_per_node=ranks)
-    return local.run(job, recipe, Console(), standin_command(Path(job.run_dir)))
+    states = stage_states(recipe, job.stages, job.folder)
+    return local.run(job, recipe, states, Console(), standin_command(Path(job.run_dir)))
 
 
 class Launcher:
-    """A launcher in a process of its own, to be signalled; conftest.py ends what a failed test leaves."""
+    """A launcher in its own process, which a test can signal. conftest.py ends what a failed test leaves."""
 
     started: ClassVar[list[subprocess.Popen[str]]] = []
 
@@ -99,7 +101,7 @@ class Launcher:
         self.started.append(self.process)
 
     def rank(self, stage: str, rank: int) -> dict[str, Any]:
-        """What the stand-in reported at its start; waits for it."""
+        """The report that the stand-in rank wrote at its start; waits for it."""
         path = self.run / stage / f"rank_{rank}.json"
         wait_for(path.exists, "the rank to start")
         wait_for(lambda: path.read_text().endswith("}"), "the rank's report")
@@ -114,15 +116,15 @@ class Launcher:
         return self.process.returncode, output
 
 
-def wait_for(true: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:
-    """True while the process runs; a zombie that nobody has waited for does not."""
+    """True while the process runs; a zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,9 @@
-"""Stands in for `dromos train` where a test is about the launcher: writes metrics, saves on SIGTERM, fails on request.
+"""Replaces `dromos train` in tests of the launcher: writes metrics, saves on SIGTERM, and fails on request.
 
-STANDIN_STEPS, STANDIN_SECONDS (a step), STANDIN_FAIL ("RANK:KIND", KIND an exit code or a signal's name) steer it;
-STANDIN_RAY has rank 0 start an actor on the Ray it is led to. Every rank starts a child, as loader workers are."""
+Environment variables: STANDIN_STEPS; STANDIN_SECONDS per step; STANDIN_SAVE_SECONDS per save; STANDIN_FAIL as
+"RANK:KIND", where KIND is an exit code or the name of a signal; STANDIN_RAY lets rank 0 start an actor on the Ray
+cluster of its environment. Every rank starts a child process, in place of a loader worker.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def main(stage_folder: str) -> int:
     steps, seconds = int(os.environ["STANDIN_STEPS"]), float(os.environ.get("STANDIN_SECONDS", "0.02"))
     fail_rank, _, failure = os.environ.get("STANDIN_FAIL", "").partition(":")
     folder = Path(stage_folder)
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     worker = subprocess.Popen(guarded(["sleep", "1000"]))
     report = {"pid": os.getpid(), "worker": worker.pid, "env": dict(os.environ), "argv": sys.argv}
     if os.environ.get("STANDIN_RAY") and rank == 0:
@@ -39,7 +41,7 @@ def main(stage_folder: str) -> int:
             row = {"step": step, "loss": 1 / step, "time": {"step": seconds, "data_wait": 0.0}}
             with open(folder / "metrics.jsonl", "a") as metrics:
                 metrics.write(json.dumps(row) + "\n")
-        if asked:
+        if signals:
             if rank == 0:
                 time.sleep(float(os.environ.get("STANDIN_SAVE_SECONDS", "0.1")))
                 saved.write_text(str(step))
@@ -50,7 +52,7 @@ def main(stage_folder: str) -> int:
 
 
 def start_actor() -> int:
-    """The pid of an actor that outlives this function."""
+    """Start a Ray actor that outlives this function; returns its process id."""
     import ray
 
     class Actor:
@@ -59,9 +61,9 @@ def start_actor() -> int:
 
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-    signal.signal(signal.SIGTERM, handler)  # ray.init takes it for itself
+    signal.signal(signal.SIGTERM, handler)  # ray.init replaces it
     actor = ray.remote(num_cpus=1)(Actor).remote()
-    globals()["kept"] = actor
+    globals()["kept"] = actor  # Ray ends an actor without references
     return ray.get(actor.pid.remote())
 
 

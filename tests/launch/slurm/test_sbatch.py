@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.errors import UserError
 from launch.job import Job, StageJob
 from launch.slurm import job_step
-from launch.slurm.sbatch import outside_of_jobs, render
+from launch.slurm.sbatch import render, without_job_variables
 
 GOLDEN = Path(__file__).parent / "golden"
 JOB = Job(
@@ -170,9 +170,9 @@ def test_environment_of_a_task() -> None:
     assert "OMP_NUM_THREADS" not in job_step.rank_env({**task, "OMP_NUM_THREADS": "3"})
 
 
-def test_meeting_point() -> None:
+def test_rendezvous() -> None:
     shown = "NodeName=n0 Arch=x86_64\n   NodeAddr=10.1.2.3 NodeHostName=vm Port=6818\n"
-    assert job_step.node_address(shown) == "10.1.2.3"
+    assert job_step.parse_node_address(shown) == "10.1.2.3"
     assert job_step.ports(11) == job_step.ports(11)
     assert job_step.ports(11)[0] != job_step.ports(12)[0]
     assert all(20000 <= port < 40000 for port in job_step.ports(123456789))
@@ -186,5 +186,7 @@ def test_meeting_point() -> None:
 
 def test_a_job_submitted_from_inside_a_job_does_not_inherit_it() -> None:
     inside = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SBATCH_PARTITION": "p", "HOME": "/h"}
-    assert outside_of_jobs(inside) == {"HOME": "/h"}
-    assert outside_of_jobs({"SBATCH_ACCOUNT": "a"}) == {"SBATCH_ACCOUNT": "a"}  # a person's own default stays
+    assert without_job_variables(inside) == {"HOME": "/h"}
+    assert without_job_variables({"SBATCH_ACCOUNT": "a"}) == {
+        "SBATCH_ACCOUNT": "a"
+    }  # a person's own default stays

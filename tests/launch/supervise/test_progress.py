@@ -46,10 +46,10 @@ def test_figures_of_a_steady_run() -> None:
         figures.add(
             {"step": step, "loss": 1.25, "time": {"step": 0.5, "samples_per_second": 2048, "data_wait": 0.05}}
         )
-    assert figures.left == 45.0  # 90 steps of half a second
+    assert figures.seconds_left == 45.0  # 90 steps of half a second
     assert figures.text() == "loss 1.2500  2,048 samples/s  data wait 10%  ETA 0:45"
     figures.add({"step": 11})  # a row without times changes nothing but the step
-    assert figures.left == 44.5
+    assert figures.seconds_left == 44.5
 
 
 def test_clock() -> None:

@@ -1,20 +1,21 @@
-"""Which merges a job still has to do: none that is done, and one of weights that the job is about to change."""
+"""Which merge stages remain in a job, and how often `dromos run` fingerprints their inputs."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from data_pipeline.errors import UserError
-from launch.job import Job, StageJob
-from launch.stage_state import is_done
-from launch.supervise.stage_runner import undone
+from launch.job import StageJob
+from launch.run import run as run_job
+from launch.stage_state import stage_states
+from pretrain import merge_stage
 from pretrain.merge_stage import run_merge_stage
+from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
+from tests.support.launching import write_recipe
 from tests.support.merge_inputs import floats
 from tests.support.zero_runs import finish, recipe, training
 
@@ -23,7 +24,7 @@ pytest.importorskip("torch")
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Recipe, Path]:
-    """real and synthetic, one step each, and their finished mix."""
+    """The stages real and synthetic, trained for one step each, and their finished merge."""
     made = recipe(tmp_path / "r", real=training(), synthetic=training(), mix=mix())
     for seed, name in enumerate(("real", "synthetic")):
         finish(made, name, tmp_path / "r", {"w": floats(seed, 5, 2)})
@@ -35,29 +36,56 @@ def mix() -> MergeStage:
     return MergeStage(kind="merge", inputs={"real": 0.4, "synthetic": 0.6})
 
 
-def job(made: Recipe, run_dir: Path) -> Job:
+def remaining(made: Recipe, run_dir: Path) -> list[str]:
     stages = [
         StageJob(name, stage.kind, int(stage.train.steps or 0) if isinstance(stage, TrainStage) else None)
         for name, stage in made.stages.items()
     ]
-    return Job(recipe="r.yaml", run_dir=str(run_dir), stages=tuple(stages))
-
-
-def left(made: Recipe, run_dir: Path) -> list[str]:
-    return [stage.name for stage in undone(job(made, run_dir), made, Console(file=io.StringIO()))]
+    states = stage_states(made, stages, run_dir)
+    return [stage.name for stage in states.remaining]
 
 
 def test_a_merge_is_done_until_its_inputs_change(run: tuple[Recipe, Path]) -> None:
     made, run_dir = run
-    assert left(made, run_dir) == []
+    assert remaining(made, run_dir) == []
     manifest = run_dir / "real/checkpoints/step_00000001/manifest.json"
     manifest.write_text(json.dumps({"mp_rank_00_model_states.pt": {"xxh64": "1" * 16, "size": 0}}))
     with pytest.raises(UserError, match=r"real: .*0{16} -> 1{16}"):
-        is_done(run_dir, StageJob("mix", "merge"), made)
+        remaining(made, run_dir)
 
 
-def test_a_merge_of_a_stage_that_is_left_is_left_too(run: tuple[Recipe, Path]) -> None:
+def test_a_merge_of_a_stage_that_remains_remains(run: tuple[Recipe, Path]) -> None:
     _, run_dir = run
     longer = TrainStage(objective=Objective(kind="flip"), train=Train(steps=2))
     lengthened = recipe(run_dir, real=longer, synthetic=training(), mix=mix())
-    assert left(lengthened, run_dir) == ["real", "mix"]
+    assert remaining(lengthened, run_dir) == ["real", "mix"]
+
+
+def recipe_with_merge(folder: Path) -> Path:
+    """A recipe file whose training stages `masked` and `tuned` are finished, and whose stage `mix` merges them."""
+    path = write_recipe(folder)
+    text = path.read_text().replace("steps: 20", "steps: 1").replace("steps: 10", "steps: 1")
+    path.write_text(text + "  mix: {kind: merge, inputs: {masked: 0.4, tuned: 0.6}}\n")
+    loaded = load_recipe(path)
+    for seed, name in enumerate(("masked", "tuned")):
+        finish(loaded, name, folder / "run", {"w": floats(seed, 5, 2)})
+    return path
+
+
+def test_a_command_fingerprints_the_inputs_of_a_merge_stage_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Path] = []
+    is_finished = merge_stage.is_finished
+
+    def count(stage: MergeStage, folder: Path) -> bool:
+        calls.append(folder)
+        return is_finished(stage, folder)
+
+    monkeypatch.setattr(merge_stage, "is_finished", count)
+    path = str(recipe_with_merge(tmp_path))
+    for printed in ("mix: merging", "mix: done"):
+        calls.clear()
+        assert run_job(path, ranks_per_node=1) == 0
+        assert printed in capsys.readouterr().out
+        assert calls == [tmp_path / "run" / "mix"]
