@@ -1,4 +1,7 @@
-"""Bytes of files of weights at any offset, mapped from a disk or fetched from an object store in a bounded memory."""
+"""Random access to the bytes of a weight file, in bounded memory.
+
+A local file is memory-mapped. A remote object is fetched in blocks that an LRU cache holds and reads ahead.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,19 @@ from data_pipeline.storage import object_store
 from data_pipeline.storage.files import is_remote, local_path, read_descriptor
 
 MAX_BLOCK_BYTES, MIN_BLOCK_BYTES = 8 << 20, 1 << 20
+# Bytes of cached blocks per source, for any number of files. The cache keeps at least three blocks per file, so a
+# source of 22 files or more exceeds this limit (its blocks have the smallest size, 1 MiB).
 CACHE_BYTES = 64 << 20
-"""Bytes that the blocks of one source take, however many files it has (with 1 MiB blocks: from 22 files on, more)."""
-PARALLEL_FETCHES = 4  # blocks of one source that are asked for at once
+PARALLEL_FETCHES = 4  # concurrent block requests per source
 
 
 class ByteFile(Protocol):
-    """A file that is only read. `name` is what people know it by; every error names it.
+    """A read-only file. `name` is its path or URL; every error contains it.
 
-    read(start, stop):  a read-only view of these bytes; from a store through blocks that are kept and read ahead.
-    peek(start, stop):  the same for headers: exactly these bytes are fetched, none are kept.
-    check_unchanged():  UserError when the file is not the one that was opened.
-    identity:           what changes when the file does, without reading it: size and ETag, or size and time.
+    read(start, stop):  a read-only view of these bytes; a remote file reads through its block cache.
+    peek(start, stop):  the same bytes without the cache, for headers: fetches exactly this range.
+    check_unchanged():  raises UserError if the file differs from the one that was opened.
+    identity:           changes when the file changes and needs no read: size and ETag, or size and mtime.
     """
 
     name: str
@@ -46,14 +50,14 @@ class ByteFile(Protocol):
 
 
 class LocalFile:
-    """A regular file, mapped: reading touches only its own pages, and nothing is copied."""
+    """A memory-mapped regular file: a read touches only the pages of its range and copies nothing."""
 
     remote = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
         try:
-            # A pipe would wait for a writer without O_NONBLOCK.
+            # Without O_NONBLOCK, opening a pipe waits for a writer.
             descriptor = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UserError(f"{self.name}: not found") from None
@@ -62,7 +66,7 @@ class LocalFile:
         try:
             self._stat = os.fstat(descriptor)
             if not stat.S_ISREG(self._stat.st_mode):
-                raise UserError(f"{self.name}: is no file; name a file of weights")
+                raise UserError(f"{self.name}: is not a regular file; name a weight file")
             self.size = self._stat.st_size
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if self.size else None
             self._view = memoryview(self._map if self._map is not None else b"")
@@ -80,7 +84,7 @@ class LocalFile:
         return f"{self.size} bytes, changed at {self._stat.st_mtime_ns}"
 
     def read(self, start: int, stop: int) -> memoryview:
-        self.check_unchanged()  # pages beyond the new end of a file would kill the process
+        self.check_unchanged()  # reading mapped pages beyond the new end of a truncated file raises SIGBUS
         return self._view[start:stop]
 
     def peek(self, start: int, stop: int) -> bytes:
@@ -89,11 +93,11 @@ class LocalFile:
     def check_unchanged(self) -> None:
         now = os.fstat(self._descriptor)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
-            raise UserError(f"{self.name}: was changed while it was read; merge again when it is complete")
+            raise _changed(self.name)
 
 
 class BlockCache:
-    """BlockCache of the remote files of one source, fetched by a few threads, the least recently used dropped."""
+    """LRU cache of the blocks of a source's remote files; PARALLEL_FETCHES threads fetch them."""
 
     def __init__(self, files: int) -> None:
         share = CACHE_BYTES // (3 * max(1, files))
@@ -104,22 +108,22 @@ class BlockCache:
         self._lock = threading.Lock()
 
     def get(self, file: RemoteFile, number: int) -> bytes:
-        """Block `number` of `file`; the next one is asked for where the one before was read too."""
+        """Return block `number` of `file`; prefetch the next one if the previous one is cached (sequential reads)."""
         with self._lock:
-            wanted = self._ask(file, number)
+            block = self._fetch(file, number)
             if (file.name, number - 1) in self._held and (number + 1) * self.size < file.size:
-                self._ask(file, number + 1)
+                self._fetch(file, number + 1)
             while len(self._held) > self._keep:
-                self._held.popitem(last=False)  # one on its way may still be waited for
+                self._held.popitem(last=False)  # a fetch in flight still completes for its waiters
         try:
-            return wanted.result()
+            return block.result()
         except BaseException:
             with self._lock:
-                if self._held.get((file.name, number)) is wanted:
+                if self._held.get((file.name, number)) is block:
                     del self._held[file.name, number]
             raise
 
-    def _ask(self, file: RemoteFile, number: int) -> Future[bytes]:
+    def _fetch(self, file: RemoteFile, number: int) -> Future[bytes]:
         key = file.name, number
         if key not in self._held:
             start = number * self.size
@@ -130,13 +134,13 @@ class BlockCache:
 
 
 class RemoteFile:
-    """An object: every range is the one that was opened, by its size and ETag, or the read is an error."""
+    """An object in an object store. A read fails if the object's size or ETag changed since it was opened."""
 
     remote = True
 
     def __init__(self, url: str, blocks: BlockCache | None = None) -> None:
         self.name = url
-        self._info = _information(url)
+        self._info = _size_and_etag(url)
         self.size = self._info[0]
         self._blocks = blocks or BlockCache(1)
 
@@ -162,30 +166,31 @@ class RemoteFile:
         try:
             data = object_store.read(self.name, start, stop)
         except FileNotFoundError:
-            raise self._changed() from None
+            raise _changed(self.name) from None
         except UserError:
             self.check_unchanged()
             raise
-        # The same ETag after the answer as at the beginning: what came is what was opened.
+        # The ETag is compared after the read, so the bytes belong to the object that was opened.
         self.check_unchanged()
         if len(data) != stop - start:
-            raise self._changed()
+            raise _changed(self.name)
         return data
 
     def check_unchanged(self) -> None:
         try:
-            now = _information(self.name)
+            now = _size_and_etag(self.name)
         except UserError:
-            raise self._changed() from None
+            raise _changed(self.name) from None
         if now != self._info:
-            raise self._changed()
-
-    def _changed(self) -> UserError:
-        return UserError(f"{self.name}: was changed while it was read; merge again when it is complete")
+            raise _changed(self.name)
 
 
-def _information(url: str) -> tuple[int, str]:
-    """Size and ETag of an object; the size alone where the store has no ETags."""
+def _changed(name: str) -> UserError:
+    return UserError(f"{name}: changed while it was being read; run again when it is complete")
+
+
+def _size_and_etag(url: str) -> tuple[int, str]:
+    """Size in bytes and ETag of an object; the ETag is empty if the store has none."""
 
     def call(store: Any) -> dict[str, Any]:
         return store.info(url)
@@ -195,11 +200,11 @@ def _information(url: str) -> tuple[int, str]:
     except FileNotFoundError:
         raise UserError(f"{url}: not found") from None
     if found.get("type") == "directory":
-        raise UserError(f"{url}: is a folder; name a file of weights")
+        raise UserError(f"{url}: is a folder; name a weight file")
     return int(found["size"] or 0), str(found.get("ETag", ""))
 
 
 def open_file(url: str | os.PathLike[str], blocks: BlockCache | None = None) -> ByteFile:
-    """A file on a disk or in an object store; the remote files of one source share `blocks`."""
+    """Open a local path or an object-store URL; the remote files of a source share the cache `blocks`."""
     url = os.fspath(url)
     return RemoteFile(url, blocks) if is_remote(url) else LocalFile(local_path(url))

@@ -1,4 +1,4 @@
-"""What stands beside weights: config, tokenizer, chat template; what of it a merge takes, and what must change."""
+"""Companion files of weights (config, tokenizer, chat template): what an output copies and what it changes in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm",
 )  # fmt: skip
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm")
-UNPARSED = ("tokenizer.json", "vocab.json")  # never looked into: no setting of transformers stands there
+UNPARSED = ("tokenizer.json", "vocab.json")  # large, and transformers keeps no `auto_map` in them
 MAX_BYTES = 256 << 20
 AUTO_MAP = "auto_map"
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
@@ -29,9 +29,10 @@ TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "f
 
 
 def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
-    """File name -> its path, or its content where that is remote or must change; and notes of what was left out.
+    """Return the companions of a folder and notes about what is left out.
 
-    Code is never taken: no *.py, and no `auto_map`, which makes transformers run what a checkpoint brings along.
+    The companions map a file name to its path, or to its content if the file is remote or must change. Code is
+    never copied: no *.py, and no `auto_map`, which makes transformers run code from the checkpoint's folder.
     """
     found: dict[str, Path | bytes] = {}
     notes: list[str] = []
@@ -48,28 +49,31 @@ def companions_of(folder: Folder) -> tuple[dict[str, Path | bytes], list[str]]:
         if isinstance(content, dict) and AUTO_MAP in content:
             del content[AUTO_MAP]
             found[name] = as_json(content)
-            notes.append(f"{path}: its {AUTO_MAP} is left out, since a merge copies no code")
+            notes.append(f"{path}: {AUTO_MAP} is left out, because a merge copies no code")
     code = folder.matching("*.py")
     if code:
-        notes.append(f"{folder.url}: {', '.join(code)} not copied, since a merge copies no code")
+        notes.append(f"{folder.url}: {', '.join(code)} not copied, because a merge copies no code")
     return found, notes
 
 
 def read_companion(companion: Path | bytes) -> bytes:
+    """Content of a companion."""
     return companion if isinstance(companion, bytes) else companion.read_bytes()
 
 
 def as_json(content: Any) -> bytes:
-    """As transformers writes it."""
+    """JSON bytes in the layout of transformers: indented, not ASCII-escaped, with a final newline."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for the merged weights: each of `changes` (`vocab_size`, ...) wherever its key stands, at the top
-    and in the language model's part; `auto_map` goes; nothing else is touched. UserError for a key that stands nowhere.
+    """Copy a config.json and set each key of `changes` (`vocab_size`, ...) wherever the config has that key.
+
+    The keys are searched at the top level and in the language model's section. `auto_map` is removed. Raises
+    UserError for a key that the config does not have.
     """
     if not isinstance(config, dict):
-        raise UserError(f"config.json is no map of settings, but {json.dumps(config)[:80]}; write it again")
+        raise UserError(f"config.json is not a JSON object: {json.dumps(config)[:80]}; write it again")
     adapted: dict[str, Any] = json.loads(json.dumps(config))
     adapted.pop(AUTO_MAP, None)
     sections = [adapted[name] for name in TEXT_SECTIONS if isinstance(adapted.get(name), dict)]
@@ -77,7 +81,7 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         places = [part for part in (adapted, *sections) if key in part]
         if not places:
             raise UserError(
-                f"config.json has no {key}, which would be {value!r} after the merge; add it there"
+                f"config.json has no {key}, which is {value!r} after the merge; add the key to config.json"
             )
         for part in places:
             part[key] = value
@@ -85,14 +89,14 @@ def adapted_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 
 
 def read_config(companions: Mapping[str, Path | bytes]) -> dict[str, Any] | None:
-    """The content of config.json; None where there is none."""
+    """Parsed config.json, or None if there is none."""
     content = companions.get(CONFIG)
     found = None if content is None else parse_json(read_companion(content), CONFIG)
     return found if isinstance(found, dict) else None
 
 
 def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dict[str, Path | bytes]:
-    """The dtype of the output under the key that the config has for it."""
+    """The companions with `dtype` (safetensors spelling) in config.json, under the dtype keys that it has."""
     config = read_config(companions) if dtype is not None else None
     keys = [key for key in DTYPE_KEYS if config is not None and key in config]
     if config is None or dtype is None or not keys or all(config[key] == TORCH_NAMES[dtype] for key in keys):
@@ -101,7 +105,7 @@ def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dic
 
 
 def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) -> dict[str, Path | bytes]:
-    """The number of layers, and what the config says layer by layer, for the layers `taken` in their new order."""
+    """The companions with a config.json for the layers `taken`, in this order: layer count and per-layer lists."""
     config = read_config(companions)
     if config is None:
         return dict(companions)

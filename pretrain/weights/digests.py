@@ -1,4 +1,7 @@
-"""Digests of tensors that threads compute piece by piece, and fingerprints of files too large to be read twice."""
+"""Tensor digests, computed span by span in parallel, and file fingerprints that do not read the whole file.
+
+The texts of the rules are part of merge.json.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,26 @@ SAMPLED_PAGES, PAGE_BYTES, EDGE_BYTES = 256, 4096, 1 << 20
 
 
 def tensor_digest(spans: Iterable[bytes]) -> str:
-    """From the xxh64 of each span of ELEMENTS_PER_SPAN elements, in order, as 8 bytes."""
+    """Digest of a tensor from the xxh64 (8 bytes) of each span of ELEMENTS_PER_SPAN elements, in order."""
     return xxhash.xxh64(b"".join(spans)).hexdigest()
 
 
 def file_digest(header: bytes, tensors: Iterable[str]) -> str:
-    """From its header, length prefix included, and its tensors' digests in the order of their places."""
+    """Digest of a file from its header (with the length prefix) and its tensor digests in file order."""
     return xxhash.xxh64(header + b"".join(bytes.fromhex(digest) for digest in tensors)).hexdigest()
 
 
 def combined_digest(tensors: Mapping[str, str]) -> str:
-    """One digest for many tensors, by name."""
+    """One digest of many tensors, from name -> digest."""
     listed = "".join(f"{name}\0{digest}\n" for name, digest in sorted(tensors.items()))
     return xxhash.xxh64(listed.encode()).hexdigest()
 
 
 def fingerprint(file: ByteFile) -> str:
-    """Size, and xxh64 of the first and last MiB and of 256 pages between them; of a remote file size and ETag.
+    """Size plus xxh64 of the first MiB, the last MiB and 256 pages between them; size and ETag of a remote file.
 
-    Training changes every page, so this tells weights apart without reading them all, and a copy of a file has that of
-    the file. It does not find a change of a few bytes: the digests of the tensors do.
+    Training changes every page, so the fingerprint distinguishes weights without a full read, and a copy has the
+    fingerprint of its original. A change of a few bytes may go undetected; the tensor digests detect it.
     """
     if file.remote:
         return file.identity

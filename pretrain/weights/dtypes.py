@@ -1,7 +1,7 @@
-"""Stored numbers in numpy: widened exactly, rounded once to nearest even, block by block into memory that is there.
+"""Stored dtypes in numpy: exact widening and one rounding to nearest even, block by block into preallocated arrays.
 
-A block and what is computed from it stay in the second-level cache, so a merge is bound by reading and writing its
-files. Integer operations on the bits stand where numpy converts one number at a time (bf16, fp16).
+A block and its intermediate results fit the L2 cache, so reading and writing files bounds the speed of a merge. bf16
+and fp16 are converted with integer operations on their bits, because numpy converts them one element at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-ELEMENTS_PER_BLOCK = 1 << 16
-"""elements; fewer make Python's share of the time felt, more do not fit the cache"""
-ELEMENTS_PER_SPAN = 1 << 21
-"""elements that one thread works through: what is hashed as one, and is done or not done after a kill"""
+ELEMENTS_PER_BLOCK = 1 << 16  # with fewer, Python's overhead is noticeable; more do not fit the L2 cache
+ELEMENTS_PER_SPAN = 1 << 21  # the unit of one thread, of hashing and of resuming a killed merge
 Accumulator = type[np.float32] | type[np.float64]
-"""an accumulation type"""
 QUIET_NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC0 << 16, "F16": 0x7E00, "BF16": 0x7FC0}
 BITS: dict[np.dtype, np.dtype] = {
     np.dtype(np.float32): np.dtype(np.uint32),
@@ -25,18 +22,17 @@ BITS: dict[np.dtype, np.dtype] = {
 }
 MANTISSA: dict[np.dtype, int] = {np.dtype(np.float32): 23, np.dtype(np.float64): 52}
 BIAS: dict[np.dtype, int] = {np.dtype(np.float32): 127, np.dtype(np.float64): 1023}
-SIXTEEN_BIT = {"F16": (10, 15), "BF16": (7, 127)}
-"""16-bit floats: bits of the mantissa, bias of the exponent"""
+SIXTEEN_BIT = {"F16": (10, 15), "BF16": (7, 127)}  # bits of the mantissa, bias of the exponent
 
 
 class Scratch:
-    """Arrays of one thread, made once and used again for every block."""
+    """Preallocated arrays of one thread, reused for every block."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], np.ndarray] = {}
 
     def take(self, use: str, dtype: type | np.dtype | str, count: int) -> np.ndarray:
-        """`count` elements with whatever they last held; the same memory for the same `use` and dtype."""
+        """`count` uninitialised elements; the same `use` and dtype return the same memory."""
         kind = np.dtype(dtype)
         key = (use, kind.str)
         held = self._held.get(key)
@@ -46,12 +42,12 @@ class Scratch:
 
 
 def accumulator(dtypes: Sequence[str]) -> Accumulator:
-    """fp32 for 16-bit inputs, fp64 as soon as one of them is wider."""
+    """fp32 if all inputs are 16-bit floats, else fp64."""
     return np.float32 if all(dtype in SIXTEEN_BIT for dtype in dtypes) else np.float64
 
 
 def widen_into(out: np.ndarray, chunk: np.ndarray, dtype: str, scratch: Scratch) -> np.ndarray:
-    """`chunk` as stored (BF16: its bits, uint16) in the type of `out`, float32 or float64, exactly; returns `out`."""
+    """Widen the stored `chunk` (BF16: its bits as uint16) exactly into the float32 or float64 `out`; return `out`."""
     narrow = out if out.dtype == np.float32 else scratch.take("narrow", np.float32, len(out))
     if dtype == "BF16":
         bits = narrow.view(np.uint32)
@@ -68,20 +64,20 @@ def widen_into(out: np.ndarray, chunk: np.ndarray, dtype: str, scratch: Scratch)
 
 
 def _widen_fp16(out: np.ndarray, chunk: np.ndarray) -> None:
-    """Exponent and mantissa shifted to their places in fp32, where they stand for 2**-112 of the number."""
+    """Shift exponent and mantissa to their fp32 positions, which gives 2**-112 times the number; then scale."""
     bits = out.view(np.int32)
     np.copyto(bits, chunk.view(np.int16))
     np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, -0x70002000, out=bits)  # 0x8FFFE000: the sign is bit 31, its copies go
+    np.bitwise_and(bits, -0x70002000, out=bits)  # 0x8FFFE000: keep the sign in bit 31, clear its copies
     np.multiply(out, np.float32(2.0**112), out=out)
     if len(out) and max(np.maximum.reduce(out), -np.minimum.reduce(out)) >= 65536:  # infinities and NaN
         np.copyto(out, chunk)
 
 
 def narrow_into(out: np.ndarray, total: np.ndarray, dtype: str, scratch: Scratch) -> None:
-    """`total` (float32 or float64; destroyed) rounded once, to nearest even, to the stored form of `dtype`.
+    """Round `total` (float32 or float64; overwritten) once, to nearest even, to the stored form of `dtype` in `out`.
 
-    Every NaN becomes the same quiet NaN: which one comes out of an addition differs between processors.
+    Every NaN becomes the same quiet NaN, because the NaN that an addition returns differs between processors.
     """
     nan = np.isnan(total) if len(total) and np.isnan(np.maximum.reduce(total)) else None
     if dtype == "BF16" and total.dtype == np.float32:
@@ -106,10 +102,10 @@ def _narrow_bf16(out: np.ndarray, total: np.ndarray, scratch: Scratch) -> None:
 
 
 def _narrow_small(out: np.ndarray, total: np.ndarray, mantissa: int, bias: int, scratch: Scratch) -> None:
-    """Rounding done by the adder: to |x| is added the power of two at which one ulp of the sum is one of the result.
+    """Let the adder round: add to |x| the power of two at which one ulp of the sum is one ulp of the result.
 
-    The low bits of the sum then count the result's ulps within its binade; its exponent comes from that of the power.
-    Subnormals have the power of the smallest normal number, what is too large that of infinity.
+    The low bits of the sum then count the result's ulps within its binade; the result's exponent comes from the
+    power's exponent. Subnormals use the power of the smallest normal number, overflows the power of infinity.
     """
     wide, places = BITS[total.dtype], MANTISSA[total.dtype]
     width, shift, own = wide.itemsize * 8, places - mantissa, BIAS[total.dtype]
@@ -133,7 +129,7 @@ def _narrow_small(out: np.ndarray, total: np.ndarray, mantissa: int, bias: int, 
 
 
 def narrow(total: np.ndarray, dtype: str) -> np.ndarray:
-    """`narrow_into` for one array, which is left as it is."""
+    """`narrow_into` a new array; `total` is not modified."""
     stored = np.empty(len(total), DTYPES[dtype])
     with np.errstate(all="ignore"):
         narrow_into(stored, total.copy(), dtype, Scratch())
@@ -141,7 +137,7 @@ def narrow(total: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def exact_sum(values: Iterable[float]) -> float:
-    """Added without rounding, rounded once; by plain additions where infinities are among them or come of them."""
+    """The sum of `values`, rounded once. Falls back to plain addition for infinities and overflows."""
     held = list(values)
     try:
         return math.fsum(held)
@@ -149,8 +145,8 @@ def exact_sum(values: Iterable[float]) -> float:
         return sum(held)
 
 
-# In the order in which the reference writer sorts (largest first): dtype -> (numpy storage type, bytes).
-# BF16 and the 8-bit floats have no numpy type and travel as their bits.
+# dtype -> numpy storage type, in the sort order of the reference writer (reversed: it writes the last one first).
+# BF16 and the 8-bit floats have no numpy type and are stored as their bits.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
@@ -158,9 +154,9 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
 }  # fmt: skip
 MAX_DIMENSIONS = 64
-TensorInfo = tuple[str, tuple[int, ...]]
-"""dtype as safetensors spells it, and shape"""
+TensorInfo = tuple[str, tuple[int, ...]]  # dtype in safetensors spelling, shape
 
 
 def elements(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
     return math.prod(shape)

@@ -1,10 +1,10 @@
-"""A folder of weights on a disk or in an object store: what is in it, by name.
+"""A folder of weights, local or remote: its entries, and which files hold the tensors.
 
-Links are followed to weights wherever they lie: they are parsed as safetensors or as pickles of which nothing runs,
-and nothing but numbers comes out. What stands beside weights is copied into outputs, which people publish; a link in
-a folder from elsewhere (config.json -> ~/.docker/config.json) must not carry a private file there. So a link to a
-companion may lead out of the folder only to where links to weights that were opened lead too, or into a store of the
-repository that holds the folder.
+Security of symbolic links: a link to a weight file is followed anywhere, because only numbers come out of it
+(safetensors, or pickles that run no code). Companion files, however, are copied into outputs, which people publish; a
+link in a downloaded folder (config.json -> ~/.docker/config.json) must not copy a private file. A link to a companion
+may therefore leave the folder only for a folder that links to opened weights lead to, or for a content store of the
+repository that holds the folder (git-annex, DVC, the Hugging Face cache).
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from data_pipeline.storage.files import is_remote, join, local_path
 from pretrain.weights.byte_file import BlockCache, ByteFile, RemoteFile, open_file
 
 MAX_JSON = 256 << 20
-BLOBS = "blobs"  # where the Hugging Face cache keeps the files that its snapshots link to
+BLOBS = "blobs"  # the Hugging Face cache keeps files here; its snapshots link to them
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 CONTENT_STORES = (".git/annex/objects", ".dvc/cache")
-HASH_FOLDER = re.compile(r"[0-9a-f]{2}")
-"""a folder of a store by content, such as dvc's files/md5/3f"""
+HASH_FOLDER = re.compile(r"[0-9a-f]{2}")  # a folder of a content-addressed store, such as DVC's files/md5/3f
+# First bytes of a pointer file -> error text.
 POINTERS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; fetch the file itself with git lfs pull",
-    b"/annex/objects/": "a pointer of git-annex; fetch the file itself with git annex get",
+    b"/annex/objects/": "a git-annex pointer; fetch the file itself with git annex get",
 }
-"""how files begin that stand for others"""
 FROZEN = "frozen.safetensors"
 INDEX = ".index.json"
 SINGLE_FILES = (
@@ -47,27 +46,23 @@ NOT_MODEL_WEIGHTS = (
 )
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
-
-
-SCANNED, SHOWN = 100, 3
-
-
+SCANNED, SHOWN = 100, 3  # subfolders searched for weights, and suggested in an error
+# File pattern of an unsupported format -> error text.
 UNSUPPORTED = {
-    "*.gguf": "GGUF, whose numbers are quantised for llama.cpp; name the safetensors that it was made from",
-    "model_index.json": "a pipeline of diffusers; name one of its parts, such as unet or transformer",
-    "*.h5": "weights of TensorFlow; save them as safetensors with transformers",
-    "*.msgpack": "weights of Flax; save them as safetensors with transformers",
-    "consolidated.*.pth": "Meta's parts by tensor; convert them with transformers first",
+    "*.gguf": "GGUF, which llama.cpp uses for quantised weights; name the safetensors files it was converted from",
+    "model_index.json": "a diffusers pipeline; name one of its parts, such as unet or transformer",
+    "*.h5": "TensorFlow weights; save them as safetensors with transformers",
+    "*.msgpack": "Flax weights; save them as safetensors with transformers",
+    "consolidated.*.pth": "Meta's tensor-parallel shards; convert them with transformers first",
 }
-"""what may stand in a folder instead of weights that can be read"""
 
 
 class Folder:
     """The files directly in a folder.
 
-    url:     path or s3:// URL, without a slash at its end.
-    names:   its files, sorted.
-    folders: its folders, sorted.
+    url:     path or s3:// URL without a trailing slash.
+    names:   file names, sorted.
+    folders: names of the subfolders, sorted.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -79,31 +74,31 @@ class Folder:
         for name, is_folder in sorted(found.items()):
             (self.folders if is_folder else self.names).append(name)
         self._blocks: BlockCache | None = None
-        self._linked: set[Path] = set()  # folders outside of this one where opened weights lie
+        self._linked: set[Path] = set()  # folders outside this one that hold opened weights
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
     def matching(self, *patterns: str) -> list[str]:
-        """Files that match one of the shell patterns, sorted."""
+        """File names that match one of the shell patterns, sorted."""
         return [n for n in self.names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
 
     def path(self, name: str) -> str:
-        """The address of a file of this folder that is copied or read as text. Raises UserError for a link that leads
-        to where this folder has no business, and for one that leads nowhere."""
+        """Path or URL of a companion file. Raises UserError for a broken link and for a link that leaves the folder
+        for a place that the module docstring does not allow."""
         url = join(self.url, name)
         if self._is_link(name):
             link = Path(local_path(url))
             _check_target_exists(link)
             if not self._may_follow(link):
                 raise UserError(
-                    f"{link}: a link to {link.resolve()}, which is outside of {self.url} and not where its weights "
-                    "are; put a copy there (cp -L)"
+                    f"{link}: links to {link.resolve()}, outside {self.url} and not beside its weights; replace "
+                    "the link by a copy (cp -L)"
                 )
         return url
 
     def open(self, name: str) -> ByteFile:
-        """A file of weights; links to them are followed wherever they lead."""
+        """Open a weight file; links are followed anywhere (see the module docstring)."""
         if self.remote and self._blocks is None:
             self._blocks = BlockCache(len(self.matching(*WEIGHT_PATTERNS)))
         url = join(self.url, name)
@@ -148,14 +143,14 @@ class Folder:
         return Folder(join(self.url, name))
 
     def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
-        """A small file, whole. `follow`: also where a link leads out of the folder, for what is never copied."""
+        """Content of a small file. `follow`: follow a link out of the folder too, for files that are never copied."""
         if self.remote:
             file: ByteFile = RemoteFile(self.path(name), BlockCache(1))
         else:
             file = self._checked(name) if follow else open_file(self.path(name))
         if file.size > limit:
             raise UserError(
-                f"{file.name}: {file.size:,} bytes, more than {limit:,}; it is not what its name says"
+                f"{file.name}: {file.size:,} bytes, more than the limit of {limit:,}; its content does not fit its name"
             )
         return refuse_pointer(file).peek(0, file.size)
 
@@ -164,12 +159,12 @@ class Folder:
 
 
 def parse_json(raw: bytes, where: str) -> Any:
-    """JSON, or a UserError that names the file."""
+    """Parse JSON; raises UserError with the file `where`."""
     try:
         return json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"{where}: not JSON: {error or type(error).__name__}; fetch or write it again"
+            f"{where}: not valid JSON: {error or type(error).__name__}; download or write it again"
         ) from None
 
 
@@ -191,14 +186,14 @@ def _remote_entries(url: str) -> dict[str, bool]:
     try:
         entries = object_store.with_retries(url, call)
     except FileNotFoundError:
-        raise UserError(f"{url}: nothing there") from None
+        raise UserError(f"{url}: not found") from None
     found = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] == "directory" for entry in entries}
     found.pop("", None)
     return found
 
 
 def refuse_pointer(file: ByteFile) -> ByteFile:
-    """`file`; UserError where it only stands for another, which was not fetched."""
+    """Return `file`; raises UserError for a pointer (Git LFS, git-annex) whose real file was not fetched."""
     start = file.peek(0, min(file.size, 64))
     for mark, what in POINTERS.items():
         if start.startswith(mark):
@@ -209,24 +204,24 @@ def refuse_pointer(file: ByteFile) -> ByteFile:
 def _check_target_exists(link: Path) -> None:
     if not link.exists():
         raise UserError(
-            f"{link}: a link to {os.readlink(link)}, which is not there; fetch it (git annex get, dvc pull) or mount "
-            "its store"
+            f"{link}: a broken link to {os.readlink(link)}; fetch the file (git annex get, dvc pull) or mount its "
+            "store"
         )
 
 
 def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], list[str]]:
-    """File -> the tensors that the index says are in it (none are named where there is no index); and notes.
+    """Return weight file -> tensor names in its index (empty without an index), and notes.
 
-    Of several forms the one that transformers takes: one file before shards, safetensors before pickles.
-    Raises UserError for an index that is none, that names files outside of the folder or absent ones, and for a
-    folder of which it is not clear what its weights are.
+    If the folder holds several copies, the choice is that of transformers: one file before shards, safetensors before
+    pickles. Raises UserError for a malformed index, for one that names missing files or files outside the folder, and
+    for a folder whose weight files are ambiguous.
     """
     for name in SINGLE_FILES:
         index = f"{name}{INDEX}"
         if name in folder:
             files = {name: set[str]()}
             shards = _by_index(folder, index) if index in folder else files
-            note = f"{folder.url}: {name} is read, as by transformers, and not the shards of {index}"
+            note = f"{folder.url}: reads {name}, as transformers does, not the shards of {index}"
             return files, [] if shards.keys() == files.keys() else [note]
         if index in folder:
             return _by_index(folder, index), []
@@ -245,12 +240,12 @@ def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], lis
 
 
 def _parts(folder: Folder, address: str, found: list[str]) -> dict[str, set[str]]:
-    """Shards numbered i-of-N that came without their index, where all are there."""
+    """Shards numbered i-of-N without an index. Raises UserError unless all N exist."""
     parts = [SHARD_NAME.fullmatch(name) for name in found]
     kinds = {(part["stem"], part["count"], part["suffix"]) if part else None for part in parts}
     if kinds == {None} or len(kinds) > 1:
         raise UserError(
-            f"{address}: {len(found)} {found[0][found[0].rfind('.') :]} files and no index in {folder.url}; "
+            f"{address}: {folder.url} holds {len(found)} {found[0][found[0].rfind('.') :]} files and no index; "
             "name one file, or RUN/STAGE"
         )
     there = {int(part["number"]) for part in parts if part}
@@ -258,30 +253,30 @@ def _parts(folder: Folder, address: str, found: list[str]) -> dict[str, set[str]
     missing = sorted(set(range(1, count + 1)) - there) if count < 1 << 16 else [0]
     if missing:
         raise UserError(
-            f"{address}: {len(found)} of {count} shards are in {folder.url}, number {missing[0]} is missing; fetch the "
-            "folder again"
+            f"{address}: {folder.url} holds {len(found)} of {count} shards; number {missing[0]} is missing; "
+            "download the folder again"
         )
     return {name: set() for name in found}
 
 
 def _no_weights_message(folder: Folder, address: str) -> str:
     if not folder.names and not folder.folders:
-        return f"{address}: no safetensors file and no checkpoint, {folder.url} is empty"
+        return f"{address}: no safetensors file and no checkpoint: {folder.url} is empty"
     if adapters := [name for name in ADAPTERS if name in folder]:
         return (
-            f"{address}: an adapter ({adapters[0]}), not a model; merge it into its base first "
+            f"{address}: an adapter ({adapters[0]}), not a model; first merge it into its base model "
             "(peft: merge_and_unload), then name the result"
         )
     for pattern, what in UNSUPPORTED.items():
         if found := folder.matching(pattern):
             return f"{address}: no safetensors file and no checkpoint in {folder.url}; {found[0]}: {what}"
     near = ", ".join(_weight_folders_below(folder))
-    advice = f"there are some in {near}" if near else "name one file, or RUN/STAGE"
+    advice = f"found some in {near}" if near else "name one file, or RUN/STAGE"
     return f"{address}: no safetensors file and no checkpoint in {folder.url}; {advice}"
 
 
 def _weight_folders_below(folder: Folder) -> list[str]:
-    """A few folders below that hold weights: a Trainer's checkpoints, a snapshot in the Hub's cache."""
+    """Up to SHOWN subfolders that hold weights: checkpoints of a Trainer, or a snapshot in the Hub's cache."""
     if folder.remote:
         return []
     found = []
@@ -291,7 +286,7 @@ def _weight_folders_below(folder: Folder) -> list[str]:
             deeper = (
                 [inner.subfolder(one) for one in inner.folders[:SCANNED]] if name == "snapshots" else [inner]
             )
-        except UserError:  # one that cannot be read
+        except UserError:  # unreadable folder
             continue
         found += [one.url for one in deeper if one.matching(*WEIGHT_PATTERNS)]
     return found[-SHOWN:]
@@ -302,14 +297,14 @@ def _by_index(folder: Folder, index: str) -> dict[str, set[str]]:
     where = f"{folder.url}/{index}"
     placed: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
-        raise UserError(f"{where}: not an index of weights (no weight_map); fetch the folder again")
+        raise UserError(f"{where}: not an index of weight files (no weight_map); download the folder again")
     files: dict[str, set[str]] = {}
     for tensor, name in placed.items():
         if not isinstance(name, str) or not name or "/" in name or "\\" in name or name in (".", ".."):
-            raise UserError(f"{where}: names {str(name)[:100]!r}, which is no file of this folder")
+            raise UserError(f"{where}: names {str(name)[:100]!r}, which is not a file of this folder")
         if name not in folder:
-            raise UserError(f"{where}: names {name[:100]!r}, which is not there; fetch the folder again")
+            raise UserError(f"{where}: names {name[:100]!r}, which does not exist; download the folder again")
         if not name.endswith((".safetensors", ".bin", ".pt", ".pth")):
-            raise UserError(f"{where}: names {name[:100]!r}, which is no file of weights")
+            raise UserError(f"{where}: names {name[:100]!r}, which is not a weight file")
         files.setdefault(name, set()).add(tensor)
     return dict(sorted(files.items()))

@@ -1,4 +1,4 @@
-"""Weights on the Hugging Face hub or in open_clip's list, fetched by their own libraries into their own caches."""
+"""Weights at hf:// and open_clip:// addresses, downloaded by huggingface_hub and open_clip into their own caches."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrain.weights.companions import COMPANIONS, COPIED_SUFFIXES
 from pretrain.weights.folder import MAX_JSON, Folder, weight_files
 from pretrain.weights.formats.safetensors_file import short
 
-OTHER_FILES = ("README.md", "merge.json")  # they say where weights come from, and what is tied
+OTHER_FILES = ("README.md", "merge.json")  # they record the origin of the weights and tied names
 OFFLINE_ERRORS = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError", "RequestException")
 VERBOSE_VARIABLES = ("HF_HUB_VERBOSITY", "HF_DEBUG")
-URL_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # of an address: it may hold a signature that lets anyone read
+URL_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")  # of a URL; it may hold a signature that grants access
 
 
 class RepositoryListing(Folder):
-    """What stands at the top of a repository, as a folder: `fetch` gives a file's local path."""
+    """The top level of a hub repository as a Folder; `fetch` downloads a file and returns its local path."""
 
     def __init__(self, address: str, names: Sequence[str], fetch: Callable[[str], str]) -> None:
         self.url, self.remote, self._fetch = address, False, fetch
@@ -38,31 +38,31 @@ class RepositoryListing(Folder):
     def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
         file = self.open(name)
         if file.size > limit:
-            raise UserError(f"{self.url}: {name} has {file.size:,} bytes, more than {limit:,}")
+            raise UserError(f"{self.url}: {name} has {file.size:,} bytes, more than the limit of {limit:,}")
         return file.peek(0, file.size)
 
 
 def fetch(address: str, name: str) -> str:
-    """The local folder of `org/name[@revision]`: the weights that a merge reads, and what stands beside them.
+    """Download the weights and companions of `org/name[@revision]`; return the local folder.
 
-    Of several copies of the weights one is fetched: safetensors before pickles, what an index names before all else.
-    Without a network, what the cache holds. Raises UserError in one line.
+    Of several copies of the weights it downloads the one that `weight_files` chooses. Without a network it returns the
+    cached snapshot. Raises UserError with a one-line reason.
     """
     repository, _, revision = name.partition("@")
     try:
         import huggingface_hub as hub
     except ImportError:
-        raise UserError(f"{address}: needs huggingface_hub; pip install 'dromos[hf]'") from None
+        raise UserError(f"{address}: requires huggingface_hub; pip install 'dromos[hf]'") from None
     where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     try:
-        listed = [one.rfilename for one in hub.HfApi().model_info(**where).siblings or ()]
-    except Exception as error:  # the client lets its HTTP library's own errors through
+        names = [file.rfilename for file in hub.HfApi().model_info(**where).siblings or ()]
+    except Exception as error:  # huggingface_hub also raises errors of its HTTP library
         return _cached(address, hub, where, error)
-    there = RepositoryListing(address, listed, lambda file: hub.hf_hub_download(filename=file, **where))
+    listing = RepositoryListing(address, names, lambda file: hub.hf_hub_download(filename=file, **where))
     try:
         with _silenced(hub.utils):
-            wanted = [glob.escape(file) for file in files_to_fetch(there)]
-            return str(hub.snapshot_download(allow_patterns=wanted, **where))
+            patterns = [glob.escape(file) for file in files_to_fetch(listing)]
+            return str(hub.snapshot_download(allow_patterns=patterns, **where))
     except UserError:
         raise
     except Exception as error:  # as above
@@ -70,7 +70,7 @@ def fetch(address: str, name: str) -> str:
 
 
 def files_to_fetch(folder: Folder) -> list[str]:
-    """What a merge reads of a folder: one copy of the weights with its index, config, tokenizer and the like."""
+    """Names of the files a merge reads: one copy of the weights with its index, and the companions."""
     weights, _ = weight_files(folder, folder.url)
     beside = [name for name in folder.matching(*COMPANIONS) if name.endswith(COPIED_SUFFIXES)]
     through_index = any(weights.values())
@@ -80,7 +80,7 @@ def files_to_fetch(folder: Folder) -> list[str]:
 
 @contextmanager
 def _silenced(utils: Any) -> Iterator[None]:
-    """Without what the client would draw into files, and without its log, which holds signed addresses."""
+    """Disable the client's log, which holds signed URLs, and its progress bars unless stderr is a terminal."""
     logger, bars = utils.logging.get_logger(), sys.stderr.isatty() or utils.are_progress_bars_disabled()
     level = logger.level
     if not any(os.environ.get(name) for name in VERBOSE_VARIABLES):
@@ -96,28 +96,28 @@ def _silenced(utils: Any) -> Iterator[None]:
 
 
 def _cached(address: str, hub: Any, where: dict[str, Any], error: Exception) -> str:
-    """What the cache holds, if it is whole, where the hub would not say what there is."""
+    """The cached snapshot, if it is complete, after the hub failed with `error`."""
     if _has_type(error, "RevisionNotFoundError", "HFValidationError"):
         raise UserError(f"{address}: {_reason(error)}") from None
     try:
-        # A pattern that nothing matches: the client would ask for all that the repository has.
+        # "/" matches no file. Without a pattern the client requires every file of the repository.
         folder = str(hub.snapshot_download(local_files_only=True, allow_patterns=["/"], **where))
-    except Exception:  # as above; why the hub would not say is what helps, not why the cache is empty
+    except Exception:  # as above; the hub's error is more useful than that of an empty cache
         raise UserError(f"{address}: {_reason(error)}") from None
     try:
         weight_files(Folder(folder), address)
     except UserError as missing:
-        raise UserError(f"{address}: {_reason(error)} (in the cache it is not whole: {missing})") from None
+        raise UserError(f"{address}: {_reason(error)} (the cached copy is incomplete: {missing})") from None
     return folder
 
 
 def fetch_open_clip(address: str, name: str) -> str:
-    """The file of `arch/tag` of open_clip's pretrained models, from its cache or fetched by it."""
+    """Path of the weight file of open_clip's pretrained model `arch/tag`, downloaded if it is not cached."""
     arch, _, tag = name.partition("/")
     try:
         from open_clip import pretrained
     except ImportError:
-        raise UserError(f"{address}: needs open_clip; pip install 'dromos[train]'") from None
+        raise UserError(f"{address}: requires open_clip; pip install 'dromos[train]'") from None
     known: dict[str, Any] = pretrained.get_pretrained_cfg(arch, tag)
     if not known:
         tags = pretrained.list_pretrained_tags_by_model(arch)
@@ -132,25 +132,25 @@ def fetch_open_clip(address: str, name: str) -> str:
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if _has_type(error, "GatedRepoError"):
-        return "is gated; ask for access on its page, and log in (hf auth login)"
+        return "the repository is gated; request access on its page and log in (hf auth login)"
     if _has_type(error, "RepositoryNotFoundError") or status == 401:
-        return "no such repository, or one that needs a login (hf auth login)"
+        return "the repository does not exist or needs a login (hf auth login)"
     if _has_type(error, "RevisionNotFoundError"):
-        return "no such revision; correct what stands after @"
+        return "the revision does not exist; correct the text after @"
     if _has_type(error, "HFValidationError"):
-        return "no name of a repository; write hf://ORG/NAME[@REVISION]"
+        return "not a valid repository name; write hf://ORG/NAME[@REVISION]"
     if (
         isinstance(error, ConnectionError | TimeoutError)
         or status >= 500
         or _has_type(error, *OFFLINE_ERRORS)
     ):
-        said = f" (it says {status})" if status else f" ({_describe_error(error)[:200]})"
-        said = "" if _has_type(error, "OfflineModeIsEnabled") else said
+        detail = f" (HTTP status {status})" if status else f" ({_describe_error(error)[:200]})"
+        detail = "" if _has_type(error, "OfflineModeIsEnabled") else detail
         return (
-            f"is not in the cache, and the hub does not answer{said}; go online, or copy the folder here and name its "
-            "path"
+            f"not in the cache, and the hub does not answer{detail}; go online, or copy the folder to this machine and "
+            "name its path"
         )
-    return f"cannot be fetched: {_describe_error(error)}"
+    return f"download failed: {_describe_error(error)}"
 
 
 def _describe_error(error: Exception) -> str:
@@ -158,5 +158,5 @@ def _describe_error(error: Exception) -> str:
 
 
 def _has_type(error: Exception, *names: str) -> bool:
-    """By name: the client, and the HTTP library that it lets through, are imported where they are used."""
+    """Compare class names, so that neither huggingface_hub nor its HTTP library is imported here."""
     return any(kind.__name__ in names for kind in type(error).__mro__)

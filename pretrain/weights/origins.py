@@ -1,4 +1,4 @@
-"""Where weights say that they come from: the files beside them, read for names of models and addresses."""
+"""Recorded origins of weights: the models that merge.json, config.json and the model card name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ CARD_LIMIT = 4 << 20
 
 
 def origins(address: str, folder: Folder | None) -> frozenset[str]:
-    """Names of what weights were made from, hub names as hf://ORG/NAME: `base_model` of the model card, `_name_or_path`
-    of the config, inputs of merge.json and their origins; and the weights' own hub name. Empty where nothing is said.
+    """Addresses of the models that the weights derive from, and their own hub address; hub names as hf://ORG/NAME.
+
+    Sources: `base_model` of the model card, `_name_or_path` of the config, the inputs of merge.json and their recorded
+    origins. Empty if none is recorded.
     """
     found = {address.partition("@")[0]} if address.startswith("hf://") else set()
     if folder is None:
@@ -26,7 +28,7 @@ def origins(address: str, folder: Folder | None) -> frozenset[str]:
         if name in folder:
             try:
                 found |= read(folder, name)
-            except UserError:  # who cannot be read says nothing
+            except UserError:  # an unreadable file adds nothing
                 continue
     return frozenset(found)
 
@@ -40,7 +42,9 @@ def _of_merge(folder: Folder, name: str) -> set[str]:
             address, lineage = entry.get("address"), entry.get("lineage")
             if isinstance(address, str) and "://" in address:
                 found.add(address.partition("@")[0])
-            found |= {one for one in lineage if isinstance(one, str)} if isinstance(lineage, list) else set()
+            found |= (
+                {name for name in lineage if isinstance(name, str)} if isinstance(lineage, list) else set()
+            )
     return found
 
 
@@ -50,7 +54,7 @@ def _of_config(folder: Folder, name: str) -> set[str]:
 
 
 def _of_card(folder: Folder, name: str) -> set[str]:
-    """`base_model` of the front matter: one name or several."""
+    """`base_model` of the front matter: a name or a list of names."""
     match = FRONT_MATTER.match(folder.bytes(name, CARD_LIMIT))
     try:
         matter: Any = yaml.safe_load(match[1].decode("utf-8", "replace")) if match else None
@@ -58,7 +62,7 @@ def _of_card(folder: Folder, name: str) -> set[str]:
         return set()
     base = matter.get("base_model") if isinstance(matter, dict) else None
     names = base if isinstance(base, list) else [base]
-    return {one for name in names for one in _hub(name)}
+    return {address for name in names for address in _hub(name)}
 
 
 def _hub(name: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""Weights at an address, whatever wrote them: names, shapes, and flat ranges read in place."""
+"""`open_weights` and `WeightSource`: names, shapes and flat ranges of the weights at any address, read in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ELEMENTS_PER_COMPARISON = 1 << 20
 
 
 class Reader(Protocol):
-    """What holds tensors: one safetensors file, one torch file, one ZeRO checkpoint."""
+    """Tensors of one safetensors file, one torch file or one ZeRO checkpoint."""
 
     def names(self) -> list[str]: ...
 
@@ -43,15 +43,15 @@ class Reader(Protocol):
 class WeightSource:
     """The weights at one address.
 
-    address: as it was written.
-    located: where it led.
-    frozen:  names of parameters that did not train (from frozen.safetensors or the checkpoint itself).
-    tied:    name -> the name under which the same weight is stored; not in `names()`.
-    files:   every file that holds tensors.
-    folder:  where config, tokenizer and the like stand; None beside a single file and in a checkpoint.
-    config_error:   why its config cannot be that of a merge; None where it can.
-    rows:    a digest of the rows in which its embeddings are seen; empty where they are seen as they are stored.
-    folder_notes: notes of which files were taken.
+    address:      as the user wrote it.
+    located:      the resolved address.
+    frozen:       names of parameters that did not train (from frozen.safetensors or the checkpoint itself).
+    tied:         name -> stored name of the same weight; tied names are not in `names()`.
+    files:        every file that holds tensors.
+    folder:       the folder of config, tokenizer and other companions; None for a lone file and for a checkpoint.
+    config_error: why an output cannot use this source's config; None if it can.
+    rows_digest:  digest of the row maps of its embeddings; empty if the rows are read as stored.
+    folder_notes: notes about the choice of weight files.
     """
 
     config_error: str | None = None
@@ -74,7 +74,7 @@ class WeightSource:
         for file, reader in readers.items():
             for name in reader.names():
                 if name in self._holder:
-                    raise UserError(f"{address}: {name} is in two files, one of them {file}")
+                    raise UserError(f"{address}: {name} is stored in two files, one of them {file}")
                 self._holder.setdefault(name, reader)
         self.tied: dict[str, str] = {}
         self._tie(tied or {})
@@ -85,7 +85,7 @@ class WeightSource:
             self._holder.pop(alias, None)
 
     def _add_frozen(self, file: ByteFile) -> None:
-        """Tensors that a stage keeps beside its checkpoints; the checkpoint's own go before them."""
+        """Add the frozen tensors that a stage stores beside its checkpoints; the checkpoint's own tensors win."""
         reader = SafetensorsFile(file)
         self.files.append(file)
         self.frozen |= frozenset(reader.names())
@@ -93,22 +93,22 @@ class WeightSource:
             self._holder.setdefault(name, reader)
 
     def names(self) -> list[str]:
-        """Every stored tensor once, frozen ones included."""
+        """Names of all stored tensors, including frozen ones."""
         return list(self._holder)
 
     def info(self, name: str) -> TensorInfo:
-        """dtype as safetensors spells it (F32, BF16, ...) and shape."""
+        """dtype in safetensors spelling (F32, BF16, ...) and shape."""
         return self._holder[name].info(name)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flat tensor, read-only, in the storage type; BF16 comes as its bits, uint16.
+        """Elements [start, stop) of the flat tensor, read-only, in the storage type (BF16: its bits as uint16).
 
-        Raises UserError when the file was changed since it was opened, ReadError when a store does not answer.
+        Raises UserError if the file changed since it was opened, ReadError if the object store does not answer.
         """
         return self._holder[name].read(name, start, stop)
 
     def array(self, name: str) -> np.ndarray:
-        """A whole tensor in its shape; BF16 as float32, which holds it exactly."""
+        """A whole tensor in its shape; BF16 is widened to float32, which is exact."""
         dtype, shape = self.info(name)
         flat = self.read(name, 0, elements(shape))
         if dtype == "BF16":
@@ -116,7 +116,7 @@ class WeightSource:
         return flat.reshape(shape)
 
     def equal(self, name: str, other: WeightSource) -> bool:
-        """True where both hold the same bytes under `name`, in the same shape and dtype."""
+        """True if both sources hold the same bytes, shape and dtype under `name`."""
         return same_tensor(self, name, other, name)
 
     @cached_property
@@ -125,32 +125,31 @@ class WeightSource:
 
     @property
     def companions(self) -> dict[str, Path | bytes]:
-        """File name -> path of config, tokenizer and the like beside the weights, or their content."""
+        """File name -> path or content of the config, tokenizer and other companions."""
         return self._beside[0]
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of what is taken from a folder and what is not."""
+        """Notes for the user about files that are used or left out."""
         return [*self.folder_notes, *self._beside[1]]
 
     @cached_property
     def lineage(self) -> frozenset[str]:
-        """What the weights come from, as the files beside them say (see pretrain.weights.origins)."""
+        """Recorded origins of the weights (see pretrain.weights.origins)."""
         return origins(self.address, self.folder)
 
     @property
     def frozen_file(self) -> Path | None:
-        """frozen.safetensors of the stage that wrote the weights, if it froze anything."""
+        """frozen.safetensors of the stage that wrote the weights; None if the stage froze nothing."""
         return next((Path(file.name) for file in self.files if Path(file.name).name == FROZEN), None)
 
     def check_unchanged(self) -> None:
-        """UserError when a file is not the one that was opened."""
+        """Raises UserError if a file differs from the one that was opened."""
         for file in self.files:
             file.check_unchanged()
 
     def hashes(self) -> dict[str, str]:
-        """File -> what tells its content from another's, of every file that holds tensors: its xxh64 in the
-        checkpoint's own manifest where it has one, else its fingerprint."""
+        """Weight file -> content hash: its xxh64 in the checkpoint's manifest if it has one, else its fingerprint."""
         known: dict[str, str] = {}
         if self.located.kind == "checkpoint":
             known = _manifest(Folder(self.located.path))
@@ -158,9 +157,9 @@ class WeightSource:
 
 
 def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
-    """Open the weights at `address` (see pretrain.run.address); nothing but headers is read.
+    """Open the weights at `address` (see pretrain.run.address). Reads headers only.
 
-    Raises UserError naming what is missing, damaged, or not readable.
+    Raises UserError naming the missing, damaged or unreadable file.
     """
     located = locate(address, run_dir)
     if located.kind == "hf":
@@ -178,7 +177,7 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
 
 
 def _open_file(address: str, located: Located) -> WeightSource:
-    """One file; where its folder has no other weights, that folder."""
+    """Open a weight file, with its folder's companions if the folder holds no other weights."""
     if located.path.endswith(".gguf"):
         raise UserError(f"{address}: {UNSUPPORTED['*.gguf']}")
     folder, note = (None, None) if is_remote(located.path) else _enclosing_folder(located.path)
@@ -195,7 +194,7 @@ def _open_file(address: str, located: Located) -> WeightSource:
 
 
 def _enclosing_folder(path: str) -> tuple[Folder | None, str | None]:
-    """The folder of a file of weights that are its only ones; or why it is not taken, where config.json is there."""
+    """The folder of a file if it holds no other weights; else None and, if the folder has a config, a note why."""
     folder, name = Folder(os.path.dirname(path) or "."), os.path.basename(path)
     if "config.json" not in folder and "open_clip_config.json" not in folder:
         return None, None
@@ -207,11 +206,11 @@ def _enclosing_folder(path: str) -> tuple[Folder | None, str | None]:
         return folder, None
     if name in files:
         return None, f"{path} is one of {len(files)} shards; name the folder for the whole model"
-    return None, f"{path} is one of several: config and tokenizer of its folder are not taken"
+    return None, f"{path} is one of several weight files: config and tokenizer of its folder are not used"
 
 
 def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
-    """The folder itself: a checkpoint's, also where `latest` of a folder names it, or a step of a remote stage."""
+    """The folder of the weights: the folder itself, the one that its `latest` file names, or a step of a stage."""
     if is_remote(located.path) and (found := WHICH.match(located.path)):
         return _remote_step(found["base"], found["which"], address)
     folder = Folder(located.path)
@@ -222,7 +221,7 @@ def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
     if "latest" in folder:
         tag = folder.bytes("latest", 4096).decode("utf-8", "replace").strip()
         if tag not in folder.folders:
-            raise UserError(f"{folder.url}/latest: names {tag[:100]!r}, which is no folder beside it")
+            raise UserError(f"{folder.url}/latest: names {tag[:100]!r}, which is not a folder beside it")
         below = folder.subfolder(tag)
         return Located("folder" if is_universal(below) else "checkpoint", below.url), below
     return located, folder
@@ -235,7 +234,7 @@ def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]
     if which == "best" or not complete or (which.isdigit() and int(which) not in complete):
         have = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(
-            f"{address}: complete checkpoints of a remote stage are taken by step or @latest; {have}"
+            f"{address}: name a complete checkpoint of a remote stage by step or @latest; complete steps: {have}"
         )
     step = max(complete) if which == "latest" else int(which)
     folder = above.subfolder(complete[step])
@@ -260,7 +259,9 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
             tied |= reader.tied
         absent = sorted(expected - {*reader.names(), *tied})
         if absent:
-            raise UserError(f"{file.name}: has no {short(absent[0])}, which its folder's index says is there")
+            raise UserError(
+                f"{file.name}: has no tensor {short(absent[0])}, although the index of its folder lists it"
+            )
         readers[file.name] = reader
     source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
     source.folder_notes = folder_notes
@@ -269,7 +270,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
 
 
 def _recorded_ties(source: WeightSource) -> dict[str, str]:
-    """What merge.json says is tied, else what config.json does."""
+    """Tied names from merge.json, else from config.json."""
     folder = source.folder
     assert folder is not None
     record: Any = folder.json("merge.json") if "merge.json" in folder else None
@@ -284,7 +285,7 @@ def _recorded_ties(source: WeightSource) -> dict[str, str]:
 
 
 def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool:
-    """True where both are the same bytes, in the same shape and dtype."""
+    """True if both tensors have the same bytes, shape and dtype."""
     if a.info(name) != b.info(other):
         return False
     count = elements(a.info(name)[1])
@@ -304,11 +305,11 @@ def _manifest(folder: Folder) -> dict[str, str]:
     try:
         return {str(name): str(entry["xxh64"]) for name, entry in content.items()}
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{folder.url}/manifest.json: not what a checkpoint has there") from None
+        raise UserError(f"{folder.url}/manifest.json: not a checkpoint manifest") from None
 
 
 def _short_names(files: Sequence[ByteFile]) -> dict[str, ByteFile]:
-    """Files by their own names; with their folders' where two have the same."""
+    """File name -> file; with the parent folder in the name if two files have the same name."""
     named = {Path(file.name).name: file for file in files}
     if len(named) == len(files):
         return named

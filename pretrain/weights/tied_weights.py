@@ -1,4 +1,4 @@
-"""Weights that a model keeps once and uses under two names, as transformers' configs and model classes say it."""
+"""Tied weights: stored once, used under two names, as transformers' configs and model classes define them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 TIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"^(.*?)(?:model\.)?(?:language_model\.|decoder\.)?embed_tokens\.weight$", (r"\1lm_head.weight",)),
     (r"^(.*?)(?:transformer\.)?(?:wte|word_embeddings)\.weight$", (r"\1lm_head.weight",)),
-    # The first before transformers 5, the second since.
+    # The first name up to transformers 4, the second since version 5.
     (r"^(.*?)gpt_neox\.embed_in\.weight$", (r"\1embed_out.weight", r"\1lm_head.weight")),
     (r"^(.*?)backbone\.embeddings\.weight$", (r"\1lm_head.weight",)),
     (
@@ -26,7 +26,7 @@ HEADED = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaske
 
 
 def tie_setting(config: Any) -> bool | None:
-    """`tie_word_embeddings` of a config.json, at its top or in `text_config`; None where it says nothing."""
+    """`tie_word_embeddings` of a config.json, at the top level or in `text_config`; None if it is not set."""
     if not isinstance(config, dict):
         return None
     for part in (config, config.get("text_config")):
@@ -38,14 +38,15 @@ def tie_setting(config: Any) -> bool | None:
 def tied_names(
     names: Collection[str], config: Any, equal: Callable[[str, str], bool] | None = None
 ) -> dict[str, str]:
-    """Name of a weight that is another one -> the name that this one is stored under.
+    """Map each tied name to the stored name of the same weight.
 
-    Where the config ties, or says nothing of it and the model has a head that is not stored, the absent names of TIES
-    are ties. A name that is stored too, although the config ties it, is one when `equal(name, stored)`.
+    If the config sets `tie_word_embeddings`, or does not mention it and its model class has a head, the names of TIES
+    that are not stored count as tied. If the config ties a name that is stored too, it is tied if
+    `equal(name, stored)`.
     """
     tied = tie_setting(config)
     classes = config.get("architectures") if isinstance(config, dict) else None
-    headed = isinstance(classes, list) and any(isinstance(one, str) and HEADED.search(one) for one in classes)
+    headed = isinstance(classes, list) and any(isinstance(cls, str) and HEADED.search(cls) for cls in classes)
     if tied is False or (tied is None and not headed):
         return {}
     held = set(names)

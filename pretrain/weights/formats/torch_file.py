@@ -1,4 +1,4 @@
-"""torch.save files without torch: the archive stays where it is, its tensors are read in place."""
+"""torch.save files without torch: tensors are read in place, and `StateDict` finds the state dict in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
 MAX_PICKLE = 64 << 20
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-DDP_PREFIX = (
-    "module."  # what DistributedDataParallel puts before every name, and open_clip's checkpoints keep
-)
+DDP_PREFIX = "module."  # DistributedDataParallel adds it to every name; open_clip's checkpoints keep
 
 
 class TorchFile:
-    """One file of torch.save (zip format). `content` is its object with `Tensor`s in place of tensors.
+    """One torch.save file in the zip format. `content` is the saved object with `Tensor`s in place of tensors.
 
-    Raises UserError, which names the file, for anything that torch.save does not write, and for what it wrote before
-    it wrote archives.
+    Raises UserError with the file's name for anything that torch.save does not write, and for the format of torch
+    before 1.6.
     """
 
     def __init__(self, file: ByteFile | Path | str) -> None:
@@ -40,25 +38,26 @@ class TorchFile:
             entries = self.directory.entries
             pickled = [name for name in entries if name.endswith("/data.pkl")]
             if len(pickled) != 1:
-                raise ValueError("it holds no data.pkl")
+                raise ValueError("it does not hold exactly one data.pkl")
             self._root = pickled[0].removesuffix("data.pkl")
             if f"{self._root}constants.pkl" in entries:
                 raise ValueError("it is a TorchScript model; save its state_dict() instead")
             order = self._member("byteorder") if self._root + "byteorder" in entries else b""
             if order not in (b"", b"little"):
-                raise ValueError(f"its bytes are {order[:20].decode(errors='replace')}-endian")
+                raise ValueError(f"its byte order is {order[:20].decode(errors='replace')}, not little")
             self.content = Unpickler(self._member("data.pkl"), self._locate).load()
         except (UserError, OSError):
             raise
-        except Exception as error:  # a hostile pickle may raise anything; none of it may pass as success
+        except Exception as error:  # a hostile pickle may raise any exception
             raise self.refused(error) from None
 
     def refused(self, error: Exception) -> UserError:
+        """The UserError for a file that is not what torch.save writes."""
         why = short(str(error) or type(error).__name__)
-        return UserError(f"{self.name}: refused: {why}; only files written by torch.save are read")
+        return UserError(f"{self.name}: refused: {why}; only files written by torch.save can be read")
 
     def gathered(self, tensor: Tensor) -> np.ndarray:
-        """A strided tensor of a remote file, flat; the last one is kept, since it is read chunk by chunk."""
+        """All elements of a strided remote tensor, flat. Caches the last tensor, because reads come in chunks."""
         with self._lock:
             if self._gathered is None or self._gathered[0] is not tensor:
                 self._gathered = tensor, tensor.strided().reshape(-1)
@@ -66,15 +65,13 @@ class TorchFile:
 
     def _archive(self) -> ZipDirectory:
         if self.file.peek(0, min(2, self.file.size))[:1] == b"\x80":
-            raise ValueError(
-                "it has the format from before torch 1.6; load it with torch once and save it again"
-            )
+            raise ValueError("it has the format of torch before 1.6; load it with torch and save it again")
         return ZipDirectory(self.file)
 
     def _member(self, name: str) -> bytes:
         entry = self.directory.entries[self._root + name]
         if entry.size > MAX_PICKLE:
-            raise ValueError(f"its {name} would be {entry.size:,} bytes")
+            raise ValueError(f"its {name} has {entry.size:,} bytes, more than {MAX_PICKLE:,}")
         start = self.directory.start(entry)
         return self.file.peek(start, start + entry.size)
 
@@ -91,9 +88,9 @@ class TorchFile:
 
 
 class StateDict:
-    """A flat state dict at the top of a file, or under one of STATE_DICT_KEYS.
+    """A flat state dict at the top level of a file or under one of STATE_DICT_KEYS.
 
-    `tied`: a name that shares its memory with an earlier one -> that one; it is not in `names()`.
+    tied: name that shares its memory with an earlier tensor -> name of that tensor; tied names are not in `names()`.
     """
 
     def __init__(self, file: ByteFile | Path | str) -> None:
@@ -112,17 +109,15 @@ class StateDict:
                 break
             content = inner
         if not isinstance(content, dict):
-            raise UserError(f"{archive.name}: holds no state dict")
+            raise UserError(f"{archive.name}: contains no state dict")
         found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if not found:
             raise UserError(
-                f"{archive.name}: holds no tensors at its top nor under {', '.join(STATE_DICT_KEYS)}"
+                f"{archive.name}: contains no tensors at the top level or under {', '.join(STATE_DICT_KEYS)}"
             )
         for name in found:
             if not is_name(name):
-                raise UserError(
-                    f"{archive.name}: a tensor is named {ascii(name)[:80]}, which is no printable text"
-                )
+                raise UserError(f"{archive.name}: the tensor name {ascii(name)[:80]} is not printable text")
         if all(name.startswith(DDP_PREFIX) for name in found):
             found = {name.removeprefix(DDP_PREFIX): value for name, value in found.items()}
         self.tied: dict[str, str] = {}

@@ -1,4 +1,7 @@
-"""Pickles of torch.save read by an allow-list: nothing in a file runs, nor takes more memory than it spells out."""
+"""Allow-list unpickler for torch.save files.
+
+No code of a file runs, and a file cannot allocate more memory than its own size justifies.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ TORCH_DTYPES = {
     "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
     "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
-MAX_OPERATIONS = 4_000_000  # some 100,000 tensors; each may take a hundred bytes
+MAX_OPERATIONS = 4_000_000  # enough for about 100,000 tensors; an operation may allocate a hundred bytes
 
 
 class Stub:
-    """Stands for an object of a class that is not needed: keeps its constructor's arguments, does nothing."""
+    """Inert replacement for an object of a class that is not needed: keeps the constructor's arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
         self = object.__new__(cls)
@@ -45,8 +48,7 @@ class Stub:
 
 
 class Dict(dict[Any, Any]):
-    """An OrderedDict of a pickle: made empty, then filled; attributes such as `_metadata` are passed over, because
-    they could hide its methods."""
+    """An OrderedDict of a pickle. Ignores attributes such as `_metadata`, because they could shadow its methods."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class Dict(dict[Any, Any]):
 
 
 class Function:
-    """A callable that a pickle may name; closed to BUILD, which would set attributes of a plain function."""
+    """A callable that a pickle may name. Unlike a plain function, it refuses attributes set by BUILD."""
 
     __slots__ = ("_run",)
 
@@ -66,7 +68,7 @@ class Function:
         return self._run(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a function with state of its own")
+        raise pickle.UnpicklingError("a function with its own state")
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
@@ -97,7 +99,7 @@ def _size(*sides: Any) -> tuple[Any, ...]:
     if len(sides) == 1 and isinstance(sides[0], list | tuple):
         sides = tuple(sides[0][: MAX_DIMENSIONS + 1])
     if len(sides) > MAX_DIMENSIONS or not all(type(side) is int for side in sides):
-        raise pickle.UnpicklingError("a size that is no short list of numbers")
+        raise pickle.UnpicklingError("a size that is not a short list of integers")
     return sides
 
 
@@ -109,21 +111,21 @@ def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
 
 def _set(items: Any = ()) -> set[Any]:
     if not isinstance(items, list | tuple):
-        raise pickle.UnpicklingError("a set of what is no list")
+        raise pickle.UnpicklingError("a set that is not built from a list")
     _check_keys(items)
     return set(items)
 
 
 def _member(owner: Any, name: Any) -> Stub:
-    """A member of an enumeration, which Python 3.11.2 (Debian 12) pickles as getattr(class, name)."""
+    """An enumeration member, which Python 3.11.2 (Debian 12) pickles as getattr(class, name)."""
     if not (isinstance(owner, type) and issubclass(owner, Stub) and isinstance(name, str)):
-        raise pickle.UnpicklingError("it names builtins.getattr of what is no enumeration")
+        raise pickle.UnpicklingError("it calls builtins.getattr on something other than an enumeration")
     return owner(name)
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): Dict,
-    ("_codecs", "encode"): Function(_latin1),  # how protocol 2 spells bytes
+    ("_codecs", "encode"): Function(_latin1),  # protocol 2 encodes bytes this way
     ("builtins", "set"): Function(_set),
     ("__builtin__", "set"): Function(_set),
     ("builtins", "getattr"): Function(_member),
@@ -135,38 +137,38 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
     **{("torch", name): dtype for name, dtype in TORCH_DTYPES.items()},
 }
-# Kept as inert objects: they describe optimizers, arguments and random states, which no weight depends on.
+# Replaced by inert objects: they describe optimizers, arguments and RNG states, which weights do not need.
 INERT = {
     ("torch", "Tensor"), ("torch", "device"), ("torch.nn.parameter", "Parameter"), ("argparse", "Namespace"),
     ("pathlib", "PosixPath"), ("pathlib", "Path"), ("numpy", "dtype"), ("numpy", "ndarray"),
     ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
 }  # fmt: skip
-# What no torch.save writes, and what makes memory of a claimed size before it is there.
+# Opcodes that torch.save never writes, and opcodes that allocate memory of a claimed size.
 FORBIDDEN_CODES = {
     pickle.EXT1: "an extension code", pickle.EXT2: "an extension code", pickle.EXT4: "an extension code",
     pickle.INST: "an instance of protocol 0", pickle.OBJ: "an instance of protocol 1",
     pickle.PERSID: "a persistent object of protocol 0", pickle.BYTEARRAY8: "a bytearray",
-    pickle.NEXT_BUFFER: "a buffer outside of it", pickle.READONLY_BUFFER: "a buffer outside of it",
+    pickle.NEXT_BUFFER: "an out-of-band buffer", pickle.READONLY_BUFFER: "an out-of-band buffer",
 }  # fmt: skip
 PLAIN = (str, int, float, bool, bytes, type(None), Stub)
 
 
 def _check_keys(keys: Any) -> None:
-    """Hashing tuples in tuples a million deep would end the process."""
+    """Raises UnpicklingError for nested tuples as keys: hashing tuples nested a million deep crashes the process."""
     for key in keys:
         if not isinstance(key, PLAIN) and not (
             isinstance(key, tuple) and all(isinstance(k, PLAIN) for k in key)
         ):
-            raise pickle.UnpicklingError("a key that is no text or number")
+            raise pickle.UnpicklingError("a key that is not text or a number")
 
 
-# Python's own machine, not C's: that one clears memory for any place in its memo that a file claims.
+# The Python implementation, because the C one allocates its memo for any index that a file claims.
 _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 class Unpickler(_PythonUnpickler):
-    """One pickle; `storage` makes a Storage of its key, dtype and bytes."""
+    """Unpickler of one file; `storage` builds a Storage from its key, dtype and size in bytes."""
 
     def __init__(self, data: bytes, storage: Callable[[str, str, int], Storage]) -> None:
         super().__init__(io.BytesIO(data))
@@ -181,7 +183,7 @@ class Unpickler(_PythonUnpickler):
             return Storage, STORAGES[name], name == "UntypedStorage"
         if (module, name) in INERT or module == "deepspeed" or module.startswith("deepspeed."):
             return type("Stub", (Stub,), {})
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of weights needs")
+        raise pickle.UnpicklingError(f"it uses {module}.{name}, which is not needed to load weights")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, (marker, dtype, untyped), key, _location, count = pid
@@ -191,15 +193,15 @@ class Unpickler(_PythonUnpickler):
             or type(count) is not int
             or not isinstance(key, str | int)
         ):
-            raise pickle.UnpicklingError("a persistent object that is no storage")
+            raise pickle.UnpicklingError("a persistent object that is not a storage")
         return self._storage(str(key), dtype, count if untyped else count * DTYPES[dtype].itemsize)
 
     def load_reduce(self) -> None:
         function, args = self.stack[-2], self.stack[-1]
-        # What a call copies has been spelled out somewhere: nobody may copy more than the whole file.
+        # Arguments of calls may be copied. The sum of all copies is limited by the size of the pickle.
         self._left -= sum(len(a) for a in args if isinstance(a, str | bytes | list | tuple | dict | set))
         if self._left < 0:
-            raise pickle.UnpicklingError("its calls make more than is in it")
+            raise pickle.UnpicklingError("its calls copy more data than the file holds")
         if not isinstance(function, Function | type):
             raise pickle.UnpicklingError(f"{type(function).__name__} is not callable")
         super().load_reduce()
@@ -252,7 +254,7 @@ def _counted(action: Action) -> Action:
 
 def _refused(what: str) -> Action:
     def run(machine: Unpickler) -> None:
-        raise pickle.UnpicklingError(f"it holds {what}")
+        raise pickle.UnpicklingError(f"it contains {what}")
 
     return run
 

@@ -1,4 +1,4 @@
-"""Tensors of a torch.save file: where each one lies, checked against its storage, and its elements."""
+"""Tensors and storages of a torch.save file: positions validated against the storage, elements read in place."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from pretrain.weights.byte_file import ByteFile
 from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, elements
 from pretrain.weights.formats.zip_directory import Entry, ZipDirectory
 
-LARGEST_EXPANDED = 64 << 20
-"""Bytes of the largest tensor that may be larger than its storage (made by `expand`)."""
+MAX_EXPANDED_BYTES = 64 << 20  # limit of a tensor that is larger than its storage (a result of `expand`)
 
 
 class TensorFile(Protocol):
-    """What a tensor needs of the file it lies in (`torch_file.TorchFile`)."""
+    """The parts of its file that a tensor needs; implemented by `torch_file.TorchFile`."""
 
     name: str
     file: ByteFile
     directory: ZipDirectory
 
     def refused(self, error: Exception) -> UserError:
-        """The error for what torch.save does not write."""
+        """The UserError for a file that is not what torch.save writes."""
 
     def gathered(self, tensor: Tensor) -> np.ndarray:
         """All elements of a strided tensor of a remote file, flat."""
 
 
 class Storage:
-    """A run of bytes in the file; where it begins is looked up when it is first read."""
+    """A contiguous byte range of the file; its start is looked up at the first read."""
 
     def __init__(self, file: TensorFile, entry: Entry, nbytes: int, dtype: str) -> None:
         self.file, self.entry, self.nbytes, self.dtype = file, entry, nbytes, dtype
@@ -39,7 +38,7 @@ class Storage:
 
     @property
     def offset(self) -> int:
-        """In bytes, in the file."""
+        """Start in the file, in bytes."""
         if self._start is None:
             try:
                 self._start = self.file.directory.start(self.entry)
@@ -51,12 +50,12 @@ class Storage:
         return self.file.file.read(self.offset + start, self.offset + stop)
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a storage with state of its own")
+        raise ValueError("a storage with its own state")
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """Where a tensor lies in the file; `read` gives its elements."""
+    """A tensor by storage, offset, shape and strides; `read` returns its elements."""
 
     storage: Storage
     dtype: str
@@ -65,7 +64,7 @@ class Tensor:
     stride: tuple[int, ...]
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a tensor with state of its own")
+        raise ValueError("a tensor with its own state")
 
     @property
     def numel(self) -> int:
@@ -73,11 +72,11 @@ class Tensor:
 
     @property
     def place(self) -> tuple[str, int, int, tuple[int, ...], tuple[int, ...]]:
-        """Equal for tensors that are one and the same memory."""
+        """A key that is equal for tensors over the same memory."""
         return self.storage.file.name, self.storage.entry.header, self.offset, self.shape, self.stride
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) in row-major order: a view where the tensor is contiguous, else a copy."""
+        """Elements [start, stop) in row-major order: a view if the tensor is contiguous, else a copy."""
         kind = DTYPES[self.dtype]
         if self.contiguous:
             low, high = ((self.offset + n) * kind.itemsize for n in (start, stop))
@@ -89,8 +88,9 @@ class Tensor:
         return self.strided()[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
 
     def strided(self) -> np.ndarray:
+        """The tensor in its shape, as a read-only strided view."""
         kind = DTYPES[self.dtype]
-        last = self.offset + _last_element(self.shape, self.stride)
+        last = self.offset + _span(self.shape, self.stride)
         span = self.storage.bytes(self.offset * kind.itemsize, (last + 1) * kind.itemsize)
         strides = tuple(step * kind.itemsize for step in self.stride)
         return np.lib.stride_tricks.as_strided(
@@ -108,20 +108,21 @@ class Tensor:
 
 
 def checked_tensor(storage: Storage, dtype: str, offset: Any, shape: Any, stride: Any) -> Tensor:
+    """Build a Tensor from values of a pickle; raises ValueError if they are malformed or exceed the storage."""
     if not (isinstance(shape, tuple | list) and isinstance(stride, tuple | list)):
-        raise ValueError("a tensor whose shape or stride is no list of numbers")
+        raise ValueError("a tensor whose shape or stride is not a list of numbers")
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions and {len(stride)} strides")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *stride)):
-        raise ValueError("a tensor whose shape, stride or offset is no whole number from 0 on")
+        raise ValueError("a tensor whose shape, stride or offset is not an integer of at least 0")
     taken = elements(tuple(shape)) * DTYPES[dtype].itemsize
-    if taken and (offset + _last_element(shape, stride) + 1) * DTYPES[dtype].itemsize > storage.nbytes:
-        raise ValueError(f"a tensor of shape {tuple(shape)} that reaches beyond its storage")
-    if taken > max(storage.nbytes, LARGEST_EXPANDED):
-        raise ValueError(f"a tensor of shape {tuple(shape)} over {storage.nbytes} bytes")
+    if taken and (offset + _span(shape, stride) + 1) * DTYPES[dtype].itemsize > storage.nbytes:
+        raise ValueError(f"a tensor of shape {tuple(shape)} that exceeds its storage")
+    if taken > max(storage.nbytes, MAX_EXPANDED_BYTES):
+        raise ValueError(f"a tensor of shape {tuple(shape)} over a storage of {storage.nbytes} bytes")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
 
 
-def _last_element(shape: Any, stride: Any) -> int:
-    """Elements from the first to the last of a tensor that is not empty."""
+def _span(shape: Any, stride: Any) -> int:
+    """Distance in elements from the first to the last element of a tensor that is not empty."""
     return sum((side - 1) * step for side, step in zip(shape, stride, strict=True))

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0-3 checkpoints read in place: a tensor is a few pieces of the ranks' fp32 master shards."""
+"""DeepSpeed ZeRO 0-3 checkpoints read in place: every tensor is a list of pieces of the ranks' fp32 master shards."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pretrain.weights.formats.torch_tensor import Tensor
 OPTIMIZER = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"^(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
 EXPERTS = re.compile(r"(^|_)expert_\d+_|^expp_rank_\d+_")
-ELEMENTS_PER_COMPARISON = 1 << 18  # elements that are compared at once
-PARALLEL_OPENS = 8  # remote files whose heads are read at once
+ELEMENTS_PER_COMPARISON = 1 << 18  # per block of a comparison
+PARALLEL_OPENS = 8  # remote files opened concurrently
 LAYERS = re.compile(r"^layer_\d+")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a flat parameter are `shard`'s from element `offset` on."""
+    """Elements [start, stop) of a flat parameter, stored in `shard` from element `offset` on."""
 
     start: int
     stop: int
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter and its pieces in order; `stops`: where each ends."""
+    """One parameter and its pieces in order; `stops` are the `stop`s of the pieces, for bisection."""
 
     info: TensorInfo
     pieces: tuple[Piece, ...]
@@ -49,16 +49,16 @@ class Entry:
 
 
 def is_zero_folder(folder: Folder) -> bool:
-    """Whether DeepSpeed's engine saved this folder."""
+    """True if DeepSpeed's engine wrote this folder."""
     return bool(folder.matching("*_model_states.pt")) and "zero" not in folder.folders
 
 
 class ZeroShards:
-    """The weights of one checkpoint folder: fp32 masters where the stage keeps them, else the module's own tensors.
+    """Weights of one checkpoint folder: the fp32 masters if it has them, else the module's own tensors.
 
-    `tied` maps the name of a weight that is stored under another one to that one; `frozen` are the names of
-    parameters that did not train, where the checkpoint holds them at all. Raises UserError for a folder that is
-    incomplete, tensor-, pipeline- or expert-parallel, or not DeepSpeed's.
+    tied:   name -> stored name of the same weight.
+    frozen: names of the stored parameters that did not train.
+    Raises UserError for a folder that is incomplete, tensor-, pipeline- or expert-parallel, or not DeepSpeed's.
     """
 
     def __init__(self, folder: Folder | Path | str) -> None:
@@ -72,7 +72,7 @@ class ZeroShards:
         models = self._ranks(MODEL)
         optimizers = self._ranks(OPTIMIZER)
         if not models:
-            raise UserError(f"{self.url}: no DeepSpeed checkpoint here (no *_model_states.pt)")
+            raise UserError(f"{self.url}: not a DeepSpeed checkpoint (no *_model_states.pt)")
         self._opened = self._open(models)
         try:
             self._read(self._opened[0], optimizers)
@@ -80,18 +80,16 @@ class ZeroShards:
             raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{self.url}: its files are not laid out as DeepSpeed's: {type(error).__name__}: {short(str(error))}"
+                f"{self.url}: its files do not have DeepSpeed's layout: {type(error).__name__}: {short(str(error))}"
             ) from None
 
     def _read(self, model: TorchFile, optimizers: list[str]) -> None:
         state = model.content
         if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
-            raise UserError(f"{model.name}: not a DeepSpeed model file (it holds no `module`)")
+            raise UserError(f"{model.name}: not a DeepSpeed model file (it has no `module`)")
         for name in state["module"]:
             if not is_name(name):
-                raise UserError(
-                    f"{model.name}: a tensor is named {ascii(name)[:80]}, which is no printable text"
-                )
+                raise UserError(f"{model.name}: the tensor name {ascii(name)[:80]} is not printable text")
         shapes = state.get("param_shapes")
         if optimizers and shapes:
             self._sharded(optimizers, [_shapes(group, model.name) for group in shapes], state)
@@ -105,7 +103,7 @@ class ZeroShards:
         return self._entries[name].info
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flat tensor in its storage type; a view where one piece covers them."""
+        """Elements [start, stop) of the flat tensor in its storage type; a view if one piece covers them."""
         entry = self._entries[name]
         at = bisect_right(entry.stops, start)
         if at < len(entry.pieces) and stop <= entry.stops[at]:
@@ -116,7 +114,7 @@ class ZeroShards:
         return out
 
     def read_into(self, name: str, start: int, stop: int, buffer: np.ndarray) -> None:
-        """The same into `buffer`, [stop - start] of the storage type: every rank's part is copied once."""
+        """Copy elements [start, stop) into `buffer`, an array `[stop - start]` of the storage type."""
         entry = self._entries[name]
         at, done = bisect_right(entry.stops, start), start
         while done < stop:
@@ -137,36 +135,34 @@ class ZeroShards:
         for name in self.folder.names:
             if EXPERTS.search(name):
                 raise UserError(
-                    f"{self.url}/{name}: experts over ranks (DeepSpeed MoE) cannot be read; export the model with "
-                    "DeepSpeed first"
+                    f"{self.url}/{name}: expert-parallel checkpoints (DeepSpeed MoE) are not supported; first export "
+                    "the model with DeepSpeed"
                 )
             if LAYERS.match(name) and name.endswith("model_states.pt"):
                 raise UserError(
-                    f"{self.url}/{name}: pipeline-parallel checkpoints cannot be read; export it first"
+                    f"{self.url}/{name}: pipeline-parallel checkpoints are not supported; first export the model"
                 )
 
     def _ranks(self, pattern: re.Pattern[str]) -> list[str]:
-        """Files of one kind in the order of ranks."""
+        """Files that match `pattern`, in the order of their ranks."""
         found: dict[int, str] = {}
         for name in self.folder.names:
             if match := pattern.match(name):
                 if int(match[2]) > 0:
                     raise UserError(
-                        f"{self.url}/{name}: tensor- and pipeline-parallel checkpoints cannot be read"
+                        f"{self.url}/{name}: tensor- and pipeline-parallel checkpoints are not supported"
                     )
                 if int(match[1] or 0) in found:
-                    raise UserError(
-                        f"{self.url}: {name} and {found[int(match[1] or 0)]} are of the same rank"
-                    )
+                    raise UserError(f"{self.url}: {name} and {found[int(match[1] or 0)]} have the same rank")
                 found[int(match[1] or 0)] = name
         if sorted(found) != list(range(len(found))):
             raise UserError(
-                f"{self.url}: files of ranks {sorted(found)[:20]} are there, one in between is missing"
+                f"{self.url}: found files of ranks {sorted(found)[:20]}; a rank between them is missing"
             )
         return [found[rank] for rank in sorted(found)]
 
     def _plain(self, state: dict[str, Any]) -> None:
-        """No ZeRO: the module's tensors; in bf16 the fp32 masters of DeepSpeed's wrapper replace what they round to."""
+        """Without ZeRO: the module's tensors, replaced by the fp32 masters of DeepSpeed's 16-bit wrapper."""
         for name, tensor in state["module"].items():
             if isinstance(tensor, Tensor):
                 self._add(name, tensor)
@@ -188,10 +184,10 @@ class ZeroShards:
                 del self._entries[name]
 
     def _take_masters(self, masters: Sequence[Tensor]) -> None:
-        """Give each master the first name, in the module's order, whose tensor it rounds to.
+        """Assign each master to the first name, in the module's order, whose tensor equals the rounded master.
 
-        The wrapper stores them without names. A wrong pick needs two tensors with all bits equal after rounding,
-        and then errs by less than that rounding.
+        The wrapper stores masters without names. A wrong assignment needs two tensors that are bit-equal after
+        rounding; its error is then smaller than that rounding.
         """
         for master in masters:
             for name, entry in self._entries.items():
@@ -201,7 +197,7 @@ class ZeroShards:
                     break
 
     def _rounds_to(self, master: Tensor, name: str) -> bool:
-        """Whether all of a master rounds to the stored tensor of its shape; compared block by block."""
+        """True if the rounded master equals the stored tensor, compared block by block."""
         dtype = self.info(name)[0]
         for at in range(0, master.numel, ELEMENTS_PER_COMPARISON):
             stop = min(at + ELEMENTS_PER_COMPARISON, master.numel)
@@ -218,7 +214,7 @@ class ZeroShards:
         world = _world_size(states[0])
         if world is not None and world != len(optimizers):
             raise UserError(
-                f"{self.url}: {world} ranks wrote this checkpoint, the optimizer files of {len(optimizers)} are here"
+                f"{self.url}: {world} ranks wrote this checkpoint, but it has optimizer files of {len(optimizers)}"
             )
         if "fp32_flat_groups" in states[0]:
             self._stage_3(
@@ -234,7 +230,7 @@ class ZeroShards:
     def _stage_1_and_2(
         self, partitions: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]], paddings: Any
     ) -> None:
-        """A group is one flat vector cut over the ranks; its parameters follow each other as in `param_shapes`."""
+        """ZeRO 1 and 2: a parameter group is one flat vector, split over the ranks, in the order of `param_shapes`."""
         if any(len(rank) != len(groups) for rank in partitions):
             raise UserError(f"{self.url}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors")
         for number, group in enumerate(groups):
@@ -246,7 +242,7 @@ class ZeroShards:
             self._check_length(at, sum(shard.numel for shard in vector), slack=2 * len(partitions))
 
     def _stage_3(self, flat: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]]) -> None:
-        """Every parameter is cut over all ranks, padded to equal parts, which lie at the same place in each rank."""
+        """ZeRO 3: every parameter is padded and split into equal parts, one per rank, at the same offset."""
         at = 0
         for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
             count = elements(shape)
@@ -266,12 +262,12 @@ class ZeroShards:
     def _check_length(self, used: int, available: int, slack: int) -> None:
         if not available - slack <= used <= available + slack:
             raise UserError(
-                f"{self.url}: the parameters take {used} elements, the shards hold {available}; files of "
-                "different checkpoints are mixed here"
+                f"{self.url}: the parameters have {used} elements, the shards {available}; the folder mixes files "
+                "of different checkpoints"
             )
 
     def _add_module(self, state: dict[str, Any]) -> None:
-        """What the shards do not hold: buffers and frozen parameters; ties."""
+        """Add what the shards do not hold: buffers, frozen parameters and tied names."""
         shared = state.get("shared_params") or {}
         self.tied = {alias: name for alias, name in shared.items() if name in self._entries}
         buffers = set(state.get("buffer_names") or ())
@@ -307,7 +303,7 @@ class ZeroShards:
 
 
 def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
-    """`count` elements from `at` on of the vectors laid end to end."""
+    """Pieces of elements [at, at + count) of the concatenated vectors."""
     base = 0
     for vector in vectors:
         low, high = max(at, base), min(at + count, base + vector.numel)
@@ -316,25 +312,25 @@ def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
         base += vector.numel
     if at + count > base:
         raise UserError(
-            f"{vectors[0].storage.file.name}: the shards end before the parameters do; a file is truncated"
+            f"{vectors[0].storage.file.name}: the shards are shorter than the parameters; a file is truncated"
         )
 
 
 def _shapes(group: Any, file: str) -> dict[str, tuple[int, ...]]:
     if not isinstance(group, dict) or not all(is_name(name) for name in group):
-        raise UserError(f"{file}: its param_shapes are no list of groups")
+        raise UserError(f"{file}: its param_shapes is not a list of groups")
     return {name: _shape(shape) for name, shape in group.items()}
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, tuple | list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError("a shape that is no short list of numbers")
+        raise ValueError("a shape that is not a short list of integers")
     return tuple(_size(side) for side in shape)
 
 
 def _size(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 1 << 63:
-        raise ValueError("a size that is no whole number from 0 on")
+        raise ValueError("a size that is not an integer of at least 0")
     return number
 
 
@@ -342,7 +338,7 @@ def _optimizer_state(file: TorchFile) -> dict[str, Any]:
     content = file.content
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise UserError(f"{file.name}: not a DeepSpeed optimizer file (it holds no `optimizer_state_dict`)")
+        raise UserError(f"{file.name}: not a DeepSpeed optimizer file (it has no `optimizer_state_dict`)")
     return state
 
 
@@ -350,7 +346,7 @@ def _tensors(state: dict[str, Any], key: str, file: TorchFile) -> list[Tensor]:
     found = state.get(key)
     vectors = [v for v in found if isinstance(v, Tensor)] if isinstance(found, list) else []
     if not vectors or any(v.dtype != "F32" or len(v.shape) != 1 or not v.contiguous for v in vectors):
-        raise UserError(f"{file.name}: holds no flat fp32 masters ({key})")
+        raise UserError(f"{file.name}: has no flat fp32 master weights ({key})")
     return vectors
 
 

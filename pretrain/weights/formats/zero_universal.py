@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: a folder for every parameter, its fp32 master in a file of its own."""
+"""DeepSpeed universal checkpoints: one folder per parameter with its fp32 master weights in one file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from pretrain.weights.formats.torch_file import TorchFile
 from pretrain.weights.formats.torch_tensor import Tensor
 
 MASTER = "fp32.pt"
-PARALLEL_OPENS = 8
+PARALLEL_OPENS = 8  # files opened concurrently
 
 
 def is_universal(folder: Folder) -> bool:
-    """Whether `ds_to_universal` of DeepSpeed wrote this folder."""
+    """True if DeepSpeed's `ds_to_universal` wrote this folder."""
     return "zero" in folder.folders and not folder.matching("*.safetensors", "*.bin")
 
 
 class UniversalCheckpoint:
-    """Parameters in `zero/NAME/fp32.pt`. Those of ZeRO-3 are flat there; the model file beside `zero` has their shapes,
-    the buffers, and which names share one weight (`tied`). Raises UserError naming the file that is not what it should
-    be.
+    """Parameters in `zero/NAME/fp32.pt`; those of ZeRO-3 are flat.
+
+    The model file beside `zero` has their shapes, the buffers, and the names of shared weights (`tied`). Raises
+    UserError naming the malformed file.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -40,18 +41,19 @@ class UniversalCheckpoint:
         self.files: list[ByteFile] = [*model.files, *(file for file, _ in opened)]
         self._tensors = {name: tensor for name, (_, tensor) in zip(names, opened, strict=True)}
         if not self._tensors:
-            raise UserError(f"{zero.url}: no folders of parameters in it")
+            raise UserError(f"{zero.url}: contains no parameter folders")
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._tensors.items():
             if not is_name(name) or tensor.dtype != "F32":
-                raise UserError(f"{zero.url}/{name}/{MASTER}: holds no fp32 master")
+                raise UserError(f"{zero.url}/{name}/{MASTER}: contains no fp32 master weights")
             shape = model.shapes.get(name, tensor.shape)
             if elements(shape) != tensor.numel:
                 raise UserError(
-                    f"{zero.url}/{name}/{MASTER}: {tensor.numel} elements, the model file says {list(shape)}"
+                    f"{zero.url}/{name}/{MASTER}: has {tensor.numel} elements; its shape in the model file is "
+                    f"{list(shape)}"
                 )
             self._shapes[name] = shape
-        for name, tensor in model.buffers.items():  # `zero` may have them too, all as fp32
+        for name, tensor in model.buffers.items():  # `zero` may hold buffers too, but always as fp32
             self._tensors[name], self._shapes[name] = tensor, tensor.shape
 
     def names(self) -> list[str]:
@@ -67,17 +69,17 @@ class UniversalCheckpoint:
 def _open(zero: Folder, name: str) -> tuple[ByteFile, Tensor]:
     below = zero.subfolder(name)
     if MASTER not in below:
-        raise UserError(f"{below.url}: holds no {MASTER}; convert the checkpoint again")
+        raise UserError(f"{below.url}: contains no {MASTER}; convert the checkpoint again")
     file = below.open(MASTER)
     content: Any = TorchFile(file).content
     tensor = content.get("param") if isinstance(content, dict) else content
     if not isinstance(tensor, Tensor):
-        raise UserError(f"{file.name}: holds no tensor `param`")
+        raise UserError(f"{file.name}: contains no tensor `param`")
     return file, tensor
 
 
 class _Model:
-    """What the first model file beside `zero` says; all is empty where there is none."""
+    """Shapes, shared names and buffers of the first model file beside `zero`; all empty if there is none."""
 
     def __init__(self, folder: Folder) -> None:
         self.files: list[ByteFile] = []

@@ -1,4 +1,4 @@
-"""What is in a zip archive and where, read from the directory at its end; nothing is ever unpacked."""
+"""Central directory of a zip archive, read in place: names, sizes and positions of the members; unpacks nothing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LOCAL, CENTRAL, END, END_64, LOCATOR_64 = (
     b"PK\x06\x06",
     b"PK\x06\x07",
 )
-TAIL = 22 + 65535  # the last record with the longest comment
+TAIL = 22 + 65535  # the end record with a comment of maximal length
 MAX_DIRECTORY = 64 << 20
 STORED = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A member: its size as it is stored, and the bytes from its header to whatever follows it."""
+    """A member: stored size in bytes; `header` is the offset of its header, `end` that of the next member."""
 
     name: str
     method: int
@@ -32,7 +32,7 @@ class Entry:
 
 
 class ZipDirectory:
-    """The members of an archive. Raises ValueError for one that is damaged, encrypted, or lies about its sizes."""
+    """Members of an archive. Raises ValueError if it is damaged, encrypted or has contradictory sizes."""
 
     def __init__(self, file: ByteFile) -> None:
         self._file = file
@@ -44,56 +44,56 @@ class ZipDirectory:
             entry, at = _entry(raw, at)
             found.append(entry)
         if at != length:
-            raise ValueError("its directory does not hold what it says")
+            raise ValueError("its directory has another length than its end record states")
         self.entries: dict[str, Entry] = {}
         end = start
-        for one in sorted(found, key=lambda entry: entry.header, reverse=True):
-            if one.name in self.entries:
-                raise ValueError(f"it holds {one.name!r} twice")
-            if one.header + 30 + one.size > end:
-                raise ValueError(f"{one.name!r} reaches into what follows it")
-            self.entries[one.name] = Entry(one.name, one.method, one.size, one.header, end)
-            end = one.header
+        for entry in sorted(found, key=lambda entry: entry.header, reverse=True):
+            if entry.name in self.entries:
+                raise ValueError(f"it contains {entry.name!r} twice")
+            if entry.header + 30 + entry.size > end:
+                raise ValueError(f"{entry.name!r} overlaps the next member")
+            self.entries[entry.name] = Entry(entry.name, entry.method, entry.size, entry.header, end)
+            end = entry.header
 
     def start(self, entry: Entry) -> int:
-        """Where the bytes of a stored member begin."""
+        """Offset of the first content byte of a stored (uncompressed) member."""
         if entry.method != STORED:
             raise ValueError(f"{entry.name!r} is compressed")
         header = self._file.peek(entry.header, entry.header + 30)
         if header[:4] != LOCAL:
-            raise ValueError(f"{entry.name!r} has no header where the archive says")
+            raise ValueError(f"{entry.name!r} has no header at the offset in the directory")
         name, extra = struct.unpack("<HH", header[26:30])
         start = entry.header + 30 + int(name) + int(extra)
         if start + entry.size > entry.end:
-            raise ValueError(f"{entry.name!r} reaches into what follows it")
+            raise ValueError(f"{entry.name!r} overlaps the next member")
         return start
 
     def _locate_directory(self) -> tuple[int, int, int]:
-        """Place, length and number of entries of the directory."""
+        """Offset, length in bytes and number of entries of the directory."""
         size = self._file.size
         tail = self._file.peek(max(0, size - TAIL), size)
         at = tail.rfind(END)
         if at < 0 or at + 22 > len(tail):
-            raise ValueError("it is no zip archive, or its end is missing")
+            raise ValueError("it is not a zip archive, or its end is missing")
         count, length, start, comment = struct.unpack("<HIIH", tail[at + 10 : at + 22])
         end = size - len(tail) + at
         if end + 22 + comment != size:
-            raise ValueError("something follows the archive")
+            raise ValueError("there are bytes after the archive")
         locator = tail[at - 20 : at] if at >= 20 else b""
         if locator[:4] == LOCATOR_64:
             record_at = struct.unpack("<Q", locator[8:16])[0]
             record = self._file.peek(record_at, record_at + 56) if record_at + 76 <= end else b""
             if record[:4] != END_64:
-                raise ValueError("its 64-bit directory is not where it says")
+                raise ValueError("its 64-bit directory is not at the stated offset")
             count, length, start = struct.unpack("<QQQ", record[32:56])
             end = record_at
         if start + length > end or length > MAX_DIRECTORY:
-            raise ValueError(f"its directory would be {length} bytes from byte {start} on")
+            raise ValueError(f"its directory has {length} bytes at offset {start}, more than allowed")
         return start, length, count
 
 
 def _entry(raw: bytes, at: int) -> tuple[Entry, int]:
-    """The directory's entry at `at`, and where the next one begins."""
+    """Return the directory entry at offset `at`, and the offset of the next one."""
     if raw[at : at + 4] != CENTRAL or at + 46 > len(raw):
         raise ValueError("its directory ends early")
     flags, method = struct.unpack_from("<HH", raw, at + 8)
@@ -113,7 +113,7 @@ def _entry(raw: bytes, at: int) -> tuple[Entry, int]:
 
 
 def _zip64_values(extra: bytes, *values: int) -> list[int]:
-    """The 64-bit values of an entry's extra field in place of those that say 0xFFFFFFFF."""
+    """Replace values of 0xFFFFFFFF by the 64-bit values in an entry's extra field."""
     at = 0
     field = b""
     while at + 4 <= len(extra):
