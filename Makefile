@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 MADE := $(VENV)/made
-# MADE is written last: an environment without it is half-made.
+# MADE is written last: an environment without it is incomplete.
 RUN := $(VENV)/bin/python
 PYTEST ?= $(RUN) -m pytest
+# Two to four workers; a test group (tests/conftest.py) stays on one of them. `make test PARALLEL=` runs in one process.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -13,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help demo test check bench clean $(VENV)
 
 help:
-	@echo "make demo    the whole story on two cores, in minutes: runs/demo/report.html"
+	@echo "make demo    train, evaluate and merge small models on two cores: runs/demo/report.html"
 	@echo "make test    the test suite"
 	@echo "make check   lint, format, types, imports"
 	@echo "make bench   benchmarks beside peers"
@@ -22,20 +24,20 @@ demo: $(VENV)
 	$(RUN) -m launch.demo
 
 test: $(VENV)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
 check: $(VENV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(PYTEST) -q tests/test_imports.py
+	$(PYTEST) -q tests/test_imports.py tests/test_layout.py
 
 bench: $(VENV)
 	$(RUN) -m benchmarks $(ARGS)
 
 $(VENV): $(MADE)
 
-# A complete environment is brought up to date in place; one that an interruption left is made anew.
+# A complete environment is updated in place; an incomplete one is created again.
 $(MADE): pyproject.toml constraints.txt $(wildcard data_pipeline/transforms/*.c pretrain/merge/methods/csrc/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 1; }
