@@ -1,4 +1,4 @@
-"""Addresses: every form of the grammar, and the messages of what is not there."""
+"""Addresses: every form of the grammar, and the errors of absent weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_which_step(runs: Path, which: str, step: int) -> None:
     assert locate(f"flip/masked{which}", runs / "sphinx").step == step
 
 
-def test_absent_step_lists_the_steps_there_are(runs: Path) -> None:
+def test_an_absent_step_lists_the_steps(runs: Path) -> None:
     with pytest.raises(UserError, match=r"step 15.*steps 10, 20"):
         locate("masked@15", runs / "flip")
 
@@ -92,7 +92,7 @@ def test_incomplete_checkpoint_does_not_count(runs: Path) -> None:
 def test_a_result_of_another_step_does_not_make_the_newest_checkpoint_a_finished_stage(
     runs: Path, newest: int
 ) -> None:
-    """A stage that ended at step 20 was lengthened and is at 30, or lost the checkpoint of its end."""
+    """A stage that finished at step 20 now trains to 30, or its last checkpoint was deleted."""
     if newest > 20:
         training_stage(runs / "flip/masked", (newest,), finished=False)
     else:
@@ -106,7 +106,7 @@ def test_a_result_of_another_step_does_not_make_the_newest_checkpoint_a_finished
 
 def test_a_damaged_result_is_named(runs: Path) -> None:
     (runs / "flip/masked/result.json").write_text('{"step": 2')
-    with pytest.raises(UserError, match=r"masked/result\.json is not what a stage writes"):
+    with pytest.raises(UserError, match=r"masked/result\.json is not a valid result"):
         locate("masked", runs / "flip")
 
 
@@ -136,7 +136,7 @@ def test_best(runs: Path, rows: list[tuple[int, dict]], step: int) -> None:
     assert locate("masked@best", runs / "flip").step == step
 
 
-def test_best_of_a_stage_that_was_killed_as_it_wrote(runs: Path) -> None:
+def test_best_ignores_a_partial_last_line(runs: Path) -> None:
     lines = [json.dumps({"step": s, "eval": {"real": {"nll": s}}}) for s in (10, 20)]
     (runs / "flip/masked/metrics.jsonl").write_text("\n".join([*lines, '{"step": 21, "ev']))
     assert locate("masked@best", runs / "flip").step == 10
@@ -186,11 +186,11 @@ def test_plain_paths(runs: Path, tmp_path: Path) -> None:
     assert locate(str(weights)).path == str(weights)
     found = locate(str(runs / "flip/masked/checkpoints/step_00000010"))
     assert (found.kind, found.step, found.stage_dir) == ("checkpoint", 10, runs / "flip/masked")
-    with pytest.raises(UserError, match="belongs to a stage"):
+    with pytest.raises(UserError, match="needs a stage"):
         locate(str(tmp_path / "hf") + "@latest")
 
 
-def test_output_of_a_merge_is_a_folder_that_knows_its_model(tmp_path: Path) -> None:
+def test_the_output_of_a_merge_is_a_folder_with_its_model(tmp_path: Path) -> None:
     for name in ("model.safetensors", "merge.json", "resolved.yaml"):
         (tmp_path / name).write_text("{}")
     found = locate(str(tmp_path))
@@ -206,7 +206,7 @@ def test_foreign_deepspeed_folder(tmp_path: Path) -> None:
         found = locate(str(address))
         assert (found.kind, found.path, found.stage_dir) == ("checkpoint", str(tag), None)
     (tmp_path / "out/latest").write_bytes(b"\xff\x00")
-    assert locate(str(tmp_path / "out")).kind == "folder"  # and who opens it says what latest names
+    assert locate(str(tmp_path / "out")).kind == "folder"  # the error comes when it is opened
 
 
 def test_schemes() -> None:
@@ -220,14 +220,14 @@ def test_schemes() -> None:
         locate("")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_absent_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="RUN/STAGE"):
         locate("no_such_thing_anywhere")
     with pytest.raises(UserError, match="not found"):
         locate(str(tmp_path / "a/b"))
 
 
-def test_a_slip_of_the_pen_is_told_what_lies_there_and_a_hub_name_how_it_is_written(
+def test_a_misspelt_path_gets_a_suggestion_and_a_hub_name_its_scheme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The log of a run: what a kill leaves of it, where a resume cuts it, and the limit on replaced samples."""
+"""JSON-lines logs: partial lines after a kill, truncation on resume; and the limit on replaced samples."""
 
 from __future__ import annotations
 
