@@ -1,4 +1,4 @@
-"""Any batch of a stream from (specification, step, rows) alone; unusable samples are replaced and counted."""
+"""`BatchBuilder`: any rows of any step of a stream; unusable samples are replaced, counted and named."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
 
 
-# 8 tries within the shard, 8 within the whole source: if all fail, the source is broken rather than unlucky.
+# 8 replacements from the shard, then 8 from the whole source. If all are unusable, the source is broken.
 ATTEMPTS = 16
 
 
 def open_sources(spec: StreamSpec) -> dict[str, Manifest]:
-    """Source name -> manifest, in the order of the mixture. Raises UserError."""
+    """Manifests by source name, in the order of the mixture. Raises UserError."""
     return {name: open_source(name, source.path, source.view) for name, source in spec.sources.items()}
 
 
 def order_of(spec: StreamSpec, manifests: Mapping[str, Manifest]) -> StreamOrder:
-    """The order of a stream whose sources are opened. Raises UserError that names the stream."""
+    """StreamOrder of a stream from the manifests of its sources. Raises UserError that names the stream."""
     counts = [
         SourceCounts(
             name,
@@ -53,7 +53,7 @@ def order_of(spec: StreamSpec, manifests: Mapping[str, Manifest]) -> StreamOrder
 
 @dataclass
 class ServedRow:
-    """What a row got: a sample, and the rejections on those that came before it."""
+    """The sample of a row, and the rejected samples that it replaces."""
 
     shard: int
     index: int
@@ -62,11 +62,13 @@ class ServedRow:
 
 
 class BatchBuilder:
-    """Makes batches of one stream. Makers of one specification make equal batches, in any process and order.
+    """Builds batches of one stream; equal specifications give equal batches, in any process and in any order of calls.
 
-    `manifests` and `tokenizer` may be handed in: then a worker elsewhere needs no file but the shards.
-    cache: where what is read of an object store is kept on this node; None keeps nothing
+    manifests, tokenizer: opened from `spec` by default; with both given, a worker reads no file but the shards
+    cache: of this node, for object-store data; None: nothing is cached
     known_bad: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
+
+    Raises UserError.
     """
 
     def __init__(
@@ -95,43 +97,48 @@ class BatchBuilder:
         return {name: self.manifests[name].fingerprint for name in self.names}
 
     def units(self, source: str) -> Units | None:
-        """What is fetched at once of a source in an object store."""
+        """Ranges in which the samples of a source are fetched and cached; None for files on disk."""
         return self._rows.units(source)
 
     def check(self) -> None:
-        """Raise UserError if a source's first samples are all unusable, before anything is written."""
+        """Raise UserError if the first samples of a source are all unusable; a run calls this before its first step."""
         for name in self.names:
             self._rows.check(name)
 
     def make(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
-        """Rows [start, stop) of the global batch of `step` (counted from 0).
+        """Rows [start, stop) of the global batch at `step`; steps and rows count from 0.
 
-        `pixels`, contiguous uint8 [rows, size, size, 3], is filled with the images where given.
+        `pixels`, contiguous uint8 [rows, size, size, 3], is used as the memory of the images if given.
 
-        order_digest covers what was assigned: attempt 0, with crop () and caption -1, as the assignment is
-        known without reading; batch_digest covers what was served. Raises UserError, ReadError.
+        order_digest covers the assignment, with attempt 0, crop () and caption -1, because it is known without reading
+        samples. batch_digest covers the served samples. Raises UserError and ReadError.
         """
+        # 1. Assign: references in the view decide about replacements, positions in the tars identify samples.
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
         batch = self._rows.empty_batch(step, start, stop, pixels)
         for number, name in enumerate(self.names):
             rows = refs.source == number
             self._rows.expect(name, refs.shard[rows], refs.index[rows])
-        draws = self._draws(refs)
+        augmentations = self._augmentations(refs)
+        # 2. Read and decode each row, with replacements for unusable samples.
         shards, indices = refs.shard.copy(), refs.index.copy()
         attempts = np.zeros(stop - start, np.int64)
         skipped: dict[str, Counter[str]] = defaultdict(Counter)
         for i in range(stop - start):
-            served = self._serve(refs, drawn, i, draws[i], None if batch.pixels is None else batch.pixels[i])
+            served = self._serve(
+                refs, drawn, i, augmentations[i], None if batch.pixels is None else batch.pixels[i]
+            )
             shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.rejections)
-            for attempt, (shard, index, verdict) in enumerate(served.rejections):
+            for attempt, (shard, index, error) in enumerate(served.rejections):
                 source = self.names[refs.source[i]]
-                skipped[source][verdict.reason] += 1
+                skipped[source][error.reason] += 1
                 place = {"step": step, "row": int(refs.row[i])}
                 place |= {"epoch": int(refs.epoch[i]), "attempt": attempt}
-                batch.bad.append(place | self._rows.bad_sample_record(source, shard, index, verdict))
+                batch.bad.append(place | self._rows.bad_sample_record(source, shard, index, error))
             self._rows.fill_row(batch, i, served.row)
             self._add_digests(batch, refs, i, served)
+        # 3. Keys, identifiers and counts of the samples that were served.
         batch.row_keys[:] = self._row_keys(refs, shards, indices, attempts)
         for number, name in enumerate(self.names):
             rows = refs.source == number
@@ -146,7 +153,7 @@ class BatchBuilder:
         self._rows.close()
 
     def _in_tars(self, refs: SampleRefs) -> SampleRefs:
-        """The same rows with positions in the tars: a sample is the same one whatever view it is drawn from."""
+        """The same rows with positions in the tars, so that a sample has one identity with and without a view."""
         index = refs.index.copy()
         for number, name in enumerate(self.names):
             if self.manifests[name].view is not None:
@@ -154,8 +161,8 @@ class BatchBuilder:
                 index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
         return replace(refs, index=index)
 
-    def _draws(self, refs: SampleRefs) -> Sequence[Augmentation | None]:
-        """Of the rows as assigned; nothing of packed text is random."""
+    def _augmentations(self, refs: SampleRefs) -> Sequence[Augmentation | None]:
+        """Augmentations of the assigned samples; None for packed text, which has no random choice."""
         attempts = np.zeros(len(refs.row), np.int64)
         if self.spec.packed:
             return [None] * len(attempts)
@@ -164,7 +171,10 @@ class BatchBuilder:
     def _serve(
         self, refs: SampleRefs, drawn: SampleRefs, i: int, draw: Augmentation | None, out: np.ndarray | None
     ) -> ServedRow:
-        """The sample assigned to row i, or the first usable one of those that replace it."""
+        """The sample assigned to row i, or its first usable replacement.
+
+        `refs` has positions in the tars, `drawn` in the view. Raises UserError if all replacements are unusable.
+        """
         number, epoch = int(refs.source[i]), int(refs.epoch[i])
         name = self.names[number]
         shard, index = int(refs.shard[i]), int(refs.index[i])
@@ -174,8 +184,8 @@ class BatchBuilder:
                 if (name, shard, index) in self.known_bad:
                     raise ContentError(self.known_bad[name, shard, index])
                 return ServedRow(shard, index, self._rows.make(name, shard, index, draw, out), rejections)
-            except ContentError as verdict:
-                rejections.append((shard, index, verdict))
+            except ContentError as error:
+                rejections.append((shard, index, error))
             shard, index = self.order.replacement(
                 number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
             )
@@ -190,6 +200,7 @@ class BatchBuilder:
     def _row_keys(
         self, refs: SampleRefs, shards: np.ndarray, indices: np.ndarray, attempts: np.ndarray
     ) -> np.ndarray:
+        """Keys of all rows, uint64 [rows]."""
         keys = np.zeros(len(shards), np.uint64)
         for number, name in enumerate(self.names):
             rows = refs.source == number
@@ -200,11 +211,12 @@ class BatchBuilder:
         return keys
 
     def _add_digests(self, batch: Batch, refs: SampleRefs, i: int, served: ServedRow) -> None:
+        """Add row i to both digests."""
         name = self.names[refs.source[i]]
         paths = self.manifests[name].paths
         row, epoch, shard, index = (a.item(i) for a in (refs.row, refs.epoch, refs.shard, refs.index))
         assigned = digest.row_digest(self.spec.name, row, name, paths[shard], index, 0, epoch, (), -1)
-        given = digest.row_digest(
+        actual = digest.row_digest(
             self.spec.name,
             row,
             name,
@@ -216,4 +228,4 @@ class BatchBuilder:
             served.row.choice,
         )
         batch.order_digest = digest.add(batch.order_digest, assigned)
-        batch.batch_digest = digest.add(batch.batch_digest, given)
+        batch.batch_digest = digest.add(batch.batch_digest, actual)

@@ -1,4 +1,4 @@
-"""One pass over a held-out source in manifest order, without random crops, in batches of equal size."""
+"""One pass over a held-out source in manifest order, without random crops; the last batch is padded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 
 class EvaluationPass:
-    """Batches of a stream with one source; `len()` of them. The last is padded with rows of weight 0.
+    """All samples of a stream with one source, once, in `len()` batches of equal size.
 
-    What is read of an object store goes through `cache`, by default the node's in its default place.
-    An unusable sample keeps its place with weight 0 and is counted: no other counts twice in its stead.
+    The last batch is padded with rows of weight 0. An unusable sample keeps its row, with weight 0, and is counted: a
+    replacement would count twice in the result. `cache` is by default the node's cache in its default folder.
+
+    Raises UserError.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class EvaluationPass:
         cache: CacheSettings | None = None,
     ) -> None:
         if len(spec.sources) != 1:
-            raise UserError(f"evaluation {spec.name}: one source is expected, not {', '.join(spec.sources)}")
+            raise UserError(f"evaluation {spec.name}: expected one source, not {', '.join(spec.sources)}")
         self.spec = spec
         self.source = next(iter(spec.sources))
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
@@ -43,6 +45,7 @@ class EvaluationPass:
 
     @property
     def samples(self) -> int:
+        """Samples of the source."""
         return int(self._ends[-1])
 
     def __len__(self) -> int:
@@ -53,13 +56,13 @@ class EvaluationPass:
         self._rows.check(self.source)
 
     def make(self, number: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of batch `number`; `meta` holds each row's key, caption and json member."""
+        """Rows [start, stop) of batch `number`, from 0; `meta` has the key, caption and json member of each row."""
         batch = self._rows.empty_batch(number, start, stop)
         batch.meta = []
-        place = number * self.spec.largest + np.arange(start, stop, dtype=np.int64)
-        real = int((place < self.samples).sum())
-        shards = np.searchsorted(self._ends, place[:real], side="right").astype(np.int64)
-        indices = place[:real] - (self._ends - self.manifests[self.source].counts)[shards]
+        position = number * self.spec.largest + np.arange(start, stop, dtype=np.int64)
+        real = int((position < self.samples).sum())
+        shards = np.searchsorted(self._ends, position[:real], side="right").astype(np.int64)
+        indices = position[:real] - (self._ends - self.manifests[self.source].counts)[shards]
         indices = self.manifests[self.source].in_tar(shards, indices)
         batch.sample_ids[:real] = sample_ids(self.source, shards, indices)
         batch.row_keys[:real] = row_keys(
@@ -68,31 +71,33 @@ class EvaluationPass:
         batch.weights[:] = 0
         batch.samples = {self.source: 0}
         for i in range(stop - start):
-            meta = self._put(batch, i, int(shards[i]), int(indices[i])) if i < real else None
+            meta = self._fill(batch, i, int(shards[i]), int(indices[i])) if i < real else None
             batch.meta.append(meta or {"key": None, "caption": None, "json": {}})
         return batch
 
     def close(self) -> None:
+        """Close the files that are open for reading."""
         self._rows.close()
 
-    def _put(self, batch: Batch, i: int, shard: int, index: int) -> dict[str, Any] | None:
+    def _fill(self, batch: Batch, i: int, shard: int, index: int) -> dict[str, Any] | None:
+        """Build row i of the batch and return its meta; None if the sample is unusable."""
         out = None if batch.pixels is None else batch.pixels[i]
         try:
             row = self._rows.make(self.source, shard, index, None, out)
-        except ContentError as verdict:
+        except ContentError as error:
             reasons = batch.skipped.setdefault(self.source, {})
-            reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
+            reasons[error.reason] = reasons.get(error.reason, 0) + 1
             place = {"step": batch.step, "row": batch.start + i}
-            batch.bad.append(place | self._rows.bad_sample_record(self.source, shard, index, verdict))
+            batch.bad.append(place | self._rows.bad_sample_record(self.source, shard, index, error))
             if out is not None:
-                out[...] = 0  # its caption may have been what is wrong
+                out[...] = 0  # the image may have been decoded before its caption was rejected
             return None
         self._rows.fill_row(batch, i, row)
         batch.weights[i] = 1
         batch.samples[self.source] += 1
         path = self.manifests[self.source].paths[shard]
-        one = digest.row_digest(
+        row_digest = digest.row_digest(
             self.spec.name, batch.start + i, self.source, path, index, 0, 0, row.crop, row.choice
         )
-        batch.batch_digest = batch.order_digest = digest.add(batch.batch_digest, one)
+        batch.batch_digest = batch.order_digest = digest.add(batch.batch_digest, row_digest)
         return row.meta

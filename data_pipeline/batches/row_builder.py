@@ -1,4 +1,4 @@
-"""One sample to one row: bytes read (with retries), then decoded and tokenised, or judged unusable."""
+"""`RowBuilder`: reads one sample with retries, decodes and tokenises it, or rejects its content."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
 
-# Seconds before another try at bytes that could not be read; then the run stops, the data never changes.
+# Seconds to wait before each retry of a failed read. Afterwards the run stops: a read error never replaces a sample.
 RETRY_AFTER = (0.1, 1.0, 4.0)
 
 
 @dataclass
 class Row:
-    """What a sample gave beside its pixels: int32 [length], and what was chosen to get there."""
+    """One row without its pixels.
+
+    tokens: int32 [length]
+    used: tokens that are not padding
+    crop: result of decode_image; () without an image
+    choice: number of the caption among the sample's captions; -1 without captions
+    meta: key, caption and json member; only in evaluation
+    """
 
     tokens: np.ndarray
     used: int
@@ -40,12 +47,12 @@ class Row:
     meta: dict[str, Any] | None = None
 
 
-# (shard, index in the shard, what is wrong with the sample)
+# Shard, index in the shard, and the reason why the sample is unusable.
 Rejection = tuple[int, int, ContentError]
 
 
 class RowBuilder:
-    """Makes rows of one stream. Holds open files, so each process has its own."""
+    """Builds rows of one stream. It keeps files open, so every process needs its own."""
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class RowBuilder:
 
     @property
     def length(self) -> int:
-        """Tokens of a row; 0 in a stream of images alone."""
+        """Tokens of a row; 0 in a stream without text."""
         if self.spec.text is not None:
             return self.spec.text.length
         return (self.spec.length or 0) if self.spec.packed else 0
@@ -69,9 +76,10 @@ class RowBuilder:
     def make(
         self, source: str, shard: int, index: int, draw: Augmentation | None, out: np.ndarray | None
     ) -> Row:
-        """One sample; its pixels go into `out`, uint8 [size, size, 3]. Without `draw` nothing of it is random.
+        """The row of one sample; its pixels are written to `out`, uint8 [size, size, 3].
 
-        Raises ContentError if the sample's bytes are unusable, ReadError if they cannot be had.
+        Without `draw` (evaluation) nothing is random. Raises ContentError if the sample is unusable, ReadError if its
+        bytes cannot be read.
         """
         sample_key, members = self._read(source, shard, index)
         with activity.decoding(source, shard, index):
@@ -98,27 +106,34 @@ class RowBuilder:
         return row
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
-        """The samples of a source that will be made next, in order."""
+        """Announce the next samples of a source, in order, so that they can be read ahead."""
         self._readers[source].expect(shards.tolist(), indices.tolist())
 
     def units(self, source: str) -> Units | None:
-        """What is fetched at once of a source in an object store."""
+        """Ranges in which the samples of a source are fetched and cached; None for files on disk."""
         return self._readers[source].units
 
     def url(self, source: str, shard: int) -> str:
+        """URL of a shard."""
         return self.manifests[source].url(shard)
 
     def key_of(self, source: str, shard: int, index: int) -> str:
+        """Key of a sample: the name that its tar members share."""
         return self._readers[source].key(shard, index)
 
     def empty_batch(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
-        """A batch of rows [start, stop) without content; `pixels` is memory to use for its images."""
+        """A batch of rows [start, stop) without content. `pixels` is used as the memory of its images if given.
+
+        Raises ValueError if `pixels` has another shape, dtype or layout.
+        """
         rows = stop - start
         if self.spec.image is not None:
             shape = (rows, self.spec.image.size, self.spec.image.size, 3)
             pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
             if pixels.shape != shape or pixels.dtype != np.uint8 or not pixels.flags.c_contiguous:
-                raise ValueError(f"pixels: {pixels.dtype} {pixels.shape}; contiguous uint8 {shape} expected")
+                raise ValueError(
+                    f"pixels is {pixels.dtype} {pixels.shape}; expected contiguous uint8 {shape}"
+                )
         return Batch(
             stream=self.spec.name,
             step=step,
@@ -133,12 +148,12 @@ class RowBuilder:
         )
 
     def fill_row(self, batch: Batch, i: int, row: Row) -> None:
-        """Row number i of the batch, but for its pixels, which are there already."""
+        """Copy `row` to row i of the batch; its pixels are in the batch already."""
         batch.tokens[i] = row.tokens
         batch.used[i] = row.used
 
     def check(self, source: str) -> None:
-        """Raise UserError if none of the source's first samples is usable, before a step is taken."""
+        """Raise UserError if the first samples of a source, up to 8, are all unusable."""
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
         rejections: list[Rejection] = []
@@ -150,62 +165,69 @@ class RowBuilder:
             try:
                 self.make(source, shard, index, draw, out)
                 return
-            except ContentError as verdict:
-                rejections.append((shard, index, verdict))
+            except ContentError as error:
+                rejections.append((shard, index, error))
         raise self.unusable_error(source, rejections)
 
     def unusable_error(self, source: str, rejections: list[Rejection]) -> UserError:
-        """The error for a source of which several samples in a row are unusable: names the first of them."""
-        shard, index, verdict = rejections[0]
-        reasons = sorted({v.reason for _, _, v in rejections})
+        """The error for a source with several unusable samples in succession; it names the first of them."""
+        shard, index, error = rejections[0]
+        reasons = sorted({rejected.reason for _, _, rejected in rejections})
         if self.spec.packed:
             expected = f"npy with {self.length} packed tokens"
         else:
-            wanted = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
+            contents = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
             if self.spec.text is not None:
-                named = self.spec.text.captions
-                where = " or ".join(named.members) if named else "txt, or caption in json"
-                wanted.append(f"a caption ({where})")
-            expected = " and ".join(wanted)
+                captions = self.spec.text.captions
+                where = " or ".join(captions.members) if captions else "txt, or caption in json"
+                contents.append(f"a caption ({where})")
+            expected = " and ".join(contents)
         return UserError(
-            f"data.{self.spec.name}.sources.{source}: all {len(rejections)} samples tried are unusable "
+            f"data.{self.spec.name}.sources.{source}: all {len(rejections)} samples that were tried are unusable "
             f"({', '.join(reasons)}). First {self.url(source, shard)}, sample "
-            f"{self.key_of(source, shard, index)!r}: {verdict}. Expected of every sample: {expected}. "
-            "Correct the source's path or make its tars again"
+            f"{self.key_of(source, shard, index)!r}: {error}. Expected of every sample: {expected}. "
+            "Correct the path of the source or write its tars again"
         )
 
-    def bad_sample_record(self, source: str, shard: int, index: int, verdict: ContentError) -> dict[str, Any]:
-        """A line of bad_samples.jsonl."""
+    def bad_sample_record(self, source: str, shard: int, index: int, error: ContentError) -> dict[str, Any]:
+        """One line of bad_samples.jsonl."""
         return {
             "source": source,
             "url": self.url(source, shard),
             "key": self.key_of(source, shard, index),
-            "reason": verdict.reason,
-            "detail": verdict.detail,
+            "reason": error.reason,
+            "detail": error.detail,
         }
 
     def close(self) -> None:
+        """Close the files that are open for reading."""
         for reader in self._readers.values():
             reader.close()
 
     def _read(self, source: str, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members of a sample, with retries. Raises ReadError."""
         reader = self._readers[source]
         for wait in (*RETRY_AFTER, None):
             try:
                 return reader.read(shard, index)
             except OSError as error:
-                # An object store was asked many times already when it makes a ReadError.
+                # A ReadError comes from an object store, which has retried already.
                 if wait is None or isinstance(error, ReadError):
                     tried = "" if wait else f"not readable after {len(RETRY_AFTER) + 1} tries: "
                     raise ReadError(
                         f"source {source!r}: {self.url(source, shard)}, sample {index}: {tried}{error}. "
-                        "Nothing was replaced; run again once it can be read"
+                        "No sample was replaced; run again when it can be read"
                     ) from error
                 reader.reopen()
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
     def _packed(self, members: dict[str, bytes], source: str, shard: int, key: str) -> np.ndarray:
+        """Tokens of a packed sample, int32 [length].
+
+        Raises ContentError for a damaged file, but UserError for tokens of another type or length: then the recipe does
+        not fit the data.
+        """
         if "npy" not in members:
             raise ContentError("missing tokens", f"members: {', '.join(members) or 'none'}")
         try:
@@ -213,18 +235,18 @@ class RowBuilder:
         except ValueError as error:
             raise ContentError("undecodable", str(error)) from error
         if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
-            what = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
+            mistake = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
         elif len(tokens) != self.length:
-            what = f"{len(tokens)} tokens, data.{self.spec.name}.length is {self.length}; make them agree"
+            mistake = f"{len(tokens)} tokens, data.{self.spec.name}.length is {self.length}; make them agree"
         else:
             return tokens.astype(np.int32)
         raise UserError(
-            f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {what}"
+            f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {mistake}"
         )
 
 
 def _array(npy: bytes) -> np.ndarray:
-    """The array of an npy file. Raises ValueError."""
+    """The array of an npy file; never unpickles. Raises ValueError."""
     file = io.BytesIO(npy)
     try:
         version = np.lib.format.read_magic(file)
@@ -234,11 +256,11 @@ def _array(npy: bytes) -> np.ndarray:
         shape, _, dtype = read(file)
     except (
         Exception
-    ) as error:  # numpy evaluates a header as Python, which may fail in any way, for want of memory too
-        raise ValueError(f"its header: {type(error).__name__}: {error}") from error
-    claimed, there = prod(shape) * dtype.itemsize, len(npy) - file.tell()
-    if claimed > there:  # numpy would ask for that memory first
-        raise ValueError(f"its header claims {claimed} bytes of {dtype}, there are {there}")
+    ) as error:  # numpy evaluates the header as Python, which can fail in any way, MemoryError included
+        raise ValueError(f"invalid header: {type(error).__name__}: {error}") from error
+    claimed, available = prod(shape) * dtype.itemsize, len(npy) - file.tell()
+    if claimed > available:  # checked here, because numpy allocates the claimed size before it reads
+        raise ValueError(f"the header claims {claimed} bytes of {dtype}, the file has {available}")
     return np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False)
 
 

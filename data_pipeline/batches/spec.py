@@ -1,4 +1,4 @@
-"""What a stream is and what a batch holds: plain data that travels between ranks, workers and actors."""
+"""Plain data sent between ranks, workers and actors: SourceSpec, TextSpec, StreamSpec, and `Batch` with its arrays."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from data_pipeline.transforms.decode import ImageSpec
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One dataset of a mixture: a folder or pattern of tars, and how much of it.
+    """One dataset of a mixture.
 
-    `view` names a view that `dromos data view` made of the source: the samples it keeps are all there are.
+    path: folder or brace pattern of tars
+    weight, repeat, cap, max_epochs: its share of the stream, see stream_order.SourceCounts
+    view: name of a view written by `dromos data view`; the source then has only the samples that the view keeps
     """
 
     path: str
@@ -33,9 +35,11 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """How a caption becomes tokens: `clip-bpe` or the path of a tokenizer.json, and the row's length.
+    """Conversion of captions to token rows.
 
-    `captions` says where captions stand and how one of several is chosen; None: see `captions.pick_caption`.
+    tokenizer: `clip-bpe`, or the path of a tokenizer.json or its folder
+    length: tokens per row, start and end token included
+    captions: location of the captions and choice among several; None: see `captions.pick_caption`
     """
 
     tokenizer: str
@@ -45,13 +49,15 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A named mixture of sources and its global batch; seed comes from `order.stream_seed`.
+    """A named mixture of sources and its global batch.
 
-    `batch` is a number of rows, or a schedule of them. `share_by` says how sources without a weight share the rows.
-    `segments` are those of a run that goes on with a changed mixture, see `StreamOrder.resume`.
+    seed: from `stream_order.stream_seed`
+    batch: rows of the global batch, or a schedule of them
+    share_by: how sources without a weight share the rows
+    segments: of a run that continues with a changed mixture, see `StreamOrder.resume`
 
-    With `image` or `text` a sample is an image and a caption. With neither it is a packed sequence of
-    `length` tokens, made offline.
+    With `image` or `text` a sample is an image, a caption or both. With neither it is a packed sequence of `length`
+    tokens, written offline by prepare/pack.py. Raises UserError for values that no data makes possible.
     """
 
     name: str
@@ -67,21 +73,21 @@ class StreamSpec:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise UserError(f"data.{self.name}.sources: no source is named")
+            raise UserError(f"data.{self.name}.sources: name at least one source")
         if self.packed and self.length is None:
-            raise UserError(f"data.{self.name}: needs image and text, or the length of its packed sequences")
-        wrong = next(self._wrong(), None)
-        if wrong is not None:
-            raise UserError(f"data.{self.name}.{wrong}")
+            raise UserError(f"data.{self.name}: write image and text, or the length of the packed sequences")
+        mistake = next(self._mistakes(), None)
+        if mistake is not None:
+            raise UserError(f"data.{self.name}.{mistake}")
 
-    def _wrong(self) -> Iterator[str]:
-        """What no data makes possible, as a recipe's own checks would find it."""
+    def _mistakes(self) -> Iterator[str]:
+        """Mistakes that the checks of a recipe would find too; a StreamSpec may be built without a recipe."""
         if self.image is not None:
             low, high = self.image.crop
             if self.image.size < 1:
                 yield f"image.size is {self.image.size}; it must be at least 1 pixel"
             if not 0 < low <= high <= 1:
-                yield f"image.crop is ({low}, {high}), no range of shares; write 0 < low <= high <= 1"
+                yield f"image.crop is ({low}, {high}); it must be a range of shares with 0 < low <= high <= 1"
             if self.image.max_pixels < 1:
                 yield f"image.max_pixels is {self.image.max_pixels}; it must be at least 1"
         if self.text is not None and self.text.length < 3:
@@ -93,10 +99,11 @@ class StreamSpec:
 
     @property
     def batches(self) -> BatchSchedule:
+        """`batch` as a schedule."""
         return BatchSchedule.of(self.batch)
 
     def rows(self, step: int) -> int:
-        """Rows of the global batch of `step`, counted from 0."""
+        """Rows of the global batch at `step`, counted from 0."""
         return self.batches.at(step)
 
     @property
@@ -106,20 +113,25 @@ class StreamSpec:
 
     @property
     def packed(self) -> bool:
+        """True if samples are packed sequences."""
         return self.image is None and self.text is None
 
 
 @dataclass
 class Batch:
-    """Rows [start, stop) of one stream's global batch of one step.
+    """Rows [start, stop) of the global batch of one stream at one step.
 
-    pixels: uint8 [rows, size, size, 3], contiguous, or None in a text stream
-    tokens: int32 [rows, length]; used: int32 [rows], tokens that are not padding
-    weights: float32 [rows], 0 for rows that must not count (the padding of an evaluation)
+    pixels: uint8 [rows, size, size, 3], contiguous; None without images
+    tokens: int32 [rows, length]
+    used: int32 [rows], tokens that are not padding
+    weights: float32 [rows], 0 for rows without a sample (padding and unusable samples of an evaluation)
     sample_ids: uint64 [rows], the same for a sample in every epoch
-    row_keys: uint64 [rows], from which a row's masks are drawn
-    samples: rows served, by source; skipped: samples replaced, by source and reason; bad: each of those
-    batch_digest, order_digest: sums mod 2^64 over these rows of what was served, and of what was assigned
+    row_keys: uint64 [rows], keys of each row's random choices, such as its masks
+    samples: source -> rows served
+    skipped: source -> reason -> samples replaced
+    batch_digest: sum mod 2^64 of the digests of the served rows
+    order_digest: sum mod 2^64 of the digests of the assigned rows, independent of replacements
+    bad: one line of bad_samples.jsonl for each replaced sample
     meta: key, caption and json member of each row; only in evaluation
     """
 
@@ -142,5 +154,5 @@ class Batch:
 
     @property
     def images(self) -> np.ndarray | None:
-        """The pixels as uint8 [rows, 3, size, size]: a view, whose memory stays channels-last."""
+        """The pixels as a view uint8 [rows, 3, size, size]; the memory stays channels-last."""
         return None if self.pixels is None else self.pixels.transpose(0, 3, 1, 2)

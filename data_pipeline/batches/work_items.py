@@ -1,4 +1,7 @@
-"""How a step is cut into work: rows to ranks, rows to micro-batches, and what a worker needs to make one."""
+"""Work items: the rows of a rank, micro-batches, slices for workers, and joining slices again.
+
+Also `BuilderSetup`, which lets another process build the same batches.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer
 
-# Rows below which it is not worth to cut: a row of images takes milliseconds, one of packed text microseconds.
-LEAST_IMAGES = 8
-LEAST_TEXT = 256
-# Fields of a batch that its parts have in common, or that are said of the whole.
-WHOLE = ("stream", "step", "start", "stop", "pixels", "meta")
+# Smallest slice in rows: an image row takes milliseconds, a packed text row microseconds, so smaller slices cost more
+# than they save.
+MIN_IMAGE_ROWS = 8
+MIN_TEXT_ROWS = 256
+# Fields of a batch that are equal in all of its slices, or that describe the whole batch.
+COMMON_FIELDS = ("stream", "step", "start", "stop", "pixels", "meta")
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One unit of work: a micro-batch of one stream."""
+    """Rows [start, stop) of one stream at one step: a micro-batch, or a slice of one."""
 
     stream: str
     step: int
@@ -38,7 +42,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class BuilderSetup:
-    """All that another process needs to make batches of a stream; no file but the shards."""
+    """Everything another process needs to build batches of a stream; it reads no file but the shards."""
 
     spec: StreamSpec
     manifests: dict[str, Manifest]
@@ -47,16 +51,18 @@ class BuilderSetup:
 
     @staticmethod
     def of(builder: BatchBuilder) -> BuilderSetup:
+        """The setup of a builder."""
         return BuilderSetup(builder.spec, builder.manifests, builder.tokenizer, builder.cache)
 
     def builder(self) -> BatchBuilder:
+        """A new builder with this setup."""
         return BatchBuilder(self.spec, self.manifests, self.tokenizer, self.cache)
 
 
 def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
-    """Rows [start, stop) of the global batch that a rank takes. Raises UserError if the ranks cannot share it."""
+    """Rows [start, stop) of a rank in the global batch. Raises UserError if `world_size` does not divide `batch`."""
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}")
+        raise ValueError(f"rank {rank} is outside of world size {world_size}")
     problem = uneven_batch(batch, world_size)
     if problem is not None:
         raise UserError(problem)
@@ -65,7 +71,7 @@ def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
 
 
 def micro_batches(start: int, stop: int, micro_batch: int | None) -> list[tuple[int, int]]:
-    """Rows [start, stop) in pieces of `micro_batch` rows, the last perhaps smaller; None: one piece."""
+    """Rows [start, stop) as micro-batches of `micro_batch` rows; the last may be smaller. None: one micro-batch."""
     size = micro_batch or max(1, stop - start)
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
@@ -73,14 +79,14 @@ def micro_batches(start: int, stop: int, micro_batch: int | None) -> list[tuple[
 def items_of(
     specs: Sequence[StreamSpec], step: int, rank: int, world_size: int, micro_batch: int | None
 ) -> Iterator[WorkItem]:
-    """A rank's work of one step, in the order in which it is needed."""
+    """Work items of a rank for one step, in the order in which the training loop needs them."""
     for spec in specs:
         for start, stop in micro_batches(*rows_of(rank, world_size, spec.rows(step)), micro_batch):
             yield WorkItem(spec.name, step, start, stop)
 
 
 def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
-    """Raise UserError that names the stream whose batch the ranks cannot share."""
+    """Raise UserError, naming the stream, if `world_size` does not divide one of its batches."""
     for spec in specs:
         for first, batch in zip(spec.batches.first, spec.batches.rows, strict=True):
             problem = uneven_batch(batch, world_size)
@@ -90,40 +96,40 @@ def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
 
 
 def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:
-    """Of the pixels of so many rows; without bytes in a stream of text."""
+    """Shape of the pixels of `rows` rows; it has no elements if the stream has no images."""
     size = spec.image.size if spec.image is not None else 0
     return rows, size, size, 3
 
 
-def split_item(item: WorkItem, spec: StreamSpec, pieces: int) -> list[WorkItem]:
-    """At most so many items of nearly equal numbers of rows, in order."""
+def split_item(item: WorkItem, spec: StreamSpec, slices: int) -> list[WorkItem]:
+    """Split an item into at most `slices` items of nearly equal numbers of rows, in order."""
     rows = item.stop - item.start
-    pieces = max(1, min(pieces, rows // (LEAST_TEXT if spec.packed else LEAST_IMAGES)))
-    ends = [item.start + rows * i // pieces for i in range(pieces + 1)]
+    slices = max(1, min(slices, rows // (MIN_TEXT_ROWS if spec.packed else MIN_IMAGE_ROWS)))
+    ends = [item.start + rows * i // slices for i in range(slices + 1)]
     return [replace(item, start=a, stop=b) for a, b in pairwise(ends)]
 
 
-def join_batches(parts: Sequence[Batch]) -> Batch:
-    """The batch of the parts' rows, which follow on one another: arrays end to end, counters and digests summed."""
-    if len(parts) == 1:
-        return parts[0]
+def join_batches(slices: Sequence[Batch]) -> Batch:
+    """Join consecutive slices into one batch: arrays are concatenated, counters and digests summed."""
+    if len(slices) == 1:
+        return slices[0]
     joined = {
-        field.name: _together(field.name, [getattr(part, field.name) for part in parts])
+        field.name: _join_values(field.name, [getattr(part, field.name) for part in slices])
         for field in fields(Batch)
     }
-    return Batch(**joined | {"stop": parts[-1].stop})
+    return Batch(**joined | {"stop": slices[-1].stop})
 
 
-def _together(name: str, values: list[Any]) -> Any:
+def _join_values(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(values)
     if isinstance(first, list):
-        return [each for value in values for each in value]
+        return [element for value in values for element in value]
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
-        return {key: _together(key, [value[key] for value in values if key in value]) for key in keys}
+        return {key: _join_values(key, [value[key] for value in values if key in value]) for key in keys}
     if name.endswith("digest"):
         return reduce(digest.add, values)
-    # What remains inside a dictionary is a counter; what remains of the batch is the same in every part.
-    return first if name in WHOLE else sum(values)
+    # Other values inside dictionaries are counters; the other fields of a batch are equal in every slice.
+    return first if name in COMMON_FIELDS else sum(values)

@@ -65,7 +65,7 @@ class Segment:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> Segment:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError if `fields` do not describe a segment."""
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError if `fields` is not a segment."""
         base = {name: SourceBase(**base_fields) for name, base_fields in fields["base"].items()}
         cycles = tuple((int(at), tuple(weights)) for at, weights in fields["cycles"])
         lists = {"sources": tuple(fields["sources"]), "base": base, "cycles": cycles}
@@ -79,7 +79,7 @@ class Segment:
         )
 
     def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:
-        """Draws of each source, int64 [lanes], from this segment's start until each lane has served `end` samples."""
+        """Draws of each source, int64 [lanes], from this segment's start until every lane has served `end`."""
         total = np.zeros((len(self.sources), lanes), np.int64)
         stops = [*(at for at, _ in self.cycles[1:]), end]
         for (at, weights), stop in zip(self.cycles, stops, strict=True):
@@ -96,7 +96,7 @@ class History(NamedTuple):
 
     @staticmethod
     def of(segments: Sequence[Segment], end: int, lanes: int) -> History:
-        """History of `segments`; `end` is the number of samples that each lane had served when the last one finished."""
+        """History of `segments`; `end` is the number of samples that each lane served until the last one ended."""
         ends = [*(segment.consumed_per_lane for segment in segments[1:]), end]
         drawn = (segment.drawn(stop, lanes) for segment, stop in zip(segments, ends, strict=True))
         return History(tuple(segments), tuple(drawn))

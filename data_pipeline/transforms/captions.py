@@ -1,4 +1,4 @@
-"""Which of a sample's captions is served: one draw among all there are, or among the best by score."""
+"""Chooses one of a sample's captions: a random draw among all of them, or among the best k by score."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 from data_pipeline.errors import ContentError, UserError
 
 JSON_PREFIX = "json."
-# Fields of the json member, the first of which that holds a caption is taken where there is no txt. img2dataset and
-# most others write `caption`; LAION-COCO has the best of its captions in `top_caption`.
+# Fields of the json member that may contain captions, in order of preference; read if there is no txt member.
+# img2dataset and most other tools write `caption`; LAION-COCO writes the best of its captions to `top_caption`.
 CAPTION_FIELDS = ("caption", "captions", "top_caption", "all_captions")
 
 
 @dataclass(frozen=True)
 class CaptionSpec:
-    """Where captions stand, and how many of the best one is drawn from (BLIP-2, Li et al. 2023, section 3.4).
+    """Location of the captions in a sample, and how many of the best to draw from (BLIP-2, Li et al. 2023, 3.4).
 
-    members: `txt` or another member of text, or `json.FIELD`; each holds one caption or a list of them. All are
-    candidates, numbered in this order.
-    scores: fields `json.FIELD`, one for each of `members`, that hold their scores in the same shape; None: no scores.
-    top: how many of the best are kept, by score (of equal ones the first; without a score last); None: all
+    members: text members such as `txt`, or fields `json.FIELD`; each has one caption or a list of captions. All are
+        candidates, numbered in this order
+    scores: one field `json.FIELD` per entry of `members`, with the scores in the same shape; None: no scores
+    top: number of captions kept, highest scores first. Of equal scores the first caption counts as better; captions
+        without a score are last. None: all
     """
 
     members: tuple[str, ...]
@@ -31,33 +32,35 @@ class CaptionSpec:
 
     def __post_init__(self) -> None:
         if not self.members or "json" in self.members:
-            raise UserError("text.captions.from: name members with captions, such as txt or json.caption")
+            raise UserError(
+                "text.captions.from: name the members that contain captions, such as txt or json.caption"
+            )
         if self.scores and len(self.scores) != len(self.members):
             raise UserError(
-                f"text.captions.scores: {len(self.scores)} for {len(self.members)} members in `from`; write one for "
-                "each, null for one that has no scores"
+                f"text.captions.scores: {len(self.scores)} entries for {len(self.members)} members in `from`; "
+                "write one entry per member, null for a member without scores"
             )
-        wrong = next(
+        invalid = next(
             (name for name in self.scores if name is not None and not name.startswith(JSON_PREFIX)), None
         )
-        if wrong is not None:
+        if invalid is not None:
             raise UserError(
-                f"text.captions.scores: {wrong}: scores stand in the json member; write json.FIELD"
+                f"text.captions.scores: {invalid}: scores are read from the json member; write json.FIELD"
             )
         if self.top is not None and self.top < 1:
-            raise UserError(f"text.captions.top: {self.top} captions cannot be drawn from; write 1 or more")
+            raise UserError(f"text.captions.top is {self.top}; it must be at least 1")
 
 
 def pick_caption(
     members: dict[str, bytes], draw: int | None, spec: CaptionSpec | None = None
 ) -> tuple[str, int]:
-    """Caption of a sample and its number among the sample's captions.
+    """One caption of a sample, and its number among the sample's captions.
 
-    `draw`, below 2**64, chooses among those that come into question; None takes the first, or best, of them. Without
-    `spec`, the candidates are the txt member, else those of the first of CAPTION_FIELDS in the json member that has any.
-    Raises ContentError `missing caption` if all are blank or absent.
+    `draw`, below 2**64, chooses one of the usable captions (of the best `spec.top`); None takes the first or best one.
+    Without `spec`, the candidates are the txt member, else the first of CAPTION_FIELDS in the json member with a
+    caption. Raises ContentError: `missing caption` if all are blank or absent, `bad json`.
     """
-    candidates, scores = _usual(members) if spec is None else _named(members, spec)
+    candidates, scores = _default_candidates(members) if spec is None else _candidates(members, spec)
     usable = [number for number, text in enumerate(candidates) if _is_text(text)]
     if not usable:
         raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
@@ -70,7 +73,7 @@ def pick_caption(
 
 
 def json_member(members: dict[str, bytes]) -> dict[str, Any]:
-    """The parsed `json` member, empty if there is none. Raises ContentError `bad json`."""
+    """The parsed `json` member; empty if there is none. Raises ContentError `bad json`."""
     if "json" not in members:
         return {}
     try:
@@ -86,23 +89,24 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _usual(members: dict[str, bytes]) -> tuple[list[Any], list[float]]:
+def _default_candidates(members: dict[str, bytes]) -> tuple[list[Any], list[float]]:
+    """Captions without a CaptionSpec, all with the same score."""
     if "txt" in members:
         return [members["txt"].decode("utf-8", "replace")], [0.0]
-    about = json_member(members)
-    found = (_listed(about.get(field)) for field in CAPTION_FIELDS)
-    captions = next((listed for listed in found if any(map(_is_text, listed))), [])
+    fields = json_member(members)
+    lists = (_as_list(fields.get(field)) for field in CAPTION_FIELDS)
+    captions = next((texts for texts in lists if any(map(_is_text, texts))), [])
     return captions, [0.0] * len(captions)
 
 
-def _named(members: dict[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
-    """All captions of the members named and a score for each; minus infinity where it has none that is a number."""
+def _candidates(members: dict[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
+    """Captions of the members that `spec` names, and one score each; minus infinity if its score is not a number."""
     names = (*spec.members, *spec.scores)
-    about = (
+    fields = (
         json_member(members)
         if any(name is not None and name.startswith(JSON_PREFIX) for name in names)
         else {}
@@ -110,21 +114,21 @@ def _named(members: dict[str, bytes], spec: CaptionSpec) -> tuple[list[Any], lis
 
     def values(name: str) -> list[Any]:
         if name.startswith(JSON_PREFIX):
-            return _listed(about.get(name.removeprefix(JSON_PREFIX)))
+            return _as_list(fields.get(name.removeprefix(JSON_PREFIX)))
         return [members[name].decode("utf-8", "replace")] if name in members else []
 
     captions: list[Any] = []
     scores: list[float] = []
     for name, scored_by in zip(spec.members, spec.scores or [None] * len(spec.members), strict=True):
-        found = values(name)
-        told = [] if scored_by is None else [_number(value) for value in values(scored_by)]
-        captions += found
-        scores += (told + [-math.inf] * len(found))[: len(found)]
+        texts = values(name)
+        known = [] if scored_by is None else [_score(value) for value in values(scored_by)]
+        captions += texts
+        scores += (known + [-math.inf] * len(texts))[: len(texts)]
     return captions, scores
 
 
-def _number(value: Any) -> float:
-    """A bool is an int to Python, NaN compares as nothing, and an int may exceed every float: none is a score."""
+def _score(value: Any) -> float:
+    """A score as float; minus infinity for anything else, such as a bool, NaN, or an int beyond the range of float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return -math.inf
     try:

@@ -1,4 +1,8 @@
-"""Image bytes to a cropped, resized uint8 array; a decompression bomb is refused by its header."""
+"""Image bytes to a cropped, resized uint8 array; decompression bombs are refused from the header.
+
+JPEGs take a fast path: simplejpeg (libjpeg-turbo) decodes at a reduced scale and the compiled kernel resizes. Pillow
+decodes everything else and decides about damaged files, so it sets what counts as decodable.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +24,21 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
-MAX_PIXELS = 25_000_000
-# What the web serves; nothing that starts another program (EPS).
+MAX_PIXELS = 25_000_000  # default of image.max_pixels
+# Formats common on the web. Not EPS: Pillow would start Ghostscript for it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Encoders write about ten; each costs a pass over the whole image, so that thousands hold a worker for minutes.
+# Encoders write about ten scans. Each costs a pass over the whole image: thousands would block a worker for minutes.
 MAX_SCANS = 100
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes pixels; mean and deviation are applied later, on the device.
+    """Size and augmentation of images. Mean and standard deviation are applied later, on the device.
 
-    crop: range of the crop's area as a share of the image; (1, 1) means the largest centred square, no
-    random crop. max_pixels: larger images are unusable, which their header tells.
+    size: height and width of the result in pixels
+    crop: range of the crop's area as a share of the image; (1, 1): the largest centred square, no random crop
+    flip: mirror half of the images
+    max_pixels: images with more pixels, according to their header, are unusable
     """
 
     size: int = 224
@@ -43,7 +49,11 @@ class ImageSpec:
 
 @dataclass(slots=True)
 class _CroppedPixels:
-    """Pixels as they are stored that hold the crop: `inner` (left, top, right, bottom) of them is the crop."""
+    """Decoded pixels around the crop, before the EXIF orientation is applied.
+
+    inner: the crop as (left, top, right, bottom) in `pixels`
+    crop: the crop in the upright image at full scale
+    """
 
     pixels: np.ndarray | PIL.Image.Image
     inner: tuple[float, float, float, float]
@@ -52,58 +62,58 @@ class _CroppedPixels:
 
 
 def decode_image(data: bytes, spec: ImageSpec, draw: Augmentation | None, out: np.ndarray) -> tuple[int, ...]:
-    """Decode, crop, resize (bicubic, antialiased) and perhaps mirror one image, into `out`: uint8 [size, size, 3].
+    """Decode, crop, resize (bicubic, antialiased) and flip one image into `out`, uint8 [size, size, 3].
 
-    Returns the crop (x, y, width, height, mirrored) in pixels of the upright image: EXIF orientation is applied.
-    Colour is RGB as stored (colour profiles are not applied): grey is repeated, transparency is laid on white, an
-    animation is its first frame. Without `draw` it is the centre, as in evaluation. Raises ContentError:
+    Returns the crop as (x, y, width, height, mirrored) in pixels of the upright image, after EXIF orientation. Without
+    `draw` (evaluation) the crop is the largest centred square. Colour is RGB as stored: colour profiles are ignored,
+    grey is repeated, transparency is composited on white. Of an animation the first frame is used. Raises ContentError:
     `undecodable` or `too many pixels`.
     """
-    image, turns = _pillow()
-    cut = (_decode_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _decode_with_pillow(
+    image, transpositions = _pillow()
+    cropped = (_decode_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _decode_with_pillow(
         data, spec, draw
     )
     mirrored = draw is not None and spec.flip and draw.mirror
-    upright = cut.orientation not in turns
-    stored = cut.pixels
+    upright = cropped.orientation not in transpositions
+    stored = cropped.pixels
     if isinstance(stored, np.ndarray):
-        if upright and resize(stored, cut.inner, out, mirrored):
-            return (*cut.crop, int(mirrored))
+        if upright and resize(stored, cropped.inner, out, mirrored):
+            return (*cropped.crop, int(mirrored))
         stored = image.fromarray(np.ascontiguousarray(stored))
-    # Rows, then columns, as the kernel does: Pillow itself chooses the order by shape from version 13 on.
-    left, top, right, bottom = cut.inner
+    # Rows, then columns, like the kernel. In one call, Pillow 13 and later choose the order by shape.
+    left, top, right, bottom = cropped.inner
     small = stored.resize(
         (spec.size, stored.height), image.Resampling.BICUBIC, (left, 0, right, stored.height)
     )
     small = small.resize((spec.size, spec.size), image.Resampling.BICUBIC, (0, top, spec.size, bottom))
     if not upright:
-        small = small.transpose(turns[cut.orientation])
+        small = small.transpose(transpositions[cropped.orientation])
     if mirrored:
         small = small.transpose(image.Transpose.FLIP_LEFT_RIGHT)
     out[...] = np.asarray(small)
-    return (*cut.crop, int(mirrored))
+    return (*cropped.crop, int(mirrored))
 
 
 def decoder_versions() -> dict[str, str]:
-    """Of the decoders and the libraries in them: another one may give other pixels."""
+    """Versions of the decoders and their libraries, by name; other versions may give other pixels."""
     from PIL import Image, features
 
-    found = {"pillow": Image.__version__}
+    versions = {"pillow": Image.__version__}
     for name in ("libjpeg_turbo", "jpg", "webp", "zlib"):
         version = features.version(name)
         if version:
-            found[f"pillow.{name}"] = str(version)
+            versions[f"pillow.{name}"] = str(version)
     simplejpeg = _simplejpeg()
-    found["simplejpeg"] = simplejpeg.__version__ if simplejpeg else "absent"
-    return found
+    versions["simplejpeg"] = simplejpeg.__version__ if simplejpeg else "absent"
+    return versions
 
 
 @cache
 def _pillow() -> tuple[Any, dict[int, Any]]:
-    """Pillow's module, and what turns a stored image upright, by EXIF orientation."""
+    """The module PIL.Image, and the transposition that turns a stored image upright, by EXIF orientation."""
     from PIL import Image
 
-    # Its limit of pixels is far above ours, which is applied first and said in our own words.
+    # Pillow's own pixel limit is far above max_pixels, which is checked first.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     turn = Image.Transpose
     return Image, {
@@ -134,14 +144,17 @@ def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
 def _crop_boxes(
     width: int, height: int, orientation: int, spec: ImageSpec, draw: Augmentation | None
 ) -> tuple[Box, Box]:
-    """The crop in upright coordinates, and the same box in the stored image of this width and height."""
+    """The crop in upright coordinates, and the same box in the stored image, whose width and height are given."""
     upright = (height, width) if orientation >= 5 else (width, height)
     crop = choose_crop(*upright, spec.crop, draw.crop if draw else None)
     return crop, stored_box(crop, *upright, orientation)
 
 
 def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels | None:
-    """Fast path; None leaves it to Pillow: no simplejpeg, CMYK, or bytes that a strict decoder refuses."""
+    """Fast path for JPEGs. Returns None to use Pillow instead: no simplejpeg, CMYK, or bytes that it refuses.
+
+    Raises ContentError.
+    """
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
         return None
@@ -155,17 +168,17 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cr
     orientation = _orientation(data)
     crop, (x, y, w, h) = _crop_boxes(width, height, orientation, spec, draw)
     eighths = _jpeg_eighths(min(w, h), spec.size)
-    least = {}
+    minimum_size = {}
     if eighths < 8:
-        # The decoder takes the smallest scale that leaves so many pixels; a partial one at the far edges counts.
-        least = {"min_width": -(-width * eighths // 8), "min_height": -(-height * eighths // 8)}
+        # The decoder uses the smallest scale with at least this size; it rounds sizes up, so these are rounded up too.
+        minimum_size = {"min_width": -(-width * eighths // 8), "min_height": -(-height * eighths // 8)}
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **least)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **minimum_size)
     except ValueError:
         return None
-    by = eighths / 8
-    left, top, right, bottom = x * by, y * by, (x + w) * by, (y + h) * by
-    # Whole pixels around the box, cut out before the resize, which would let pixels outside the box bleed in.
+    scale = eighths / 8
+    left, top, right, bottom = x * scale, y * scale, (x + w) * scale, (y + h) * scale
+    # Cut whole pixels around the box before the resize, so that pixels outside of it have no influence.
     start_x, start_y = math.floor(left), math.floor(top)
     cut = pixels[start_y : math.ceil(bottom), start_x : math.ceil(right)]
     inner = (
@@ -178,35 +191,34 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cr
 
 
 def _jpeg_eighths(side: int, size: int) -> int:
-    """At how many eighths of its size to decode a JPEG whose crop's shorter side becomes `size`; see docs/log.md.
+    """Scale, in eighths, at which to decode a JPEG whose crop has the shorter side `side` and becomes `size` pixels.
 
-    Up to 4/8 a decode costs no more than a whole one and the resize much less; 1.5 pixels are left for each of the
-    target's, and the result is as near to that of a whole decode as bicubic is to Lanczos, 43 to 48 dB. 5/8 to 7/8 cost
-    more than a whole decode.
+    The decoded crop has at least 1.5 pixels per pixel of the result: then the result is as close to that of a full
+    decode as bicubic is to Lanczos, 43 to 48 dB. Scales up to 4/8 decode no slower than a full decode and make the
+    resize much cheaper; 5/8 to 7/8 decode slower (measurements in docs/log.md).
     """
-    if (
-        side < 8
-    ):  # two scales would leave the same number of pixels, and which one was taken could not be told
+    # Below 8 pixels two scales give the same size, so the size would not tell which one the decoder used.
+    if side < 8:
         return 8
     eighths = math.ceil(12 * size / side)
     return eighths if eighths <= 4 else 8
 
 
 def _orientation(jpeg: bytes) -> int:
-    """EXIF orientation of a JPEG. Raises ContentError if it has scans beyond reason."""
+    """EXIF orientation of a JPEG. Raises ContentError if it has more than MAX_SCANS scans."""
     orientation, progressive = jpeg_markers(jpeg)
-    if progressive and (found := count_scans(jpeg)) > MAX_SCANS:
-        raise ContentError("undecodable", f"{found} scans; no more than {MAX_SCANS} are decoded")
+    if progressive and (scans := count_scans(jpeg)) > MAX_SCANS:
+        raise ContentError("undecodable", f"{scans} scans; at most {MAX_SCANS} are decoded")
     return orientation
 
 
 def _decode_with_pillow(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels:
-    """Pillow: every other format, odd JPEGs, and the verdict on broken ones."""
+    """Decode with Pillow: all other formats, and JPEGs that the fast path refused. Raises ContentError."""
     from PIL import Image, UnidentifiedImageError
 
-    claimed = claimed_size(data)
-    if claimed is not None:
-        _check_pixels(*claimed, spec)
+    size = claimed_size(data)
+    if size is not None:
+        _check_pixels(*size, spec)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size, spec)
@@ -217,22 +229,22 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, draw: Augmentation | None)
         raise ContentError("too many pixels", str(error)) from error
     except (ContentError, MemoryError):
         raise
-    except UnidentifiedImageError as error:  # its own text holds an address, different on every run
+    except UnidentifiedImageError as error:  # Pillow's text contains a memory address, different on every run
         raise ContentError(
-            "undecodable", f"none of {', '.join(FORMATS)}; begins with {bytes(data[:12])!r}"
+            "undecodable", f"not one of {', '.join(FORMATS)}; starts with {bytes(data[:12])!r}"
         ) from error
-    except Exception as error:  # whatever a decoder raises on complete bytes is a verdict on them
+    except Exception as error:  # the bytes are complete, so any error of a decoder is about the content
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
     crop, (x, y, w, h) = _crop_boxes(rgb.width, rgb.height, orientation, spec, draw)
     return _CroppedPixels(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of any mode in RGB, its transparency on white; not turned upright."""
+    """Convert an image of any mode to RGB, transparency composited on white. EXIF orientation is not applied."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or image.mode == "I":
-        # 16-bit grey; Pillow's own conversion clips it at 255.
+        # 16-bit grey keeps its upper 8 bits; Pillow's conversion clips at 255.
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -1,4 +1,4 @@
-"""What the first bytes of an image tell before anything is decoded: size, EXIF orientation, number of scans."""
+"""Size, EXIF orientation and scan count of an image, read from its bytes without decoding."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import struct
 
 ORIENTATION_TAG = 0x0112
 EXIF_PREFIX = b"Exif\x00\x00"
-# Markers of a JPEG that have no length: fill, TEM, RST0 to RST7, SOI.
+# JPEG markers without a length field: fill, TEM, RST0 to RST7, SOI.
 MARKERS_WITHOUT_LENGTH = {0xFF, 0x01, *range(0xD0, 0xD9)}
-# Start of frame of a progressive JPEG, Huffman or arithmetic.
+# Start-of-frame markers of progressive JPEGs, Huffman or arithmetic.
 PROGRESSIVE_FRAMES = {0xC2, 0xC6, 0xCA, 0xCE}
 START_OF_SCAN, APP1 = 0xDA, 0xE1
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a PNG, GIF, BMP or WebP claims; None for other bytes, or too few of them.
+    """Width and height in the header of a PNG, GIF, BMP or WebP; None for other bytes, or too few bytes.
 
-    Pillow allocates a WebP's canvas, and walks a PNG's chunks, before it gives a size to judge.
+    Read here because Pillow allocates the canvas of a WebP and reads the chunks of a PNG before it returns a size, too
+    late to refuse a decompression bomb.
     """
     try:
         if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -35,7 +36,7 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """RFC 9649: the canvas of the extended format, else the frame of the lossy or lossless one."""
+    """Canvas size of the extended format, frame size of the lossy and lossless formats (RFC 9649)."""
     kind = data[12:16]
     if kind == b"VP8X":
         low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
@@ -50,7 +51,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_markers(data: bytes) -> tuple[int, bool]:
-    """EXIF orientation of a JPEG, 1 to 8 (1 where it has none), and whether it is progressive."""
+    """EXIF orientation of a JPEG, 1 to 8 (1 if it has none), and True if it is progressive."""
     orientation, progressive, at = 0, False, 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -73,9 +74,9 @@ def jpeg_markers(data: bytes) -> tuple[int, bool]:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """Orientation in a TIFF header and its first directory, with or without "Exif" before it; 1 if it says none.
+    """Orientation in the first directory of a TIFF header, with or without the prefix "Exif"; 1 if there is none.
 
-    Read here because Pillow's parser costs a hundred times as much, and would be run for every photograph.
+    Read here because Pillow's parser is a hundred times slower and would run for every photograph.
     """
     tiff = tiff.removeprefix(EXIF_PREFIX)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
@@ -96,5 +97,5 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def count_scans(data: bytes) -> int:
-    """Start-of-scan markers of a JPEG; those of a thumbnail count too."""
+    """Number of start-of-scan markers in a JPEG, those of its thumbnail included."""
     return data.count(b"\xff\xda")

@@ -1,4 +1,7 @@
-"""The fast resize: a small compiled kernel that gives Pillow's bits, where it could be built; else Pillow does it."""
+"""Antialiased bicubic resize with Pillow's bits, by a compiled kernel.
+
+The caller uses Pillow if the kernel was not built or the arrays do not have the layout it needs.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ import numpy as np
 
 from data_pipeline import native
 
+# left, top, right, bottom in pixels of the array; fractions are allowed.
 Inner = tuple[float, float, float, float]
 
 
 @cache
 def kernel() -> Any:
-    """The function of resize.c, built by setuptools when the package was installed; None where no compiler was."""
+    """The function of resize.c, compiled when the package was installed; None if there was no compiler."""
     found = native.load_function(__file__, "_resize", "dromos_resize")
     if found is not None:
         box = [ctypes.c_float] * 4
@@ -27,20 +31,26 @@ def kernel() -> Any:
 def resize(
     pixels: np.ndarray, box: Inner, out: np.ndarray, mirror: bool = False, plain: bool = False
 ) -> bool:
-    """`box` (left, top, right, bottom) of uint8 [height, width, 3], mirrored if so asked, to `out` [size, size, 3].
+    """Resize `box` of `pixels`, uint8 [height, width, 3], to `out`, uint8 [size, size, 3]; mirror it on request.
 
-    `pixels` may be a cut-out: its rows are contiguous, not the whole. Bicubic, antialiased, along rows, then along
-    columns, with the same bits as Pillow's `resize` in these two steps. Pixels outside the array do not bleed in. False
-    where there is no kernel, or the arrays are laid out otherwise. `plain` leaves vector instructions alone.
+    Bicubic and antialiased, along rows, then along columns, with the same bits as Pillow's `resize` in these two steps.
+    `pixels` may be a view of a larger array: only each row must be contiguous. Pixels outside of it have no influence.
+    `plain` uses no vector instructions. Returns False, with `out` unchanged, if there is no kernel or the arrays have
+    another layout. Raises MemoryError.
     """
     function = kernel()
     height, width, _ = pixels.shape
-    stride, step, one = pixels.strides
-    if function is None or one != 1 or (step != 3 and width > 1) or not out.flags.c_contiguous:
+    row_stride, pixel_stride, channel_stride = pixels.strides
+    if (
+        function is None
+        or channel_stride != 1
+        or (pixel_stride != 3 and width > 1)
+        or not out.flags.c_contiguous
+    ):
         return False
     size = out.shape[0]
     failed = function(
-        pixels.ctypes.data, width, height, stride, *box, out.ctypes.data, size, int(mirror), int(plain)
+        pixels.ctypes.data, width, height, row_stride, *box, out.ctypes.data, size, int(mirror), int(plain)
     )
     if failed:
         raise MemoryError(f"no memory to resize {width} x {height} pixels")

@@ -1,4 +1,4 @@
-"""Captions to rows of tokens: tokenizers behind one small protocol."""
+"""Tokenizer protocol, CLIP's BPE and Hugging Face tokenizers, and caption to token row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import xxhash
 from data_pipeline.errors import UserError
 
 CLIP_BPE = "clip-bpe"
-# Looked for, in this order, where no tokenizer_config.json names the special tokens.
+# Names of special tokens, in order of preference, for a tokenizer.json without a tokenizer_config.json.
 COMMON_SPECIAL_TOKENS = {
     "start": (
         "<|start|>",
@@ -34,7 +34,7 @@ CONFIG_FIELDS = {"start": "bos_token", "end": "eos_token", "pad": "pad_token"}
 
 
 class Tokenizer(Protocol):
-    """What the pipeline needs of a tokenizer; picklable, so that workers need not read its file."""
+    """Tokenizer interface of the pipeline. Instances are picklable, so workers do not read the tokenizer's file."""
 
     vocab_size: int
     start_id: int
@@ -43,16 +43,16 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens; text that spells a special token stays text."""
+        """Token ids without special tokens; a special token's name inside the text is encoded as ordinary text."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; special tokens are left out."""
+        """Text of the ids, without special tokens."""
         ...
 
 
 class JsonTokenizer:
-    """A tokenizer.json, run by the `tokenizers` library."""
+    """Tokenizer of a tokenizer.json, with the `tokenizers` library."""
 
     def __init__(self, text: str, start_id: int, end_id: int, pad_id: int) -> None:
         import tokenizers
@@ -61,7 +61,7 @@ class JsonTokenizer:
         self._inner = tokenizers.Tokenizer.from_str(text)
         self._inner.no_truncation()
         self._inner.no_padding()
-        # A caption from the web must not be able to write an end token.
+        # The name of the end token in a caption from the web must not become an end token.
         self._inner.encode_special_tokens = True
         self.vocab_size: int = self._inner.get_vocab_size(with_added_tokens=True)
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
@@ -78,7 +78,7 @@ class JsonTokenizer:
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair encoding: open_clip's vocabulary and cleaning, without importing it and torch."""
+    """CLIP's byte-pair encoding with open_clip's vocabulary and text cleaning; imports neither open_clip nor torch."""
 
     vocab_size = 49408
     start_id = 49406
@@ -94,7 +94,7 @@ class ClipTokenizer:
         return ClipTokenizer, ()
 
     def encode(self, text: str) -> list[int]:
-        # What cleaning could change is not printable ASCII, or begins with an ampersand; it takes longer than the rest.
+        # Cleaning is slower than encoding, and changes only text with `&` or characters outside printable ASCII.
         if text.isascii() and text.isprintable() and "&" not in text:
             cleaned = text
         else:
@@ -114,15 +114,15 @@ def _clip_tokenizer() -> ClipTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`clip-bpe`, or a tokenizer.json, or the folder that holds one. Raises UserError if there is none."""
+    """Tokenizer by name: `clip-bpe`, a tokenizer.json, or a folder that contains one. Raises UserError."""
     if name == CLIP_BPE:
         return _clip_tokenizer()
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"text.tokenizer: {name}: no tokenizer.json there. Write `{CLIP_BPE}`, or a folder or file with "
-            "a tokenizer.json; the demo's is made by `dromos data prepare configs/demo/flip.yaml`"
+            f"text.tokenizer: {name}: no tokenizer.json found. Write `{CLIP_BPE}`, a tokenizer.json or its folder; "
+            "`dromos data prepare configs/demo/flip.yaml` writes the demo's"
         )
     try:
         text = file.read_text(encoding="utf-8")
@@ -133,7 +133,10 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def caption_row(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
-    """int32 [length]: start, caption (cut to length - 2), end, padding; and how many are not padding."""
+    """Token row, int32 [length], and the number of its tokens that are not padding.
+
+    The row is the start token, the caption (truncated to length - 2 tokens), the end token and padding.
+    """
     ids = tokenizer.encode(caption)[: length - 2]
     row = np.full(length, tokenizer.pad_id, dtype=np.int32)
     used = len(ids) + 2
@@ -148,9 +151,10 @@ def _vocabulary(text: str) -> dict[str, int]:
 
 
 def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]:
-    """Start, end, pad: as tokenizer_config.json beside the file says, else by common names.
+    """Ids of start, end and pad token: from tokenizer_config.json beside the file, else by common names.
 
-    As GPT-2 does, a missing start token is the end token; as Llama's users do, so is a missing pad token.
+    A missing start token is the end token, as in GPT-2; so is a missing pad token, as is usual with Llama. Raises
+    UserError.
     """
     config_file = file.with_name("tokenizer_config.json")
     config = _config(config_file) if config_file.is_file() else {}
@@ -172,10 +176,10 @@ def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"text.tokenizer: {file} is not JSON: {error}; mend or remove it") from None
+        raise UserError(f"text.tokenizer: {file} is not valid JSON: {error}; fix or remove it") from None
     if not isinstance(config, dict):
         raise UserError(
-            f"text.tokenizer: {file} holds no object, but {type(config).__name__}; mend or remove it"
+            f"text.tokenizer: {file} contains a {type(config).__name__}, not a JSON object; fix or remove it"
         )
     return config
 
@@ -190,7 +194,7 @@ def _open_clip_file(name: str) -> bytes:
 
 
 def _clip_bpe(vocabulary_gz: bytes) -> Any:
-    """The `tokenizers` equal of open_clip's SimpleTokenizer, which is slower by far and imports torch."""
+    """open_clip's SimpleTokenizer, rebuilt with the `tokenizers` library: much faster, and without torch."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
@@ -215,7 +219,7 @@ def _clip_bpe(vocabulary_gz: bytes) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's 256 printable stand-ins for bytes, in the order in which CLIP's vocabulary numbers them."""
+    """GPT-2's 256 printable characters that represent bytes, in the order of CLIP's vocabulary."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(len(hidden))]

@@ -126,7 +126,7 @@ def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec
     assert np.shares_memory(batch.pixels, memory)
     assert (memory[4] == 77).all()
     for wrong in (memory, memory[:4, :, ::-1], memory[:4].astype(np.int8)):
-        with pytest.raises(ValueError, match=r"contiguous uint8 \(4, 12, 12, 3\) expected"):
+        with pytest.raises(ValueError, match=r"expected contiguous uint8 \(4, 12, 12, 3\)"):
             builder.make(1, 3, 7, pixels=wrong)
 
 
@@ -253,9 +253,9 @@ def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
 
 
 def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.x: needs image and text, or the length"):
+    with pytest.raises(UserError, match=r"data\.x: write image and text, or the length"):
         StreamSpec("x", 0, {"a": SourceSpec("p")}, batch=2)
-    with pytest.raises(UserError, match=r"data\.x\.sources: no source"):
+    with pytest.raises(UserError, match=r"data\.x\.sources: name at least one source"):
         StreamSpec("x", 0, {}, batch=2, length=4)
 
 
@@ -296,7 +296,7 @@ def test_an_unusable_sample_has_no_weight_in_evaluation(tmp_path: Path) -> None:
 
 
 def test_evaluation_takes_one_source(mixture: tuple[Path, StreamSpec]) -> None:
-    with pytest.raises(UserError, match="one source is expected, not first, second"):
+    with pytest.raises(UserError, match="expected one source, not first, second"):
         EvaluationPass(mixture[1])
 
 

@@ -175,11 +175,11 @@ def test_a_recipe_says_it_in_three_fields() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((),), "from: name members with captions"),
-        ((("txt", "json"),), "from: name members with captions"),
-        ((("txt",), ("json.a", "json.b")), "2 for 1 members in `from`"),
+        (((),), "from: name the members that contain captions"),
+        ((("txt", "json"),), "from: name the members that contain captions"),
+        ((("txt",), ("json.a", "json.b")), "2 entries for 1 members in `from`"),
         ((("txt",), ("a",)), r"scores: a: .* write json\.FIELD"),
-        ((("txt",), (), 0), "top: 0 captions cannot be drawn from"),
+        ((("txt",), (), 0), "top is 0; it must be at least 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments: tuple, message: str) -> None:

@@ -187,7 +187,7 @@ def test_a_verdict_reads_the_same_on_every_run() -> None:
         with pytest.raises(ContentError) as verdict:
             decode(b"<html>404</html>", ImageSpec(8), 0, train=True)
         details.add(verdict.value.detail)
-    assert details == {"none of JPEG, PNG, WEBP, GIF, BMP; begins with b'<html>404</h'"}
+    assert details == {"not one of JPEG, PNG, WEBP, GIF, BMP; starts with b'<html>404</h'"}
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     data = encode(pixels(0, 0, 32, 32), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     scan = data[last:-2]
-    assert verdict(data[:-2] + scan * 3000 + data[-2:]).detail == "3010 scans; no more than 100 are decoded"
+    assert verdict(data[:-2] + scan * 3000 + data[-2:]).detail == "3010 scans; at most 100 are decoded"
     decode(data, ImageSpec(8))
 
 

@@ -136,7 +136,7 @@ def test_rows_hold_start_caption_end_padding(tmp_path: Path) -> None:
 
 
 def test_missing_and_wrong_tokenizers_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere.*no tokenizer\.json.*dromos data prepare"):
+    with pytest.raises(UserError, match=r"nowhere.*no tokenizer\.json found.*dromos data prepare"):
         load_tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
@@ -155,7 +155,8 @@ def test_a_configuration_that_is_none_is_named(tmp_path: Path, content: bytes) -
     folder = write_tokenizer(tmp_path / "t")
     (folder / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"text\.tokenizer: .*tokenizer_config\.json (is not JSON|holds no object)"
+        UserError,
+        match=r"text\.tokenizer: .*tokenizer_config\.json (is not valid JSON|contains a .*, not a JSON object)",
     ):
         load_tokenizer(str(folder))
 
