@@ -1,4 +1,8 @@
-"""The limit on unusable samples in one shard, and what is likely wrong with a shard that passes it."""
+"""Limits on replaced samples: per shard and epoch, and per source over the last steps; names the likely cause.
+
+Both limits count over all ranks and keep their counts in the checkpoint, so that a resumed run stops at the same step
+as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,25 @@ from typing import Any
 
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS
 
-Line = dict[str, Any]
-"""A line of bad_samples.jsonl."""
+# Steps over which the fraction of replaced samples is taken.
+WINDOW_STEPS = 100
+# Samples that a source must have served in the window before its fraction is judged.
+MIN_SAMPLES = 200
+
+Line = dict[str, Any]  # a line of bad_samples.jsonl
+
+
+class TooManyBadSamples(RuntimeError):
+    """A source or a shard has more unusable samples than the recipe's limit."""
 
 
 class BadShards:
-    """Counts unusable samples by shard and epoch, over all ranks: the lines that a step's ranks gathered.
+    """Counts the unusable samples of each shard and epoch, over all ranks.
 
-    A sample counts when the order assigns it, once an epoch, and not when it was tried in another's stead. `before` is
-    the `state` that a checkpoint kept, so that a resumed run judges as an undisturbed one.
+    A sample counts when the order assigns it, which is once per epoch, and not when it is tried as a replacement.
+
+    limit:  unusable samples in one shard and epoch at which the run stops (loader.max_bad_in_shard)
+    before: the `state()` in a checkpoint
     """
 
     def __init__(self, limit: int, before: dict[str, list[int]] | None = None) -> None:
@@ -24,13 +38,13 @@ class BadShards:
         self._counts = {url: (epoch, count) for url, (epoch, count) in (before or {}).items()}
 
     def state(self) -> dict[str, list[int]]:
-        """Url -> latest epoch in which one of its samples was unusable, and how many were in that epoch."""
-        return {url: list(each) for url, each in sorted(self._counts.items())}
+        """URL -> [latest epoch with an unusable sample, unusable samples in that epoch]."""
+        return {url: list(entry) for url, entry in sorted(self._counts.items())}
 
     def add(self, lines: Iterable[Line]) -> str | None:
-        """Count a step's lines; the first of their shards, by name, that holds too many, else None.
+        """Count the bad_samples.jsonl lines of one step; return the first shard, by name, at the limit, else None.
 
-        A shard that was over the limit before is not said again unless it goes on: it may have been mended.
+        Only shards with new unusable samples are judged: a shard that stopped an earlier run may have been repaired.
         """
         counted = [line for line in lines if line["attempt"] == 0]
         for line in sorted(counted, key=lambda line: (line["url"], line["epoch"])):
@@ -40,24 +54,62 @@ class BadShards:
         return self.over_limit({line["url"] for line in counted}) if counted else None
 
     def over_limit(self, urls: Iterable[str] | None = None) -> str | None:
-        """The first shard, by name, of these or of all, that holds too many, else None."""
+        """The first shard, by name, of `urls` (default: all) that is at the limit, else None."""
         over = (url for url in sorted(urls or self._counts) if self._counts[url][1] >= self.limit)
         return next(over, None)
 
-    def told(self, url: str, lines: Iterable[Line]) -> str:
-        """What to tell the user of a shard over the limit; `lines` are those of bad_samples.jsonl."""
-        found = [line for line in lines if line["url"] == url]
+    def message(self, url: str, lines: Iterable[Line]) -> str:
+        """The error text for a shard at the limit; `lines` are those of bad_samples.jsonl."""
+        of_shard = [line for line in lines if line["url"] == url]
         return (
             f"{self._counts[url][1]} samples of {url} are unusable in one epoch, and loader.max_bad_in_shard is "
-            f"{self.limit}: {likely_cause(url, found)}. bad_samples.jsonl names them. Mend or leave out that shard, "
+            f"{self.limit}: {likely_cause(url, of_shard)}. bad_samples.jsonl lists them. Repair or remove that shard, "
             "or raise loader.max_bad_in_shard."
         )
 
 
+class BadFraction:
+    """Fraction of a source's samples that were replaced over the last WINDOW_STEPS steps, over all ranks.
+
+    limit:  largest accepted fraction (loader.max_bad_fraction)
+    before: the `state()` in a checkpoint
+    """
+
+    def __init__(self, limit: float, before: dict[str, list[list[int]]] | None = None) -> None:
+        self.limit = limit
+        self.steps: dict[str, deque[list[int]]] = {
+            source: deque(window, maxlen=WINDOW_STEPS) for source, window in (before or {}).items()
+        }
+
+    def state(self) -> dict[str, list[list[int]]]:
+        """Source -> [served, replaced] samples of each step in the window."""
+        return {source: list(window) for source, window in self.steps.items()}
+
+    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> str | None:
+        """Count one step; return the error text when a source is over the limit, else None."""
+        for source, count in sorted(samples.items()):
+            window = self.steps.setdefault(source, deque(maxlen=WINDOW_STEPS))
+            window.append([count, sum(skipped.get(source, {}).values())])
+        return self.over_limit(step, skipped)
+
+    def over_limit(self, step: int, skipped: dict[str, dict[str, int]]) -> str | None:
+        """The error text when a source is over the limit, else None; `skipped`: reasons of the latest step."""
+        for source, window in sorted(self.steps.items()):
+            served, replaced = sum(s for s, _ in window), sum(r for _, r in window)
+            if served >= MIN_SAMPLES and replaced > self.limit * served:
+                reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.get(source, {}).items()))
+                return (
+                    f"step {step}: {replaced} of the last {served} samples of {source} were replaced, more than "
+                    f"loader.max_bad_fraction {self.limit:g}{f' ({reasons} in this step)' if reasons else ''}. "
+                    f"bad_samples.jsonl lists them. Repair the source, or raise loader.max_bad_fraction."
+                )
+        return None
+
+
 def likely_cause(url: str, lines: list[Line]) -> str:
-    """The most frequent reason of a shard's unusable samples, in words that name what to look at."""
+    """The most frequent reason among a shard's unusable samples, with the members or the sample to look at."""
     if not lines:
-        return "the reasons stand in bad_samples.jsonl"
+        return "bad_samples.jsonl has the reasons"
     (reason, count), *_ = Counter(line["reason"] for line in lines).most_common()
     details = [line["detail"] for line in lines if line["reason"] == reason]
     members = sorted({name for detail in details for name in _members(detail)})
@@ -72,52 +124,6 @@ def likely_cause(url: str, lines: list[Line]) -> str:
 
 
 def _members(detail: str) -> list[str]:
+    """Member names in the detail of a missing image or caption; empty for any other detail."""
     listed = detail.removeprefix("members: ")
     return [] if listed in ("none", detail) else listed.split(", ")
-
-
-WINDOW = 100
-"""Steps over which the fraction of replaced samples is taken."""
-AT_LEAST = 200
-"""Samples of a source that must have been seen before its fraction counts."""
-
-
-class TooManyBad(RuntimeError):
-    """The share of replaced samples of a source passed the recipe's limit."""
-
-
-class BadFraction:
-    """Watches the share of a source's samples that were replaced over the last steps, summed over ranks.
-
-    `before` is the `state` that a checkpoint kept, so that a resumed run judges as an undisturbed one.
-    """
-
-    def __init__(self, limit: float, before: dict[str, list[list[int]]] | None = None) -> None:
-        self.limit = limit
-        self.steps: dict[str, deque[list[int]]] = {
-            source: deque(window, maxlen=WINDOW) for source, window in (before or {}).items()
-        }
-
-    def state(self) -> dict[str, list[list[int]]]:
-        """[served, replaced] of each of the last steps, by source."""
-        return {source: list(window) for source, window in self.steps.items()}
-
-    def add(self, step: int, samples: dict[str, int], skipped: dict[str, dict[str, int]]) -> str | None:
-        """Count a step; what to tell the user when a source passes the limit, else None."""
-        for source, count in sorted(samples.items()):
-            window = self.steps.setdefault(source, deque(maxlen=WINDOW))
-            window.append([count, sum(skipped.get(source, {}).values())])
-        return self.over_limit(step, skipped)
-
-    def over_limit(self, step: int, skipped: dict[str, dict[str, int]]) -> str | None:
-        """What to tell say when a source's last steps pass the limit; `skipped` names the latest step's reasons."""
-        for source, window in sorted(self.steps.items()):
-            seen, bad = sum(s for s, _ in window), sum(b for _, b in window)
-            if seen >= AT_LEAST and bad > self.limit * seen:
-                listed = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.get(source, {}).items()))
-                return (
-                    f"step {step}: {bad} of the last {seen} samples of {source} were replaced, more than "
-                    f"loader.max_bad_fraction {self.limit:g}{f' ({listed} in this step)' if listed else ''}. "
-                    f"bad_samples.jsonl names them. Mend the source, or raise loader.max_bad_fraction."
-                )
-        return None

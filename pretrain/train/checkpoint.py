@@ -1,4 +1,8 @@
-"""The checkpoint protocol: files in step_X.tmp, hashes, COMPLETE, rename, `latest`; the newest complete one wins."""
+"""Checkpoint protocol: write into step_X.tmp, hash, mark COMPLETE, rename, point `latest` at it, delete the oldest.
+
+A reader takes the newest folder that is named step_X and holds COMPLETE. Everything else is what a kill left behind;
+the next save removes it.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +17,37 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish, sync
-from pretrain.distributed.collectives import barrier, from_first, gather, rank, world_size
+from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank, world_size
 from pretrain.run.folder import complete_steps, tag_of
 
-
-def _hash(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "xxh64": digest.hexdigest()}
+HASH_BLOCK_BYTES = 1 << 22
 
 
 def save(
     folder: Path, step: int, state: dict[str, Any], write: Callable[[Path, str], None], keep: int
 ) -> Path:
-    """Write one checkpoint so that a kill at any instant leaves the previous one or this one; collective.
+    """Write the checkpoint `folder/step_X` and return its path; collective.
 
-    `write(folder, tag)` puts every rank's files into `folder/tag`. Each rank flushes and hashes its share of them,
-    of the list that rank 0 saw. The `keep` newest complete checkpoints stay.
+    A kill at any instant leaves the previous checkpoint or this one complete. `write(folder, tag)` writes the files
+    of this rank into `folder/tag`. Afterwards each rank flushes and hashes its share of all files. The `keep` newest
+    complete checkpoints stay.
     """
     final, tag = folder / tag_of(step), tag_of(step) + ".tmp"
     partial = folder / tag
+    # 1. Write: every rank its own files, rank 0 state.json.
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("step_*.tmp"):
-            shutil.rmtree(left)
+        for leftover in folder.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
     barrier()
     write(folder, tag)
     if rank() == 0:
         (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
     barrier()
-    names = from_first(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
+    # 2. Flush and hash. Rank 0 lists the files: on a shared file system ranks may see different lists.
+    names = from_rank_0(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
     parts = gather({name: _hash(partial / name) for name in names[rank() :: world_size()]})
+    # 3. Mark complete and rename; only now may an older checkpoint go.
     if rank() == 0:
         manifest = {name: entry for part in parts for name, entry in part.items()}
         publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
@@ -63,13 +64,45 @@ def save(
     return final
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint so that a kill half-way leaves nothing that looks complete; the next save sweeps the rest."""
-    gone = path.with_name(path.name + ".old.tmp")  # not the name under which the same step is being written
-    if gone.exists():
-        shutil.rmtree(gone)
-    path.rename(gone)
-    shutil.rmtree(gone)
+def verify(path: Path) -> dict[str, Any]:
+    """Check a checkpoint against its manifest and return its `state.json`; collective, each rank hashes its share.
+
+    Raises UserError on every rank, naming a damaged file.
+    """
+    manifest = _read_manifest(path)
+    damage = None
+    for name, entry in sorted(manifest.items())[rank() :: world_size()]:
+        file = path / name
+        size = file.stat().st_size if file.exists() else None
+        if size is None:
+            damage = f"{name} is missing"
+        elif size != entry["size"]:
+            damage = f"{name} has {size} bytes, its manifest says {entry['size']}"
+        elif _hash(file)["xxh64"] != entry["xxh64"]:
+            damage = f"{name} is damaged: its hash differs from the manifest"
+        if damage:
+            break
+    found = [of_rank for of_rank in gather(damage) if of_rank]
+    if found:
+        raise UserError(
+            f"checkpoint {path}: {found[0]}. Remove {path.name} to resume from the checkpoint before it."
+        )
+    return json.loads((path / "state.json").read_text())
+
+
+def hash_file(path: Path) -> str | None:
+    """xxh64 of a file as 16 hex digits; None when the file does not exist."""
+    return _hash(path)["xxh64"] if path.exists() else None
+
+
+def _hash(path: Path) -> dict[str, Any]:
+    """Size and xxh64 of a file, flushed to disk."""
+    digest = xxhash.xxh64()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "xxh64": digest.hexdigest()}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -80,35 +113,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         pass
     raise UserError(
-        f"checkpoint {path}: manifest.json is missing or damaged. Remove {path.name} to go on from the checkpoint "
+        f"checkpoint {path}: manifest.json is missing or damaged. Remove {path.name} to resume from the checkpoint "
         "before it."
     )
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check a checkpoint against its manifest and return its `state.json`; collective, each rank hashes its share.
-
-    Raises UserError on every rank, naming the first damaged file.
-    """
-    manifest = _read_manifest(path)
-    wrong = None
-    for name, entry in sorted(manifest.items())[rank() :: world_size()]:
-        file = path / name
-        size = file.stat().st_size if file.exists() else "missing"
-        if size != entry["size"]:
-            wrong = f"{name} is {size}, the manifest says {entry['size']} bytes"
-        elif _hash(file)["xxh64"] != entry["xxh64"]:
-            wrong = f"{name} is damaged (its hash differs)"
-        if wrong:
-            break
-    told = [one for one in gather(wrong) if one]
-    if told:
-        raise UserError(
-            f"checkpoint {path}: {told[0]}. Remove {path.name} to go on from the checkpoint before it."
-        )
-    return json.loads((path / "state.json").read_text())
-
-
-def hash_file(path: Path) -> str | None:
-    """16 hex digits of a file, None where there is none."""
-    return _hash(path)["xxh64"] if path.exists() else None
+def _remove(path: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a kill half-way leaves nothing that looks complete."""
+    doomed = path.with_name(path.name + ".old.tmp")  # not step_X.tmp, into which the same step may be written
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)

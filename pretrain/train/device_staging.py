@@ -1,4 +1,4 @@
-"""Micro-batches on the device, each copied there while the one before it is computed with."""
+"""Copies the next micro-batch to the GPU while the current one is computed."""
 
 from __future__ import annotations
 
@@ -15,63 +15,66 @@ from pretrain.recipe.data import Image
 Tensors = dict[str, Tensor]
 
 
-class Copies(Protocol):
-    """Copies that go on while the caller does other things."""
+class AsyncCopies(Protocol):
+    """Copies that run while the caller computes."""
 
     def begin(self, tensors: Tensors) -> Any:
-        """Start to copy; a ticket."""
+        """Start to copy; returns a ticket for `finish`."""
         ...
 
     def finish(self, ticket: Any) -> Tensors:
-        """The copies, which whatever is launched from now on may read."""
+        """The copied tensors; kernels launched after this call may read them."""
         ...
 
 
 class PinnedCopies:
-    """Copies to a GPU on a stream of their own.
+    """Copies to a GPU on a CUDA stream of their own, from pinned memory: a copy from pageable memory blocks the caller.
 
-    Through page-locked memory, without which a copy holds up the caller. PyTorch's allocators keep a block, on either
-    side, until the streams that use it have passed: the copy itself says so of the pinned side, `record_stream` of the
-    device side (https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers).
+    PyTorch's allocators may hand out a freed block again only after the streams that use it are done. The pinned
+    allocator records the copy by itself; on the device side `record_stream` does
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def begin(self, tensors: Tensors) -> tuple[Tensors, Any]:
-        with torch.cuda.stream(self._side):
+    def begin(self, tensors: Tensors) -> tuple[Tensors, torch.cuda.Event]:
+        with torch.cuda.stream(self._copy_stream):
             moved = {
                 name: tensor.pin_memory().to(self._device, non_blocking=True)
                 for name, tensor in tensors.items()
             }
-            return moved, self._side.record_event()
+            return moved, self._copy_stream.record_event()
 
-    def finish(self, ticket: tuple[Tensors, Any]) -> Tensors:
-        moved, done = ticket
-        now = torch.cuda.current_stream(self._device)
-        now.wait_event(done)
+    def finish(self, ticket: tuple[Tensors, torch.cuda.Event]) -> Tensors:
+        moved, copied = ticket
+        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream.wait_event(copied)
         for tensor in moved.values():
-            tensor.record_stream(now)
+            tensor.record_stream(compute_stream)
         return moved
 
 
-def copies_for(device: torch.device) -> Copies | None:
-    """How batches get to `device` beside the computation; None where they are in its memory already."""
+def copies_for(device: torch.device) -> AsyncCopies | None:
+    """Asynchronous copies to `device`; None for the CPU, where the batch already is."""
     return PinnedCopies(device) if device.type == "cuda" else None
 
 
 def staged(
-    batches: Sequence[Batch], image: Image | None, device: torch.device, copies: Copies | None
+    batches: Sequence[Batch], image: Image | None, device: torch.device, copies: AsyncCopies | None
 ) -> Iterator[DeviceBatch]:
-    """The rows of each micro-batch, in order; with `copies`, the next is on its way before one is handed out."""
+    """The rows of each micro-batch on `device`, in order.
+
+    With `copies`, the copy of the next micro-batch starts before the current one is yielded.
+    """
     if copies is None:
         for batch in batches:
             yield to_device(batch, image, device)
         return
-    ahead = copies.begin(host_tensors(batches[0])) if batches else None
+    following = copies.begin(host_tensors(batches[0])) if batches else None
     for number, batch in enumerate(batches):
-        ticket, ahead = ahead, None
+        ticket, following = following, None
         if number + 1 < len(batches):
-            ahead = copies.begin(host_tensors(batches[number + 1]))
+            following = copies.begin(host_tensors(batches[number + 1]))
         yield device_rows(copies.finish(ticket), batch, image)

@@ -1,4 +1,4 @@
-"""One rank of one training stage: what the launcher, srun and Ray start."""
+"""One rank of one training stage; the entry point that the launcher, srun and Ray call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
 
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
-    """Train `stage_name` to its end, resuming by itself; returns the exit code (0, 2, 75 or 1)."""
+    """Train `stage_name` to its end from its newest checkpoint; returns an exit code of pretrain/run/exit_codes.py."""
     from pretrain.train.stop_flag import StopFlag
 
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
-    from pretrain.train.bad_samples import TooManyBad
+    from pretrain.train.bad_samples import TooManyBadSamples
     from pretrain.train.session import Session
-    from pretrain.train.trainer import NonFinite, Unreadable
+    from pretrain.train.trainer import NonFinite, UnreadableData
 
     session: Session | None = None
     try:
@@ -27,13 +27,13 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
-    except (NonFinite, TooManyBad, Unreadable, ReadError) as error:
+    except (NonFinite, TooManyBadSamples, UnreadableData, ReadError) as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
         return FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(
-            f"dromos: {where}{error.strerror or error}; the newest complete checkpoint stays",
+            f"dromos: {where}{error.strerror or error}; the newest complete checkpoint is kept",
             file=sys.stderr,
             flush=True,
         )
@@ -44,10 +44,10 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank's process at once: everything is written and closed.
+    """Exit this process at once, after everything is written and closed.
 
-    The interpreter's teardown is skipped because threads of gloo and of the store have been seen to abort in it
-    ("terminate called without an active exception"), which made a finished rank look like a failed one.
+    This skips the interpreter's teardown, in which threads of gloo and of its store have aborted ("terminate called
+    without an active exception"), so that a finished rank looked like a failed one.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,7 @@
-"""`continue: X`: a stage that takes over everything of another one: weights, optimizer, step count, data position."""
+"""Where a training resumes: its own newest checkpoint, or that of the stage in `continue: X`.
+
+`continue: X` takes over everything of another stage: weights, optimizer state, step count and data position.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +13,71 @@ from typing import Any
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
-from pretrain.distributed.collectives import from_first, gather
+from pretrain.distributed.collectives import from_rank_0, gather
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
-from pretrain.train import checkpoint
+from pretrain.run.folder import complete_steps, tag_of
+from pretrain.train.checkpoint import verify
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training goes on: a complete checkpoint, its state.json, and the frozen tensors beside it."""
+    """A verified checkpoint that a training starts from.
+
+    checkpoint: its folder
+    step:       optimizer steps done
+    state:      its state.json
+    frozen:     frozen.safetensors of the stage that wrote it; the file exists only if the stage froze something
+    """
 
     checkpoint: Path
     step: int
     state: dict[str, Any]
     frozen: Path
 
+    def is_of(self, stage_dir: Path) -> bool:
+        """True when the stage in `stage_dir` wrote this checkpoint, False when it continues another stage."""
+        return self.checkpoint.parent.parent == stage_dir
+
 
 def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None:
-    """The newest complete checkpoint of the stage's own `folder`, else of the stage that it continues.
+    """The newest complete checkpoint of the stage's own `folder`, else of the stage that it continues; collective.
 
     None for a stage that begins at step 0. Raises UserError for an address without optimizer state, or one that
     was trained with another world size or ZeRO stage.
     """
-    own = from_first(checkpoint.complete_steps(folder / "checkpoints"))
+    own = from_rank_0(complete_steps(folder / "checkpoints"))
     if own:
-        path = folder / "checkpoints" / checkpoint.tag_of(own[-1])
+        path = folder / "checkpoints" / tag_of(own[-1])
         refuse_unseen(path)
-        return Start(path, own[-1], checkpoint.verify(path), folder / "frozen.safetensors")
+        return Start(path, own[-1], verify(path), folder / "frozen.safetensors")
     if stage.continue_ is None:
         return None
-    found = from_first(locate(stage.continue_, folder.parent))
-    if found.kind != "checkpoint" or found.stage_dir is None or found.step is None:
+    located = from_rank_0(locate(stage.continue_, folder.parent))
+    if located.kind != "checkpoint" or located.stage_dir is None or located.step is None:
         raise UserError(
-            f"continue: {stage.continue_}: is no stage that was trained here, so there is no optimizer state to go on "
-            f"with; take its weights alone with init: {stage.continue_}"
+            f"continue: {stage.continue_}: is not a training stage of a run, so it has no optimizer state to "
+            f"continue from; to take only its weights, write init: {stage.continue_}"
         )
-    path = Path(found.path)
+    path = Path(located.path)
     refuse_unseen(path)
-    state = checkpoint.verify(path)
-    for key, now in (("world_size", world_size), ("zero", stage.engine.zero)):
-        if state.get(key) != now:
+    state = verify(path)
+    for key, value in (("world_size", world_size), ("zero", stage.engine.zero)):
+        if state.get(key) != value:
             raise UserError(
-                f"continue: {stage.continue_}: {path} was saved with {key} {state.get(key)}, this is {now}; "
-                "changing it is not available yet: use the same, or take the weights alone with "
+                f"continue: {stage.continue_}: {path} was saved with {key} {state.get(key)}, this run has {value}; "
+                f"changing it is not available yet: use {key} {state.get(key)}, or take only the weights with "
                 f"init: {stage.continue_}"
             )
-    return Start(path, found.step, state, found.stage_dir / "frozen.safetensors")
+    return Start(path, located.step, state, located.stage_dir / "frozen.safetensors")
 
 
 def refuse_unseen(path: Path) -> None:
-    """A rank that does not see rank 0's checkpoint would start from something else, and no loss would tell."""
-    missing = [number for number, there in enumerate(gather((path / "COMPLETE").exists())) if not there]
+    """Raise UserError when a rank does not see the checkpoint that rank 0 sees; collective.
+
+    Such a rank would start from other weights, and the loss would not show it.
+    """
+    missing = [number for number, exists in enumerate(gather((path / "COMPLETE").exists())) if not exists]
     if missing:
         raise UserError(
             f"{path}: rank {missing[0]} does not see this checkpoint, rank 0 does; run.dir must be on a file system "
@@ -69,8 +86,8 @@ def refuse_unseen(path: Path) -> None:
 
 
 def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> None:
-    """UserError when a stage that continues another one would have nothing left to do."""
-    if start.checkpoint.parent.parent != folder and start.step >= total:
+    """Raise UserError when a stage that continues another one has no steps left to train."""
+    if not start.is_of(folder) and start.step >= total:
         raise UserError(
             f"continue: {stage.continue_}: is at step {start.step} already, and this stage ends at step {total}; steps "
             f"count from the beginning of {stage.continue_}, so write a longer train"
@@ -80,16 +97,17 @@ def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> N
 def resume_data(
     builders: Mapping[str, BatchBuilder], order: Mapping[str, Any], accept_change: bool
 ) -> tuple[dict[str, BatchBuilder], list[str]]:
-    """Makers that go on where `order`, a checkpoint's, was written, and a line for every change that was accepted.
+    """Builders that continue at the data position of a checkpoint, and one line per accepted change of the data.
 
-    Raises UserError, with both values of what differs, where data or mixture changed without `accept_change`.
+    `order` is the checkpoint's order state by stream. Raises UserError with the old and the new value where data or
+    mixture changed without `accept_change`.
     """
     if set(builders) != set(order):
         raise UserError(
             f"data: the checkpoint was trained on the streams {', '.join(sorted(order))}, the recipe has "
             f"{', '.join(sorted(builders))}; restore them, or start a new run folder"
         )
-    going_on, changes = {}, []
+    continued, changes = {}, []
     for name, builder in builders.items():
         try:
             resumed = builder.order.resume(order[name], builder.fingerprints, accept_change)
@@ -97,15 +115,18 @@ def resume_data(
             raise UserError(f"data.{name}: {error}") from None
         changes += [f"data.{name}: {line}" for line in resumed.changes]
         segments = resumed.segments
-        going_on[name] = builder.with_spec(replace(builder.spec, segments=segments)) if segments else builder
-    return going_on, changes
+        continued[name] = builder.with_spec(replace(builder.spec, segments=segments)) if segments else builder
+    return continued, changes
 
 
 def same_order(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:
-    """The streams with the seeds of the checkpoint's order: the data goes on where the other stage left it."""
+    """The streams with the seeds of the order that `continue: address` trained on, so that its order goes on.
+
+    Raises UserError when that stage had other streams.
+    """
     if {spec.name for spec in specs} != set(order):
         raise UserError(
             f"continue: {address}: it was trained on the streams {', '.join(sorted(order))}, this stage has "
-            f"{', '.join(sorted(spec.name for spec in specs))}; take the weights alone with init: {address}"
+            f"{', '.join(sorted(spec.name for spec in specs))}; to take only its weights, write init: {address}"
         )
     return [replace(spec, seed=int(order[spec.name]["seed"], 16)) for spec in specs]

@@ -8,9 +8,9 @@ from pretrain.recipe.schema import Optimizer, Schedule
 
 
 def peak_rate(optimizer: Optimizer, batch: int) -> float:
-    """`lr`, or `lr_per_256` scaled linearly with the batch (Goyal et al. 2017, as FLIP).
+    """`lr`, or `lr_per_256` scaled linearly with the global batch (Goyal et al. 2017, as FLIP does).
 
-    `batch` is the largest one of a schedule: a ramp-up of the batch goes with the peak that its end calls for.
+    `batch` is the largest global batch of a ramp-up, so that the peak is the rate of the full batch.
     """
     if optimizer.lr is not None:
         return optimizer.lr
@@ -20,11 +20,11 @@ def peak_rate(optimizer: Optimizer, batch: int) -> float:
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float, schedule: Schedule) -> float:
-    """Rate of step 0..total-1: linear from 0 over `warmup` steps, then towards `schedule.final_lr`."""
+    """Rate of `step` in [0, total): linear from 0 to `peak` over `warmup` steps, then decay to `schedule.final_lr`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule.kind == "constant" or total <= warmup:
         return peak
-    done = min(1.0, (step - warmup) / max(1.0, total - warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
-    return schedule.final_lr + (peak - schedule.final_lr) * fall
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    return schedule.final_lr + (peak - schedule.final_lr) * decay

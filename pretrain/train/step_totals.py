@@ -1,4 +1,4 @@
-"""What all ranks know of a step before its forward: counts, digests, replaced samples, who wants to stop."""
+"""`StepTotals`: one all-reduce per step, before the forward pass: loss counts, digests, replacements, stop flags."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from data_pipeline.order.digest import hex16
 from pretrain.distributed.collectives import all_sum, gather
 from pretrain.objectives.base import Objective
 
-LOW = (1 << 32) - 1
-StepBatches = dict[str, list[Batch]]
+LOW_32_BITS = (1 << 32) - 1
+StepBatches = dict[str, list[Batch]]  # stream -> this rank's micro-batches of one step
 
 
 class StepTotals:
-    """The same on every rank: one all-reduce of integers, and a second exchange only where samples were replaced.
+    """Totals of one step over all ranks, equal on every rank.
 
-    counts, rows:   by stream, the loss's denominator and the samples of the global batch
-    samples, skipped: by source, samples served, and replaced ones by reason; bad names each of those
-    stop, failed:   whether any rank was asked to stop, or could not read its data
+    One all-reduce of int64; a second exchange only when a rank replaced samples.
+
+    counts:       stream -> denominator of its loss
+    rows:         stream -> rows of the global batch
+    samples:      source -> samples served
+    skipped:      source -> reason -> samples replaced
+    bad:          the lines of bad_samples.jsonl
+    stop:         a rank received a stop signal or reached train.hours
+    failed:       a rank could not read its data
+    batch_digest, order_digest: 16 hex digits
     """
 
     def __init__(
@@ -34,17 +41,18 @@ class StepTotals:
         failed: bool,
         device: torch.device,
     ) -> None:
-        flat = [batch for made in batches.values() for batch in made]
+        flat = [batch for of_stream in batches.values() for batch in of_stream]
         streams = objective.streams
         skipped = sum(sum(reasons.values()) for batch in flat for reasons in batch.skipped.values())
         numbers = [int(stop), int(failed), skipped]
         # Digests are sums mod 2^64: halves of 32 bits add without overflow.
         for digest in (sum(b.batch_digest for b in flat), sum(b.order_digest for b in flat)):
-            numbers += [digest & LOW, digest >> 32 & LOW]
+            numbers += [digest & LOW_32_BITS, digest >> 32 & LOW_32_BITS]
         numbers += [int(sum(objective.count(name, b) for b in batches[name])) for name in streams]
         numbers += [sum(b.stop - b.start for b in batches[name]) for name in streams]
         numbers += [sum(b.samples.get(source, 0) for b in flat) for source in sources]
         values = iter(all_sum(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist())
+        # Read back in the order in which `numbers` was filled.
         self.stop, self.failed = next(values) > 0, next(values) > 0
         replaced = next(values)
         self.batch_digest, self.order_digest = (
@@ -53,17 +61,16 @@ class StepTotals:
         self.counts = {name: next(values) for name in streams}
         self.rows = {name: next(values) for name in streams}
         self.samples = {source: next(values) for source in sources}
-        self.skipped, self.bad = _replaced(flat) if replaced else ({}, [])
+        self.skipped, self.bad = _gather_replaced(flat) if replaced else ({}, [])
 
 
-def _replaced(batches: list[Batch]) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
-    """Replaced samples over all ranks, by source and reason, and each by name in row order."""
-    mine = [(batch.skipped, batch.bad) for batch in batches]
-    reasons: dict[str, Counter[str]] = {}
+def _gather_replaced(batches: list[Batch]) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
+    """Replaced samples of all ranks: counts by source and reason, and one line per sample in row order."""
+    counts: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
-    for part in gather(mine):
-        for skipped, named in part:
-            bad += named
-            for source, found in skipped.items():
-                reasons.setdefault(source, Counter()).update(found)
-    return {source: dict(sorted(found.items())) for source, found in sorted(reasons.items())}, bad
+    for of_rank in gather([(batch.skipped, batch.bad) for batch in batches]):
+        for skipped, lines in of_rank:
+            bad += lines
+            for source, reasons in skipped.items():
+                counts.setdefault(source, Counter()).update(reasons)
+    return {source: dict(sorted(reasons.items())) for source, reasons in sorted(counts.items())}, bad

@@ -1,20 +1,23 @@
-"""Signals that ask a rank to save and go: they set a flag, which all ranks read together between two steps."""
+"""Signals that ask a rank to save and stop: they set a flag, which all ranks read together between two steps."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; never acts inside a collective."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT. The handler only sets the flag, so a collective is never interrupted.
+
+    signal_name: the last signal received, None before the first
+    """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-        for number in ASKING:
+        self.signal_name: str | None = None
+        for number in STOP_SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
+        self.signal_name = signal.Signals(number).name

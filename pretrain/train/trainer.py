@@ -1,4 +1,4 @@
-"""The loop: batches in, one optimizer step, one line of metrics; save, evaluate and stop at step boundaries."""
+"""The training loop: per step one batch, one optimizer step, one line of metrics; saves, evaluates and stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,26 +19,37 @@ from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import TrainStage
-from pretrain.run.metrics_log import Log, read
+from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
-from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBad
+from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
 from pretrain.train.device_staging import copies_for, staged
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_flag import StopFlag
 
+if TYPE_CHECKING:
+    from data_pipeline.loader.loader import Loader
 
-class Unreadable(RuntimeError):
-    """Data could not be had on some rank, after retries; the run was saved first."""
+
+class UnreadableData(RuntimeError):
+    """A rank could not read its data after all retries; the run is saved before this is raised."""
 
 
 class NonFinite(RuntimeError):
-    """A loss is not a number; the run stops before the update."""
+    """A loss or the gradient norm is not finite; raised before the weights are updated."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a stage that the loop needs, all in optimizer steps of this stage."""
+    """Lengths and rates of a stage.
+
+    total:          steps of the whole stage
+    warmup:         steps of the warm-up
+    peak_rate:      largest learning rate
+    save_every:     steps between checkpoints
+    evaluate_every: steps between evaluations; None evaluates at the end only
+    hours:          wall-clock limit of one process (train.hours); None for no limit
+    """
 
     total: int
     warmup: float
@@ -49,7 +60,13 @@ class Plan:
 
 
 class Trainer:
-    """Runs a stage from `first` to the plan's end; everything it needs is handed in."""
+    """Trains a stage up to `plan.total` steps.
+
+    order_state: step -> the data position after that step, by stream, for state.json
+    evaluate:    returns the held-out figures of the current weights, by name
+    before:      state.json whose counts of replaced samples are continued; None starts them at zero
+    frozen_hash: xxh64 of frozen.safetensors, written into every checkpoint
+    """
 
     def __init__(
         self,
@@ -57,12 +74,12 @@ class Trainer:
         stage_dir: Path,
         objective: Objective,
         engine: Engine,
-        loader: Any,
+        loader: Loader,
         plan: Plan,
         runtime: Runtime,
         stop: StopFlag,
         order_state: Callable[[int], dict[str, Any]],
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[], dict[str, float]],
         before: dict[str, Any] | None = None,
         frozen_hash: str | None = None,
     ) -> None:
@@ -70,36 +87,40 @@ class Trainer:
         self.loader, self.plan, self.runtime, self.stop = loader, plan, runtime, stop
         self.order_state, self.evaluate = order_state, evaluate
         self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
-        self.bad = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
+        self.bad_fraction = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
         self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (before or {}).get("bad_shards"))
         self.frozen_hash = frozen_hash
         self.copies = copies_for(runtime.device)
         self.last_saved = -1
         self.started = time.monotonic()
-        self.log = Log(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
-        self.bad_log = Log(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
+        self.log = JsonLog(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
+        self.bad_log = JsonLog(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
 
     def run(self, first: int) -> bool:
-        """Steps first..total-1. True when the stage reached its end, False when it saved because it was asked to.
+        """Train the steps [first, total). True at the end of the stage, False when it saved and stopped on request.
 
-        Raises Unreadable, or the UserError of a tar that changed, after a save, when a rank's data could not be had.
+        Raises, after a save: UnreadableData when a rank could not read its data, UserError when a tar has changed,
+        TooManyBadSamples when a limit is passed. Raises NonFinite without a save.
         """
         self.last_saved = first
-        made = iter(self.loader.steps(first, self.plan.total))
+        batches_by_step = iter(self.loader.steps(first, self.plan.total))
         for done in range(first + 1, self.plan.total + 1):
-            mark = time.perf_counter()
-            batches, failure = self.receive(made)
+            began = time.perf_counter()
+            # 1. Batches, and the totals that all ranks need before the forward pass.
+            batches, failure = self.next_batches(batches_by_step)
             out_of_time = (
                 self.plan.hours is not None and time.monotonic() - self.started > self.plan.hours * 3600
             )
-            asked = bool(self.stop.asked) or out_of_time
+            stop = self.stop.signal_name is not None or out_of_time
             failed = failure is not None
-            agreed = StepTotals(self.objective, self.sources, batches, asked, failed, self.runtime.device)
-            if agreed.failed:
-                self.give_up(done - 1, failure)
-            row = self.step(done - 1, batches, agreed)
-            row["time"]["step"] = round(time.perf_counter() - mark, 6)
+            totals = StepTotals(self.objective, self.sources, batches, stop, failed, self.runtime.device)
+            if totals.failed:
+                self.save_and_raise(done - 1, failure)
+            # 2. Optimizer step.
+            row = self.step(done - 1, batches, totals)
+            row["time"]["step"] = round(time.perf_counter() - began, 6)
             row["time"]["samples_per_second"] = round(sum(row["samples"].values()) / row["time"]["step"], 2)
+            # 3. Evaluate, log, save, stop: in this order, so that a checkpoint is never ahead of the log.
             last = done == self.plan.total
             if last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
                 began = time.perf_counter()
@@ -107,53 +128,41 @@ class Trainer:
                 if figures:
                     row["eval"] = figures
                     row["time"]["eval"] = round(time.perf_counter() - began, 6)
-            self.write(row, agreed)
-            too_many = self.too_many(done, agreed)
-            if last or agreed.stop or too_many or done % self.plan.save_every == 0:
+            self.write(row, totals)
+            too_many = self.count_bad(done, totals)
+            if last or totals.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
             if too_many:
-                raise TooManyBad(too_many)
-            if agreed.stop and not last:
+                raise TooManyBadSamples(too_many)
+            if totals.stop and not last:
                 return False
         return True
 
-    def refuse_too_many(self, step: int) -> None:
-        """Raise TooManyBad if the steps before `step`, as the checkpoint kept them, passed the limit."""
-        told = self.bad.over_limit(step, {}) or self.told_of_shard(self.bad_shards.over_limit())
-        if told:
-            raise TooManyBad(told)
+    def next_batches(self, batches_by_step: Iterator[StepBatches]) -> tuple[StepBatches, Exception | None]:
+        """The next step's batches, or the error of building them.
 
-    def too_many(self, step: int, agreed: StepTotals) -> str | None:
-        """Count a step's replaced samples; what to tell the user when they pass a limit, else None."""
-        fraction = self.bad.add(step, agreed.samples, agreed.skipped)
-        shard = self.bad_shards.add(agreed.bad)
-        return self.told_of_shard(shard) or fraction
-
-    def told_of_shard(self, url: str | None) -> str | None:
-        """What to tell the user of a shard with too many unusable samples."""
-        return url and self.bad_shards.told(url, read(self.stage_dir / "bad_samples.jsonl"))
-
-    def receive(self, made: Iterator[StepBatches]) -> tuple[StepBatches, Exception | None]:
-        """The next step's batches, or why they could not be made: the other ranks must hear of it first."""
+        The error is returned, not raised: the other ranks learn of it from the step's totals, else they would wait in
+        a collective for this rank.
+        """
         try:
-            return next(made), None
+            return next(batches_by_step), None
         except (OSError, UserError, MemoryError) as error:
             return {name: [] for name in self.objective.streams}, error
 
-    def give_up(self, done: int, failure: Exception | None) -> NoReturn:
-        """Save what has been done and stop with the name of what could not be read, or is not what it was."""
+    def save_and_raise(self, done: int, failure: Exception | None) -> NoReturn:
+        """Save after `done` steps and raise; `failure` is None when the failure is another rank's."""
         if done > self.last_saved:
             self.save(done)
-        why = (
+        reason = (
             str(failure) or "out of memory"
             if failure is not None
-            else "another rank could not read its data; its log says which"
+            else "another rank could not read its data; its log has the error"
         )
-        kept = f"The run is saved at step {done}" if done else "Nothing was done yet"
-        kind = UserError if isinstance(failure, UserError) else Unreadable
-        raise kind(f"step {done + 1}: {why}. {kept}; run it again to go on.")
+        saved = f"The run is saved at step {done}" if done else "No step was done yet"
+        kind = UserError if isinstance(failure, UserError) else UnreadableData
+        raise kind(f"step {done + 1}: {reason}. {saved}; run it again to resume.")
 
-    def step(self, step: int, batches: StepBatches, agreed: StepTotals) -> dict[str, Any]:
+    def step(self, step: int, batches: StepBatches, totals: StepTotals) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""
         self.engine.train()
         parts: dict[str, Tensor] = {}
@@ -161,50 +170,66 @@ class Trainer:
             for name in self.objective.streams:
                 image = self.stage.data[name].image
                 for rows in staged(batches[name], image, self.runtime.device, self.copies):
-                    loss = self.objective.loss(self.engine, name, rows, float(agreed.counts[name]))
+                    loss = self.objective.loss(self.engine, name, rows, float(totals.counts[name]))
                     self.engine.backward(loss.total)
                     for key, value in {"loss": loss.total.detach(), **loss.parts}.items():
                         parts[key] = parts.get(key, torch.zeros_like(value)) + value
         names = sorted(parts)
         values = all_sum(torch.stack([parts[name].double().reshape(()) for name in names])).tolist()
         losses = dict(zip(names, values, strict=True))
-        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+        non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
         rate = learning_rate(
             step, self.plan.total, self.plan.warmup, self.plan.peak_rate, self.stage.schedule
         )
-        norm = self.engine.step(rate) if not wrong else None
+        norm = self.engine.step(rate) if not non_finite else None
         if norm is None:
-            what = ", ".join(wrong) or "the gradient norm"
-            kept = (
+            quantity = ", ".join(non_finite) or "the gradient norm"
+            saved = (
                 f"the last checkpoint is of step {self.last_saved}"
                 if self.last_saved
-                else "nothing was saved yet"
+                else "there is no checkpoint yet"
             )
             raise NonFinite(
-                f"step {step + 1}: {what} is not finite; the weights were not updated, and {kept}. "
+                f"step {step + 1}: {quantity} is not finite; the weights were not updated, and {saved}. "
                 f"Lower the learning rate, or look at this step's batch."
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         row |= self.objective.figures(batches, self.runtime.device)
-        row |= {"lr": rate, "grad_norm": norm, "samples": agreed.rows, "skipped": agreed.skipped}
-        row |= {"batch_digest": agreed.batch_digest, "order_digest": agreed.order_digest}
+        row |= {"lr": rate, "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
+        row |= {"batch_digest": totals.batch_digest, "order_digest": totals.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
         return row
 
-    def write(self, row: dict[str, Any], agreed: StepTotals) -> None:
-        """The step's line, and the name of every sample that was replaced in it."""
+    def write(self, row: dict[str, Any], totals: StepTotals) -> None:
+        """Append the step to metrics.jsonl, and every sample that was replaced in it to bad_samples.jsonl."""
         if self.log is not None and self.bad_log is not None:
             self.log.write(row)
-            for found in agreed.bad:
-                self.bad_log.write(found | {"step": row["step"]})
+            for line in totals.bad:
+                self.bad_log.write(line | {"step": row["step"]})
+
+    def count_bad(self, step: int, totals: StepTotals) -> str | None:
+        """Count a step's replaced samples; returns the error text when they pass a limit, else None."""
+        fraction = self.bad_fraction.add(step, totals.samples, totals.skipped)
+        shard = self.bad_shards.add(totals.bad)
+        return self._shard_message(shard) or fraction
+
+    def check_bad(self, step: int) -> None:
+        """Raise TooManyBadSamples if the counts that the checkpoint of `step` kept pass a limit."""
+        message = self.bad_fraction.over_limit(step, {}) or self._shard_message(self.bad_shards.over_limit())
+        if message:
+            raise TooManyBadSamples(message)
+
+    def _shard_message(self, url: str | None) -> str | None:
+        return url and self.bad_shards.message(url, read(self.stage_dir / "bad_samples.jsonl"))
 
     def save(self, step: int) -> None:
+        """Write the checkpoint of `step`; collective."""
         state = {
             "step": step,
             "world_size": self.runtime.world_size,
             "zero": self.stage.engine.zero,
             "order": self.order_state(step),
-            "replaced": self.bad.state(),
+            "replaced": self.bad_fraction.state(),
             "bad_shards": self.bad_shards.state(),
             "frozen": self.frozen_hash,
         }
@@ -214,6 +239,7 @@ class Trainer:
         self.last_saved = step
 
     def close(self) -> None:
+        """Stop the loader's workers and close the logs."""
         self.loader.close()
         for log in (self.log, self.bad_log):
             if log is not None:
@@ -221,6 +247,6 @@ class Trainer:
 
 
 def write_result(stage_dir: Path, step: int, seconds: float, figures: dict[str, Any]) -> None:
-    """The stage is done: result.json, written whole or not at all."""
+    """Write result.json, atomically: the mark of a finished stage."""
     content = {"step": step, "eval": figures, "seconds": round(seconds, 3)}
     publish(stage_dir / "result.json", json.dumps(content, indent=1).encode())

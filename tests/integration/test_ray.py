@@ -68,7 +68,7 @@ def test_two_nodes_through_a_stop_equal_local(
     code, output = demo.run("ray", *flags, "--wait", env=cluster.env)
     assert code == 0, output + demo.logs("ray")
     assert "succeeded" in output
-    assert "goes on after step" in (demo.stage("ray") / "logs" / "rank_0.log").read_text()
+    assert "resumes after step" in (demo.stage("ray") / "logs" / "rank_0.log").read_text()
     assert demo.rows("ray") == local
 
 

@@ -83,7 +83,7 @@ def test_two_nodes_through_a_signal_equal_local(
     slurm.command("scontrol", "update", f"jobid={job}", "starttime=now")
     wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 300, logs)
     assert state(slurm, job) == "COMPLETED", logs()
-    assert "goes on after step" in (demo.stage("slurm") / "logs" / "rank_0.log").read_text()
+    assert "resumes after step" in (demo.stage("slurm") / "logs" / "rank_0.log").read_text()
     assert demo.rows("slurm") == local
     run = demo.stage("slurm").parent
     assert len(list(run.glob(f"ray-{job}-*.log"))) == 2

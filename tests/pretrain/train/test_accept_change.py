@@ -1,4 +1,4 @@
-"""A run that goes on with other data: refused, accepted, and then the order that a plain walk gives."""
+"""Resuming with changed data: refused, then accepted; the order equals that of a brute-force walk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recipe(folder: Path, steps: int, sources: dict[str, Any], batch: Any) -> Pat
 
 
 def digests(plan: list[Mixture], steps: int) -> list[str]:
-    """order_digest of each step, from the plain walk; every sample decodes, so batch and order agree on samples."""
+    """order_digest of each step, from the brute-force walk. Every sample decodes, so no sample is replaced."""
     seed, found = stream_seed(3, "main", "pairs"), []
     for rows in walk(plan, steps, LANES, seed, lambda samples: min(64, max(1, samples // 16384))):
         if isinstance(rows, Change):
@@ -65,7 +65,7 @@ def test_a_shard_is_added_while_the_batch_ramps_up(data: Path) -> None:
     sources, batch = {"pairs": str(data / "pairs")}, {0: 8, 3: 12}
     code, printed = rank.run(recipe(data, 5, sources, batch))
     assert code == 0, printed
-    tiny.write_pairs(data / "pairs", shards=4)  # the three of before, and one of 14 samples
+    tiny.write_pairs(data / "pairs", shards=4)  # the same three shards, and one of 14 samples
     code, printed = rank.run(recipe(data, 9, sources, batch))
     assert code == 2
     for words in ("samples of source 'pairs' was 48, is now 62", "fingerprints", "run.accept_change=true"):
@@ -80,17 +80,17 @@ def test_a_shard_is_added_while_the_batch_ramps_up(data: Path) -> None:
     ]
     assert [row["order_digest"] for row in logged(data)] == digests(plan, 9)
     assert [row["samples"] for row in logged(data)] == [{"pairs": n} for n in [8] * 3 + [12] * 6]
-    # 3 x 8 + 2 x 12 rows were the one epoch of 48 samples: nothing of it is left
+    # 3 x 8 + 2 x 12 rows were the whole epoch of 48 samples
     assert "data.pairs: samples of source 'pairs' was 48, is now 62" in printed
     assert "0 samples of its begun epochs stay unvisited" in printed
     assert [one["first_step"] for one in segments(data, 9)] == [0, 5]
 
-    code, printed = rank.run(recipe(data, 11, sources, batch))  # once accepted, it needs no leave
+    code, printed = rank.run(recipe(data, 11, sources, batch))  # an accepted change is not accepted again
     assert code == 0, printed
     assert [row["order_digest"] for row in logged(data)] == digests(plan, 11)
 
 
-def test_weights_change_then_a_source_goes_and_the_batch_grows(data: Path) -> None:
+def test_weights_change_then_a_source_is_removed_and_the_batch_grows(data: Path) -> None:
     both = {name: {"path": str(data / name), "weight": 0.5} for name in ("pairs", "more")}
     code, printed = rank.run(recipe(data, 4, both, 8))
     assert code == 0, printed
@@ -139,7 +139,7 @@ def test_a_length_in_samples_counts_what_was_served_before_the_batch_grew(data: 
     assert not is_done(folder, stage_job(longer, "main"), longer)
 
 
-def test_a_source_that_stopped_the_run_is_taken_out_and_the_run_goes_on(data: Path) -> None:
+def test_a_run_resumes_without_the_source_that_stopped_it(data: Path) -> None:
     with TarWriter(data / "noisy" / "00000.tar") as tar:
         for number in range(60):
             picture = b"no image" if number % 5 == 4 else tiny.picture("red", number)

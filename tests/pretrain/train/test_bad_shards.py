@@ -1,4 +1,4 @@
-"""The limit on unusable samples in one shard, against counting by hand, and the cause that it names."""
+"""Limit on unusable samples per shard: compared with sets of keys; the error names the likely cause."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def line(url: str, key: str, epoch: int = 0, attempt: int = 0, **rest: str) -> d
     return {"url": url, "key": key, "epoch": epoch, "attempt": attempt} | given | rest
 
 
-def test_a_shard_is_over_at_its_nth_sample_of_one_epoch() -> None:
-    """Random steps over three epochs that overlap at their borders, against sets of keys."""
+def test_a_shard_reaches_its_limit_within_one_epoch() -> None:
+    """Random steps over three epochs that overlap at their borders, compared with sets of keys."""
     generator = np.random.default_rng(3)
     fired = 0
     for limit in (1, 5, 30):
@@ -51,7 +51,7 @@ def test_a_shard_is_over_at_its_nth_sample_of_one_epoch() -> None:
     assert fired > 30
 
 
-def test_a_mended_shard_is_not_held_against_a_resumed_run() -> None:
+def test_a_repaired_shard_does_not_stop_a_resumed_run() -> None:
     limited = BadShards(2)
     assert limited.add([line("a.tar", "1"), line("a.tar", "2")]) == "a.tar"
     again = BadShards(2, limited.state())
@@ -62,15 +62,15 @@ def test_a_mended_shard_is_not_held_against_a_resumed_run() -> None:
 
 
 def test_the_cause_of_real_shards_is_named(tmp_path: Path) -> None:
-    """Members that nobody decodes, captions that are absent, and bytes that are no picture."""
+    """Members of an unknown type, missing captions, and bytes that are not an image."""
     plain = [members(0, i) for i in range(6)]
-    spoilt: list[list[Members]] = [
+    broken: list[list[Members]] = [
         [{"image": m["png"], "txt": m["txt"], "json": m["json"]} for m in plain],
         [{"png": m["png"]} for m in plain],
         [m | {"png": b"<html>404</html>"} for m in plain],
         [m | {"png": encode(pixels(3, i))} for i, m in enumerate(plain)],
     ]
-    replace = {(shard, i): m for shard, samples in enumerate(spoilt) for i, m in enumerate(samples)}
+    replace = {(shard, i): m for shard, samples in enumerate(broken) for i, m in enumerate(samples)}
     spec = pairs(tmp_path, batch=24, laion=write_source(tmp_path / "laion", [6, 6, 6, 6], replace))
     with LocalLoader([spec], 0, 1, 0, builders={"pairs": BatchBuilder(spec)}) as loader:
         lines = json.loads(json.dumps(next(loader.steps(0, 1))["pairs"][0].bad))
@@ -80,7 +80,7 @@ def test_the_cause_of_real_shards_is_named(tmp_path: Path) -> None:
     assert [url[-9:] for url in urls] == ["00000.tar", "00001.tar", "00002.tar"]
     assert over == urls[0]
     assert {url: count for url, (_, count) in limited.state().items()} == dict.fromkeys(urls, 6)
-    told = limited.told(urls[0], lines)
+    message = limited.message(urls[0], lines)
     for part in (
         "6 samples of",
         "loader.max_bad_in_shard is 6",
@@ -88,16 +88,16 @@ def test_the_cause_of_real_shards_is_named(tmp_path: Path) -> None:
         "laion/00000.tar: members are .image, .json, .txt",
         "bad_samples.jsonl",
     ):
-        assert part in told
+        assert part in message
     assert "no member txt and no caption in json" in likely_cause(
         urls[1], [x for x in lines if x["url"] == urls[1]]
     )
-    assert "members are .png" in limited.told(urls[1], lines)
-    assert "undecodable, for example '00" in limited.told(urls[2], lines)
+    assert "members are .png" in limited.message(urls[1], lines)
+    assert "undecodable, for example '00" in limited.message(urls[2], lines)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_all_ranks_together_count_what_one_would(tmp_path: Path, world_size: int) -> None:
+def test_several_ranks_count_what_one_rank_counts(tmp_path: Path, world_size: int) -> None:
     replace = {(0, i): {"txt": b"a"} for i in range(0, 20, 2)}
     spec = pairs(tmp_path, batch=12, web=write_source(tmp_path / "web", [20, 30], replace))
     whole, parts = BadShards(8), BadShards(8)

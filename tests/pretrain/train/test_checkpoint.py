@@ -1,4 +1,4 @@
-"""The checkpoint protocol in one process: what a kill at any instant leaves, and what damage is called."""
+"""The checkpoint protocol in one process: a kill at any instant leaves a complete checkpoint; damage is named."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from data_pipeline.errors import UserError
 from pretrain.run.folder import complete_steps, tag_of
 from pretrain.train.checkpoint import save, verify
 
+# System calls that change the disk or flush to it.
 CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
-"""System calls that change what is on disk, or make it last."""
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the project catches it as an error."""
+    """Simulates SIGKILL: no code of the project catches a BaseException of this kind."""
 
 
 def content(step: int) -> dict[str, bytes]:
@@ -43,13 +43,13 @@ def save_step(folder: Path, step: int, keep: int = 2) -> Path:
 
 
 def assert_whole(path: Path, step: int) -> None:
-    """Every byte that was written is there."""
+    """Assert that the checkpoint has every byte that was written."""
     for name, data in content(step).items():
         assert (path / name).read_bytes() == data
     assert json.loads((path / "state.json").read_text()) == {"step": step, "world_size": 1}
 
 
-def test_what_is_saved_is_there_and_verifies(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_complete_and_verifies(tmp_path: Path) -> None:
     folder = tmp_path / "main" / "checkpoints"
     assert complete_steps(folder) == []
     path = save_step(folder, 5)
@@ -83,13 +83,13 @@ def test_a_step_saved_again_replaces_itself(tmp_path: Path) -> None:
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> list[str]:
-    """Raise at the `number`th of CALLS, before or after it took place; returns the names of the calls made."""
+    """Raise at call `number` (from 0) to CALLS, before or after it takes effect; returns the names of all calls."""
     made: list[str] = []
 
     def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if len(made) > number:
-                raise Killed  # a dead process does nothing more, clean-up included
+                raise Killed  # a killed process runs no clean-up either
             made.append(name)
             if len(made) <= number:
                 return real(*args, **kwargs)
@@ -109,9 +109,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> list[s
 def test_a_kill_at_any_instant_leaves_the_previous_one_or_this_one(
     tmp_path: Path, keep: int, again: bool, after: bool
 ) -> None:
-    """Killed at every call that changes the disk, one after the other; then saved again undisturbed.
+    """Kill one save at each call that changes the disk, then save again without a kill.
 
-    `again`: the killed save writes a step that is there already. Every folder that counts as complete must be.
+    `again`: the killed save writes a step that exists already. Every folder that counts as complete must verify.
     """
     prepared = tmp_path / "prepared"
     for step in (1, 2):
@@ -134,7 +134,7 @@ def test_a_kill_at_any_instant_leaves_the_previous_one_or_this_one(
         for found in steps:
             assert verify(folder / tag_of(found))["step"] == found, f"kill at call {number} ({made[-1]})"
             assert_whole(folder / tag_of(found), found)
-        save_step(folder, 4, keep)  # the run goes on over whatever was left
+        save_step(folder, 4, keep)  # the next save cleans up whatever was left
         assert complete_steps(folder)[-1] == 4
         assert len(complete_steps(folder)) <= keep
         assert {p.name for p in folder.iterdir() if p.is_dir()} == {tag_of(n) for n in complete_steps(folder)}
@@ -185,6 +185,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, kind: str) -> None:
     with pytest.raises(UserError) as found:
         verify(path)
     text = str(found.value)
-    assert name in text or (kind == "flipped" and name == "manifest.json")  # it may name a file that is none
+    assert name in text or (
+        kind == "flipped" and name == "manifest.json"
+    )  # the flipped bit may be in a file name
     assert "step_00000007" in text
     assert "Remove" in text  # what to do

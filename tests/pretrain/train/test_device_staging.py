@@ -1,4 +1,4 @@
-"""Micro-batches on their way to a device: the same rows, in order, one on its way while another is computed with."""
+"""Staging of micro-batches: the same rows in order; the next one is copied while the current one is computed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def equal(a: DeviceBatch, b: DeviceBatch) -> bool:
 
 
 class Recorded:
-    """Copies on the CPU that are only there once they are finished."""
+    """Copies on the CPU that record when each begins and finishes."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -47,7 +47,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
-def test_the_next_is_on_its_way_while_one_is_computed_with(batches: list[Batch], count: int) -> None:
+def test_the_next_copy_begins_before_the_current_batch_is_computed(batches: list[Batch], count: int) -> None:
     copies = Recorded()
     for number, (rows, batch) in enumerate(
         zip(staged(batches[:count], IMAGE, CPU, copies), batches[:count], strict=True)
@@ -61,7 +61,7 @@ def test_the_next_is_on_its_way_while_one_is_computed_with(batches: list[Batch],
     assert copies.events == want
 
 
-def test_on_the_cpu_rows_are_made_as_they_are_asked_for(batches: list[Batch]) -> None:
+def test_on_the_cpu_rows_are_moved_one_by_one(batches: list[Batch]) -> None:
     assert copies_for(CPU) is None
     for rows, batch in zip(staged(batches, IMAGE, CPU, None), batches, strict=True):
         assert equal(rows, to_device(batch, IMAGE, CPU))
@@ -69,7 +69,7 @@ def test_on_the_cpu_rows_are_made_as_they_are_asked_for(batches: list[Batch]) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pinned_copies_are_right_while_the_gpu_is_busy(batches: list[Batch]) -> None:
-    """Long kernels on the main stream, and memory that is freed and used again at once on both sides."""
+    """Long kernels on the main stream, and memory that is freed and reused at once on host and device."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = copies_for(device)
     assert isinstance(copies, PinnedCopies)

@@ -1,4 +1,4 @@
-"""The learning rate of every step against torch's own schedulers."""
+"""The learning rate of every step, compared with torch's own schedulers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ PEAK = 3e-3
 
 
 def torch_rates(kind: str, total: int, warmup: int, final: float) -> list[float]:
-    """Rates of steps 0..total-1 from torch: a line that reaches the peak in step `warmup`, then the fall."""
+    """Rates of steps 0..total-1 from torch: linear up to the peak at step `warmup`, then the decay."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
     rest = total - warmup
-    fall: LRScheduler
+    decay: LRScheduler
     if kind == "cosine":
-        fall = CosineAnnealingLR(optimizer, T_max=rest, eta_min=final)
+        decay = CosineAnnealingLR(optimizer, T_max=rest, eta_min=final)
     elif kind == "linear":
-        fall = LinearLR(optimizer, start_factor=1.0, end_factor=final / PEAK, total_iters=rest)
+        decay = LinearLR(optimizer, start_factor=1.0, end_factor=final / PEAK, total_iters=rest)
     else:
-        fall = ConstantLR(optimizer, factor=1.0)
-    schedule: LRScheduler = fall
+        decay = ConstantLR(optimizer, factor=1.0)
+    schedule: LRScheduler = decay
     if warmup:
         rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-        schedule = SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+        schedule = SequentialLR(optimizer, [rise, decay], milestones=[warmup])
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SequentialLR still passes an epoch to its parts
@@ -42,7 +42,7 @@ def torch_rates(kind: str, total: int, warmup: int, final: float) -> list[float]
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("total", "warmup"), [(20, 0), (20, 3), (101, 10), (4, 3), (1, 0)])
 @pytest.mark.parametrize("final", [0.0, 2e-4])
-def test_every_step_is_that_of_torch(kind: str, total: int, warmup: int, final: float) -> None:
+def test_every_rate_equals_that_of_torch(kind: str, total: int, warmup: int, final: float) -> None:
     schedule = Schedule(kind=kind, final_lr=final)
     found = [learning_rate(step, total, warmup, PEAK, schedule) for step in range(total)]
     assert found == pytest.approx(torch_rates(kind, total, warmup, final), rel=1e-12, abs=1e-18)
@@ -54,7 +54,7 @@ def test_a_warmup_longer_than_the_training_only_rises() -> None:
     assert learning_rate(9, 9, 9, PEAK, Schedule()) == PEAK
 
 
-def test_the_fall_never_goes_below_its_end() -> None:
+def test_the_decay_never_goes_below_its_end() -> None:
     schedule = Schedule(final_lr=1e-4)
     assert learning_rate(10, 10, 2, PEAK, schedule) == pytest.approx(1e-4)
     assert learning_rate(15, 10, 2, PEAK, schedule) == pytest.approx(1e-4)

@@ -1,4 +1,4 @@
-"""A rank from start to exit: what it begins with, when it stops by itself, and that the next one goes on."""
+"""A rank from start to exit: its initial weights, the reasons to stop, and the resume by the next rank."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pretrain.run.folder import complete_steps
 from tests.support import rank, tiny
 
 RATE = 1e-3
+# AdamW's first update is +-lr per element, whatever the gradient (Kingma and Ba 2015, section 2.1).
 FIRST_STEP = {
     "optimizer": {"kind": "adamw", "lr": RATE, "eps": 1e-20, "weight_decay": 0.0},
     "schedule": {"kind": "constant"},
     "train": {"steps": 1},
 }
-"""AdamW's first update from nothing is +-lr an element, whatever the gradient (Kingma and Ba 2015, section 2.1)."""
 
 
 def flip(root: Path, folder: Path, **sections: Any) -> Path:
@@ -45,14 +45,14 @@ def rows(stage: Path) -> list[dict[str, Any]]:
 
 
 def steps(stage: Path) -> list[int]:
-    """Steps of the whole lines of a log that may be being written."""
+    """Steps in the complete lines of a log that another process may be writing."""
     path = stage / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line)["step"] for line in lines]
 
 
 def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    """Every element stands where it stood, or one fresh AdamW update away from there."""
+    """Assert that every element is unchanged or one first AdamW update away."""
     moved = torch.cat([(found[name] - before[name]).abs().reshape(-1) for name in before]) / RATE
     assert moved.max() < 1.001
     far = moved[moved > 0]
@@ -60,13 +60,13 @@ def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor]) -> No
     assert (far > 0.999).double().mean() > 0.99
 
 
-def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path, tmp_path: Path) -> None:
-    """Stopped three times, the run is bit for bit that of a rank that nothing disturbed."""
+def test_time_limits_and_signals_save_and_the_next_rank_resumes(tiny_runs: Path, tmp_path: Path) -> None:
+    """A run that is stopped three times equals an uninterrupted one bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     length = {"train": {"steps": 60}, "checkpoint": {"every": 1000, "keep": 99}}
     for folder in (whole, parts):
         folder.mkdir()
-    undisturbed = rank.start(flip(tiny_runs, whole, **length))
+    uninterrupted = rank.start(flip(tiny_runs, whole, **length))
     recipe, stage = flip(tiny_runs, parts, **length), parts / "run" / "main"
 
     def stopped(code: int, at: int) -> None:
@@ -78,7 +78,7 @@ def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path,
     code, _ = rank.run(recipe, "train.hours=1e-9")
     stopped(code, 1)
 
-    early = rank.start(recipe)  # asked to go before its first step: one step, and it goes
+    early = rank.start(recipe)  # a signal before the first step: it trains one step, saves and stops
     early.wait_for(lambda: (stage / ".lock").read_text().startswith(f"pid {early.pid} "))
     os.kill(early.pid, signal.SIGUSR1)
     stopped(early.code(), 2)
@@ -95,11 +95,11 @@ def test_time_limits_and_signals_save_and_the_next_rank_goes_on(tiny_runs: Path,
     (stage / "resolved.yaml").write_text(yaml.safe_dump(record))
     code, printed = rank.run(recipe)
     assert code == 0
-    assert re.search(r"main goes on after step \d+", printed)
+    assert re.search(r"main resumes after step \d+", printed)
     assert f'warning: versions.simplejpeg: "0.9" -> "{decoder_versions()["simplejpeg"]}"' in printed
     assert printed.count("warning: versions.") == 1
     assert yaml.safe_load((stage / "resolved.yaml").read_text())["versions"] == decoder_versions()
-    assert undisturbed.code() == 0
+    assert uninterrupted.code() == 0
     assert rows(stage) == rows(whole / "run" / "main")
     assert json.loads((stage / "result.json").read_text())["step"] == 60
     ours, theirs = (read_state(str(folder / "run" / "main")) for folder in (parts, whole))
@@ -120,7 +120,7 @@ def test_init_takes_the_weights_and_nothing_else(tiny_runs: Path, tmp_path: Path
 
 
 def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) -> None:
-    """As after a stage that was trained on text alone: a language model without projector and delimiters."""
+    """The weights of a text-only stage: a language model without projector and delimiters."""
     runs = tiny_runs / "runs"
     words = {
         name: t for name, t in read_state(str(runs / "sphinx" / "main")).items() if name.startswith("llm.")
@@ -159,7 +159,7 @@ def test_what_is_frozen_stays_over_a_resume(tiny_runs: Path, tmp_path: Path) -> 
     assert set(read_frozen(stage / "frozen.safetensors")[0]) == fixed
     assert {name for name in before if torch.equal(before[name], after[name])} == fixed
 
-    with open(stage / "frozen.safetensors", "r+b") as file:  # another file in its place is not taken
+    with open(stage / "frozen.safetensors", "r+b") as file:  # another file in its place is refused
         file.seek(-1, 2)
         file.write(b"\x7f")
     code, printed = rank.run(recipe, "train.steps=7")
@@ -167,7 +167,7 @@ def test_what_is_frozen_stays_over_a_resume(tiny_runs: Path, tmp_path: Path) -> 
     assert "frozen.safetensors is not the file that step_00000006 was saved with" in printed
 
 
-def test_a_part_that_no_model_has_cannot_be_frozen() -> None:
+def test_an_unknown_part_cannot_be_frozen() -> None:
     class Nothing:
         model = nn.Linear(1, 1)
 
@@ -187,15 +187,15 @@ def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Pa
     code, printed = rank.run(recipe)
     assert code == 1
     named = (stage / "bad_samples.jsonl").read_text().splitlines()
-    # 7 steps of 32 are the first 200 samples, the least that are judged.
-    told = f"step 7: {len(named)} of the last 224 samples of noisy were replaced"
-    assert told in printed
+    # 7 steps of 32 are the first to reach the 200 samples below which no fraction is judged.
+    message = f"step 7: {len(named)} of the last 224 samples of noisy were replaced"
+    assert message in printed
     assert "Traceback" not in printed
     assert all(int(json.loads(line)["key"]) % 5 == 4 for line in named)
     assert not (stage / "result.json").exists()
 
-    code, printed = rank.run(recipe)  # it stopped at its last step, and is still not done
-    assert (code, told in printed) == (1, True), printed
+    code, printed = rank.run(recipe)  # it was stopped at its last step, so it is still not finished
+    assert (code, message in printed) == (1, True), printed
     assert not (stage / "result.json").exists()
 
     code, printed = rank.run(recipe, "loader.max_bad_fraction=0.9", "train.steps=9")  # as the message says
@@ -236,7 +236,7 @@ def test_a_shard_without_images_stops_the_rank_with_the_likely_cause(tiny_runs: 
     assert code == 0, printed
 
 
-def test_a_loss_that_is_no_number_stops_the_rank_before_the_update(tiny_runs: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_rank_before_the_update(tiny_runs: Path, tmp_path: Path) -> None:
     optimizer = {"kind": "adamw", "lr": 1e30}
     recipe = flip(
         tiny_runs, tmp_path, optimizer=optimizer, schedule={"kind": "constant"}, checkpoint={"every": 1}
@@ -253,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_rank_before_the_update(tiny_runs: Pa
 
 
 def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Path) -> None:
-    """It is no verdict on its samples; once the tar is what it was, the run goes on as if nothing had been."""
+    """Its samples do not count as unusable. Once the tar is restored, the run resumes as if uninterrupted."""
     tiny.make_data(tmp_path)
     length = {"train": {"steps": 60}, "checkpoint": {"every": 1000}, "loader": {"workers": 0}}
     recipe, stage = flip(tmp_path, tmp_path, **length), tmp_path / "run" / "main"
@@ -268,11 +268,11 @@ def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Pat
     printed = running.log.read_text()
     assert f"step {done + 1}: " in printed
     assert "00000.tar is shorter than it was" in printed
-    assert f"The run is saved at step {done}; run it again to go on" in printed
+    assert f"The run is saved at step {done}; run it again to resume" in printed
     assert complete_steps(stage / "checkpoints") == [done]
     shard.write_bytes(whole)
     code, printed = rank.run(recipe)
     assert code == 0, printed
-    assert f"main goes on after step {done}" in printed
+    assert f"main resumes after step {done}" in printed
     assert steps(stage) == list(range(1, 61))
     assert not (stage / "bad_samples.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""A stream that ends before the training is refused before the first step; a source that does is announced."""
+"""A stream that ends before the training is an error before the first step; a source that ends is announced."""
 
 from __future__ import annotations
 

@@ -1,0 +1,262 @@
+"""Steps of opening a training stage on one rank: model, streams, plan, restored state, run folder, loader.
+
+`Session.train` calls them in this order. Nothing is written before `prepare_folder`, so that a wrong recipe or a
+missing source leaves the run folder as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.errors import UserError
+from data_pipeline.order.stream_order import StreamOrder
+from data_pipeline.storage.files import publish
+from data_pipeline.transforms.decode import decoder_versions
+from data_pipeline.workers.watchdog import StallLimits
+from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
+from pretrain.build.objective import build, check_tokens, stage_tokenizer
+from pretrain.build.streams import cache_settings, stage_specs
+from pretrain.distributed.engine import Engine, Runtime
+from pretrain.evaluate.suite import check_held_out, evaluate, flat
+from pretrain.objectives.base import Objective
+from pretrain.recipe.dump import dump_plain, stage_record
+from pretrain.recipe.fields import Length
+from pretrain.recipe.lengths import check_ends, length_steps, total_steps
+from pretrain.recipe.schema import Recipe, TrainStage
+from pretrain.run import metrics_log
+from pretrain.run.identity import compare_free, compare_versions, read_record
+from pretrain.train.checkpoint import hash_file
+from pretrain.train.resume import Start, check_length, resume_data, same_order
+from pretrain.train.schedule import peak_rate
+from pretrain.train.trainer import Plan
+
+if TYPE_CHECKING:
+    from data_pipeline.loader.loader import Loader
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a rank trains, and where: the same for every step of the setup."""
+
+    recipe: Recipe
+    name: str
+    stage: TrainStage
+    run_dir: Path
+    runtime: Runtime
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder in the run folder."""
+        return self.run_dir / self.name
+
+    @property
+    def frozen_path(self) -> Path:
+        return self.folder / "frozen.safetensors"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of resolved.yaml: recipe, stage and versions of the image decoders."""
+        return stage_record(self.recipe, self.name) | {"versions": decoder_versions()}
+
+
+def build_objective(context: StageContext, start: Start | None) -> tuple[Objective, dict[str, Any]]:
+    """The objective with freshly initialised weights, and the description of its frozen towers.
+
+    A frozen tower is on the device already; the engine moves the model itself.
+    """
+    frozen = start.frozen if start is not None else None
+    seed = context.recipe.run.seed
+    objective, description = build(context.stage, context.name, seed, context.run_dir, frozen)
+    tower = getattr(objective, "tower", None)  # only some objectives have one
+    if tower is not None:
+        tower.to(context.runtime.device)
+    return objective, description
+
+
+def open_streams(
+    context: StageContext, objective: Objective, start: Start | None
+) -> tuple[dict[str, BatchBuilder], list[str]]:
+    """A batch builder per stream, at the data position of `start`, and one line per accepted change of the data.
+
+    Raises UserError when a source has no usable samples, or when data changed without run.accept_change.
+    """
+    stage = context.stage
+    specs = stage_specs(stage, context.recipe.run.seed, context.name, objective.streams)
+    if start is not None and stage.continue_ is not None:
+        specs = same_order(specs, start.state["order"], stage.continue_)
+    cache = cache_settings(stage)
+    builders = {spec.name: BatchBuilder(spec, cache=cache) for spec in specs}
+    for builder in builders.values():
+        builder.check()  # the launcher checks too, but a rank may be started without it
+    if start is None:
+        return builders, []
+    return resume_data(builders, start.state["order"], context.recipe.run.accept_change)
+
+
+def make_plan(stage: TrainStage, order: StreamOrder) -> Plan:
+    """Lengths of a stage in steps; `order` is that of the main stream, which knows the batches of earlier segments."""
+    epoch, largest = order.samples_per_epoch(), order.batches.largest
+
+    def interval(length: Length) -> int:
+        """Steps of an interval; samples are counted in the largest global batch."""
+        return max(1, length_steps(length, largest, epoch))
+
+    return Plan(
+        total=total_steps(stage, epoch, order),
+        warmup=length_steps(stage.schedule.warmup, order, epoch),
+        peak_rate=peak_rate(stage.optimizer, largest),
+        save_every=interval(stage.checkpoint.every),
+        evaluate_every=interval(stage.eval.every) if stage.eval.every is not None else None,
+        hours=stage.train.hours,
+    )
+
+
+def check_stage(
+    context: StageContext,
+    objective: Objective,
+    builders: dict[str, BatchBuilder],
+    total: int,
+    start: Start | None,
+) -> None:
+    """Checks that need the opened data: lengths, held-out sources, tokens. Raises UserError."""
+    for line in check_ends({name: builder.order for name, builder in builders.items()}, total):
+        if context.runtime.rank == 0:
+            print(f"dromos: {line}", flush=True)
+    if start is not None:
+        check_length(start, context.stage, context.folder, total)
+    check_held_out(objective, context.stage)
+    check_tokens(context.stage, objective, builders)
+
+
+def load_weights(context: StageContext, objective: Objective, start: Start | None) -> None:
+    """Weights that the engine does not restore: `init` of a new stage, the frozen tensors of a resumed one.
+
+    Raises UserError when frozen.safetensors is not the file that the checkpoint was saved with.
+    """
+    if start is not None:
+        if hash_file(start.frozen) != start.state.get("frozen"):
+            raise UserError(
+                f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or "
+                f"delete {start.checkpoint.parent.parent} to start again"
+            )
+        tensors, _ = read_frozen(start.frozen)
+        parameters = dict(objective.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in parameters:
+                    parameters[name].copy_(tensor)
+    elif context.stage.init is not None:
+        init = context.stage.init
+        loaded = load_into(objective.model, read_state(init, context.run_dir), init)
+        if context.runtime.rank == 0 and loaded.new:
+            modules = sorted({name.split(".")[0] for name in loaded.new})
+            print(f"dromos: init {init}: newly initialised: {', '.join(modules)}", flush=True)
+
+
+def open_engine(context: StageContext, objective: Objective, start: Start | None) -> Engine:
+    """The model under DeepSpeed, with weights and optimizer state of `start`; collective."""
+    settings, optimizer = context.stage.engine, context.stage.optimizer
+    engine = Engine(
+        objective.model,
+        settings.zero,
+        settings.dtype,
+        optimizer.betas,
+        optimizer.eps,
+        optimizer.weight_decay,
+        optimizer.clip,
+        context.runtime,
+    )
+    if start is not None:
+        engine.load(start.checkpoint.parent, start.checkpoint.name)
+    return engine
+
+
+def prepare_folder(
+    context: StageContext,
+    objective: Objective,
+    description: dict[str, Any],
+    start: Start | None,
+    total: int,
+    accepted: list[str],
+) -> None:
+    """Write the stage folder's files before the first step; on rank 0 only."""
+    for line in accepted:
+        print(f"dromos: accepted: {line}", flush=True)
+    if start is None or not start.is_of(context.folder):
+        _begin_folder(context, objective, description)
+    else:
+        _resume_folder(context, start.step, total)
+
+
+def _begin_folder(context: StageContext, objective: Objective, description: dict[str, Any]) -> None:
+    """resolved.yaml and frozen.safetensors of a new stage; deletes logs of an attempt without a checkpoint."""
+    _write_record(context)
+    tensors = objective.frozen()
+    if tensors:
+        write_frozen(context.frozen_path, tensors, description)
+    for name in ("metrics.jsonl", "bad_samples.jsonl", "result.json"):
+        (context.folder / name).unlink(missing_ok=True)
+
+
+def _resume_folder(context: StageContext, step: int, total: int) -> None:
+    """Truncate the logs to the checkpoint's step, rewrite resolved.yaml and print what changed in it."""
+    folder = context.folder
+    if step < total:  # a finished stage whose train length grew is not finished any more
+        (folder / "result.json").unlink(missing_ok=True)
+    metrics_log.truncate(folder / "metrics.jsonl", step)
+    metrics_log.truncate(folder / "bad_samples.jsonl", step)
+    record = context.record
+    previous = read_record(folder) or record
+    changed = compare_free(previous, record)
+    _write_record(context)
+    print(f"dromos: {context.name} resumes after step {step}", flush=True)
+    for line in changed:
+        print(f"dromos: changed since it was saved: {line}", flush=True)
+    for line in compare_versions(previous, record):
+        print(f"dromos: warning: {line}", flush=True)
+
+
+def _write_record(context: StageContext) -> None:
+    """resolved.yaml, which a resume, an evaluation and an export read."""
+    publish(context.folder / "resolved.yaml", dump_plain(context.record).encode())
+
+
+def make_evaluation(
+    context: StageContext, objective: Objective, engine: Engine
+) -> Callable[[], dict[str, float]]:
+    """A function that returns the held-out figures of the engine's current weights; collective."""
+    tokenizer = stage_tokenizer(context.stage)
+
+    def figures() -> dict[str, float]:
+        engine.train(False)
+        return flat(evaluate(objective, engine, context.stage, tokenizer, context.runtime))
+
+    return figures
+
+
+def order_state(builders: dict[str, BatchBuilder], step: int) -> dict[str, Any]:
+    """The data position after `step` steps, by stream, for state.json."""
+    return {name: builder.order.state(step, builder.fingerprints) for name, builder in builders.items()}
+
+
+def open_loader(context: StageContext, builders: dict[str, BatchBuilder]) -> Loader:
+    """The loader of this rank; its workers start here."""
+    from data_pipeline.loader.loader import LocalLoader, RayLoader
+
+    settings = context.stage.loader
+    kind = RayLoader if settings.backend == "ray" else LocalLoader
+    return kind(
+        [builder.spec for builder in builders.values()],
+        context.runtime.rank,
+        context.runtime.world_size,
+        settings.workers,
+        context.stage.train.micro_batch,
+        builders,
+        StallLimits(settings.stall_warn, settings.stall_error),
+    )
