@@ -169,7 +169,12 @@ class BatchBuilder:
         return draw_augmentations(self._row_keys(refs, refs.shard, refs.index, attempts))
 
     def _serve(
-        self, refs: SampleRefs, drawn: SampleRefs, i: int, draw: Augmentation | None, out: np.ndarray | None
+        self,
+        refs: SampleRefs,
+        drawn: SampleRefs,
+        i: int,
+        augmentation: Augmentation | None,
+        out: np.ndarray | None,
     ) -> ServedRow:
         """The sample assigned to row i, or its first usable replacement.
 
@@ -183,14 +188,16 @@ class BatchBuilder:
             try:
                 if (name, shard, index) in self.known_bad:
                     raise ContentError(self.known_bad[name, shard, index])
-                return ServedRow(shard, index, self._rows.make(name, shard, index, draw, out), rejections)
+                return ServedRow(
+                    shard, index, self._rows.make(name, shard, index, augmentation, out), rejections
+                )
             except ContentError as error:
                 rejections.append((shard, index, error))
             shard, index = self.order.replacement(
                 number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
             )
             index = self.manifests[name].position(shard, index)
-            (draw,) = draw_augmentations(self._row_key(name, shard, index, epoch, attempt))
+            (augmentation,) = draw_augmentations(self._row_key(name, shard, index, epoch, attempt))
         raise self._rows.unusable_error(name, rejections)
 
     def _row_key(self, name: str, shard: int, index: int, epoch: int, attempt: int) -> np.ndarray:

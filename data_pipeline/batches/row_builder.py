@@ -74,34 +74,40 @@ class RowBuilder:
         return (self.spec.length or 0) if self.spec.packed else 0
 
     def make(
-        self, source: str, shard: int, index: int, draw: Augmentation | None, out: np.ndarray | None
+        self, source: str, shard: int, index: int, augmentation: Augmentation | None, out: np.ndarray | None
     ) -> Row:
         """The row of one sample; its pixels are written to `out`, uint8 [size, size, 3].
 
-        Without `draw` (evaluation) nothing is random. Raises ContentError if the sample is unusable, ReadError if its
-        bytes cannot be read.
+        Without `augmentation` (evaluation) nothing is random. Raises ContentError if the sample is unusable, ReadError
+        if its bytes cannot be read.
         """
         sample_key, members = self._read(source, shard, index)
         with activity.decoding(source, shard, index):
             if self.spec.packed:
                 return Row(self._packed(members, source, shard, sample_key), self.length, (), -1)
-            return self._row(sample_key, members, draw, out)
+            return self._row(sample_key, members, augmentation, out)
 
     def _row(
-        self, sample_key: str, members: dict[str, bytes], draw: Augmentation | None, out: np.ndarray | None
+        self,
+        sample_key: str,
+        members: dict[str, bytes],
+        augmentation: Augmentation | None,
+        out: np.ndarray | None,
     ) -> Row:
         crop: tuple[int, ...] = ()
         if self.spec.image is not None:
             assert out is not None
-            crop = decode_image(_image_of(members), self.spec.image, draw, out)
+            crop = decode_image(_image_of(members), self.spec.image, augmentation, out)
         tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
         if self.spec.text is not None:
             assert self.tokenizer is not None
             text = self.spec.text
-            caption, choice = pick_caption(members, draw.caption if draw else None, text.captions)
+            caption, choice = pick_caption(
+                members, augmentation.caption if augmentation else None, text.captions
+            )
             tokens, used = caption_row(self.tokenizer, caption, text.length)
         row = Row(tokens, used, crop, choice)
-        if draw is None:
+        if augmentation is None:
             row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
         return row
 
@@ -157,13 +163,13 @@ class RowBuilder:
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
         rejections: list[Rejection] = []
-        (draw,) = draw_augmentations(np.zeros(1, np.uint64))
+        (augmentation,) = draw_augmentations(np.zeros(1, np.uint64))
         size = self.spec.image.size if self.spec.image else 0
         out = np.empty((size, size, 3), np.uint8)
         for number in range(min(8, int(counts[shard]))):
             index = self.manifests[source].position(shard, number)
             try:
-                self.make(source, shard, index, draw, out)
+                self.make(source, shard, index, augmentation, out)
                 return
             except ContentError as error:
                 rejections.append((shard, index, error))

@@ -61,19 +61,21 @@ class _CroppedPixels:
     crop: Box
 
 
-def decode_image(data: bytes, spec: ImageSpec, draw: Augmentation | None, out: np.ndarray) -> tuple[int, ...]:
+def decode_image(
+    data: bytes, spec: ImageSpec, augmentation: Augmentation | None, out: np.ndarray
+) -> tuple[int, ...]:
     """Decode, crop, resize (bicubic, antialiased) and flip one image into `out`, uint8 [size, size, 3].
 
     Returns the crop as (x, y, width, height, mirrored) in pixels of the upright image, after EXIF orientation. Without
-    `draw` (evaluation) the crop is the largest centred square. Colour is RGB as stored: colour profiles are ignored,
-    grey is repeated, transparency is composited on white. Of an animation the first frame is used. Raises ContentError:
-    `undecodable` or `too many pixels`.
+    `augmentation` (evaluation) the crop is the largest centred square. Colour is RGB as stored: colour profiles are
+    ignored, grey is repeated, transparency is composited on white. Of an animation the first frame is used. Raises
+    ContentError: `undecodable` or `too many pixels`.
     """
     image, transpositions = _pillow()
-    cropped = (_decode_jpeg(data, spec, draw) if data[:2] == b"\xff\xd8" else None) or _decode_with_pillow(
-        data, spec, draw
-    )
-    mirrored = draw is not None and spec.flip and draw.mirror
+    cropped = (
+        _decode_jpeg(data, spec, augmentation) if data[:2] == b"\xff\xd8" else None
+    ) or _decode_with_pillow(data, spec, augmentation)
+    mirrored = augmentation is not None and spec.flip and augmentation.mirror
     upright = cropped.orientation not in transpositions
     stored = cropped.pixels
     if isinstance(stored, np.ndarray):
@@ -142,15 +144,15 @@ def _check_pixels(width: int, height: int, spec: ImageSpec) -> None:
 
 
 def _crop_boxes(
-    width: int, height: int, orientation: int, spec: ImageSpec, draw: Augmentation | None
+    width: int, height: int, orientation: int, spec: ImageSpec, augmentation: Augmentation | None
 ) -> tuple[Box, Box]:
     """The crop in upright coordinates, and the same box in the stored image, whose width and height are given."""
     upright = (height, width) if orientation >= 5 else (width, height)
-    crop = choose_crop(*upright, spec.crop, draw.crop if draw else None)
+    crop = choose_crop(*upright, spec.crop, augmentation.crop if augmentation else None)
     return crop, stored_box(crop, *upright, orientation)
 
 
-def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels | None:
+def _decode_jpeg(data: bytes, spec: ImageSpec, augmentation: Augmentation | None) -> _CroppedPixels | None:
     """Fast path for JPEGs. Returns None to use Pillow instead: no simplejpeg, CMYK, or bytes that it refuses.
 
     Raises ContentError.
@@ -166,7 +168,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _Cr
     if space in ("CMYK", "YCCK"):
         return None
     orientation = _orientation(data)
-    crop, (x, y, w, h) = _crop_boxes(width, height, orientation, spec, draw)
+    crop, (x, y, w, h) = _crop_boxes(width, height, orientation, spec, augmentation)
     eighths = _jpeg_eighths(min(w, h), spec.size)
     minimum_size = {}
     if eighths < 8:
@@ -212,7 +214,7 @@ def _orientation(jpeg: bytes) -> int:
     return orientation
 
 
-def _decode_with_pillow(data: bytes, spec: ImageSpec, draw: Augmentation | None) -> _CroppedPixels:
+def _decode_with_pillow(data: bytes, spec: ImageSpec, augmentation: Augmentation | None) -> _CroppedPixels:
     """Decode with Pillow: all other formats, and JPEGs that the fast path refused. Raises ContentError."""
     from PIL import Image, UnidentifiedImageError
 
@@ -235,7 +237,7 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, draw: Augmentation | None)
         ) from error
     except Exception as error:  # the bytes are complete, so any error of a decoder is about the content
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
-    crop, (x, y, w, h) = _crop_boxes(rgb.width, rgb.height, orientation, spec, draw)
+    crop, (x, y, w, h) = _crop_boxes(rgb.width, rgb.height, orientation, spec, augmentation)
     return _CroppedPixels(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
 
 

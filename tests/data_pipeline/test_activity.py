@@ -1,4 +1,4 @@
-"""A process's status memory: what it shows of reads and decodes, from threads and from a process that died."""
+"""Status memory of a process: reads and decodes of several threads, and of a process that was killed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_texts_longer_than_their_place_are_cut(memory: bytearray) -> None:
 
 
 def test_what_another_process_did_when_it_died_is_never_half_written() -> None:
-    """Kills at random moments: the url and the sample always belong together."""
+    """The process is killed at random moments; source, shard and index always belong together."""
     generator = random.Random(4)
     for _ in range(20):
         memory = mmap.mmap(-1, activity.STATUS_BYTES)

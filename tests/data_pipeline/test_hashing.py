@@ -1,4 +1,4 @@
-"""The hash and the permutation: against published values, against plain Python integers, and pinned for ever."""
+"""Hash and permutation against published values, plain Python integers and pinned golden values."""
 
 from __future__ import annotations
 

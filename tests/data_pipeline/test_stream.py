@@ -1,4 +1,4 @@
-"""Stream against the plain sequential run: any workers, ranks, resumes; each epoch against what there is."""
+"""Stream with any workers, ranks and resumes against one uninterrupted run; epochs against a full count."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_stream_ends_when_its_sources_do(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.unique(ids, return_counts=True)[1], [2] * 8)
 
 
-def stands_for(batch: Batch) -> list[tuple[Any, ...]]:
-    """All that a row is, one entry a row."""
+def row_contents(batch: Batch) -> list[tuple[Any, ...]]:
+    """Everything in a batch, as one comparable tuple per row."""
     pixels = batch.tokens if batch.pixels is None else batch.pixels
     return [
         (int(batch.sample_ids[i]), int(batch.row_keys[i]), batch.tokens[i].tobytes(), pixels[i].tobytes())
@@ -87,7 +87,7 @@ def stands_for(batch: Batch) -> list[tuple[Any, ...]]:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> dict[str, tuple[list[int], float | None]]:
-    """Source -> samples by shard, some shards empty or of one sample, and its weight."""
+    """Source -> (samples by shard, weight); some shards are empty or have one sample."""
     counts = st.lists(st.sampled_from([0, 1, 1, 2, 5, 9, 17]), min_size=1, max_size=5).filter(any)
     weights = st.sampled_from([None, None, 1.0, 2.5])
     names = draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True))
@@ -96,7 +96,7 @@ def mixtures(draw: st.DrawFn) -> dict[str, tuple[list[int], float | None]]:
 
 
 def check_any_way(data: st.DataObject, workers: st.SearchStrategy[int]) -> None:
-    """A stream served by ranks and workers that change at random steps, against one that is never disturbed."""
+    """Compare a stream whose ranks and workers change at random steps with an uninterrupted one."""
     mixture = data.draw(mixtures())
     world_sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3))
     batch = 12 * data.draw(st.integers(1, 3))
@@ -128,7 +128,7 @@ def check_any_way(data: st.DataObject, workers: st.SearchStrategy[int]) -> None:
                     states.append(stream.state())
             assert all(state == states[0] for state in states)
             for parts, whole in zip(found, truth[step : step + length], strict=True):
-                assert [row for part in parts for row in stands_for(part)] == stands_for(whole)
+                assert [row for part in parts for row in row_contents(part)] == row_contents(whole)
                 for digest in ("batch_digest", "order_digest"):
                     assert sum(getattr(part, digest) for part in parts) % 2**64 == getattr(whole, digest)
             saved, step = states[0], step + length
@@ -154,7 +154,7 @@ def test_workers_do_not_change_the_stream(data: st.DataObject) -> None:
     lanes=st.booleans(),
 )
 def test_each_epoch_visits_every_sample_once(counts: list[int], batch: int, epochs: int, lanes: bool) -> None:
-    """The tokens of a packed sample name it: shard * 1000 + index. Lanes come to an epoch's end at different steps."""
+    """Samples are identified by their tokens, shard * 1000 + index. Lanes end an epoch at different steps."""
     served: dict[int, Counter[int]] = {epoch: Counter() for epoch in range(epochs)}
     with tempfile.TemporaryDirectory() as root:
         source = str(write_packed(Path(root) / "t", counts))
@@ -171,7 +171,7 @@ def test_each_epoch_visits_every_sample_once(counts: list[int], batch: int, epoc
 
 
 def test_images_are_the_same_from_any_number_of_workers(tmp_path: Path) -> None:
-    """Broken samples among them; resumed in the middle of an epoch by another number of workers."""
+    """With unusable samples, and a resume in the middle of an epoch with another number of workers."""
     broken = {(0, i): {"png": b"no picture", "txt": b"a"} for i in (1, 2)}
     write_source(tmp_path / "a", [5, 6], broken)
     write_tokenizer(tmp_path / "tokenizer")
@@ -183,7 +183,7 @@ def test_images_are_the_same_from_any_number_of_workers(tmp_path: Path) -> None:
             stream.resume({**stream.state(), "step": workers})
             for want in truth[workers:]:
                 batch = next(stream)
-                assert stands_for(batch) == stands_for(want)
+                assert row_contents(batch) == row_contents(want)
                 assert (batch.skipped, batch.bad, batch.samples) == (want.skipped, want.bad, want.samples)
                 assert batch.batch_digest == want.batch_digest
 
@@ -207,7 +207,7 @@ def test_a_stream_that_could_not_read_tries_the_same_batch_again(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    """As in a notebook: the loop is interrupted while it waits, and run again."""
+    """As in a notebook: the loop is interrupted while it waits, then started again."""
     source = write_packed(tmp_path / "t", [4, 4])
     with Stream(str(source), 8, length=LENGTH) as stream:
         want = [next(stream).batch_digest for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Streams whose batch grows on the way, and streams that go on with other data: with ranks, workers and resumes."""
+"""Stream with a batch ramp-up and with changed data, over ranks, workers and resumes, against the naive order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline import Stream
 from data_pipeline.batches.spec import Batch, SourceSpec
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import stream_seed
-from tests.support.naive_order import Change, Mixture, Source, walk
+from tests.support.naive_order import Change, Mixture, Source, simulate_order
 from tests.support.samples import LENGTH, write_packed
 
 LANES, SEED = 2, 4
@@ -23,13 +23,13 @@ def opened(sources: Any, batch: Any, **given: Any) -> Stream:
 
 
 def served(batch: Batch) -> list[tuple[str, int]]:
-    """Shard and index of each row, which its tokens say: shard * 1000 + index."""
+    """(shard, index) of each row, read from its tokens, which are shard * 1000 + index."""
     return [divmod(int(row[0]), 1000) for row in batch.tokens]  # type: ignore[misc]
 
 
 def expected(plan: list[Mixture], steps: int) -> list[list[tuple[int, int]]]:
     seed = stream_seed(SEED, "stream", "stream")
-    found = walk(plan, steps, LANES, seed, lambda samples: max(1, samples // 16384))
+    found = simulate_order(plan, steps, LANES, seed, lambda samples: max(1, samples // 16384))
     return [[row[2:] for row in rows] for rows in found if not isinstance(rows, Change)]
 
 

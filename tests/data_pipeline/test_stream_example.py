@@ -1,4 +1,4 @@
-"""The example of docs/stream.md: open_clip's own training step fed from Stream, killed and gone on with."""
+"""The example of docs/stream.md: open_clip's training step with batches of Stream, killed and resumed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tars(tmp_path: Path) -> Path:
 def run(
     tars: Path, checkpoint: Path, workers: int, patch: pytest.MonkeyPatch, saves: int | None = None
 ) -> Any:
-    """Run the example; it is killed right after so many saves."""
+    """Run the example; kill it right after `saves` saves. Returns its checkpoint."""
     flags = f"--model tiny-for-stream --batch-size {BATCH} --epochs {EPOCHS} --lr 0.01 --warmup 2 --workers {workers}"
     save, done = torch.save, []
 
@@ -77,7 +77,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
 def test_the_example_sees_what_open_clip_s_own_preprocessing_makes(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens by open_clip's tokenizer, pixels normalised by its transform."""
+    """Tokens equal those of open_clip's tokenizer, pixels those of its normalisation."""
     from open_clip_train import train
 
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []

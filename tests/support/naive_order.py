@@ -1,7 +1,7 @@
-"""The order by its definition: one sequential walk in loops and lists, which shares nothing with the closed forms.
+"""Naive reference of StreamOrder: a sequential simulation in loops and lists that shares no code with the closed forms.
 
-Slow and plain on purpose. `walk` draws every row of every step from the first on; what a change of the mixture does is
-read off the samples that were visited.
+Slow and simple on purpose. `simulate_order` draws every row of every step from step 0 on, and derives the effect of a
+change of the mixture from the samples that were visited.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from math import gcd, lcm
 import xxhash
 
 getcontext().prec = 60
-MASK = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
+MASK_64 = 2**64 - 1
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 RunLength = Callable[[int], int]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture: samples by shard, and its share."""
+    """One source of a mixture: samples by shard, and the keys of its share."""
 
     name: str
     counts: tuple[int, ...]
@@ -40,23 +40,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What is drawn from `first_step` on; `batch` is first step -> rows."""
+    """A mixture from `first_step` on; `batch` is first step -> rows."""
 
     first_step: int
     sources: tuple[Source, ...]
     batch: dict[int, int]
-    by_root: bool = False
+    by_sqrt: bool = False
 
 
 @dataclass
-class Drawn:
-    """What was taken of a source since it has the samples that it has now."""
+class SourceProgress:
+    """Progress of a source since its present samples were introduced."""
 
     source: Source
     first_epoch: int
     passes: Fraction
     by_lane: list[int]
-    walks: list[Iterator[tuple[int, int, int]]]
+    by_lane_samples: list[Iterator[tuple[int, int, int]]]
     visited: set[tuple[int, int, int]] = field(default_factory=set)
 
     def left(self) -> int:
@@ -73,26 +73,26 @@ class Drawn:
 
 def mix(x: int) -> int:
     """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK_64
     return x ^ x >> 31
 
 
-def keyed(*parts: int) -> int:
-    found = GOLDEN
+def hashed(*parts: int) -> int:
+    found = GOLDEN_RATIO_64
     for part in parts:
-        found = mix(found * 0xD1342543DE82EF95 + part & MASK)
+        found = mix(found * 0xD1342543DE82EF95 + part & MASK_64)
     return found
 
 
 def permuted(x: int, n: int, key: int) -> int:
-    """Six rounds of multiply, add and xor-shift on 2**bits >= n; what falls outside of n walks on."""
+    """Six rounds of multiply, add and xor-shift on 2**bits >= n, repeated until the result is below n."""
     if n == 1:
         return 0
     bits = max(5, (n - 1).bit_length())
     while True:
         for number in range(6):
-            part = mix(key + number * GOLDEN & MASK)
+            part = mix(key + number * GOLDEN_RATIO_64 & MASK_64)
             x = (x * (part | 1) + (part >> 32)) % 2**bits
             x ^= x >> (bits + 1) // 2
         if x < n:
@@ -109,17 +109,17 @@ def is_interleaved(source: Source, lanes: int, run_length: RunLength) -> bool:
 
 
 def epoch_pieces(source: Source, lanes: int, seed: int, epoch: int, run_length: RunLength) -> list[list]:
-    """An epoch of a source, (shard, index) in the order in which each of its pieces is walked."""
+    """One epoch of a source: the (shard, index) of each piece, in order."""
     samples = source.samples
-    key = keyed(seed, xxhash.xxh64_intdigest(source.name.encode()))
+    key = hashed(seed, xxhash.xxh64_intdigest(source.name.encode()))
     if is_interleaved(source, lanes, run_length):
-        return [shuffled(samples, keyed(key, epoch, 101))]
+        return [shuffled(samples, hashed(key, epoch, 101))]
     run = run_length(len(samples))
     runs = [samples[at : at + run] for at in range(0, len(samples), run)]
     tail = [runs.pop()] if len(runs[-1]) < run else []
-    runs = shuffled(runs, keyed(key, epoch, 101))
+    runs = shuffled(runs, hashed(key, epoch, 101))
     if tail:
-        place = keyed(key, epoch, 102) % (len(runs) + 1)
+        place = hashed(key, epoch, 102) % (len(runs) + 1)
         runs[place:place] = tail
     in_order = [(rank, sample) for rank, one in enumerate(runs) for sample in one]
     edges = [number * len(samples) // lanes for number in range(lanes + 1)]
@@ -131,25 +131,25 @@ def epoch_pieces(source: Source, lanes: int, seed: int, epoch: int, run_length: 
             continue
         windows = [piece]
         if len(samples) >= 4 * lanes * 16 * run:
-            phase = (number * GOLDEN & MASK) >> 60
+            phase = (number * GOLDEN_RATIO_64 & MASK_64) >> 60
             cut = [(rank + phase) // 16 for rank, _ in piece]
             cut = [min(max(one, cut[0] + 1), cut[-1] - 1) for one in cut]
             windows = [[x for x, c in zip(piece, cut, strict=True) if c == one] for one in dict.fromkeys(cut)]
         walked: list = []
         for window in windows:
             low = edges[number] + len(walked)
-            walked += shuffled([sample for _, sample in window], keyed(key, epoch, 103, low))
+            walked += shuffled([sample for _, sample in window], hashed(key, epoch, 103, low))
         pieces.append(walked)
     return pieces
 
 
 def weights_of(mixture: Mixture) -> list[int]:
-    """Integer weights, by the words of SourceCounts and of `share_by`."""
+    """Integer weights, as SourceCounts and `share_by` define them."""
     sizes = []
     for source in mixture.sources:
         size = sum(source.counts) * Fraction(str(source.repeat or 1))
         size = min(size, Fraction(source.cap)) if source.cap else size
-        if mixture.by_root:
+        if mixture.by_sqrt:
             root = (Decimal(size.numerator) / Decimal(size.denominator)).sqrt()
             size = Fraction(int(root * 2**20), 2**20)
         sizes.append(size)
@@ -177,21 +177,21 @@ def rows_at(batch: dict[int, int], step: int) -> int:
 
 @dataclass
 class Change:
-    """What the walk says of a change of mixture: unvisited samples by source that changed or went."""
+    """A change of the mixture: unvisited samples of each source that changed or was removed."""
 
     step: int
     unvisited: dict[str, int]
 
 
-def walk(
+def simulate_order(
     mixtures: list[Mixture], steps: int, lanes: int, seed: int, run_length: RunLength
 ) -> Iterator[list[tuple[str, int, int, int]] | Change]:
-    """(source, epoch, shard, index) of the rows of each step; a Change before the first step of a new mixture.
+    """Yield the rows of each step as (source, epoch, shard, index), and a Change before a new mixture.
 
-    Ends before `steps` where all sources have had their max_epochs.
+    Ends before `steps` when all sources have reached their max_epochs.
     """
 
-    def lane_walk(source: Source, lane: int, first_epoch: int) -> Iterator[tuple[int, int, int]]:
+    def lane_samples(source: Source, lane: int, first_epoch: int) -> Iterator[tuple[int, int, int]]:
         for number in count():
             if (source, first_epoch + number) not in laid_out:
                 laid_out[source, first_epoch + number] = epoch_pieces(
@@ -201,11 +201,11 @@ def walk(
             for shard, index in pieces[(lane + number) % len(pieces)]:
                 yield first_epoch + number, shard, index
 
-    def start(source: Source, first_epoch: int = 0, passes: Fraction = Fraction(0)) -> Drawn:
-        walks = [lane_walk(source, lane, first_epoch) for lane in range(lanes)]
-        return Drawn(source, first_epoch, passes, [0] * lanes, walks)
+    def start(source: Source, first_epoch: int = 0, passes: Fraction = Fraction(0)) -> SourceProgress:
+        by_lane_samples = [lane_samples(source, lane, first_epoch) for lane in range(lanes)]
+        return SourceProgress(source, first_epoch, passes, [0] * lanes, by_lane_samples)
 
-    def has_ended(drawn: Drawn) -> bool:
+    def has_ended(drawn: SourceProgress) -> bool:
         if source.max_epochs is None:
             return False
         goal = (Fraction(str(source.max_epochs)) - drawn.passes) * sum(source.counts)
@@ -214,7 +214,7 @@ def walk(
         return all(taken >= goal / lanes for taken in drawn.by_lane)
 
     laid_out: dict[tuple[Source, int], list[list]] = {}
-    known: dict[str, Drawn] = {}
+    known: dict[str, SourceProgress] = {}
     before: tuple[Source, ...] = ()
     for mixture, after in zip(mixtures, [*(m.first_step for m in mixtures[1:]), steps], strict=True):
         unvisited = {}
@@ -244,7 +244,7 @@ def walk(
                 return
             weights = reduced(weights)
             cycle = sum(weights)
-            stride = cycle * GOLDEN >> 64
+            stride = cycle * GOLDEN_RATIO_64 >> 64
             while gcd(stride, cycle) != 1:
                 stride += 1
             per_lane = rows_at(mixture.batch, step) // lanes
@@ -255,7 +255,7 @@ def walk(
                     owner = next(k for k in range(len(weights)) if at < sum(weights[: k + 1]))
                     drawn = known[names[owner]]
                     shared = is_interleaved(mixture.sources[owner], lanes, run_length)
-                    sample = next(drawn.walks[0 if shared else lane])
+                    sample = next(drawn.by_lane_samples[0 if shared else lane])
                     assert sample not in drawn.visited, "an epoch holds a sample twice"
                     drawn.visited.add(sample)
                     drawn.by_lane[lane] += 1

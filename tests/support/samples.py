@@ -1,4 +1,4 @@
-"""Small sources for the tests of the data pipeline: images whose pixels say which sample they are."""
+"""Small sources for the tests: images, captions and tokens that identify their sample."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def members(shard: int, index: int) -> Members:
 def write_source(
     folder: Path, counts: list[int], replace: Mapping[tuple[int, int], Members] | None = None
 ) -> Path:
-    """Shards of so many samples each; `replace` puts other members at (shard, index)."""
+    """Write one tar per count; `replace` gives other members to the sample (shard, index)."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, count in enumerate(counts):
         with TarWriter(folder / f"{shard:05d}.tar") as tar:
@@ -55,7 +55,7 @@ def write_source(
 
 
 def write_packed(folder: Path, counts: list[int], length: int = LENGTH, dtype: Any = np.uint16) -> Path:
-    """Packed text: tokens shard * 1000 + index, repeated."""
+    """Write packed text; all tokens of a sample are shard * 1000 + index."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, count in enumerate(counts):
         with TarWriter(folder / f"{shard:05d}.tar") as tar:
@@ -81,7 +81,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def pairs(root: Path, batch: int = 8, seed: int = 5, **sources: Path | SourceSpec) -> StreamSpec:
-    """A stream of image-caption pairs with random crops and flips; root holds the tokenizer."""
+    """A stream of image-caption pairs with random crops and flips; the tokenizer is in `root`."""
     if not (root / "tokenizer").exists():
         write_tokenizer(root / "tokenizer")
     return StreamSpec(

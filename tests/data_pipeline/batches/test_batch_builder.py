@@ -1,4 +1,4 @@
-"""Batches against the tars read by tarfile and Pillow, against any split over ranks, and against an epoch counted."""
+"""Batches against tars read by tarfile and Pillow, against any split over ranks, and against a counted epoch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARRAYS = ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys")
 
 
 def read_tar(path: Path) -> list[dict[str, bytes]]:
-    """Samples of a tar by the standard library."""
+    """Samples of a tar, read by the standard library."""
     samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -207,7 +207,7 @@ def npy_with_header(text: str) -> bytes:
 
 
 def spoilt_npy() -> Iterator[bytes]:
-    """An archive of arrays, claims of more than there is, headers that defeat Python's parser, and 300 damaged ones."""
+    """Damaged npy files: an npz, wrong sizes, headers that break Python's parser, and 300 random damages."""
     out = io.BytesIO()
     np.savez(out, a=np.zeros(LENGTH, np.uint16))
     yield out.getvalue()

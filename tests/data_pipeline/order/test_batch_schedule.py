@@ -1,4 +1,4 @@
-"""Schedules of the batch against lists of steps, and how they are shared by ranks."""
+"""BatchSchedule against a list of the rows at every step; division of its batches over ranks."""
 
 from __future__ import annotations
 

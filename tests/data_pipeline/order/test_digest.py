@@ -1,4 +1,4 @@
-"""Digests: every field counts, the bytes are those stated, the sum is free of order."""
+"""Digests: every field changes them, the hashed bytes are as documented, the sum does not depend on order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of a mixture: exact integers, a cycle counted in closed form, and sources that end."""
+"""Weights of a mixture: exact integers, the closed form of the cycle, and sources that end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order against a plain sequential walk: mixtures, schedules, lanes, slices, resumes and accepted changes."""
+"""StreamOrder against the naive order: mixtures, schedules, lanes, slices, resumes and accepted changes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from data_pipeline.errors import UserError
 from data_pipeline.order import source_order
 from data_pipeline.order.source_order import SampleLocator, SourceOrder
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
-from tests.support.naive_order import Change, Mixture, Source, epoch_pieces, walk, weights_of
+from tests.support.naive_order import Change, Mixture, Source, epoch_pieces, simulate_order, weights_of
 
 STEPS = 24
 
 
 def short_runs(samples: int) -> int:
-    """Runs, windows and pieces at a size that can be walked: 2 neighbours from 60 samples on, 3 from 150 on."""
+    """Run lengths that give small sources several windows: 2 samples per run from 60 samples on, 3 from 150 on."""
     return min(3, max(1, samples // 50 + (samples >= 60)))
 
 
@@ -42,7 +42,7 @@ LANES = st.sampled_from([1, 2, 3, 4])
 
 @st.composite
 def mixtures(draw: Any, lanes: int, first_step: int = 0, of: tuple[Source, ...] = ()) -> Mixture:
-    """A mixture; with `of`, one that keeps some of those sources, changes others, and adds or drops some."""
+    """A random mixture. With `of`, it keeps some of these sources, changes others, and adds or drops some."""
     weighted = draw(st.sampled_from(["all", "none", "some"]))
     names = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
     sources = []
@@ -70,7 +70,7 @@ def order(mixture: Mixture, lanes: int, seed: int, segments: Any = ()) -> Stream
         SourceCounts(s.name, np.array(s.counts), s.weight, s.repeat, s.cap, s.max_epochs)
         for s in mixture.sources
     ]
-    by = "sqrt" if mixture.by_root else "size"
+    by = "sqrt" if mixture.by_sqrt else "size"
     return StreamOrder(sources, mixture.batch, lanes, seed, by, segments)  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def prints(mixture: Mixture) -> dict[str, str]:
 
 
 def is_same(one: Mixture, other: Mixture) -> bool:
-    """Whether nothing that counts differs: order and names of sources, samples, integer weights, limits, batches."""
+    """True if two mixtures are equal in sources, their order, samples, integer weights, limits and batches."""
     of = [
         (
             [(s.name, s.counts, s.fingerprint, s.max_epochs) for s in mixture.sources],
@@ -98,7 +98,7 @@ def rows(found: StreamOrder, step: int, start: int = 0, stop: int | None = None)
 
 
 def resumed(mixture: Mixture, lanes: int, seed: int, state: dict[str, Any], accept: bool) -> StreamOrder:
-    """What another process makes of a checkpoint's state."""
+    """The order that another process resumes from the state of a checkpoint."""
     plain = json.loads(json.dumps(state, sort_keys=True))  # as a checkpoint does
     found = order(mixture, lanes, seed).resume(plain, prints(mixture), accept_change=accept)
     return order(mixture, lanes, seed, pickle.loads(pickle.dumps(found.segments)))
@@ -113,7 +113,7 @@ def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
     ours = order(mixture, lanes, seed)
     served = 0
     taken: Counter[str] = Counter()
-    for step, want in enumerate(walk([mixture], STEPS, lanes, seed, short_runs)):
+    for step, want in enumerate(simulate_order([mixture], STEPS, lanes, seed, short_runs)):
         assert isinstance(want, list)
         assert rows(ours, step) == want
         world = data.draw(st.integers(1, 16))
@@ -151,7 +151,7 @@ def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
     mixture = next(mixtures_left)
     ours, step = order(mixture, lanes, seed), 0
     taken: Counter[str] = Counter()
-    for want in walk(plan, STEPS, lanes, seed, short_runs):
+    for want in simulate_order(plan, STEPS, lanes, seed, short_runs):
         state = ours.state(step, prints(mixture))
         assert state["consumed_per_lane"] * lanes == taken.total()
         assert {name: n for name, n in state["consumed"].items() if n} == taken
@@ -210,7 +210,7 @@ def test_each_epoch_visits_each_sample_once_over_a_change_of_weights_and_of_anot
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("counts", [[(64, 64), (64, 64, 9), (64, 61, 9)], [(9,), (9, 2), (8, 2)]])
 def test_max_epochs_counts_the_passes_over_samples_that_a_source_had_before(counts: list[Any]) -> None:
-    """Three times other samples: 2.5 passes are over after the share of each that was drawn adds up to 2.5."""
+    """The samples change twice; the source ends when the passes over all three sets add up to 2.5."""
     lanes, seed, rest = 2, 1, Source("rest", (5000,), 0.75)
     ends = []
     for passes in (2.5, None):
@@ -233,7 +233,7 @@ def test_max_epochs_counts_the_passes_over_samples_that_a_source_had_before(coun
 
 
 def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
-    """No length is shortened here: 2 neighbours a run, a short run, windows of 16 runs in pieces of 3 lanes."""
+    """With the real run length: 2 samples per run, a short run, and windows of 16 runs in 3 lanes."""
     counts = (20_000, 0, 1, 19_998, 2)
     lanes, seed = 3, 11
     ours = order(Mixture(0, (Source("a", counts),), {0: 3 * 1000}), lanes, seed)
@@ -254,7 +254,7 @@ def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_begun_epochs_and_what_they_leave_are_counted_as_enumerated(data: st.DataObject) -> None:
-    """Lanes that have drawn as unevenly as never happens."""
+    """Also for draws that are more uneven over the lanes than those of any run."""
     samples, lanes = data.draw(st.sampled_from([(5, 2), (31, 2), (40, 2), (50, 3), (64, 4), (97, 6)]))
     drawn = np.array(data.draw(st.lists(st.integers(0, 2 * samples), min_size=lanes, max_size=lanes)))
     source = SourceOrder("a", np.array([samples]), lanes, 0)
@@ -272,7 +272,7 @@ def test_begun_epochs_and_what_they_leave_are_counted_as_enumerated(data: st.Dat
 
 
 def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
-    """Runs of 1, 2 and 3 neighbours, interleaved sources and one-sample ones side by side in one call."""
+    """Sources with runs of 1, 2 and 3 samples, interleaved sources and one-sample sources in one call."""
     sizes = [1, 7, 900, 20_000, 33_001, 50_000, 80_003]
     sources = [SourceCounts(f"s{k}", np.array([n // 3, 0, n - n // 3])) for k, n in enumerate(sizes)]
     lanes = 300
@@ -296,11 +296,11 @@ def test_many_sources_at_their_true_size_are_each_what_they_are_alone() -> None:
 @pytest.mark.parametrize("sizes", [(100, 400, 2500), (36, 1, 49)])
 def test_shares_by_the_square_root_of_size_are_exact_for_squares(sizes: tuple[int, ...]) -> None:
     sources = tuple(Source(f"s{k}", (n,)) for k, n in enumerate(sizes))
-    mixture = Mixture(0, sources, {0: 8}, by_root=True)
+    mixture = Mixture(0, sources, {0: 8}, by_sqrt=True)
     ours = order(mixture, 2, 1)
     roots = [round(n**0.5) for n in sizes]
     assert [w * sum(roots) for w in ours.weights] == [r * sum(ours.weights) for r in roots]
-    for step, want in enumerate(walk([mixture], 12, 2, 1, short_runs)):
+    for step, want in enumerate(simulate_order([mixture], 12, 2, 1, short_runs)):
         assert rows(ours, step) == want
 
 

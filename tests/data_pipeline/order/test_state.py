@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the data's order, and what is said when it no longer fits; lanes of a batch."""
+"""Order state of a checkpoint, the errors when data or recipe changed, and the number of lanes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order of samples against brute force: exact epochs, exact shares, any slicing, any resume point."""
+"""StreamOrder against brute force: exact epochs, exact shares, any slices, any resume step, golden values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ seeds = st.one_of(st.integers(0, 5), st.integers(2**63, 2**64 - 1))
 
 @st.composite
 def manifests(draw: Any, most: int = 60) -> np.ndarray:
-    """Counts by shard: empty and one-sample shards among them, at least one sample in all."""
+    """Samples by shard, at least one in total; some shards are empty or have one sample."""
     counts = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 20, most]), min_size=1, max_size=6))
     counts[draw(st.integers(0, len(counts) - 1))] += 1
     return np.array(counts)
@@ -64,7 +64,7 @@ def sequence(order: StreamOrder, steps: int) -> list[tuple[int, ...]]:
 
 
 def check_epochs(taken: list[tuple[int, ...]], source: int, counts: np.ndarray, whole: int) -> None:
-    """The first `whole` epochs hold every sample once, and no epoch holds one twice."""
+    """Check that the first `whole` epochs have every sample once, and that no epoch has a sample twice."""
     every = {(shard, index) for shard, count in enumerate(counts) for index in range(count)}
     seen = Counter(ref[1:] for ref in taken if ref[0] == source)
     assert max(seen.values()) == 1
@@ -111,7 +111,7 @@ def test_mixture_has_exact_shares_and_exact_epochs(
 def test_draws_equal_those_counted_one_by_one(
     sources: list[SourceCounts], shape: Any, seed: int, step: int
 ) -> None:
-    """Brute force: walk all slots from the start with counters, slot by slot and lane by lane."""
+    """Brute force: count all slots from step 0 on, slot by slot and lane by lane."""
     batch, lanes = shape
     order = StreamOrder(sources, batch, lanes, seed)
     weights, lanes = order.weights, order.lanes
@@ -213,7 +213,7 @@ def test_lane_reads_runs_of_its_own_share_only() -> None:
     [(232_000, [0, 7_000, 30_000], 6.0), (400, [0, 20, 60], 2.0), (150, [0, 9, 20], 2.0)],
 )
 def test_topics_of_a_batch_are_spread_as_the_design_asks(shards: int, steps: list[int], most: float) -> None:
-    """One topic a shard: variance of a topic's rows in a batch, relative to independent draws."""
+    """With one topic per shard: the variance of a topic's rows in a batch, relative to independent draws."""
     batch = 65_536
     order = StreamOrder([SourceCounts("a", np.full(shards, 10_000))], batch, None, 1)
     rows = np.stack([np.bincount(order.refs(step).shard, minlength=shards) for step in steps])

@@ -1,4 +1,4 @@
-"""Which caption of a sample is served: by member, by score against a plain sort, and evenly among those that count."""
+"""Choice of a caption: by member, by score against a plain sort, and uniformly among the candidates."""
 
 from __future__ import annotations
 

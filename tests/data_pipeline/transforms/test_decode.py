@@ -1,4 +1,4 @@
-"""Decode against Pillow, crops against their formula and pinned values, and bytes that must be refused."""
+"""Decoding against Pillow, crops against their formula and golden values, and bytes that must be rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMOOTH = np.stack(
 
 
 def decode(data: bytes, spec: ImageSpec, key: int, train: bool) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Pixels and crop of one image, as a batch with one row of this key has them."""
+    """Pixels and crop of one image for a row with this key."""
     out = np.empty((spec.size, spec.size, 3), np.uint8)
     draw = draw_augmentations(np.array([key], np.uint64))[0] if train else None
     return out, decode_image(data, spec, draw, out)
@@ -40,7 +40,7 @@ def chosen(width: int, height: int, spec: ImageSpec, key: int, train: bool) -> B
 
 
 def pillow(data: bytes, crop: tuple[int, ...], size: int) -> np.ndarray:
-    """The same crop by Pillow alone, from a full decode, resized along rows and then along columns."""
+    """Reference: the same crop by Pillow alone, from a full decode, resized along rows, then along columns."""
     x, y, w, h, mirrored = crop
     image = Image.open(io.BytesIO(data)).convert("RGB").crop((x, y, x + w, y + h))
     image = image.resize((size, h), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
@@ -83,7 +83,7 @@ def test_scaled_jpeg_decode_stays_on_the_grid(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("size", [224, 96])
 def test_photos_decode_like_pillow(shared, size: int) -> None:
-    """Also where a scale of 5/8 leaves no pixel to spare, as it does here at 224: see docs/log.md for the figures."""
+    """At 224 pixels a scale of 5/8 would leave no spare pixels; see docs/log.md for the measurements."""
     from data_pipeline.sources.manifest import open_source
     from data_pipeline.sources.shard_reader import ShardReader
 
@@ -122,7 +122,7 @@ def test_half_the_images_are_mirrored_and_only_when_asked() -> None:
 
 
 def test_crops_are_uniform_in_area_and_log_ratio() -> None:
-    """On a square image with area up to one half every draw fits, so the draws show the stated distributions."""
+    """On a square image with areas up to one half every candidate fits, so the crops show the distributions."""
     side = 4000
     spec = ImageSpec(8, (0.2, 0.5))
     boxes = np.array(
@@ -138,7 +138,7 @@ def test_crops_are_uniform_in_area_and_log_ratio() -> None:
 
 
 def test_draws_of_a_batch_are_those_of_its_rows_alone() -> None:
-    """And of the hash as it is written down in hashing.Purpose."""
+    """And each equals the hash values of its key and hashing.Purpose."""
     keys = hash64(np.arange(5), 77)
     for key, row in zip(keys, draw_augmentations(keys), strict=True):
         assert row == draw_augmentations(np.array([key]))[0]
@@ -157,7 +157,7 @@ def test_crop_falls_back_to_the_centre_of_a_long_image() -> None:
 
 
 def test_crops_are_pinned() -> None:
-    """A change here changes every run: crops are part of what a checkpoint means."""
+    """A change here changes every run: crops are part of the meaning of a checkpoint."""
     spec = ImageSpec(8, (0.08, 1.0))
     assert [chosen(500, 375, spec, key, True) for key in (0, 1, 2**64 - 1)] == GOLDEN
 

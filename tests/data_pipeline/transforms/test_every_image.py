@@ -1,4 +1,4 @@
-"""Images as the web has them, against Pillow's own transforms: turned, grey, inverted, transparent, moving, cut off."""
+"""Unusual images against Pillow's transforms: rotated, grey, CMYK, transparent, animated, truncated, bombs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decode(data: bytes, spec: ImageSpec, key: int | None = None) -> tuple[np.nda
 
 
 def whole(data: bytes, side: int = 9) -> np.ndarray:
-    """All of a square image of this side, at its own size."""
+    """Decode a whole square image of this side at its own size."""
     return decode(data, ImageSpec(side))[0]
 
 
@@ -47,7 +47,7 @@ def verdict(data: bytes, **options: int) -> ContentError:
 
 
 def exif(orientation: int, order: str = ">", kind: int = 3) -> bytes:
-    """A TIFF directory with other tags around the orientation."""
+    """An EXIF block with other tags before and after the orientation."""
     letter = {1: "B3x", 3: "H2x", 4: "I"}[kind]
     entries = [
         struct.pack(order + "HHI4s", 0x010F, 2, 4, b"ABC\0"),
@@ -88,7 +88,7 @@ def test_orientation_is_applied_to_picture_and_crop(kind: str, orientation: int)
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_box_of_the_upright_image_is_found_in_the_stored_one(orientation: int) -> None:
-    """Exactly: the box cut from the stored pixels and turned is the box cut from the turned ones."""
+    """Cropping the stored image and then rotating gives exactly the crop of the rotated image."""
     stored = Image.fromarray(pixels(0, 5, 7, 11))
     stored.getexif()[0x0112] = orientation
     turned = ImageOps.exif_transpose(stored)
@@ -131,7 +131,7 @@ def test_exif_that_says_nothing_leaves_the_image_as_it_is() -> None:
 
 
 def test_orientation_is_that_of_the_image_not_of_its_thumbnail() -> None:
-    """Markers inside the EXIF block and after the first scan are not the image's."""
+    """Markers inside the EXIF block and after the first scan belong to other images."""
     thumbnail = encode(COLOUR, "JPEG", exif=exif(3), progressive=True)
     data = encode(COLOUR, "JPEG", exif=exif(6) + thumbnail)
     assert jpeg_markers(data) == (6, False)
@@ -200,7 +200,7 @@ def test_transparent_colours_of_a_palette_and_of_plain_colour_lie_on_white() -> 
 
 @pytest.mark.parametrize("stored_as", ["CMYK", "CMYK without Adobe's marker", "YCCK"])
 def test_four_inks_are_stored_inverted(stored_as: str) -> None:
-    """As Adobe does, and as browsers take it also where the marker APP14 is missing; 2 in the marker means YCCK."""
+    """As Adobe writes them; browsers assume it also without the marker APP14. A 2 in the marker means YCCK."""
     ramp = np.linspace(0, 255, 64)
     colour = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128)], 2)
     inks = (255 - colour).astype(np.uint8)
@@ -273,7 +273,7 @@ def png(header: tuple[int, int, int, int], *chunks: tuple[bytes, bytes]) -> byte
 
 
 def webp(width: int, height: int, kind: bytes) -> bytes:
-    """A WebP that claims a size: the bits of its frame are those of a real one."""
+    """A WebP whose header claims this size; its frame is that of a real image."""
     real = bytearray(encode(pixels(0, 0, 16, 16), "WEBP", lossless=kind == b"VP8L"))
     assert real[12:16] == kind or kind == b"VP8X"
     if kind == b"VP8 ":
@@ -389,7 +389,7 @@ def test_tiny_and_extreme_shapes(kind: str, shape: tuple[int, int]) -> None:
 
 
 def test_pillows_own_warning_of_large_images_is_not_given() -> None:
-    """It warns from 89 million pixels on, which the recipe may allow; here from 100 on."""
+    """Pillow warns above 89 million pixels, which a recipe may allow; the test lowers that limit to 100."""
     code = (
         "import sys, numpy as np; from PIL import Image; Image.MAX_IMAGE_PIXELS = 100; "
         "from data_pipeline.transforms.decode import ImageSpec, decode_image; "

@@ -1,4 +1,4 @@
-"""The compiled resize against the formula in plain Python, and against Pillow, bit for bit."""
+"""The compiled resize against the formula in plain Python, and bit for bit against Pillow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def keys(x: float) -> float:
 
 
 def axis(inputs: int, low: float, high: float, size: int) -> np.ndarray:
-    """Weights [size, inputs], normalised, in 22 bits of fixed point."""
+    """Normalised weights [size, inputs] in fixed point with 22 bits."""
     low, high = float(np.float32(low)), float(np.float32(high))
     scale = float(np.float32(high - low)) / size
     stretch = max(1.0, scale)
@@ -52,7 +52,7 @@ def axis(inputs: int, low: float, high: float, size: int) -> np.ndarray:
 
 
 def by_formula(pixels: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """Rows, then columns; each rounded to 8 bits."""
+    """Reference: along rows, then along columns, each rounded to 8 bits."""
     half = 1 << 21
     across, down = axis(pixels.shape[1], box[0], box[2], size), axis(pixels.shape[0], box[1], box[3], size)
     between = np.einsum("xw,hwc->hxc", across, pixels.astype(np.int64))
@@ -89,7 +89,7 @@ def compiled_resize(
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_it_is_the_formula(case: tuple[np.ndarray, Box, int]) -> None:
-    """Up to one level where a weight's last bit hangs on the order of floating-point additions."""
+    """Differs by at most one level, where a weight's last bit depends on the order of floating-point additions."""
     pixels, box, size = case
     want = by_formula(pixels, box, size).astype(int)
     found = compiled_resize(pixels, box, size).astype(int)
@@ -100,7 +100,7 @@ def test_it_is_the_formula(case: tuple[np.ndarray, Box, int]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_it_is_pillow(case: tuple[np.ndarray, Box, int]) -> None:
-    """In two steps, since Pillow 13 on its own takes columns first where that spares work."""
+    """In two steps, because Pillow 13 resizes columns first where that is cheaper."""
     pixels, (left, top, right, bottom), size = case
     image = Image.fromarray(np.ascontiguousarray(pixels))
     across = image.resize((size, image.height), Image.Resampling.BICUBIC, box=(left, 0, right, image.height))

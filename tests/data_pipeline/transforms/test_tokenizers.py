@@ -1,4 +1,4 @@
-"""Tokenizers against open_clip and transformers, and rows against their definition."""
+"""Tokenizers against open_clip and transformers, and token rows against their definition."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_missing_start_and_pad_fall_back_to_end(tmp_path: Path) -> None:
 
 
 def test_captions_that_are_not_cleaned_are_those_that_cleaning_leaves_alone() -> None:
-    """Every printable ASCII character but &, in pairs and triples that mean something to HTML or in mojibake."""
+    """All printable ASCII characters except &, alone, in pairs, and in sequences special to HTML or mojibake."""
     ftfy = pytest.importorskip("ftfy")
     letters = [chr(code) for code in range(32, 127) if chr(code) != "&"]
     pairs = [a + b for a in letters for b in letters]
@@ -195,7 +195,7 @@ def test_captions_that_are_not_cleaned_are_those_that_cleaning_leaves_alone() ->
 
 
 def made_tokenizer(kind: str) -> Any:
-    """A tokenizer of the shapes that GPT-2 and Llama 3, BERT, and T5 and Llama 2 have, trained on a few captions."""
+    """A small tokenizer of the kind of GPT-2 and Llama 3 (BPE), BERT (WordPiece), or T5 and Llama 2 (Unigram)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "BPE":

@@ -14,7 +14,7 @@ from data_pipeline.sources.tar import TarWriter
 from launch.stage_state import is_done, stage_job
 from pretrain.recipe.load import load_recipe
 from tests.support import rank, tiny
-from tests.support.naive_order import Change, Mixture, Source, walk
+from tests.support.naive_order import Change, Mixture, Source, simulate_order
 
 LANES = 4
 
@@ -31,7 +31,7 @@ def recipe(folder: Path, steps: int, sources: dict[str, Any], batch: Any) -> Pat
 def digests(plan: list[Mixture], steps: int) -> list[str]:
     """order_digest of each step, from the brute-force walk. Every sample decodes, so no sample is replaced."""
     seed, found = stream_seed(3, "main", "pairs"), []
-    for rows in walk(plan, steps, LANES, seed, lambda samples: min(64, max(1, samples // 16384))):
+    for rows in simulate_order(plan, steps, LANES, seed, lambda samples: min(64, max(1, samples // 16384))):
         if isinstance(rows, Change):
             continue
         total = 0
