@@ -37,7 +37,7 @@ class SourcePurpose(IntEnum):
 
 
 def run_length(samples: int) -> int:
-    """Samples per run: 1 to 64, so that a source has at least 16384 runs and small sources are shuffled per sample."""
+    """Samples per run, 1 to 64: a source has at least 16384 runs if it can, so small ones are shuffled per sample."""
     return min(64, max(1, samples // 16384))
 
 

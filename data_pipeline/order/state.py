@@ -151,7 +151,7 @@ def change_notes(segment: Segment) -> list[str]:
     return lines
 
 
-class Resumed(NamedTuple):
+class ResumeResult(NamedTuple):
     """Result of a resume.
 
     segments: the segments of the resumed StreamOrder; empty if nothing changed since the start of the run
@@ -164,7 +164,7 @@ class Resumed(NamedTuple):
 
 def resume_segments(
     state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: BatchSchedule, accept_change: bool
-) -> Resumed:
+) -> ResumeResult:
     """Segments with which a stream of mixture `now` continues after `state`; see StreamOrder.resume."""
     try:
         before = tuple(Segment.from_json(fields) for fields in state["segments"])
@@ -192,10 +192,10 @@ def resume_segments(
             "resume(state, accept_change=True)), or start a new run folder"
         )
     if not free_changes:
-        return Resumed(before if len(before) > 1 else (), [])
+        return ResumeResult(before if len(before) > 1 else (), [])
     history = History.of(before, served, lanes)
     opened = open_segment(history, replace(now, first_step=step, consumed_per_lane=served), lanes)
-    return Resumed((*before, opened), free_changes + change_notes(opened))
+    return ResumeResult((*before, opened), free_changes + change_notes(opened))
 
 
 def _compared_values(before: Segment, now: Segment) -> list[tuple[str, Any, Any]]:

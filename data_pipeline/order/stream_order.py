@@ -31,7 +31,7 @@ from data_pipeline.order.mixture_weights import (
     source_size,
 )
 from data_pipeline.order.source_order import SampleLocator, SourceOrder
-from data_pipeline.order.state import History, Resumed, Segment, SourceBase, resume_segments
+from data_pipeline.order.state import History, ResumeResult, Segment, SourceBase, resume_segments
 
 MAX_LANES = 1024
 UNREACHABLE_DRAWS = 2**53  # no run draws so many samples of a source; sums of them do not overflow int64
@@ -205,7 +205,7 @@ class StreamOrder:
         state: Mapping[str, Any],
         fingerprints: Mapping[str, str] | None = None,
         accept_change: bool = False,
-    ) -> Resumed:
+    ) -> ResumeResult:
         """Segments with which a StreamOrder of this mixture continues after `state`.
 
         Raises UserError with the old and the new value of everything that differs from `state`. With `accept_change`
