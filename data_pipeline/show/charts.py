@@ -1,4 +1,4 @@
-"""Histograms and a scatter as inline SVG, whose colours and letters are the page's."""
+"""Histograms and a scatter plot as inline SVG. Colours and fonts come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 12, 348, 22, 168
-INSET = 32  # room for the numbers beside a scatter
+INSET = 32  # room for the tick labels left of a scatter plot
 BINS = 28
-MOST_POINTS = 800
+MAX_POINTS = 800
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its title, and a sentence on what it says."""
+    """A plot with its title and one sentence about its values. `svg` is empty if all values are equal."""
 
     title: str
     svg: Markup
@@ -25,53 +25,55 @@ class Figure:
 
 
 def histogram(title: str, values: Sequence[float], unit: str, log: bool = False) -> Figure | None:
-    """Counts in bins of equal width, or of equal ratio where `log`; None where there is nothing to draw."""
+    """Plot counts in bins of equal width, or of equal ratio if `log`. Return None if there are no finite values."""
     values = sorted(value for value in values if math.isfinite(value))
     if not values:
         return None
-    low, high, middle = values[0], values[-1], values[len(values) // 2]
-    spread = f"{number(values[len(values) // 100])} to {number(values[-1 - len(values) // 100])} {unit}"
+    low, high, median = values[0], values[-1], values[len(values) // 2]
+    middle_98 = f"{number(values[len(values) // 100])} to {number(values[-1 - len(values) // 100])} {unit}"
     note = (
-        f"median {number(middle)} {unit}; 98 % lie within {spread}"
+        f"median {number(median)} {unit}; 98 % are within {middle_98}"
         if len(values) >= 100
-        else (f"median {number(middle)} {unit}; {number(low)} to {number(high)} {unit}")
+        else f"median {number(median)} {unit}; {number(low)} to {number(high)} {unit}"
     )
     if low == high:
         return Figure(title, Markup(""), f"all {len(values):,} are {number(low)} {unit}")
     log = log and low >= 0 and high > 20 * max(low, 1)
     scale = _log_scale(max(low, 1), high) if log else _scale(low, high)
     whole = all(value == int(value) for value in values)
-    few = whole and not log and high - low < BINS
-    bins = int(high - low) + 1 if few else BINS
-    if few:
+    one_bin_per_number = whole and not log and high - low < BINS
+    bins = int(high - low) + 1 if one_bin_per_number else BINS
+    if one_bin_per_number:
         scale = _scale(low - 0.5, high + 0.5)
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int(scale(value) * bins)))] += 1
-    top = max(counts)
+    highest = max(counts)
     step = (RIGHT - LEFT) / bins
     bars = []
     for i, count in enumerate(counts):
         if count:
-            tall = max(1.5, (BOTTOM - TOP) * count / top)
+            tall = max(1.5, (BOTTOM - TOP) * count / highest)  # 1.5 keeps a single value visible
             bars.append(
                 f'<rect x="{LEFT + i * step + 0.5:.1f}" y="{BOTTOM - tall:.1f}" width="{step - 1:.1f}" '
                 f'height="{tall:.1f}" rx="1.5"><title>{count:,}</title></rect>'
             )
     ticks = _log_ticks(max(low, 1), high) if log else _ticks(low, high, whole)
     marks = [_tick(LEFT + scale(tick) * (RIGHT - LEFT), number(tick)) for tick in ticks]
-    at = LEFT + scale(middle) * (RIGHT - LEFT)
+    at = LEFT + scale(median) * (RIGHT - LEFT)
     anchor = "start" if at < WIDTH / 2 else "end"
-    median = (
+    median_mark = (
         f'<line class="median" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 6}" y2="{BOTTOM}"/>'
         f'<text class="median" x="{at + (5 if anchor == "start" else -5):.1f}" y="{TOP - 8}" '
-        f'text-anchor="{anchor}">median {number(middle)}</text>'
+        f'text-anchor="{anchor}">median {number(median)}</text>'
     )
-    return Figure(title, _svg(title, f'<g class="bars">{"".join(bars)}</g>', *marks, _base(), median), note)
+    return Figure(
+        title, _svg(title, f'<g class="bars">{"".join(bars)}</g>', *marks, _base(), median_mark), note
+    )
 
 
 def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Figure | None:
-    """Width against height, both by ratio; the line is where they are equal."""
+    """Plot height over width on log scales, with the line width = height. Return None if there are no sizes."""
     points = [(w, h) for w, h in zip(widths, heights, strict=True) if w > 0 and h > 0]
     if not points:
         return None
@@ -80,13 +82,13 @@ def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Fi
     wide = sum(w > h for w, h in points)
     tall = sum(w < h for w, h in points)
     square = len(points) - wide - tall
-    note = f"width across, height upwards; {wide:,} wider than high, {tall:,} higher than wide, {square:,} square"
+    note = f"x: width, y: height; {wide:,} wider than high, {tall:,} higher than wide, {square:,} square"
     if low == high:
         return Figure(title, Markup(""), f"all {len(points):,} are {number(low)} × {number(low)} pixels")
     scale = _log_scale(low / 1.15, high * 1.15)
     top, bottom = 8, BOTTOM
-    shown = points[:: -(-len(points) // MOST_POINTS)]
-    # What lies on one spot is drawn once, as a larger one.
+    shown = points[:: -(-len(points) // MAX_POINTS)]
+    # Points at the same place are drawn as one larger circle: this keeps the page small.
     spots: dict[tuple[int, int], int] = {}
     for w, h in shown:
         spot = (
@@ -112,7 +114,7 @@ def scatter(title: str, widths: Sequence[float], heights: Sequence[float]) -> Fi
 
 
 def number(value: float) -> str:
-    """1234567 as 1.23M, 0.3141 as 0.314: at most three figures of a large number, whole ones whole."""
+    """Format a number with three significant digits, such as 1.23M or 0.314. Integers below 10,000 stay exact."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if letter == "k" else size
@@ -142,12 +144,12 @@ def _scale(low: float, high: float) -> Callable[[float], float]:
 
 
 def _log_scale(low: float, high: float) -> Callable[[float], float]:
-    of = math.log(high / low)
-    return lambda value: math.log(max(value, low) / low) / of
+    span = math.log(high / low)
+    return lambda value: math.log(max(value, low) / low) / span
 
 
 def _ticks(low: float, high: float, whole: bool) -> list[float]:
-    """Round numbers, three to seven of them."""
+    """Return about three to seven round numbers between low and high."""
     rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough)

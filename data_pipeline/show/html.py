@@ -1,4 +1,4 @@
-"""A survey as one self-contained HTML page: pictures with their crops, captions, sizes, and what is wrong."""
+"""The report on a source as one self-contained HTML page: pictures with crops, captions, histograms, problems."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.show.charts import Figure, histogram, scatter
-from data_pipeline.show.inspection import survey
-from data_pipeline.show.samples import Picture, Talk, look_at, talks
-from data_pipeline.show.source_report import Bad, SourceReport, share
-from data_pipeline.show.terminal import facts, percent, readable
-from data_pipeline.show.terminal import samples as counted
+from data_pipeline.show.inspection import inspect_source
+from data_pipeline.show.samples import ConversationCard, Picture, conversation_cards, decode_samples
+from data_pipeline.show.source_report import BadRecordCounts, SourceReport, format_share
+from data_pipeline.show.terminal import facts, format_bytes, format_percent, sample_count
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-PASSAGE = 1600  # characters of a document
-NAMES = {
+MAX_DOCUMENT = 1600  # characters shown of a document
+SCORES = {
     "similarity": "Similarity of picture and caption",
-    "punsafe": "punsafe: chance of being unsafe",
-    "pwatermark": "pwatermark: chance of a watermark",
+    "punsafe": "punsafe: probability of unsafe content",
+    "pwatermark": "pwatermark: probability of a watermark",
     "aesthetic": "Aesthetic score",
 }
 
 
 @dataclass
 class Page:
-    """What the template lays out; every text in it is escaped there."""
+    """The content of the page. The template escapes every text in it."""
 
     title: str
     kind: str
     path: str
     tiles: list[tuple[str, str]]
-    verdicts: list[tuple[str, str, list[str]]]
+    findings: list[tuple[str, str, list[str]]]
     facts: list[tuple[str, str]]
     foot: str
     bad: list[dict[str, str]] = field(default_factory=list)
@@ -42,10 +41,10 @@ class Page:
     pictures: list[Picture] = field(default_factory=list)
     pictures_text: str = ""
     size: int = 0
-    talks: list[Talk] = field(default_factory=list)
-    talks_title: str = ""
-    talks_text: str = ""
-    passages: list[tuple[str, str]] = field(default_factory=list)
+    conversations: list[ConversationCard] = field(default_factory=list)
+    conversations_title: str = ""
+    conversations_text: str = ""
+    documents: list[tuple[str, str]] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     figures_text: str = ""
     columns: list[dict[str, Any]] = field(default_factory=list)
@@ -54,18 +53,18 @@ class Page:
 
 
 def write_page(path: str, out: str, show: int = 24, images: str | None = None) -> SourceReport:
-    """Write the page about the source `path` to the file `out`, with `show` pictures or records; the survey.
+    """Write the page about the source `path` to the file `out`, with `show` pictures or records. Return the report.
 
-    `images` is the folder of the pictures of an instruction file, where that is not the file's own. Raises
-    UserError as `survey` does, and where Pillow is not installed.
+    `images` is the folder of the pictures that an instruction file names; the default is the folder of that file.
+    Raises UserError as `inspect_source` does, and if Pillow is not installed.
     """
-    found = survey(path, first=show, images=images)
-    storage.publish(out, render_page(found, show, images).encode("utf-8", "replace"))
-    return found
+    report = inspect_source(path, first=show, images=images)
+    storage.publish(out, render_page(report, show, images).encode("utf-8", "replace"))
+    return report
 
 
-def render_page(found: SourceReport, show: int, images: str | None = None) -> str:
-    """The page as HTML that needs nothing from outside."""
+def render_page(report: SourceReport, show: int, images: str | None = None) -> str:
+    """Return the page as HTML that loads no other file."""
     import jinja2
     from markupsafe import Markup
 
@@ -76,89 +75,94 @@ def render_page(found: SourceReport, show: int, images: str | None = None) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(readable=readable, percent=percent)
+    environment.filters.update(format_bytes=format_bytes, format_percent=format_percent)
     style = Markup((TEMPLATES / "show.css").read_text(encoding="utf-8"))
-    return environment.get_template("show.html.j2").render(page=build(found, show, images), style=style)
+    return environment.get_template("show.html.j2").render(page=build_page(report, show, images), style=style)
 
 
-def build(found: SourceReport, show: int, images: str | None = None) -> Page:
-    """The pieces of the page; pictures are read and decoded here, and what is wrong with them is added."""
-    about = found.about
+def build_page(report: SourceReport, show: int, images: str | None = None) -> Page:
+    """Build the content of the page. Reads and decodes pictures, and adds unusable ones to the report's problems."""
+    about = report.about
     page = Page(
         title=about["path"].rstrip("/").rpartition("/")[2] or about["path"],
         kind=about["kind"],
         path=about["path"],
         tiles=[],
-        verdicts=[],
+        findings=[],
         facts=facts(about),
         foot="",
         columns=about.get("columns", []),
         rows=_rows(about.get("rows")),
-        bad=_named(about.get("bad", [])),
+        bad=_with_file_names(about.get("bad", [])),
     )
-    if found.form.family == "tars" and about["kind"] != "packed text":
-        _add_pictures(page, found, show)
-    elif found.form.family in ("conversations", "prompted"):
-        _add_talks(page, found, images)
-    elif found.form.family == "documents":
-        page.passages = [(url, text[:PASSAGE]) for url, text in found.passages]
-    if not (page.pictures or page.talks or page.passages):
+    if report.form.family == "tars" and about["kind"] != "packed text":
+        _add_pictures(page, report, show)
+    elif report.form.family in ("conversations", "prompted"):
+        _add_conversations(page, report, images)
+    elif report.form.family == "documents":
+        page.documents = [(url, text[:MAX_DOCUMENT]) for url, text in report.first_documents]
+    if not (page.pictures or page.conversations or page.documents):
         page.records = about["first"]
         page.records_head = "documents" if about["kind"] == "packed text" else "caption"
-    figures = _figures(found)
+    # `_add_pictures` adds measurements and problems, so these come last.
+    figures = _figures(report)
     page.figures = [figure for figure in figures if figure.svg]
-    page.figures_text = _examined(found, [figure for figure in figures if not figure.svg])
-    page.tiles = _tiles(found)
-    page.verdicts = _verdicts(found)
+    page.figures_text = _figures_text(report, [figure for figure in figures if not figure.svg])
+    page.tiles = _tiles(report)
+    page.findings = _findings(report)
     page.foot = (
-        "Made by dromos data show --html. Everything is in this file; it loads nothing from elsewhere."
+        "Written by dromos data show --html. This file is self-contained: it loads nothing from other places."
     )
     return page
 
 
-def _add_pictures(page: Page, found: SourceReport, show: int) -> None:
-    look = look_at(found.tables, show)
-    page.pictures, page.size = look.pictures, look.spec.size
+def _add_pictures(page: Page, report: SourceReport, show: int) -> None:
+    decoded = decode_samples(report.tables, show)
+    spec = decoded.spec
+    page.pictures, page.size = decoded.pictures, spec.size
     page.pictures_text = (
-        f"{len(look.pictures)} of {counted(found.about)} samples, spread over the shards examined, decoded as "
-        f"training decodes them. The frame is a crop as training would draw it: {look.spec.crop[0]:.0%} to "
-        f"{look.spec.crop[1]:.0%} of the area, mirrored by chance; beside it what that becomes at "
-        f"{look.spec.size} × {look.spec.size}."
+        f"{len(decoded.pictures)} of {sample_count(report.about)} samples, evenly spaced over the examined shards and "
+        f"decoded as in training. The frame on the left picture is a random crop as training draws it: "
+        f"{spec.crop[0]:.0%} to {spec.crop[1]:.0%} of the area, with a random flip. The right picture is this crop at "
+        f"{spec.size} × {spec.size} pixels."
     )
     for name in ("width", "height", "bytes", "words"):
-        found.series[name] = getattr(look.figures, name)
-    tokens = _tokens(look.figures.captions)
+        report.series[name] = getattr(decoded.measurements, name)
+    tokens = _token_counts(decoded.measurements.captions)
     if tokens:
-        found.series["tokens"] = tokens
-    bad = Bad()
-    for verdict in look.bad:
-        bad.add(verdict)
+        report.series["tokens"] = tokens
+    bad = BadRecordCounts()
+    for record in decoded.bad:
+        bad.add(record)
     if bad.counts:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in bad.counts.most_common())
-        found.problems.append(
-            f"{share(len(look.bad), look.examined)} samples decoded cannot be used: {listed}"
+        report.problems.append(
+            f"{format_share(len(decoded.bad), decoded.examined)} samples decoded are unusable: {listed}"
         )
-    page.bad += _named(bad.examples)
+    page.bad += _with_file_names(bad.examples)
 
 
-def _named(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Examples with the file's name for its path, which stands above."""
-    return [one | {"where": one["where"].rpartition("/")[2]} for one in examples]
+def _with_file_names(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Replace the path of each example's file by its name: the page's header has the path of the source."""
+    return [example | {"where": example["where"].rpartition("/")[2]} for example in examples]
 
 
-def _add_talks(page: Page, found: SourceReport, images: str | None) -> None:
-    page.talks_title = "Conversations" if found.form.family == "conversations" else "Prompts and answers"
-    page.talks, missing = talks(found.about["first"], images or _folder(found))
+def _add_conversations(page: Page, report: SourceReport, images: str | None) -> None:
+    is_chat = report.form.family == "conversations"
+    page.conversations_title = "Conversations" if is_chat else "Prompts and answers"
+    page.conversations, missing = conversation_cards(report.about["first"], images or _folder(report))
     if missing:
-        page.talks_text = f"Pictures that could not be shown: {missing}. Each says why."
+        page.conversations_text = (
+            f"Pictures that could not be shown: {missing}. The reason is in their place."
+        )
 
 
-def _folder(found: SourceReport) -> str:
-    return found.form.files[0].rpartition("/")[0] or "."
+def _folder(report: SourceReport) -> str:
+    return report.form.files[0].rpartition("/")[0] or "."
 
 
-def _tokens(captions: Sequence[str]) -> list[float]:
-    """Lengths in CLIP's tokens with start and end, where its vocabulary is installed."""
+def _token_counts(captions: Sequence[str]) -> list[float]:
+    """Return CLIP token counts, with start and end token; an empty list if CLIP's vocabulary is not installed."""
     from data_pipeline.transforms.tokenizers import CLIP_BPE, load_tokenizer
 
     try:
@@ -168,66 +172,68 @@ def _tokens(captions: Sequence[str]) -> list[float]:
         return []
 
 
-def _figures(found: SourceReport) -> list[Figure]:
-    series = found.series
-    family = found.form.family
+def _figures(report: SourceReport) -> list[Figure]:
+    series = report.series
+    family = report.form.family
     words = {
-        "conversations": "Words of an answer",
-        "prompted": "Words of a suffix",
-        "documents": "Words of a document",
-    }.get(family, "Words of a caption")
+        "conversations": "Words per answer",
+        "prompted": "Words per suffix",
+        "documents": "Words per document",
+    }.get(family, "Words per caption")
     drawn = [
         scatter("Width and height", series["width"], series["height"]),
-        histogram("Bytes of a picture", series["bytes"], "bytes", log=True),
+        histogram("Bytes per picture", series["bytes"], "bytes", log=True),
         histogram(words, series["words"], "words", log=family == "documents"),
-        histogram("CLIP's tokens of a caption", series["tokens"], "tokens"),
-        histogram("Turns of a conversation", series["turns"], "turns"),
-        *(histogram(title, series[name], "") for name, title in NAMES.items()),
+        histogram("CLIP tokens per caption", series["tokens"], "tokens"),
+        histogram("Turns per conversation", series["turns"], "turns"),
+        *(histogram(title, series[name], "") for name, title in SCORES.items()),
     ]
     return [figure for figure in drawn if figure is not None]
 
 
-def _examined(found: SourceReport, same: Sequence[Figure]) -> str:
-    """How many were examined, and of what there is nothing to draw because all are the same."""
-    drawn = max((len(values) for values in found.series.values()), default=0)
-    number = drawn if found.form.family == "tars" else found.about["examined"]["samples"]
-    return " ".join([f"Of {number:,} samples examined.", *(f"{one.title}: {one.note}." for one in same)])
+def _figures_text(report: SourceReport, constant: Sequence[Figure]) -> str:
+    """Return the number of samples examined, and a sentence per measurement that has only one value."""
+    measured = max((len(values) for values in report.series.values()), default=0)
+    number = measured if report.form.family == "tars" else report.about["examined"]["samples"]
+    return " ".join(
+        [f"Measured on {number:,} samples.", *(f"{figure.title}: {figure.note}." for figure in constant)]
+    )
 
 
-def _tiles(found: SourceReport) -> list[tuple[str, str]]:
-    about = found.about
-    size = readable(about["bytes"])
+def _tiles(report: SourceReport) -> list[tuple[str, str]]:
+    about = report.about
+    size = format_bytes(about["bytes"])
     samples = f"{about['samples']:,}" if about["samples"] is not None else "?"
     if about["samples"] is None and about.get("estimated"):
         samples = f"≈ {about['estimated']:,}"
     tiles = [
-        (samples, "rows" if found.form.family in ("pairs", "outcomes") else "samples"),
-        (f"{about['shards']:,}", "shards" if found.form.family == "tars" else "files"),
-        (size, "in all"),
+        (samples, "rows" if report.form.family in ("pairs", "outcomes") else "samples"),
+        (f"{about['shards']:,}", "shards" if report.form.family == "tars" else "files"),
+        (size, "in total"),
     ]
-    width, height = found.series["width"], found.series["height"]
+    width, height = report.series["width"], report.series["height"]
     if width:
         middle = len(width) // 2
         tiles.append((f"{sorted(width)[middle]:.0f} × {sorted(height)[middle]:.0f}", "median picture"))
-    words = sorted(found.series["words"])
+    words = sorted(report.series["words"])
     if words:
         tiles.append((f"{words[len(words) // 2]:,.0f}", "median words"))
     return tiles
 
 
-def _verdicts(found: SourceReport) -> list[tuple[str, str, list[str]]]:
-    verdicts = []
-    if found.problems:
-        verdicts.append(("bad", f"Wrong: {len(found.problems)}", list(dict.fromkeys(found.problems))))
+def _findings(report: SourceReport) -> list[tuple[str, str, list[str]]]:
+    findings = []
+    if report.problems:
+        findings.append(("bad", f"Problems: {len(report.problems)}", list(dict.fromkeys(report.problems))))
     else:
-        verdicts.append(("good", "Nothing wrong was found in what was examined.", []))
-    if found.notes:
-        verdicts.append(("warn", "Worth knowing", list(found.notes)))
-    return verdicts
+        findings.append(("good", "No problems found in the files examined.", []))
+    if report.notes:
+        findings.append(("warn", "Notes", list(report.notes)))
+    return findings
 
 
 def _rows(sums: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The story of img2dataset's rows; None where every row succeeded or nothing is known."""
+    """Return img2dataset's share of successes and its failures; None if every row succeeded or there are no rows."""
     if not sums or not sums["rows"] or sums["rows"] == sums["successes"]:
         return None
     share = 100 * sums["successes"] / sums["rows"]
@@ -235,7 +241,7 @@ def _rows(sums: dict[str, Any] | None) -> dict[str, Any] | None:
     if sums["other_failures"]:
         failures.append(("others", f"{sums['other_failures']:,}"))
     return {
-        "title": f"{sums['successes']:,} of {sums['rows']:,} rows became a picture ({share:.1f} %)",
+        "title": f"{sums['successes']:,} of {sums['rows']:,} rows have a picture ({share:.1f} %)",
         "percent": share,
         "failures": failures,
     }

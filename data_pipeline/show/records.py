@@ -1,4 +1,4 @@
-"""Sources that are read record by record: tables of pictures, documents, lines, conversations."""
+"""Inspects sources that are read record by record: tables of image URLs, documents, lines, conversations."""
 
 from __future__ import annotations
 
@@ -20,63 +20,72 @@ from data_pipeline.formats import (
 from data_pipeline.formats.parquet import Column, match, nearest, wrong_types
 from data_pipeline.formats.records import BadRecord
 from data_pipeline.formats.text_records import reading
-from data_pipeline.show.source_report import Bad, SourceReport, share, spread
-from data_pipeline.show.statistics import TALLIES, RecordStatistics, WithPictures
+from data_pipeline.show.source_report import BadRecordCounts, SourceReport, evenly_spaced, format_share
+from data_pipeline.show.statistics import STATISTICS, PictureStatistics, RecordStatistics
 
-RECORDS = 5000  # examined in all files together
-COUNTED = 1024  # files whose rows are counted; of more than these the number is estimated
-# Tables and lines gathered from the web have rows that are nothing; beyond this share something else is wrong.
-TOLERATED = 0.01
+EXAMINED_RECORDS = 5000  # in all examined files together
+MIN_RECORDS_PER_FILE = 100
+COUNTED_FILES = 1024  # files whose rows are counted; with more files the number of rows is estimated
+# Formats gathered from the web always have some unusable records. A larger share than this is a problem.
+WEB_FAMILIES = ("pairs", "outcomes", "lines")
+TOLERATED_SHARE = 0.01
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "pairs": laion.COLUMNS,
     "outcomes": img2dataset.COLUMNS,
     "documents": refinedweb.COLUMNS,
     "unknown": (),
 }
-TABLES: dict[str, Callable[[str, Any], Iterator[Any]]] = {
+# Family -> reader of an open parquet file.
+TABLE_READERS: dict[str, Callable[[str, Any], Iterator[Any]]] = {
     "pairs": laion.pairs_of,
     "outcomes": img2dataset.outcomes_of,
     "documents": refinedweb.documents_of,
 }
-FILES: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {
+# Family -> reader of an open text file; the last argument is the folder of the pictures.
+TEXT_READERS: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {
     "lines": lambda file, opened, _: cc3m.pairs_of(file, opened),
     "conversations": instructions.conversations_of,
     "prompted": paligemma.prompted_of,
 }
 
 
-def look(found: SourceReport, examine: int, first: int, images: str | None) -> None:
-    """Fill in what the first records of `examine` files say."""
-    about, form = found.about, found.form
+def inspect_records(report: SourceReport, examine: int, first: int, images: str | None) -> None:
+    """Fill in the report from the first records of `examine` files, and list the `first` records.
+
+    `images` is the folder of the pictures that records name. Raises UserError if none of the files exists.
+    """
+    about, form = report.about, report.form
     sizes = storage.sizes(form.files)
     about["bytes"] = sum(sizes.values())
     missing = [file for file in form.files if file not in sizes]
     if len(missing) == len(form.files):
         raise UserError(f"{form.files[0]} does not exist")
-    found.problems.extend(f"{file} does not exist" for file in missing)
-    chosen = spread([file for file in form.files if file in sizes], examine)
-    about["examined"] = {"shards": len(chosen), "samples": 0}
+    report.problems.extend(f"{file} does not exist" for file in missing)
+    examined = evenly_spaced([file for file in form.files if file in sizes], examine)
+    about["examined"] = {"shards": len(examined), "samples": 0}
     if form.family == "unknown":
-        _look_at_unknown(found, sizes)
+        _inspect_unknown(report, sizes)
         return
-    tally = TALLIES[form.family](found, first)
-    bad = Bad()
-    if form.family in TABLES:
-        _count_rows(found, sizes)
-        _look_into_tables(found, chosen, tally, bad)
+    statistics = STATISTICS[form.family](report, first)
+    bad = BadRecordCounts()
+    if form.family in TABLE_READERS:
+        _count_rows(report, sizes)
+        _read_tables(report, examined, statistics, bad)
     else:
-        _look_into_files(found, chosen, sizes, tally, bad, images)
-    about["examined"]["samples"] = tally.examined
-    tally.finish()
-    if isinstance(tally, WithPictures):
-        _look_for_pictures(found, tally.paths, images)
-    _tell_bad(found, bad, tally.examined)
+        _read_text_files(report, examined, sizes, statistics, bad, images)
+    about["examined"]["samples"] = statistics.examined
+    statistics.finish()
+    if isinstance(statistics, PictureStatistics):
+        _check_pictures_exist(report, statistics.image_paths, images)
+    _report_bad_records(report, bad, statistics.examined)
 
 
-def _count_rows(found: SourceReport, sizes: dict[str, int]) -> None:
-    """Rows, from the end of each file, or of COUNTED of very many; a file that cannot be read is a problem and
-    leaves the sum unknown."""
-    files = spread(list(sizes), COUNTED)
+def _count_rows(report: SourceReport, sizes: dict[str, int]) -> None:
+    """Sum the row counts in the parquet footers; of more than COUNTED_FILES files, estimate the sum from as many.
+
+    An unreadable file becomes a problem and leaves the sum unknown.
+    """
+    files = evenly_spaced(list(sizes), COUNTED_FILES)
     rows: int | None = 0
     columns: list[str] | None = None
     for file in files:
@@ -86,156 +95,160 @@ def _count_rows(found: SourceReport, sizes: dict[str, int]) -> None:
                 names = source.schema_arrow.names
         except UserError as error:
             rows = None
-            found.problems.append(str(error))
+            report.problems.append(str(error))
             continue
         if columns is not None and names != columns:
-            odd = sorted(set(names) ^ set(columns)) or names
-            found.notes.append(f"{file} has other columns than the first file: {', '.join(odd)}")
+            differing = sorted(set(names) ^ set(columns)) or names
+            report.notes.append(f"{file} has other columns than the first file: {', '.join(differing)}")
         columns = columns or names
     if len(files) == len(sizes):
-        found.about["samples"] = rows
-        found.about["counted_by"] = "parquet"
+        report.about["samples"] = rows
+        report.about["counted_by"] = "parquet"
     elif rows:
-        found.about["estimated"] = round(rows * found.about["bytes"] / sum(sizes[file] for file in files))
+        report.about["estimated"] = round(rows * report.about["bytes"] / sum(sizes[file] for file in files))
     if rows == 0:
-        found.problems.append(f"the {len(files):,} files hold no rows")
+        report.problems.append(f"the {len(files):,} files hold no rows")
 
 
-def _look_into_tables(found: SourceReport, files: list[str], tally: RecordStatistics, bad: Bad) -> None:
-    family, schema = found.form.family, None
-    each = max(RECORDS // max(len(files), 1), 100)
+def _read_tables(
+    report: SourceReport, files: list[str], statistics: RecordStatistics, bad: BadRecordCounts
+) -> None:
+    family, schema = report.form.family, None
+    limit = _records_per_file(files)
     for file in files:
         try:
             with parquet.opened(file) as source:
                 schema = schema or source.schema_arrow
-                _take(islice(TABLES[family](file, source), each), tally, bad)
+                _add_records(islice(TABLE_READERS[family](file, source), limit), statistics, bad)
         except UserError as error:
-            found.problems.append(str(error))
+            report.problems.append(str(error))
     if schema is not None:
-        _tell_columns(found, schema, tally)
+        _describe_columns(report, schema, statistics)
 
 
-def _look_into_files(
-    found: SourceReport,
+def _read_text_files(
+    report: SourceReport,
     files: list[str],
     sizes: dict[str, int],
-    tally: RecordStatistics,
-    bad: Bad,
+    statistics: RecordStatistics,
+    bad: BadRecordCounts,
     images: str | None,
 ) -> None:
-    """Lines and entries: all of small files; of large ones the first, from which the number is estimated."""
-    family = found.form.family
-    each = max(RECORDS // max(len(files), 1), 100)
-    read = records = 0
-    whole = len(files) == len(sizes)
+    """Read lines or entries. If the limit cuts off a file, estimate the number of records from the bytes read."""
+    family = report.form.family
+    limit = _records_per_file(files)
+    bytes_read = records = 0
+    complete = len(files) == len(sizes)
     for file in files:
         with reading(file) as opened:
-            taken = _take(islice(FILES[family](file, opened, images), each), tally, bad)
-            read += opened.tell()
-            records += taken
-            whole = whole and taken < each
-    if whole:
-        found.about["samples"] = records
-        found.about["counted_by"] = "records"
+            added = _add_records(islice(TEXT_READERS[family](file, opened, images), limit), statistics, bad)
+            bytes_read += opened.tell()
+            records += added
+            complete = complete and added < limit
+    if complete:
+        report.about["samples"] = records
+        report.about["counted_by"] = "records"
         if not records:
-            found.problems.append(f"the {len(files):,} files hold no records")
-    elif read:
-        found.about["estimated"] = round(records * found.about["bytes"] / read)
+            report.problems.append(f"the {len(files):,} files hold no records")
+    elif bytes_read:
+        report.about["estimated"] = round(records * report.about["bytes"] / bytes_read)
 
 
-def _take(records: Iterator[Any], tally: RecordStatistics, bad: Bad) -> int:
-    """Counts every record, also those that are a verdict; how many there were."""
-    before = tally.examined
+def _records_per_file(files: list[str]) -> int:
+    return max(EXAMINED_RECORDS // max(len(files), 1), MIN_RECORDS_PER_FILE)
+
+
+def _add_records(records: Iterator[Any], statistics: RecordStatistics, bad: BadRecordCounts) -> int:
+    """Add each record to the statistics or to the bad records. Return the number of records."""
+    before = statistics.examined
     for record in records:
-        tally.examined += 1
+        statistics.examined += 1
+        # Readers of conversations yield (place, record).
         value = record[1] if isinstance(record, tuple) and isinstance(record[1], BadRecord) else record
         if isinstance(value, BadRecord):
             bad.add(value)
         else:
-            tally.add(value)
-    return tally.examined - before
+            statistics.add(value)
+    return statistics.examined - before
 
 
-def _look_for_pictures(found: SourceReport, paths: list[str], images: str | None) -> None:
-    """Whether the pictures that the first records name are there."""
-    root = images or found.form.files[0].rpartition("/")[0] or "."
-    absent = [path for path in paths if not storage.exists(storage.join(root, path))]
-    if not absent:
+def _check_pictures_exist(report: SourceReport, paths: list[str], images: str | None) -> None:
+    """Check that the pictures that the first records name exist."""
+    root = images or report.form.files[0].rpartition("/")[0] or "."
+    missing = [path for path in paths if not storage.exists(storage.join(root, path))]
+    if not missing:
         return
-    sentence = (
-        f"{share(len(absent), len(paths))} pictures looked for are not below {root}, the first is {absent[0]}"
-    )
-    if images is None and len(absent) == len(paths):
-        found.notes.append(f"{sentence}; name their folder with --images")
+    message = f"{format_share(len(missing), len(paths))} pictures checked are not in {root}; the first is {missing[0]}"
+    if images is None and len(missing) == len(paths):
+        report.notes.append(f"{message}. Give their folder with --images")
     else:
-        found.problems.append(sentence)
+        report.problems.append(message)
 
 
-def _tell_columns(found: SourceReport, schema: Any, tally: RecordStatistics) -> None:
-    columns = COLUMNS[found.form.family]
+def _describe_columns(report: SourceReport, schema: Any, statistics: RecordStatistics) -> None:
+    columns = COLUMNS[report.form.family]
     meanings = {name: meaning for meaning, name in match(schema.names, columns).items()}
-    found.about["columns"] = [
+    report.about["columns"] = [
         {
             "name": field.name,
             "type": str(field.type),
             "meaning": meanings.get(field.name),
-            "missing": tally.missing(meanings.get(field.name)),
+            "missing": statistics.missing_share(meanings.get(field.name)),
         }
         for field in schema
     ]
-    found.problems.extend(wrong_types(schema, columns).values())
+    report.problems.extend(wrong_types(schema, columns).values())
 
 
-def _tell_bad(found: SourceReport, bad: Bad, examined: int) -> None:
+def _report_bad_records(report: SourceReport, bad: BadRecordCounts, examined: int) -> None:
     if not bad.counts:
         return
     total = sum(bad.counts.values())
     listed = ", ".join(f"{reason} {count:,}" for reason, count in bad.counts.most_common())
     first = bad.examples[0]
-    sentence = (
-        f"{share(total, examined)} records examined cannot be used: {listed}; the first is {first['place']} of "
+    message = (
+        f"{format_share(total, examined)} records examined are unusable: {listed}; the first is {first['place']} of "
         f"{first['where']}"
     )
-    gathered = found.form.family in ("pairs", "outcomes", "lines")
-    within = gathered and total <= TOLERATED * examined
-    (found.notes if within else found.problems).append(sentence)
-    found.about["verdicts"] = dict(bad.counts.most_common())
-    found.about["bad"] = bad.examples
+    tolerated = report.form.family in WEB_FAMILIES and total <= TOLERATED_SHARE * examined
+    (report.notes if tolerated else report.problems).append(message)
+    report.about["verdicts"] = dict(bad.counts.most_common())
+    report.about["bad"] = bad.examples
 
 
-def _look_at_unknown(found: SourceReport, sizes: dict[str, int]) -> None:
-    """Why it is none of the formats: the columns or fields it has, and what they may be meant for."""
+def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
+    """Report why the files have no known format: their columns or fields, and the nearest expected names."""
     files = list(sizes)
-    if found.form.name == "unknown-json":
-        keys = _keys(files[0])
-        wanted = (*instructions.TURNS, "prefix", "suffix")
-        near = nearest(wanted, keys)
-        hint = f"is {near!r} one of them?" if near else "they have " + (", ".join(keys) or "no fields")
-        found.problems.append(
-            f"{files[0]}: no entry has any of {', '.join(wanted)}; {hint} Write LLaVA's conversations, messages, or "
-            "PaliGemma's image, prefix and suffix"
+    if report.form.name == "unknown-json":
+        keys = _json_keys(files[0])
+        expected = (*instructions.TURNS, "prefix", "suffix")
+        near = nearest(expected, keys)
+        hint = f"is {near!r} one of them?" if near else f"their fields are: {', '.join(keys) or 'none'}."
+        report.problems.append(
+            f"{files[0]}: no entry has any of the fields {', '.join(expected)}; {hint} Use the format of LLaVA "
+            "(conversations), of messages, or of PaliGemma (image, prefix, suffix)"
         )
         return
-    _count_rows(found, sizes)
+    _count_rows(report, sizes)
     for file in files:
         try:
             with parquet.opened(file) as source:
                 schema = source.schema_arrow
         except UserError:
             continue
-        sentences = laion.lacking(schema.names)
-        found.problems.append(
-            f"{file} is no table of a known format: for pictures, {'; '.join(sentences)}; for documents, no column "
-            "content or text"
+        reasons = laion.lacking(schema.names)
+        report.problems.append(
+            f"{file} is not a table of a known format: for pictures, {'; '.join(reasons)}; for documents, it has no "
+            "column content or text"
         )
-        found.about["columns"] = [
+        report.about["columns"] = [
             {"name": field.name, "type": str(field.type), "meaning": None, "missing": None}
             for field in schema
         ]
         return
 
 
-def _keys(file: str) -> list[str]:
+def _json_keys(file: str) -> list[str]:
     from data_pipeline.formats.text_records import records
 
     with reading(file) as opened:

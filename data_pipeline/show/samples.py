@@ -1,4 +1,4 @@
-"""Pictures of a source as training would see them: the whole with the crop drawn on it, and the crop itself."""
+"""Decodes samples for the HTML page: pictures with their training crops, conversations with their boxes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from data_pipeline.errors import ContentError, UserError
 from data_pipeline.formats.records import BadRecord, image_url
 from data_pipeline.show.tars import caption, metadata, read_members
 from data_pipeline.sources.tar import Sample, image_member
-from data_pipeline.transforms.augment import draw_rows
+from data_pipeline.transforms.augment import draw_augmentations
 from data_pipeline.transforms.decode import FORMATS, ImageSpec, as_rgb, decode_image
 
-CROP = (0.4, 1.0)
-SIZES = (224, 112, 64, 32)
-LONGEST_SIDE = 420  # pixels of a whole picture on the page
-EXAMINE = 240  # pictures that are decoded
-NEEDED = "pictures need Pillow: pip install 'dromos[train]', or leave out --html"
-TURN = 1500  # characters of a turn
-TURNS = 12
-# PaliGemma's corners y0 x0 y1 x1 in 1024 bins.
-CORNERS = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>")
+CROP_SCALE = (0.4, 1.0)  # share of the area, as for training
+CROP_SIZES = (224, 112, 64, 32)  # pixels
+MAX_SIDE = 420  # pixels of an uncropped picture on the page
+MAX_PNG_PIXELS = 64 * 64  # a picture of at most so many pixels is embedded without loss
+DECODED_SAMPLES = 240
+MAX_CAPTION = 600  # characters shown of a caption
+MAX_URL = 300
+MAX_TURN = 1500
+MAX_TURNS = 12  # shown of a conversation
+EXIF_ORIENTATION = 0x0112
+PILLOW_MISSING = "the HTML page needs Pillow: pip install 'dromos[train]', or omit --html"
+# PaliGemma's box: y0 x0 y1 x1, each in 1024 bins.
+LOC_BOX = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>")
 TOKENS = re.compile(r"<image>|(?:<(?:loc|seg)\d+>)+")
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What the page draws of the pictures examined."""
+class Measurements:
+    """One value per decoded sample: pixels, bytes of the image file, words of the caption, and the caption."""
 
     width: list[float] = field(default_factory=list)
     height: list[float] = field(default_factory=list)
@@ -45,7 +49,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: data URIs, pixels of the upright original, the crop in percent of it."""
+    """One picture on the page.
+
+    `whole` and `crop` are data URIs. `width` and `height` are pixels of the upright original. `box` is the crop as
+    (left, top, width, height) in percent of the original, `box_pixels` its (width, height) in pixels.
+    """
 
     whole: str
     crop: str
@@ -63,61 +71,91 @@ class Picture:
 
 
 @dataclass
-class Look:
-    """`examined` samples: `pictures` of some, `figures` of all, `bad` of those that training would replace."""
+class DecodedSamples:
+    """Result of `decode_samples`: `pictures` of some samples, measurements of all, and the unusable ones."""
 
     spec: ImageSpec
     examined: int = 0
     pictures: list[Picture] = field(default_factory=list)
-    figures: Figures = field(default_factory=Figures)
+    measurements: Measurements = field(default_factory=Measurements)
     bad: list[BadRecord] = field(default_factory=list)
 
 
-def look_at(tables: Mapping[str, Sequence[Sample]], show: int) -> Look:
-    """Decode up to EXAMINE samples spread over the shards, and keep `show` pictures of them.
+@dataclass
+class ConversationCard:
+    """One conversation on the page.
 
-    Each is decoded as training does it; the crops are random ones by the sample's key. Raises UserError where
-    Pillow is not installed.
+    Each turn is (role, parts); a part is (plain text, the special token that follows it). `boxes` are (left, top,
+    width, height) in percent of the picture. `missing` holds one line per picture that could not be shown.
     """
-    need_pillow()
+
+    key: str
+    turns: list[tuple[str, list[tuple[str, str]]]]
+    pictures: list[Picture] = field(default_factory=list)
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def decode_samples(tables: Mapping[str, Sequence[Sample]], show: int) -> DecodedSamples:
+    """Decode up to DECODED_SAMPLES samples, evenly spaced over the tars, and keep pictures of `show` of them.
+
+    `tables` maps a tar to its samples. Decoding is that of training; the random crops depend on the key of the
+    sample. Raises UserError if Pillow is not installed.
+    """
+    require_pillow()
     places = [(url, sample) for url, table in tables.items() for sample in table]
-    number = min(EXAMINE, len(places))
+    number = min(DECODED_SAMPLES, len(places))
     chosen = [places[i * len(places) // number] for i in range(number)]
-    look = Look(ImageSpec(_size(chosen), CROP, flip=True))
-    keep = {i * number // show for i in range(show)}
+    decoded = DecodedSamples(ImageSpec(_crop_size(chosen), CROP_SCALE, flip=True))
+    shown = {i * number // show for i in range(show)}
     for i, (url, sample) in enumerate(chosen):
-        look.examined += 1
+        decoded.examined += 1
         members = read_members(url, sample)
         try:
-            picture = _picture(url, sample, members, look, i in keep)
+            picture = _decode(url, sample, members, decoded, i in shown)
         except ContentError as error:
-            look.bad.append(BadRecord(url, sample.key, error.reason, error.detail))
+            decoded.bad.append(BadRecord(url, sample.key, error.reason, error.detail))
             continue
         if picture is not None:
-            look.pictures.append(picture)
-        said = caption(members)
-        if said is not None and said.strip():
-            look.figures.captions.append(said)
-            look.figures.words.append(len(said.split()))
+            decoded.pictures.append(picture)
+        text = caption(members)
+        if text is not None and text.strip():
+            decoded.measurements.captions.append(text)
+            decoded.measurements.words.append(len(text.split()))
         else:
-            look.bad.append(BadRecord(url, sample.key, "missing caption"))
-    return look
+            decoded.bad.append(BadRecord(url, sample.key, "missing caption"))
+    return decoded
 
 
-def need_pillow() -> None:
-    """Raise UserError where Pillow, of the extra `train`, is not installed."""
+def conversation_cards(records: Sequence[Mapping[str, Any]], root: str) -> tuple[list[ConversationCard], int]:
+    """Return a card per record, with its pictures from the folder `root`, and the number of missing pictures.
+
+    Raises UserError if Pillow is not installed.
+    """
+    require_pillow()
+    cards = [_conversation_card(record, root) for record in records]
+    return cards, sum(len(card.missing) for card in cards)
+
+
+def require_pillow() -> None:
+    """Raise UserError if Pillow, which the extra `train` installs, is missing."""
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise UserError(NEEDED) from None
+        raise UserError(PILLOW_MISSING) from None
 
 
-def picture_of(data: bytes, spec: ImageSpec, key: str, **about: Any) -> Picture:
-    """A picture and its crop. Raises ContentError as `decode_image` does."""
-    (draw,) = draw_rows(np.array([xxhash.xxh64_intdigest(key.encode("utf-8", "replace"))], np.uint64))
+def decode_picture(data: bytes, spec: ImageSpec, key: str, **about: Any) -> Picture:
+    """Decode an image file into a picture and the random crop that belongs to `key`.
+
+    `about` sets further fields of `Picture`. Raises ContentError as `decode_image` does.
+    """
+    (augmentation,) = draw_augmentations(
+        np.array([xxhash.xxh64_intdigest(key.encode("utf-8", "replace"))], np.uint64)
+    )
     pixels = np.empty((spec.size, spec.size, 3), np.uint8)
-    x, y, w, h, mirrored = decode_image(data, spec, draw, pixels)
-    whole, (width, height) = _whole(data)
+    x, y, w, h, mirrored = decode_image(data, spec, augmentation, pixels)
+    whole, (width, height) = _thumbnail(data)
     box = (100 * x / width, 100 * y / height, 100 * w / width, 100 * h / height)
     return Picture(
         whole, data_uri(pixels), width, height, box, (w, h), bool(mirrored), key=key, bytes=len(data), **about
@@ -125,40 +163,53 @@ def picture_of(data: bytes, spec: ImageSpec, key: str, **about: Any) -> Picture:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """uint8 [height, width, 3] as a JPEG in a `data:` address; as PNG where that is small anyway."""
+    """Encode uint8 [height, width, 3] as a `data:` URI: JPEG, or PNG if the picture is small."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
     out = io.BytesIO()
-    if image.width * image.height <= 64 * 64:
+    if image.width * image.height <= MAX_PNG_PIXELS:
         image.save(out, "PNG", optimize=True)
         return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
     image.save(out, "JPEG", quality=82, optimize=True, progressive=True)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def _picture(url: str, sample: Sample, members: dict[str, bytes], look: Look, keep: bool) -> Picture | None:
+def location_boxes(text: str) -> list[tuple[float, float, float, float]]:
+    """Return the boxes in PaliGemma's <loc> tokens as (left, top, width, height) in percent of the picture."""
+    boxes = []
+    for match in LOC_BOX.finditer(text):
+        y0, x0, y1, x1 = (int(number) / 10.24 for number in match.groups())
+        boxes.append((x0, y0, max(x1 - x0, 0.0), max(y1 - y0, 0.0)))
+    return boxes
+
+
+def _decode(
+    url: str, sample: Sample, members: dict[str, bytes], decoded: DecodedSamples, show: bool
+) -> Picture | None:
+    """Decode and measure one sample; return its picture if `show`. Raises ContentError for an unusable image."""
+    spec = decoded.spec
     extension = image_member(members)
     if extension is None:
         raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
     data = members[extension]
-    if keep:
-        picture = picture_of(
+    if show:
+        picture = decode_picture(
             data,
-            look.spec,
+            spec,
             sample.key,
             member=extension,
             shard=url.rpartition("/")[2],
-            caption=(caption(members) or "")[:600],
-            url=str(metadata(members).get("url") or "")[:300],
+            caption=(caption(members) or "")[:MAX_CAPTION],
+            url=str(metadata(members).get("url") or "")[:MAX_URL],
         )
         width, height = picture.width, picture.height
     else:
-        decode_image(data, look.spec, None, np.empty((look.spec.size, look.spec.size, 3), np.uint8))
+        decode_image(data, spec, None, np.empty((spec.size, spec.size, 3), np.uint8))
         picture, (width, height) = None, _upright_size(data)
-    look.figures.width.append(width)
-    look.figures.height.append(height)
-    look.figures.bytes.append(len(data))
+    decoded.measurements.width.append(width)
+    decoded.measurements.height.append(height)
+    decoded.measurements.bytes.append(len(data))
     return picture
 
 
@@ -170,88 +221,63 @@ def _open(data: bytes) -> Any:
 
 def _upright_size(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
         return (image.height, image.width) if turned else image.size
 
 
-def _whole(data: bytes) -> tuple[str, tuple[int, int]]:
-    """The upright picture made small, and the size it had."""
+def _thumbnail(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Return the upright picture scaled down to MAX_SIDE, as a data URI, and its original (width, height)."""
     from PIL import ImageOps
 
     size = _upright_size(data)
     with _open(data) as image:
-        image.draft("RGB", (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))
-        orientation = image.getexif().get(0x0112, 1)
+        image.draft("RGB", (2 * MAX_SIDE, 2 * MAX_SIDE))
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         small = as_rgb(image)
-    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
     if orientation != 1:
-        small.getexif()[0x0112] = orientation
+        small.getexif()[EXIF_ORIENTATION] = orientation
         small = ImageOps.exif_transpose(small)
     return data_uri(np.asarray(small)), size
 
 
-def _size(chosen: Sequence[tuple[str, Sample]]) -> int:
-    """The largest of SIZES that most of a few pictures fill."""
-    sides = sorted(_few_sides(chosen[:: max(1, len(chosen) // 9)]))
-    middle = sides[len(sides) // 2] if sides else SIZES[0]
-    return next((size for size in SIZES if size <= middle), SIZES[-1])
+def _crop_size(chosen: Sequence[tuple[str, Sample]]) -> int:
+    """Return the largest of CROP_SIZES that is at most the median shorter side of about nine pictures."""
+    sides = sorted(_shorter_sides(chosen[:: max(1, len(chosen) // 9)]))
+    median = sides[len(sides) // 2] if sides else CROP_SIZES[0]
+    return next((size for size in CROP_SIZES if size <= median), CROP_SIZES[-1])
 
 
-def _few_sides(chosen: Sequence[tuple[str, Sample]]) -> Iterator[int]:
+def _shorter_sides(chosen: Sequence[tuple[str, Sample]]) -> Iterator[int]:
     for url, sample in chosen:
         members = read_members(url, sample)
         extension = image_member(members)
         try:
             yield min(_upright_size(members[extension])) if extension else 0
-        except Exception:  # what is wrong with the picture is said where it is decoded
+        except Exception:  # `_decode` reports unusable pictures
             continue
 
 
-@dataclass
-class Talk:
-    """`turns`: role and parts, each a text and the token behind it; `boxes` in percent of the picture."""
-
-    key: str
-    turns: list[tuple[str, list[tuple[str, str]]]]
-    pictures: list[Picture] = field(default_factory=list)
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-
-def talks(records: Sequence[Mapping[str, Any]], root: str) -> tuple[list[Talk], int]:
-    """The records as talks with the pictures found below `root`, and how many pictures were not."""
-    need_pillow()
-    made = [_talk(record, root) for record in records]
-    return made, sum(len(talk.missing) for talk in made)
-
-
-def boxes(text: str) -> list[tuple[float, float, float, float]]:
-    """(left, top, width, height) in percent, of every four corners in the text."""
-    found = []
-    for match in CORNERS.finditer(text):
-        y0, x0, y1, x1 = (int(number) / 10.24 for number in match.groups())
-        found.append((x0, y0, max(x1 - x0, 0.0), max(y1 - y0, 0.0)))
-    return found
-
-
-def _talk(record: Mapping[str, Any], root: str) -> Talk:
-    turns = record["turns"][:TURNS]
-    talk = Talk(record["key"], [(turn["role"], _parts(turn["text"][:TURN])) for turn in turns])
+def _conversation_card(record: Mapping[str, Any], root: str) -> ConversationCard:
+    turns = record["turns"][:MAX_TURNS]
+    card = ConversationCard(
+        record["key"], [(turn["role"], _split_tokens(turn["text"][:MAX_TURN])) for turn in turns]
+    )
     for turn in turns:
-        talk.boxes += boxes(turn["text"])
+        card.boxes += location_boxes(turn["text"])
     for path in record["images"]:
         try:
             data = storage.read_bytes(image_url(path, root))
-            talk.pictures.append(picture_of(data, ImageSpec(32), path))
+            card.pictures.append(decode_picture(data, ImageSpec(32), path))
         except ContentError as error:
-            talk.missing.append(f"{path}: {error}")
+            card.missing.append(f"{path}: {error}")
         except OSError as error:
-            talk.missing.append(f"{path} cannot be read below {root}: {error.strerror or error}")
-    return talk
+            card.missing.append(f"{path} could not be read in {root}: {error.strerror or error}")
+    return card
 
 
-def _parts(text: str) -> list[tuple[str, str]]:
-    """Plain text and the token that follows it, so that tokens can be set apart."""
+def _split_tokens(text: str) -> list[tuple[str, str]]:
+    """Split a text into (plain text, the special token that follows it), so that the page can style the tokens."""
     parts, end = [], 0
     for match in TOKENS.finditer(text):
         parts.append((text[end : match.start()], match.group()))

@@ -1,4 +1,4 @@
-"""What was found out about a source: a dict for people and programs, and the figures that a page draws."""
+"""`SourceReport`: the findings about a source, as a JSON-able dict and as series of values for plots."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from data_pipeline.formats import Format
 from data_pipeline.formats.records import BadRecord
 from data_pipeline.sources.tar import Sample
 
-LONGEST = 200  # characters of a caption or document that are shown
-EXAMPLES = 3  # bad records shown of each reason
-EXAMINE = 16  # files that are looked into
-FIRST = 5  # records that are shown
+MAX_TEXT = 200  # characters shown of a caption or document
+EXAMPLES_PER_REASON = 3  # bad records listed for each reason
+EXAMINED_FILES = 16
+SHOWN_RECORDS = 5
 
 
 @dataclass
 class SourceReport:
-    """`about` is plain and JSON-able; `series` holds one list of figures a name, for what was examined, and
-    `passages` the first documents, (address, text), whole; `tables` the samples of each tar examined.
+    """The findings about a source. Inspectors fill it in; the terminal and the HTML page display it.
 
-    About always has: path, format (a slug), kind (words), shards (files), samples (None if unknown), bytes,
-    counted_by, first (records), notes (worth knowing) and problems (wrong); the rest depends on the format.
+    `about` is JSON-able and always has: path, format (a slug), kind (its title), shards (number of files), samples
+    (None if unknown), bytes, counted_by, first (records), notes (unusual, usable) and problems (to be fixed). Its
+    other keys depend on the format. `series` maps the name of a measurement to one value per examined record.
+    `first_documents` holds the first documents in full, as (url, text). `tables` maps each examined tar to its samples.
     """
 
     form: Format
     about: dict[str, Any]
     series: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    passages: list[tuple[str, str]] = field(default_factory=list)
+    first_documents: list[tuple[str, str]] = field(default_factory=list)
     tables: dict[str, list[Sample]] = field(default_factory=dict)
 
     @property
@@ -43,37 +44,37 @@ class SourceReport:
 
 
 @dataclass
-class Bad:
-    """Verdicts counted by reason, with the first examples of each."""
+class BadRecordCounts:
+    """Bad records counted by reason, with the first examples of each reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, verdict: BadRecord) -> None:
-        self.counts[verdict.reason] += 1
-        if self.counts[verdict.reason] <= EXAMPLES:
+    def add(self, record: BadRecord) -> None:
+        self.counts[record.reason] += 1
+        if self.counts[record.reason] <= EXAMPLES_PER_REASON:
             self.examples.append(
                 {
-                    "where": verdict.where,
-                    "place": verdict.place,
-                    "reason": verdict.reason,
-                    "detail": verdict.detail[:LONGEST],
+                    "where": record.where,
+                    "place": record.place,
+                    "reason": record.reason,
+                    "detail": record.detail[:MAX_TEXT],
                 }
             )
 
 
-def spread(files: tuple[str, ...] | list[str], number: int) -> list[str]:
-    """At most `number` of them, evenly spaced, the first among them."""
+def evenly_spaced(files: tuple[str, ...] | list[str], number: int) -> list[str]:
+    """Return at most `number` of the files, evenly spaced, starting with the first."""
     return list(files[:: max(1, -(-len(files) // max(number, 1)))])
 
 
-def share(part: int, whole: int) -> str:
-    """ "12 of 400 (3.0 %)" """
+def format_share(part: int, whole: int) -> str:
+    """Format a share, such as "12 of 400 (3.0 %)"."""
     percent = 100 * part / whole if whole else 0.0
     digits = 0 if percent in (0, 100) else 1 if percent >= 0.1 else 3
     return f"{part:,} of {whole:,} ({percent:.{digits}f} %)"
 
 
-def clip(text: str) -> str:
-    """A text on one line, as much of it as is shown."""
-    return " ".join(text[: 2 * LONGEST].split())[:LONGEST]
+def shorten(text: str) -> str:
+    """Return the first MAX_TEXT characters of a text, on one line."""
+    return " ".join(text[: 2 * MAX_TEXT].split())[:MAX_TEXT]

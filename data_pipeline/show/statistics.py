@@ -1,4 +1,4 @@
-"""Sums over the records of one format: what is missing, what occurs twice, how long things are, the first ones."""
+"""Running statistics over the records of one format: missing values, repeats, lengths, and the first examples."""
 
 from __future__ import annotations
 
@@ -10,246 +10,254 @@ from data_pipeline.formats.img2dataset import Outcome, Sums
 from data_pipeline.formats.instructions import Conversation
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.paligemma import Prompted
-from data_pipeline.show.source_report import SourceReport, clip, share
+from data_pipeline.show.source_report import SourceReport, format_share, shorten
 
-# Characters that are kept of what a record says.
-LONGEST_KEY = 300
-LONGEST_TURN = 4000
+MAX_KEY = 300  # characters shown of a key
+MAX_TURN = 4000  # characters shown of a turn
+LISTED_FAILURES = 8  # failure reasons listed by name; the others are summed
 
 
 class RecordStatistics:
-    """`add` every usable record, then `finish`; `examined` counts the unusable ones too."""
+    """Base class. The caller passes each usable record to `add`, then calls `finish`.
 
-    def __init__(self, found: SourceReport, first: int) -> None:
-        self.found = found
-        self.first = first
+    `examined` counts all records and is increased by the caller; `usable` counts the records passed to `add`.
+    """
+
+    def __init__(self, report: SourceReport, max_examples: int) -> None:
+        self.report = report
+        self.max_examples = max_examples
         self.examined = 0
-        self.used = 0
-        self.absent: Counter[str] = Counter()
-        self.seen: set[int] = set()
-        self.twice = 0
+        self.usable = 0
+        self.missing: Counter[str] = Counter()
+        self.repeats = 0
+        self._value_hashes: set[int] = set()
 
     def add(self, record: Any) -> None:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Notes and problems that the sums make."""
+        """Write the notes and problems that follow from the statistics into the report."""
 
-    def missing(self, meaning: str | None) -> float | None:
-        """Share of the records without a value of that meaning, None if nobody counted."""
+    def missing_share(self, meaning: str | None) -> float | None:
+        """Return the share of records without a value of this meaning; None if it was not counted."""
         return None
 
-    def show(self, key: str, caption: str, **more: Any) -> None:
-        if len(self.found.about["first"]) < self.first:
-            self.found.about["first"].append({"key": key[:LONGEST_KEY], "caption": caption, **more})
+    def add_example(self, key: str, caption: str, **more: Any) -> None:
+        if len(self.report.about["first"]) < self.max_examples:
+            self.report.about["first"].append({"key": key[:MAX_KEY], "caption": caption, **more})
 
-    def once(self, value: str) -> None:
-        """Count what was there before, by its hash: the addresses themselves would be held."""
-        mark = hash(value)
-        self.twice += mark in self.seen
-        self.seen.add(mark)
+    def count_repeat(self, value: str) -> None:
+        """Count a value that occurred before. Only hashes are kept: the URLs themselves would take too much memory."""
+        value_hash = hash(value)
+        self.repeats += value_hash in self._value_hashes
+        self._value_hashes.add(value_hash)
 
-    def lengths(self, name: str, text: str) -> None:
-        self.found.series[name].append(len(text.split()))
+    def add_word_count(self, text: str) -> None:
+        self.report.series["words"].append(len(text.split()))
 
-    def tell_twice(self, what: str) -> None:
-        if self.twice:
-            self.found.notes.append(f"{share(self.twice, self.used)} records examined repeat {what}")
+    def note_repeats(self, repeated: str) -> None:
+        if self.repeats:
+            self.report.notes.append(
+                f"{format_share(self.repeats, self.usable)} records examined repeat {repeated}"
+            )
 
 
 class PairStatistics(RecordStatistics):
-    """Tables and lines of addresses and captions."""
+    """Tables and lines of image URLs with captions."""
 
     NUMBERS = ("similarity", "punsafe", "pwatermark", "aesthetic")
     FIELDS = ("width", "height", *NUMBERS, "nsfw", "license", "language", "hash", "md5", "id")
+    ORDER_CHECKED = 200  # pairs examined for swapped columns
 
-    def __init__(self, found: SourceReport, first: int) -> None:
-        super().__init__(found, first)
-        self.sample: list[Pair] = []
+    def __init__(self, report: SourceReport, max_examples: int) -> None:
+        super().__init__(report, max_examples)
+        self.first_pairs: list[Pair] = []
 
     def add(self, pair: Pair) -> None:
-        self.used += 1
-        self.once(pair.url)
-        generated = self.found.form.name == "laion-coco"
-        self.absent["caption"] += not (pair.alt_text if generated else pair.captions)
-        self.absent["captions"] += not pair.captions
+        self.usable += 1
+        self.count_repeat(pair.url)
+        # LAION-COCO lists generated captions beside the original alt text.
+        generated = self.report.form.name == "laion-coco"
+        self.missing["caption"] += not (pair.alt_text if generated else pair.captions)
+        self.missing["captions"] += not pair.captions
         for name in self.FIELDS:
             value = getattr(pair, name)
-            self.absent[name] += value is None
+            self.missing[name] += value is None
             if value is not None and name in self.NUMBERS:
-                self.found.series[name].append(value)
+                self.report.series[name].append(value)
         if pair.width and pair.height:
-            self.found.series["width"].append(pair.width)
-            self.found.series["height"].append(pair.height)
+            self.report.series["width"].append(pair.width)
+            self.report.series["height"].append(pair.height)
         if pair.captions:
-            self.lengths("words", pair.captions[0])
-        if len(self.sample) < 200:
-            self.sample.append(pair)
-        self.show(key=pair.url, caption=clip(pair.captions[0] if pair.captions else ""))
+            self.add_word_count(pair.captions[0])
+        if len(self.first_pairs) < self.ORDER_CHECKED:
+            self.first_pairs.append(pair)
+        self.add_example(key=pair.url, caption=shorten(pair.captions[0] if pair.captions else ""))
 
-    def missing(self, meaning: str | None) -> float | None:
-        if meaning is None or not self.used:
+    def missing_share(self, meaning: str | None) -> float | None:
+        if meaning is None or not self.usable:
             return None
         if meaning == "url":
-            return (self.examined - self.used) / self.examined
+            return (self.examined - self.usable) / self.examined
         name = {"top caption": "captions", "caption scores": "captions"}.get(meaning, meaning)
-        return self.absent[name] / self.used if name in self.absent else None
+        return self.missing[name] / self.usable if name in self.missing else None
 
     def finish(self) -> None:
-        if is_swapped(self.sample):
-            self.found.problems.append(
-                "the first column holds addresses and the second words: CC3M's order is caption, tab, url; "
+        if is_swapped(self.first_pairs):
+            self.report.problems.append(
+                "the first column holds URLs and the second holds text; CC3M's order is caption, tab, URL: "
                 "swap the columns"
             )
-        empty = self.absent["captions"]
-        if empty and empty == self.used:
-            self.found.problems.append(f"none of {self.used:,} records examined has a caption")
+        empty = self.missing["captions"]
+        if empty and empty == self.usable:
+            self.report.problems.append(f"none of {self.usable:,} records examined has a caption")
         elif empty:
-            self.found.notes.append(f"{share(empty, self.used)} records examined have no caption")
-        meanings = {column["meaning"] for column in self.found.about.get("columns", [])}
+            self.report.notes.append(f"{format_share(empty, self.usable)} records examined have no caption")
+        meanings = {column["meaning"] for column in self.report.about.get("columns", [])}
         for name in ("width", "height", *self.NUMBERS):
-            if name in meanings and self.absent[name]:
-                self.found.notes.append(
-                    f"{share(self.absent[name], self.used)} records examined have no {name}"
+            if name in meanings and self.missing[name]:
+                self.report.notes.append(
+                    f"{format_share(self.missing[name], self.usable)} records examined have no {name}"
                 )
-        self.tell_twice("an address")
+        self.note_repeats("a URL")
 
 
 class OutcomeStatistics(RecordStatistics):
     """img2dataset's parquet files without their tars."""
 
-    def __init__(self, found: SourceReport, first: int) -> None:
-        super().__init__(found, first)
+    def __init__(self, report: SourceReport, max_examples: int) -> None:
+        super().__init__(report, max_examples)
         self.sums = Sums()
 
     def add(self, outcome: Outcome) -> None:
-        self.used += 1
+        self.usable += 1
         self.sums.add(outcome)
-        self.once(outcome.key)
-        self.absent["caption"] += not (outcome.caption or "").strip()
+        self.count_repeat(outcome.key)
+        self.missing["caption"] += not (outcome.caption or "").strip()
         if outcome.succeeded and outcome.caption:
-            self.lengths("words", outcome.caption)
+            self.add_word_count(outcome.caption)
         if outcome.width and outcome.height:
-            self.found.series["width"].append(outcome.width)
-            self.found.series["height"].append(outcome.height)
-        self.show(key=outcome.key, caption=clip(outcome.caption or ""), status=outcome.status)
+            self.report.series["width"].append(outcome.width)
+            self.report.series["height"].append(outcome.height)
+        self.add_example(key=outcome.key, caption=shorten(outcome.caption or ""), status=outcome.status)
 
-    def missing(self, meaning: str | None) -> float | None:
-        return self.absent["caption"] / self.used if meaning == "caption" and self.used else None
+    def missing_share(self, meaning: str | None) -> float | None:
+        return self.missing["caption"] / self.usable if meaning == "caption" and self.usable else None
 
     def finish(self) -> None:
-        self.found.about["rows"] = {
-            "shards": self.found.about["examined"]["shards"],
+        failures = self.sums.failures.most_common()
+        self.report.about["rows"] = {
+            "shards": self.report.about["examined"]["shards"],
             "rows": self.sums.rows,
             "successes": self.sums.successes,
-            "failures": dict(self.sums.failures.most_common(8)),
-            "other_failures": sum(count for _, count in self.sums.failures.most_common()[8:]),
+            "failures": dict(failures[:LISTED_FAILURES]),
+            "other_failures": sum(count for _, count in failures[LISTED_FAILURES:]),
         }
-        self.tell_twice("a key: two runs of img2dataset number from 0 both")
+        self.note_repeats("a key: two img2dataset runs both number their samples from 0")
 
 
 class DocumentStatistics(RecordStatistics):
-    """(url, text) of web pages."""
+    """Web pages as (url, text)."""
 
     def add(self, document: tuple[str, str]) -> None:
         url, text = document
-        self.used += 1
-        self.absent["url"] += not url
-        self.absent["text"] += not text.strip()
+        self.usable += 1
+        self.missing["url"] += not url
+        self.missing["text"] += not text.strip()
         if url:
-            self.once(url)
+            self.count_repeat(url)
         if text.strip():
-            self.lengths("words", text)
-        self.show(key=url, caption=clip(text))
-        if len(self.found.passages) < self.first and text.strip():
-            self.found.passages.append((url, text))
+            self.add_word_count(text)
+        self.add_example(key=url, caption=shorten(text))
+        if len(self.report.first_documents) < self.max_examples and text.strip():
+            self.report.first_documents.append((url, text))
 
-    def missing(self, meaning: str | None) -> float | None:
-        return self.absent[meaning] / self.used if meaning in ("url", "text") and self.used else None
+    def missing_share(self, meaning: str | None) -> float | None:
+        return self.missing[meaning] / self.usable if meaning in ("url", "text") and self.usable else None
 
     def finish(self) -> None:
-        empty = self.absent["text"]
-        if empty and empty == self.used:
-            self.found.problems.append(f"none of {self.used:,} documents examined has a text")
+        empty = self.missing["text"]
+        if empty and empty == self.usable:
+            self.report.problems.append(f"none of {self.usable:,} documents examined has a text")
         elif empty:
-            self.found.notes.append(f"{share(empty, self.used)} documents examined have no text")
-        self.tell_twice("an address")
+            self.report.notes.append(f"{format_share(empty, self.usable)} documents examined have no text")
+        self.note_repeats("a URL")
 
 
-class WithPictures(RecordStatistics):
-    """Records that name pictures; `paths` holds the first of them."""
+class PictureStatistics(RecordStatistics):
+    """Base class of records that name image files. `image_paths` holds the first MAX_PATHS of them."""
 
-    LOOKED_FOR = 64
+    MAX_PATHS = 64
 
-    def __init__(self, found: SourceReport, first: int) -> None:
-        super().__init__(found, first)
-        self.paths: list[str] = []
+    def __init__(self, report: SourceReport, max_examples: int) -> None:
+        super().__init__(report, max_examples)
+        self.image_paths: list[str] = []
 
-    def names(self, *paths: str) -> None:
-        self.absent["pictures"] += not paths
-        self.paths += paths[: self.LOOKED_FOR - len(self.paths)]
+    def add_image_paths(self, *paths: str) -> None:
+        self.missing["pictures"] += not paths
+        self.image_paths += paths[: self.MAX_PATHS - len(self.image_paths)]
 
 
-class ConversationStatistics(WithPictures):
-    """Dialogues with or without pictures."""
+class ConversationStatistics(PictureStatistics):
+    """Conversations (place, record), with or without pictures."""
 
     def add(self, entry: tuple[str, Conversation]) -> None:
         place, record = entry
-        self.used += 1
-        self.names(*record.images)
-        self.absent["id"] += record.id is None
+        self.usable += 1
+        self.add_image_paths(*record.images)
+        self.missing["id"] += record.id is None
         if record.id is not None:
-            self.once(record.id)
-        self.found.series["turns"].append(len(record.turns))
+            self.count_repeat(record.id)
+        self.report.series["turns"].append(len(record.turns))
         for turn in record.turns:
             if turn.role == "assistant":
-                self.lengths("words", turn.text)
-        self.show(
+                self.add_word_count(turn.text)
+        self.add_example(
             key=record.id if record.id is not None else place,
-            caption=clip(" ".join(f"{turn.role}: {turn.text}" for turn in record.turns)),
+            caption=shorten(" ".join(f"{turn.role}: {turn.text}" for turn in record.turns)),
             images=list(record.images),
-            turns=[{"role": turn.role, "text": turn.text[:LONGEST_TURN]} for turn in record.turns],
+            turns=[{"role": turn.role, "text": turn.text[:MAX_TURN]} for turn in record.turns],
         )
 
     def finish(self) -> None:
-        self.found.about["without_pictures"] = self.absent["pictures"]
-        if self.absent["id"]:
-            self.found.notes.append(f"{share(self.absent['id'], self.used)} records examined have no id")
-        self.tell_twice("an id")
+        self.report.about["without_pictures"] = self.missing["pictures"]
+        if self.missing["id"]:
+            self.report.notes.append(
+                f"{format_share(self.missing['id'], self.usable)} records examined have no id"
+            )
+        self.note_repeats("an id")
 
 
-class PromptedStatistics(WithPictures):
-    """PaliGemma's examples."""
+class PromptedStatistics(PictureStatistics):
+    """PaliGemma's examples (place, record): image, prefix, suffix."""
 
     def add(self, entry: tuple[str, Prompted]) -> None:
         place, record = entry
-        self.used += 1
-        self.names(*([record.image] if record.image else []))
-        self.absent["suffix"] += record.suffix is None
-        self.lengths("words", record.suffix or "")
-        self.show(
+        self.usable += 1
+        self.add_image_paths(*([record.image] if record.image else []))
+        self.missing["suffix"] += record.suffix is None
+        self.add_word_count(record.suffix or "")
+        turns = [{"role": "user", "text": record.prefix[:MAX_TURN]}]
+        if record.suffix is not None:
+            turns.append({"role": "assistant", "text": record.suffix[:MAX_TURN]})
+        self.add_example(
             key=place,
-            caption=clip(f"{record.prefix} → {record.suffix if record.suffix is not None else '?'}"),
+            caption=shorten(f"{record.prefix} → {record.suffix if record.suffix is not None else '?'}"),
             images=[record.image] if record.image else [],
-            turns=[
-                {"role": "user", "text": record.prefix[:LONGEST_TURN]},
-                *(
-                    [{"role": "assistant", "text": record.suffix[:LONGEST_TURN]}]
-                    if record.suffix is not None
-                    else []
-                ),
-            ],
+            turns=turns,
         )
 
     def finish(self) -> None:
-        self.found.about["without_pictures"] = self.absent["pictures"]
-        if self.absent["suffix"]:
-            self.found.notes.append(
-                f"{share(self.absent['suffix'], self.used)} records examined have no suffix: nothing to learn there"
+        self.report.about["without_pictures"] = self.missing["pictures"]
+        if self.missing["suffix"]:
+            self.report.notes.append(
+                f"{format_share(self.missing['suffix'], self.usable)} records examined have no suffix, "
+                "so they have no training target"
             )
 
 
-TALLIES: dict[str, type[RecordStatistics]] = {
+# Family of a format -> its statistics.
+STATISTICS: dict[str, type[RecordStatistics]] = {
     "pairs": PairStatistics,
     "lines": PairStatistics,
     "outcomes": OutcomeStatistics,

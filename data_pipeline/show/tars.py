@@ -1,4 +1,4 @@
-"""A source of tars: shards, members, captions, and what img2dataset's parquet and statistics say beside them."""
+"""Inspects a source of tars: shards, members, captions, and the files of img2dataset beside the tars."""
 
 from __future__ import annotations
 
@@ -12,60 +12,67 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.show import beside_tars
-from data_pipeline.show.source_report import SourceReport, clip, share, spread
+from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share, shorten
 from data_pipeline.sources.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
 
-# A tar in an object store is fetched whole to be looked into.
-EXAMINE_REMOTE = 2
+# Examining a tar in an object store downloads all of it.
+EXAMINED_REMOTE_TARS = 2
 
 
-def look(found: SourceReport, path: str, examine: int, first: int) -> None:
-    """Fill in what is known of the tars; members are counted in `examine` of them. Raises UserError if there is
-    none."""
-    about, urls = found.about, list(found.form.files)
+def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> None:
+    """Fill in the report of a source of tars. Members are counted in `examine` tars.
+
+    Raises UserError if none of the tars exists.
+    """
+    about, urls = report.about, list(report.form.files)
+
+    # 1. Shards: which exist, and how training would open them.
     sizes = storage.sizes(urls)
     missing = [url for url in urls if url not in sizes]
     if len(missing) == len(urls):
         raise UserError(f"{path} does not exist")
-    found.problems.extend(f"{url} does not exist" for url in missing)
-    there = [url for url in urls if url in sizes]
-    manifest = None if missing else _open(path, found)
-    chosen = spread(there, min(examine, EXAMINE_REMOTE) if storage.is_remote(path) else examine)
-    tables = found.tables = _tables(chosen, found)
+    report.problems.extend(f"{url} does not exist" for url in missing)
+    existing = [url for url in urls if url in sizes]
+    manifest = None if missing else _open(path, report)
+
+    # 2. Members and captions of the examined tars.
+    examine = min(examine, EXAMINED_REMOTE_TARS) if storage.is_remote(path) else examine
+    examined = evenly_spaced(existing, examine)
+    tables = report.tables = _read_tables(examined, report)
     samples = [sample for table in tables.values() for sample in table]
     members = Counter(extension for sample in samples for extension in sample.members)
-    found.problems.extend(_lacking_members(samples, members))
-    tabled = {url: table_url(url) for url in chosen if storage.exists(table_url(url))}
-    about["kind"] = _kind(members, chosen, tabled)
+    report.problems.extend(_missing_members(samples, members))
+    parquet_files = {url: parquet_url(url) for url in examined if storage.exists(parquet_url(url))}
+    about["kind"] = _kind(members, examined, parquet_files)
     about["format"] = about["kind"].replace(" ", "-")
     about["bytes"] = sum(sizes.values())
     about["samples"] = manifest.samples if manifest else None
     about["counted_by"] = manifest.counted_by if manifest else None
     about["fingerprint"] = manifest.fingerprint if manifest else None
     about["tokenizer"] = manifest.tokenizer if manifest else None
-    about["examined"] = {"shards": len(chosen), "samples": len(samples)}
+    about["examined"] = {"shards": len(examined), "samples": len(samples)}
     about["members"] = dict(sorted(members.items()))
-    beside_tars.look(found, storage.root_of(path), manifest)
-    if about["kind"] == "img2dataset":
-        from data_pipeline.show.beside_tars import join
 
-        join(found, tables, tabled)
-    _repeated_keys(found, tables)
+    # 3. The files beside the tars.
+    beside_tars.inspect_beside_tars(report, storage.root_of(path), manifest)
+    if about["kind"] == "img2dataset":
+        beside_tars.compare_with_parquet(report, tables, parquet_files)
+    _note_repeated_keys(report, tables)
     about["first"] = [
-        summary(sample.key, read_members(url, sample))
+        summarize(sample.key, read_members(url, sample))
         for url, table in list(tables.items())[:1]
         for sample in table[:first]
     ]
 
 
-def table_url(tar: str) -> str:
-    """The parquet of all rows that img2dataset writes beside a tar."""
+def parquet_url(tar: str) -> str:
+    """URL of the parquet file that img2dataset writes beside a tar: one row per URL it tried to download."""
     return tar.removesuffix(".tar") + ".parquet"
 
 
 def read_members(url: str, sample: Sample) -> dict[str, bytes]:
-    """Extension -> content of one sample, by one read: its members are neighbours."""
+    """Read one sample as {extension: content}. Its members are adjacent in the tar, so one read is enough."""
     if not sample.members:
         return {}
     start = min(offset for offset, _ in sample.members.values())
@@ -77,22 +84,57 @@ def read_members(url: str, sample: Sample) -> dict[str, bytes]:
     }
 
 
-def _open(path: str, found: SourceReport) -> Manifest | None:
-    """The source as training opens it; what that warns of is a note."""
+def summarize(key: str, members: dict[str, bytes]) -> dict[str, Any]:
+    """Return the key, the member sizes in bytes and the caption; for packed text, its documents and array shape."""
+    summary: dict[str, Any] = {
+        "key": key,
+        "members": {name: len(data) for name, data in sorted(members.items())},
+    }
+    if "npy" in members:
+        summary["tokens"] = _array_shape(members["npy"])
+        documents = metadata(members).get("documents")
+        listed = documents if isinstance(documents, list) else []
+        summary["caption"] = ", ".join(str(d.get("url", "")) for d in listed if isinstance(d, dict))
+    else:
+        summary["caption"] = shorten(caption(members) or "")
+    return summary
+
+
+def caption(members: dict[str, bytes]) -> str | None:
+    """Return the txt member, else "caption" of the json member (its first string if it is a list), else None."""
+    if "txt" in members:
+        return members["txt"].decode("utf-8", "replace")
+    value = metadata(members).get("caption")
+    if isinstance(value, list):
+        value = next((item for item in value if isinstance(item, str)), None)
+    return value if isinstance(value, str) else None
+
+
+def metadata(members: dict[str, bytes]) -> dict[str, Any]:
+    """Return the json member; an empty dict if it is absent, malformed or not an object."""
     try:
-        with warnings.catch_warnings(record=True) as warned:
+        value = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _open(path: str, report: SourceReport) -> Manifest | None:
+    """Open the source as training does. Warnings become notes; an error becomes a problem, and the result is None."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             manifest = open_source(path, path)
     except UserError as error:
-        found.problems.append(str(error).removeprefix(f"source {path!r}: "))
+        report.problems.append(str(error).removeprefix(f"source {path!r}: "))
         return None
-    found.notes.extend(str(warning.message) for warning in warned)
+    report.notes.extend(str(warning.message) for warning in caught)
     return manifest
 
 
-def _tables(urls: Sequence[str], found: SourceReport) -> dict[str, list[Sample]]:
-    """Member tables of the shards that can be read; the others, and counts that are wrong, become problems."""
-    problems = found.problems
+def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sample]]:
+    """Return the samples of each readable tar. Unreadable tars and wrong counts become problems."""
+    problems = report.problems
     try:
         stats = read_stats(urls)
     except UserError as error:
@@ -103,105 +145,73 @@ def _tables(urls: Sequence[str], found: SourceReport) -> dict[str, list[Sample]]
         try:
             tables[url] = member_table(url)
         except UserError as error:
-            if not any(problem.startswith(str(error)) for problem in problems):  # said when it was counted
+            # `_open` may have listed this error already, with the number of whole samples at its end.
+            if not any(problem.startswith(str(error)) for problem in problems):
                 problems.append(str(error))
             continue
         if url in stats and stats[url]["successes"] != len(tables[url]):
             problems.append(str(wrong_count(url, stats[url]["successes"], len(tables[url]), stats_url(url))))
         if stats and url not in stats:
             problems.append(
-                f"{url} has no {stats_url(url).rpartition('/')[2]}, others have: was its writer stopped?"
+                f"{url} has no {stats_url(url).rpartition('/')[2]}, but other tars have one: "
+                "was img2dataset stopped while it wrote this shard?"
             )
         if not tables[url]:
             problems.append(f"{url} holds no samples")
     return tables
 
 
-def _lacking_members(samples: Sequence[Sample], members: Counter[str]) -> list[str]:
-    """Samples that cannot be served: no image among images, no caption among captions."""
+def _missing_members(samples: Sequence[Sample], members: Counter[str]) -> list[str]:
+    """Return a problem for each required member (image, caption, or npy of packed text) that samples lack."""
     if "npy" in members:
         lacking = [sample for sample in samples if "npy" not in sample.members]
-        return [_lacking(lacking, samples, "no npy member")] if lacking else []
-    sentences = []
+        return [_missing_member(lacking, samples, "no npy member")] if lacking else []
+    problems = []
     without_image = [sample for sample in samples if image_member(sample.members) is None]
     if without_image:
         names = "/".join(IMAGE_EXTENSIONS)
-        sentences.append(_lacking(without_image, samples, f"no image member ({names})"))
+        problems.append(_missing_member(without_image, samples, f"no image member ({names})"))
     without_caption = [sample for sample in samples if not sample.members.keys() & {"txt", "json"}]
     if without_caption:
-        sentences.append(_lacking(without_caption, samples, "no caption (txt, or caption in json)"))
-    return sentences
+        problems.append(_missing_member(without_caption, samples, "no caption (txt, or caption in json)"))
+    return problems
 
 
-def _lacking(lacking: Sequence[Sample], samples: Sequence[Sample], what: str) -> str:
-    return f"{len(lacking)} of {len(samples)} samples examined have {what}; the first is {lacking[0].key}"
+def _missing_member(lacking: Sequence[Sample], samples: Sequence[Sample], defect: str) -> str:
+    return f"{len(lacking)} of {len(samples)} samples examined have {defect}; the first is {lacking[0].key}"
 
 
-def _kind(members: Counter[str], chosen: Sequence[str], tabled: dict[str, str]) -> str:
+def _kind(members: Counter[str], examined: Sequence[str], parquet_files: dict[str, str]) -> str:
     if "npy" in members:
         return "packed text"
     if image_member(members) is None:
         return "tars without images"
-    written = tabled and any(storage.exists(stats_url(url)) for url in chosen)
-    return "img2dataset" if written else "webdataset tars"
+    by_img2dataset = parquet_files and any(storage.exists(stats_url(url)) for url in examined)
+    return "img2dataset" if by_img2dataset else "webdataset tars"
 
 
-def _repeated_keys(found: SourceReport, tables: dict[str, list[Sample]]) -> None:
-    """Keys that stand in two shards: two runs of img2dataset in one source number from 0 both."""
-    seen: dict[str, str] = {}
+def _note_repeated_keys(report: SourceReport, tables: dict[str, list[Sample]]) -> None:
+    """Note keys that occur twice. Two img2dataset runs in one source both number their samples from 0."""
+    shard_of_key: dict[str, str] = {}
     repeated: list[tuple[str, str, str]] = []
     for url, table in tables.items():
         for sample in table:
-            if sample.key in seen:
-                repeated.append((sample.key, seen[sample.key], url))
-            seen.setdefault(sample.key, url)
+            if sample.key in shard_of_key:
+                repeated.append((sample.key, shard_of_key[sample.key], url))
+            shard_of_key.setdefault(sample.key, url)
     if repeated:
-        key, one, two = repeated[0]
-        found.notes.append(
-            f"{share(len(repeated), sum(map(len, tables.values())))} samples examined have the key of another: "
-            f"{key} stands in {one} and {two}. Samples are told apart by shard and place, so they train; tools "
-            "that go by the key alone will mix them up"
-            if one != two
-            else f"{one} holds two samples of the key {key}, not side by side: members of a sample must be adjacent"
+        key, first_shard, second_shard = repeated[0]
+        report.notes.append(
+            f"{format_share(len(repeated), sum(map(len, tables.values())))} samples examined repeat a key: "
+            f"{key} is in {first_shard} and in {second_shard}. Training identifies samples by shard and position, so "
+            "it uses both; tools that use the key alone will confuse them"
+            if first_shard != second_shard
+            else f"{first_shard} holds two samples with the key {key} that are not adjacent: "
+            "the members of a sample must be adjacent"
         )
 
 
-def summary(key: str, members: dict[str, bytes]) -> dict[str, Any]:
-    """Key, sizes of the members and the caption, or the beginning of a packed row."""
-    found: dict[str, Any] = {
-        "key": key,
-        "members": {name: len(data) for name, data in sorted(members.items())},
-    }
-    about = metadata(members)
-    if "npy" in members:
-        found["tokens"] = _tokens(members["npy"])
-        documents = about.get("documents")
-        listed = documents if isinstance(documents, list) else []
-        found["caption"] = ", ".join(str(d.get("url", "")) for d in listed if isinstance(d, dict))
-    else:
-        found["caption"] = clip(caption(members) or "")
-    return found
-
-
-def caption(members: dict[str, bytes]) -> str | None:
-    """The txt member, else the caption (or the first of several) in the json member; None where there is none."""
-    if "txt" in members:
-        return members["txt"].decode("utf-8", "replace")
-    told = metadata(members).get("caption")
-    told = next((one for one in told if isinstance(one, str)), None) if isinstance(told, list) else told
-    return told if isinstance(told, str) else None
-
-
-def metadata(members: dict[str, bytes]) -> dict[str, Any]:
-    """The json member, empty if there is none or it is no object."""
-    try:
-        value = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _tokens(data: bytes) -> str:
+def _array_shape(data: bytes) -> str:
     import numpy as np
 
     try:

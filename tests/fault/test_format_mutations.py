@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import cc3m, img2dataset, refinedweb
-from data_pipeline.show import describe, render, source_report
+from data_pipeline.show import describe, inspect_source, render
 from data_pipeline.show.html import render_page
 from tests.data_pipeline.formats.test_instructions import talk
 from tests.data_pipeline.formats.test_laion import LAION_400M, LAION_COCO, write
@@ -62,7 +62,7 @@ def test_a_spoiled_file_is_told_of_or_refused(kind: str, whole: Path, tmp_path: 
             path = tmp_path / kind
             path.write_bytes(spoil(np.random.default_rng([number, seed]), data))
             try:
-                found = source_report(str(path))
+                found = inspect_source(str(path))
             except UserError as error:
                 refused += str(path) in str(error)
                 continue

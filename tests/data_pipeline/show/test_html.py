@@ -1,4 +1,4 @@
-"""The page about a source: self-contained, escaped, with the pictures and crops that training would see."""
+"""The HTML page of `data show`: self-contained and escaped, with the crops and problems that training would have."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_pipeline.errors import ContentError
 from data_pipeline.formats import img2dataset, refinedweb
-from data_pipeline.show import charts, source_report
-from data_pipeline.show.html import build, write_page
-from data_pipeline.show.samples import boxes, picture_of
+from data_pipeline.show import charts, inspect_source
+from data_pipeline.show.html import build_page, write_page
+from data_pipeline.show.samples import decode_picture, location_boxes
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import ImageSpec
 from tests.data_pipeline.formats.test_instructions import talk
@@ -30,7 +30,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Reader(HTMLParser):
-    """Collects tags, attributes and text, and whether every tag is closed in its turn."""
+    """Collects tags, attributes and text, and asserts that tags are properly nested."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -59,12 +59,12 @@ class Reader(HTMLParser):
             self.text.append(data)
 
     @property
-    def said(self) -> str:
+    def visible_text(self) -> str:
         return " ".join(" ".join(self.text).split())
 
 
 def read(html: str) -> Reader:
-    """The page parsed, after checks that hold for every page: nothing is loaded, nothing can run."""
+    """Parse the page, and check what holds for every page: it loads no file and runs no script."""
     found = Reader(html)
     assert found.open == []
     assert not {"script", "iframe", "object", "embed", "link", "form", "base"} & set(found.tags)
@@ -99,17 +99,17 @@ def test_pictures_captions_and_places(tmp_path: Path) -> None:
         "000000000 .png in 00000.tar",
         "24 × 20",
         "7 samples",
-        "Words of a caption",
+        "Words per caption",
     ):
-        assert part.replace(" ", "") in found.said.replace(" ", ""), part
-    assert "Nothing wrong was found" in found.said
+        assert part.replace(" ", "") in found.visible_text.replace(" ", ""), part
+    assert "No problems found" in found.visible_text
 
 
-def test_the_crop_is_the_pipelines_and_the_whole_is_the_picture() -> None:
+def test_the_crop_is_that_of_training_and_the_thumbnail_is_the_picture() -> None:
     original = pixels(0, 0, 40, 50)
     mirrored = 0
     for number in range(12):
-        picture = picture_of(encode(original), ImageSpec(32, (0.4, 1.0), True), f"key {number}")
+        picture = decode_picture(encode(original), ImageSpec(32, (0.4, 1.0), True), f"key {number}")
         np.testing.assert_array_equal(unpacked(picture.whole), original)
         x, y, w, h = (round(part * side / 100) for part, side in zip(picture.box, (50, 40) * 2, strict=True))
         assert picture.box_pixels == (w, h)
@@ -127,18 +127,18 @@ def test_a_picture_stored_on_its_side_is_shown_upright() -> None:
     image = Image.fromarray(pixels(0, 0, 20, 60))
     exif = image.getexif()
     exif[0x0112] = 6
-    picture = picture_of(encode(image, "PNG", exif=exif.tobytes()), ImageSpec(16), "k")
+    picture = decode_picture(encode(image, "PNG", exif=exif.tobytes()), ImageSpec(16), "k")
     assert (picture.width, picture.height) == (20, 60)
     np.testing.assert_array_equal(unpacked(picture.whole), np.rot90(pixels(0, 0, 20, 60), -1))
 
 
 def test_a_large_picture_is_made_small() -> None:
-    picture = picture_of(encode(np.full((900, 1600, 3), 90, np.uint8), "JPEG"), ImageSpec(224), "k")
+    picture = decode_picture(encode(np.full((900, 1600, 3), 90, np.uint8), "JPEG"), ImageSpec(224), "k")
     assert (picture.width, picture.height) == (1600, 900)
     assert unpacked(picture.whole).shape == (236, 420, 3)
     assert len(picture.whole) < 20_000
     with pytest.raises(ContentError, match="too many pixels"):
-        picture_of(encode(np.zeros((9, 9, 3), np.uint8)), ImageSpec(8, max_pixels=80), "k")
+        decode_picture(encode(np.zeros((9, 9, 3), np.uint8)), ImageSpec(8, max_pixels=80), "k")
 
 
 def test_hostile_captions_keys_and_metadata_are_letters(tmp_path: Path) -> None:
@@ -149,14 +149,14 @@ def test_hostile_captions_keys_and_metadata_are_letters(tmp_path: Path) -> None:
         tar.write("<b>key", {"jpg": b"no picture", "txt": EVIL.encode()})
         tar.write("caption", {"png": encode(pixels(0, 1)), "txt": b"\xff\xfe<i>"})
     found = page_of(tmp_path / "s", tmp_path / "a.html")
-    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in found.said
-    assert "{{ 7*7 }}" in found.said
-    assert "49" not in found.said.split()
-    assert "<b>key" in found.said
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in found.visible_text
+    assert "{{ 7*7 }}" in found.visible_text
+    assert "49" not in found.visible_text.split()
+    assert "<b>key" in found.visible_text
     assert "b" not in found.tags
 
 
-def test_what_is_wrong_with_samples_is_on_the_page(tmp_path: Path) -> None:
+def test_unusable_samples_are_on_the_page(tmp_path: Path) -> None:
     good = {"png": encode(pixels(0, 0)), "txt": b"fine"}
     members = {
         "broken": {"jpg": b"\xff\xd8 no picture", "txt": b"x"},
@@ -168,26 +168,26 @@ def test_what_is_wrong_with_samples_is_on_the_page(tmp_path: Path) -> None:
     with TarWriter(tmp_path / "0.tar") as tar:
         for key, content in members.items():
             tar.write(key, content)
-    found = source_report(str(tmp_path))
-    page = build(found, 8)
+    report = inspect_source(str(tmp_path))
+    page = build_page(report, 8)
     assert {(bad["place"], bad["reason"]) for bad in page.bad} == {
         ("broken", "undecodable"), ("bomb", "too many pixels"), ("silent", "missing caption"),
         ("imageless", "missing image"),
     }  # fmt: skip
     assert {picture.key for picture in page.pictures} == {"silent", "good"}
-    assert "4 of 5 (80.0 %) samples decoded cannot be used" in found.problems[-1]
-    said = page_of(tmp_path, tmp_path / "a.html").said
-    assert "Wrong:" in said
-    assert "too many pixels" in said
+    assert "4 of 5 (80.0 %) samples decoded are unusable" in report.problems[-1]
+    text = page_of(tmp_path, tmp_path / "a.html").visible_text
+    assert "Problems:" in text
+    assert "too many pixels" in text
 
 
 def test_failures_by_reason(tmp_path: Path) -> None:
     rows = [img2dataset.Row(f"u{n}", "c", encode(pixels(0, n)), 24, 20, extension="png") for n in range(3)]
     rows += [img2dataset.Row("f", "c", None, status="failed_to_resize", error_message="image too small")] * 5
     img2dataset.write_shard(str(tmp_path / "s"), 0, rows)
-    said = page_of(tmp_path / "s", tmp_path / "a.html").said
-    assert "3 of 8 rows became a picture (37.5 %)" in said
-    assert "failed_to_resize: image too small 5" in said
+    text = page_of(tmp_path / "s", tmp_path / "a.html").visible_text
+    assert "3 of 8 rows have a picture (37.5 %)" in text
+    assert "failed_to_resize: image too small 5" in text
 
 
 def test_conversations_are_a_chat_with_their_pictures(tmp_path: Path) -> None:
@@ -204,15 +204,15 @@ def test_conversations_are_a_chat_with_their_pictures(tmp_path: Path) -> None:
     found = page_of(tmp_path / "a.json", tmp_path / "a.html", images=str(tmp_path / "images"))
     assert found.tags.count("img") == 1
     assert found.tags.count("article") == 3
-    assert "user <image>" in found.said
-    assert "<b>bold</b>" in found.said
-    assert "gone.png cannot be read below" in found.said
-    assert "no.png: undecodable" in found.said
-    assert "unsafe image path" in found.said
+    assert "user <image>" in found.visible_text
+    assert "<b>bold</b>" in found.visible_text
+    assert "gone.png could not be read in" in found.visible_text
+    assert "no.png: undecodable" in found.visible_text
+    assert "unsafe image path" in found.visible_text
 
 
-def test_boxes_of_an_answer_lie_on_the_picture(tmp_path: Path) -> None:
-    assert boxes("<loc0256><loc0512><loc0768><loc1023> cat ; <loc0001>") == [
+def test_boxes_of_an_answer_are_drawn_on_the_picture(tmp_path: Path) -> None:
+    assert location_boxes("<loc0256><loc0512><loc0768><loc1023> cat ; <loc0001>") == [
         (50.0, 25.0, pytest.approx(49.9, abs=0.01), 50.0)
     ]
     (tmp_path / "a.png").write_bytes(encode(pixels(0, 0)))
@@ -220,24 +220,31 @@ def test_boxes_of_an_answer_lie_on_the_picture(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     found = page_of(tmp_path / "a.jsonl", tmp_path / "a.html")
     assert ("style", "left: 50.00%; top: 25.00%; width: 49.90%; height: 50.00%") in found.attributes
-    assert "detect cat" in found.said
+    assert "detect cat" in found.visible_text
 
 
 def test_tables_documents_and_packed_text_have_pages(tmp_path: Path) -> None:
     laion(tmp_path / "a.parquet", 300)
-    said = page_of(tmp_path / "a.parquet", tmp_path / "a.html").said
-    for part in ("LAION-2B", "Width and height", "punsafe: chance", "http://a/0", "caption 0", "Columns"):
-        assert part in said
+    text = page_of(tmp_path / "a.parquet", tmp_path / "a.html").visible_text
+    for part in (
+        "LAION-2B",
+        "Width and height",
+        "punsafe: probability",
+        "http://a/0",
+        "caption 0",
+        "Columns",
+    ):
+        assert part in text
     refinedweb.write_documents(
         str(tmp_path / "d" / "0.parquet"), [refinedweb.Document(EVIL * 9, "http://x")] * 3
     )
-    said = page_of(tmp_path / "d", tmp_path / "b.html").said
-    assert "The first passages" in said
-    assert "<script>alert(1)</script>" in said
+    text = page_of(tmp_path / "d", tmp_path / "b.html").visible_text
+    assert "The first documents" in text
+    assert "<script>alert(1)</script>" in text
     write_packed(tmp_path / "p", [3])
-    said = page_of(tmp_path / "p", tmp_path / "c.html").said
-    assert "packed text" in said
-    assert "000000002" in said
+    text = page_of(tmp_path / "p", tmp_path / "c.html").visible_text
+    assert "packed text" in text
+    assert "000000002" in text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +264,7 @@ def test_a_histogram_counts_every_value_and_stays_in_its_frame(values: list[floa
     assert 1 <= len(ticks) <= 12
 
 
-def test_what_cannot_be_drawn_is_said() -> None:
+def test_values_without_a_plot_are_described() -> None:
     assert charts.histogram("t", [], "words") is None
     same = charts.histogram("t", [4, 4], "words")
     assert same is not None
@@ -283,7 +290,7 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "s" / "00001.tar").write_bytes(b"x" * 600)
     done = dromos("data", "show", str(tmp_path / "s"), "--html", str(tmp_path / "page.html"))
     assert done.exit_code == 2
-    assert "Wrong:" in read((tmp_path / "page.html").read_text()).said
+    assert "Problems:" in read((tmp_path / "page.html").read_text()).visible_text
     done = dromos("data", "show", str(tmp_path / "s"), str(tmp_path / "s"), "--html", "x.html")
     assert done.exit_code == 2
     assert "a page is about one source" in done.stderr

@@ -1,4 +1,4 @@
-"""A source in an object store is told of as the same files on a disk are."""
+"""`data show` reports a source in an object store exactly as it reports the same files on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.samples import encode, pixels
 
 
 def make(root: Path) -> list[str]:
-    """Sources below root; what to describe of it."""
+    """Write sources below `root`; return their paths and patterns, relative to it."""
     rows = [
         img2dataset.Row(f"u{n}", f"c{n}", encode(pixels(0, n)), 24, 20, extension="png") for n in range(4)
     ]
@@ -37,7 +37,7 @@ def make(root: Path) -> list[str]:
 
 
 @pytest.mark.integration
-def test_it_is_told_as_on_a_disk(tmp_path: Path) -> None:
+def test_the_report_equals_that_of_the_files_on_disk(tmp_path: Path) -> None:
     paths = make(tmp_path / "data")
     with s3_server() as root:
         for file in sorted((tmp_path / "data").rglob("*")):
@@ -46,8 +46,8 @@ def test_it_is_told_as_on_a_disk(tmp_path: Path) -> None:
         for path in paths:
             local = json.dumps(describe(str(tmp_path / "data" / path)), sort_keys=True)
             assert json.loads(local)["format"] not in ("unknown-json", "unknown-table")
-            there = json.dumps(describe(f"{root}/{path}"), sort_keys=True)
-            assert there.replace(root, "ROOT") == local.replace(str(tmp_path / "data"), "ROOT")
+            remote = json.dumps(describe(f"{root}/{path}"), sort_keys=True)
+            assert remote.replace(root, "ROOT") == local.replace(str(tmp_path / "data"), "ROOT")
         for path, pictures in (("tars", 16), ("talks/a.json", 1)):
             write_page(f"{root}/{path}", str(tmp_path / "page.html"))
             assert (tmp_path / "page.html").read_text().count("<img ") == pictures

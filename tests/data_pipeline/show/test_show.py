@@ -1,4 +1,4 @@
-"""What `dromos data show` says of good sources and of bad ones."""
+"""`dromos data show` on tars and documents: counts, problems, notes, and the layout of the terminal lines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_few_shards_of_many_are_examined(tmp_path: Path) -> None:
     assert "in 8 of 40 shards" in shown(about)
 
 
-def test_what_is_wrong_is_said(folder: str) -> None:
+def test_problems_are_reported(folder: str) -> None:
     stats = f"{folder}/00001_stats.json"
     storage.publish(stats, json.dumps({"count": 9, "successes": 9}).encode())
     (problem,) = describe(folder)["problems"]
@@ -101,7 +101,7 @@ def test_samples_without_image_or_caption(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "gif", "bmp"])
-def test_what_is_served_is_no_problem(tmp_path: Path, extension: str) -> None:
+def test_a_sample_that_training_serves_is_no_problem(tmp_path: Path, extension: str) -> None:
     data = io.BytesIO()
     kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(extension, extension.upper())
     Image.new("RGB", (8, 8), "red").save(data, kind)
@@ -153,7 +153,7 @@ def test_lines_keep_to_the_width_and_captions_to_their_column(tmp_path: Path) ->
     body = lines[start + 1 :]
     assert [line[:column].strip() for line in body] == ["a", "", "", ("folder/" + "k" * 60)[:column], ""]
     assert " ".join(line[column:] for line in body[:3]).split() == words
-    assert body[-1][column:] == " [31mred caption"  # nothing that a terminal would obey
+    assert body[-1][column:] == " [31mred caption"  # no control characters reach the terminal
     assert all(letter.isprintable() for line in lines for letter in line)
 
 
@@ -168,7 +168,7 @@ def test_documents_and_packed_text(tmp_path: Path) -> None:
     assert "content     string" in shown(about)
 
 
-def test_where_nothing_is(tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         describe(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"holds no \.tar files"):
@@ -177,7 +177,7 @@ def test_where_nothing_is(tmp_path: Path) -> None:
         describe(str(tmp_path / "{0..3}.tar"))
 
 
-def test_a_tar_of_other_things(tmp_path: Path) -> None:
+def test_a_tar_without_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("notes.md"))
     assert describe(str(tmp_path))["kind"] == "tars without images"
