@@ -90,10 +90,8 @@ def _files(path: str) -> tuple[list[str], str]:
 def _folder(path: str) -> list[str]:
     try:
         return storage.list_files(path, "")
-    except UserError as error:
-        if "holds no" in str(error):
-            return []
-        raise
+    except storage.NoFilesError:
+        return []
 
 
 def _kind(file: str) -> str:

@@ -14,7 +14,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.sources.offset_file import check_of, pack_starts
 from data_pipeline.sources.scan import Scan, scan_file
-from data_pipeline.storage.parquet_table import column, read_table, texts
+from data_pipeline.storage.parquet_table import column, read_table, text_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,7 +117,7 @@ def to_table(
 def from_table(table: pa.Table) -> list[Record]:
     """Raises KeyError if a column is not there, ValueError if it is of another type."""
     columns = {
-        name: texts(table, name) if kind == "string" else column(table, name).tolist()
+        name: text_column(table, name) if kind == "string" else column(table, name).tolist()
         for name, kind in TYPES.items()
     }
     for name, kind in (("members", dict), ("split", list)):

@@ -157,13 +157,13 @@ def make_manifest(
 
 
 def paths_below(root: str, urls: Sequence[str]) -> list[str]:
-    """`storage.below` of many urls."""
+    """`storage.path_below` of many urls."""
     start = f"{root}/"
     plain = len(start) if root and "//" not in start and "/./" not in start else None
     return [
         url[plain:]
         if plain is not None and url.startswith(start) and "//" not in url[plain:] and "/./" not in url
-        else storage.below(root, url)
+        else storage.path_below(root, url)
         for url in urls
     ]
 

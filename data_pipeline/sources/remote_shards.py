@@ -21,8 +21,8 @@ from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import locate
 from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
-from data_pipeline.storage.cache_cleanup import LOCATED
-from data_pipeline.storage.cached_ranges import _read, fetch, pieces
+from data_pipeline.storage.cache_cleanup import OFFSETS_PREFIX
+from data_pipeline.storage.cached_ranges import fetch, read_direct, read_pieces
 
 REMEMBERED = 1 << 16  # units whose bytes were looked up
 FETCHED = 2  # whole tars kept in memory where there is no cache
@@ -82,7 +82,7 @@ class RemoteShards:
         self._fetched.clear()
         self._ahead.close()
         if self.cache is not None:
-            self.cache.forget()
+            self.cache.close_files()
 
     def _is_alone(self, shard: int, index: int) -> bool:
         if shard in self._fetched or not self.units.knows(shard):
@@ -125,7 +125,7 @@ class RemoteShards:
 
     def _located_by_cache(self, cache: Cache, shard: int) -> np.ndarray:
         whole = self._whole(shard)
-        known = os.path.join(cache.settings.folder, f"{LOCATED}{whole.name}")
+        known = os.path.join(cache.settings.folder, f"{OFFSETS_PREFIX}{whole.name}")
         starts = _read_starts(known)
         if starts is not None:
             return starts
@@ -151,10 +151,10 @@ class RemoteShards:
             )
 
     def _pieces(self, shard: int, start: int, stop: int) -> Iterator[bytes]:
-        return pieces(self.units.part(shard, start, stop))
+        return read_pieces(self.units.part(shard, start, stop))
 
     def _get(self, shard: int, start: int, stop: int) -> bytes:
-        return _read(self.units.part(shard, start, stop))
+        return read_direct(self.units.part(shard, start, stop))
 
 
 def _write_starts(path: str, starts: np.ndarray) -> None:

@@ -85,7 +85,7 @@ def _energon_info(root: str, urls: Sequence[str]) -> dict[str, int]:
             continue
         found: dict[str, int] = {}
         for url in urls:
-            number = counts.get(start + storage.below(root, url))
+            number = counts.get(start + storage.path_below(root, url))
             if _is_count(number):
                 found[url] = number
         if found:

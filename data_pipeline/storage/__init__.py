@@ -1,9 +1,10 @@
-"""Bytes by URL, on a disk or in an object store: `storage.publish`, `storage.read_range` and their kind."""
+"""Bytes by URL, on a disk or in an object store: `storage.read_range`, `storage.publish` and others."""
 
 from data_pipeline.storage.files import (
     SHARD_SUFFIX,
     TEMPORARY,
-    below,
+    NoFilesError,
+    PathNotFoundError,
     exists,
     is_pattern,
     is_remote,
@@ -12,6 +13,7 @@ from data_pipeline.storage.files import (
     list_shards,
     local_path,
     open_bytes,
+    path_below,
     publish,
     publish_table,
     publishing,
@@ -30,7 +32,8 @@ from data_pipeline.storage.object_store import filesystem, store_errors
 __all__ = [
     "SHARD_SUFFIX",
     "TEMPORARY",
-    "below",
+    "NoFilesError",
+    "PathNotFoundError",
     "exists",
     "filesystem",
     "is_pattern",
@@ -40,6 +43,7 @@ __all__ = [
     "list_shards",
     "local_path",
     "open_bytes",
+    "path_below",
     "publish",
     "publish_table",
     "publishing",

@@ -1,4 +1,7 @@
-"""Folders that appear under their name only when complete; one writer at a time."""
+"""Folders that appear under their name only when complete; one writer at a time.
+
+A writer fills a hidden partial folder beside the target, under an flock, and renames it to the target at the end.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from data_pipeline.errors import ReadError, UserError
 from data_pipeline.storage.files import sync
 
 LOCK = ".lock"
-JOURNAL = ".journal"  # what a resumable writer keeps in a partial folder; goes when the folder is complete
+JOURNAL = ".journal"  # state of a resumable writer in its partial folder; removed when the folder is complete
 
 
 def partial_of(target: Path) -> Path:
-    """Where `target` is written before it is whole: a name beside it that nobody else gives a file."""
+    """Path where `target` is written until it is complete: a hidden name beside it, reserved for this purpose."""
     return target.with_name(f".{target.name}.dromos-partial")
 
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that is renamed to `out` on success and removed on failure.
 
-    Raises UserError when someone else is writing it, when `needed` bytes are not free, or when the disk refuses.
+    Raises UserError if another process writes `out`, if fewer than `needed` bytes are free, or if a write fails.
     """
     with locked_partial(out) as partial:
         try:
@@ -43,27 +46,29 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def locked_partial(out: Path) -> Iterator[Path]:
-    """The partial folder of `out`, locked. What the disk refuses becomes a UserError."""
+    """Create and lock the partial folder of `out`. Write errors become UserErrors; ReadErrors pass through."""
     partial = partial_of(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with open(partial / LOCK, "a") as lock:
-            if not _locked(lock, partial):
+            if not _try_lock(lock, partial):
                 raise UserError(f"{out}: another process is writing it (it holds {partial / LOCK})")
             yield partial
-    except ReadError:  # of an input
+    except ReadError:  # reading an input failed, not writing the output
         raise
     except OSError as error:
         message = f"{out}: cannot be written: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             message += "; make room and run it again"
-        if os.path.exists(partial):  # False, too, of a name that is too long
-            message += f"; what is written so far is kept in {partial}"
+        if os.path.exists(
+            partial
+        ):  # os.path.exists returns False for a name that is too long; Path.exists raises
+            message += f"; the files written so far are kept in {partial}"
         raise UserError(message) from error
 
 
-def _locked(lock: TextIO, partial: Path) -> bool:
-    """Whether this process alone writes the folder: it has the lock, and the lock is still the folder's."""
+def _try_lock(lock: TextIO, partial: Path) -> bool:
+    """Take the lock without waiting; False if another process holds it or has replaced the lock file."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / LOCK))
@@ -74,35 +79,40 @@ def _locked(lock: TextIO, partial: Path) -> bool:
 
 
 def publish_folder(partial: Path, out: Path) -> None:
-    """Lock and journal go last and with the folder: nobody takes it for one that is left over, nor begins it anew."""
+    """Rename the partial folder to `out`, then remove its lock and journal.
+
+    They move with the folder and are removed last, so that no other process takes the folder for an abandoned partial
+    folder or starts to fill it again.
+    """
     os.rename(partial, out)
     tidy(out)
 
 
 def tidy(out: Path) -> None:
-    """Remove what a kill at the very end may leave in a complete folder."""
+    """Remove the lock and the journal from a complete folder; a kill after the rename leaves them there."""
     for name in (LOCK, JOURNAL):
         with suppress(FileNotFoundError):
             (out / name).unlink()
 
 
 def clear_partial(partial: Path) -> None:
-    for left in partial.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != LOCK:
-            left.unlink()
+    """Remove everything in a partial folder except the lock."""
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises UserError where fewer than `needed` bytes are free."""
+    """Raise UserError if fewer than `needed` bytes are free on the disk of `out`."""
     free = shutil.disk_usage(partial_of(out)).free
     if needed > free:
-        raise UserError(f"{out}: needs {needed:,} bytes more, {free:,} are free on that disk")
+        raise UserError(f"{out}: needs {needed:,} bytes more, but only {free:,} are free on that disk")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system cannot. Whole or not at all."""
+    """Hard-link `source` as `target`, or copy it where the file system has no hard links. Atomic."""
     partial = partial_of(target)
     partial.unlink(missing_ok=True)
     try:

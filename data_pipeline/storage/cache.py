@@ -1,8 +1,9 @@
-"""A cache of byte ranges in a folder of this machine, shared by all its processes: never wrong, never in the way.
+"""Node-local cache of byte ranges, shared by all processes of a node, bounded in bytes.
 
-A range is one file, published by a rename, so a file that is there is whole. Who downloads one holds the lock on its
-unfinished file; the kernel releases that lock with the process, however it ends. Files of an earlier boot are not
-looked at: their content may have been lost with the power.
+A damaged or full cache costs speed, never correctness. A range is one file and is published by a rename, so every
+file under its final name is whole. A process that downloads a range holds an flock on the unfinished file; the kernel
+releases the lock when the process ends, however it ends. Files of an earlier boot are never read: they are not synced,
+so a power failure may have destroyed their content.
 """
 
 from __future__ import annotations
@@ -27,23 +28,29 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline import activity
-from data_pipeline.storage.cache_cleanup import RANGES, UNFINISHED, WARMING, folders, remove_leftovers
+from data_pipeline.storage.cache_cleanup import (
+    RANGES_PREFIX,
+    UNFINISHED_SUFFIX,
+    WARMING_PREFIX,
+    remove_leftovers,
+    subfolders,
+)
 from data_pipeline.storage.files import read_descriptor
 
-FILES = 128  # kept open for reading by each process
-LONGEST_WAIT = 120.0  # seconds for another process's download
-USED_UP = 7 * 86400.0  # seconds by which what was used up looks older than it is
-FULL_TO = 0.9  # share of the limit that eviction leaves
-MOST_GIGABYTES = 100.0
-COUNTER = "used"
-_USED = struct.Struct("<q")
+MAX_OPEN_FILES = 128  # per process
+DOWNLOAD_TIMEOUT = 120.0  # seconds to wait for another process's download
+RELEASED_AGE = 7 * 86400.0  # seconds that release() subtracts from a file's time of last use
+EVICTION_TARGET = 0.9  # fraction of the limit that is in use after an eviction
+MAX_DEFAULT_GIGABYTES = 100.0
+COUNTER = "used"  # file that holds the bytes in use
+_COUNTER_FORMAT = struct.Struct("<q")
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where downloaded ranges are kept on each node, and how many bytes of them at most; 0 keeps none.
+    """Folder of the cache on each node, and its limit in bytes; 0 turns the cache off.
 
-    `token` is of one loader: its workers and its prefetcher find each other by it.
+    `token` identifies one loader; its workers and its prefetcher share a status file that is named after it.
     """
 
     folder: str
@@ -52,14 +59,17 @@ class CacheSettings:
 
     @classmethod
     def of(cls, folder: str | None = None, gigabytes: float | None = None) -> CacheSettings:
-        """`folder` is DROMOS_CACHE or dromos-cache-UID among the temporary files unless it is given, `gigabytes`
-        (of 10^9 bytes) half of what is free there but for what the cache holds already, at most 100."""
-        place = folder or os.environ.get("DROMOS_CACHE") or default_folder()
+        """Settings with defaults: the folder is $DROMOS_CACHE, else dromos-cache-UID in the temporary folder.
+
+        `gigabytes` (of 10^9 bytes) is by default half of the disk space that is free or used by the cache, at most 100.
+        """
+        folder = folder or os.environ.get("DROMOS_CACHE") or default_folder()
         if gigabytes is None:
-            above = next(p for p in (Path(place), *Path(place).absolute().parents) if os.path.exists(p))
-            # A restarted run would else halve what is left again and again.
-            gigabytes = min(MOST_GIGABYTES, (shutil.disk_usage(above).free + _held(place)) / 2e9)
-        return cls(os.path.abspath(place), int(gigabytes * 1e9))
+            existing = next(p for p in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(p))
+            # Without the bytes in the cache, every restart of a run would halve the limit again.
+            available = shutil.disk_usage(existing).free + _recorded_bytes(folder)
+            gigabytes = min(MAX_DEFAULT_GIGABYTES, available / 2e9)
+        return cls(os.path.abspath(folder), int(gigabytes * 1e9))
 
 
 def default_folder() -> str:
@@ -68,7 +78,7 @@ def default_folder() -> str:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes [start, stop) of the object `url` as it was when it had `size` bytes and the version `version`."""
+    """Bytes [start, stop) of the object `url` with `size` bytes and content version `version`."""
 
     url: str
     size: int
@@ -78,27 +88,27 @@ class ByteRange:
 
     @cached_property
     def name(self) -> str:
+        """File name of the range in the cache: 32 hex digits."""
         text = f"{self.url}\0{self.size}\0{self.version}\0{self.start}\0{self.stop}"
         return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))
 
 
 class Cache:
-    """The cache as one process sees it. Where its folder cannot be used it says so once, keeps nothing, and every
-    `read` finds nothing."""
+    """Handle of one process on the cache. If the folder is unusable, it warns once and turns itself `off`."""
 
     def __init__(self, settings: CacheSettings) -> None:
         self.settings = settings
         self.off = settings.limit_bytes <= 0
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._folder = _ranges(settings.folder)
+        self._folder = _ranges_folder(settings.folder)
         if not self.off:
-            with self._writing():
+            with self._off_on_error():
                 _make_private(settings.folder)
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
-                self._hold()
+                self._lock_folder()
 
-    def _hold(self) -> None:
-        """Show other machines, where they share the folder, that this one's ranges are in use."""
+    def _lock_folder(self) -> None:
+        """Hold a shared lock on the ranges, so that other machines with the same disk do not remove them."""
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
         with suppress(OSError):
@@ -106,119 +116,120 @@ class Cache:
 
     @property
     def _warming_file(self) -> str:
-        return os.path.join(self.settings.folder, f"{WARMING}{self.settings.token}")
+        return os.path.join(self.settings.folder, f"{WARMING_PREFIX}{self.settings.token}")
 
     def warming(self) -> bool:
-        """Is a prefetcher still at the first window? Then it is faster to read a sample alone."""
+        """True while the prefetcher downloads its first window; reading single samples is faster until then."""
         return os.path.exists(self._warming_file)
 
     def set_warming(self, warming: bool) -> None:
+        """Create or remove the status file that `warming` checks."""
         if warming and not self.off:
-            with self._writing():
+            with self._off_on_error():
                 os.close(os.open(self._warming_file, os.O_CREAT | os.O_WRONLY, 0o600))
         else:
             with suppress(OSError):
                 os.unlink(self._warming_file)
 
-    def read(self, part: ByteRange, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop) of the object, which lie in `part`; None if that is not here."""
-        descriptor = self._open(part)
+    def read(self, byte_range: ByteRange, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of the object, from within a cached range; None if the range is not cached."""
+        descriptor = self._open(byte_range)
         if descriptor is None:
             return None
-        data = read_descriptor(descriptor, start - part.start, stop - start)
+        data = read_descriptor(descriptor, start - byte_range.start, stop - start)
         return data if len(data) == stop - start else None
 
-    def path(self, part: ByteRange) -> str:
-        """Of the file of a range, there or not."""
-        name = part.name
+    def path(self, byte_range: ByteRange) -> str:
+        """Path of a range's file, which need not exist."""
+        name = byte_range.name
         return os.path.join(self._folder, name[:2], name)
 
-    def has(self, part: ByteRange) -> bool:
-        """Is it here? Asking counts as a use."""
+    def has(self, byte_range: ByteRange) -> bool:
+        """True if the range is cached; sets its time of last use."""
         try:
-            os.utime(self.path(part))
+            os.utime(self.path(byte_range))
         except OSError:
             return False
         return not self.off
 
-    def release(self, part: ByteRange) -> None:
-        """It is used up for now: where room is needed, it goes before what waits to be used."""
+    def release(self, byte_range: ByteRange) -> None:
+        """Mark a range as consumed, so that it is evicted before ranges that are still to be read."""
         with suppress(OSError):
-            then = time.time() - USED_UP
-            os.utime(self.path(part), (then, then))
+            aged = time.time() - RELEASED_AGE
+            os.utime(self.path(byte_range), (aged, aged))
 
     def ensure(
-        self, part: ByteRange, pieces: Callable[[], Iterable[bytes]], patience: float = LONGEST_WAIT
+        self, byte_range: ByteRange, pieces: Callable[[], Iterable[bytes]], timeout: float = DOWNLOAD_TIMEOUT
     ) -> bool:
-        """Have a range here: downloaded by this process from `pieces`, or by another that is at it already.
+        """Make a range available: download it from `pieces`, or wait for a process that downloads it already.
 
-        False if that is not to be: the cache is off, or the other takes longer than `patience` seconds. What the
-        download raises is raised.
+        Returns False if the cache is off, the range exceeds its limit, or the other process takes longer than `timeout`
+        seconds. Exceptions of the download pass through.
         """
-        if self.off or part.stop - part.start > self.settings.limit_bytes:
+        if self.off or byte_range.stop - byte_range.start > self.settings.limit_bytes:
             return False
-        with self._writing():
-            os.makedirs(os.path.dirname(self.path(part)), mode=0o700, exist_ok=True)
-            with activity.reading(part.url), self._locked(part, patience) as descriptor:
+        with self._off_on_error():
+            os.makedirs(os.path.dirname(self.path(byte_range)), mode=0o700, exist_ok=True)
+            with activity.reading(byte_range.url), self._locked(byte_range, timeout) as descriptor:
                 if descriptor is None:
                     return False
-                if not os.path.exists(self.path(part)):
-                    self._download(descriptor, part, pieces())
+                if not os.path.exists(self.path(byte_range)):
+                    self._download(descriptor, byte_range, pieces())
                 return True
         return False
 
     def sweep(self) -> None:
-        """Remove what killed processes and earlier boots left here."""
+        """Remove the files that killed processes and earlier boots left behind."""
         if not self.off:
-            with self._writing():
+            with self._off_on_error():
                 remove_leftovers(self.settings.folder, self._folder)
 
-    def forget(self) -> None:
-        """Close open files."""
+    def close_files(self) -> None:
+        """Close the range files that this process holds open."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _open(self, part: ByteRange) -> int | None:
-        name = part.name
+    def _open(self, byte_range: ByteRange) -> int | None:
+        name = byte_range.name
         if name in self._files:
             self._files.move_to_end(name)
             return self._files[name]
         if self.off:
             return None
         try:
-            descriptor = os.open(self.path(part), os.O_RDONLY)
+            descriptor = os.open(self.path(byte_range), os.O_RDONLY)
         except OSError:
             return None
-        if os.fstat(descriptor).st_size != part.stop - part.start:
+        if os.fstat(descriptor).st_size != byte_range.stop - byte_range.start:
             os.close(descriptor)
             return None
         with suppress(OSError):
-            os.utime(descriptor)  # what was used last is evicted last
+            os.utime(descriptor)  # eviction goes by time of last use
         self._files[name] = descriptor
-        if len(self._files) > FILES:
+        if len(self._files) > MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A folder that cannot be written to, or a full disk, turns the cache off; a failed download does not."""
+    def _off_on_error(self) -> Iterator[None]:
+        """Turn the cache off on an OSError of its disk; errors of a download pass through."""
         try:
             yield
-        except _Download as download:
-            raise download.reason from None
+        except _DownloadError as failure:
+            raise failure.reason from None
         except OSError as error:
             self.off = True
             warnings.warn(
                 f"the cache {self.settings.folder} cannot be used ({error}): samples are read one by one from the "
-                "object store, which is slow; mend that, or set loader.cache.folder or DROMOS_CACHE to another folder",
+                "object store, which is slow; fix it, or set loader.cache.folder or DROMOS_CACHE to another folder",
                 stacklevel=4,
             )
 
     @contextmanager
-    def _locked(self, part: ByteRange, patience: float) -> Iterator[int | None]:
-        """The unfinished file of a range, opened and held; None if another process holds it all the time."""
-        unfinished = self.path(part) + UNFINISHED
-        until = time.monotonic() + patience
+    def _locked(self, byte_range: ByteRange, timeout: float) -> Iterator[int | None]:
+        """Open and lock the unfinished file of a range; None if another process holds the lock until the timeout."""
+        unfinished = self.path(byte_range) + UNFINISHED_SUFFIX
+        deadline = time.monotonic() + timeout
         pause = 0.005
         while True:
             descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -228,7 +239,7 @@ class Cache:
                     yield descriptor
                     return
             except BlockingIOError:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     yield None
                     return
                 time.sleep(pause)
@@ -236,9 +247,9 @@ class Cache:
             finally:
                 os.close(descriptor)
 
-    def _download(self, descriptor: int, part: ByteRange, pieces: Iterable[bytes]) -> None:
-        """Fill the unfinished file and publish it."""
-        unfinished = self.path(part) + UNFINISHED
+    def _download(self, descriptor: int, byte_range: ByteRange, pieces: Iterable[bytes]) -> None:
+        """Write the pieces to the unfinished file and publish it."""
+        unfinished = self.path(byte_range) + UNFINISHED_SUFFIX
         source = iter(pieces)
         os.ftruncate(descriptor, 0)
         try:
@@ -248,28 +259,34 @@ class Cache:
                 except StopIteration:
                     break
                 except Exception as error:
-                    raise _Download(error) from error
+                    raise _DownloadError(error) from error
                 _write(descriptor, piece)
-            if os.fstat(descriptor).st_size != part.stop - part.start:
-                raise _Download(OSError(f"{part.url}: bytes {part.start} to {part.stop} came incomplete"))
-            self._make_room(part.stop - part.start)
-            os.rename(unfinished, self.path(part))
+            if os.fstat(descriptor).st_size != byte_range.stop - byte_range.start:
+                raise _DownloadError(
+                    OSError(
+                        f"{byte_range.url}: the download of bytes {byte_range.start} to {byte_range.stop} is incomplete"
+                    )
+                )
+            self._make_room(byte_range.stop - byte_range.start)
+            os.rename(unfinished, self.path(byte_range))
         except BaseException:
             with suppress(OSError):
                 os.unlink(unfinished)
             raise
 
     def _make_room(self, new: int) -> None:
-        """Count `new` bytes; where that is more than the limit, remove what was used longest ago."""
+        """Add `new` bytes to the counter; over the limit, evict the least recently used ranges."""
         with self._counter() as counter:
-            written = os.pread(counter, _USED.size, 0)
-            used = new + (_USED.unpack(written)[0] if len(written) == _USED.size else self._total())
+            stored = os.pread(counter, _COUNTER_FORMAT.size, 0)
+            counted = len(stored) == _COUNTER_FORMAT.size
+            used = new + (_COUNTER_FORMAT.unpack(stored)[0] if counted else self._total())
             if used > self.settings.limit_bytes:
                 used = self._evict(new)
-            os.pwrite(counter, _USED.pack(used), 0)
+            os.pwrite(counter, _COUNTER_FORMAT.pack(used), 0)
 
     @contextmanager
     def _counter(self) -> Iterator[int]:
+        """Open and lock the counter of bytes in use."""
         descriptor = os.open(
             os.path.join(self._folder, COUNTER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
@@ -280,35 +297,36 @@ class Cache:
             os.close(descriptor)
 
     def _total(self) -> int:
-        return sum(size for _, size, _ in self._all())
+        return sum(size for _, size, _ in self._list_ranges())
 
     def _evict(self, new: int) -> int:
+        """Remove ranges until `new` more bytes fit; returns the bytes in use, `new` included."""
         remove_leftovers(self.settings.folder, self._folder)
-        files = sorted(self._all())
+        files = sorted(self._list_ranges())
         total = new + sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= FULL_TO * self.settings.limit_bytes:
+            if total <= EVICTION_TARGET * self.settings.limit_bytes:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
         return total
 
-    def _all(self) -> list[tuple[float, int, str]]:
+    def _list_ranges(self) -> list[tuple[float, int, str]]:
         """(time of last use, bytes, path) of every whole range."""
-        found = []
-        for folder in folders(self._folder):
+        ranges = []
+        for folder in subfolders(self._folder):
             with suppress(FileNotFoundError), os.scandir(folder) as entries:
                 for entry in entries:
-                    if not entry.name.endswith(UNFINISHED):
+                    if not entry.name.endswith(UNFINISHED_SUFFIX):
                         with suppress(FileNotFoundError):
-                            about = entry.stat()
-                            found.append((about.st_mtime, about.st_size, entry.path))
-        return found
+                            status = entry.stat()
+                            ranges.append((status.st_mtime, status.st_size, entry.path))
+        return ranges
 
 
-class _Download(Exception):
-    """The download failed, not the disk."""
+class _DownloadError(Exception):
+    """The download failed, not the cache's disk; `reason` is the original exception."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(reason)
@@ -316,36 +334,36 @@ class _Download(Exception):
 
 
 def _make_private(folder: str) -> None:
-    """A folder of this user's alone: whoever else can put files there could change the data."""
+    """Create the folder for this user only: another user with write access could replace the training data."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    about = os.lstat(folder)
-    if stat.S_ISLNK(about.st_mode) or not stat.S_ISDIR(about.st_mode):
+    status = os.lstat(folder)
+    if stat.S_ISLNK(status.st_mode) or not stat.S_ISDIR(status.st_mode):
         raise PermissionError("it is a link or a file, not a folder")
-    if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        raise PermissionError("others than this user may write to it")
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError("other users may write to it")
 
 
-def _ranges(folder: str) -> str:
-    return os.path.join(folder, f"{RANGES}{_boot()}")
+def _ranges_folder(folder: str) -> str:
+    return os.path.join(folder, f"{RANGES_PREFIX}{_boot_id()}")
 
 
-def _held(folder: str) -> int:
-    """Bytes in a cache, as its processes count them."""
+def _recorded_bytes(folder: str) -> int:
+    """Bytes in use according to the cache's counter; 0 if there is none."""
     with suppress(OSError, struct.error):
-        used: int = _USED.unpack(Path(_ranges(folder), COUNTER).read_bytes())[0]
+        used: int = _COUNTER_FORMAT.unpack(Path(_ranges_folder(folder), COUNTER).read_bytes())[0]
         return used
     return 0
 
 
-def _boot() -> str:
-    """Names the time since the machine was started."""
+def _boot_id() -> str:
+    """Identifies the current boot of the machine; "always" where the kernel does not tell."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:13]
     return "always"
 
 
 def _same_file(descriptor: int, path: str) -> bool:
-    """Is the open file still the one of that name? Its last holder may have renamed it."""
+    """True if `path` still names the open file. The previous lock holder may have renamed or removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -353,6 +371,7 @@ def _same_file(descriptor: int, path: str) -> bool:
 
 
 def _write(descriptor: int, data: bytes) -> None:
+    """Write all of `data`; os.write may write less."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -1,4 +1,4 @@
-"""What killed processes and earlier boots left in the folder of a cache, and how it is removed."""
+"""Removes what killed processes and earlier boots left in a cache folder."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from contextlib import suppress
 
 from data_pipeline.storage.files import TEMPORARY
 
-STALE = 3600.0  # seconds after which an unfinished file that nobody holds is removed
-UNUSED = 30 * 86400.0  # seconds after which the places of a tar's samples that nobody asked for are removed
-UNFINISHED = ".part"
-WARMING = "warming-"
-RANGES = "ranges-"
-LOCATED = "offsets-"
+UNFINISHED_MAX_AGE = 3600.0  # seconds after which an unfinished file that no process has locked is removed
+OFFSETS_MAX_AGE = 30 * 86400.0  # seconds after their last use, after which the offsets of a tar are removed
+UNFINISHED_SUFFIX = ".part"
+WARMING_PREFIX = "warming-"
+RANGES_PREFIX = "ranges-"
+OFFSETS_PREFIX = "offsets-"
 
 
-def remove_leftovers(folder: str, ranges: str) -> None:
-    """Remove from the `folder` of a cache what nobody will use or finish; the ranges of this boot lie in `ranges`."""
-    for path in folders(folder):
-        if os.path.basename(path).startswith(RANGES) and path != ranges:
-            _remove_unheld_folder(path)
+def remove_leftovers(folder: str, ranges_folder: str) -> None:
+    """Remove abandoned files from a cache `folder`; `ranges_folder` holds the ranges of the current boot."""
+    for path in subfolders(folder):
+        if os.path.basename(path).startswith(RANGES_PREFIX) and path != ranges_folder:
+            _remove_unlocked_folder(path)
     now = time.time()
-    for place in [folder, *folders(ranges)]:
-        with suppress(FileNotFoundError), os.scandir(place) as entries:
+    for parent in [folder, *subfolders(ranges_folder)]:
+        with suppress(FileNotFoundError), os.scandir(parent) as entries:
             for entry in entries:
-                kept = _seconds_kept(entry.name)
-                if kept is not None and entry.stat().st_mtime < now - kept:
-                    _remove_unheld(entry.path)
+                max_age = _max_age(entry.name)
+                if max_age is not None and entry.stat().st_mtime < now - max_age:
+                    _remove_unlocked(entry.path)
 
 
-def folders(folder: str) -> list[str]:
-    """Paths of the folders in a folder; links are none."""
+def subfolders(folder: str) -> list[str]:
+    """Paths of the folders directly in `folder`, without symbolic links."""
     with os.scandir(folder) as entries:
         return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
-def _seconds_kept(name: str) -> float | None:
-    """How long a file lives after its last use; None for what only eviction removes."""
-    if name.startswith(LOCATED):
-        return UNUSED
-    left = name.endswith((UNFINISHED, TEMPORARY)) or name.startswith(WARMING)
-    return STALE if left else None
+def _max_age(name: str) -> float | None:
+    """Seconds after its last use when a file is removed; None for a whole range, which only eviction removes."""
+    if name.startswith(OFFSETS_PREFIX):
+        return OFFSETS_MAX_AGE
+    abandoned = name.endswith((UNFINISHED_SUFFIX, TEMPORARY)) or name.startswith(WARMING_PREFIX)
+    return UNFINISHED_MAX_AGE if abandoned else None
 
 
-def _remove_unheld(path: str) -> None:
+def _remove_unlocked(path: str) -> None:
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -56,8 +56,8 @@ def _remove_unheld(path: str) -> None:
             os.close(descriptor)
 
 
-def _remove_unheld_folder(path: str) -> None:
-    """Of an earlier boot; that of another machine, which shares the disk, is held."""
+def _remove_unlocked_folder(path: str) -> None:
+    """Remove the ranges of an earlier boot. A machine that shares the disk keeps a lock on its own folder."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

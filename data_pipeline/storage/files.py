@@ -1,4 +1,4 @@
-"""Bytes in files and object stores: listing shards, range reads, writes that appear whole or not at all."""
+"""Files and objects by URL: list, read ranges, publish atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from data_pipeline.storage.object_store import filesystem, store_errors, with_re
 PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
 TEMPORARY = ".tmp"
-SIDE_BY_SIDE = 16  # small remote files fetched at once
+PARALLEL_READS = 16  # small remote files that read_many fetches at the same time
+
+
+class PathNotFoundError(UserError):
+    """A file or folder that the user named does not exist."""
+
+
+class NoFilesError(UserError):
+    """A folder has no files with the suffix that was looked for."""
 
 
 def is_remote(url: str) -> bool:
@@ -33,12 +41,12 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """Of a file: the url without `file://`. Other urls stay as they are."""
+    """The URL without `file://`; other URLs are returned unchanged."""
     return url.removeprefix("file://")
 
 
 def join(root: str, path: str) -> str:
-    """`path` below `root`; "/" separates on both sides."""
+    """Join with "/", the separator of local and remote paths; an empty `root` gives `path` alone."""
     return f"{root.rstrip('/')}/{path}" if root else path
 
 
@@ -49,16 +57,17 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Bytes of the file. Raises FileNotFoundError."""
+    """Size in bytes. Raises FileNotFoundError."""
     if not is_remote(url):
         return os.stat(local_path(url)).st_size
     return int(with_retries(url, lambda store: store.size(url)))
 
 
 def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, int]:
-    """Bytes of each file that exists; a remote folder is listed once instead of asked file by file.
+    """Size in bytes of each file that exists. A remote folder is listed once, without one request per file.
 
-    `tags` is filled with the version of each remote file, see object_store.version_of.
+    Adds the version of each remote file to `tags` (see object_store.version_of). Raises UserError for a path that is
+    not a regular file.
     """
     found: dict[str, int] = {}
     for folder in {url.rpartition("/")[0] for url in urls if is_remote(url)}:
@@ -72,7 +81,7 @@ def sizes(urls: Sequence[str], tags: dict[str, int] | None = None) -> dict[str, 
             with suppress(FileNotFoundError):
                 status = os.stat(local_path(url))
                 if not stat.S_ISREG(status.st_mode):
-                    raise UserError(f"{url} is no regular file; remove it, or narrow the pattern")
+                    raise UserError(f"{url} is not a regular file; remove it, or narrow the pattern")
                 found[url] = status.st_size
     return {url: found[url] for url in urls if url in found}
 
@@ -82,7 +91,7 @@ def _entries(folder: str, store: Any) -> dict[str, dict[str, Any]]:
 
 
 def remove(urls: Sequence[str]) -> None:
-    """Delete files; those that are gone already are left at that."""
+    """Delete files; a file that does not exist is no error."""
     for url in urls:
         with suppress(FileNotFoundError):
             if is_remote(url):
@@ -104,12 +113,12 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_many(urls: Sequence[str]) -> dict[str, bytes]:
-    """The files that exist, whole; remote ones are fetched side by side."""
+    """Content of each file that exists; remote files are fetched in parallel."""
     found: dict[str, bytes] = {}
     remote = [url for url in urls if is_remote(url)]
     if remote:
-        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            found |= {url: data for url, data in pool.map(_read_if_there, remote) if data is not None}
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            found |= {url: data for url, data in pool.map(_read_if_exists, remote) if data is not None}
     for url in urls:
         if not is_remote(url):
             with suppress(FileNotFoundError):
@@ -117,7 +126,7 @@ def read_many(urls: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-def _read_if_there(url: str) -> tuple[str, bytes | None]:
+def _read_if_exists(url: str) -> tuple[str, bytes | None]:
     try:
         return url, read_bytes(url)
     except FileNotFoundError:
@@ -125,16 +134,17 @@ def _read_if_there(url: str) -> tuple[str, bytes | None]:
 
 
 def read_range(url: str, offset: int, length: int, size: int | None = None, version: int = 0) -> bytes:
-    """`length` bytes from `offset`; fewer than that in the file is an OSError that names the file.
+    """Read `length` bytes from `offset`. Raises OSError with the file's name if the file ends earlier.
 
-    A remote file is read in pieces of at most 16 MiB, each resumed where it breaks off; it must have `size` bytes
-    and be the `version` where these are given. Raises UserError for one that was changed, is gone or may not be read.
+    A remote file is read in pieces of at most 16 MiB; an interrupted piece resumes at the failed byte. The object must
+    match `size` and `version` if they are given. Raises UserError if a remote file has changed, is gone or may not be
+    read, ReadError when all retries fail.
     """
     if is_remote(url):
         try:
             data = object_store.read(url, offset, offset + length, size, version) if length else b""
         except FileNotFoundError as error:
-            raise UserError(f"{url} is gone ({error}); put it back") from error
+            raise UserError(f"{url} is gone ({error}); restore it") from error
     else:
         with activity.reading(url):
             descriptor = os.open(local_path(url), os.O_RDONLY)
@@ -148,20 +158,20 @@ def read_range(url: str, offset: int, length: int, size: int | None = None, vers
 
 
 def read_descriptor(descriptor: int, offset: int, length: int) -> bytes:
-    """Like os.pread, but a short read goes on until the end of the file."""
+    """Like os.pread, but repeats short reads: returns fewer bytes only at the end of the file."""
     data = os.pread(descriptor, length, offset)
     if len(data) == length:
         return data
-    parts = [data]
+    chunks = [data]
     done = len(data)
-    while parts[-1] and done < length:
-        parts.append(os.pread(descriptor, length - done, offset + done))
-        done += len(parts[-1])
-    return b"".join(parts)
+    while chunks[-1] and done < length:
+        chunks.append(os.pread(descriptor, length - done, offset + done))
+        done += len(chunks[-1])
+    return b"".join(chunks)
 
 
 def open_bytes(url: str) -> BinaryIO:
-    """The file opened for reading."""
+    """Open the file for reading."""
     if is_remote(url):
         with store_errors(url):
             return cast(BinaryIO, filesystem(url).open(url, "rb"))
@@ -174,23 +184,22 @@ def is_pattern(path: str) -> bool:
 
 
 def root_of(path: str) -> str:
-    """The folder that a source's shard paths are relative to: what stands before the first pattern."""
+    """Folder that a source's shard paths are relative to: the folder itself, or the one before the first pattern."""
     path = local_path(path)
-    found = PATTERN.search(path)
-    if found:
-        return path[: found.start()].rpartition("/")[0]
+    match = PATTERN.search(path)
+    if match:
+        return path[: match.start()].rpartition("/")[0]
     if path.endswith(SHARD_SUFFIX):
         return path.rpartition("/")[0]
     return path.rstrip("/")
 
 
 def list_shards(path: str) -> list[str]:
-    """Urls of the tars of a source.
+    """URLs of the tars of a source, without `file://`.
 
-    A folder gives the tars directly in it, sorted by name (not those of its subfolders: train/ and test/
-    stand side by side); a brace pattern gives what it spells, in its order, without asking whether the files
-    are there; `*` and `?` give what is there, sorted. Those of `file://` come without it. Raises UserError if nothing
-    is found.
+    A folder gives the tars directly in it, sorted by name. Subfolders are not searched, because train/ and test/ are
+    often beside each other. A brace pattern gives all its expansions in their order, without a check that the files
+    exist; `*`, `?` and `[` give the existing files, sorted. Raises UserError if there are none.
     """
     path = local_path(path)
     if is_pattern(path):
@@ -201,70 +210,74 @@ def list_shards(path: str) -> list[str]:
 
 
 def list_files(path: str, suffix: str) -> list[str]:
-    """Urls of a folder's files that end in `suffix`, sorted by name. Raises UserError if there are none."""
+    """URLs of the files in a folder that end in `suffix`, sorted by name.
+
+    Raises PathNotFoundError if the folder does not exist, NoFilesError if it has no such file.
+    """
     path = local_path(path)
-    names = _folder(path)
+    names = _folder_names(path)
     files = sorted(name for name in names if name.endswith(suffix) and not name.startswith("."))
     if not files:
-        raise UserError(f"{path} holds no {suffix} files{_near_miss(path, names, suffix)}")
+        raise NoFilesError(f"{path} holds no {suffix} files{_advice(path, names, suffix)}")
     return [join(path, name) for name in files]
 
 
 def _expand(path: str) -> list[str]:
+    """URLs that a brace or shell pattern gives."""
     import braceexpand
 
     try:
-        spelled = list(braceexpand.braceexpand(path))
+        expansions = list(braceexpand.braceexpand(path))
     except ValueError as error:
         raise UserError(
-            f"{path} is no brace pattern ({error}); write for example data/{{00000..00031}}.tar"
+            f"{path} is not a valid brace pattern ({error}); an example is data/{{00000..00031}}.tar"
         ) from None
     shards: list[str] = []
-    for one in spelled:
-        if not re.search(r"[*?\[]", one):
-            shards.append(one)
-        elif is_remote(one):
-            shards += with_retries(one, partial(_matching, one))
+    for pattern in expansions:
+        if not re.search(r"[*?\[]", pattern):
+            shards.append(pattern)
+        elif is_remote(pattern):
+            shards += with_retries(pattern, partial(_glob_remote, pattern))
         else:
-            shards += sorted(glob.glob(one))
+            shards += sorted(glob.glob(pattern))
     if not shards:
-        raise UserError(f"no file matches {path}; correct the pattern or make the data")
+        raise UserError(f"no file matches {path}; correct the pattern or create the data")
     return shards
 
 
-def _matching(pattern: str, store: Any) -> list[str]:
+def _glob_remote(pattern: str, store: Any) -> list[str]:
     return sorted(store.unstrip_protocol(name) for name in store.glob(pattern))
 
 
-def _listed(path: str, store: Any) -> list[str]:
+def _list_remote(path: str, store: Any) -> list[str]:
     store.invalidate_cache()
     return [entry.rstrip("/").rpartition("/")[2] for entry in store.ls(path, detail=False)]
 
 
-def _folder(path: str) -> list[str]:
-    """Names in a folder; UserError if it is not there."""
+def _folder_names(path: str) -> list[str]:
+    """Names of the entries of a folder. Raises UserError if it does not exist, is a file or is not readable."""
     try:
         if is_remote(path):
-            return with_retries(path, partial(_listed, path))
+            return with_retries(path, partial(_list_remote, path))
         return os.listdir(local_path(path))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise PathNotFoundError(f"{path} does not exist") from None
     except NotADirectoryError:
         raise UserError(f"{path} is a file, not a folder; name a folder, or a pattern of tars") from None
     except PermissionError as error:
-        raise UserError(f"{path} may not be read: {error}") from None
+        raise UserError(f"permission denied reading {path}: {error}") from None
 
 
-def _near_miss(path: str, names: list[str], suffix: str) -> str:
-    """What stands there instead of the files looked for, for the message."""
-    packed = [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]
-    if packed and suffix == SHARD_SUFFIX:
-        return f"; {packed[0]} is compressed: unpack it to .tar, ranges of it cannot be read"
+def _advice(path: str, names: list[str], suffix: str) -> str:
+    """End of the NoFilesError message: what to do, given the `names` that the folder does have."""
+    compressed = [name for name in names if re.search(r"\.(tar\.\w+|tgz)$", name)]
+    if compressed and suffix == SHARD_SUFFIX:
+        return f"; {compressed[0]} is compressed: unpack it to .tar, because ranges of it cannot be read"
     if not is_remote(path):
-        inside = {n: glob.escape(join(local_path(path), n)) for n in names}
-        below = sorted(n for n, folder in inside.items() if glob.glob(join(folder, f"*{suffix}")))
-        if below:
-            return f"; its subfolders {', '.join(below[:5])} do: name one of them"
+        patterns = {name: glob.escape(join(local_path(path), name)) for name in names}
+        subfolders = sorted(n for n, folder in patterns.items() if glob.glob(join(folder, f"*{suffix}")))
+        if subfolders:
+            return f"; its subfolders {', '.join(subfolders[:5])} do: name one of them"
     if suffix == SHARD_SUFFIX:
         return "; name a folder of tars or a pattern such as data/{00000..00031}.tar"
     return "; name a folder that does"
@@ -272,18 +285,19 @@ def _near_miss(path: str, names: list[str], suffix: str) -> str:
 
 @contextmanager
 def publishing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that appears under `path` only when the block ends well: whole or not at all, also
-    after a power cut (written beside it, fsync, rename). An object store publishes on close by itself.
+    """Open a file for writing that appears under `path` only if the block succeeds.
 
-    Raises UserError where an object store refuses."""
+    A local file is written beside its target, synced and renamed, so that it is whole also after a power failure. An
+    object store publishes an object when it is closed. Raises UserError if the store denies the write.
+    """
     if is_remote(path):
-        with store_errors(path), _refused(path):
+        with store_errors(path), _write_permission(path):
             remote = filesystem(path).open(path, "wb")
             try:
                 yield remote
             except BaseException:
                 remote.discard()
-                remote.closed = True  # else the garbage collector closes it, which would publish
+                remote.closed = True  # otherwise the garbage collector would close it, and so publish it
                 raise
             remote.close()
         return
@@ -307,7 +321,7 @@ def publishing(path: str) -> Iterator[BinaryIO]:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -316,20 +330,23 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _refused(url: str) -> Iterator[None]:
+def _write_permission(url: str) -> Iterator[None]:
+    """Turn a PermissionError of the store into a UserError."""
     try:
         yield
     except PermissionError as error:
-        if error.filename is not None:  # a file's that was read meanwhile
+        if error.filename is not None:  # the error is about a local file that the block reads
             raise
         raise UserError(
-            f"{url} may not be written ({error}); give the credentials in use the right to write it, or use others"
+            f"permission denied writing {url} ({error}); grant write access to the credentials in use, or use others"
         ) from error
 
 
 def publish(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write `content`, bytes or a function that writes to a file, under `path` atomically; bytes into an object store
-    with the patience of reads."""
+    """Write `path` atomically; `content` is bytes or a function that writes to an open file.
+
+    Bytes for an object store are retried as reads are; a function is called only once.
+    """
     url = os.fspath(path)
     if is_remote(url) and isinstance(content, bytes):
         with_retries(url, partial(_put, url, content), to="write")
@@ -354,8 +371,8 @@ def publish_table(path: str | os.PathLike[str], table: Any) -> None:
     publish(path, buffer.getvalue())
 
 
-def below(root: str, url: str) -> str:
-    """Path of `url` below `root`, with "/" separators."""
+def path_below(root: str, url: str) -> str:
+    """Path of `url` relative to `root`, with "/" separators."""
     return (
         str(PurePosixPath(url).relative_to(root))
         if root and not is_remote(url)

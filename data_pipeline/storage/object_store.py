@@ -1,4 +1,7 @@
-"""Object stores asked with patience: a read that breaks off goes on where it did, and what cannot be had is named."""
+"""Object-store requests with retries and backoff.
+
+An interrupted read resumes at the failed byte; every failure names its URL.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,12 @@ import xxhash
 from data_pipeline import activity
 from data_pipeline.errors import ReadError, UserError
 
-RANGE_BYTES = 16 << 20
-"""Bytes of the largest range asked for at once; what is larger is asked for in pieces of half of it to all of it."""
-
+RANGE_BYTES = 16 << 20  # largest range per request; a larger read is split into equal pieces
 EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
-# Packages whose errors say that an object store could not be asked; few of them are OSErrors.
+# Packages whose errors mean that a request to an object store failed; few of these errors are OSErrors.
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "http", "s3fs", "urllib3"}
-# botocore's names for what waiting does not mend -> what does.
-SETTINGS = {
+# botocore's names for errors that no retry fixes -> advice.
+CONFIGURATION_ADVICE = {
     **dict.fromkeys(
         ("NoCredentialsError", "PartialCredentialsError"),
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -35,33 +36,36 @@ SETTINGS = {
     "NoRegionError": "set AWS_DEFAULT_REGION",
     "ParamValidationError": "correct the bucket's name",
 }
-# Answers of S3 below 500 that another try may mend.
-BUSY = {408, 409, 429}
-BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
-CONNECTIONS = 32  # botocore keeps 10, fewer than the reads that prefetching has under way
-CHUNK = 1 << 20
-SLOWEST = 64 << 10  # bytes a second below which a connection counts as stalled
-LONGEST = 20.0  # seconds between two tries
+# HTTP status and S3 error codes below 500 that are worth a retry.
+RETRYABLE_STATUS = {408, 409, 429}
+RETRYABLE_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
+CONNECTIONS = 32  # per process; botocore's default of 10 is less than the reads in flight of a prefetcher
+CHUNK_BYTES = 1 << 20
+MIN_BYTES_PER_SECOND = 64 << 10  # a slower connection counts as stalled
+MAX_BACKOFF = 20.0  # seconds between two tries
 Result = TypeVar("Result")
 
 
 @dataclass
 class Requests:
-    """What this process has asked object stores for: GETs of objects, also those that failed, and their bytes."""
+    """Counters of this process: GETs of objects (failed ones included), bytes received, failures."""
 
     gets: int = 0
     bytes: int = 0
     failures: int = 0
 
 
-requests = Requests()
+requests = Requests()  # module state on purpose: it describes the process, whoever sends the requests
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a store is waited for: `tries` of each read, seconds before the second one, doubled for every other,
-    and seconds of silence after which a connection is given up. The environment's DROMOS_READ_TRIES,
-    DROMOS_READ_BACKOFF and DROMOS_READ_TIMEOUT set them."""
+    """Number of tries and waiting times of a request.
+
+    tries: attempts per read (DROMOS_READ_TRIES in the environment)
+    backoff: seconds before the second try, doubled for each further one (DROMOS_READ_BACKOFF)
+    timeout: seconds without data after which a connection is closed (DROMOS_READ_TIMEOUT)
+    """
 
     tries: int = 10
     backoff: float = 0.25
@@ -69,6 +73,7 @@ class RetryPolicy:
 
     @classmethod
     def of_environment(cls) -> RetryPolicy:
+        """Policy from the environment variables. Raises UserError if one is not a number."""
         try:
             return cls(
                 int(os.environ.get("DROMOS_READ_TRIES", cls.tries)),
@@ -77,27 +82,27 @@ class RetryPolicy:
             )
         except ValueError as error:
             raise UserError(
-                f"DROMOS_READ_TRIES, DROMOS_READ_BACKOFF and DROMOS_READ_TIMEOUT are numbers: {error}"
+                f"DROMOS_READ_TRIES, DROMOS_READ_BACKOFF and DROMOS_READ_TIMEOUT must be numbers: {error}"
             ) from None
 
     def wait(self, failures: int) -> None:
-        """Sleep before the next try; at random, so that a thousand readers do not come back at once."""
-        time.sleep(random.uniform(0.5, 1.0) * min(LONGEST, self.backoff * 2 ** (failures - 1)))
+        """Sleep before the next try, with random jitter, so that a thousand readers do not retry at the same time."""
+        time.sleep(random.uniform(0.5, 1.0) * min(MAX_BACKOFF, self.backoff * 2 ** (failures - 1)))
 
 
 @lru_cache(maxsize=16)
 def _filesystem(protocol: str, process: int, reading: bool) -> Any:
-    """One fsspec file system a protocol, process and use: its event loop does not survive a fork."""
+    """fsspec file system, one per protocol, process and use. Per process: its event loop does not survive a fork."""
     import fsspec
 
-    patience = RetryPolicy.of_environment()
+    policy = RetryPolicy.of_environment()
     options: dict[str, Any] = {}
     if reading and protocol in EXTRAS:
-        # botocore and s3fs would each try again by themselves, unseen, and the tries would multiply.
+        # One attempt per call: retries of botocore and of s3fs would be invisible here and multiply with ours.
         options["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},
-            "read_timeout": patience.timeout,
-            "connect_timeout": min(patience.timeout, 10.0),
+            "read_timeout": policy.timeout,
+            "connect_timeout": min(policy.timeout, 10.0),
             "max_pool_connections": CONNECTIONS,
         }
         options |= {"skip_instance_cache": True, "use_listings_cache": False}
@@ -106,14 +111,14 @@ def _filesystem(protocol: str, process: int, reading: bool) -> Any:
     except (ImportError, ValueError) as error:
         extra = EXTRAS.get(protocol)
         hint = f"install it with: pip install '{extra}'" if extra else "write a local path or s3://"
-        raise UserError(f"{protocol}:// needs a package that is not there ({error}); {hint}") from None
+        raise UserError(f"{protocol}:// needs a package that is not installed ({error}); {hint}") from None
     if reading and protocol in EXTRAS:
         store.retries = 1
     return store
 
 
 def filesystem(url: str) -> Any:
-    """The fsspec file system to write and open with; keys and endpoint come from the environment, as AWS has it."""
+    """fsspec file system for writing and opening; credentials and endpoint come from the AWS environment variables."""
     return _filesystem(url.split("://", 1)[0], os.getpid(), False)
 
 
@@ -121,192 +126,201 @@ def _reader(url: str) -> Any:
     return _filesystem(url.split("://", 1)[0], os.getpid(), True)
 
 
-def forget() -> None:
-    """Open file systems anew: the environment that they were made from has changed."""
+def clear_filesystems() -> None:
+    """Drop the cached file systems, so that the next call reads the environment variables again."""
     _filesystem.cache_clear()
 
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Around calls to an object store: its outages become ReadErrors that name the url, missing keys UserErrors."""
+    """Around store calls: turn outages into ReadErrors that name the URL, wrong configuration into UserErrors."""
     try:
         yield
     except (OSError, UserError):
         raise
     except Exception as error:
-        if not _of_store(error):
+        if not _is_store_error(error):
             raise
-        if type(error).__name__ in SETTINGS:
-            raise UserError(f"{url}: {_describe_error(error)}; {SETTINGS[type(error).__name__]}") from None
-        raise ReadError(f"{url} cannot be had: {_describe_error(error)}") from error
+        advice = CONFIGURATION_ADVICE.get(type(error).__name__)
+        if advice is not None:
+            raise UserError(f"{url}: {_describe_error(error)}; {advice}") from None
+        raise ReadError(f"{url} could not be read: {_describe_error(error)}") from error
 
 
 def with_retries(url: str, call: Callable[[Any], Result], *, to: str = "read") -> Result:
-    """call(file system), tried again while the store is at fault.
+    """Return call(file system), retried while the store is at fault.
 
-    to: read or write, for messages. What is written twice must be as if it had been written once.
-    Raises FileNotFoundError, UserError for what is refused or set wrong, ReadError when the tries are used up.
+    to: "read" or "write", for messages; a write must be idempotent.
+    Raises FileNotFoundError, UserError if the request is refused or misconfigured, ReadError after the last try.
     """
-    patience = RetryPolicy.of_environment()
-    for tries in range(1, patience.tries + 1):
+    policy = RetryPolicy.of_environment()
+    for tries in range(1, policy.tries + 1):
         try:
             with store_errors(url), activity.reading(url):
                 return call(_reader(url))
         except OSError as error:
             _raise_if_final(url, error, to)
             requests.failures += 1
-            if tries == patience.tries:
-                done = "had" if to == "read" else "written"
+            if tries == policy.tries:
+                done = "read" if to == "read" else "written"
                 raise ReadError(
-                    f"{url} cannot be {done} after {tries} tries: {_describe_error(error)}"
+                    f"{url} could not be {done} after {tries} tries: {_describe_error(error)}"
                 ) from error
-            patience.wait(tries)
+            policy.wait(tries)
     raise AssertionError("unreachable")
 
 
 @dataclass
-class _Part:
-    """Bytes [start, stop) of an object, on their way; stop None: to its end."""
+class _PartialRead:
+    """Bytes [start, stop) of an object, received so far in `data`; stop None means to its end."""
 
     url: str
     start: int
     stop: int | None
-    size: int | None  # of the object, once it is known
+    size: int | None  # of the object, None until it is known
     etag: str | None = None
-    version: int = 0  # what `version_of` its ETag must be, 0 if that is not known
+    version: int = 0  # required `version_of` its ETag; 0 accepts any
     data: bytearray = field(default_factory=bytearray)
 
     @property
-    def at(self) -> int:
+    def position(self) -> int:
+        """The next byte to request."""
         return self.start + len(self.data)
 
 
 def version_of(etag: str) -> int:
-    """A hash of an object's ETag, which changes with its content; never 0."""
+    """Hash of an object's ETag, which changes with its content; never 0."""
     return xxhash.xxh64_intdigest(etag.encode()) or 1
 
 
 def read(
     url: str, start: int = 0, stop: int | None = None, size: int | None = None, version: int = 0
 ) -> bytes:
-    """Bytes [start, stop) of an object, all of it by default; fewer where it ends before `stop`.
+    """Bytes [start, stop) of an object, the whole object by default; fewer if it ends before `stop`.
 
-    `size` and `version`, where they are given, are what the object's must be. Raises like `ask`; a UserError too if
-    the object is not what it was, or changes between two pieces.
+    Raises as `with_retries` does, and UserError if the object does not match `size` or `version`, or if it changes
+    between two pieces.
     """
     if stop is None:
-        return bytes(_complete(_Part(url, start, None, size, version=version)).data)
+        return bytes(_read_with_retries(_PartialRead(url, start, None, size, version=version)).data)
     pieces = max(1, -(-(stop - start) // RANGE_BYTES))
     cuts = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
     parts: list[bytes] = []
     etag = None
     for low, high in itertools.pairwise(cuts):
-        part = _complete(_Part(url, low, high, size, etag, version))
-        size, etag = part.size, part.etag
-        parts.append(bytes(part.data))
-        if len(part.data) < high - low:
+        partial = _read_with_retries(_PartialRead(url, low, high, size, etag, version))
+        size, etag = partial.size, partial.etag
+        parts.append(bytes(partial.data))
+        if len(partial.data) < high - low:
             break
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _complete(part: _Part) -> _Part:
-    patience = RetryPolicy.of_environment()
-    for tries in range(1, patience.tries + 1):
+def _read_with_retries(partial: _PartialRead) -> _PartialRead:
+    policy = RetryPolicy.of_environment()
+    for tries in range(1, policy.tries + 1):
         try:
-            with store_errors(part.url), activity.reading(part.url):
-                _read_remaining(part, patience)
-            return part
+            with store_errors(partial.url), activity.reading(partial.url):
+                _read_remaining(partial, policy)
+            return partial
         except OSError as error:
-            _raise_if_final(part.url, error)
+            _raise_if_final(partial.url, error)
             requests.failures += 1
-            if tries == patience.tries:
+            if tries == policy.tries:
                 raise ReadError(
-                    f"{part.url} cannot be had: at byte {part.at} after {tries} tries: {_describe_error(error)}"
+                    f"{partial.url} could not be read: stopped at byte {partial.position} after {tries} tries: "
+                    f"{_describe_error(error)}"
                 ) from error
-            patience.wait(tries)
+            policy.wait(tries)
     raise AssertionError("unreachable")
 
 
-def _read_remaining(part: _Part, patience: RetryPolicy) -> None:
-    """Ask for what is still missing of `part`."""
-    store = _reader(part.url)
+def _read_remaining(partial: _PartialRead, policy: RetryPolicy) -> None:
+    """Request the bytes that `partial` still lacks."""
+    store = _reader(partial.url)
     if not hasattr(store, "_call_s3"):
         requests.gets += 1
-        part.data += store.cat_file(part.url, start=part.at, end=part.stop)
-        requests.bytes += len(part.data)
+        partial.data += store.cat_file(partial.url, start=partial.position, end=partial.stop)
+        requests.bytes += len(partial.data)
         return
     from fsspec.asyn import sync
 
-    missing = RANGE_BYTES if part.stop is None else part.stop - part.at
-    # A connection that gives a byte now and then never times out by itself.
-    longest = 2 * patience.timeout + missing / SLOWEST if part.stop is not None else None
-    sync(store.loop, _get, store, part, longest)
+    missing = RANGE_BYTES if partial.stop is None else partial.stop - partial.position
+    # A connection that delivers a byte now and then never reaches the read timeout, so the whole GET gets one too.
+    timeout = 2 * policy.timeout + missing / MIN_BYTES_PER_SECOND if partial.stop is not None else None
+    sync(store.loop, _get, store, partial, timeout)
 
 
-async def _get(store: Any, part: _Part, longest: float | None) -> None:
-    async with asyncio.timeout(longest):
-        bucket, key, _ = store.split_path(part.url)
-        wanted = {"Bucket": bucket, "Key": key}
-        if part.at or part.stop is not None:
-            wanted["Range"] = f"bytes={part.at}-{'' if part.stop is None else part.stop - 1}"
-        if part.etag:
-            wanted["IfMatch"] = part.etag
+async def _get(store: Any, partial: _PartialRead, timeout: float | None) -> None:
+    async with asyncio.timeout(timeout):
+        bucket, key, _ = store.split_path(partial.url)
+        request = {"Bucket": bucket, "Key": key}
+        if partial.position or partial.stop is not None:
+            request["Range"] = f"bytes={partial.position}-{'' if partial.stop is None else partial.stop - 1}"
+        if partial.etag:
+            request["IfMatch"] = partial.etag
         requests.gets += 1
-        answer = await store._call_s3("get_object", **wanted)
-        body = answer["Body"]
+        response = await store._call_s3("get_object", **request)
+        body = response["Body"]
         try:
-            _check(part, answer)
-            while chunk := await body.read(CHUNK):
-                part.data += chunk
+            _check_response(partial, response)
+            while chunk := await body.read(CHUNK_BYTES):
+                partial.data += chunk
                 requests.bytes += len(chunk)
         finally:
             body.close()
 
 
-def _check(part: _Part, answer: dict[str, Any]) -> None:
-    """Is this the object that was asked for, from the right byte on?"""
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange") or "")
-    if found is None and (part.at or part.stop is not None):
-        raise UserError(f"{part.url}: the store does not answer ranges; copy the data to one that does")
-    first, size = (int(found[1]), int(found[2])) if found else (0, int(answer["ContentLength"]))
-    if first != part.at:
-        raise ReadError(f"{part.url}: asked for bytes from {part.at}, got them from {first}")
-    if part.size is not None and size != part.size:
-        raise changed(part.url, f"{size} bytes, it had {part.size}")
-    if part.version and "ETag" in answer and version_of(str(answer["ETag"])) != part.version:
-        raise changed(part.url, f"its ETag is {answer['ETag']}, it was another when the source was opened")
-    part.size, part.etag = size, answer.get("ETag") or part.etag
+def _check_response(partial: _PartialRead, response: dict[str, Any]) -> None:
+    """Raise unless the response is the expected object, from the right byte on; record its size and ETag."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.get("ContentRange") or "")
+    if match is None and (partial.position or partial.stop is not None):
+        raise UserError(
+            f"{partial.url}: the store does not support range requests; copy the data to one that does"
+        )
+    first, size = (int(match[1]), int(match[2])) if match else (0, int(response["ContentLength"]))
+    if first != partial.position:
+        raise ReadError(
+            f"{partial.url}: requested bytes from {partial.position}, received bytes from {first}"
+        )
+    if partial.size is not None and size != partial.size:
+        raise changed_error(partial.url, f"{size} bytes, it had {partial.size}")
+    if partial.version and "ETag" in response and version_of(str(response["ETag"])) != partial.version:
+        raise changed_error(
+            partial.url, f"its ETag is {response['ETag']}, it was different when the source was opened"
+        )
+    partial.size, partial.etag = size, response.get("ETag") or partial.etag
 
 
-def changed(url: str, how: str) -> UserError:
-    """The error for an object that is not the one whose samples were counted."""
+def changed_error(url: str, how: str) -> UserError:
+    """UserError for an object that is not the one whose samples were counted."""
     return UserError(
-        f"{url} was changed: {how}; put back what was there, or run: dromos data index {url.rpartition('/')[0]}"
+        f"{url} was changed: {how}; restore the old content, or run: dromos data index {url.rpartition('/')[0]}"
     )
 
 
 def _raise_if_final(url: str, error: OSError, to: str = "read") -> None:
-    """Raise what no other try can mend, in words."""
+    """Raise if no retry can help: FileNotFoundError as it is, other client errors as UserErrors with advice."""
     if isinstance(error, FileNotFoundError):
         raise error
-    code, status = answer_of(error)
+    code, status = error_status(error)
     if isinstance(error, PermissionError) or status in (401, 403):
         raise UserError(
-            f"{url} may not be {'read' if to == 'read' else 'written'} ({code or status or 'refused'}: {error}); give "
-            f"the credentials in use the right to {to} it, or use others"
+            f"permission denied {'reading' if to == 'read' else 'writing'} {url} "
+            f"({code or status or 'refused'}: {error}); grant {to} access to the credentials in use, or use others"
         ) from error
     if status == 412:
-        raise changed(url, "its content is not what it was a moment ago") from error
+        raise changed_error(url, "its content changed during the read") from error
     if status == 416:
-        raise changed(url, "it ends before the bytes that were asked for") from error
-    if 300 <= status < 500 and status not in BUSY and code not in BUSY_CODES:
+        raise changed_error(url, "it ends before the requested bytes") from error
+    if 300 <= status < 500 and status not in RETRYABLE_STATUS and code not in RETRYABLE_CODES:
         raise UserError(
-            f"{url} is refused ({code or status}: {error}); correct its name or the endpoint"
+            f"the store refused the request for {url} ({code or status}: {error}); correct its name or the endpoint"
         ) from error
 
 
-def answer_of(error: BaseException) -> tuple[str, int]:
-    """S3's code and HTTP status of a failure; ("", 0) where the store did not answer."""
+def error_status(error: BaseException) -> tuple[str, int]:
+    """S3's code and HTTP status of a failure; ("", 0) if the store sent no response."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if not isinstance(response, dict):
         return "", 0
@@ -314,16 +328,16 @@ def answer_of(error: BaseException) -> tuple[str, int]:
     return str(response.get("Error", {}).get("Code", "")), int(status)
 
 
-def _of_store(error: Exception) -> bool:
+def _is_store_error(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in STORE_PACKAGES
 
 
 def _describe_error(error: BaseException) -> str:
-    """An error in words: the store's own where it stands behind ours."""
+    """One line about an error; for a ReadError, about the store's error that caused it."""
     if isinstance(error, ReadError) and error.__cause__ is not None:
         error = error.__cause__
-    code, status = answer_of(error)
-    answered = ""
+    code, status = error_status(error)
+    prefix = ""
     if status:
-        answered = f"{status}, " if code == str(status) else f"{status} {code}, "
-    return f"{answered}{type(error).__name__}: {' '.join(str(error).split()) or 'no answer in time'}"
+        prefix = f"{status}, " if code == str(status) else f"{status} {code}, "
+    return f"{prefix}{type(error).__name__}: {' '.join(str(error).split()) or 'no response in time'}"

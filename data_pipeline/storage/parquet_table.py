@@ -1,4 +1,7 @@
-"""Small parquet tables of the index, read without what pyarrow would load besides: pandas takes half a second."""
+"""Reads small parquet tables without loading pandas or pyarrow.dataset.
+
+Importing pandas takes half a second, which every process that opens a source would pay.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ if TYPE_CHECKING:
 
 
 def read_table(url: str) -> tuple[pa.Table, dict[str, str]]:
-    """The table and its metadata. Raises ValueError, in one line, for what is no parquet; OSError if it cannot be
-    read."""
+    """Read a table and its schema metadata.
+
+    Raises ValueError with a one-line message if the file is not parquet, OSError if it cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     data = storage.read_bytes(url)
     try:
-        # parquet.read_table would import pyarrow.dataset, and with it pandas. Without threads of Arrow's none can be
-        # in the way when the process ends: under load that was seen to abort it.
+        # parquet.read_table would import pyarrow.dataset, and with it pandas. No Arrow threads: under load, a thread
+        # that was still running at process exit was seen to abort the process.
         table = parquet.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -33,26 +38,26 @@ def read_table(url: str) -> tuple[pa.Table, dict[str, str]]:
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    """A column of numbers. Raises KeyError if it is not there, ValueError if it holds others or nulls."""
+    """A numeric column, [rows]. Raises KeyError if it is missing, ValueError for another type or nulls."""
     # Array.to_numpy would import pandas too.
     try:
-        parts = [np.from_dlpack(chunk) for chunk in table[name].chunks if len(chunk)]
+        chunks = [np.from_dlpack(chunk) for chunk in table[name].chunks if len(chunk)]
     except (BufferError, TypeError) as error:
         raise ValueError(f"column {name}: {error}") from None
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 
-def texts(table: pa.Table, name: str) -> list[str]:
-    """A column of texts. Raises KeyError if it is not there, ValueError if it holds others or nulls."""
-    found: list[str] = table[name].to_pylist()
-    if not all(isinstance(one, str) for one in found):
+def text_column(table: pa.Table, name: str) -> list[str]:
+    """A string column. Raises KeyError if it is missing, ValueError for another type or nulls."""
+    values: list[str] = table[name].to_pylist()
+    if not all(isinstance(value, str) for value in values):
         raise ValueError(f"column {name} is of type {table[name].type}, with {table[name].null_count} nulls")
-    return found
+    return values
 
 
-def digest(table: pa.Table, columns: Sequence[str], *more: str) -> str:
-    """16 hex digits over the shards' paths, columns of numbers, and other texts."""
-    state = xxhash.xxh64("\0".join([*texts(table, "path"), *more]).encode("utf-8", "surrogateescape"))
-    for name in columns:
+def digest(table: pa.Table, number_columns: Sequence[str], *texts: str) -> str:
+    """Hash of column `path`, the texts and the numeric columns, as 16 hex digits."""
+    state = xxhash.xxh64("\0".join([*text_column(table, "path"), *texts]).encode("utf-8", "surrogateescape"))
+    for name in number_columns:
         state.update(column(table, name).tobytes())
     return state.hexdigest()

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that counts what is read, and that fails on purpose: seeded, by request."""
+"""HTTP proxy in front of an S3 server that counts the bytes read and injects faults, drawn per request from a seed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date"
 
 
 class Proxy:
-    """Passes requests on to `upstream` (host:port).
+    """Forwards requests to `upstream` (host:port).
 
-    gets, bytes: GETs of an object and the bytes of bodies sent, by bucket/key; faults: what was done, by kind.
-    rate: share of requests by `methods` that fail, each by one of `kinds`; what is answered with a stall, truncated or
-    reset may have been done all the same. stall: seconds a stalled one stays silent.
-    delay: seconds before each answer.
+    gets, bytes: GETs per object and bytes of the bodies sent, by bucket/key
+    faults: faults injected, by kind
+    rate: fraction of the requests by `methods` that fail, each by one of `kinds`; the server may have executed a
+    request that the client sees stalled, truncated or reset
+    stall: seconds of silence of a stalled response
+    delay: seconds before each response
     """
 
     def __init__(self, upstream: str, rate: float = 0.0, seed: int = 0, stall: float = 3.0) -> None:
@@ -54,8 +56,8 @@ class Proxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def forget(self) -> None:
-        """Count from 0."""
+    def reset_counters(self) -> None:
+        """Set all counters to 0."""
         with self._lock:
             self.gets.clear()
             self.bytes.clear()
@@ -63,12 +65,12 @@ class Proxy:
             self.log.clear()
 
     def tars(self) -> tuple[int, int]:
-        """GETs of tars and their bytes."""
+        """(GETs, bytes) of all tars."""
         named = [key for key in self.gets if key.endswith(".tar")]
         return sum(self.gets[key] for key in named), sum(self.bytes[key] for key in named)
 
     def draw(self) -> str | None:
-        """The kind of fault that the next request meets."""
+        """Kind of the fault for the next request; None for no fault."""
         with self._lock:
             if self._draws.random() >= self.rate:
                 return None
@@ -76,10 +78,10 @@ class Proxy:
             self.faults[kind] += 1
             return kind
 
-    def count(self, key: str, asked: str) -> None:
+    def count(self, key: str, requested: str) -> None:
         with self._lock:
             self.gets[key] += 1
-            self.log.append((key, asked))
+            self.log.append((key, requested))
 
     def sent(self, key: str, length: int) -> None:
         with self._lock:
@@ -95,7 +97,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that close the connection."""
 
 
 def _handler_of(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
@@ -174,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _wait(self) -> None:
-        """Say nothing until the client gives up."""
+        """Send nothing until the client closes the connection or the stall ends."""
         self.connection.settimeout(self.owner.stall)
         with suppress(OSError):
             self.connection.recv(1)
@@ -192,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def proxied(upstream: str, rate: float = 0.0, seed: int = 0, stall: float = 3.0) -> Iterator[Proxy]:
-    """A proxy in front of `upstream` (host:port)."""
+    """Yield a Proxy in front of `upstream` (host:port)."""
     proxy = Proxy(upstream, rate, seed, stall)
     try:
         yield proxy

@@ -1,4 +1,4 @@
-"""A real S3 endpoint in this process, for tests: moto's server, and the environment that s3fs looks at."""
+"""S3 endpoint in the test process (moto's server), and the environment variables that point s3fs at it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERVERS: dict[str, Any] = {}  # root url -> its server
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Root url of an empty bucket. Skips where moto or s3fs is missing."""
+    """Yield the root URL of an empty bucket. Skips the test if moto or s3fs is not installed."""
     pytest.importorskip("s3fs", reason="s3fs is not installed (extra s3)")
     pytest.importorskip("moto.server", reason="moto[server] is not installed (extra dev)")
     from moto.server import ThreadedMotoServer
@@ -33,8 +33,10 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # tests of a dead server need not wait for ten tries
-        forget()
+        patch.setenv(
+            "AWS_MAX_ATTEMPTS", "1"
+        )  # no retries by botocore, so that tests of a dead server are fast
+        reset_clients()
         bucket = f"corpus{next(NUMBERS)}"
         root = f"s3://{bucket}"
         storage.filesystem(root).mkdir(bucket)
@@ -43,15 +45,15 @@ def s3_server() -> Iterator[str]:
             yield root
         finally:
             SERVERS.pop(root, None)
-            forget()
+            reset_clients()
             server.stop()
 
 
 @contextmanager
 def faulty_s3(rate: float = 0.0, seed: int = 0) -> Iterator[tuple[str, Proxy]]:
-    """(root url of an empty bucket, the proxy in front of it), which counts and, at `rate`, fails.
+    """Yield (root URL of an empty bucket, proxy in front of its server); see Proxy for `rate`.
 
-    Readers, also those in other processes, give a silent connection up after 1 s and try again at once.
+    Readers, also those in other processes, close a silent connection after 1 s and retry after 0.02 s.
     """
     with s3_server() as root, pytest.MonkeyPatch.context() as patch:
         host, port = SERVERS[root].get_host_and_port()
@@ -59,21 +61,21 @@ def faulty_s3(rate: float = 0.0, seed: int = 0) -> Iterator[tuple[str, Proxy]]:
             patch.setenv("AWS_ENDPOINT_URL", proxy.url)
             patch.setenv("DROMOS_READ_TIMEOUT", "1")
             patch.setenv("DROMOS_READ_BACKOFF", "0.02")
-            forget()
+            reset_clients()
             yield root, proxy
-            forget()
+            reset_clients()
 
 
-def forget() -> None:
-    """Look at the environment anew."""
+def reset_clients() -> None:
+    """Make the next request read the environment variables again."""
     import s3fs
 
-    object_store.forget()
+    object_store.clear_filesystems()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 def stop(root: str, patch: pytest.MonkeyPatch) -> None:
-    """From now on nothing answers; the client gives up soon, to save time."""
+    """Stop the server of a bucket, and limit the client's retries to save time."""
     import s3fs
 
     patch.setattr(s3fs.S3FileSystem, "retries", 1)

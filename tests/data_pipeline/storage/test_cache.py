@@ -1,4 +1,4 @@
-"""The cache of a node: whole ranges or nothing, one download, a byte limit, and no disk that stops a run."""
+"""Node cache: only whole ranges are served, each is downloaded once, the byte limit holds, disk errors stop no run."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def part(number: int, length: int = 1000, version: int = 1, size: int = MEGABYTE
     return ByteRange("s3://b/0.tar", size, version, number * length, (number + 1) * length)
 
 
-def content(of: ByteRange) -> bytes:
-    return random.Random(f"{of}").randbytes(of.stop - of.start)
+def content(byte_range: ByteRange) -> bytes:
+    return random.Random(f"{byte_range}").randbytes(byte_range.stop - byte_range.start)
 
 
-def put(cache: Cache, of: ByteRange) -> bool:
-    return cache.ensure(of, lambda: [content(of)[:7], content(of)[7:]])
+def put(cache: Cache, byte_range: ByteRange) -> bool:
+    return cache.ensure(byte_range, lambda: [content(byte_range)[:7], content(byte_range)[7:]])
 
 
-def whole(cache: Cache, of: ByteRange) -> bytes | None:
-    return cache.read(of, of.start, of.stop)
+def whole(cache: Cache, byte_range: ByteRange) -> bytes | None:
+    return cache.read(byte_range, byte_range.start, byte_range.stop)
 
 
 def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and len(path.name) >= 32]
 
 
-def test_ranges_come_back_to_every_process(tmp_path: Path) -> None:
+def test_ranges_are_shared_by_all_processes(tmp_path: Path) -> None:
     cache, other = Cache(settings(tmp_path)), Cache(settings(tmp_path))
     assert whole(cache, part(3)) is None
     assert not cache.has(part(3))
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_trusted_turns_the_cache_off_with_one_warning(
         folder.mkdir()
         folder.chmod(0o777)
     else:
-        folder = Path("/proc/dromos")  # nobody, not even root, makes a folder there
+        folder = Path("/proc/dromos")  # not even root can create a folder there
     chosen = CacheSettings(str(folder), MEGABYTE)
     with pytest.warns(UserWarning, match=r"the cache .* cannot be used .*loader\.cache\.folder"):
         cache = Cache(chosen)
@@ -125,7 +125,7 @@ def test_a_download_that_fails_is_raised_and_the_next_one_works(tmp_path: Path) 
 
     with pytest.raises(ReadError, match="no answer"):
         cache.ensure(part(0), broken)
-    with pytest.raises(OSError, match="came incomplete"):
+    with pytest.raises(OSError, match="is incomplete"):
         cache.ensure(part(0), lambda: [b"short"])
     assert not cache.off
     assert not files(tmp_path)
@@ -141,14 +141,14 @@ def test_a_file_of_another_length_is_not_served(tmp_path: Path) -> None:
     assert whole(Cache(settings(tmp_path)), part(0)) is None
 
 
-def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+def test_least_recently_used_ranges_are_evicted_first(tmp_path: Path) -> None:
     limit = 20 * 1000
     cache = Cache(settings(tmp_path, limit))
     for number in range(20):
         put(cache, part(number))
         os.utime(cache.path(part(number)), (number, number))
-    assert cache.has(part(0))  # a use
-    assert whole(Cache(settings(tmp_path, limit)), part(1)) is not None  # another
+    assert cache.has(part(0))  # sets the time of last use
+    assert whole(Cache(settings(tmp_path, limit)), part(1)) is not None  # so does a read
     kept = []
     for number in range(20, 200):
         put(cache, part(number))
@@ -160,38 +160,38 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
             assert not cache.has(part(2))
             assert not cache.has(part(3))
     assert min(kept) >= 17
-    cache.forget()
+    cache.close_files()
     assert not cache.ensure(part(0, length=limit + 1), lambda: [])
 
 
-def test_what_is_used_up_goes_before_what_waits(tmp_path: Path) -> None:
+def test_released_ranges_are_evicted_first(tmp_path: Path) -> None:
     cache = Cache(settings(tmp_path, 20_000))
     for number in range(20):
         put(cache, part(number))
     assert whole(cache, part(19)) is not None
     for number in (17, 18, 19):
         cache.release(part(number))
-    cache.release(part(77))  # not there
+    cache.release(part(77))  # not cached: no error
     put(cache, part(20))
     assert [number for number in range(21) if cache.has(part(number))] == [*range(17), 20]
     cache.release(part(3))
-    assert cache.has(part(3))  # a use: it is wanted again
+    assert cache.has(part(3))  # sets the time of last use, so it counts as needed again
     for number in (21, 22, 23):
         put(cache, part(number))
     assert cache.has(part(3))
 
 
-def test_an_evicted_file_that_is_open_is_read_on(tmp_path: Path) -> None:
+def test_an_evicted_file_stays_readable_while_it_is_open(tmp_path: Path) -> None:
     cache = Cache(settings(tmp_path))
     put(cache, part(0))
     assert whole(cache, part(0)) is not None
     os.unlink(cache.path(part(0)))
     assert whole(cache, part(0)) == content(part(0))
-    cache.forget()
+    cache.close_files()
     assert whole(cache, part(0)) is None
 
 
-def test_two_at_once_download_once(tmp_path: Path) -> None:
+def test_parallel_requests_download_once(tmp_path: Path) -> None:
     downloads = []
     begun = threading.Event()
 
@@ -217,11 +217,11 @@ def test_two_at_once_download_once(tmp_path: Path) -> None:
     assert len(downloads) == 1
 
 
-def test_who_waits_too_long_reads_by_itself(tmp_path: Path) -> None:
+def test_ensure_gives_up_after_its_timeout(tmp_path: Path) -> None:
     cache, other = Cache(settings(tmp_path)), Cache(settings(tmp_path))
 
     def pieces() -> Iterator[bytes]:
-        assert not other.ensure(part(0), lambda: [content(part(0))], patience=0.05)
+        assert not other.ensure(part(0), lambda: [content(part(0))], timeout=0.05)
         yield content(part(0))
 
     assert cache.ensure(part(0), pieces)
@@ -239,7 +239,7 @@ CHILD = """
 """
 
 
-def test_a_downloader_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_killed_download_does_not_block_others(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CHILD), str(folder)], stdout=subprocess.PIPE
@@ -248,7 +248,7 @@ def test_a_downloader_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
     assert child.stdout.readline() == b"half\n"
     cache = Cache(settings(tmp_path))
     assert whole(cache, part(0)) is None
-    assert not cache.ensure(part(0), lambda: [content(part(0))], patience=0.05)
+    assert not cache.ensure(part(0), lambda: [content(part(0))], timeout=0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
@@ -275,7 +275,7 @@ HAMMER = """
             found = whole(cache, one)
         assert found is None or found == content(one), one
         if draws.random() < 0.2:
-            cache.forget()
+            cache.close_files()
 """
 
 
@@ -294,7 +294,7 @@ def test_processes_killed_at_any_instant_leave_whole_ranges(tmp_path: Path) -> N
     for seed in range(3, 9):
         time.sleep(draws.uniform(0.05, 0.3))
         victim = children.pop(0)
-        assert victim.poll() is None  # nobody has seen wrong bytes
+        assert victim.poll() is None  # its assertion on the bytes has not failed
         victim.kill()
         victim.wait()
         children.append(start(seed))
@@ -313,15 +313,15 @@ def test_files_of_an_earlier_boot_are_not_served(tmp_path: Path, monkeypatch: py
     earlier = Cache(settings(tmp_path))
     put(earlier, part(0))
     del earlier
-    monkeypatch.setattr("data_pipeline.storage.cache._boot", lambda: "later")
+    monkeypatch.setattr("data_pipeline.storage.cache._boot_id", lambda: "later")
     later = Cache(settings(tmp_path))
     assert whole(later, part(0)) is None
     later.sweep()
     assert not files(tmp_path)
 
 
-def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -> None:
-    """He waits for the lock of a file that is gone when he gets it."""
+def test_a_process_that_waits_for_a_failed_download_downloads_itself(tmp_path: Path) -> None:
+    """The waiting process gets the lock on a file that the failed process has removed."""
     begun, waiting = threading.Event(), threading.Event()
 
     def failing() -> Iterator[bytes]:
@@ -346,9 +346,9 @@ def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -
 
     def counted(descriptor: int, kind: int) -> None:
         locks.append(kind)
-        if len(locks) == 2:  # the unfinished file's, after that of the folder
+        if len(locks) == 2:  # the lock on the unfinished file; the first is on the folder
             waiting.set()
-            flock(descriptor, fcntl.LOCK_EX)  # as who comes in the moment before it is removed
+            flock(descriptor, fcntl.LOCK_EX)  # blocks until the other process has removed the file
         else:
             flock(descriptor, kind)
 
@@ -362,11 +362,11 @@ def test_who_waits_for_a_download_that_fails_downloads_himself(tmp_path: Path) -
     assert whole(cache, part(0)) == content(part(0))
 
 
-def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: Path) -> None:
+def test_machines_that_share_the_folder_keep_each_others_files(tmp_path: Path) -> None:
     code = """
     import sys
     from data_pipeline.storage import cache
-    cache._boot = lambda: "elsewhere"
+    cache._boot_id = lambda: "elsewhere"
     theirs = cache.Cache(cache.CacheSettings(sys.argv[1], 10**6))
     theirs.ensure(cache.ByteRange("s3://b/0.tar", 10**6, 1, 0, 7), lambda: [b"theirs!"])
     print("ready", flush=True)
@@ -387,7 +387,7 @@ def test_machines_that_share_the_folder_leave_each_other_their_files(tmp_path: P
     assert whole(ours, part(0)) == content(part(0))
 
 
-def test_what_nobody_finishes_or_asks_for_is_removed(tmp_path: Path) -> None:
+def test_old_unfinished_and_unused_files_are_removed(tmp_path: Path) -> None:
     cache = Cache(settings(tmp_path))
     put(cache, part(0))
     names = {"offsets-0", ".offsets-1.7.ab.tmp", "warming-2"}
@@ -426,7 +426,7 @@ def test_the_default_limit_stays_while_the_cache_fills_the_disk(
     assert CacheSettings.of(str(tmp_path / "cache")).limit_bytes == disk // 2
 
 
-def test_the_default_place_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DROMOS_CACHE", raising=False)
     assert CacheSettings.of().folder.endswith(f"/dromos-cache-{os.getuid()}")
     monkeypatch.setenv("DROMOS_CACHE", str(tmp_path / "a" / "b"))

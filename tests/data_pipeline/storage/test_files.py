@@ -30,7 +30,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(params=["disk", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on a disk or in a bucket."""
+    """Root of an empty folder, on disk or in a bucket."""
     if request.param == "disk":
         return str(tmp_path / "root")
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
@@ -52,20 +52,20 @@ def test_a_folder_gives_its_own_tars_sorted(root: str) -> None:
     assert storage.list_shards(f"{root}/00001.tar") == [f"{root}/00001.tar"]
 
 
-def test_a_folder_is_listed_afresh(root: str) -> None:
+def test_a_folder_listing_is_not_cached(root: str) -> None:
     fill(root, "00000.tar")
     assert len(storage.list_shards(root)) == 1
     fill(root, "00001.tar")
     assert len(storage.list_shards(root)) == 2
 
 
-def test_a_brace_pattern_gives_what_it_spells(root: str) -> None:
+def test_a_brace_pattern_gives_its_expansions_in_order(root: str) -> None:
     shards = storage.list_shards(root + "/{b,a}/{00000..00002}.tar")
     assert shards == [f"{root}/{folder}/0000{n}.tar" for folder in "ba" for n in range(3)]
     assert storage.root_of(root + "/{b,a}/{00000..00002}.tar") == root
 
 
-def test_a_star_gives_what_is_there(root: str) -> None:
+def test_a_star_gives_the_existing_files_sorted(root: str) -> None:
     fill(root, "a/1.tar", "a/0.tar", "b/0.tar", "b/0.json")
     assert storage.list_shards(root + "/{b,a}/*.tar") == [
         f"{root}/{f}" for f in ("b/0.tar", "a/0.tar", "a/1.tar")
@@ -94,7 +94,7 @@ def test_a_folder_above_the_tars_names_those_below(tmp_path: Path) -> None:
         storage.list_shards(str(tmp_path))
 
 
-def test_what_is_not_there_is_named(root: str) -> None:
+def test_a_missing_path_is_named(root: str) -> None:
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         storage.list_shards(f"{root}/nowhere")
     with pytest.raises(FileNotFoundError):
@@ -103,13 +103,13 @@ def test_what_is_not_there_is_named(root: str) -> None:
     assert not storage.exists(f"{root}/nowhere.tar")
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(UserError, match="is a file, not a folder"):
         storage.list_shards(str(tmp_path / "a.txt"))
 
 
-def test_unbalanced_braces_are_told_or_literal(tmp_path: Path) -> None:
+def test_unbalanced_braces_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         storage.list_shards(str(tmp_path / "{a,b/*.tar"))
 
@@ -164,7 +164,7 @@ CALLS: dict[str, Callable[[str], object]] = {
 
 @pytest.fixture(scope="module")
 def dead() -> Iterator[tuple[str, ShardReader]]:
-    """A bucket whose server has gone, and a reader opened before."""
+    """(root URL of a bucket whose server is down, reader that was opened before)."""
     with s3_server() as root, pytest.MonkeyPatch.context() as patch:
         with TarWriter(f"{root}/00000.tar") as tar:
             tar.write("0", {"txt": b"a"})
@@ -177,20 +177,24 @@ def dead() -> Iterator[tuple[str, ShardReader]]:
 @pytest.mark.parametrize("call", CALLS)
 def test_a_store_that_does_not_answer_is_a_read_error(dead: tuple[str, ShardReader], call: str) -> None:
     root, _ = dead
-    storage.filesystem(root).invalidate_cache()  # else the listing made before is the answer
+    storage.filesystem(root).invalidate_cache()  # otherwise an earlier listing would answer
     with pytest.raises(ReadError, match=f"{root}.*Error: ") as caught:
         CALLS[call](root)
     assert ("source 'pairs'" in str(caught.value)) == (call == "source")
 
 
-def test_rows_of_a_store_that_went_away_are_named(dead: tuple[str, ShardReader]) -> None:
+def test_a_read_error_names_the_sample(dead: tuple[str, ShardReader]) -> None:
     root, reader = dead
     spec = StreamSpec("pairs", 0, {"a": SourceSpec(root)}, batch=1, image=ImageSpec())
-    with pytest.raises(ReadError, match=rf"{root}/00000\.tar, sample 0: .* at byte 0 after 2 tries: "):
+    with pytest.raises(
+        ReadError, match=rf"{root}/00000\.tar, sample 0: .* stopped at byte 0 after 2 tries: "
+    ):
         BatchBuilder(spec, {"a": reader.manifest}).make(0, 0, 1)
 
 
-def test_missing_keys_and_a_wrong_bucket_are_the_users(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_and_a_wrong_bucket_name_are_user_errors(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
 
     with pytest.raises(UserError, match=r"s3://No_Bucket!/a\.tar: .*correct the bucket's name"):
@@ -200,17 +204,17 @@ def test_missing_keys_and_a_wrong_bucket_are_the_users(s3: str, monkeypatch: pyt
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    object_store.forget()
+    object_store.clear_filesystems()
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         with pytest.raises(UserError, match=rf"{s3}/a\.tar: .*credentials; set AWS_ACCESS_KEY_ID"):
             storage.read_bytes(f"{s3}/a.tar")
     finally:
-        object_store.forget()
+        object_store.clear_filesystems()
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_an_error_of_the_writer_is_no_outage(s3: str) -> None:
+def test_an_error_of_the_writer_passes_through(s3: str) -> None:
     class Mistake(Exception):
         pass
 
@@ -226,15 +230,15 @@ def test_an_unknown_protocol_is_named() -> None:
         storage.exists("nonsense://bucket/a.tar")
 
 
-def test_below() -> None:
-    assert storage.below("./data", "./data/a/0.tar") == "a/0.tar"
-    assert storage.below("data", "data//0.tar") == "0.tar"
-    assert storage.below("", "a/0.tar") == "a/0.tar"
-    assert storage.below("s3://b/x", "s3://b/x/y/0.tar") == "y/0.tar"
+def test_path_below() -> None:
+    assert storage.path_below("./data", "./data/a/0.tar") == "a/0.tar"
+    assert storage.path_below("data", "data//0.tar") == "0.tar"
+    assert storage.path_below("", "a/0.tar") == "a/0.tar"
+    assert storage.path_below("s3://b/x", "s3://b/x/y/0.tar") == "y/0.tar"
 
 
-def test_a_fifo_among_tars_is_named_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_fifo_among_tars_is_an_error_and_does_not_block(tmp_path: Path) -> None:
     source = write_source(tmp_path / "pairs", [3])
     os.mkfifo(source / "00001.tar")
-    with pytest.raises(UserError, match=r"00001\.tar is no regular file"):
+    with pytest.raises(UserError, match=r"00001\.tar is not a regular file"):
         open_source("pairs", str(source))

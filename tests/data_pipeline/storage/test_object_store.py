@@ -1,4 +1,4 @@
-"""Reads from an S3 endpoint that fails: resumed where they broke off, and named when it does not mend."""
+"""Reads from a failing S3 endpoint: interrupted reads resume, and errors after the last retry name the object."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server() -> Iterator[Store]:
 def store(server: Store) -> Iterator[Store]:
     _, proxy = server
     proxy.rate, proxy.kinds = 0.0, KINDS
-    proxy.forget()
+    proxy.reset_counters()
     yield server
     proxy.rate, proxy.kinds = 0.0, KINDS
 
@@ -41,7 +41,7 @@ def test_a_large_range_is_read_in_pieces(store: Store, monkeypatch: pytest.Monke
     before = object_store.requests.gets
     start, stop = 12_345, 12_345 + (3 << 20)
     assert storage.read_range(f"{root}/a.bin", start, stop - start, len(DATA)) == DATA[start:stop]
-    ranges = [tuple(map(int, re.findall(r"\d+", asked))) for _, asked in proxy.log]
+    ranges = [tuple(map(int, re.findall(r"\d+", requested))) for _, requested in proxy.log]
     assert len(ranges) == 3 == object_store.requests.gets - before
     assert ranges[0][0] == start
     assert ranges[-1][1] == stop - 1
@@ -50,15 +50,15 @@ def test_a_large_range_is_read_in_pieces(store: Store, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["truncate", "stall"])
-def test_a_body_that_breaks_off_goes_on_at_the_failed_byte(store: Store, kind: str) -> None:
+def test_an_interrupted_body_resumes_at_the_failed_byte(store: Store, kind: str) -> None:
     root, proxy = store
     proxy.kinds = (kind,)
     length = 900_000
     seed = next(s for s in range(100) if _draws(s, 3) == [True, True, False])
     proxy.rate, proxy._draws = 0.5, random.Random(seed)
     assert storage.read_range(f"{root}/a.bin", 100, length) == DATA[100 : 100 + length]
-    first = [int(re.findall(r"\d+", asked)[0]) for _, asked in proxy.log]
-    # The proxy sends two thirds of what is asked for before it fails.
+    first = [int(re.findall(r"\d+", requested)[0]) for _, requested in proxy.log]
+    # The proxy sends two thirds of the requested bytes before it fails.
     assert first == [100, 100 + 600_000, 100 + 600_000 + 200_000]
     assert sum(proxy.bytes.values()) == length
 
@@ -74,7 +74,7 @@ def _draws(seed: int, count: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_every_call_gives_the_truth_where_a_third_of_the_requests_fail(store: Store, seed: int) -> None:
+def test_every_call_is_right_while_a_third_of_the_requests_fail(store: Store, seed: int) -> None:
     root, proxy = store
     proxy.rate, proxy._draws = 1 / 3, random.Random(seed)
     draws = random.Random(seed)
@@ -99,25 +99,24 @@ def test_every_call_gives_the_truth_where_a_third_of_the_requests_fail(store: St
     assert set(proxy.faults) == set(KINDS)
 
 
-def test_tries_are_bounded_and_named_and_nobody_multiplies_them(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_tries_is_exact_and_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     root, proxy = store
     monkeypatch.setenv("DROMOS_READ_TRIES", "4")
     proxy.rate = 1.0
-    # aiohttp asks a second time, at once, where a connection is reset before the answer.
+    # aiohttp itself repeats a request whose connection is reset before the response.
     for kind, each in (("503", 1), ("reset", 2)):
         proxy.kinds = (kind,)
-        proxy.forget()
+        proxy.reset_counters()
         with pytest.raises(
             ReadError,
-            match=rf"{root}/a\.bin cannot be had: at byte 7 after 4 tries: (503 SlowDown, |503, )?\w+Error",
+            match=rf"{root}/a\.bin could not be read: stopped at byte 7 after 4 tries: (503 SlowDown, |503, )?\w+Error",
         ):
             storage.read_range(f"{root}/a.bin", 7, 10)
         assert sum(proxy.gets.values()) == 4 * each
-        proxy.forget()
+        proxy.reset_counters()
         with pytest.raises(
-            ReadError, match=rf"{root}/a\.bin cannot be had after 4 tries: (503 SlowDown, |503, )?\w+Error"
+            ReadError,
+            match=rf"{root}/a\.bin could not be read after 4 tries: (503 SlowDown, |503, )?\w+Error",
         ):
             storage.size(f"{root}/a.bin")
         assert proxy.faults[kind] == 4 * each
@@ -133,9 +132,9 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
         storage.read_range(url, 3, 3, 300)
     with pytest.raises(UserError, match=r"was changed: it ends before"):
         storage.read_range(url, 600, 3)
-    assert len(proxy.log) == 3  # nobody tries again what no try can mend
+    assert len(proxy.log) == 3  # no retries: they could not help
 
-    # Same size, other content, since it was listed.
+    # The object changes after it was listed, with the same size.
     tags: dict[str, int] = {}
     storage.sizes([url], tags)
     assert storage.read_range(url, 3, 3, 500, tags[url]) == b"ern"
@@ -145,13 +144,13 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
         storage.read_range(url, 3, 3, 500, tags[url])
     assert len(proxy.log) == before + 1
 
-    # And between two pieces of one read.
-    proxy.forget()
+    # The object changes between two pieces of one read.
+    proxy.reset_counters()
     monkeypatch.setattr(object_store, "RANGE_BYTES", 100)
     count = Proxy.count
 
-    def change(self: Proxy, key: str, asked: str) -> None:
-        count(self, key, asked)
+    def change(self: Proxy, key: str, requested: str) -> None:
+        count(self, key, requested)
         if len(proxy.log) == 2:
             storage.publish(url, b"later" * 100)
 
@@ -163,11 +162,11 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("answered", "kind", "said"),
     [
-        ({"ContentRange": "bytes 12-19/100"}, ReadError, "asked for bytes from 10, got them from 12"),
-        ({"ContentLength": 100}, UserError, "does not answer ranges"),
+        ({"ContentRange": "bytes 12-19/100"}, ReadError, "requested bytes from 10, received bytes from 12"),
+        ({"ContentLength": 100}, UserError, "does not support range"),
     ],
 )
-def test_other_bytes_than_those_asked_for_are_not_taken(
+def test_a_response_with_other_bytes_is_refused(
     store: Store, monkeypatch: pytest.MonkeyPatch, answered: dict[str, object], kind: type, said: str
 ) -> None:
     import s3fs
@@ -175,16 +174,18 @@ def test_other_bytes_than_those_asked_for_are_not_taken(
     root, _ = store
     ask = s3fs.S3FileSystem._call_s3
 
-    async def lying(self: object, *args: object, **kwargs: object) -> object:
+    async def wrong_response(self: object, *args: object, **kwargs: object) -> object:
         answer = await ask(self, *args, **kwargs)
         return {"Body": answer["Body"], **answered}
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", lying)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", wrong_response)
     with pytest.raises(kind, match=said):
         storage.read_range(f"{root}/a.bin", 10, 8)
 
 
-def test_what_is_gone_or_refused_is_said_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_forbidden_objects_fail_without_retries(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, proxy = store
     with pytest.raises(UserError, match=rf"{root}/no\.tar is gone"):
         storage.read_range(f"{root}/no.tar", 0, 10)
@@ -203,7 +204,7 @@ def test_what_is_gone_or_refused_is_said_at_once(store: Store, monkeypatch: pyte
         raise translate_boto_error(ClientError(answer, "GetObject"))
 
     monkeypatch.setattr(object_store._reader(root), "_call_s3", refuse)
-    with pytest.raises(UserError, match=r"a\.bin may not be read \(AccessDenied: .*credentials"):
+    with pytest.raises(UserError, match=r"permission denied reading .*a\.bin \(AccessDenied: .*credentials"):
         storage.read_range(f"{root}/a.bin", 0, 10)
 
 
@@ -216,7 +217,9 @@ def test_other_protocols_are_read_too() -> None:
     assert storage.size("memory://folder/a.bin") == 10
 
 
-def test_a_setting_that_is_no_number_is_the_users(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_is_not_a_number_is_a_user_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DROMOS_READ_TRIES", "many")
-    with pytest.raises(UserError, match=r"DROMOS_READ_TRIES.*are numbers"):
+    with pytest.raises(UserError, match=r"DROMOS_READ_TRIES.*must be numbers"):
         storage.exists(f"{store[0]}/a.bin")
