@@ -1,4 +1,7 @@
-"""What a merge will do, as pure data: every tensor, where it comes from, its weights, its place in the output files."""
+"""`Plan`, `TensorJob`, `Term`: a merge as pure data.
+
+A plan states for every output tensor its inputs, its weights and its position in the output files.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,9 @@ Method = Literal[
     "copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
     "nuslerp", "multislerp", "karcher", "model_stock", "sce",
 ]  # fmt: skip
-# The others are for mergekit's files.
+# Methods of dromos specs and flags; the rest of `Method` is only available in mergekit files.
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
-"""methods that add differences to a base"""
+BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")  # methods that add differences to a base
 
 Why = Literal["mixed", "rest", "frozen", "integer", "excluded", "rule", "layer"]
 Option = float | bool | int | str
@@ -28,12 +30,12 @@ Options = tuple[tuple[str, Option], ...]
 
 @dataclass(frozen=True)
 class Term:
-    """One tensor of one source, and how much of it.
+    """One tensor of one source with its weight.
 
     source:  index into the plan's addresses.
-    name:    the tensor's name in that source.
-    weight:  resolved: what the method multiplies with.
-    density: share of the entries that TIES and DARE keep.
+    name:    name of the tensor in that source.
+    weight:  resolved factor of the tensor in the method.
+    density: fraction of the entries that TIES and DARE keep.
     """
 
     source: int
@@ -46,13 +48,14 @@ class Term:
 class TensorJob:
     """One tensor of the output.
 
-    dtype, shape: of the output; dtype as safetensors spells it.
+    dtype:   of the output, in safetensors spelling.
+    shape:   of the output.
     method:  "copy" (the bytes of the only term) or the method that combines the terms.
-    terms:   in the order in which they are added; none has weight 0.
-    base:    what TIES, DARE and task arithmetic add to.
-    options: `t` (slerp: the share of the second term), `lambda`, `normalize` (of TIES and DARE-TIES, which divide at
-             each entry by the weights that agree), `rescale`, `seed`; sorted by name.
-    why:     mixed, or why it is not: rest, frozen, integer, excluded, rule, layer (of a passthrough).
+    terms:   in the order of addition; no weight is 0.
+    base:    the tensor to which TIES, DARE and task arithmetic add differences.
+    options: sorted by name: `t` (slerp: weight of the second term), `lambda`, `normalize` (TIES and DARE-TIES divide
+             each entry by the sum of the weights that agree in sign), `rescale`, `seed`, ...
+    why:     "mixed", or why it is copied: rest, frozen, integer, excluded, rule, layer (of a passthrough).
     file:    index into the plan's files.
     offset:  in bytes from the start of that file.
     """
@@ -70,27 +73,27 @@ class TensorJob:
 
     @property
     def copy(self) -> bool:
-        """Whether the output has the stored bytes of the only term."""
+        """True if the output has the stored bytes of the only term."""
         return self.method == "copy"
 
     @property
     def reads(self) -> tuple[Term, ...]:
-        """Every tensor that is read, the base last."""
+        """All tensors that are read, the base last."""
         return self.terms if self.base is None else (*self.terms, self.base)
 
     @property
     def size(self) -> int:
-        """Bytes in the output."""
+        """Size in the output, in bytes."""
         return elements(self.shape) * DTYPES[self.dtype].itemsize
 
     def option(self, name: str, default: Option) -> Option:
-        """The option of that name."""
+        """The option `name`, or `default` if it is not set."""
         return dict(self.options).get(name, default)
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file of the output: its header is final before any tensor is written."""
+    """One file of the output. The header is final before any tensor is written."""
 
     name: str
     header: bytes
@@ -99,19 +102,21 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole merge; the writer does what stands here and decides nothing.
+    """A complete merge. The writer carries it out and decides nothing.
 
-    addresses:  of every source; the first `inputs` of them are merged, after them stand base and sources of copies.
-    weights:    of the inputs, where no rule says otherwise.
-    asked:      the request, as it would stand in a spec.
-    files:      output files in order; `index` is the content of model.safetensors.index.json, None for one file.
-    frozen:     a frozen.safetensors that the output shares with its inputs.
-    left_out:   names that stand in an input and not in the output.
-    tied:       name -> the name under which the same weight is stored.
-    companions: file name -> the file to copy, or its content.
-    stage_dir:  whose resolved.yaml describes the model.
-    notes:      what a person should know before they start.
-    rows:       of every source a digest of the rows in which its embeddings are seen, where a vocabulary rule says so.
+    addresses:    of all sources: first the `inputs` that are merged, then the base and the sources of copies.
+    inputs:       number of inputs.
+    weights:      of the inputs, unless a rule overrides them; empty for a mergekit file.
+    request:      the request under the keys of a spec; merge.json stores it as `asked`.
+    files:        output files in order.
+    index:        content of model.safetensors.index.json; None for one file.
+    frozen:       a frozen.safetensors that the output shares with its inputs.
+    left_out:     names of input tensors that the output does not have.
+    tied:         name -> stored name of the same weight.
+    companions:   file name -> file to copy, or its content.
+    stage_dir:    stage folder whose resolved.yaml describes the model.
+    notes:        for the user to read before the merge starts.
+    rows_digests: per source, the digest of its embeddings' row maps; empty if the rows are read as stored.
     """
 
     addresses: tuple[str, ...]
@@ -132,11 +137,11 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Bytes of the output's tensors and headers."""
+        """Bytes of all output files."""
         return sum(file.size for file in self.files)
 
     def key(self, hashes: Sequence[dict[str, str]]) -> str:
-        """16 hex digits that change with anything that changes the output; `hashes`: of each source's files."""
+        """16 hex digits that change whenever the output changes; `hashes`: per source, file name -> content hash."""
         jobs = [
             [
                 j.name,
@@ -164,5 +169,5 @@ def _plain(term: Term | None) -> list[Any] | None:
 
 
 def letter(index: int) -> str:
-    """A, B, ... Z, then I27, I28, ..."""
+    """Letter of an input: A, B, ... Z, then I27, I28, ..."""
     return chr(ord("A") + index) if index < 26 else f"I{index + 1}"

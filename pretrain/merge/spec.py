@@ -1,4 +1,7 @@
-"""A merge as a YAML file or flags say it, checked: MergeSpec becomes a Request; mergekit's files are told apart."""
+"""`MergeSpec`: the schema of a merge in YAML or flags, and its conversion to a Request and a plan.
+
+`load_spec` recognises mergekit files; `replan` plans again from the record in merge.json.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _range(value: Any) -> Any:
         return value
     first, colon, last = value.partition(":")
     if not colon or not first.strip().isdigit() or not last.strip().isdigit():
-        raise ValueError(f"{value!r}: write FIRST:LAST, two whole numbers")
+        raise ValueError(f"{value!r}: write FIRST:LAST with two integers")
     return (int(first), int(last))
 
 
@@ -42,40 +45,44 @@ Range = Annotated[tuple[int, int], BeforeValidator(_range)]
 
 
 class InputSpec(Strict):
-    """One model that is merged; a bare address is `{path: ADDRESS}`."""
+    """One input model; a plain address is short for `{path: ADDRESS}`."""
 
     path: str = Field(description="Address: RUN/STAGE[@STEP], a folder or file, s3://, hf://.")
     weight: float | None = Field(
-        None, description="Its share (linear, slerp) or factor (methods with a base)."
+        None, description="Its weight: a share (linear, slerp) or a factor (methods with a base)."
     )
-    density: float | None = Field(None, description="TIES, DARE: the share of its differences that is kept.")
+    density: float | None = Field(None, description="TIES, DARE: fraction of its differences that is kept.")
 
 
 class RuleSpec(Strict):
-    """What is done with tensors in whose name `match` is found; the first rule that matches wins."""
+    """How tensors whose name matches are handled; the first rule that matches wins."""
 
-    match: str = Field("", description="Regular expression, found anywhere in the name; empty: every name.")
-    layers: Range | None = Field(None, description="FIRST:END, the layer numbers that the rule holds for.")
-    beta: float | None = Field(None, description="Of two inputs, the weight of the first.")
-    weights: list[float] | None = Field(None, description="One share or factor for each input.")
-    t: float | None = Field(None, description="slerp: the share of the second input.")
-    curve: list[float] | None = Field(
-        None, description="Of two inputs: betas at equal distances over `layers`, linear in between."
+    match: str = Field(
+        "", description="Regular expression, searched in the whole name; empty matches every name."
     )
-    exclude: bool = Field(False, description="Not mixed: as outside `only`.")
+    layers: Range | None = Field(
+        None, description="FIRST:END, layer numbers that the rule applies to, END excluded."
+    )
+    beta: float | None = Field(None, description="Weight of the first of two inputs.")
+    weights: list[float] | None = Field(None, description="One share or factor per input.")
+    t: float | None = Field(None, description="slerp: weight of the second input.")
+    curve: list[float] | None = Field(
+        None, description="Two inputs: betas at equal distances over `layers`, interpolated linearly."
+    )
+    exclude: bool = Field(False, description="Not mixed, like tensors outside `only`.")
     copy_from: str | None = Field(
-        None, description="Copied from an input (A, B, ... or its address) or elsewhere."
+        None, description="Copied from an input (A, B, ... or its address) or from another address."
     )
 
     def rule(self) -> Rule:
-        """As plain data; UserError where beta and weights contradict each other."""
+        """As plain data; raises UserError if both beta and weights are set."""
         weights = tuple(self.weights) if self.weights is not None else None
         if self.beta is not None:
             if weights is not None:
-                raise UserError(f"rule {self.match!r}: give beta or weights, not both")
+                raise UserError(f"rule {self.match!r}: write beta or weights, not both")
             if not 0 <= self.beta <= 1:
                 raise UserError(
-                    f"rule {self.match!r}: beta {self.beta:g} is not between 0 and 1; to extrapolate give weights, "
+                    f"rule {self.match!r}: beta {self.beta:g} is not between 0 and 1; to extrapolate, write weights "
                     f"{self.beta:g} and {1 - self.beta:g}"
                 )
             weights = (self.beta, 1.0 - self.beta)
@@ -84,24 +91,24 @@ class RuleSpec(Strict):
 
 
 class WindowSpec(Strict):
-    """Checkpoints of one run in place of `inputs`; give one of last, steps, samples, tokens."""
+    """Checkpoints of one run instead of `inputs`; needs one of last, steps, samples, tokens."""
 
     run: str = Field(description="RUN/STAGE.")
-    last: int | None = Field(None, description="So many of the newest complete checkpoints.")
+    last: int | None = Field(None, description="Number of newest complete checkpoints.")
     steps: Range | None = Field(None, description="FIRST:LAST, both included.")
-    samples: Range | None = Field(None, description="FIRST:LAST samples consumed, of all streams together.")
+    samples: Range | None = Field(None, description="FIRST:LAST samples consumed, summed over all streams.")
     tokens: Range | None = Field(None, description="FIRST:LAST tokens consumed, padding included.")
-    every: int = Field(1, description="Only checkpoints whose step this number divides.")
+    every: int = Field(1, description="Only checkpoints whose step is a multiple of it.")
     schedule: checkpoint_windows.Schedule = Field(
-        "uniform", description="How much of each (pretrain.merge.planning.checkpoint_windows)."
+        "uniform", description="Weights of the checkpoints (pretrain.merge.planning.checkpoint_windows)."
     )
     decay: float | None = Field(
-        None, description=f"Of schedule ema; {checkpoint_windows.DECAY} where it is not given."
+        None, description=f"Only for schedule ema; default: {checkpoint_windows.DECAY}."
     )
 
 
 class MergeSpec(Strict):
-    """A merge: theta = beta * A + (1 - beta) * B by default. Addresses are relative to where the command runs."""
+    """A merge: theta = beta * A + (1 - beta) * B by default. Paths are relative to the working directory."""
 
     method: Literal["linear", "soup", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(
         "linear", description="`soup` is linear with equal weights."
@@ -109,35 +116,39 @@ class MergeSpec(Strict):
     inputs: list[str | InputSpec] = Field(
         default_factory=list, description="Addresses, or maps with weights."
     )
-    window: WindowSpec | None = Field(None, description="Checkpoints of one run in place of `inputs`.")
-    base: str | None = Field(None, description="What task arithmetic, TIES and DARE add differences to.")
-    beta: float | None = Field(None, description="Of two inputs, the weight of the first, from 0 to 1.")
-    weights: list[float] | None = Field(None, description="One for each input.")
-    t: float | None = Field(None, description="slerp: the share of the second input, 1 - beta.")
+    window: WindowSpec | None = Field(None, description="Checkpoints of one run instead of `inputs`.")
+    base: str | None = Field(
+        None, description="Model to which task arithmetic, TIES and DARE add differences."
+    )
+    beta: float | None = Field(None, description="Weight of the first of two inputs, from 0 to 1.")
+    weights: list[float] | None = Field(None, description="One per input.")
+    t: float | None = Field(None, description="slerp: weight of the second input, 1 - beta.")
     lambda_: float | None = Field(None, alias="lambda", description="Factor of the summed differences.")
     density: Annotated[list[float] | None, BeforeValidator(_list)] = Field(
         None,
-        description="TIES, DARE: the share of differences that is kept; one for all, or one for each input.",
+        description="TIES, DARE: fraction of the differences that is kept; one value, or one per input.",
     )
     normalize: bool | None = Field(
-        None, description="Divide by the sum of the weights; default: linear and ties."
+        None, description="Divide by the sum of the weights; default: true for linear and ties."
     )
-    rescale: bool | None = Field(None, description="DARE: divide what is kept by the density; default true.")
-    seed: int | None = Field(None, ge=0, description="Of DARE's random entries.")
+    rescale: bool | None = Field(None, description="DARE: divide kept entries by the density; default: true.")
+    seed: int | None = Field(None, ge=0, description="Seed of DARE's random draw.")
     only: str | None = Field(None, description="Regular expression of the tensors that are mixed.")
     exclude: str | None = Field(None, description="Regular expression of tensors that are not mixed.")
-    rules: list[RuleSpec] = Field(default_factory=list, description="By name; the first that matches wins.")
-    copy_rest: str | None = Field(None, description="Whose tensors the rest is: A, B, ... or an address.")
-    dtype: str | None = Field(None, description="Type of the mixed tensors; default: that of the inputs.")
+    rules: list[RuleSpec] = Field(
+        default_factory=list, description="By name; the first rule that matches wins."
+    )
+    copy_rest: str | None = Field(
+        None, description="Model that tensors outside the mix are copied from: A, B, ... or an address."
+    )
+    dtype: str | None = Field(None, description="Dtype of the mixed tensors; default: that of the inputs.")
     max_shard_size: Annotated[int, BeforeValidator(parse_size)] = Field(
         SHARD_SIZE, description="Bytes of tensors in one file, such as 5GB."
     )
-    vocabulary: Vocabulary | None = Field(
-        None, description="Inputs of different vocabularies: tokens of the output."
-    )
+    vocabulary: Vocabulary | None = Field(None, description="Rule for inputs of different vocabularies.")
 
     def request(self) -> Request:
-        """As plain data, windows expanded. Raises UserError for whatever contradicts itself."""
+        """As plain data, with windows expanded. Raises UserError for contradictory options."""
         addresses, weights = self._inputs()
         return request(
             addresses,
@@ -164,27 +175,29 @@ class MergeSpec(Strict):
     def _inputs(self) -> tuple[list[str], list[float] | None]:
         if self.window is None:
             own = [entry.weight for entry in self.inputs if isinstance(entry, InputSpec)]
-            return [_path(entry) for entry in self.inputs], self._own("weight", own, self.weights)
+            return [_path(entry) for entry in self.inputs], self._per_input("weight", own, self.weights)
         given = [name for name in ("inputs", "beta", "weights", "t") if getattr(self, name) not in (None, [])]
         if given:
-            raise UserError(f"a window says inputs and weights itself; leave {' and '.join(given)} out")
+            raise UserError(f"a window sets inputs and weights itself; leave out {' and '.join(given)}")
         if self.method != "linear":
-            raise UserError(f"a window is a linear merge; method {self.method} does not go with it")
+            raise UserError(f"a window is a linear merge; it cannot use method {self.method}")
         return checkpoint_windows.expand(checkpoint_windows.Window(**dict(self.window)))
 
     def _densities(self) -> list[float] | None:
         own = [entry.density for entry in self.inputs if isinstance(entry, InputSpec)]
-        return self._own("density", own, self.density)
+        return self._per_input("density", own, self.density)
 
-    def _own(self, name: str, own: list[float | None], given: list[float] | None) -> list[float] | None:
-        """What stands at each input, or what stands once for all."""
+    def _per_input(self, name: str, own: list[float | None], given: list[float] | None) -> list[float] | None:
+        """The values set at each input, else the list of the spec."""
         found = [value for value in own if value is not None]
         if not found:
             return given
         if given is not None:
-            raise UserError(f"{name} stands at the inputs and once for all; give it in one place")
+            raise UserError(f"{name} is set both at the inputs and for the merge; set it in one place")
         if len(found) != len(self.inputs):
-            raise UserError(f"{name} stands at {len(found)} of {len(self.inputs)} inputs; give it at each")
+            raise UserError(
+                f"{name} is set at {len(found)} of {len(self.inputs)} inputs; set it at every input"
+            )
         return found
 
 
@@ -195,24 +208,24 @@ def _path(entry: str | InputSpec) -> str:
 def merge_spec(
     values: Mapping[str, Any], where: str, lines: Mapping[tuple[str, ...], int] | None = None
 ) -> MergeSpec:
-    """`values` checked; one UserError for all that is wrong with them."""
+    """Validate `values`; raises one UserError that lists all errors. `lines`: key -> line in the file."""
     try:
         return MergeSpec.model_validate(values)
     except ValidationError as error:
-        told = []
-        for one in error.errors():
-            # Branches of `str | InputSpec` name themselves in the place; a person did not write them.
-            key = tuple(str(part) for part in one["loc"] if part not in ("str", "InputSpec"))
-            if one["loc"][-1:] == ("str",):
+        messages = []
+        for detail in error.errors():
+            # pydantic adds the branches of `str | InputSpec` to the location; the user did not write them.
+            key = tuple(str(part) for part in detail["loc"] if part not in ("str", "InputSpec"))
+            if detail["loc"][-1:] == ("str",):
                 continue
             line = (lines or {}).get(key)
             place = f"{where}:{line}" if line else where
-            told.append(f"{place}: {'.'.join(key)}: {describe(MergeSpec, key, one)}")
-        raise UserError("\n".join(told)) from None
+            messages.append(f"{place}: {'.'.join(key)}: {describe(MergeSpec, key, detail)}")
+        raise UserError("\n".join(messages)) from None
 
 
 def load_spec(path: str | Path) -> MergeSpec | MergekitFile:
-    """Read a YAML file: mergekit's where it has `merge_method`, else one of our own."""
+    """Read a YAML file: a mergekit file if it has `merge_method`, else a dromos spec."""
     document = load_yaml(path, "spec")
     if is_mergekit(document.values):
         return parse(document.path, document.values)
@@ -222,9 +235,9 @@ def load_spec(path: str | Path) -> MergeSpec | MergekitFile:
 def prepare_spec(
     spec: MergeSpec | MergekitFile, max_shard_size: int | None = None, seed: int | None = None
 ) -> tuple[Plan, OpenedInputs]:
-    """Plan what a spec asks. `max_shard_size` and `seed` stand for what the file does not say.
+    """Open and plan a spec. `max_shard_size` and `seed` come from the command line.
 
-    A merge of our own has both among its keys; mergekit takes them from its command line.
+    A dromos spec may have both as keys; setting one twice raises UserError. A mergekit file has neither.
     """
     if isinstance(spec, MergekitFile):
         opened = open_mergekit(spec)
@@ -232,19 +245,16 @@ def prepare_spec(
     more = {"max_shard_size": max_shard_size, "seed": seed}
     given = {name: value for name, value in more.items() if value is not None}
     if (twice := sorted(given.keys() & spec.model_fields_set)) and given:
-        raise UserError(f"{', '.join(twice)}: stands in the spec too; give it in one place")
+        raise UserError(f"{', '.join(twice)}: also set in the spec; set it in one place")
     (plan,), opened = prepare(spec.model_copy(update=given).request())
     return plan, opened
 
 
-def replan(asked: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, OpenedInputs]:
-    """The plan again from what a plan's `asked` and a record in merge.json say."""
-    if "mergekit" in asked:
-        from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
-        from pretrain.merge.mergekit.yaml_file import parse
-
-        file = parse(asked["file"], asked["mergekit"])
+def replan(record: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, OpenedInputs]:
+    """Plan again from `Plan.request`, which merge.json stores as `asked`."""
+    if "mergekit" in record:
+        file = parse(record["file"], record["mergekit"])
         opened = open_mergekit(file, run_dir)
-        return plan_mergekit(file, opened, asked["max_shard_size"], asked["seed"]), opened
-    (plan,), opened = prepare(Request.from_dict(asked), run_dir=run_dir)
+        return plan_mergekit(file, opened, record["max_shard_size"], record["seed"]), opened
+    (plan,), opened = prepare(Request.from_dict(record), run_dir=run_dir)
     return plan, opened

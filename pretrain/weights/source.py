@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote
-from pretrain.run.address import WHICH, Located, locate
+from pretrain.run.address import AT_STEP, Located, locate
 from pretrain.run.folder import step_of
 from pretrain.weights import companions, hub
 from pretrain.weights.byte_file import ByteFile, LocalFile, open_file
@@ -211,8 +211,8 @@ def _enclosing_folder(path: str) -> tuple[Folder | None, str | None]:
 
 def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
     """The folder of the weights: the folder itself, the one that its `latest` file names, or a step of a stage."""
-    if is_remote(located.path) and (found := WHICH.match(located.path)):
-        return _remote_step(found["base"], found["which"], address)
+    if is_remote(located.path) and (found := AT_STEP.match(located.path)):
+        return _remote_step(found["base"], found["at"], address)
     folder = Folder(located.path)
     if is_universal(folder):
         return replace(located, kind="folder"), folder

@@ -1,4 +1,4 @@
-"""`chat_template` of a mergekit file: the one that most models have, a known one by its name, or the text itself."""
+"""`chat_template` of a mergekit file: `auto` (the most frequent one), a known name, or the template itself."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ KNOWN = {
 }
 
 
-def chosen_template(sources: Sequence[WeightSource], wanted: str | None) -> tuple[str | None, list[str]]:
-    """The output's template, None where the file says nothing of it; and notes. UserError for a name not in KNOWN."""
-    if wanted is None:
+def chosen_template(sources: Sequence[WeightSource], setting: str | None) -> tuple[str | None, list[str]]:
+    """Return the output's template (None if the file sets none), and notes. Raises UserError for an unknown name."""
+    if setting is None:
         return None, []
-    if wanted == "auto":
+    if setting == "auto":
         found = [text.strip() for source in sources if (text := template_of(source))]
         if not found:
-            return None, ["chat_template: auto, and no model has one"]
+            return None, ["chat_template: auto, but no model has a chat template"]
         return Counter(found).most_common(1)[0][0], []
-    if "{" in wanted:
-        return wanted, []
-    if wanted not in KNOWN:
+    if "{" in setting:
+        return setting, []
+    if setting not in KNOWN:
         raise UserError(
-            f"chat_template: {wanted!r} is not known here; known: auto, {', '.join(KNOWN)}; or write the template "
-            "itself, in Jinja"
+            f"chat_template: unknown name {setting!r}; write auto, {', '.join(KNOWN)}, or the Jinja template itself"
         )
-    return KNOWN[wanted], []
+    return KNOWN[setting], []
 
 
 def template_of(source: WeightSource) -> str | None:
-    """The chat template beside weights, wherever it stands; of several the default."""
+    """The chat template of a source, from any of its companions; the default one if there are several."""
     beside = source.companions
     if NAME in beside:
         return read_companion(beside[NAME]).decode("utf-8", "replace")
@@ -59,9 +58,9 @@ def template_of(source: WeightSource) -> str | None:
         if isinstance(found, list):
             found = next(
                 (
-                    one.get("template")
-                    for one in found
-                    if isinstance(one, dict) and one.get("name") == "default"
+                    entry.get("template")
+                    for entry in found
+                    if isinstance(entry, dict) and entry.get("name") == "default"
                 ),
                 None,
             )
@@ -71,7 +70,7 @@ def template_of(source: WeightSource) -> str | None:
 
 
 def with_template(source: WeightSource, text: str) -> WeightSource:
-    """`source` with this template and no other beside it."""
+    """`source` with `text` as its only chat template."""
     beside: dict[str, Path | bytes] = {
         name: c for name, c in source.companions.items() if not name.startswith("chat_template")
     }

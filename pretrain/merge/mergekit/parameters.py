@@ -1,4 +1,4 @@
-"""mergekit's parameters for one tensor: filters, gradients over layers, and which scope wins."""
+"""Parameters of a tensor in a mergekit file: filters, gradients over layers, and the precedence of scopes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Scalar = float | bool
 
 
 def evaluate(setting: Any, name: str, at: float) -> Scalar | None:
-    """The value for tensor `name`; None where no filter matches.
+    """The value of a setting for tensor `name`; None if no filter matches.
 
-    setting: a number or a boolean; a list of numbers, given at equal distances over the layers of the slice and
-             interpolated between (booleans: the nearest one below); or `{filter, value}`, or a list of them, of which
-             the first counts whose filter is absent, `*`, or found in the name.
-    at:      place of the layer in its slice, from 0 to 1.
+    setting: a number or boolean; a list of numbers at equal distances over the layers of the slice, interpolated
+             linearly (booleans: the nearest one below); or `{filter, value}` or a list of these: the first one applies
+             whose filter is absent, `*`, or a substring of the name.
+    at:      position of the layer in its slice, from 0 to 1.
     """
     if isinstance(setting, dict):
         setting = [setting]
@@ -35,11 +35,11 @@ def evaluate(setting: Any, name: str, at: float) -> Scalar | None:
     for entry in setting:
         if not isinstance(entry, dict) or not set(entry) <= {"filter", "value"} or "value" not in entry:
             raise UserError(
-                f"mergekit parameter {entry!r}: write filter and value; mergekit passes over other keys, so that "
-                "this would hold for every tensor"
+                f"mergekit parameter {entry!r}: write only filter and value; mergekit ignores other keys and "
+                "would apply the value to every tensor"
             )
-        wanted = entry.get("filter")
-        if wanted is None or wanted == "*" or str(wanted) in name:
+        pattern = entry.get("filter")
+        if pattern is None or pattern == "*" or str(pattern) in name:
             return evaluate(entry["value"], name, at)
     return None
 
@@ -48,16 +48,16 @@ def _scalar(value: Any) -> Scalar:
     if isinstance(value, bool):
         return value
     try:
-        number = float(value)  # YAML reads 1e-3 as text
+        number = float(value)  # YAML parses 1e-3 as a string
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"mergekit parameter {value!r}: a finite number")
+        raise UserError(f"mergekit parameter {value!r}: must be a finite number")
     return number
 
 
 def scopes(file: MergekitFile, part: Slice, source: Input | None) -> Iterable[Settings]:
-    """From the scope that wins to the one that is asked last: source, slice, module, whole file."""
+    """Scopes in order of precedence: source, slice, module, whole file."""
     if source is not None:
         yield source.parameters
     yield part.parameters
@@ -68,7 +68,7 @@ def scopes(file: MergekitFile, part: Slice, source: Input | None) -> Iterable[Se
 def parameter(
     file: MergekitFile, part: Slice, source: Input | None, key: str, name: str, at: float
 ) -> Scalar | None:
-    """The value of a parameter for a tensor; None where no scope gives one. `source`: of parameters of one input."""
+    """The value of parameter `key` for tensor `name`; None if no scope sets it. `source`: its input, if any."""
     for scope in scopes(file, part, source):
         if key in scope:
             found = evaluate(scope[key], name, at)

@@ -1,4 +1,4 @@
-"""From mergekit's YAML and the models it names to a plan: layers renumbered, parameters resolved for every tensor."""
+"""Plans a mergekit file: opens its models, renumbers layers and resolves the parameters of every tensor."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from pretrain.merge.planning.assemble import assemble, refusal
 from pretrain.merge.planning.inputs import OpenedInputs, quantised_inputs
 from pretrain.merge.planning.lineage import lineage_notes
 from pretrain.merge.planning.rules import split_layer
-from pretrain.merge.vocabulary.align import ADVICE, aligned
+from pretrain.merge.vocabulary.align import VocabularyMismatch, aligned
 from pretrain.weights.companions import with_layers
 from pretrain.weights.source import WeightSource, open_weights
 
+# Substrings of the names of tensors before the first layer. All other tensors outside layers come after the last one,
+# also `embed_out`, the head of GPT-NeoX.
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
-"""parts of the names of tensors that stand before the layers; the others outside layers, and GPT-NeoX's head, stand
-after them"""
 
 
 def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> OpenedInputs:
-    """Open every model of the file, the base first, their vocabularies brought together as it asks."""
+    """Open every model of the file, the base first, and align vocabularies as the file sets it."""
     opened = [open_weights(model, run_dir) for model in _addresses(file)]
     models = len(file.models())
-    text, told = chosen_template(opened[:models], file.template)
+    text, template_notes = chosen_template(opened[:models], file.template)
     sources, notes = _aligned(file, opened)
     if text is not None:
         sources = [with_template(source, text) for source in sources]
-    return OpenedInputs(sources, models, notes=(*notes, *told))
+    return OpenedInputs(sources, models, notes=(*notes, *template_notes))
 
 
 def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int, seed: int = 0) -> Plan:
-    """`opened`: by `open_mergekit`. Raises one UserError with every mismatch."""
+    """Plan a mergekit file whose models `open_mergekit` opened. Raises one UserError that lists every mismatch."""
     sources = opened.sources
     index = {model: number for number, model in enumerate(file.models())}
-    if file.method != "passthrough" and (told := quantised_inputs(sources[: opened.inputs])):
-        raise UserError("\n".join(told))
+    if file.method != "passthrough" and (quantised := quantised_inputs(sources[: opened.inputs])):
+        raise UserError("\n".join(quantised))
     resolver = TensorResolver(file, sources, index, seed)
     main = index[file.base] if file.base is not None else index[file.slices[0].inputs[0].model]
-    wants, taken = _wants(file, sources, index, sources[main])
-    decided = [found for want in wants if (found := resolver.decide(want)) is not None]
+    tensors, taken = _output_tensors(file, sources, index, sources[main])
+    planned = [found for tensor in tensors if (found := resolver.resolve(tensor)) is not None]
     if resolver.problems:
         names = " and ".join(f"{letter(i)} ({source.address})" for i, source in enumerate(sources))
-        raise refusal(names, resolver.problems, f"as {file.path} asks")
+        raise refusal(names, resolver.problems, f"the merge is defined in {file.path}")
     ties = [
-        f"{one.name} is written, and the config, that of {sources[main].address}, ties it to {to}: who loads the model "
-        "may get that instead"
-        for one in decided
-        if (to := sources[main].tied.get(one.name)) is not None
+        f"the output has {tensor.name}, but its config (from {sources[main].address}) ties this tensor to {to}: a "
+        "library may load that tensor instead"
+        for tensor in planned
+        if (to := sources[main].tied.get(tensor.name)) is not None
     ]
     plan = assemble(
-        decided,
+        planned,
         sources,
         main,
         max_shard_size,
@@ -71,35 +71,35 @@ def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int,
 
 
 def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[WeightSource], list[str]]:
-    """The sources with the same rows, and notes. mergekit merges rows by number where no tokenizer_source is given."""
+    """The sources with equal embedding rows, and notes. Without tokenizer_source mergekit merges rows by index."""
     if file.tokens is not None:
         first, last = ({one.model for one in file.slices[end].inputs} for end in (0, -1))
         return remap_to_tokenizer(sources, _addresses(file), file.base, file.tokens, (first, last))
     try:
         return aligned(sources, None), []
-    except UserError as error:
-        why = str(error).removesuffix(f"; {ADVICE}")
-        advice = "tokenizer_source: base (or union) goes by token"
-        return sources, [f"without tokenizer_source rows are merged by their numbers, and {why}; {advice}"]
+    except VocabularyMismatch as error:
+        advice = "set tokenizer_source: base (or union) to merge by token"
+        return sources, [f"no tokenizer_source: merges rows by index, but {error.difference}; {advice}"]
 
 
 def _addresses(file: MergekitFile) -> list[str]:
-    """Of the models, and of one that gives its tokenizer only."""
-    wanted = file.tokens.source if file.tokens is not None else "base"
-    return list(dict.fromkeys([*file.models(), *([wanted] if wanted not in ("base", "union") else [])]))
+    """Addresses of all models, and of the tokenizer's source if it is not one of them."""
+    source = file.tokens.source if file.tokens is not None else "base"
+    return list(dict.fromkeys([*file.models(), *([source] if source not in ("base", "union") else [])]))
 
 
-def _wants(
+def _output_tensors(
     file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], main: WeightSource
 ) -> tuple[list[OutputTensor], list[int] | None]:
-    """Every tensor of the output in order, and, for slices, the first source's layer that each layer comes from.
+    """Return all output tensors in order and, for slices, the layer of the first source behind each output layer.
 
-    main: whose config the output has. A head that it stores, and another model ties, is that model's embedding.
+    main: the source of the output's config. If it stores a head that another model ties, that model contributes its
+          embedding.
     """
     layers = [_layers(source) for source in sources]
     first, last = file.slices[0], file.slices[-1]
     ends = [[sources[index[one.model]] for one in part.inputs] for part in (first, last)]
-    wants = [_outside(name, first, ends[0]) for name in _plain_names(ends[0]) if _is_first(name)]
+    tensors = [_outside_layers(name, first, ends[0]) for name in _plain_names(ends[0]) if _is_first(name)]
     taken: list[int] = []
     for stack in _stacks(file, layers, index, sources):
         number = 0
@@ -114,18 +114,18 @@ def _wants(
                 suffixes = dict.fromkeys(suffix for names, here in held for suffix in names.get(here, ()))
                 for suffix in suffixes:
                     names = tuple(f"{stack}.{here}.{suffix}" for here in places)
-                    wants.append(OutputTensor(f"{stack}.{number}.{suffix}", part, names, at))
+                    tensors.append(OutputTensor(f"{stack}.{number}.{suffix}", part, names, at))
                 taken.append(places[0])
                 number += 1
     stored = set(main.names())
     heads = [name for source in ends[1] for name in source.tied if name in stored]
     for name in dict.fromkeys([*_plain_names(ends[1]), *heads]):
         if not _is_first(name):
-            wants.append(_outside(name, last, ends[1], name in stored))
-    return wants, None if file.whole else taken
+            tensors.append(_outside_layers(name, last, ends[1], name in stored))
+    return tensors, None if file.whole else taken
 
 
-def _outside(
+def _outside_layers(
     name: str, part: Slice, inputs: Sequence[WeightSource], through_ties: bool = False
 ) -> OutputTensor:
     names = (source.tied.get(name, name) if through_ties else name for source in inputs)
@@ -137,13 +137,13 @@ def _is_first(name: str) -> bool:
 
 
 def _plain_names(inputs: Sequence[WeightSource]) -> list[str]:
-    """Names outside layers, of every input of a slice."""
+    """Names of tensors outside layers, over all inputs of a slice."""
     held = (name for source in inputs for name in source.names())
     return list(dict.fromkeys(name for name in held if split_layer(name) is None))
 
 
 def _layers(source: WeightSource) -> dict[str, dict[int, list[str]]]:
-    """Stack (`model.layers`) -> layer -> the rest of its tensors' names."""
+    """Stack (`model.layers`) -> layer -> suffixes of the names of its tensors."""
     found: dict[str, dict[int, list[str]]] = {}
     for name in source.names():
         if (parts := split_layer(name)) is not None:
@@ -161,7 +161,7 @@ def _stacks(
     stacks = list(dict.fromkeys(stack for held in used for stack in held))
     if not file.whole and len(stacks) != 1:
         raise UserError(
-            f"{file.path}: slices are for models with one stack of layers; "
+            f"{file.path}: slices need models with one stack of layers; "
             f"{sources[0].address} has {', '.join(stacks) or 'none'}"
         )
     return stacks
@@ -174,15 +174,15 @@ def _count(
     ranges: Sequence[tuple[int, int]],
     inputs: Sequence[dict[int, list[str]]],
 ) -> int:
-    """Layers of a slice, the same number in every input, all of them there."""
+    """Number of layers of a slice. Raises UserError if a layer is missing or the inputs have different numbers."""
     for one, (start, stop), held in zip(part.inputs, ranges, inputs, strict=True):
         missing = next((number for number in range(start, stop) if number not in held), None)
         if missing is not None:
             raise UserError(f"{file.path}: {one.model} has no {stack}.{missing}; it has {len(held)} layers")
     counts = {stop - start for start, stop in ranges}
     if len(counts) > 1:
-        said = ", ".join(
+        listed = ", ".join(
             f"{one.model}: {stop - start}" for one, (start, stop) in zip(part.inputs, ranges, strict=True)
         )
-        raise UserError(f"{file.path}: the inputs have different numbers of layers ({said}); write slices")
+        raise UserError(f"{file.path}: the inputs have different numbers of layers ({listed}); write slices")
     return counts.pop()

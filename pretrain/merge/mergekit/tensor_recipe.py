@@ -1,4 +1,4 @@
-"""What becomes of one tensor of a mergekit file: its parameters resolved, and the blend that they ask for."""
+"""Resolves one output tensor of a mergekit file: its parameters, and the `Blend` that they define."""
 
 from __future__ import annotations
 
@@ -21,104 +21,106 @@ WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output: its names in the inputs of a slice, and where it stands in that slice."""
+    """One tensor of the output: its slice, and its names in the inputs of that slice."""
 
     name: str
     part: Slice
-    names: tuple[str, ...]  # one for each input of the slice
-    at: float
+    names: tuple[str, ...]  # one per input of the slice
+    at: float  # position of its layer in the slice, from 0 to 1
 
 
 class TensorResolver:
-    """Resolves tensor by tensor and collects what does not fit."""
+    """Resolves tensors one by one and collects the mismatches in `problems`."""
 
     def __init__(
         self, file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], seed: int
     ) -> None:
         self._problems: list[str] = []
-        self._unset: dict[str, list[str]] = {}  # what is wrong with parameters -> tensors
+        self._unset: dict[str, list[str]] = {}  # error of a parameter -> tensors
         self._file, self._sources, self._index, self._seed = file, sources, index, seed
         self._held = [set(source.names()) for source in sources]
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, tensor by tensor; a parameter that is wrong for many of them once."""
+        """All mismatches; the same wrong parameter of many tensors is listed once."""
         return self._problems + [f"{_several(names)}: {why}" for why, names in self._unset.items()]
 
-    def decide(self, want: OutputTensor) -> PlannedTensor | None:
-        """The tensor, or None and a problem."""
+    def resolve(self, tensor: OutputTensor) -> PlannedTensor | None:
+        """The planned tensor; None if it has a mismatch, which is added to `problems`."""
         inputs = [
             (one, Term(self._index[one.model], name))
-            for one, name in zip(want.part.inputs, want.names, strict=True)
+            for one, name in zip(tensor.part.inputs, tensor.names, strict=True)
         ]
         absent = [term for _, term in inputs if term.name not in self._held[term.source]]
         if absent:
             where = ", ".join(f"{letter(t.source)} ({self._sources[t.source].address})" for t in absent)
             tie = self._sources[absent[0].source].tied.get(absent[0].name)
             note = f" (tied to {tie} there)" if tie else ""
-            self._problems.append(f"{want.name}: {absent[0].name} is missing in {where}{note}")
+            self._problems.append(f"{tensor.name}: {absent[0].name} is missing in {where}{note}")
             return None
         infos = [self._sources[term.source].info(term.name) for _, term in inputs]
         if len({shape for _, shape in infos}) > 1:
             shapes = ", ".join(str(list(shape)) for _, shape in infos)
-            rows = self._file.tokens is None and is_vocabulary(want.name)
-            advice = "; tokenizer_source: base (or union) gives all the same rows" if rows else ""
-            self._problems.append(f"{want.name}: shapes {shapes}{advice}")
+            rows = self._file.tokens is None and is_vocabulary(tensor.name)
+            advice = (
+                "; set tokenizer_source: base (or union) to give all inputs the same rows" if rows else ""
+            )
+            self._problems.append(f"{tensor.name}: shapes {shapes}{advice}")
             return None
         if not all(dtype in FLOATS for dtype, _ in infos):
-            return self._same(want, [term for _, term in inputs], infos)
+            return self._same(tensor, [term for _, term in inputs], infos)
         try:
-            blend = self._blend(want, inputs)
+            blend = self._blend(tensor, inputs)
         except UserError as error:
-            self._unset.setdefault(str(error), []).append(want.name)
+            self._unset.setdefault(str(error), []).append(tensor.name)
             return None
         dtype = self._file.dtype or _promoted([dtype for dtype, _ in infos])
         kept = self._file.method == "passthrough" and blend.terms[0].weight == 1
-        return PlannedTensor(want.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
+        return PlannedTensor(tensor.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
 
-    def _same(self, want: OutputTensor, terms: list[Term], infos: list[TensorInfo]) -> PlannedTensor | None:
-        """What is no float is copied, and must be the same in every input."""
+    def _same(self, tensor: OutputTensor, terms: list[Term], infos: list[TensorInfo]) -> PlannedTensor | None:
+        """Copy a tensor that is not floating point; it must be equal in every input."""
         if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
-            advice = "8-bit floats cannot be mixed; bring them back to 16 bits first"
-            self._problems.append(f"{want.name}: dtype {infos[0][0]}: {advice}")
+            advice = "8-bit floats cannot be mixed; convert them to 16 bits first"
+            self._problems.append(f"{tensor.name}: dtype {infos[0][0]}: {advice}")
             return None
         first = self._sources[terms[0].source]
         for term in terms[1:]:
             if not same_tensor(first, terms[0].name, self._sources[term.source], term.name):
-                self._problems.append(f"{want.name}: {infos[0][0]}, and not the same in every input")
+                self._problems.append(f"{tensor.name}: {infos[0][0]}, and differs between the inputs")
                 return None
-        return PlannedTensor(want.name, infos[0], "integer", Blend("copy", (terms[0],)))
+        return PlannedTensor(tensor.name, infos[0], "integer", Blend("copy", (terms[0],)))
 
-    def _blend(self, want: OutputTensor, inputs: list[tuple[Input, Term]]) -> Blend:
+    def _blend(self, tensor: OutputTensor, inputs: list[tuple[Input, Term]]) -> Blend:
         method = self._file.method
-        base = next((term for one, term in inputs if one.model == want.part.base), None)
+        base = next((term for one, term in inputs if one.model == tensor.part.base), None)
         if method == "passthrough":
-            scale = self._own("scale", want, *inputs[0], None)
+            scale = self._own("scale", tensor, *inputs[0], None)
             return Blend("linear", (replace(inputs[0][1], weight=1.0 if scale is None else scale),))
         if method == "slerp":
             assert base is not None
-            t = self._shared("t", want, None)
+            t = self._shared("t", tensor, None)
             if t is None:
                 raise UserError("parameter t is missing")
-            other = next(term for one, term in inputs if one.model != want.part.base)
+            other = next(term for one, term in inputs if one.model != tensor.part.base)
             pair = (replace(base, weight=1.0 - t), replace(other, weight=t))
             return Blend("slerp", pair, options=(("t", t),))
         if method == "linear":
-            weights = [self._weight(want, one, term) for one, term in inputs]
-            if self._shared("normalize", want, 1.0):
+            weights = [self._weight(tensor, one, term) for one, term in inputs]
+            if self._shared("normalize", tensor, 1.0):
                 weights = list(normalized(weights))
             return Blend(
                 "linear", tuple(replace(t, weight=w) for (_, t), w in zip(inputs, weights, strict=True))
             )
         if method in (*SPANNED, "sce"):
-            return self._spanned(want, inputs, base)
-        return self._differences(want, inputs, base)
+            return self._spanned(tensor, inputs, base)
+        return self._differences(tensor, inputs, base)
 
-    def _spanned(self, want: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
-        """Methods that weigh the models themselves."""
+    def _spanned(self, tensor: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+        """Methods that combine models by norms and angles, and SCE."""
         method: Method = self._file.method  # type: ignore[assignment]
         if method == "karcher":
-            steps, tol = self._shared("max_iter", want, 10), self._shared("tol", want, 1e-5)
+            steps, tol = self._shared("max_iter", tensor, 10), self._shared("tol", tensor, 1e-5)
             return Blend(
                 method,
                 tuple(t for _, t in inputs),
@@ -126,40 +128,42 @@ class TensorResolver:
             )
         others = [(one, term) for one, term in inputs if term is not base]
         if method == "sce":
-            share = self._shared("select_topk", want, 1.0)
+            share = self._shared("select_topk", tensor, 1.0)
             return Blend(method, tuple(term for _, term in others), base, (("select_topk", share or 0.0),))
         if method == "model_stock":
-            self._refuse("filter_wise", want, False)
+            self._refuse("filter_wise", tensor, False)
             return Blend(method, tuple(term for _, term in others), base)
-        weights = [self._weight(want, one, term) for one, term in others]
+        weights = [self._weight(tensor, one, term) for one, term in others]
         if method == "nuslerp":
-            self._refuse("nuslerp_flatten", want, True)
+            self._refuse("nuslerp_flatten", tensor, True)
             t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
             weights, options = [1.0 - t, t], [("t", t)]
         else:
-            if len(weights) == 1:  # mergekit takes that model as it is
+            if len(weights) == 1:  # mergekit copies a single model
                 weights = [1.0]
-            elif self._shared("normalize_weights", want, 1.0):
+            elif self._shared("normalize_weights", tensor, 1.0):
                 weights = list(normalized(weights))
-            options = [("eps", self._shared("eps", want, 1e-8) or 0.0)]
+            options = [("eps", self._shared("eps", tensor, 1e-8) or 0.0)]
         terms = (replace(term, weight=weight) for (_, term), weight in zip(others, weights, strict=True))
         return Blend(method, tuple(terms), base, tuple(options))
 
-    def _refuse(self, key: str, want: OutputTensor, default: bool) -> None:
-        """A switch that is only supported as mergekit has it by default."""
-        if bool(self._shared(key, want, float(default))) is not default:
+    def _refuse(self, key: str, tensor: OutputTensor, default: bool) -> None:
+        """Raises UserError if a switch differs from mergekit's default, the only supported value."""
+        if bool(self._shared(key, tensor, float(default))) is not default:
             raise UserError(
                 f"{key}: {str(not default).lower()} (row by row) is not supported; leave {key} out"
             )
 
-    def _differences(self, want: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+    def _differences(
+        self, tensor: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None
+    ) -> Blend:
         assert base is not None
         method = self._file.method
         assert method in BASED
-        normalize = bool(self._shared("normalize", want, float(method == "ties")))
+        normalize = bool(self._shared("normalize", tensor, float(method == "ties")))
         sparse, dare = method != "task_arithmetic", method.startswith("dare")
-        rescale = bool(self._shared("rescale", want, float(dare)))
-        options: dict[str, Any] = {"lambda": self._shared("lambda", want, 1.0), "normalize": normalize}
+        rescale = bool(self._shared("rescale", tensor, float(dare)))
+        options: dict[str, Any] = {"lambda": self._shared("lambda", tensor, 1.0), "normalize": normalize}
         if dare or (rescale and sparse):
             options["rescale"] = "l1" if rescale else False
         if dare:
@@ -170,38 +174,40 @@ class TensorResolver:
             if term is base:
                 continue
             if method.startswith("breadcrumbs"):
-                gammas.add(self._own("gamma", want, one, term, 0.01) or 0.0)
-            density = self._own("density", want, one, term, 1.0) if sparse else 1.0
+                gammas.add(self._own("gamma", tensor, one, term, 0.01) or 0.0)
+            density = self._own("density", tensor, one, term, 1.0) if sparse else 1.0
             assert density is not None
-            weight = self._weight(want, one, term)
+            weight = self._weight(tensor, one, term)
             if density <= 0:
                 if method in ("dare_linear", "breadcrumbs") and normalize and weight:
-                    raise UserError("density 0 of a weighted model cannot be normalized; give weight 0")
+                    raise UserError(
+                        "density 0 of a model with a weight cannot be normalized; set its weight to 0"
+                    )
                 continue
             terms.append(replace(term, weight=weight, density=min(density, 1.0)))
         if len(gammas) > 1:
             raise UserError(
-                f"gamma differs between models ({', '.join(f'{g:g}' for g in sorted(gammas))}): give one"
+                f"gamma differs between models ({', '.join(f'{g:g}' for g in sorted(gammas))}); give one value"
             )
         options |= dict.fromkeys(("gamma",) if gammas else (), max(gammas, default=0.0))
         return Blend(method, tuple(terms), base, tuple(options.items()))  # type: ignore[arg-type]
 
-    def _weight(self, want: OutputTensor, one: Input, term: Term) -> float:
-        found = self._own("weight", want, one, term, None)
+    def _weight(self, tensor: OutputTensor, one: Input, term: Term) -> float:
+        found = self._own("weight", tensor, one, term, None)
         if found is None:
             raise UserError(f"parameter weight is missing for {one.model}")
         return found
 
     def _own(
-        self, key: str, want: OutputTensor, one: Input, term: Term, default: float | None
+        self, key: str, tensor: OutputTensor, one: Input, term: Term, default: float | None
     ) -> float | None:
-        """A parameter of one input: filters see the tensor's name in that input."""
-        found = parameter(self._file, want.part, one, key, term.name, want.at)
+        """A parameter of one input: filters match the tensor's name in that input."""
+        found = parameter(self._file, tensor.part, one, key, term.name, tensor.at)
         return default if found is None else float(found)
 
-    def _shared(self, key: str, want: OutputTensor, default: float | None) -> float | None:
-        """A parameter of the whole tensor: filters see its name in the output."""
-        found = parameter(self._file, want.part, None, key, want.name, want.at)
+    def _shared(self, key: str, tensor: OutputTensor, default: float | None) -> float | None:
+        """A parameter of the whole tensor: filters match its name in the output."""
+        found = parameter(self._file, tensor.part, None, key, tensor.name, tensor.at)
         return default if found is None else float(found)
 
 
@@ -211,6 +217,6 @@ def _several(names: Sequence[str]) -> str:
 
 
 def _promoted(dtypes: Sequence[str]) -> str:
-    """The dtype that holds all of them."""
+    """The narrowest dtype that holds all of them exactly."""
     widest = max(dtypes, key=lambda dtype: WIDTH[dtype])
     return "F32" if WIDTH[widest] == 2 and len(set(dtypes)) > 1 else widest

@@ -1,7 +1,7 @@
-"""mergekit's tokenizer rules: every embedding brought to the rows of one tokenizer, as mergekit 0.1.5 does it.
+"""mergekit's tokenizer rules: remaps every embedding to the rows of one tokenizer, as mergekit 0.1.5 does.
 
-A row that a model lacks is that of the one model that has the token, else the base's, else the mean of those that have
-it; zeros where none has. Rows that no token has are left out, unless the file pads them.
+If a model lacks a token, its row is that of the only model that has the token, else that of the base, else the mean
+over the models that have it; zeros if none has it. Rows without a token are left out, unless the file pads the rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pretrain.merge.vocabulary.tokenizer_json import (
 )
 from pretrain.weights.source import WeightSource
 
-Places = dict[int, tuple[tuple[int, int], ...] | None]
+Means = dict[int, tuple[tuple[int, int], ...] | None]  # see RowMap.means
 
 
 def remap_to_tokenizer(
@@ -35,18 +35,63 @@ def remap_to_tokenizer(
     tokens: TokenizerRule,
     ends: tuple[Collection[str], Collection[str]],
 ) -> tuple[list[WeightSource], list[str]]:
-    """The sources that have embeddings as views with the rows of one tokenizer, and notes.
+    """The sources, their embeddings and heads remapped to the rows of one tokenizer; and notes.
 
-    addresses: of the sources, the base first where there is one; one that is only the tokenizer's source is last.
+    addresses: of the sources: the base first, if there is one; a model that only gives its tokenizer last.
     base:      the file's base_model.
-    ends:      addresses of the models whose embeddings, and of those whose heads, are merged.
-    Raises UserError where a tokenizer cannot be read, or a token's row is asked for that is not there.
+    ends:      addresses of the models whose embeddings are merged, and of those whose heads are merged.
+    Raises UserError if a tokenizer cannot be read, or if a rule uses a row that does not exist.
     """
+    # 1. The sources that take part: those with a vocabulary among the merged models.
     names = [vocabulary_names(source) for source in sources]
     merged = {*ends[0], *ends[1]}
-    taking = [i for i, found in enumerate(names) if found and addresses[i] in merged]
-    if not taking:
+    used = [i for i, found in enumerate(names) if found and addresses[i] in merged]
+    if not used:
         return list(sources), []
+    # 2. Their tokenizers, and the tokens of the output.
+    tokenizers, notes = _read_tokenizers(sources, tokens)
+    donor = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
+    stored = [_rows(source, held) if held else math.inf for source, held in zip(sources, names, strict=True)]
+    if tokens.source not in ("base", "union"):
+        count = max(len(tokenizers[donor].ids), stored[donor] if names[donor] else 0)
+        _check_ids(sources[donor], tokenizers[donor], count)
+    ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
+    total = max(len(ids), max(ids.values(), default=-1) + 1)
+    total += -total % tokens.multiple
+    # 3. The row maps of the embeddings and of the heads, which differ if other models are merged at the two ends.
+    check_row_types([sources[i] for i in used], [names[i] for i in used])
+    counts = [int(stored[i]) for i in used]
+    builders = [
+        _RowMapBuilder(
+            [tokenizers[i].ids for i in used],
+            counts,
+            [addresses[i] for i in used],
+            base,
+            tokens.rows,
+            {place for place, i in enumerate(used) if addresses[i] in end},
+        )
+        for end in ends
+    ]
+    # 4. The remapped sources, with the companions of the donor's tokenizer.
+    remapped = list(sources)
+    owners = [sources[i] for i in used]
+    for place, i in enumerate(used):
+        embedding = builders[0].row_map(place, ids, total)
+        head = builders[1].row_map(place, ids, total) if set(ends[0]) != set(ends[1]) else embedding
+        rows = {name: embedding if is_embedding(name) else head for name in names[i]}
+        companions = with_tokenizer(
+            sources[i].companions, sources[donor].companions, joined, total, sources[i].address
+        )
+        remapped[i] = RemappedSource(sources[i], owners, rows, companions, [], None)
+    if any(count > total for count in counts):
+        notes.append(f"rows beyond the {total} of the tokenizer are left out, as in mergekit")
+    return remapped, notes
+
+
+def _read_tokenizers(
+    sources: Sequence[WeightSource], tokens: TokenizerRule
+) -> tuple[list[Tokenizer], list[str]]:
+    """The tokenizer of every source, that of the first source for those without one; and notes."""
     found = [read_tokenizer(source.companions, source.address) for source in sources]
     first = found[0]
     if first is None:
@@ -54,59 +99,29 @@ def remap_to_tokenizer(
             f"{sources[0].address}: tokenizer_source: {tokens.source} needs a {FILE} beside the weights"
         )
     notes = [
-        f"{source.address}: no tokenizer beside it; taken to have that of {sources[0].address}, as mergekit does"
-        for source, one in zip(sources, found, strict=True)
-        if one is None
+        f"{source.address}: has no tokenizer; uses that of {sources[0].address}, as in mergekit"
+        for source, tokenizer in zip(sources, found, strict=True)
+        if tokenizer is None
     ]
-    tokenizers = [one or first for one in found]
-    donor = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
-    stored = [_rows(source, held) if held else math.inf for source, held in zip(sources, names, strict=True)]
-    held = max(len(tokenizers[donor].ids), stored[donor] if names[donor] else 0)
-    if (
-        tokens.source not in ("base", "union")
-        and (far := max(tokenizers[donor].ids.values(), default=0)) >= held
-    ):
+    return [tokenizer or first for tokenizer in found], notes
+
+
+def _check_ids(source: WeightSource, tokenizer: Tokenizer, rows: float) -> None:
+    """Raises UserError if an id of the donor's tokenizer is beyond its rows."""
+    largest = max(tokenizer.ids.values(), default=0)
+    if largest >= rows:
         raise UserError(
-            f"{sources[donor].address}: tokenizer_source: a token has the number {far:,}, beyond its {held:,} rows; "
-            "mend its tokenizer.json"
+            f"{source.address}: tokenizer_source: a token has the id {largest:,}, beyond its {rows:,} rows; "
+            "correct its tokenizer.json"
         )
-    ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
-    total = max(len(ids), max(ids.values(), default=-1) + 1)
-    total += -total % tokens.multiple
-    check_row_types([sources[i] for i in taking], [names[i] for i in taking])
-    rows_in = [int(stored[i]) for i in taking]
-    makers = [
-        _RowMapBuilder(
-            [tokenizers[i].ids for i in taking],
-            rows_in,
-            [addresses[i] for i in taking],
-            base,
-            tokens.rows,
-            {place for place, i in enumerate(taking) if addresses[i] in end},
-        )
-        for end in ends
-    ]
-    views = list(sources)
-    made_of = [sources[i] for i in taking]
-    for place, i in enumerate(taking):
-        before = makers[0].rows(place, ids, total)
-        after = makers[1].rows(place, ids, total) if set(ends[0]) != set(ends[1]) else before
-        rows = {name: before if is_embedding(name) else after for name in names[i]}
-        companions = with_tokenizer(
-            sources[i].companions, sources[donor].companions, joined, total, sources[i].address
-        )
-        views[i] = RemappedSource(sources[i], made_of, rows, companions, [], None)
-    if any(count > total for count in rows_in):
-        notes.append(f"rows beyond the {total} of the tokenizer are left out, as mergekit does")
-    return views, notes
 
 
 def _vocabulary(
     tokens: TokenizerRule, tokenizers: Sequence[Tokenizer], donor: int, rows: Sequence[float]
 ) -> tuple[dict[str, int], bytes | None]:
-    """Token -> row of the output; and its tokenizer.json, None where it is the donor's.
+    """Return token -> row of the output, and its tokenizer.json (None if it is the donor's, unchanged).
 
-    rows: of every model's embeddings. From `base` and from a `union` mergekit strips the tokens beyond them.
+    rows: embedding rows of every model. For `base` and `union`, mergekit drops tokens beyond these rows.
     """
     joint = tokens.source in ("base", "union")
     known = [
@@ -136,7 +151,7 @@ def _vocabulary(
 
 
 class _RowMapBuilder:
-    """Where rows come from, model by model, all given by their place among those that have embeddings."""
+    """Builds the row map of each model; models are indexed by their position among those with embeddings."""
 
     def __init__(
         self,
@@ -144,62 +159,64 @@ class _RowMapBuilder:
         counts: Sequence[int],
         addresses: Sequence[str],
         base: str | None,
-        asked: Mapping[str, TokenRow],
+        rules: Mapping[str, TokenRow],
         active: Collection[int],
     ) -> None:
         self._active = active
-        # mergekit does not see tokens beyond the rows.
-        self._have = [
+        # mergekit ignores tokens beyond the rows.
+        self._ids = [
             {token: row for token, row in ids.items() if row < count}
             for ids, count in zip(vocabularies, counts, strict=True)
         ]
-        self._counts, self._addresses, self._asked = counts, list(addresses), asked
+        self._counts, self._addresses, self._rules = counts, list(addresses), rules
         self._base = self._addresses.index(base) if base in self._addresses else None
 
-    def rows(self, place: int, ids: Mapping[str, int], total: int) -> RowMap:
+    def row_map(self, place: int, ids: Mapping[str, int], total: int) -> RowMap:
+        """The `total` rows of the output in terms of the models, for model `place`."""
         owner = np.full(total, MEAN, np.int64)
         row = np.zeros(total, np.int64)
-        made: Places = dict.fromkeys(range(total))
+        means: Means = dict.fromkeys(range(total))
         for token, number in ids.items():
-            asked = self._asked.get(token)
-            if token in self._have[place] and not (asked is not None and asked.force):
-                found: tuple[tuple[int, int], ...] = ((place, self._have[place][token]),)
+            rule = self._rules.get(token)
+            if token in self._ids[place] and not (rule is not None and rule.force):
+                origins: tuple[tuple[int, int], ...] = ((place, self._ids[place][token]),)
             else:
-                found = self._default(token, asked)
-            if len(found) == 1:
-                owner[number], row[number] = found[0]
-                made.pop(number)
+                origins = self._origins(token, rule)
+            if len(origins) == 1:
+                owner[number], row[number] = origins[0]
+                means.pop(number)
             else:
-                made[number] = found
+                means[number] = origins
         count = max(ids.values(), default=-1) + 1
-        made |= {number: () for number in range(count) if number in made and made[number] is None}
-        return RowMap.of(owner, row, made)
+        means |= {number: () for number in range(count) if number in means and means[number] is None}
+        return RowMap.of(owner, row, means)
 
-    def _default(self, token: str, asked: TokenRow | None) -> tuple[tuple[int, int], ...]:
-        """Of a token that a model lacks, or that is taken from elsewhere in every model."""
-        if asked is not None:
-            return self._asked_row(token, asked)
-        holders = [place for place in sorted(self._active) if token in self._have[place]]
+    def _origins(self, token: str, rule: TokenRow | None) -> tuple[tuple[int, int], ...]:
+        """(model, row) pairs to average for a token that a model lacks or that a rule replaces."""
+        if rule is not None:
+            return self._rule_origin(token, rule)
+        holders = [place for place in sorted(self._active) if token in self._ids[place]]
         if len(holders) > 1 and self._base in holders:
             holders = [self._base]
-        return tuple((place, self._have[place][token]) for place in holders)
+        return tuple((place, self._ids[place][token]) for place in holders)
 
-    def _asked_row(self, token: str, asked: TokenRow) -> tuple[tuple[int, int], ...]:
-        if asked.model is None:
+    def _rule_origin(self, token: str, rule: TokenRow) -> tuple[tuple[int, int], ...]:
+        if rule.model is None:
             return ()
-        if asked.model not in self._addresses:
-            raise UserError(f"tokenizer: {token}: {asked.model} is none of the models that are merged")
-        place = self._addresses.index(asked.model)
+        if rule.model not in self._addresses:
+            raise UserError(f"tokenizer: {token}: {rule.model} is not one of the merged models")
+        place = self._addresses.index(rule.model)
         if place not in self._active:
             raise UserError(
-                f"tokenizer: {token}: {asked.model} is not merged where the embeddings or heads are"
+                f"tokenizer: {token}: {rule.model} does not contribute to the merged embeddings or heads"
             )
-        wanted = token if asked.row is None else asked.row
-        row = wanted if isinstance(wanted, int) else self._have[place].get(wanted, -1)
+        origin = token if rule.row is None else rule.row
+        row = origin if isinstance(origin, int) else self._ids[place].get(origin, -1)
         if not 0 <= row < self._counts[place]:
-            raise UserError(f"tokenizer: {token}: {asked.model} has no token {wanted!r}")
+            raise UserError(f"tokenizer: {token}: {rule.model} has no token {origin!r}")
         return ((place, row),)
 
 
 def _rows(source: WeightSource, names: Sequence[str]) -> int:
+    """Rows of the shortest of the tensors `names`."""
     return min(source.info(stored_name(source, name))[1][0] for name in names)

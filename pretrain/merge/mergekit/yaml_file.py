@@ -1,6 +1,6 @@
-"""mergekit's YAML, taken unmodified: what is understood becomes plain data, what is not is refused by name.
+"""mergekit's YAML as plain data. Unsupported features are refused by name.
 
-The format is documented in mergekit's README (github.com/arcee-ai/mergekit); behaviour was compared with 0.1.5.
+mergekit's README (github.com/arcee-ai/mergekit) documents the format; the behaviour was compared with version 0.1.5.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ Settings = Mapping[str, Any]
 BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties")
 SPANNED = ("nuslerp", "multislerp", "karcher", "model_stock")
 METHODS = ("linear", "slerp", *BASED, *SPANNED, "sce", "passthrough")
+# Method -> its parameters. Other parameters have no effect; a note lists them.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("weight", "normalize"),
     "slerp": ("t",),
@@ -33,7 +34,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "model_stock": ("filter_wise",),
     "sce": ("select_topk", "int8_mask"),
 }
-"""method -> parameters that have a meaning there; others are noted and have none"""
 TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name",
@@ -42,7 +42,7 @@ TOP = (
 
 @dataclass(frozen=True)
 class Input:
-    """One model of a slice: its address and the layers [start, stop) of it; None: all of them."""
+    """One model of a slice: its address and its layers [start, stop); None means all layers."""
 
     model: str
     layers: tuple[int, int] | None
@@ -51,7 +51,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers of the output, one after the other: each merged from the same number of layers of every input."""
+    """Consecutive layers of the output, merged from equal numbers of layers of the inputs."""
 
     inputs: tuple[Input, ...]
     base: str | None
@@ -62,11 +62,11 @@ class Slice:
 class MergekitFile:
     """A merge in mergekit's terms.
 
-    whole:    written as `models`, so that there is one slice of all layers.
-    module:   parameters of the one module, which go before the file's.
-    tokens:   whose tokens the output has; None: every tensor keeps its rows.
-    template: what chat_template says.
-    values:   the file's content.
+    whole:    the file lists `models`, so one slice covers all layers.
+    module:   parameters of the only module; they take precedence over the file's.
+    tokens:   the tokenizer rule of the output; None keeps the rows of every tensor.
+    template: the value of chat_template.
+    values:   content of the file.
     """
 
     path: str
@@ -83,21 +83,21 @@ class MergekitFile:
     notes: tuple[str, ...] = field(default=())
 
     def models(self) -> list[str]:
-        """Every address once, the base first, then in the order of the file."""
+        """All addresses without duplicates: bases first, then in file order."""
         named = [one.model for part in self.slices for one in part.inputs]
         bases = [base for base in (self.base, *(part.base for part in self.slices)) if base is not None]
         return list(dict.fromkeys([*bases, *named]))
 
 
 def is_mergekit(values: Mapping[str, Any]) -> bool:
-    """Whether a YAML mapping is mergekit's and not a spec of our own."""
+    """True if a YAML mapping is a mergekit file, not a dromos spec."""
     return "merge_method" in values
 
 
 def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
-    """Raises UserError naming the key of whatever is missing or not supported.
+    """Parse a mergekit file. Raises UserError with the key that is missing or not supported.
 
-    What mergekit passes over without a word (keys and parameters it does not know) is passed over with a note.
+    Keys and parameters that mergekit silently ignores are ignored with a note.
     """
     where = f"{path} (mergekit)"
     notes: list[str] = []
@@ -118,14 +118,18 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
     settings += [part.parameters for part in slices]
     settings += [one.parameters for part in slices for one in part.inputs]
     for name in sorted({str(name) for each in settings for name in each} - set(PARAMETERS[method])):
-        notes.append(f"parameter {name} has no meaning for {method} and changes nothing")
+        notes.append(f"parameter {name} has no effect with {method}")
     if any("int8_mask" in each for each in settings):
-        notes.append("int8_mask saves memory in mergekit; here it changes nothing")
+        notes.append("int8_mask saves memory in mergekit; it has no effect here")
     if method.startswith("dare"):
-        notes.append("what DARE drops is drawn by --seed and tensor: other entries than mergekit's, as many")
+        notes.append(
+            "DARE drops as many entries as mergekit, but different ones: the draw depends on --seed and the tensor"
+        )
     template = values.get("chat_template")
     if template is not None and (not isinstance(template, str) or not template):
-        raise UserError(f"{where}: chat_template {template!r} is no template; write auto, or the template")
+        raise UserError(
+            f"{where}: chat_template {template!r} is not a template; write auto or the template itself"
+        )
     return MergekitFile(
         path=path,
         method=method,
@@ -135,7 +139,7 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
         parameters=settings[0],
         module=settings[1],
         dtype=_dtype(where, values),
-        tokens=parse_tokenizer_rule(where, values, lambda given: _model(where, given)),
+        tokens=parse_tokenizer_rule(where, values, lambda value: _model(where, value)),
         template=template,
         values=values,
         notes=tuple(notes),
@@ -143,29 +147,29 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
 
 
 def _body(where: str, values: Mapping[str, Any], notes: list[str]) -> tuple[Mapping[str, Any], Any]:
-    """What holds models or slices, the file itself or its only module, and that module's parameters."""
-    given = [key for key in ("models", "slices", "modules") if values.get(key) is not None]
-    if len(given) != 1:
-        raise UserError(f"{where}: exactly one of models and slices (or modules)")
-    if given != ["modules"]:
+    """Return the mapping with models or slices (the file or its only module), and the module's parameters."""
+    keys = [key for key in ("models", "slices", "modules") if values.get(key) is not None]
+    if len(keys) != 1:
+        raise UserError(f"{where}: write exactly one of models, slices and modules")
+    if keys != ["modules"]:
         return values, None
     modules = values["modules"]
     if not isinstance(modules, dict) or not modules or not all(isinstance(m, dict) for m in modules.values()):
-        raise UserError(f"{where}: modules is a map of names to models or slices")
+        raise UserError(f"{where}: modules must be a map from names to models or slices")
     if len(modules) > 1:
         raise UserError(
             f"{where}: modules {', '.join(map(str, modules))}: several modules are not supported; write models, which "
-            "merges every part, or a spec of dromos with rules by name"
+            "merges all parts, or a dromos spec with rules by name"
         )
     (inner,) = modules.values()
     if (inner.get("models") is None) == (inner.get("slices") is None):
-        raise UserError(f"{where}: modules: exactly one of models and slices")
+        raise UserError(f"{where}: modules: write exactly one of models and slices")
     _unknown(notes, "modules: ", inner, ("models", "slices", "parameters"))
     return inner, inner.get("parameters")
 
 
 def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
-    """What is written: out_dtype, else dtype. `dtype`, in which mergekit computes, is replaced by exact sums."""
+    """Dtype of the output: out_dtype, else dtype. mergekit also computes in `dtype`; this tool computes exact sums."""
     found = None
     for key in ("dtype", "out_dtype"):
         if values.get(key) is not None:
@@ -183,7 +187,7 @@ def _whole_slice(where: str, models: Any, base: str | None, notes: list[str]) ->
         _no_revision(where, entry)
         inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
     if base is not None and base not in [one.model for one in inputs]:
-        inputs.append(Input(base, None, {}))  # as mergekit does, for every method
+        inputs.append(Input(base, None, {}))  # mergekit does this for every method
     return Slice(tuple(inputs), base, {})
 
 
@@ -201,7 +205,7 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
             and 0 <= layers[0] < layers[1]
         ):
             raise UserError(
-                f"{where}: layer_range {layers!r}: two numbers, the first layer and the one after the last"
+                f"{where}: layer_range {layers!r}: must be two numbers, the first layer and the one after the last"
             )
         settings = _parameters(where, source.get("parameters"))
         inputs.append(Input(_required(where, source), (layers[0], layers[1]), settings))
@@ -221,7 +225,7 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
 def _check_slice(where: str, part: Slice, method: str) -> None:
     models = [one.model for one in part.inputs]
     if len(set(models)) != len(models):
-        raise UserError(f"{where}: a model stands twice among the inputs of one slice")
+        raise UserError(f"{where}: a model occurs twice among the inputs of a slice")
     if method in (*BASED, "slerp", "model_stock", "sce"):
         if part.base is None:
             raise UserError(f"{where}: {method} needs base_model")
@@ -229,23 +233,25 @@ def _check_slice(where: str, part: Slice, method: str) -> None:
             raise UserError(f"{where}: base_model {part.base} is not among the sources of a slice")
     if method == "slerp" and len(models) != 2:
         raise UserError(
-            f"{where}: slerp merges base_model and one other model, here are {len(models)} in all"
+            f"{where}: slerp merges base_model and one other model, but {len(models)} models are given"
         )
     others = len([model for model in models if model != part.base])
     if method == "nuslerp" and others != 2:
-        raise UserError(f"{where}: nuslerp merges two models besides base_model, here are {others}")
+        raise UserError(f"{where}: nuslerp merges two models besides base_model, but {others} are given")
     if method == "model_stock" and others < 2:
-        raise UserError(f"{where}: model_stock takes two models or more besides base_model, here is {others}")
+        raise UserError(
+            f"{where}: model_stock merges at least two models besides base_model, but {others} are given"
+        )
     if method == "passthrough" and len(models) != 1:
-        raise UserError(f"{where}: passthrough takes one source for a slice, here are {len(models)}")
+        raise UserError(f"{where}: passthrough needs one source per slice, but {len(models)} are given")
 
 
-def _parameters(where: str, given: Any) -> Settings:
-    if given is None:
+def _parameters(where: str, value: Any) -> Settings:
+    if value is None:
         return {}
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: parameters are a map of names")
-    return given
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: parameters must be a map of names")
+    return value
 
 
 def _required(where: str, entry: Mapping[str, Any]) -> str:
@@ -254,52 +260,54 @@ def _required(where: str, entry: Mapping[str, Any]) -> str:
     return _model(where, entry["model"])
 
 
-def _model(where: str, given: Any) -> str:
-    """mergekit's model reference as an address: a path that exists, else a repository of the Hub."""
-    if isinstance(given, dict):
-        _known_keys(f"{where}: model", given, ("model", "path", "revision"))
-        inner = given.get("model", given)
+def _model(where: str, value: Any) -> str:
+    """Turn a model reference of mergekit into an address: an existing path, else a hub repository."""
+    if isinstance(value, dict):
+        _known_keys(f"{where}: model", value, ("model", "path", "revision"))
+        inner = value.get("model", value)
         if isinstance(inner, dict):
             _known_keys(f"{where}: model", inner, ("path", "revision"))
             path, revision = inner.get("path"), f"@{inner['revision']}" if inner.get("revision") else ""
             return _model(where, f"{path}{revision}" if isinstance(path, str) else path)
         return _model(where, inner)
-    if not isinstance(given, str) or not given:
-        raise UserError(f"{where}: model {given!r} is no path")
-    if Path(given).expanduser().exists() or "://" in given:
-        return given
-    if "+" in given:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: model {value!r} is not a path")
+    if Path(value).expanduser().exists() or "://" in value:
+        return value
+    if "+" in value:
         raise UserError(
-            f"{where}: model {given}: adapters (LoRA) are not supported; merge them into the model first"
+            f"{where}: model {value}: adapters (LoRA) are not supported; first merge them into the model"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and not given.startswith("."):
-        return f"hf://{given}"
-    return given
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", value) and not value.startswith("."):
+        return f"hf://{value}"
+    return value
 
 
-def _unknown(notes: list[str], at: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _unknown(notes: list[str], at: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
     notes += [
         note
-        for key in given
+        for key in value
         if key not in known
-        and (note := f"{at}{key} means nothing to mergekit, which passes over it; so does this") not in notes
+        and (note := f"{at}{key} is not a key of mergekit and is ignored, as in mergekit") not in notes
     ]
 
 
 def _no_revision(where: str, entry: Mapping[str, Any]) -> None:
-    """mergekit would take another model than the one that is meant."""
+    """Raises UserError for a `revision` beside `model`: mergekit ignores it and would load another model."""
     if "revision" in entry:
         named = f"{entry.get('model')}@{entry['revision']}"
-        raise UserError(f"{where}: revision is no key beside model (mergekit passes over it); write {named}")
+        raise UserError(
+            f"{where}: revision is not a valid key beside model (mergekit ignores it); write {named}"
+        )
 
 
-def _list(where: str, key: str, given: Any) -> list[Any]:
-    if not isinstance(given, list) or not given or not all(isinstance(entry, dict) for entry in given):
-        raise UserError(f"{where}: {key} is a list of maps")
-    return given
+def _list(where: str, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
+        raise UserError(f"{where}: {key} must be a list of maps")
+    return value
 
 
-def _known_keys(where: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [str(key) for key in given if key not in known]
+def _known_keys(where: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [str(key) for key in value if key not in known]
     if unknown:
         raise UserError(f"{where}: {', '.join(unknown)} not supported; supported: {', '.join(known)}")

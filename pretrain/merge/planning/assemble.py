@@ -1,4 +1,4 @@
-"""From tensors that are decided to a plan: jobs in their places, files, companions."""
+"""Assembles planned tensors into a `Plan`: jobs at offsets in output files. Drops zero weights, detects copies."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Why
-from pretrain.merge.planning.output_layout import lay_out
+from pretrain.merge.planning.output_layout import Layout, lay_out
 from pretrain.weights.companions import with_dtype
 from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.source import WeightSource
 
-LISTED = 200
+MAX_LISTED = 200  # mismatches in an error message
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How the terms of a tensor are combined. The weights are resolved; some may be 0."""
+
+    method: Method
+    terms: tuple[Term, ...]
+    base: Term | None = None
+    options: Options = ()
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output; `info`: dtype and shape as it is written."""
+    """One tensor of the output. `info`: its dtype and shape in the output; `why`: see TensorJob."""
 
     name: str
     info: TensorInfo
@@ -29,7 +39,7 @@ class PlannedTensor:
 
 
 def assemble(
-    decided: Sequence[PlannedTensor],
+    planned: Sequence[PlannedTensor],
     sources: Sequence[WeightSource],
     main: int,
     max_shard_size: int,
@@ -43,39 +53,17 @@ def assemble(
     left_out: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Put tensors into files in the order of `decided`.
+    """Plan the tensors `planned`, which fill the output files in this order. The other arguments are fields of Plan.
 
-    main:  the source whose config, tokenizer and ties the output has.
-    dtype: what config.json says the output is; None: as it is there.
+    main:  index of the source whose config, tokenizer and tied names the output has.
+    dtype: dtype to write into config.json; None keeps it.
+    Raises UserError if the output cannot use the config of `main`.
     """
     if (config_error := sources[main].config_error) is not None:
-        raise UserError(f"{config_error}; the output has the config of {sources[main].address}")
-    laid = lay_out({one.name: one.info for one in decided}, max_shard_size)
-    jobs = []
-    named = {one.name: one for one in decided}
-    for name, (
-        file,
-        offset,
-    ) in laid.places.items():  # as the headers list them: of two at one place one is empty
-        one = named[name]
-        dtypes = [sources[term.source].info(term.name)[0] for term in one.blend.terms]
-        base = one.blend.base
-        based = sources[base.source].info(base.name)[0] if base is not None else None
-        blend = resolve(one.blend, dtypes, based, one.info[0])
-        jobs.append(
-            TensorJob(
-                one.name,
-                *one.info,
-                blend.method,
-                blend.terms,
-                blend.base,
-                blend.options,
-                one.why,
-                file,
-                offset,
-            )
-        )
-    present = {one.name for one in decided}
+        raise UserError(f"{config_error}; the output needs the config of {sources[main].address}")
+    layout = lay_out({tensor.name: tensor.info for tensor in planned}, max_shard_size)
+    jobs = _jobs(planned, sources, layout)
+    present = {tensor.name for tensor in planned}
     if frozen is not None:
         present.update(name for source in sources for name in source.frozen)
     return Plan(
@@ -84,9 +72,9 @@ def assemble(
         method=method,
         weights=tuple(float(weight) for weight in weights),
         request=request,
-        jobs=tuple(jobs),
-        files=laid.files,
-        index=laid.index,
+        jobs=jobs,
+        files=layout.files,
+        index=layout.index,
         frozen=frozen,
         left_out=tuple(left_out),
         tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
@@ -97,10 +85,38 @@ def assemble(
     )
 
 
+def _jobs(
+    planned: Sequence[PlannedTensor], sources: Sequence[WeightSource], layout: Layout
+) -> tuple[TensorJob, ...]:
+    """The jobs in the order of the file headers, where an empty tensor may share its offset with the next one."""
+    jobs = []
+    by_name = {tensor.name: tensor for tensor in planned}
+    for name, (file, offset) in layout.places.items():
+        tensor = by_name[name]
+        dtypes = [sources[term.source].info(term.name)[0] for term in tensor.blend.terms]
+        base = tensor.blend.base
+        base_dtype = sources[base.source].info(base.name)[0] if base is not None else None
+        blend = resolve(tensor.blend, dtypes, base_dtype, tensor.info[0])
+        jobs.append(
+            TensorJob(
+                name,
+                *tensor.info,
+                blend.method,
+                blend.terms,
+                blend.base,
+                blend.options,
+                tensor.why,
+                file,
+                offset,
+            )
+        )
+    return tuple(jobs)
+
+
 def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
-    """Every mismatch at once."""
-    listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
-    more = len(problems) - LISTED
+    """The UserError that lists the mismatches of the inputs `names`, at most MAX_LISTED of them."""
+    listed = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
+    more = len(problems) - MAX_LISTED
     return UserError(
         f"cannot merge {names}, {len(problems)} mismatch{'es' if len(problems) > 1 else ''}:{listed}"
         + (f"\n  ... and {more} more" if more > 0 else "")
@@ -108,32 +124,26 @@ def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
     )
 
 
-@dataclass(frozen=True)
-class Blend:
-    """How one tensor is combined. Terms have resolved weights; some may be 0."""
-
-    method: Method
-    terms: tuple[Term, ...]
-    base: Term | None = None
-    options: Options = ()
-
-
 def resolve(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> Blend:
-    """The same result with fewer reads. `dtypes`: of the terms; `base`: the base's; `out`: the output's.
+    """Simplify a blend to one with the same result and fewer reads.
 
-    Terms of weight 0 go: what they hold (an infinity, a NaN) has no part in the result. What is then one tensor
-    whole is a copy, where it has the output's dtype, else a conversion (linear, weight 1). Where no signs are
-    compared, `normalize` divides the weights by their sum here.
+    Terms of weight 0 are dropped, so that their infinities and NaNs do not reach the result. A blend that is then one
+    whole tensor becomes a copy if the dtypes agree, else a conversion (linear, weight 1). For methods that compare no
+    signs, `normalize` divides the weights by their sum here.
+
+    dtypes: of the terms.
+    base:   dtype of the base.
+    out:    dtype of the output.
     """
     options = dict(blend.options)
     if blend.method in ("task_arithmetic", "dare_linear"):
         terms = blend.terms
         total = math.fsum(term.weight for term in terms)
-        if options.pop("normalize", False) and abs(total) >= 1e-8:  # mergekit's bound
+        if options.pop("normalize", False) and abs(total) >= 1e-8:  # the threshold of mergekit
             terms = tuple(replace(term, weight=term.weight / total) for term in terms)
         blend = replace(blend, terms=terms, options=tuple(options.items()))
     kept = [(term, dtype) for term, dtype in zip(blend.terms, dtypes, strict=True) if term.weight != 0]
-    if blend.base is None and not kept:  # nothing times a tensor is asked for
+    if blend.base is None and not kept:  # all weights are 0: keep one term, so that the result is zeros
         kept = [(blend.terms[0], dtypes[0])]
     terms = tuple(term for term, _ in kept)
     if blend.method in ("linear", "slerp") and len(kept) == 1 and terms[0].weight == 1:

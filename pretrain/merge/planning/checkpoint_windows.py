@@ -1,8 +1,8 @@
-"""Averages over the checkpoints of one run: which checkpoints, and how much of each.
+"""Averages over checkpoints of one run: selects the checkpoints and their weights.
 
-Averaging checkpoints of a constant learning rate takes the place of decaying it: LAWA (arXiv 2306.03241) takes the
-latest few alike, PMA (2505.12082) compares equal, linearly growing and exponential weights, WSM (2507.17634) derives
-the weights from the decay that they stand for.
+Averaging checkpoints of a constant learning rate replaces a learning rate decay. LAWA (arXiv 2306.03241) averages the
+latest few with equal weights; PMA (2505.12082) compares equal, linearly growing and exponential weights; WSM
+(2507.17634) derives the weights from the decay that they replace.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pretrain.run.folder import complete_steps, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
 SCHEDULES = ("uniform", "linear", "1-sqrt", "ema")
-DECAY = 0.8
+DECAY = 0.8  # default of schedule ema
 
 
 @dataclass(frozen=True)
 class Window:
-    """Complete checkpoints of a stage: the `last` so many, or those within [first, last] steps, samples or tokens.
+    """Complete checkpoints of a stage: the `last` N, or those within [first, last] steps, samples or tokens.
 
-    every:    of these only checkpoints whose step it divides.
-    schedule: how much of each, from the oldest to the newest (`schedule_weights`).
-    decay:    of `ema`: what the weights of older checkpoints are multiplied with, from one to the next.
+    every:    keep only checkpoints whose step is a multiple of it.
+    schedule: weights from the oldest to the newest checkpoint (`schedule_weights`).
+    decay:    of schedule ema: factor of the weight from one checkpoint to the next older one.
     """
 
     run: str
@@ -48,12 +48,12 @@ class Window:
 def schedule_weights(schedule: str, count: int, decay: float = DECAY) -> list[float]:
     """Weights of `count` checkpoints from the oldest (1) to the newest (count); their sum is 1.
 
-    uniform: w_i = 1 / count. LAWA; SMA in PMA; what a linear decay of the learning rate is in WSM.
+    uniform: w_i = 1 / count. LAWA; SMA in PMA; equivalent to a linear learning rate decay in WSM.
     linear:  w_i = i / (1 + 2 + ... + count). WMA in PMA.
     ema:     mean_1 = x_1, mean_i = decay * mean_{i-1} + (1 - decay) * x_i: w_1 = decay^(count-1),
              w_i = (1 - decay) * decay^(count-i). EMA in PMA.
-    1-sqrt:  w_i = sqrt(i / count) - sqrt((i-1) / count), the differences of the decay 1 - sqrt(i / count). WSM: a
-             merge sum_i w_i x_i is a training whose updates between checkpoint i and i + 1 are multiplied with
+    1-sqrt:  w_i = sqrt(i / count) - sqrt((i-1) / count), the differences of the decay 1 - sqrt(i / count). WSM: the
+             merge sum_i w_i x_i equals a training whose updates between checkpoints i and i + 1 are multiplied by
              w_{i+1} + ... + w_count. The oldest checkpoint has the largest weight.
     """
     if schedule == "uniform":
@@ -70,7 +70,7 @@ def schedule_weights(schedule: str, count: int, decay: float = DECAY) -> list[fl
 def expand(window: Window) -> tuple[list[str], list[float]]:
     """Addresses RUN/STAGE@STEP from the oldest to the newest, and their weights.
 
-    Raises UserError for a window that contradicts itself or holds fewer than two complete checkpoints.
+    Raises UserError for contradictory options and for fewer than two complete checkpoints.
     """
     _check(window)
     stage = Path(window.run).expanduser()
@@ -87,32 +87,33 @@ def expand(window: Window) -> tuple[list[str], list[float]]:
         if len(chosen) < window.last:
             have = f"{len(chosen)} ({', '.join(map(str, chosen))})"
             raise UserError(
-                f"window: {window.run} has {have} of the last {window.last} checkpoints asked for"
+                f"window: {window.run} has only {have} of the {window.last} requested checkpoints"
             )
         chosen = chosen[-window.last :]
     if len(chosen) < 2:
         raise UserError(
-            f"window: {len(chosen)} checkpoints of {window.run} lie in it; it has steps {', '.join(map(str, steps))}"
+            f"window: contains {len(chosen)} checkpoints of {window.run}, but needs two or more; complete steps: "
+            f"{', '.join(map(str, steps))}"
         )
     weights = schedule_weights(window.schedule, len(chosen), DECAY if window.decay is None else window.decay)
     return [f"{window.run}@{step}" for step in chosen], weights
 
 
 def notes(addresses: Sequence[str]) -> list[str]:
-    """Schedules count checkpoints: a note where these are not equally far apart."""
+    """A note if the checkpoints are not equally far apart, because schedules assume equal distances."""
     steps = [int(address.rpartition("@")[2]) for address in addresses]
     gaps = {after - before for before, after in pairwise(steps)}
     if len(gaps) < 2:
         return []
     return [
-        f"the window's checkpoints are {min(gaps)} to {max(gaps)} steps apart; its schedule takes them as equal"
+        f"the window's checkpoints are {min(gaps)} to {max(gaps)} steps apart; its schedule assumes equal gaps"
     ]
 
 
 def _check(window: Window) -> None:
     if is_remote(window.run):
         raise UserError(
-            f"window: {window.run}: of a run on a disk; name its checkpoints as inputs, {window.run}@STEP"
+            f"window: {window.run} is remote, but a window needs a local run; write inputs such as {window.run}@STEP"
         )
     given = [unit for unit in ("last", "steps", "samples", "tokens") if getattr(window, unit) is not None]
     if len(given) != 1:
@@ -120,17 +121,17 @@ def _check(window: Window) -> None:
             f"window: give one of last, steps, samples, tokens, not {' and '.join(given) or 'none'}"
         )
     if window.last is not None and window.last < 2:
-        raise UserError(f"window: last {window.last}: two checkpoints or more")
+        raise UserError(f"window: last {window.last}: must be 2 or more")
     if window.every < 1:
-        raise UserError(f"window: every {window.every}: a number of steps from 1 on")
+        raise UserError(f"window: every {window.every}: must be a number of steps, 1 or more")
     if window.decay is not None and window.schedule != "ema":
         raise UserError(f"window: decay is for schedule ema, not {window.schedule}")
     if window.decay is not None and not 0 < window.decay < 1:
-        raise UserError(f"window: decay {window.decay:g}: between 0 and 1")
+        raise UserError(f"window: decay {window.decay:g}: must be between 0 and 1")
 
 
 def _measure(stage: Path, step: int, unit: str) -> float:
-    """Steps, samples or tokens that had been consumed when a checkpoint was saved."""
+    """Steps, samples or tokens that the run had consumed when it saved a checkpoint."""
     if unit == "steps":
         return step
     path = stage / "checkpoints" / tag_of(step) / "state.json"
@@ -138,17 +139,17 @@ def _measure(stage: Path, step: int, unit: str) -> float:
         order: dict[str, Any] = json.loads(path.read_text())["order"]
         consumed = {stream: sum(state["consumed"].values()) for stream, state in order.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"window: {path} does not say how many samples were consumed; give steps") from None
+        raise UserError(f"window: {path} does not record consumed samples; give steps") from None
     if unit == "samples":
         return sum(consumed.values())
     lengths = _lengths(stage)
     if not lengths.keys() & consumed.keys():
-        raise UserError(f"window: {stage} reads no text, so it has no tokens; give steps or samples")
+        raise UserError(f"window: {stage} reads no text and has no tokens; give steps or samples")
     return sum(count * lengths.get(stream, 0) for stream, count in consumed.items())
 
 
 def _lengths(stage: Path) -> dict[str, int]:
-    """Tokens in a row of each stream that has text, from the stage's resolved.yaml; padding counts."""
+    """Tokens per row, padding included, of each stream with text; read from the stage's resolved.yaml."""
     path = stage / "resolved.yaml"
     content = yaml.safe_load(path.read_text()) if path.is_file() else {}
     found = {}

@@ -1,4 +1,4 @@
-"""A plan for people and for scripts: one line a tensor, what it reads, writes and needs."""
+"""A plan as text lines and as JSON, and its cost in bytes, memory and time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pretrain.weights.dtypes import DTYPES, ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.folder import FROZEN
 from pretrain.weights.source import WeightSource
 
+# Method -> formula of the output.
 THETA = {
     "linear": "sum of weight x input",
-    "slerp": "sum of factor x input, the factors spherical ones of share t (pretrain.merge.methods.slerp)",
+    "slerp": "sum of factor x input, the factors spherical ones of share t (pretrain.merge.methods.gram)",
     "passthrough": "input, times its scale",
     "task_arithmetic": "base + lambda x sum of weight x (input - base)",
     "ties": "base + lambda x elected sum of weight x trimmed (input - base) (arXiv 2306.01708)",
@@ -30,17 +31,15 @@ THETA = {
     "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
 }
 ROUNDING = "each product rounded, added in this order, rounded once to the output type"
-BYTES_PER_SECOND = 1e9
-"""bytes a second, read, combined and written, that an estimate takes for granted"""
-BASE_MEMORY = 32e6
-"""bytes of the command with numpy before it merges, as measured"""
+BYTES_PER_SECOND = 1e9  # assumed by the estimate of the time: bytes read, combined and written per second
+BASE_MEMORY = 32e6  # bytes of the process with numpy before it merges, measured
 SPANNED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+# Passes of a method over its inputs, if more than one.
 PASSES = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
-"""how often a method goes over what it reads, where that is more than once"""
 
 
 def lines(plan: Plan) -> list[str]:
-    """The plan for people: one line a tensor with its resolved weights, and the sums."""
+    """The plan as text: one line per source and per tensor with its resolved weights, notes, and the summary."""
     bases = {job.base.source for job in plan.jobs if job.base is not None}
     rows = [
         f"{letter(i)}  {address}{'  (base)' if i in bases else ''}"
@@ -58,7 +57,7 @@ def lines(plan: Plan) -> list[str]:
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors are mixed, copied and why, left out, and what is written."""
+    """Counts of mixed, copied (by reason) and left-out tensors, and the bytes written."""
     whys = Counter(job.why for job in plan.jobs)
     mixed = whys.pop("mixed", 0)
     listed = [*whys] if len(whys) == 1 else [f"{count} {why}" for why, count in whys.items()]
@@ -69,16 +68,16 @@ def summary(plan: Plan) -> str:
 
 
 def formula(plan: Plan, addresses: bool = False) -> str:
-    """The merge in one line, before any rule; inputs by letter or by address."""
+    """The merge in one line, without its rules; inputs by letter or by address."""
     if not plan.weights:
-        return f"{plan.method}, tensor by tensor as {plan.request['file']} asks"
+        return f"{plan.method}, tensor by tensor as defined in {plan.request['file']}"
     names = plan.addresses if addresses else tuple(map(letter, range(len(plan.weights))))
     terms = " + ".join(f"{w:g} x {name}" for w, name in zip(plan.weights, names, strict=False))
     return terms if plan.method == "linear" else f"{plan.method}({terms})"
 
 
 def blend_text(plan: Plan, job: TensorJob) -> str:
-    """What one tensor is made of."""
+    """The formula of one tensor."""
     marks = [letter(term.source) for term in job.terms]
     renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
     if job.copy:
@@ -100,7 +99,7 @@ def _option(value: Option) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for scripts."""
+    """The plan as a JSON object."""
     return {
         "inputs": [
             {"address": address, "weight": plan.weights[i] if plan.weights else None}
@@ -133,7 +132,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read from the inputs (each once), bytes written, peak memory in bytes, seconds at BYTES_PER_SECOND."""
+    """Bytes read (each input once), bytes written, peak memory in bytes, and seconds at BYTES_PER_SECOND."""
 
     read: int
     written: int
@@ -141,16 +140,16 @@ class Cost:
     seconds: float
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The cost as text."""
         time = f"{self.seconds:.1f} s" if self.seconds >= 0.1 else "less than 0.1 s"
         return [
-            f"reads {self.read:,} bytes, writes {self.written:,}; takes about {self.memory / 1e6:.0f} MB of memory, "
-            f"and {time} where the machine moves {BYTES_PER_SECOND / 1e9:g} GB/s"
+            f"reads {self.read:,} bytes, writes {self.written:,}; takes about {self.memory / 1e6:.0f} MB of memory "
+            f"and {time} at {BYTES_PER_SECOND / 1e9:g} GB/s"
         ]
 
 
 def cost(plan: Plan, sources: Sequence[WeightSource], threads: int | None = None) -> Cost:
-    """Nothing is read for it. Memory is that of arrays and interpreter, without the page cache of mapped files."""
+    """Estimate the cost of a plan without reading data. Memory excludes the page cache of mapped files."""
     reads = {job.name: _read(job, sources) for job in plan.jobs}
     work = sum(PASSES.get(job.method, 1) * reads[job.name] for job in plan.jobs)
     arrays = max((len(job.terms) + (16 if job.method == "ties" else 6) for job in plan.jobs), default=0)
@@ -160,7 +159,7 @@ def cost(plan: Plan, sources: Sequence[WeightSource], threads: int | None = None
 
 
 def processors() -> int:
-    """Threads of a merge: as pretrain.merge.methods.blocks takes them."""
+    """Number of threads of a merge, the same as in pretrain.merge.methods.blocks."""
     return min(4, len(os.sched_getaffinity(0)))
 
 

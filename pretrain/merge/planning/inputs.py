@@ -1,4 +1,4 @@
-"""Opens the inputs of a request; refuses quantised ones."""
+"""Opens the inputs of a request, and detects quantised ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from pretrain.merge.merge_plan import letter
 from pretrain.weights.companions import read_config
 from pretrain.weights.source import WeightSource, open_weights
 
-CODES = ("U8", "I8", "I16", "I32")
-"""dtypes of packed codes; positions and other counters are I64"""
+CODES = (
+    "U8",
+    "I8",
+    "I16",
+    "I32",
+)  # dtypes of packed quantisation codes; positions and other counters are I64
 
 
 @dataclass(frozen=True)
 class OpenedInputs:
-    """The sources of a merge: its inputs first, then whatever else it names.
+    """The sources of a merge: first its inputs, then the base and other named models.
 
-    named: as it was written -> index. notes: what the plan should say of the sources.
+    inputs: number of inputs.
+    named:  address or letter of another model, as written -> index into `sources`.
+    notes:  about the sources, for the plan.
     """
 
     sources: list[WeightSource]
@@ -31,7 +37,7 @@ class OpenedInputs:
 def open_inputs(
     inputs: Sequence[str], others: Sequence[str | None] = (), run_dir: Path | None = None
 ) -> OpenedInputs:
-    """Open every address; each of `others` may be one of the inputs, their letter (A, B, ...), or another address."""
+    """Open every address. Each of `others` is the address or letter (A, B, ...) of an input, or another address."""
     addresses, named = list(inputs), {}
     for other in others:
         if other is None:
@@ -42,9 +48,7 @@ def open_inputs(
             continue
         if 0 <= number < 26 and other not in addresses and not Path(other).exists():
             last = letter(len(inputs) - 1)
-            raise UserError(
-                f"{other}: no such input; they are A to {last}, and there is nothing of that name"
-            )
+            raise UserError(f"{other}: no such input; the inputs are A to {last}, and no file has this name")
         if other not in addresses:
             addresses.append(other)
         named[other] = addresses.index(other)
@@ -52,24 +56,23 @@ def open_inputs(
 
 
 def quantised(source: WeightSource) -> str | None:
-    """What is quantised in a source, in words: its config says how, and a tensor of codes shows it; else None.
+    """A description of the quantisation of a source; None if it is not quantised.
 
-    A config alone is not enough: weights that were brought back to 16 bits often keep it.
+    Requires both a quantization_config and a tensor of codes, because weights that were converted back to 16 bits
+    often keep the config.
     """
     config = read_config(source.companions)
-    said = config.get("quantization_config") if config is not None else None
-    if not isinstance(said, dict):
+    settings = config.get("quantization_config") if config is not None else None
+    if not isinstance(settings, dict):
         return None
     for name in source.names():
         dtype = source.info(name)[0]
         if dtype in CODES or dtype.startswith(("F8", "F6", "F4")):
-            return f"{source.address}: quantised ({said.get('quant_method', 'by its config')}): {name} is {dtype}"
+            return f"{source.address}: quantised ({settings.get('quant_method', 'by its config')}): {name} is {dtype}"
     return None
 
 
 def quantised_inputs(sources: Sequence[WeightSource]) -> list[str]:
-    """One line for every source that cannot be mixed because it is quantised."""
-    advice = (
-        "a mean of codes is no model; name the weights before quantisation, or bring them back to 16 bits"
-    )
+    """One error line per quantised source; quantised weights cannot be mixed."""
+    advice = "quantisation codes cannot be averaged; name the weights before quantisation, or convert them to 16 bits"
     return [f"{found}; {advice}" for source in sources if (found := quantised(source)) is not None]

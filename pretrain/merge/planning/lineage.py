@@ -1,4 +1,4 @@
-"""Where weights come from: whether the inputs of a merge share an ancestor, as far as their records say."""
+"""Checks by recorded origins whether the inputs of a merge share an ancestor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from pretrain.merge.merge_plan import letter
 from pretrain.weights.source import WeightSource
 
-DEPTH = 20
+MAX_DEPTH = 20  # generations of recorded parents
 
 
 def duplicate_notes(sources: Sequence[WeightSource]) -> list[str]:
-    """A note for what is named twice, which is most often a slip of the pen."""
+    """A note for weights that are named twice, usually by mistake."""
     places: dict[str, list[str]] = {}
     for number, source in enumerate(sources):
         path = source.located.path
@@ -28,27 +28,27 @@ def duplicate_notes(sources: Sequence[WeightSource]) -> list[str]:
 
 
 def lineage_notes(sources: Sequence[WeightSource]) -> list[str]:
-    """A note for inputs that both say where they come from and share nothing of it: a mean of them is no model."""
+    """A note for every two inputs with recorded ancestors and no common one: their mean is rarely a good model."""
     known = [(source.address, ancestors(source)) for source in sources]
-    told = [(address, found) for address, found in known if found]
+    recorded = [(address, found) for address, found in known if found]
     notes = []
-    for number, (address, found) in enumerate(told):
-        for other, theirs in told[:number]:
+    for number, (address, found) in enumerate(recorded):
+        for other, theirs in recorded[:number]:
             if not found & theirs:
                 notes.append(
                     f"{other} and {address} share no ancestor in their records ({', '.join(sorted(theirs))}; "
-                    f"{', '.join(sorted(found))}): weights of unrelated trainings seldom merge into a good model"
+                    f"{', '.join(sorted(found))}): weights of unrelated trainings rarely merge into a good model"
                 )
     return notes
 
 
 def ancestors(source: WeightSource) -> set[str]:
-    """What the weights were made from and are: stages of runs and outside weights; empty where no record says."""
+    """The weights themselves and all recorded ancestors: stages of runs and outside weights. Empty without records."""
     stage = source.located.stage_dir
     if stage is None and "://" in source.located.path:
         return set(source.lineage)
     start = stage if stage is not None else Path(source.located.path)
-    return _ancestors(start, DEPTH) | source.lineage
+    return _ancestors(start, MAX_DEPTH) | source.lineage
 
 
 def _ancestors(folder: Path, depth: int) -> set[str]:
@@ -70,7 +70,7 @@ def _ancestors(folder: Path, depth: int) -> set[str]:
 
 
 def _of(parent: str, folder: Path, depth: int) -> set[str]:
-    """A parent and its own ancestors: a stage of the same run, a stage elsewhere, or a name from outside."""
+    """A parent and its ancestors; the parent is a stage of the same run, a stage elsewhere, or an outside address."""
     name = parent.partition("@")[0]
     if "://" in name:
         return {name}
@@ -83,13 +83,13 @@ def _of(parent: str, folder: Path, depth: int) -> set[str]:
 
 
 def _mark(folder: Path) -> str:
-    """RUN/STAGE and a hash of where it lies: records are published, and nobody's home folder with them."""
+    """RUN/STAGE and a hash of the full path. Records are published, so they must not contain a user's home folder."""
     place = folder.resolve()
     return f"{place.parent.name}/{place.name}#{xxhash.xxh64_hexdigest(os.fsencode(place))[:8]}"
 
 
 def _starts(value: Any) -> list[str]:
-    """Every address under `init`, `continue` or `inputs` of a stage's record."""
+    """All addresses under `init`, `continue` or `inputs` of a stage."""
     if not isinstance(value, dict):
         return []
     found: list[str] = []

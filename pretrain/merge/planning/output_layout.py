@@ -1,4 +1,4 @@
-"""Which tensor stands where: output files of a bounded size, their headers, and the index over them."""
+"""Layout of the output: safetensors files of bounded size, their headers, and the index over them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pretrain.weights.formats.safetensors_file import layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_SIZE = 5 * 10**9
-"""bytes of tensors in a file, at most; the default of Hugging Face"""
+SHARD_SIZE = 5 * 10**9  # bytes of tensors per file at most; the default of Hugging Face
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Output files, the index over them (None for a single file), and name -> (file, offset in it in bytes), in the
-    order of the files' headers."""
+    """Output files and the index over them.
+
+    index:  content of model.safetensors.index.json; None for a single file.
+    places: name -> (file number, byte offset in that file), in the order of the headers.
+    """
 
     files: tuple[OutputFile, ...]
     index: bytes | None
@@ -29,10 +31,10 @@ class Layout:
 
 
 def lay_out(tensors: Mapping[str, TensorInfo], max_shard_size: int = SHARD_SIZE) -> Layout:
-    """Files of at most `max_shard_size` bytes of tensors, filled in the order of `tensors`.
+    """Fill files with at most `max_shard_size` bytes of tensors each, in the order of `tensors`.
 
-    A file ends before the tensor that would overfill it; a tensor larger than a file has one of its own. One file
-    is model.safetensors, several are model-00001-of-0000N.safetensors with an index.
+    A tensor that does not fit starts a new file; a tensor larger than the limit gets its own file. A single file is
+    model.safetensors; several files are model-00001-of-0000N.safetensors with an index.
     """
     groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
@@ -70,7 +72,7 @@ def _size(info: TensorInfo) -> int:
 
 
 def parse_size(text: str | int) -> int:
-    """`5GB` -> 5,000,000,000 bytes, `512MiB` -> 536,870,912; a bare number is bytes. Raises UserError."""
+    """Bytes of a size: `5GB` is 5,000,000,000, `512MiB` is 536,870,912, a plain number is bytes. Raises UserError."""
     units = {"": 1, "B": 1} | {
         f"{prefix}{kind}": base**power
         for power, prefix in enumerate("KMGT", 1)

@@ -1,4 +1,4 @@
-"""Decides for a set of inputs what is mixed, copied, left out or refused; then plans any weights of them."""
+"""Decides which tensors are mixed, copied, left out or refused, then plans any weights of the same inputs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pretrain.merge.vocabulary.align import aligned
 from pretrain.weights.dtypes import FLOATS, TensorInfo
 from pretrain.weights.source import WeightSource
 
+# Kind of problem -> advice.
 ADVICE = {
-    "missing": "--only narrows what is mixed, --copy-rest says from whom the rest is taken",
-    "shape": "tensors of other shapes cannot be mixed: --exclude leaves them out, --copy-rest says from whom they are",
-    "dtype": "--dtype says which type is written",
-    "f8": "8-bit floats cannot be mixed: bring them back to 16 bits, or leave them out with --exclude and --copy-rest",
-    "rule": "mend the rules, or leave them out",
-    "differ": "--copy-rest says whose tensors are taken",
-    "none": "--only, --exclude and the rules say what is mixed",
+    "missing": "--only limits what is mixed; --copy-rest names the model that the other tensors are copied from",
+    "shape": "tensors of different shapes cannot be mixed: exclude them with --exclude and copy them with --copy-rest",
+    "dtype": "--dtype sets the output dtype",
+    "f8": "8-bit floats cannot be mixed: convert them to 16 bits, or copy them with --exclude and --copy-rest",
+    "rule": "correct or remove the rules",
+    "differ": "--copy-rest names the model whose tensors are copied",
+    "none": "--only, --exclude and the rules select the tensors to mix",
 }
-"""what to do, by what is wrong"""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the output before its weights are known; `origin`: the one source it is copied from."""
+    """A tensor of the output before its weights are known. `origin`: the source it is copied from; None if any."""
 
     name: str
     info: TensorInfo
@@ -40,12 +40,13 @@ class Slot:
 
 
 class Planner:
-    """Decides once what becomes of every tensor; then plans any weights, all with the same tensors in the same places.
+    """Decides about every tensor once; then plans any weights. All plans have the same tensors at the same offsets.
 
-    sources: the inputs, after them whatever else the request names.
-    named:   address or letter, as the request writes it -> index into `sources`, for base, copy_rest, copy_from.
-    active:  inputs whose weight is not zero in at least one plan; the others' data are never read.
-    Raises one UserError with every mismatch: missing, extra, shape, dtype, unequal tensors nobody was named for.
+    sources: the inputs, then the other models that the request names.
+    named:   address or letter in the request -> index into `sources`, for base, copy_rest and copy_from.
+    active:  inputs with a non-zero weight in at least one plan; data of the other inputs are never read.
+    Raises one UserError that lists all mismatches: missing or extra tensors, shapes, dtypes, and tensors that are not
+    mixed but differ between the inputs.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Planner:
         self._active = list(active) if active else list(range(self.inputs))
         self._rules = Rules(request)
         self._held = [set(source.names()) for source in sources]
-        self._problems: list[tuple[str, str]] = []  # what is wrong (a key of ADVICE), in words
+        self._problems: list[tuple[str, str]] = []  # (key of ADVICE, description)
         self._left_out: list[str] = []
         self._slots: list[Slot] = []
         order = [rest for rest in (self.rest, self.base) if rest is not None] + list(range(self.inputs))
@@ -81,29 +82,32 @@ class Planner:
         self._frozen = self._shared_frozen()
 
     def _refuse_quantised(self) -> None:
-        taking = [*range(self.inputs), *([self.base] if self.base is not None else [])]
+        used = self._inputs_and_base()
         mixing = any(slot.why == "mixed" for slot in self._slots) or self._problems
-        if mixing and (found := quantised_inputs([self.sources[i] for i in taking])):
+        if mixing and (found := quantised_inputs([self.sources[i] for i in used])):
             raise UserError("\n".join(found))
 
+    def _inputs_and_base(self) -> list[int]:
+        return [*range(self.inputs), *([self.base] if self.base is not None else [])]
+
     def plan(self, weights: Sequence[float] | None = None) -> Plan:
-        """`weights`: one resolved weight for each input; default: the request's."""
+        """The plan for `weights`, one resolved weight per input; default: those of the request."""
         weights = self.request.weights if weights is None else weights
         nonzero = [i for i in range(self.inputs) if weights[i] != 0]
         main = next(i for i in (self.rest, self.base, *nonzero, 0) if i is not None)
         linked = set() if self._frozen is None else {s.name for s in self._slots if self._is_frozen(s)}
         slots = [slot for slot in self._slots if slot.name not in linked]
-        decided = [
+        planned = [
             PlannedTensor(
                 slot.name,
-                self._stored(slot),
+                self._output_info(slot),
                 slot.why,
                 self._blend(slot, weights, nonzero[0] if nonzero else 0),
             )
             for slot in slots
         ]
         return assemble(
-            decided,
+            planned,
             self.sources,
             main,
             self.request.max_shard_size,
@@ -129,17 +133,17 @@ class Planner:
         return Blend(method, terms, base, self._options(own))
 
     def _options(self, weights: Sequence[float]) -> Options:
-        asked, method = self.request, self.request.method
+        request, method = self.request, self.request.method
         options: dict[str, float | bool | int] = {}
         if method == "slerp":
             options["t"] = float(weights[1])
         if method in BASED:
-            options |= {"lambda": asked.scale, "normalize": asked.normalize}
+            options |= {"lambda": request.scale, "normalize": request.normalize}
         if method.startswith("dare"):
-            options |= {"rescale": asked.rescale, "seed": asked.seed}
+            options |= {"rescale": request.rescale, "seed": request.seed}
         return tuple(sorted(options.items()))
 
-    def _stored(self, slot: Slot) -> TensorInfo:
+    def _output_info(self, slot: Slot) -> TensorInfo:
         return (self.dtype or slot.info[0], slot.info[1]) if slot.why == "mixed" else slot.info
 
     def _decide(self, name: str) -> None:
@@ -162,12 +166,12 @@ class Planner:
         else:
             self._mix(name)
 
-    def _copy(self, name: str, wanted: str) -> None:
-        origin = self._named[wanted]
+    def _copy(self, name: str, model: str) -> None:
+        origin = self._named[model]
         if name in self._held[origin]:
             self._slots.append(Slot(name, self.sources[origin].info(name), "rule", origin))
         else:
-            problem = f"{name}: a rule copies it from {self._name(origin)}, which has none"
+            problem = f"{name}: a rule copies it from {self._name(origin)}, which does not have it"
             self._problems.append(("rule", problem))
 
     def _unmixed(self, name: str, holders: Sequence[int], why: Why, what: str) -> None:
@@ -177,18 +181,16 @@ class Planner:
             self._same_everywhere(name, holders, why, what)
 
     def _mix(self, name: str) -> None:
-        taking = [*range(self.inputs), *([self.base] if self.base is not None else [])]
-        infos = [self.sources[i].info(name) for i in taking]
+        used = self._inputs_and_base()
+        infos = [self.sources[i].info(name) for i in used]
         if len({shape for _, shape in infos}) > 1:
-            shapes = ", ".join(
-                f"{list(s)} in {self._name(i)}" for i, (_, s) in zip(taking, infos, strict=True)
-            )
+            shapes = ", ".join(f"{list(s)} in {self._name(i)}" for i, (_, s) in zip(used, infos, strict=True))
             self._problems.append(("shape", f"{name}: shape {shapes}"))
             return
         dtypes = [dtype for dtype, _ in infos]
         floats = all(dtype in FLOATS for dtype in dtypes)
         if len(set(dtypes)) > 1 and not (floats and self.dtype):
-            listed = ", ".join(f"{d} in {self._name(i)}" for i, d in zip(taking, dtypes, strict=True))
+            listed = ", ".join(f"{d} in {self._name(i)}" for i, d in zip(used, dtypes, strict=True))
             self._problems.append(("dtype" if floats else "shape", f"{name}: dtype {listed}"))
         elif floats:
             self._slots.append(Slot(name, infos[0], "mixed", None))
@@ -219,12 +221,12 @@ class Planner:
         self._slots.append(Slot(name, self.sources[first].info(name), why, first))
 
     def _missing(self, name: str) -> None:
-        taking = [*range(self.inputs), *([self.base] if self.base is not None else [])]
-        holders = [i for i in taking if name in self._held[i]]
-        absent = [i for i in taking if i not in holders]
+        used = self._inputs_and_base()
+        holders = [i for i in used if name in self._held[i]]
+        absent = [i for i in used if i not in holders]
         where = ", ".join(self._name(i) for i in absent)
         tie = next((self.sources[i].tied[name] for i in absent if name in self.sources[i].tied), None)
-        note = f" (there it is tied to {tie})" if tie else ""
+        note = f" (tied to {tie} there)" if tie else ""
         problem = f"{name}: only in {self._name(holders[0])}, missing in {where}{note}"
         self._problems.append(("missing", problem))
 
@@ -232,7 +234,7 @@ class Planner:
         return slot.origin is not None and slot.name in self.sources[slot.origin].frozen
 
     def _shared_frozen(self) -> Path | None:
-        """A frozen.safetensors of which the output takes every tensor, so that it need not be written again."""
+        """A frozen.safetensors whose tensors are all in the output, so that it can be shared instead of rewritten."""
         origins = {slot.origin for slot in self._slots if self._is_frozen(slot)}
         if len(origins) != 1:
             return None
@@ -245,9 +247,9 @@ class Planner:
 
 
 def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
-    """Open everything that a request names, vocabularies brought together as it asks.
+    """Open all models that a request names, and align their vocabularies by its rule.
 
-    Raises UserError where embeddings of different vocabularies would be mixed and it does not say how.
+    Raises UserError if it mixes embeddings of different vocabularies without a rule.
     """
     copied = [rule.copy_from for rule in request.rules]
     opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
@@ -258,7 +260,7 @@ def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
 def prepare(
     request: Request, weights: Sequence[Sequence[float]] | None = None, run_dir: Path | None = None
 ) -> tuple[list[Plan], OpenedInputs]:
-    """One plan a row of resolved weights (default: the request's own), all with the same tensors in the same places."""
+    """One plan per row of resolved weights (default: the request's); all have the same tensors at the same offsets."""
     rows = [request.weights] if weights is None else weights
     opened = open_request(request, run_dir)
     active = [i for i in range(opened.inputs) if any(row[i] != 0 for row in rows)]

@@ -1,4 +1,4 @@
-"""What is asked for, as plain data: inputs, method, weights, rules. Flags, a spec file and Python all become this."""
+"""`Request`: a validated merge request as plain data, built from flags, a spec file or Python."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from pretrain.merge.merge_plan import BASED, METHODS, letter
 from pretrain.merge.planning.output_layout import SHARD_SIZE
 from pretrain.weights.dtypes import FLOATS
 
+# Methods with a base whose weights --normalize divides by their sum; the others divide entry by entry.
 SUMMED = ("task_arithmetic", "dare_linear")
-"""methods with a base whose weights --normalize divides by their sum; the others divide entry by entry"""
+SPARSE = tuple(name for name in BASED if name != "task_arithmetic")
+DARE = ("dare_linear", "dare_ties")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with tensors in whose name `match` is found; the first rule that matches wins.
+    """How tensors whose name matches are handled; the first rule that matches wins.
 
-    match:     regular expression, found anywhere in the name.
-    weights:   one share for each input, in place of the request's.
-    t:         slerp: the share of the second input.
-    exclude:   not mixed: taken from `copy_rest`, or wherever all inputs agree.
-    copy_from: taken as it is from this input (address or letter) or from another address.
-    layers:    [start, stop) of the layer numbers that the rule holds for.
-    curve:     for two inputs: the weight of the first, given at equal distances over `layers`, linear in between.
+    match:     regular expression, searched in the whole name.
+    weights:   one per input, instead of the request's.
+    t:         slerp: weight of the second input.
+    exclude:   not mixed; copied from `copy_rest`, or from any input if all inputs agree.
+    copy_from: copied from this input (address or letter) or from another address.
+    layers:    layer numbers [start, stop) that the rule applies to.
+    curve:     for two inputs: weights of the first at equal distances over `layers`, interpolated linearly.
     """
 
     match: str
@@ -41,20 +43,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Request:
-    """A merge as it is asked for. Defaults are filled in; nothing has been opened.
+    """A merge request with all defaults filled in, before any input is opened.
 
     inputs:     addresses (pretrain.run.address).
-    weights:    resolved: one for each input.
+    weights:    one resolved weight per input.
     method:     one of pretrain.merge.merge_plan.METHODS.
-    base:       address, or an input's letter; for the methods that add differences to it.
-    densities:  one for each input: the share of entries that TIES and DARE keep.
+    base:       address of the model that methods with a base add differences to.
+    densities:  one per input: fraction of the entries that TIES and DARE keep.
     scale:      lambda: factor of the summed differences.
-    normalize:  divide by the sum of the weights; for TIES by those that agree at each entry. In linear merges it
-                has been done to `weights` here, and is done to the weights of rules.
-    rescale:    DARE: divide what is kept by the density.
-    seed:       DARE's random entries.
+    normalize:  divide by the sum of the weights; TIES: of the weights that agree at each entry. For linear merges
+                `weights` are already normalized; weights of rules are normalized later.
+    rescale:    DARE: divide kept entries by the density.
+    seed:       of DARE's random draw.
     only, exclude, rules, copy_rest, dtype, max_shard_size, vocabulary: as in pretrain.merge.spec.
-    notes:      what the plan says besides.
+    notes:      additional notes for the plan.
     """
 
     inputs: tuple[str, ...]
@@ -76,7 +78,7 @@ class Request:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, under the keys of a spec and as JSON and YAML hold it."""
+        """The fields that differ from their defaults, under the keys of a spec, as JSON types."""
         found = _plain(self)
         found.pop("notes", None)
         found["rules"] = [_plain(rule) for rule in self.rules]
@@ -87,16 +89,15 @@ class Request:
         return {KEYS.get(name, name): value for name, value in found.items() if value != []}
 
     @classmethod
-    def from_dict(cls, asked: dict[str, Any]) -> Request:
-        """What `plain` said; nothing is checked again."""
+    def from_dict(cls, record: dict[str, Any]) -> Request:
+        """The request that `to_dict` returned; validates nothing."""
         names = {key: name for name, key in KEYS.items()}
-        given = _tuples({names.get(key, key): value for key, value in asked.items()})
-        rules = tuple(Rule(**_tuples(rule)) for rule in asked.get("rules", []))
-        return cls(**({"densities": (1.0,) * len(asked["inputs"])} | given | {"rules": rules}))
+        given = _tuples({names.get(key, key): value for key, value in record.items()})
+        rules = tuple(Rule(**_tuples(rule)) for rule in record.get("rules", []))
+        return cls(**({"densities": (1.0,) * len(record["inputs"])} | given | {"rules": rules}))
 
 
-KEYS = {"scale": "lambda", "densities": "density"}
-"""fields that a spec calls otherwise"""
+KEYS = {"scale": "lambda", "densities": "density"}  # field -> its key in a spec, if they differ
 
 
 def _tuples(record: dict[str, Any]) -> dict[str, Any]:
@@ -125,46 +126,36 @@ def request(
     dtype: str | None = None,
     **rest: Any,
 ) -> Request:
-    """Check what was asked and fill in what was not; UserError for whatever contradicts itself.
+    """Validate a merge request and fill in its defaults. Raises UserError for contradictory or invalid options.
 
     method:    one of METHODS, or `soup`: linear with equal weights.
-    weights:   linear and slerp need them (or `beta`); the methods with a base take 1 for each input.
-    normalize: by default true for linear and ties, as in mergekit.
+    weights:   required for linear and slerp (or `beta`); default for methods with a base: 1 per input.
+    normalize: default true for linear and ties, as in mergekit.
+    rest:      other fields of Request; None means the default.
     """
+    # 1. Options that contradict the method.
     count = len(inputs)
-    if method not in (*METHODS, "soup"):
-        raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}, soup")
-    based = method in BASED
-    if count < (1 if based else 2):
-        raise UserError(f"a merge takes two inputs or more, here is {count}")
-    if based and base is None:
-        raise UserError(f"--method {method} adds differences to a base; say which with --base")
-    if base is not None and not based:
-        raise UserError(f"--base is for {', '.join(BASED)}; --method {method} has none")
-    if base is not None and (base in inputs or base in {letter(i) for i in range(count)}):
-        raise UserError(
-            f"--base {base} is an input too; its difference to itself is 0: leave it out of the inputs"
-        )
-    _only_for("--lambda", scale, based, BASED, method)
-    sparse = tuple(name for name in BASED if name != "task_arithmetic")
-    _only_for("--density", density, method in sparse, sparse, method)
-    dare = ("dare_linear", "dare_ties")
-    _only_for("--seed", seed, method in dare, dare, method)
-    _only_for("--rescale", rescale, method in dare, dare, method)
-    _only_for("--t", t, method == "slerp", ("slerp",), method)
+    _check_method(inputs, method, base)
+    _check_flag("--lambda", scale, BASED, method)
+    _check_flag("--density", density, SPARSE, method)
+    _check_flag("--seed", seed, DARE, method)
+    _check_flag("--rescale", rescale, DARE, method)
+    _check_flag("--t", t, ("slerp",), method)
     if method == "slerp" and count != 2:
-        raise UserError(f"--method slerp is for two inputs, here are {count}")
+        raise UserError(f"--method slerp merges two inputs, but {count} are given")
     if method == "slerp" and normalize is not None:
         raise UserError(
-            "--normalize is for linear merges and those with a base; slerp has a share, --t or --beta"
+            "--normalize is for linear merges and methods with a base; with slerp write one weight, --t or --beta"
         )
     if normalize is None:
         normalize = method in ("linear", "soup", "slerp", "ties")
+    # 2. Patterns and rules.
     for name in ("only", "exclude"):
         if rest.get(name) is not None:
             compiled(rest[name], name)
     for rule in rules:
         check_rule(rule, count, method)
+    # 3. The request with its defaults.
     return Request(
         inputs=tuple(inputs),
         weights=input_weights(count, method, beta, weights, t, normalize),
@@ -181,28 +172,48 @@ def request(
     )
 
 
-def _only_for(flag: str, given: object, fits: bool, methods: Sequence[str], method: str) -> None:
-    if given is not None and not fits:
-        raise UserError(f"{flag} is for {', '.join(methods)}; --method {method} has no use for it")
+def _check_method(inputs: Sequence[str], method: str, base: str | None) -> None:
+    """Raises UserError for an unknown method, too few inputs, and a missing or useless base."""
+    count = len(inputs)
+    if method not in (*METHODS, "soup"):
+        raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}, soup")
+    based = method in BASED
+    if count < (1 if based else 2):
+        raise UserError(f"a merge needs two inputs or more, but {count} is given")
+    if based and base is None:
+        raise UserError(f"--method {method} adds differences to a base; name it with --base")
+    if base is not None and not based:
+        raise UserError(f"--base is for {', '.join(BASED)}; --method {method} has no base")
+    if base is not None and (base in inputs or base in {letter(i) for i in range(count)}):
+        raise UserError(
+            f"--base {base} is also an input; its difference to itself is 0, so leave it out of the inputs"
+        )
+
+
+def _check_flag(flag: str, value: object, methods: Sequence[str], method: str) -> None:
+    if value is not None and method not in methods:
+        raise UserError(f"{flag} is for {', '.join(methods)}; it has no effect with --method {method}")
 
 
 def _finite(flag: str, value: float) -> float:
     if not math.isfinite(value):
-        raise UserError(f"{flag} {value}: a finite number")
+        raise UserError(f"{flag} {value}: must be a finite number")
     return float(value)
 
 
 def check_rule(rule: Rule, count: int, method: str) -> None:
-    """Raises UserError for a rule that says nothing, two things, or what the method cannot do."""
+    """Raises UserError unless a rule has exactly one action, and one that the method supports."""
     where = f"rule {rule.match!r}"
     compiled(rule.match, where)
-    does = [n for n in ("weights", "t", "copy_from", "curve") if getattr(rule, n) is not None]
-    does += ["exclude"] if rule.exclude else []
-    if len(does) != 1:
-        said = " and ".join(does) or "nothing"
-        raise UserError(f"{where} says {said}: give it one of beta, weights, t, curve, exclude, copy_from")
+    actions = [n for n in ("weights", "t", "copy_from", "curve") if getattr(rule, n) is not None]
+    actions += ["exclude"] if rule.exclude else []
+    if len(actions) != 1:
+        found = " and ".join(actions) or "no action"
+        raise UserError(
+            f"{where} has {found}; it needs exactly one of beta, weights, t, curve, exclude, copy_from"
+        )
     if rule.t is not None and method != "slerp":
-        raise UserError(f"{where}: t is for slerp; write beta, the weight of the first input")
+        raise UserError(f"{where}: t is only for slerp; write beta, the weight of the first input")
     if rule.t is not None and not 0 <= rule.t <= 1:
         raise UserError(f"{where}: t {rule.t:g} is not between 0 and 1")
     if rule.weights is not None:
@@ -211,9 +222,9 @@ def check_rule(rule: Rule, count: int, method: str) -> None:
         if rule.layers is None:
             raise UserError(f"{where}: a curve needs layers, such as 0:32")
         if count != 2 or method not in ("linear", "slerp"):
-            raise UserError(f"{where}: a curve is for two inputs, merged with linear or slerp")
+            raise UserError(f"{where}: a curve needs two inputs and method linear or slerp")
         if not rule.curve or not all(0 <= value <= 1 for value in rule.curve):
-            raise UserError(f"{where}: a curve is a list of betas between 0 and 1")
+            raise UserError(f"{where}: a curve must be a list of betas between 0 and 1")
     if rule.layers is not None and not 0 <= rule.layers[0] < rule.layers[1]:
         raise UserError(
             f"{where}: layers {rule.layers[0]}:{rule.layers[1]} is empty; write FIRST:END, such as 0:32"
@@ -221,15 +232,15 @@ def check_rule(rule: Rule, count: int, method: str) -> None:
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression, or a UserError that says where it stands."""
+    """Compile a regular expression; raises UserError with its place `where`."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{where}: {pattern!r} is not a valid regular expression: {error}") from None
 
 
 def check_dtype(dtype: str | None) -> str | None:
-    """`bf16`, `float32`, `BF16` -> as safetensors spells it."""
+    """`bf16`, `float32`, `BF16`, ... in safetensors spelling; None stays None."""
     if dtype is None:
         return None
     names = {
@@ -255,32 +266,31 @@ def input_weights(
     t: float | None,
     normalize: bool,
 ) -> tuple[float, ...]:
+    """The resolved weights of the inputs for a method, from at most one of `beta`, `weights` and `t`."""
     given = [
         name for name, value in (("--beta", beta), ("--weights", weights), ("--t", t)) if value is not None
     ]
     if len(given) > 1:
-        raise UserError(f"say how much of each input once, not with {' and '.join(given)}")
+        raise UserError(f"set the weights of the inputs once, not with {' and '.join(given)}")
     if method == "soup":
         if given:
             raise UserError(
-                f"--method soup takes every input alike; leave {given[0]} out, or take --method linear"
+                f"--method soup weighs all inputs equally; leave out {given[0]}, or use --method linear"
             )
         return (1.0 / count,) * count
     if method in BASED:
         if beta is not None:
-            raise UserError(
-                "--beta is for linear and slerp; write --weights with a factor for each difference"
-            )
+            raise UserError("--beta is for linear and slerp; write --weights with one factor per input")
         factors = finite_weights(count, weights) if weights is not None else (1.0,) * count
         if normalize and method in SUMMED and abs(math.fsum(factors)) < 1e-8:
             raise UserError(
                 f"--normalize divides by the sum of the weights, which is 0 for "
-                f"{', '.join(f'{w:g}' for w in factors)}; leave it out, or write other --weights"
+                f"{', '.join(f'{w:g}' for w in factors)}; leave it out, or change --weights"
             )
         return factors
     if t is not None:
         if not 0 <= t <= 1:
-            raise UserError(f"--t {t:g}: between 0 and 1, the share of the second input")
+            raise UserError(f"--t {t:g}: the weight of the second input must be between 0 and 1")
         return (1.0 - float(t), float(t))
     if weights is not None and not normalize:
         return finite_weights(count, weights)
@@ -288,6 +298,7 @@ def input_weights(
 
 
 def input_densities(count: int, density: float | Sequence[float] | None) -> tuple[float, ...]:
+    """One density per input; a single value applies to all inputs."""
     listed = (
         [1.0 if density is None else float(density)] if not isinstance(density, Sequence) else list(density)
     )
@@ -295,51 +306,53 @@ def input_densities(count: int, density: float | Sequence[float] | None) -> tupl
         listed *= count
     if len(listed) != count:
         raise UserError(
-            f"--density: {len(listed)} numbers for {count} inputs; write one for all, or one for each"
+            f"--density: {len(listed)} numbers for {count} inputs; write one for all, or one per input"
         )
     if not all(0 < value <= 1 for value in listed):
-        raise UserError(f"--density {', '.join(f'{v:g}' for v in listed)}: above 0, up to 1")
+        raise UserError(f"--density {', '.join(f'{v:g}' for v in listed)}: must be above 0 and at most 1")
     return tuple(float(value) for value in listed)
 
 
 def finite_weights(count: int, weights: Sequence[float], where: str = "--weights") -> tuple[float, ...]:
-    """One finite number for each input, as given."""
+    """`weights` as floats; raises UserError unless there is one finite number per input."""
     if len(weights) != count:
-        raise UserError(f"{where}: {len(weights)} weights for {count} inputs; write one for each")
+        raise UserError(f"{where}: {len(weights)} weights for {count} inputs; write one per input")
     if not all(math.isfinite(weight) for weight in weights):
-        raise UserError(f"{where}: weights {', '.join(f'{w:g}' for w in weights)}: finite numbers")
+        raise UserError(f"{where}: weights {', '.join(f'{w:g}' for w in weights)}: must be finite numbers")
     return tuple(float(weight) for weight in weights)
 
 
 def resolve_weights(count: int, beta: float | None, weights: Sequence[float] | None) -> tuple[float, ...]:
-    """fp64 weights of `count` inputs: (beta, 1 - beta) for two, or shares divided by their sum.
+    """fp64 weights of `count` inputs: (beta, 1 - beta) for two inputs, or `weights` divided by their sum.
 
-    Shares that add up to 1 within 1e-9 are taken as they are.
+    Weights whose sum is 1 within 1e-9 are not divided.
     """
     if (beta is None) == (weights is None):
         raise UserError(
-            "say how much of each input: --beta for two inputs, or --weights with one number for each "
-            "(--method soup takes all alike)"
+            "set the weights of the inputs: --beta for two inputs, or --weights with one number per input "
+            "(--method soup weighs all equally)"
         )
     if beta is not None:
         if count != 2:
             raise UserError(
-                f"--beta is for two inputs, here are {count}; write --weights with {count} numbers"
+                f"--beta is for two inputs, but {count} are given; write --weights with {count} numbers"
             )
         if not 0 <= beta <= 1:
             raise UserError(
-                f"--beta {beta:g}: between 0 and 1; to extrapolate write --weights {beta:g},{1 - beta:g}"
+                f"--beta {beta:g}: must be between 0 and 1; to extrapolate, write --weights {beta:g},{1 - beta:g}"
             )
         return (float(beta), 1.0 - float(beta))
     shares = [float(weight) for weight in weights or ()]
     if len(shares) != count:
-        raise UserError(f"{len(shares)} weights for {count} inputs; write one for each")
+        raise UserError(f"{len(shares)} weights for {count} inputs; write one per input")
     return normalized(shares)
 
 
 def normalized(shares: Sequence[float], where: str = "weights") -> tuple[float, ...]:
-    """Shares divided by their sum; those that add up to 1 within 1e-9 as they are."""
+    """Shares divided by their sum, unless it is 1 within 1e-9."""
     total = math.fsum(shares)
     if not all(math.isfinite(share) for share in shares) or abs(total) < 1e-9:
-        raise UserError(f"{where} {', '.join(f'{s:g}' for s in shares)}: finite numbers whose sum is not 0")
+        raise UserError(
+            f"{where} {', '.join(f'{s:g}' for s in shares)}: must be finite numbers whose sum is not 0"
+        )
     return tuple(shares) if abs(total - 1) <= 1e-9 else tuple(share / total for share in shares)

@@ -1,4 +1,4 @@
-"""Which weights a tensor gets: the first rule that matches its name, else those of the whole merge."""
+"""Weights of a tensor: those of the first rule that matches its name, else those of the merge; layer curves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def split_layer(name: str) -> tuple[str, int, str] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a tensor's name; None outside layers."""
+    """The layer number in a tensor name; None outside layers."""
     found = split_layer(name)
     return found[1] if found else None
 
 
 def interpolate(points: Sequence[float], at: float) -> float:
-    """The value of a curve given at equal distances over [0, 1], linear in between."""
+    """The value at `at` of a piecewise linear curve whose points are at equal distances over [0, 1]."""
     if len(points) == 1:
         return points[0]
     place = at * (len(points) - 1)
@@ -33,7 +33,7 @@ def interpolate(points: Sequence[float], at: float) -> float:
 
 
 class Rules:
-    """A request's `only`, `exclude` and `rules`, asked name by name."""
+    """The `only`, `exclude` and `rules` of a request, applied to tensor names."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -42,25 +42,25 @@ class Rules:
         self._rules = [(compiled(rule.match, "rule"), rule) for rule in request.rules]
 
     def mixes(self, name: str) -> bool:
-        """Whether a tensor of that name is to be mixed, as far as `only`, `exclude` and the rules say."""
+        """True if `only`, `exclude` and the rules allow a tensor to be mixed."""
         rule = self.first_match(name)
         excluded = rule is not None and (rule.exclude or rule.copy_from is not None)
         excluded = excluded or (self._exclude is not None and self._exclude.search(name) is not None)
         return not excluded and not self.outside_only(name)
 
     def outside_only(self, name: str) -> bool:
-        """Whether `only` leaves the tensor out of what is mixed."""
+        """True if `only` is set and does not match the name."""
         return self._only is not None and not self._only.search(name)
 
     def first_match(self, name: str) -> Rule | None:
-        """The first rule that holds for a tensor."""
+        """The first rule that applies to a tensor."""
         for pattern, rule in self._rules:
             if pattern.search(name) and (rule.layers is None or _within(rule.layers, name)):
                 return rule
         return None
 
     def unmatched(self, names: Collection[str]) -> list[str]:
-        """What of `exclude` and the rules finds nothing among `names`, in words: most often a slip of the pen."""
+        """Descriptions of the patterns and layer ranges that match none of `names`, usually a typing error."""
         found = []
         if self._exclude is not None and not any(map(self._exclude.search, names)):
             found.append(f"exclude '{self._exclude.pattern}' matches no tensor")
@@ -74,13 +74,13 @@ class Rules:
                 )
                 first, stop = rule.layers
                 if end <= first or (rule.curve is not None and end < stop):
-                    there = f"there are layers 0:{end}" if end else "no name has a layer"
+                    there = f"the model has layers 0:{end}" if end else "no name has a layer"
                     what = f"rule '{rule.match}'" if rule.match else "the curve"
-                    found.append(f"{what} is for layers {first}:{stop}, and {there}")
+                    found.append(f"{what} is for layers {first}:{stop}, but {there}")
         return found
 
     def weights(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
-        """One resolved weight for each input, for a tensor that is mixed."""
+        """One resolved weight per input for a mixed tensor; `default`: the weights without a rule."""
         rule = self.first_match(name)
         if rule is None:
             return tuple(default)

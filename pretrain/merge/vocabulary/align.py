@@ -1,4 +1,7 @@
-"""Models whose vocabularies differ: refused, or their embeddings seen through views that have the same rows."""
+"""Inputs with different vocabularies: refused, or remapped to the same embedding rows.
+
+The rules are first, union, intersect (token by token) and pad (row by row).
+"""
 
 from __future__ import annotations
 
@@ -34,50 +37,71 @@ HEAD = re.compile(
     r"\.(weight|bias)$"
 )
 ADVICE = (
-    "say how with --vocabulary (in a spec, vocabulary): first (the first input's tokens; one that another lacks takes "
-    "the first's row), intersect (tokens that all have), union (a token that one has takes its row) or pad (rows by "
-    "their numbers, the shorter padded from the longer)"
+    "choose a rule with --vocabulary (in a spec, vocabulary): first (the tokens of the first input; another input that "
+    "lacks a token takes the first's row), intersect (tokens that all inputs have), union (tokens of any input; an "
+    "input that lacks a token takes the row of one that has it) or pad (row by row; shorter embeddings take the "
+    "missing rows from the longest)"
 )
+
+
+class VocabularyMismatch(UserError):
+    """Inputs of different vocabularies and no rule. `difference` is the message without the advice."""
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(f"{difference}; {ADVICE}")
+        self.difference = difference
 
 
 def aligned(
     sources: Sequence[WeightSource], rule: str | None, mixed: Callable[[str], bool] = bool
 ) -> list[WeightSource]:
-    """The sources, those with embeddings as views that have the same rows under `rule`.
+    """The sources; those with embeddings are remapped to the same rows under `rule`.
 
-    Token by token for `first` (its tokens, numbers and tokenizer), `intersect` (the order of the first source) and
-    `union` (the first source's tokens, then what each other has more, in its order), which need a tokenizer beside
-    every source; row by row for `pad`. Without a rule, UserError when rows or tokenizers differ and one of these
-    tensors is `mixed`. Sources without embeddings stay as they are.
+    `first` (tokens, ids and tokenizer of the first source), `intersect` (in the order of the first source) and `union`
+    (the tokens of the first source, then the additional ones of each other source in its order) work token by token
+    and need a tokenizer beside every source. `pad` works row by row. Sources without embeddings are returned unchanged.
+
+    Raises VocabularyMismatch if there is no rule, rows or tokenizers differ, and one of these tensors is `mixed`;
+    UserError if the rule cannot be applied.
     """
     if rule is not None and rule not in RULES:
-        raise UserError(f"vocabulary: {rule!r} is none of {', '.join(RULES)}")
+        raise UserError(f"vocabulary: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
     names = [vocabulary_names(source) for source in sources]
-    taking = [i for i, found in enumerate(names) if found]
-    if len(taking) < 2:
+    with_vocabulary = [i for i, found in enumerate(names) if found]
+    if len(with_vocabulary) < 2:
         return list(sources)
-    chosen = [sources[i] for i in taking]
-    rows = [_rows_of(source, names[i], rule) for i, source in zip(taking, chosen, strict=True)]
+    chosen = [sources[i] for i in with_vocabulary]
+    rows = [_rows_of(source, names[i], rule) for i, source in zip(with_vocabulary, chosen, strict=True)]
     files = {_raw(source) for source in chosen}
     if len(set(rows)) == len(files) == 1 and None not in files:
         return list(sources)
     tokenizers = [read_tokenizer(source.companions, source.address) for source in chosen]
     known = [t for t in tokenizers if t is not None]
     differ = any(t.contradicts(known[0]) or (rule and t.ids != known[0].ids) for t in known[1:])
-    by_token = rule not in (None, "pad")  # which needs to know every source's tokens
+    by_token = rule not in (None, "pad")  # needs the tokens of every source
     if len(set(rows)) == 1 and not differ and not (by_token and None in tokenizers):
         return list(sources)
     if rule is None:
-        shared = {name for i in taking for j in taking if i < j for name in {*names[i]} & {*names[j]}}
-        if not any(map(mixed, shared)):  # those of other names are never mixed: the planner lists them
+        shared = {
+            name
+            for i in with_vocabulary
+            for j in with_vocabulary
+            if i < j
+            for name in {*names[i]} & {*names[j]}
+        }
+        if not any(
+            map(mixed, shared)
+        ):  # tensors of different names are never mixed; the planner reports them
             return list(sources)
-        raise UserError(_difference(taking, chosen, rows, tokenizers))
-    check_row_types(chosen, [names[i] for i in taking])
-    made = _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
+        raise VocabularyMismatch(_difference(with_vocabulary, chosen, rows, tokenizers))
+    check_row_types(chosen, [names[i] for i in with_vocabulary])
+    remappings = (
+        _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
+    )
     unknown = _unknown(chosen, rows, {name for found in names for name in found})
     views = list(sources)
-    for place, i in enumerate(taking):
-        moved, companions, notes, config_error = made[place]
+    for place, i in enumerate(with_vocabulary):
+        moved, companions, notes, config_error = remappings[place]
         notes = [*notes, *unknown]
         views[i] = RemappedSource(
             sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, config_error
@@ -86,8 +110,10 @@ def aligned(
 
 
 def _unknown(sources: Sequence[WeightSource], rows: Sequence[int], known: set[str]) -> list[str]:
-    """A note of tensors that are as long as the vocabulary in every source, and have no name that says so; none where
-    embeddings are as wide as they are long, as then too many are."""
+    """A note about tensors that are as long as the vocabulary in every source but have no known embedding name.
+
+    No note if embeddings are as wide as they are long, because then too many tensors match.
+    """
     shapes = [{name: source.info(name)[1] for name in source.names()} for source in sources]
     if any(n in held[name][1:] for held, n in zip(shapes, rows, strict=True) for name in known & held.keys()):
         return []
@@ -100,23 +126,23 @@ def _unknown(sources: Sequence[WeightSource], rows: Sequence[int], known: set[st
         return []
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return [
-        f"{', '.join(found[:3])}{more}: as long as the vocabulary, and of no name that is known to go by token: left "
-        "in the order that they have"
+        f"{', '.join(found[:3])}{more}: as long as the vocabulary, but not a known name of an embedding or head: rows "
+        "keep their order"
     ]
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor of that name is the input's; else it may be the output's."""
+    """True if the name is that of an input embedding."""
     return EMBEDDING.search(name) is not None
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor of that name most likely has a row for every token."""
+    """True if the name is that of an embedding or head, which has one row per token."""
     return is_embedding(name) or HEAD.search(name) is not None
 
 
 def vocabulary_names(source: WeightSource) -> list[str]:
-    """Tensors with a row for every token: embeddings, and heads that have as many rows."""
+    """Names of the tensors with one row per token: embeddings, and heads with as many rows."""
     held = source.names()
     embeddings = [name for name in held if is_embedding(name) and len(source.info(name)[1]) == 2]
     rows = {source.info(name)[1][0] for name in embeddings}
@@ -125,13 +151,13 @@ def vocabulary_names(source: WeightSource) -> list[str]:
 
 
 def _rows_of(source: WeightSource, names: Sequence[str], rule: str | None) -> int:
-    """Rows of its embeddings; of the first, where it has several vocabularies and no rule is to join them."""
+    """Number of embedding rows; without a rule, that of the first embedding if the source has several vocabularies."""
     counts = [source.info(name)[1][0] for name in names]
     if rule is not None and len(set(counts)) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
         raise UserError(
-            f"{source.address}: its embeddings have different numbers of rows, {listed}, so there is no one "
-            f"vocabulary to join; without vocabulary: {rule} they are merged row by row, where all have as many"
+            f"{source.address}: its embeddings have different numbers of rows ({listed}), so it has no single "
+            f"vocabulary; leave out vocabulary: {rule} to merge row by row, if all inputs have equal numbers of rows"
         )
     return counts[0]
 
@@ -142,62 +168,62 @@ def _raw(source: WeightSource) -> bytes | None:
 
 
 def _difference(
-    taking: Sequence[int],
+    with_vocabulary: Sequence[int],
     sources: Sequence[WeightSource],
     rows: Sequence[int],
     tokenizers: Sequence[Tokenizer | None],
 ) -> str:
-    said = []
-    for i, source, count, tokenizer in zip(taking, sources, rows, tokenizers, strict=True):
+    parts = []
+    for i, source, count, tokenizer in zip(with_vocabulary, sources, rows, tokenizers, strict=True):
         tokens = f", {len(tokenizer.ids)} tokens" if tokenizer is not None else ""
-        said.append(f"{letter(i)} ({source.address}) {count} rows{tokens}")
+        parts.append(f"{letter(i)} ({source.address}) {count} rows{tokens}")
     known = [t for t in tokenizers if t is not None]
     note = ""
     if len(known) > 1:
         extra = sorted(set(known[1].ids) ^ set(known[0].ids))[:3]
         moved = [t for t, n in known[0].ids.items() if known[1].ids.get(t, n) != n][:3]
-        note = f"; only one has {', '.join(map(repr, extra))}" if extra else ""
-        note += f"; other numbers for {', '.join(map(repr, moved))}" if moved else ""
-    return f"the vocabularies differ: {'; '.join(said)}{note}; {ADVICE}"
+        note = f"; only one of them has {', '.join(map(repr, extra))}" if extra else ""
+        note += f"; different ids for {', '.join(map(repr, moved))}" if moved else ""
+    return f"the vocabularies differ: {'; '.join(parts)}{note}"
 
 
 def check_row_types(sources: Sequence[WeightSource], names: Sequence[Sequence[str]]) -> None:
-    """Rows of one source are read in another's place: they must be as wide and of the same type."""
+    """Raises UserError unless all sources have the tensors `names` with equal row width and dtype."""
     for name in dict.fromkeys(name for found in names for name in found):
         for source in sources:
             if stored_name(source, name) not in source.names():
                 raise UserError(
-                    f"{name}: missing in {source.address}; under a vocabulary rule all must have it"
+                    f"{name}: missing in {source.address}; a vocabulary rule needs it in all inputs"
                 )
         infos = [source.info(stored_name(source, name)) for source in sources]
         if len({(dtype, shape[1:]) for dtype, shape in infos}) > 1:
             listed = ", ".join(
                 f"{d} {list(s)} in {x.address}" for (d, s), x in zip(infos, sources, strict=True)
             )
-            raise UserError(f"{name}: under a vocabulary rule rows must be of one width and dtype: {listed}")
+            raise UserError(f"{name}: a vocabulary rule needs rows of one width and dtype: {listed}")
 
 
-Made = tuple[RowMap, dict[str, Path | bytes], list[str], str | None]
-"""rows, companions, notes, and why the companions cannot be those of the output"""
+# Row map, companions, notes, and why an output cannot use the companions (None if it can).
+Remapping = tuple[RowMap, dict[str, Path | bytes], list[str], str | None]
 
 
 def _pad(
     sources: Sequence[WeightSource], rows: Sequence[int], tokenizers: Sequence[Tokenizer | None]
-) -> list[Made]:
+) -> list[Remapping]:
     known = [t for t in tokenizers if t is not None]
     for one in known[1:]:
         at = {number: token for token, number in known[0].ids.items()}
         wrong = next(((t, n) for t, n in one.ids.items() if at.get(n, t) != t), None)
         if wrong:
             raise UserError(
-                f"row {wrong[1]} is {at[wrong[1]]!r} in {known[0].where}, {wrong[0]!r} in {one.where}: rows of other "
-                "tokens cannot be mixed; write vocabulary: union or intersect"
+                f"row {wrong[1]} is {at[wrong[1]]!r} in {known[0].where}, {wrong[0]!r} in {one.where}: rows of "
+                "different tokens cannot be mixed; write vocabulary: union or intersect"
             )
-    longest = max(range(len(rows)), key=lambda i: rows[i])  # the first of the longest
+    longest = max(range(len(rows)), key=lambda i: rows[i])  # the first one on a tie
     total = rows[longest]
     counts = [len(t.ids) if t is not None else 0 for t in tokenizers]
     largest = max(range(len(counts)), key=lambda i: counts[i])
-    made: list[Made] = []
+    remappings: list[Remapping] = []
     for i, source in enumerate(sources):
         owner = np.where(np.arange(total) < rows[i], i, longest)
         companions = dict(source.companions)
@@ -207,21 +233,21 @@ def _pad(
             theirs = ("tokenizer", "special_tokens_map", *STALE)
             companions = {n: c for n, c in companions.items() if not n.startswith(theirs)}
             companions |= {n: c for n, c in other.companions.items() if n.startswith(theirs)}
-            notes.append(f"the tokenizer is that of {other.address}, which has the most tokens")
+            notes.append(f"uses the tokenizer of {other.address}, which has the most tokens")
         if "config.json" in companions:
             config = parse_json(read_companion(companions["config.json"]), f"{source.address}: config.json")
             companions["config.json"] = as_json(adapted_config(config, {"vocab_size": total}))
-        made.append((RowMap.of(owner, np.arange(total)), companions, notes, None))
-    return made
+        remappings.append((RowMap.of(owner, np.arange(total)), companions, notes, None))
+    return remappings
 
 
 def _by_token(
     sources: Sequence[WeightSource], rows: Sequence[int], found: Sequence[Tokenizer | None], rule: str
-) -> list[Made]:
-    tokenizers = [_needed(t, source, rule) for t, source in zip(found, sources, strict=True)]
+) -> list[Remapping]:
+    tokenizers = [_required(t, source, rule) for t, source in zip(found, sources, strict=True)]
     for tokenizer, count in zip(tokenizers, rows, strict=True):
         if max(tokenizer.ids.values(), default=-1) >= count:
-            raise UserError(f"{tokenizer.where}: has tokens beyond the {count} rows of its embeddings")
+            raise UserError(f"{tokenizer.where}: has token ids beyond the {count} rows of its embeddings")
     first = tokenizers[0].ids
     if rule == "intersect":
         common = [t for t in sorted(first, key=lambda t: first[t]) if all(t in one.ids for one in tokenizers)]
@@ -241,42 +267,46 @@ def _by_token(
         total = max(rows[0], free)
     joined = joint_tokenizer_json(tokenizers, ids) if rule != "first" else b""
     holder = {t: next(k for k, one in enumerate(tokenizers) if t in one.ids) for t in ids}
-    made: list[Made] = []
+    remappings: list[Remapping] = []
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
-        # Rows that no token has are the padding of the first source.
+        # Rows without a token come from the first source (its padding).
         owner, row = np.zeros(total, np.int64), np.minimum(np.arange(total), rows[0] - 1)
         for token, number in ids.items():
-            from_whom = i if token in tokenizer.ids else holder[token]
-            owner[number], row[number] = from_whom, tokenizers[from_whom].ids[token]
+            origin = i if token in tokenizer.ids else holder[token]
+            owner[number], row[number] = origin, tokenizers[origin].ids[token]
         companions: dict[str, Path | bytes]
         config_error = None
         if rule == "first":
-            notes = [f"the tokenizer is that of {sources[0].address}"] if i else []
+            notes = [f"uses the tokenizer of {sources[0].address}"] if i else []
             donor = sources[0].companions
             companions = dict(donor)
             try:
                 companions = with_tokenizer(
                     source.companions, donor, None, total, source.address, (tokenizer, ids)
                 )
-            except UserError as error:  # matters only where the output is to have this config
+            except UserError as error:  # only matters if the output uses this config
                 config_error = str(error)
-            made.append((RowMap.of(owner, row), companions, notes, config_error))
+            remappings.append((RowMap.of(owner, row), companions, notes, config_error))
             continue
         companions = {FILE: joined}
         try:
             companions = renumbered_companions(source.companions, tokenizer, ids, joined, total)
-        except UserError as error:  # matters only where the output is to have this config
+        except UserError as error:  # only matters if the output uses this config
             config_error = str(error)
         stale = [name for name in source.companions if name in STALE]
-        notes = [f"{', '.join(stale)} of {source.address} left out: tokenizer.json says it"] if stale else []
-        made.append((RowMap.of(owner, row), companions, notes, config_error))
-    return made
+        notes = (
+            [f"{', '.join(stale)} of {source.address} left out: tokenizer.json replaces them"]
+            if stale
+            else []
+        )
+        remappings.append((RowMap.of(owner, row), companions, notes, config_error))
+    return remappings
 
 
-def _needed(tokenizer: Tokenizer | None, source: WeightSource, rule: str) -> Tokenizer:
+def _required(tokenizer: Tokenizer | None, source: WeightSource, rule: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
-            f"{source.address}: vocabulary: {rule} goes by token and needs a {FILE} beside the weights (transformers "
-            "writes it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+            f"{source.address}: vocabulary: {rule} works token by token and needs a {FILE} beside the weights "
+            "(transformers writes it: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
         )
     return tokenizer

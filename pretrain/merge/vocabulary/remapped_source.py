@@ -1,4 +1,4 @@
-"""A source seen with other rows in its embeddings: taken from other places, other models, or made of several."""
+"""`RemappedSource`: a WeightSource with other embedding rows: permuted, taken from other models, or means of rows."""
 
 from __future__ import annotations
 
@@ -12,46 +12,51 @@ import xxhash
 from pretrain.weights.dtypes import DTYPES, TensorInfo, elements, narrow
 from pretrain.weights.source import WeightSource
 
-MEAN = -1
+MEAN = -1  # owner of a row that is a mean of other rows
 ELEMENTS_PER_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where each row of an output tensor comes from: row `row[i]` of source `owner[i]`; `starts` of the runs in which
-    both go on by one.
+    """Origin of each row of an output tensor: output row i is row `row[i]` of source `owner[i]`.
 
-    made: rows whose owner is MEAN -> the (owner, row) whose mean they are: zeros for none, of all rows of this
-          tensor that are not made so for None.
+    starts: first output rows of the runs that are contiguous in one source.
+    means:  output row whose owner is MEAN -> the (owner, row) pairs that it averages. An empty tuple gives zeros; None
+            gives the mean of all rows of this tensor that are not such a mean themselves.
     """
 
     owner: np.ndarray  # int64[rows]
     row: np.ndarray  # int64[rows]
     starts: np.ndarray  # int64[runs]
-    made: Mapping[int, tuple[tuple[int, int], ...] | None] = field(default_factory=dict)
+    means: Mapping[int, tuple[tuple[int, int], ...] | None] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         owner: np.ndarray,
         row: np.ndarray,
-        made: Mapping[int, tuple[tuple[int, int], ...] | None] | None = None,
+        means: Mapping[int, tuple[tuple[int, int], ...] | None] | None = None,
     ) -> RowMap:
+        """Build a map and its runs from owner and row of each output row."""
         breaks = (np.diff(row) != 1) | (np.diff(owner) != 0) | (owner[1:] == MEAN)
         starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]).astype(np.int64)
-        return cls(owner, row, starts, made or {})
+        return cls(owner, row, starts, means or {})
 
     @property
     def digest(self) -> str:
-        """Of where every row comes from."""
-        made = repr(sorted(self.made.items())).encode()
-        return xxhash.xxh64_hexdigest(self.owner.tobytes() + self.row.tobytes() + made)
+        """xxh64 of the whole map."""
+        means = repr(sorted(self.means.items())).encode()
+        return xxhash.xxh64_hexdigest(self.owner.tobytes() + self.row.tobytes() + means)
 
 
 class RemappedSource(WeightSource):
-    """A source whose vocabulary's tensors (those of `rows`) are read in the rows of the output; all else is as it is.
+    """A source whose embeddings and heads (the tensors in `rows`) are read row by row through a RowMap.
 
-    sources: whom `owner` counts.
+    sources:      the sources that `RowMap.owner` indexes.
+    rows:         tensor name -> row map; other tensors are read unchanged.
+    companions:   replace those of `source`.
+    notes:        added to those of `source`.
+    config_error: why an output cannot use these companions; None if it can.
     """
 
     def __init__(
@@ -70,11 +75,11 @@ class RemappedSource(WeightSource):
         self.rows_digest = " ".join(
             [source.rows_digest, *(f"{name} {one.digest}" for name, one in rows.items())]
         ).strip()
-        self._mean: dict[str, np.ndarray] = {}
+        self._means: dict[str, np.ndarray] = {}
 
     @classmethod
     def beside(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> RemappedSource:
-        """The same weights with other files beside them."""
+        """The same weights with other companions."""
         return cls(source, [], {}, companions, [], None)
 
     def info(self, name: str) -> TensorInfo:
@@ -94,7 +99,7 @@ class RemappedSource(WeightSource):
             last = int(rows.starts[run + 1]) if run + 1 < len(rows.starts) else shape[0]
             end = min(stop, last * width)
             if int(rows.owner[first]) == MEAN:
-                part = self._made(name, first)[at - first * width : end - first * width]
+                part = self._mean(name, first)[at - first * width : end - first * width]
             else:
                 shift = (int(rows.row[first]) - first) * width
                 source = self._sources[int(rows.owner[first])]
@@ -105,24 +110,24 @@ class RemappedSource(WeightSource):
             at, run = end, run + 1
         return out
 
-    def _made(self, name: str, number: int) -> np.ndarray:
-        """One row, as stored: the mean in fp64, rounded once."""
+    def _mean(self, name: str, number: int) -> np.ndarray:
+        """One row in the storage type: the mean computed in fp64, rounded once."""
         dtype, shape = self.info(name)
-        width, places = elements(shape[1:]), self._rows[name].made[number]
+        width, places = elements(shape[1:]), self._rows[name].means[number]
         if places is None:
-            if name not in self._mean:
-                self._mean[name] = narrow(self._mean_row(name, width), dtype)
-            return self._mean[name]
+            if name not in self._means:
+                self._means[name] = narrow(self._mean_of_all(name, width), dtype)
+            return self._means[name]
         total = np.zeros(width)
         for owner, row in places:
             source = self._sources[owner]
             total += _wide(source.read(stored_name(source, name), row * width, (row + 1) * width), dtype)
         return narrow(total / max(1, len(places)), dtype)
 
-    def _mean_row(self, name: str, width: int) -> np.ndarray:
-        """The mean of all rows that are not themselves such a mean."""
+    def _mean_of_all(self, name: str, width: int) -> np.ndarray:
+        """The fp64 mean of all rows that are not such a mean themselves."""
         rows = self._rows[name]
-        means = {number for number, places in rows.made.items() if places is None}
+        means = {number for number, places in rows.means.items() if places is None}
         count = len(rows.row) - len(means)
         assert means == set(range(count, count + len(means)))
         total = np.zeros(width)
@@ -135,7 +140,7 @@ class RemappedSource(WeightSource):
 
 
 def stored_name(source: WeightSource, name: str) -> str:
-    """The name under which a source stores a tensor that may be tied there."""
+    """The name under which a source stores a tensor, which differs from `name` if the tensor is tied."""
     return source.tied.get(name, name)
 
 

@@ -18,7 +18,7 @@ from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
 MAX_PICKLE = 64 << 20
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-DDP_PREFIX = "module."  # DistributedDataParallel adds it to every name; open_clip's checkpoints keep
+DDP_PREFIX = "module."  # DistributedDataParallel adds it to every name; open_clip's checkpoints keep it
 
 
 class TorchFile:
