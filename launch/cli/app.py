@@ -1,4 +1,4 @@
-"""The `dromos` command: what a person types, passed on to the module that does it."""
+"""The `dromos` command: run, train, eval, export, report, status, list, and the groups of the other commands."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from launch.cli.merging import diff, merge, soup, sweep, verify
 app = group(
     """Pretrain vision-language models from webdataset tars, and interpolate the checkpoints.
 
-    A recipe (YAML) says what; flags say where; KEY=VALUE changes the recipe for once.
+    A recipe (YAML) describes the training; flags choose where it runs; KEY=VALUE overrides a key of the recipe.
 
     \b
     Try:  dromos recipe check configs/demo/flip.yaml
           dromos data prepare configs/demo/flip.yaml
           dromos run configs/demo/flip.yaml --ranks-per-node 2
 
-    Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong, 75 saved and can resume, 1 anything else.
     """
 )
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
@@ -55,23 +55,23 @@ def run(
     nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", help="Nodes; default 1.")] = None,
     ranks_per_node: Annotated[
         int | None,
-        typer.Option("--ranks-per-node", metavar="R", help="Ranks a node; default: one a GPU, else 1."),
+        typer.Option("--ranks-per-node", metavar="R", help="Ranks per node; default: one per GPU, else 1."),
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", metavar="FILE", help="What the cluster is like (configs/cluster/*.yaml)."),
+        typer.Option("--cluster", metavar="FILE", help="Cluster file (examples: configs/cluster/*.yaml)."),
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="On slurm or ray: stay until the job has ended.")
+        bool, typer.Option("--wait", help="On slurm or ray: wait until the job has ended.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be executed or submitted; write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be run or submitted; write nothing.")
     ] = False,
 ) -> None:
-    """Run a recipe's stages, each where it was left.
+    """Run a recipe's stages; unfinished ones resume.
 
-    A stage that is complete is passed over, one that was killed goes on from its newest checkpoint. Ctrl-C saves
-    and says how to go on.
+    Skips a stage that is complete, and resumes one that was killed from its newest checkpoint. Ctrl-C saves and
+    prints the command that resumes.
 
     \b
     Examples:
@@ -79,7 +79,7 @@ def run(
       dromos run configs/demo/sphinx.yaml --stage lm,real train.steps=200
       dromos run configs/demo/flip.yaml --on slurm --nodes 2 --ranks-per-node 8 --dry-run
 
-    Exit codes: 0 done, 2 your input is wrong (nothing was written), 75 saved and wants to go on, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong (nothing was written), 75 saved and can resume, 1 anything else.
     """
     from launch.run import run as run_job
 
@@ -94,12 +94,12 @@ def train(
     overrides: Overrides = None,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", metavar="S", help="The training stage; needed when the recipe has several."),
+        typer.Option("--stage", metavar="S", help="The training stage; required if the recipe has several."),
     ] = None,
 ) -> None:
     """Train one stage as one rank.
 
-    This is what torchrun, srun and Ray start. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
+    torchrun, srun and Ray start this command. It reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
     without them it is the only rank.
 
     \b
@@ -107,7 +107,7 @@ def train(
       dromos train configs/demo/flip.yaml --stage masked
       torchrun --nproc-per-node 2 -m launch.cli train configs/demo/flip.yaml --stage masked
 
-    Exit codes: 0 done, 2 your input is wrong, 75 saved and wants to go on, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong, 75 saved and can resume, 1 anything else.
     """
     from pretrain.recipe.load import only_training_stage
     from pretrain.train.main import leave
@@ -120,13 +120,9 @@ def train(
 
 
 app.add_typer(recipe_commands.app, name="recipe")
-
-
 app.add_typer(data.app, name="data")
-
-
-for merging in (merge, sweep, soup, verify, diff):
-    merging.register(app)
+for module in (merge, sweep, soup, verify, diff):
+    module.register(app)
 
 
 @app.command(name="eval")
@@ -134,12 +130,12 @@ def evaluate(
     weights: Weights,
     shuffle: Annotated[
         bool,
-        typer.Option("--shuffle", help="Also the captions' figures with images shuffled between samples."),
+        typer.Option("--shuffle", help="Also evaluate captions with images shuffled between samples."),
     ] = False,
 ) -> None:
     """Evaluate weights on held-out data.
 
-    Prints the figures that their recipe asks for in `eval`, as JSON.
+    Prints the figures of the recipe's `eval` section as JSON.
 
     \b
     Examples:
@@ -164,7 +160,7 @@ def export(
 ) -> None:
     """Export weights to open_clip or transformers.
 
-    The folder loads there unaided: nothing of Dromos is needed.
+    The folder loads there without Dromos.
 
     \b
     Examples:
@@ -178,9 +174,9 @@ def export(
 
 @app.command()
 def report(run: RunFolder) -> None:
-    """Write a run as one page with plots.
+    """Write a report of a run as one HTML page.
 
-    RUN/report.html is self-contained: pictures and plots are inside.
+    RUN/report.html is self-contained: it includes all images and plots.
 
     \b
     Example:
@@ -188,7 +184,7 @@ def report(run: RunFolder) -> None:
     """
     from launch.status import run_status
 
-    run_status(run)
+    run_status(run)  # raises UserError if this is not a run folder, before the slow imports
     from pathlib import Path
 
     from pretrain.report import write
@@ -198,7 +194,7 @@ def report(run: RunFolder) -> None:
 
 @app.command()
 def status(run: RunFolder) -> None:
-    """Say how far a run is, stage by stage.
+    """Show the state of each stage of a run.
 
     \b
     Example:
@@ -212,7 +208,9 @@ def status(run: RunFolder) -> None:
 
 @app.command(name="list")
 def list_runs(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to look; default: runs.")] = "runs",
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Folder to search; default: runs.")
+    ] = "runs",
 ) -> None:
     """List the runs below a folder.
 
@@ -222,10 +220,10 @@ def list_runs(
     """
     from launch.status import find_runs, summary
 
-    found = find_runs(folder)
-    for run_folder in found:
+    runs = find_runs(folder)
+    for run_folder in runs:
         typer.echo(summary(run_folder))
-    if not found:
+    if not runs:
         typer.echo(f"no runs below {folder}", err=True)
 
 
@@ -234,8 +232,9 @@ def split_stages(stage: list[str] | None) -> list[str] | None:
     return [name.strip() for item in stage for name in item.split(",")] if stage else None
 
 
-def version(wanted: bool) -> None:
-    if wanted:
+def print_version(requested: bool) -> None:
+    """Print the version and exit, if requested."""
+    if requested:
         from importlib.metadata import version as installed
 
         typer.echo(f"dromos {installed('dromos')}")
@@ -245,7 +244,8 @@ def version(wanted: bool) -> None:
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""How every command ends: one message and exit code 2 for a user's mistake, never a traceback."""
+"""Typer groups, errors to exit codes, JSON output, and commands that can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pretrain.run.exit_codes import FAILED, GO_ON, USER_ERROR
 
-# A module that is not there -> the extra that brings it.
+# Module that is not installed -> the extra that installs it.
 EXTRAS = {
     **dict.fromkeys(
         ("torch", "torchvision", "deepspeed", "transformers", "open_clip", "tokenizers"), "train"
@@ -23,12 +23,12 @@ EXTRAS = {
     "ray": "ray",
     "s3fs": "s3",
 }
-# Typer's note on the range of a number, alone or behind the default.
+# Typer's note on the range of a number, alone or after the default.
 RANGE = re.compile(r"\s*\[x[<>]=?[-0-9.]+\]$|; x[<>]=?[-0-9.]+(?=\]$)")
 
 
 class Commands(TyperGroup):
-    """A group of commands in the order in which they were added."""
+    """A command group that turns errors into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:
         with readable_errors():
@@ -36,11 +36,11 @@ class Commands(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose help shows arguments as a person writes them, without the types that Typer parses them by."""
+    """A command whose help shows arguments as a user types them, without Typer's type names."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        given = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
-        return ["[OPTIONS]", *(usage(param) for param in given)]
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return ["[OPTIONS]", *(usage(param) for param in arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -61,7 +61,7 @@ def metavar(param: Any) -> str:
 
 
 def usage(param: Any) -> str:
-    """An argument on the usage line; a metavar that says itself how many there may be stays as it is."""
+    """An argument on the usage line. A metavar with `...` already shows that it repeats, and is not changed."""
     name = metavar(param)
     if "..." in name:
         return name
@@ -70,14 +70,14 @@ def usage(param: Any) -> str:
 
 
 class App(typer.Typer):
-    """A Typer whose commands have our help."""
+    """A Typer application whose commands are of class `Command`."""
 
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, **{"cls": Command, **settings})
 
 
 def printable(text: str) -> str:
-    """Lines in which nothing commands the terminal: names of files come from others."""
+    """`text` with control characters escaped: file names from a data set may contain terminal commands."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
     )
@@ -85,7 +85,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn a UserError, unreadable data, a missing extra and Ctrl-C into one message and an exit code."""
+    """Turn a UserError, a ReadError, a missing extra and Ctrl-C into one message and an exit code."""
     from data_pipeline.errors import ReadError, UserError
 
     try:
@@ -111,7 +111,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def group(help_text: str) -> App:
-    """A Typer of ours: plain help, errors as above."""
+    """A command group with plain help and readable errors."""
     return App(
         cls=Commands,
         help=help_text,
@@ -124,7 +124,7 @@ def group(help_text: str) -> App:
 
 
 def as_json(values: Any, indent: str = "") -> str:
-    """Indented JSON in which a list without lists or maps in it stands on one line."""
+    """Indented JSON; a list of scalars is on one line."""
     import json
 
     inner = indent + "  "
@@ -139,25 +139,35 @@ def as_json(values: Any, indent: str = "") -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
+def print_note(text: str | None) -> None:
+    """Print a note to stderr; nothing for None."""
+    if text is not None:
+        typer.echo(f"note: {text}", err=True)
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
-    """What is stopped in here keeps what it has written; the same command goes on with it.
+    """For a block whose files remain if it is stopped, so that the same command resumes. Exits with 75 then.
 
-    A scheduler's SIGTERM and a lost connection are taken for a Ctrl-C, so that what the command started ends with it.
-    Signals that are ignored, as under nohup, stay ignored.
+    SIGTERM (from a scheduler) and SIGHUP (a lost connection) act like Ctrl-C, so that processes that the command
+    started end with it. Ignored signals, as under nohup, stay ignored.
     """
-    here = threading.current_thread() is threading.main_thread()
-    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) is signal.SIG_DFL]
-    for number in taken:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    redirected = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if in_main_thread and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in redirected:
         signal.signal(number, _interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        with suppress(OSError):  # of a terminal that is gone
-            typer.echo("dromos: interrupted; the same command goes on with what is done", err=True)
+        with suppress(OSError):  # the terminal may be gone
+            typer.echo("dromos: interrupted; the same command resumes", err=True)
         raise typer.Exit(GO_ON) from None
     finally:
-        for number in taken:
+        for number in redirected:
             signal.signal(number, signal.SIG_DFL)
 
 

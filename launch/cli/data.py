@@ -1,4 +1,4 @@
-"""`dromos data index|show|prepare`: what a source is, and the data that a recipe of the repository needs."""
+"""`dromos data index|show|view|simulate|prepare`: inspects, indexes and filters sources, and makes demo data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pretrain.run.exit_codes import USER_ERROR
 
 @contextmanager
 def named_files() -> Iterator[None]:
-    """A file that cannot be read or written, of those that a command is about, is no fault of the program's."""
+    """Turn an OSError about a named file into a ReadError: the user's file is at fault, not the program."""
     try:
         yield
     except OSError as error:
         if error.filename is None:
             raise
         name = os.fsdecode(error.filename2 or error.filename)
-        raise ReadError(f"{name} cannot be used ({error.strerror}); mend that, then run again") from error
+        raise ReadError(f"cannot open {name}: {error.strerror}; fix it and run again") from error
 
 
 app = group("Index, show, filter and prepare sources of tars.")
@@ -41,14 +41,14 @@ def index(
     sources: Sources,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, metavar="N", help="Processes that walk. Default: one a core."),
+        typer.Option("--jobs", min=1, metavar="N", help="Worker processes. Default: one per core."),
     ] = None,
 ) -> None:
     """Index sources: count and locate every sample.
 
-    Walks over the headers of every tar once and writes shards.parquet and the packed offsets beside them, in
-    _index/. Run again, it walks over new and changed tars alone, also after it was killed. Training needs no
-    index; with one it starts faster and checks more.
+    Reads the headers of every tar once, and writes shards.parquet and the packed offsets to _index/ beside the tars.
+    Run again, also after a kill, it reads only new and changed tars. Training needs no index; with one it starts
+    faster and checks more.
 
     \b
     Example:
@@ -71,17 +71,18 @@ def show(
         int | None, typer.Option("--samples", metavar="N", help="Samples to show: 5, with --html 24.")
     ] = None,
     html: Annotated[
-        str | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures and figures.")
+        str | None, typer.Option("--html", metavar="FILE", help="Write an HTML page with images and plots.")
     ] = None,
     images: Annotated[
-        str | None, typer.Option("--images", metavar="DIR", help="Folder of an instruction file's pictures.")
+        str | None,
+        typer.Option("--images", metavar="DIR", help="Folder with the images of an instruction file."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show sources: format, samples, what is wrong.
+    """Show sources: format, samples, problems.
 
-    Tars (webdataset, img2dataset, packed text); parquet of LAION, LAION-COCO, COYO, DataComp, RefinedWeb and
-    FineWeb; CC3M's .tsv; json and jsonl of LLaVA, ShareGPT and PaliGemma. A folder, a pattern or a file.
+    Reads tars (webdataset, img2dataset, packed text); parquet of LAION, LAION-COCO, COYO, DataComp, RefinedWeb and
+    FineWeb; CC3M's .tsv; json and jsonl of LLaVA, ShareGPT and PaliGemma. SRC is a folder, a pattern or a file.
 
     \b
     Examples:
@@ -90,13 +91,13 @@ def show(
       dromos data show laion2b-en/ --html laion.html
       dromos data show blip_laion_cc_sbu_558k.json --images llava/images
 
-    Exit codes: 0, or 2 when something is wrong with a source.
+    Exit codes: 0, or 2 if a source has a problem.
     """
     if samples is not None and samples < 0:
-        raise UserError(f"--samples {samples}: a number of samples is 0 or more")
+        raise UserError(f"--samples {samples}: write a number from 0")
     if html is not None and len(sources) > 1:
         raise UserError(
-            f"--html {html}: a page is about one source, not {len(sources)}; show them one by one"
+            f"--html {html}: a page shows one source, not {len(sources)}; write one page per source"
         )
     with named_files():
         if html is not None:
@@ -121,6 +122,7 @@ def show(
 
 
 def _print(described: list[dict[str, Any]], samples: int) -> None:
+    """Print the reports of sources, with at most `samples` samples each."""
     from data_pipeline.show import render
 
     colours = {"wrong": "red", "note": "yellow", "title": "cyan"}
@@ -133,30 +135,31 @@ def _print(described: list[dict[str, Any]], samples: int) -> None:
 @app.command()
 def view(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or pattern of tars.")],
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What recipes call the view.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the view, for recipes.")],
     where: Annotated[
-        str | None, typer.Option("--where", metavar="FILTER", help="Over columns of each SHARD.parquet.")
+        str | None,
+        typer.Option("--where", metavar="FILTER", help="Expression over columns of each SHARD.parquet."),
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option("--ids", metavar="FILE", help="Ids: one a line, a .npy, or a column of a .parquet."),
+        typer.Option("--ids", metavar="FILE", help="Ids: one per line, a .npy, or a column of a .parquet."),
     ] = None,
     column: Annotated[
         str | None,
         typer.Option(
-            "--column", metavar="NAME", help="Column that the ids are of. Default: keys in the tars."
+            "--column", metavar="NAME", help="Column that contains the ids. Default: keys in the tars."
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, metavar="N", help="Processes that walk. Default: one a core."),
+        typer.Option("--jobs", min=1, metavar="N", help="Worker processes. Default: one per core."),
     ] = None,
 ) -> None:
     """Choose samples of a source to train on.
 
-    Writes a bitmap of the samples kept below _index/views/; tars are not rewritten. A recipe uses it with
-    `sources: {laion: {path: SRC, view: NAME}}`. A filter compares columns with numbers, texts in quotes and each
-    other: = != < <= > >=, in [...], is null, and, or, not, parentheses.
+    Writes a bitmap of the kept samples below _index/views/; does not rewrite tars. A recipe uses the view with
+    `sources: {laion: {path: SRC, view: NAME}}`. A filter compares columns with numbers, quoted texts and other
+    columns: = != < <= > >=, in [...], is null, and, or, not, parentheses.
 
     \b
     Examples:
@@ -167,41 +170,42 @@ def view(
     from launch.cli.data_reports import ProgressLine
 
     with named_files(), ProgressLine(source) as progress:
-        made = make_view(
+        result = make_view(
             source, name, Rule(where, ids, column), jobs or len(os.sched_getaffinity(0)), progress
         )
-    matched = f"{made.matched:,} rows match" if where else f"{made.matched:,} ids"
+    matched = f"{result.matched:,} rows match" if where else f"{result.matched:,} ids"
     typer.echo(
-        f"{source}: view {name} keeps {made.kept:,} of {made.samples:,} samples; {matched}, {made.absent:,} of them "
-        f"in no tar; {made.rowless:,} samples have no row; {made.fingerprint}"
+        f"{source}: view {name} keeps {result.kept:,} of {result.samples:,} samples; {matched}, "
+        f"{result.absent:,} of them in no tar; {result.rowless:,} samples have no row; {result.fingerprint}"
     )
 
 
 @app.command()
 def simulate(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Nodes that train.")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Number of nodes.")],
     bandwidth: Annotated[
-        float, typer.Option("--bandwidth", min=1e-6, metavar="GBPS", help="Gbit a second of each node.")
+        float, typer.Option("--bandwidth", min=1e-6, metavar="GBPS", help="Bandwidth of each node in Gbit/s.")
     ],
-    ranks: Annotated[
-        int, typer.Option("--ranks-per-node", min=1, metavar="R", help="Ranks on each node.")
-    ] = 1,
+    ranks: Annotated[int, typer.Option("--ranks-per-node", min=1, metavar="R", help="Ranks per node.")] = 1,
     stage: Annotated[
         str | None, typer.Option("--stage", metavar="S", help="Stage. Default: the only training stage.")
     ] = None,
     rate: Annotated[
         float | None,
         typer.Option(
-            "--samples-per-second", min=1e-6, metavar="X", help="Of all nodes; is the bandwidth enough?"
+            "--samples-per-second",
+            min=1e-6,
+            metavar="X",
+            help="Target rate of all nodes: is the bandwidth enough?",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a recipe asks of an object store.
+    """Predict a recipe's load on an object store.
 
-    Traffic, requests, cache, start and shuffle quality of each stream, from the real order; nothing is read but
-    the sources' manifests. Sources on a disk count as if they lay in an object store.
+    Predicts traffic, requests, cache size, start-up time and shuffle quality of each stream from the real order; reads
+    only the sources' manifests. Treats sources on a disk as if they were in an object store.
 
     \b
     Example:
@@ -213,8 +217,8 @@ def simulate(
     speed = bandwidth * 1e9 / 8
     if as_json:
         streams = {load.name: simulation_figures(load, speed, rate) for load in loads}
-        told = {"bytes_a_second": speed, "cache_limit_bytes": limit, "streams": streams}
-        typer.echo(json.dumps(told, indent=2))
+        report = {"bytes_a_second": speed, "cache_limit_bytes": limit, "streams": streams}
+        typer.echo(json.dumps(report, indent=2))
         return
     for load in loads:
         for line, odd in simulation_lines(load, speed, rate, limit):
@@ -225,8 +229,8 @@ def simulate(
 def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]) -> None:
     """Make the data that a recipe needs.
 
-    For recipes that say how (`prepare: demo`). What is there already and complete is left alone. Paths are
-    relative to the working directory.
+    Only for recipes with a `prepare` key (`prepare: demo`). Leaves complete data as it is. Paths are relative to the
+    working directory.
 
     \b
     Example:
@@ -237,10 +241,10 @@ def prepare(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The re
     loaded = load_recipe(recipe, runnable=False)
     if loaded.prepare is None:
         raise UserError(
-            f"{recipe}: has no `prepare:`, so its data is not made here; its sources are the paths in `data`"
+            f"{recipe}: no `prepare:` key, so there is no data to make; its sources are the paths in `data`"
         )
     from launch.demo.data import prepare as make
 
-    made = make()
-    word = "made" if made["made"] else "is there already, complete:"
-    typer.echo(f"{made['root']}: {word} {made['files']} files, {made['bytes'] / 1e6:.1f} MB")
+    result = make()
+    state = "made" if result["made"] else "is already complete:"
+    typer.echo(f"{result['root']}: {state} {result['files']} files, {result['bytes'] / 1e6:.1f} MB")

@@ -1,4 +1,4 @@
-"""Progress of bytes or elements, with its rate, on standard error: a bar on a terminal, elsewhere a line a minute."""
+"""Progress of bytes or elements, with the rate, on stderr: a bar on a terminal, else one line per minute."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from contextlib import contextmanager
 
 import typer
 
-PERIOD = 60.0
-"""seconds between two lines in a log"""
-NARROW = 64
-"""columns of a terminal on which a bar and all figures would not stand in one line"""
+LINE_SECONDS = 60.0  # between two lines without a terminal
+NARROW_COLUMNS = 64  # below this width, bar and figures do not fit in one line
 
 
 class Bar:
-    """Counts what is done and shows it. `moved`: what was done, shown or not. `say`: a line, above the bar."""
+    """Counts and shows progress. moved: the count so far; say: prints a line above the bar."""
 
     def __init__(self, advance: Callable[[int], None], say: Callable[[str], None]) -> None:
         self.moved = 0
@@ -28,13 +26,13 @@ class Bar:
 
 
 @contextmanager
-def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
-    """`what` is said before the figures; `total` in `unit`, which is bytes or elements."""
+def counting(label: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
+    """Show progress during the block. `total` is in `unit`: bytes or elements."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Bar(_log(what, total, unit), lambda text: typer.echo(text, err=True))
+        yield Bar(_log(label, total, unit), lambda text: typer.echo(text, err=True))
         return
     from rich.progress import (
         BarColumn,
@@ -50,11 +48,11 @@ def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
     figures: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
     if unit != "bytes":
         figures = (TaskProgressColumn(),)
-    columns: tuple[ProgressColumn, ...] = (TextColumn(what), BarColumn(), *figures, TimeRemainingColumn())
-    if console.width < NARROW:
-        columns = (TextColumn(what), TaskProgressColumn(), *figures[1:], TimeRemainingColumn())
+    columns: tuple[ProgressColumn, ...] = (TextColumn(label), BarColumn(), *figures, TimeRemainingColumn())
+    if console.width < NARROW_COLUMNS:
+        columns = (TextColumn(label), TaskProgressColumn(), *figures[1:], TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(label, total=total)
 
         def say(text: str) -> None:
             progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -62,24 +60,24 @@ def counting(what: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
         yield Bar(lambda count: progress.advance(task, count), say)
 
 
-def _log(what: str, total: int, unit: str) -> Callable[[int], None]:
-    """Says every PERIOD how far it is: the log of a job that runs for hours shows that it goes on."""
-    begun = said = time.monotonic()
+def _log(label: str, total: int, unit: str) -> Callable[[int], None]:
+    """Prints a line every LINE_SECONDS, so that the log of a long job shows that it is alive."""
+    started = last_line = time.monotonic()
     done = 0
 
     def advance(count: int) -> None:
-        nonlocal done, said
+        nonlocal done, last_line
         done += count
         now = time.monotonic()
-        if now - said >= PERIOD:
-            said = now
+        if now - last_line >= LINE_SECONDS:
+            last_line = now
             share = f"{done / total:.0%} of " if total else ""
-            rate = done / (now - begun)
+            rate = done / (now - started)
             figures = (
                 f"{total / 1e9:,.1f} GB, {rate / 1e6:,.0f} MB/s"
                 if unit == "bytes"
                 else f"{total:,} {unit}, {rate:,.0f} a second"
             )
-            typer.echo(f"{what}: {share}{figures}", err=True)
+            typer.echo(f"{label}: {share}{figures}", err=True)
 
     return advance

@@ -1,4 +1,4 @@
-"""`dromos recipe show|check`: what a recipe comes down to, and whether it can run."""
+"""`dromos recipe show|check`: prints a recipe as it resolves, and checks that it can run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Print a recipe as it resolves.
 
-    Every stage with every key, the defaults and overrides laid in. What is printed is itself a recipe.
+    Prints every stage with every key, including defaults and overrides. The output is itself a recipe.
 
     \b
     Examples:
@@ -44,8 +44,8 @@ def show(
 
     loaded = load_recipe(recipe, overrides or [], stage, runnable=False, strict=True)
     plain = as_plain(loaded)
-    wanted = select_stages(stage, list(loaded.stages), recipe)
-    plain["stages"] = {name: plain["stages"][name] for name in wanted}
+    selected = select_stages(stage, list(loaded.stages), recipe)
+    plain["stages"] = {name: plain["stages"][name] for name in selected}
     typer.echo(dump_plain(plain), nl=False)
 
 
@@ -53,14 +53,14 @@ def show(
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe before it costs anything.
 
-    Keys, values, the rules between them, and whether the sources are there. Prints a line a stage. A missing
-    source is a warning: it may be on another machine, or yet to be made.
+    Checks keys, values, the rules between them, and that the sources exist. Prints one line per stage. A missing
+    source is a warning: it may be on another machine, or not made yet.
 
     \b
     Example:
       dromos recipe check configs/demo/flip.yaml
 
-    Exit codes: 0 it can run, 2 it is wrong or asks for what this version cannot do yet (each named).
+    Exit codes: 0 it can run, 2 it is wrong or needs features that this version lacks (each is named).
     """
     from launch.data_check import is_prepared, missing_sources
     from pretrain.recipe.checks import unsupported_problems
@@ -71,11 +71,11 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
     ready = True
     for name, stage in loaded.stages.items():
-        missing = list(
+        unsupported = list(
             dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unsupported_problems(name, stage))
         )
-        typer.echo(f"{name}: {describe(stage)}" + ("" if missing else "  ok"))
-        for text in missing:
+        typer.echo(f"{name}: {describe(stage)}" + ("" if unsupported else "  ok"))
+        for text in unsupported:
             typer.echo(f"  {text}")
             ready = False
         for text in length_warnings(stage) if isinstance(stage, TrainStage) else []:
@@ -86,7 +86,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     if any(is_prepared(path, loaded) for _, _, path, _ in missing_data):
         typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
     if not ready:
-        typer.echo(f"{recipe}: well-formed, but it asks for what is not available yet", err=True)
+        typer.echo(f"{recipe}: valid, but it needs features that are not available yet", err=True)
         raise typer.Exit(USER_ERROR)
 
 

@@ -1,52 +1,74 @@
-"""The flags of `dromos merge`, and the spec that they say."""
+"""Options of the merge commands as type aliases, and the spec that the flags of `dromos merge` describe.
+
+The modules that do the work are imported inside functions: `--help` needs none of them.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from pretrain.merge.spec import MergeSpec
+    from pretrain.merge.spec import MergekitFile, MergeSpec
+    from pretrain.merge.sweeps.scoring import Command
 
 
-PROTOCOL = "{} is the checkpoint folder; no shell runs; what it prints last is a number, or a JSON object of numbers."
-Metric = Annotated[
-    str | None, typer.Option("--metric", metavar="NAME", help="The figure that decides; default: the first.")
-]
-Lower = Annotated[
-    bool | None,
-    typer.Option(
-        "--lower-is-better/--more-is-better", help="Default: more, or as it was before for that metric."
-    ),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option("--timeout", metavar="SECONDS", help="Stop the command after so long; default: never."),
-]
+def _argument(kind: Any, metavar: str, help: str) -> Any:
+    return Annotated[kind, typer.Argument(metavar=metavar, help=help)]
 
 
-def _flag(kind: Any, flag: str, metavar: str | None, help: str) -> Any:
-    return Annotated[kind, typer.Option(flag, metavar=metavar, help=help)]
+def _flag(kind: Any, flag: str, metavar: str | None, help: str, **settings: Any) -> Any:
+    return Annotated[kind, typer.Option(flag, metavar=metavar, help=help, **settings)]
 
+
+# --- inputs and outputs
+
+ADDRESS = "An address, as for dromos merge."
+A = _argument(str, "A", ADDRESS)
+B = _argument(str, "B", ADDRESS)
+Inputs = _argument(list[str], "A B [C]...", "Addresses, as for dromos merge.")
+MergeInputs = _argument(
+    list[str] | None,
+    "A B [C]...",
+    "RUN/STAGE[@STEP|@latest|@best], a folder or file of weights, a DeepSpeed checkpoint, s3://, hf://.",
+)
+OUT = "The folder or s3:// URL to write; it appears when complete."
+Out = _flag(str | None, "--out", "DIR", OUT)
+RequiredOut = _flag(str, "--out", "DIR", OUT)
+SweepOut = _flag(str | None, "--out", "DIR", "The folder or s3:// URL of outputs and results.")
+Durable = _flag(
+    bool, "--durable", None, "Wait for the disk before DIR appears, so that a power cut cannot damage it."
+)
+DryRun = _flag(bool, "--dry-run", None, "Print the plan, write nothing.")
+
+# --- how to merge
 
 Beta = _flag(float | None, "--beta", "NUMBER", "Weight of A, from 0 to 1; B has the rest.")
+Betas = _flag(str, "--betas", "START:STOP:STEP", "Both ends included; or a list, 0,0.5,1.")
 Weights = _flag(
-    str | None, "--weights", "W,W[,W]...", "One for each input: shares (linear, slerp) or factors."
+    str | None, "--weights", "W,W[,W]...", "One weight per input: shares (linear, slerp) or factors."
 )
 Method = _flag(
     str | None,
     "--method",
     "NAME",
-    "linear (default), soup (all alike), slerp, task_arithmetic, ties, dare_linear, dare_ties.",
+    "linear (default), soup (equal weights), slerp, task_arithmetic, ties, dare_linear, dare_ties.",
 )
-Base = _flag(str | None, "--base", "ADDRESS", "What task_arithmetic, ties and dare add differences to.")
+SweepMethod = _flag(str, "--method", "NAME", "linear or slerp.")
+Base = _flag(
+    str | None, "--base", "ADDRESS", "Base model: task_arithmetic, ties and dare add differences to it."
+)
 Lambda = _flag(float | None, "--lambda", "NUMBER", "Factor of the summed differences; default 1.")
 Density = _flag(
-    str | None, "--density", "D[,D]...", "ties, dare: the share of differences kept; one, or one for each."
+    str | None,
+    "--density",
+    "D[,D]...",
+    "ties, dare: share of the differences to keep; one, or one per input.",
 )
 T = _flag(float | None, "--t", "NUMBER", "slerp: share of the SECOND input, which is 1 - beta.")
-Seed = _flag(int | None, "--seed", "NUMBER", "dare: of what is dropped; default 0.")
+Seed = _flag(int | None, "--seed", "NUMBER", "dare: seed of the random drops; default 0.")
 Normalize = _flag(
     bool | None, "--normalize/--no-normalize", None, "Divide by the sum of weights; default: linear and ties."
 )
@@ -57,11 +79,22 @@ Window = _flag(
     "Checkpoints of one run in place of inputs: last=8, or steps|samples|tokens=FIRST:LAST; every=N; "
     "schedule=uniform|linear|1-sqrt|ema, decay=0.8.",
 )
-Only = _flag(
-    str | None, "--only", "REGEX", "Mix only tensors in whose name this is found, such as '^llm\\.'."
+Spec = _flag(
+    str | None,
+    "--spec",
+    "FILE",
+    "YAML file in place of all other flags: the keys of these flags, or an unmodified mergekit file.",
 )
-Exclude = _flag(str | None, "--exclude", "REGEX", "Do not mix these.")
-CopyRest = _flag(str | None, "--copy-rest", "WHOSE", "Whose tensors the rest is: A, B, ... or an address.")
+
+# --- which tensors, and how they are stored
+
+Only = _flag(
+    str | None, "--only", "REGEX", "Merge only tensors whose name contains a match, such as '^llm\\.'."
+)
+Exclude = _flag(str | None, "--exclude", "REGEX", "Do not merge tensors whose name contains a match.")
+CopyRest = _flag(
+    str | None, "--copy-rest", "INPUT", "Copy the other tensors from this input: A, B, ... or an address."
+)
 Rule = _flag(
     list[str] | None,
     "--rule",
@@ -74,34 +107,76 @@ Vocabulary = _flag(
     str | None,
     "--vocabulary",
     "HOW",
-    "Inputs of different vocabularies: first, intersect, union by token, or pad.",
+    "For inputs with different vocabularies: first, intersect, union by token, or pad.",
 )
 Dtype = _flag(
-    str | None, "--dtype", "bf16|fp16|fp32|fp64", "Type of the mixed tensors; default: as in the inputs."
+    str | None, "--dtype", "bf16|fp16|fp32|fp64", "Type of the merged tensors; default: as in the inputs."
 )
 ShardSize = _flag(str | None, "--max-shard-size", "SIZE", "Bytes of tensors in one file; default 5GB.")
-Spec = _flag(
-    str | None,
-    "--spec",
-    "FILE",
-    "YAML that says all of this, or mergekit's, unmodified; no other flags then.",
+
+# --- scores
+
+PROTOCOL = (
+    "{} is the checkpoint folder; no shell runs; its last output is a number, or a JSON object of numbers."
 )
+EvalCommand = _flag(str | None, "--eval-cmd", "CMD", f"Scores an output. {PROTOCOL}")
+ScoreCommand = _flag(str | None, "--score-cmd", "CMD", f"Scores a model. {PROTOCOL}")
+Metric = _flag(
+    str | None, "--metric", "NAME", "The figure that decides; default: the first in the command's output."
+)
+Lower = _flag(
+    bool | None,
+    "--lower-is-better/--more-is-better",
+    None,
+    "Default: more, or the direction used before for that metric.",
+)
+Timeout = _flag(
+    float | None, "--timeout", "SECONDS", "Stop the command after this many seconds; default: never."
+)
+Keep = _flag(
+    bool, "--keep/--no-keep", None, "Keep the outputs, or write one at a time and delete it once scored."
+)
+Uniform = _flag(bool, "--uniform", None, "The mean of all; needs no score.")
+
+# --- reports
+
+Chunks = _flag(int, "--chunks", "N", "Recompute N random chunks from the inputs.", min=0)
+ChunkSeed = _flag(int, "--seed", "N", "Seed that chooses the chunks.")
+Full = _flag(bool, "--full", None, "Recompute everything, and read all of the inputs.")
+Depth = _flag(int, "--depth", "N", "Modules: the first N parts of a name; layers count as one.", min=1)
+Top = _flag(int, "--top", "K", "List the K tensors that differ most.", min=0)
+Picture = _flag(Path | None, "--picture", "FILE.svg", "Heat map of layers by modules; open it in a browser.")
+Csv = _flag(Path | None, "--csv", "FILE", "Write one row per tensor to a file.")
+MergeJson = _flag(bool, "--json", None, "With --dry-run: the plan as JSON; else the record of the merge.")
+DiffJson = _flag(bool, "--json", None, "Print all results as JSON.")
+VerifyJson = _flag(bool, "--json", None, "Print all findings as JSON.")
+
+
+def read_spec(file: str, flags: dict[str, Any]) -> MergeSpec | MergekitFile:
+    """The spec in `file`. Raises UserError if any of `flags`, by name, is set too."""
+    from data_pipeline.errors import UserError
+    from pretrain.merge.spec import load_spec
+
+    if conflicting := [name for name, value in flags.items() if value is not None]:
+        names = ", ".join(conflicting).replace("_", "-")
+        raise UserError(f"--spec replaces all other flags; leave {names} out, or write it into the spec")
+    return load_spec(file)
 
 
 def spec_of(
-    inputs: list[str] | None, rule: list[str] | None, layers: str | None, curve: str | None, **given: Any
+    inputs: list[str] | None, rule: list[str] | None, layers: str | None, curve: str | None, **flags: Any
 ) -> MergeSpec:
-    """The spec that the flags say. Raises UserError in the words of the flags."""
+    """The spec that the flags describe. Raises UserError that names the flag."""
     from data_pipeline.errors import UserError
     from pretrain.merge.spec import merge_spec
 
     for name in inputs or []:
         if name.endswith((".yml", ".yaml")):
             raise UserError(
-                f"{name} says what to merge and holds no weights: dromos merge --spec {name} --out DIR"
+                f"{name} is a spec, not a file of weights; write: dromos merge --spec {name} --out DIR"
             )
-    method = given.get("method") or "linear"
-    values = {name: value for name, value in given.items() if value is not None}
+    method = flags.get("method") or "linear"
+    values = {name: value for name, value in flags.items() if value is not None}
     for name in ("weights", "density"):
         if name in values:
             values[name] = numbers(f"--{name}", values[name])
@@ -116,7 +191,7 @@ def spec_of(
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """`1,2,1` -> [1, 2, 1]."""
+    """`1,2,1` -> [1, 2, 1]. Raises UserError."""
     from data_pipeline.errors import UserError
 
     try:
@@ -126,22 +201,24 @@ def numbers(flag: str, text: str) -> list[float]:
 
 
 def _rule(text: str, inputs: int, method: str) -> dict[str, Any]:
+    """REGEX=WEIGHTS as a rule of the spec; `inputs` is the number of inputs."""
     from data_pipeline.errors import UserError
 
-    pattern, equals, what = text.rpartition("=")
-    if not equals or not what:
+    pattern, equals, action = text.rpartition("=")
+    if not equals or not action:
         raise UserError(f"--rule {text}: write REGEX=WEIGHTS, REGEX=exclude or REGEX=copy:B")
-    if what == "exclude":
+    if action == "exclude":
         return {"match": pattern, "exclude": True}
-    if what.startswith("copy:"):
-        return {"match": pattern, "copy_from": what.removeprefix("copy:")}
-    given = numbers(f"--rule {pattern}", what)
-    if len(given) == 1 and inputs == 2 and method in ("linear", "soup", "slerp"):
-        return {"match": pattern, "beta": given[0]}
-    return {"match": pattern, "weights": given}
+    if action.startswith("copy:"):
+        return {"match": pattern, "copy_from": action.removeprefix("copy:")}
+    weights = numbers(f"--rule {pattern}", action)
+    if len(weights) == 1 and inputs == 2 and method in ("linear", "soup", "slerp"):
+        return {"match": pattern, "beta": weights[0]}
+    return {"match": pattern, "weights": weights}
 
 
 def _window(text: str) -> dict[str, str]:
+    """RUN/STAGE,KEY=VALUE,... as a window of the spec."""
     from data_pipeline.errors import UserError
 
     run, *rest = text.split(",")
@@ -149,14 +226,24 @@ def _window(text: str) -> dict[str, str]:
     if not all(equals for _, equals, _ in pairs):
         raise UserError(f"--window {text}: write RUN/STAGE,KEY=VALUE,..., such as runs/r/real,last=8")
     if len({name for name, _, _ in pairs}) < len(pairs):
-        raise UserError(f"--window {text}: a key stands twice")
+        raise UserError(f"--window {text}: a key appears twice")
     return {"run": run} | {name: value for name, _, value in pairs}
 
 
-def check_scored(flag: str, scored: bool, **given: object) -> None:
-    """Raises UserError for flags of a score where no command is given that makes one."""
-    from data_pipeline.errors import UserError
+def score_command(
+    flag: str, text: str | None, metric: str | None, lower_is_better: bool | None, timeout: float | None
+) -> Command | None:
+    """The command that scores a model, None without one. It dies with this process.
 
-    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
-    if names and not scored:
-        raise UserError(f"{', '.join(names)}: of scores, and nothing is scored; say how with {flag}")
+    Raises UserError for a command that cannot run, and for options of a score without a command.
+    """
+    from data_pipeline.errors import UserError
+    from launch.supervise.guard import guarded
+    from pretrain.merge.sweeps.scoring import parse_command
+
+    if text is not None:
+        return parse_command(text, flag, timeout, guarded)
+    options = {"--metric": metric, "--lower-is-better": lower_is_better, "--timeout": timeout}
+    if useless := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{', '.join(useless)}: only for scores, and nothing is scored; add {flag}")
+    return None

@@ -1,31 +1,26 @@
-"""`dromos merge`: what a person types, passed on to pretrain.merge, with a progress bar."""
+"""`dromos merge`: interpolates checkpoints with pretrain.merge and shows progress."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from launch.cli.base import print_note
 from launch.cli.merging import flags
 
-Out = Annotated[
-    str | None,
-    typer.Option("--out", metavar="DIR", help="The folder or s3:// URL to write; it appears when complete."),
-]
-FEW = 4
-"""inputs that the end of a merge tells with their weights: who swapped two sees it"""
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+if TYPE_CHECKING:
+    from pretrain.merge.merge_plan import Plan
+    from pretrain.merge.planning.inputs import OpenedInputs
+
+# The report shows the weights of at most this many inputs, so that two swapped inputs are noticed.
+MAX_SHOWN_INPUTS = 4
 
 
 def merge(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="A B [C]...",
-            help="RUN/STAGE[@STEP|@latest|@best], a folder or file of weights, a DeepSpeed checkpoint, s3://, hf://.",
-        ),
-    ] = None,
+    inputs: flags.MergeInputs = None,
     beta: flags.Beta = None,
     weights: flags.Weights = None,
     method: flags.Method = None,
@@ -44,24 +39,19 @@ def merge(
     layers: flags.Layers = None,
     curve: flags.Curve = None,
     vocabulary: flags.Vocabulary = None,
-    out: Out = None,
+    out: flags.Out = None,
     dtype: flags.Dtype = None,
     max_shard_size: flags.ShardSize = None,
-    durable: Annotated[
-        bool,
-        typer.Option("--durable", help="Wait for the disk before DIR appears: whole after a power cut too."),
-    ] = False,
-    dry_run: DryRun = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --dry-run: the plan as JSON; else the record of the merge.")
-    ] = False,
+    durable: flags.Durable = False,
+    dry_run: flags.DryRun = False,
+    as_json: flags.MergeJson = False,
 ) -> None:
     """Interpolate two checkpoints, average several, or add up differences.
 
-    theta = beta * A + (1 - beta) * B, or the weighted mean. beta is the weight of the FIRST input (other tools
-    mean the second's, their t); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3
-    checkpoints in place from their fp32 shards, needs no torch, and takes the same memory whatever the size.
-    Running it again says what is done; another merge into DIR is refused.
+    theta = beta * A + (1 - beta) * B, or the weighted mean. beta is the weight of the FIRST input (in other tools, t
+    is the weight of the second); beta 1 gives A, byte for byte. Sums are exact to one rounding. Reads ZeRO 0-3
+    checkpoints in place from their fp32 shards, needs no torch, and uses the same memory for any model size.
+    If DIR holds this merge already, nothing is written; another merge in DIR is an error.
 
     \b
     Examples:
@@ -72,9 +62,52 @@ def merge(
       dromos merge --window runs/r/real,last=8,schedule=1-sqrt --out mean
       dromos merge --spec mergekit.yml --out merged
 
-    Exit codes: 0 done; 2 your input is wrong; 75 stopped, the same command goes on; 1 anything else.
+    Exit codes: 0 done; 2 your input is wrong; 75 stopped, the same command resumes; 1 anything else.
     """
-    import json
+    values = {
+        "beta": beta, "weights": weights, "method": method, "base": base, "lambda": lambda_, "density": density,
+        "t": t, "normalize": normalize, "window": window, "only": only, "exclude": exclude,
+        "copy_rest": copy_rest, "vocabulary": vocabulary, "dtype": dtype,
+    }  # fmt: skip
+    plan, opened = plan_merge(values, inputs, rule, layers, curve, spec, max_shard_size, seed)
+    text = plan_text(plan, opened, as_json) if dry_run else write_merge(plan, opened, out, durable, as_json)
+    typer.echo(text)
+
+
+def plan_merge(
+    values: dict[str, Any],
+    inputs: list[str] | None,
+    rule: list[str] | None,
+    layers: str | None,
+    curve: str | None,
+    spec_file: str | None,
+    max_shard_size: str | None,
+    seed: int | None,
+) -> tuple[Plan, OpenedInputs]:
+    """Plan the merge that the flags or the spec file describe. Raises UserError."""
+    from pretrain.merge.planning.output_layout import parse_size
+    from pretrain.merge.spec import prepare_spec
+
+    if spec_file is not None:
+        others = {"rule": rule or None, "layers": layers, "curve": curve, "A B": inputs or None}
+        spec = flags.read_spec(spec_file, values | others)
+    else:
+        spec = flags.spec_of(inputs, rule, layers, curve, **values)
+    return prepare_spec(spec, parse_size(max_shard_size) if max_shard_size else None, seed)
+
+
+def plan_text(plan: Plan, opened: OpenedInputs, as_json: bool) -> str:
+    """The dry run: the plan and its cost as text or JSON."""
+    from pretrain.merge.planning import describe
+
+    cost = describe.cost(plan, opened.sources)
+    if as_json:
+        return json.dumps(describe.as_json(plan) | {"cost": asdict(cost)}, indent=1)
+    return "\n".join([*describe.lines(plan), *cost.lines()])
+
+
+def write_merge(plan: Plan, opened: OpenedInputs, out: str | None, durable: bool, as_json: bool) -> str:
+    """Write the merge to `out`; returns the report as text, or the record of the merge as JSON."""
     from os.path import expanduser
 
     from data_pipeline.errors import UserError
@@ -82,46 +115,24 @@ def merge(
     from launch.cli.progress_bar import counting
     from pretrain.merge.execute import execute
     from pretrain.merge.output.overflow import note as overflow_note
-    from pretrain.merge.planning.describe import as_json as plain
-    from pretrain.merge.planning.describe import cost, formula, lines, summary
-    from pretrain.merge.planning.output_layout import parse_size
-    from pretrain.merge.spec import load_spec, prepare_spec
+    from pretrain.merge.planning.describe import formula, summary
 
-    asked = {
-        "beta": beta, "weights": weights, "method": method, "base": base, "lambda": lambda_, "density": density,
-        "t": t, "normalize": normalize, "window": window, "only": only, "exclude": exclude,
-        "copy_rest": copy_rest, "vocabulary": vocabulary, "dtype": dtype,
-    }  # fmt: skip
-    if spec is not None:
-        named = asked | {"rule": rule or None, "layers": layers, "curve": curve, "A B": inputs or None}
-        if given := [name for name, value in named.items() if value is not None]:
-            raise UserError(
-                f"--spec says it all; leave {', '.join(given).replace('_', '-')} out, or write it there"
-            )
-        wanted = load_spec(spec)
-    else:
-        wanted = flags.spec_of(inputs, rule, layers, curve, **asked)
-    made, opened = prepare_spec(wanted, parse_size(max_shard_size) if max_shard_size else None, seed)
-    if dry_run:
-        needs = cost(made, opened.sources)
-        told = json.dumps(plain(made) | {"cost": asdict(needs)}, indent=1)
-        typer.echo(told if as_json else "\n".join([*lines(made), *needs.lines()]))
-        return
     if out is None:
-        raise UserError("--out DIR is missing: where to write (or --dry-run to see the plan)")
+        raise UserError("--out DIR is missing: the folder to write (or --dry-run to see the plan)")
     out = expanduser(out)
-    for note in made.notes:
-        typer.echo(f"note: {note}", err=True)
-    with resumable(), counting("merging", made.size) as bar:
-        (record,) = execute([made], opened, [out], progress=bar.add, durable=durable)
-    if (said := overflow_note({out: record})) is not None:
-        typer.echo(f"note: {said}", err=True)
+    for note in plan.notes:
+        print_note(note)
+    with resumable(), counting("merging", plan.size) as bar:
+        (record,) = execute([plan], opened, [out], progress=bar.add, durable=durable)
+    print_note(overflow_note({out: record}))
     if as_json:
-        typer.echo(json.dumps(record, indent=1))
-        return
-    if bar.moved and len(made.weights) in range(1, FEW + 1):
-        typer.echo(f"{out} = {formula(made, addresses=True)}")
-    typer.echo(f"{out}: {summary(made)}" if bar.moved else f"{out}: done before, left as it is")
+        return json.dumps(record, indent=1)
+    if not bar.moved:
+        return f"{out}: done before, left as it is"
+    lines = [f"{out}: {summary(plan)}"]
+    if len(plan.weights) in range(1, MAX_SHOWN_INPUTS + 1):
+        lines.insert(0, f"{out} = {formula(plan, addresses=True)}")
+    return "\n".join(lines)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,29 +1,23 @@
-"""`dromos soup`: the mean of those models whose mean scores best."""
+"""`dromos soup`: finds the models whose mean scores best, and writes that mean."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from launch.cli.base import App
+from launch.cli.base import App, print_note
 from launch.cli.merging import flags
+
+if TYPE_CHECKING:
+    from pretrain.merge.sweeps.scoring import Command
 
 
 def soup(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="A B [C]...", help="Addresses, as for dromos merge.")
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            "--out", metavar="DIR", help="The folder or s3:// URL to write; it appears when complete."
-        ),
-    ],
-    score_cmd: Annotated[
-        str | None, typer.Option("--score-cmd", metavar="CMD", help=f"Scores a model. {flags.PROTOCOL}")
-    ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="The mean of all; needs no score.")] = False,
+    inputs: flags.Inputs,
+    out: flags.RequiredOut,
+    score_cmd: flags.ScoreCommand = None,
+    uniform: flags.Uniform = False,
     metric: flags.Metric = None,
     lower_is_better: flags.Lower = None,
     timeout: flags.Timeout = None,
@@ -35,10 +29,10 @@ def soup(
 ) -> None:
     """Find the greedy soup of several models (Wortsman et al. 2022, arXiv 2203.05482).
 
-    Every model is scored; from the best one downwards each is added if the score of the mean does not drop. Score on
-    held-out data that is not the test set. Every mean is computed from the inputs and rounded once. DIR has the soup,
-    soup.json with every trial, and the command's logs; until then they are in DIR.trials, and run again it goes on
-    there. One candidate is on the disk at a time, below TMPDIR if DIR is in a store.
+    Scores every model; then, from the best one downwards, adds each model if the score of the mean does not drop.
+    Score on held-out data that is not the test set. Every mean is computed from the inputs and rounded once. DIR gets
+    the soup, soup.json with every trial, and the command's logs; until then they are in DIR.trials, from where the
+    same command resumes. One candidate is on the disk at a time, below TMPDIR if DIR is in a store.
 
     \b
     Examples:
@@ -47,49 +41,55 @@ def soup(
       dromos soup A B C --uniform --out mean
 
     Exit codes: 0 done; 2 your input is wrong, or the command failed (its log is named); 75 stopped, the same command
-    goes on; 1 anything else.
+    resumes; 1 anything else.
     """
-    from os.path import expanduser
-
     from data_pipeline.errors import UserError
-    from launch.cli.base import resumable
-    from launch.cli.progress_bar import counting
-    from launch.supervise.guard import guarded
-    from pretrain.merge.output.overflow import note as overflow_note
-    from pretrain.merge.planning.planner import prepare
-    from pretrain.merge.planning.request import request
-    from pretrain.merge.sweeps.scoring import parse_command
-    from pretrain.merge.sweeps.soup import find_soup
 
     if score_cmd is None and not uniform:
-        raise UserError(
-            "--score-cmd CMD is missing: how a model is scored (or --uniform for the mean of all)"
-        )
-    out = expanduser(out)
-    command = parse_command(score_cmd, "--score-cmd", timeout, guarded) if score_cmd is not None else None
-    flags.check_scored(
-        "--score-cmd", command is not None, metric=metric, lower_is_better=lower_is_better, timeout=timeout
-    )
-    rest = {
+        raise UserError("--score-cmd CMD is missing: it scores a model (or --uniform for the mean of all)")
+    command = flags.score_command("--score-cmd", score_cmd, metric, lower_is_better, timeout)
+    tensors = {
         "only": only,
         "exclude": exclude,
         "copy_rest": copy_rest,
         "vocabulary": vocabulary,
         "dtype": dtype,
     }
-    asked = request(inputs, method="soup", **rest)
-    (plan,), opened = prepare(asked)
+    typer.echo(write_soup(inputs, out, command, uniform, metric, lower_is_better, tensors))
+
+
+def write_soup(
+    inputs: list[str],
+    out: str,
+    command: Command | None,
+    uniform: bool,
+    metric: str | None,
+    lower: bool | None,
+    tensors: dict[str, Any],
+) -> str:
+    """Find the soup and write it to `out`; returns the report. `tensors`: --only and the like, by name."""
+    from os.path import expanduser
+
+    from launch.cli.base import resumable
+    from launch.cli.progress_bar import counting
+    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.planning.planner import prepare
+    from pretrain.merge.planning.request import request
+    from pretrain.merge.sweeps.soup import find_soup
+
+    out = expanduser(out)
+    merge_request = request(inputs, method="soup", **tensors)
+    (plan,), opened = prepare(merge_request)
     for note in plan.notes:
-        typer.echo(f"note: {note}", err=True)
+        print_note(note)
     with resumable(), counting("merging", plan.size * (1 if uniform else 2 * len(inputs))) as bar:
-        made = find_soup(
-            asked, opened, out, command, uniform=uniform, metric=metric, lower=lower_is_better,
+        result = find_soup(
+            merge_request, opened, out, command, uniform=uniform, metric=metric, lower=lower,
             progress=bar.add, told=bar.say,
         )  # fmt: skip
-    if (said := overflow_note({"the soup": made.record})) is not None:
-        typer.echo(f"note: {said}", err=True)
-    typer.echo("\n".join(made.lines()))
-    typer.echo(f"written: {out}" if bar.moved else f"{out}: done before, left as it is")
+    print_note(overflow_note({"the soup": result.record}))
+    end = f"written: {out}" if bar.moved else f"{out}: done before, left as it is"
+    return "\n".join([*result.lines(), end])
 
 
 def register(app: App) -> None:

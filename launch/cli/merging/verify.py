@@ -1,4 +1,4 @@
-"""`dromos verify`: whether the output of a merge is what was written, and what its inputs give."""
+"""`dromos verify`: checks the output of a merge against its record and its inputs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from typing import Annotated
 import typer
 
 from launch.cli.base import App
+from launch.cli.merging import flags
 
 
 def verify(
     out: Annotated[
         str, typer.Argument(metavar="OUT", help="The folder or s3:// URL that dromos merge wrote.")
     ],
-    chunks: Annotated[
-        int,
-        typer.Option("--chunks", metavar="N", min=0, help="Compute N random chunks again from the inputs."),
-    ] = 32,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which chunks are drawn.")] = 0,
-    full: Annotated[
-        bool, typer.Option("--full", help="Compute everything again, and read all of the inputs.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Everything found, for a program.")] = False,
+    chunks: flags.Chunks = 32,
+    seed: flags.ChunkSeed = 0,
+    full: flags.Full = False,
+    json: flags.VerifyJson = False,
 ) -> None:
     """Check the output of a merge.
 
-    Sizes and digests of every file and tensor against merge.json, merge.json against its own seal, headers, index and
-    shapes, NaN and infinities, whether the inputs are still what they were, and random chunks computed again from them,
-    byte for byte. Nothing is written. Inputs that are gone are noted and are no mistake.
+    Checks sizes and digests of every file and tensor against merge.json, merge.json against its own digest, headers,
+    index and shapes, NaN and infinities, and that the inputs have not changed; recomputes random chunks from the
+    inputs and compares them byte for byte. Writes nothing. Missing inputs are reported, but are not an error.
 
     \b
     Examples:
@@ -38,6 +34,7 @@ def verify(
 
     Exit codes: 0 nothing is wrong; 1 something is wrong; 2 OUT is not the output of a merge.
     """
+    from launch.cli.base import as_json
     from launch.cli.progress_bar import counting
     from pretrain.merge.verify.check_output import verify as check
     from pretrain.merge.verify.check_output import weight_bytes
@@ -45,12 +42,7 @@ def verify(
 
     with counting("verifying", weight_bytes(out) * (2 if full else 1)) as bar:
         report = check(out, count=chunks, full=full, seed=seed, progress=bar.add)
-    if json:
-        from launch.cli.base import as_json
-
-        typer.echo(as_json(report.plain()))
-    else:
-        typer.echo("\n".join(report.lines()))
+    typer.echo(as_json(report.plain()) if json else "\n".join(report.lines()))
     if report.wrong:
         raise typer.Exit(FAILED)
 

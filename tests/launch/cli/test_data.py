@@ -87,7 +87,7 @@ def test_index_warns_of_duplicates(root: str) -> None:
 def test_files_that_cannot_be_read_are_named(root: str) -> None:
     os.unlink(f"{root}/1.parquet")
     os.mkdir(f"{root}/1.parquet")
-    used = f"dromos: {root} cannot be used (Is a directory); mend that, then run again\n"
+    used = f"dromos: cannot open {root}: Is a directory; fix it and run again\n"
     odd = f"dromos: {root}/1.parquet is no regular file; remove it, or narrow the pattern\n"
     for arguments, code, said in (
         (["show", root, "--html", root], 1, used),

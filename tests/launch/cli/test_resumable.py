@@ -46,7 +46,7 @@ def test_a_stop_is_said_ends_the_scorer_and_goes_on(
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (
         75,
-        "dromos: interrupted; the same command goes on with what is done\n",
+        "dromos: interrupted; the same command resumes\n",
     )
     assert not Path(f"/proc/{Path('pid').read_text()}").exists()
     again = subprocess.run([*words, scorer(Path(), "print(x)")], capture_output=True, text=True, check=False)

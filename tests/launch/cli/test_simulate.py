@@ -43,14 +43,14 @@ def test_words_and_json_tell_the_same(recipe: str) -> None:
         assert figures["first_window_seconds"] == load.cache_bytes / 1e9
         assert figures["most_samples_a_second"] == load.most_samples_a_second(1e9) < 1e12
         assert figures["sustained"] is False
-        assert f"{load.name}: {load.batch} rows a step" in words
-        assert f"{load.gets_a_sample:.4f} GETs a sample" in words
-        assert "less than the 1,000,000,000,000 asked for" in words
+        assert f"{load.name}: {load.batch} rows per step" in words
+        assert f"{load.gets_a_sample:.4f} GETs per sample" in words
+        assert "less than the target of 1,000,000,000,000" in words
         assert all(source.name in words for source in load.sources)
 
 
 def test_what_cannot_be_simulated_is_said(recipe: str) -> None:
-    with pytest.raises(UserError, match="nowhere is no training stage; write --stage with one of"):
+    with pytest.raises(UserError, match="nowhere is not a training stage; write --stage with one of"):
         loads_of(recipe, "nowhere", 1, 1)
     with pytest.raises(UserError, match="cannot be split evenly over"):
         loads_of(recipe, "tuned", 1001, 7)

@@ -81,7 +81,7 @@ def test_how_to_take_a_score_without_a_command_that_makes_one(
 ) -> None:
     result = dromos("sweep", *pair, "--betas", "0.5", "--out", "s", *words)
     assert result.exit_code == 2
-    assert f"{words[0]}: of scores, and nothing is scored; say how with --eval-cmd" in result.output
+    assert f"{words[0]}: only for scores, and nothing is scored; add --eval-cmd" in result.output
     assert not Path("s").exists()
 
 
