@@ -1,4 +1,8 @@
-"""A merge stage of a recipe: weights/, frozen tensors, resolved.yaml, figures, and result.json last."""
+"""A merge stage of a recipe: locks, merges, evaluates, writes result.json.
+
+Its folder holds resolved.yaml, weights/, frozen.safetensors if the inputs have one, and result.json, which is written
+last and marks the stage as finished.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +32,30 @@ from pretrain.weights.source import WeightSource
 def run_merge_stage(
     recipe: Recipe, name: str, run_dir: Path | str, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Carry out stage `name` in `run_dir/name`; returns the content of its result.json.
+    """Run the merge stage `name` in `run_dir/name`; returns the content of its result.json.
 
-    A finished stage is left alone; a killed one begins again, unless its weights were complete. Raises UserError,
-    before anything is written, when a parent has not finished, is not what it was when the weights were merged, or
-    does not fit the others.
+    A finished stage is not run again. A killed one starts over, but keeps its weights if they were complete. Raises
+    UserError before anything is written when an input has not finished, does not fit the others, or has other weights
+    than those in the existing merge.
     """
     stage = recipe.stages[name]
     if not isinstance(stage, MergeStage):
-        raise UserError(f"stage {name} is a training, not a merge")
+        raise UserError(f"stage {name} is a training stage, not a merge stage")
     run_dir = Path(run_dir)
     folder = run_dir / name
     check_run_folder(run_dir, recipe, name)
     if is_finished(stage, folder):
         return json.loads((folder / "result.json").read_text())
     began = time.monotonic()
-    asked = request(
+    merge_request = request(
         list(stage.inputs), weights=list(stage.inputs.values()), only=stage.only, copy_rest=stage.copy_rest
     )
-    (plan,), opened = prepare(asked, run_dir=run_dir)
+    (plan,), opened = prepare(merge_request, run_dir=run_dir)  # raises before the folder is created
     lock = FolderLock(folder)
     try:
         record = dump_plain(stage_record(recipe, name))
         publish(folder / "resolved.yaml", record.encode())
-        # What describes the model lies in the stage's folder, where a training stage has it too.
+        # frozen.safetensors and resolved.yaml go into the stage folder, as in a training stage, not into weights/.
         merged = execute(
             [replace(plan, frozen=None, stage_dir=None)],
             opened,
@@ -76,49 +80,52 @@ def run_merge_stage(
 
 
 def is_finished(stage: MergeStage, folder: Path) -> bool:
-    """Whether the merge in `folder` has ended; UserError when an input has other weights now than it was made from.
+    """True when the merge in `folder` is complete.
 
-    Inputs that are gone, or training further at the moment, cannot be compared: the merge stays what it was.
+    Raises UserError when an input now has other weights than were merged. Inputs that are deleted or in training
+    cannot be compared; the merge then counts as it is.
     """
     path = folder / "weights" / RECORD
-    ended = (folder / "result.json").is_file()
+    finished = (folder / "result.json").is_file()
     if not path.is_file():
         return False
     try:
         opened = open_inputs(list(stage.inputs), [stage.copy_rest], folder.parent)
     except UserError:
-        return ended
-    taken = {entry["address"]: entry for entry in json.loads(path.read_text())["inputs"]}
-    changed = [line for source in opened.sources for line in _changed(source, taken.get(source.address))]
+        return finished
+    merged = {entry["address"]: entry for entry in json.loads(path.read_text())["inputs"]}
+    changed = [line for source in opened.sources for line in _changed(source, merged.get(source.address))]
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(
-            f"{folder} was merged from other weights than its inputs hold now:\n{lines}\n"
-            f"delete {folder} to merge them again, or put back what it was merged from"
+            f"{folder} was merged from other weights than its inputs have now:\n{lines}\n"
+            f"delete {folder} to merge again, or restore the weights it was merged from"
         )
-    return ended
+    return finished
 
 
-def _changed(source: WeightSource, taken: dict[str, Any] | None) -> list[str]:
-    """What an input was when it was merged and what it is now, where the two differ."""
-    if taken is None:  # another recipe's, which check_run_folder says
+def _changed(source: WeightSource, merged: dict[str, Any] | None) -> list[str]:
+    """`ADDRESS: OLD -> NEW` when an input differs from its entry in merge.json, as a list of no or one line."""
+    if merged is None:  # the merge of another recipe, which check_run_folder reports
         return []
-    now, then = source.hashes(), taken["files"]
+    now, then = source.hashes(), merged["files"]
     if now == then:
         return []
-    if source.located.path != taken["path"]:
-        return [f"{source.address}: {taken['path']} -> {source.located.path}"]
+    if source.located.path != merged["path"]:
+        return [f"{source.address}: {merged['path']} -> {source.located.path}"]
     files = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
     hashes = (f"{name} {then.get(name, ABSENT)} -> {now.get(name, ABSENT)}" for name in files)
     return [f"{source.address}: {source.located.path}: " + ", ".join(hashes)]
 
 
-def _figures(folder: Path, wanted: Evaluation) -> dict[str, float]:
-    """Held-out figures of the merged weights, by the names that a training stage gives them."""
-    if not wanted.zero_shot and not wanted.perplexity:
+def _figures(folder: Path, evaluation: Evaluation) -> dict[str, float]:
+    """Held-out figures of the merged weights, under the same names as in a training stage's result.json."""
+    if not evaluation.zero_shot and not evaluation.perplexity:
         return {}
     from pretrain.build.objective import load_trained, stage_tokenizer
-    from pretrain.evaluate.suite import ALONE, evaluate, flat
+    from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate, flat_scalars
 
     objective, trained = load_trained(str(folder / "weights"))
-    return flat(evaluate(objective, objective.model, trained, stage_tokenizer(trained), ALONE, wanted))
+    return flat_scalars(
+        evaluate(objective, objective.model, trained, stage_tokenizer(trained), SINGLE_PROCESS, evaluation)
+    )

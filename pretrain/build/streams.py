@@ -1,4 +1,4 @@
-"""From a recipe's `data` section to the stream specifications that the data pipeline serves."""
+"""From the `data` section of a recipe to the StreamSpecs of the data pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:
-    """One stream of a stage; `order_as` lends it another stage's order, crops and masks."""
+    """One stream of a stage. `order_as` gives it the order, crops and masks of another stage."""
     return StreamSpec(
         name=name,
         seed=stream_seed(run_seed, stream.order_as or stage, name),
@@ -27,40 +27,38 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
 
 
 def image_spec(image: Image) -> ImageSpec:
-    """What workers do to an image; mean and deviation are applied on the device."""
+    """What workers do to an image; normalisation by mean and std is done on the device."""
     return ImageSpec(image.size, image.crop, image.flip, image.max_pixels)
 
 
 def text_spec(text: Text) -> TextSpec:
-    """How workers choose a caption and make it tokens."""
-    chosen = text.captions
-    captions = CaptionSpec(tuple(chosen.from_), tuple(chosen.scores), chosen.top) if chosen else None
+    """How workers choose a caption and tokenise it."""
+    choice = text.captions
+    captions = CaptionSpec(tuple(choice.from_), tuple(choice.scores), choice.top) if choice else None
     return TextSpec(text.tokenizer, text.length, captions)
 
 
 def stage_specs(stage: TrainStage, run_seed: int, name: str, streams: tuple[str, ...]) -> list[StreamSpec]:
-    """Specifications of the streams that the objective consumes, in its order."""
+    """StreamSpecs of the streams that the objective trains on, in its order."""
     return [stream_spec(key, stage.data[key], run_seed, name) for key in streams]
 
 
-def evaluation_spec(
-    name: str, wanted: Perplexity | ZeroShot, stream: Stream | None, batch: int
-) -> StreamSpec:
-    """One held-out source read once in manifest order, with a training stream's image and text settings."""
+def evaluation_spec(name: str, task: Perplexity | ZeroShot, stream: Stream | None, batch: int) -> StreamSpec:
+    """A held-out source as a stream, with the image and text settings of the training stream `stream`."""
     image = stream.image if stream is not None else None
     text = stream.text if stream is not None else None
     return StreamSpec(
         name=name,
         seed=0,
-        sources={name: SourceSpec(path=wanted.path)},
+        sources={name: SourceSpec(path=task.path)},
         batch=batch,
         lanes=None,
         image=ImageSpec(image.size, max_pixels=image.max_pixels) if image else None,
         text=text_spec(text) if text else None,
-        length=getattr(wanted, "length", None) if stream is None else stream.length,
+        length=getattr(task, "length", None) if stream is None else stream.length,
     )
 
 
 def cache_settings(stage: TrainStage) -> CacheSettings:
-    """Where a stage keeps what it reads of object stores, for training and evaluation alike."""
+    """The node-local cache for object-store reads, shared by training and evaluation."""
     return CacheSettings.of(stage.loader.cache.folder, stage.loader.cache.gigabytes)

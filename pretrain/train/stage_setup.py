@@ -23,7 +23,7 @@ from pretrain.build.module_weights import load_into, read_frozen, read_state, wr
 from pretrain.build.objective import build, check_tokens, stage_tokenizer
 from pretrain.build.streams import cache_settings, stage_specs
 from pretrain.distributed.engine import Engine, Runtime
-from pretrain.evaluate.suite import check_held_out, evaluate, flat
+from pretrain.evaluate.suite import check_held_out, evaluate, flat_scalars
 from pretrain.objectives.base import Objective
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.fields import Length
@@ -235,7 +235,7 @@ def make_evaluation(
 
     def figures() -> dict[str, float]:
         engine.train(False)
-        return flat(evaluate(objective, engine, context.stage, tokenizer, context.runtime))
+        return flat_scalars(evaluate(objective, engine, context.stage, tokenizer, context.runtime))
 
     return figures
 

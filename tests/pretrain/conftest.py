@@ -1,4 +1,4 @@
-"""A FLIP run and a SPHINX run of a few steps, trained once for all tests that read weights."""
+"""A FLIP run and a SPHINX run of three steps, trained once per session for all tests that read weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merge stage of a recipe: what it leaves behind, in which order, and what stops it."""
+"""A merge stage of a recipe: the files it writes, a killed stage, changed inputs, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOWER = {"vision.0.w": floats(9, 6)}
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Recipe, Path]:
-    """Stages real and synthetic, finished, with the same tower; mix = 0.4 real + 0.6 synthetic."""
+    """Finished stages real and synthetic with the same tower; mix = 0.4 real + 0.6 synthetic."""
     run_dir = tmp_path / "runs/r"
     mix = MergeStage(kind="merge", inputs={"real": 0.4, "synthetic": 0.6}, copy_rest="synthetic")
     made = recipe(run_dir, real=training(), synthetic=training(), mix=mix)
@@ -66,7 +66,7 @@ def test_a_finished_stage_is_left_alone(run: tuple[Recipe, Path]) -> None:
 
 
 def retrain(stage: Path, step: int, digest: str) -> Path:
-    """`stage` as a longer or another training leaves it."""
+    """Give `stage` a checkpoint at `step` with other weights, as a longer or a repeated training does."""
     old = next(iter((stage / "checkpoints").glob("step_*")))
     new = stage / f"checkpoints/step_{step:08d}"
     if old != new:
@@ -96,12 +96,12 @@ def test_a_parent_that_trained_further_is_noticed(run: tuple[Recipe, Path]) -> N
     assert run_merge_stage(made, "mix", run_dir)["plan"] != first["plan"]
 
 
-def test_a_parent_trained_anew_to_the_same_step_is_noticed(run: tuple[Recipe, Path]) -> None:
+def test_a_parent_trained_again_to_the_same_step_is_noticed(run: tuple[Recipe, Path]) -> None:
     made, run_dir = run
     run_merge_stage(made, "mix", run_dir)
     folder = retrain(run_dir / "real", 1, "1" * 16)
-    words = f"real: {folder}: mp_rank_00_model_states.pt {'0' * 16} -> {'1' * 16}\n"
-    with pytest.raises(UserError, match=re.escape(words)):
+    line = f"real: {folder}: mp_rank_00_model_states.pt {'0' * 16} -> {'1' * 16}\n"
+    with pytest.raises(UserError, match=re.escape(line)):
         run_merge_stage(made, "mix", run_dir)
 
 
@@ -180,13 +180,27 @@ def test_a_folder_of_another_recipe(run: tuple[Recipe, Path]) -> None:
 
 
 def test_a_merge_of_run_addresses_knows_its_model(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+    from pretrain.build.objective import read_stage
+
     made, run_dir = run
     run_merge_stage(made, "mix", run_dir)
     out = tmp_path / "out"
     merge(["mix", "synthetic"], out, beta=0.5, run_dir=run_dir)  # the first parent is itself a merge
     assert yaml.safe_load((out / "resolved.yaml").read_text())["name"] == "synthetic"
+    assert read_stage(run_dir / "mix") == read_stage(run_dir / "synthetic")
+    assert read_stage(out) == ("synthetic", made.stages["synthetic"])
     assert open_weights(str(out)).frozen == {"vision.0.w"}
     merge([str(out), "real"], tmp_path / "again", beta=0.5, run_dir=run_dir)
+
+
+def test_a_merge_of_unknown_training_is_named(run: tuple[Recipe, Path]) -> None:
+    from pretrain.build.objective import read_stage
+
+    made, run_dir = run
+    run_merge_stage(made, "mix", run_dir)
+    (run_dir / "synthetic/resolved.yaml").unlink()
+    with pytest.raises(UserError, match=r"mix: its model is unknown: resolved\.yaml is missing"):
+        read_stage(run_dir / "mix")
 
 
 def test_hashes_come_from_the_checkpoint_s_manifest(run: tuple[Recipe, Path]) -> None:

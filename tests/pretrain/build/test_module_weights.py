@@ -1,4 +1,4 @@
-"""Weights from a file into a module, bit for bit or not at all; frozen tensors there and back."""
+"""Weights from a file into a module, bit for bit or refused; frozen tensors written and read back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.build.module_weights import load_into, read_frozen, read_state, wr
 
 
 class Reader(nn.Module):
-    """A language model in small, with a module and a lone tensor that a text-only stage does not have."""
+    """A small model with a module and a single tensor that a text-only stage lacks."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_scalar_fits_a_vector_of_one() -> None:
 
 
 def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """The message of a load that must be refused, and must have changed nothing."""
+    """The error text of a load that is refused and changes nothing."""
     before = state_of(model)
     with pytest.raises(UserError) as found:
         load_into(model, state, "runs/a/main")
@@ -81,7 +81,7 @@ def test_every_tensor_of_another_shape_is_named() -> None:
         ("start_image", "(1, 1, 8)", "(1, 1, 6)"),
     ):
         assert f"{name}: {theirs} in the weights, {ours} in the model" in text
-    # As many numbers in another order of sides is another shape.
+    # The transpose has the same number of elements and another shape.
     turned = state_of(Reader())
     turned["projector.weight"] = turned["projector.weight"].T.contiguous()
     assert "projector.weight: (4, 6) in the weights, (6, 4) in the model" in refusal(Reader(), turned)
@@ -141,12 +141,12 @@ def test_frozen_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     tensors["trained"] = torch.nn.Parameter(torch.ones(2))
     described = {"clip": {"embed_dim": 16, "vision_cfg": {"width": 32, "head": None}}}
     write_frozen(path, tensors, described)
-    found, told = read_frozen(path)
+    found, description = read_frozen(path)
     assert same(found, {name: t.detach() for name, t in tensors.items()})
-    assert told == described
+    assert description == described
     assert list(tmp_path.iterdir()) == [path]
-    assert same(load_file(path), found)  # a file that others read, too
+    assert same(load_file(path), found)  # a plain safetensors file
 
-    write_frozen(path, {"only": torch.ones(1)}, {})  # written anew, whole
+    write_frozen(path, {"only": torch.ones(1)}, {})  # replaces the whole file
     assert list(read_frozen(path)[0]) == ["only"]
     assert read_frozen(tmp_path / "none.safetensors") == ({}, {})
