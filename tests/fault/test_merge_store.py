@@ -49,7 +49,7 @@ def store(
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     root, proxy = server
-    proxy.forget()
+    proxy.reset_counters()
     yield f"{root}/{request.node.name.replace('[', '-').rstrip(']')}", proxy
     calm(proxy)
 
@@ -126,7 +126,7 @@ def test_a_store_that_stays_away_while_it_is_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(multipart.Multipart, "_put", put)
-        with pytest.raises(ReadError, match=r"model\.safetensors cannot be written after 2 tries: 503"):
+        with pytest.raises(ReadError, match=r"model\.safetensors could not be written after 2 tries: 503"):
             merge(pair, f"{out}/m", beta=0.3)
     calm(proxy)
     assert objects(f"{out}/m") == {}

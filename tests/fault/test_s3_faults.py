@@ -60,13 +60,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
 @pytest.fixture
 def faults(source: Source, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
     """A tenth of the requests fail."""
-    source.proxy.forget()
+    source.proxy.reset_counters()
     source.proxy.rate, source.proxy.kinds = 0.1, KINDS
     monkeypatch.setenv("DROMOS_READ_TIMEOUT", "0.4")
-    object_store.forget()
+    object_store.clear_filesystems()
     yield source
     source.proxy.rate = 0.0
-    object_store.forget()
+    object_store.clear_filesystems()
 
 
 def stream(source: Source, path: str, cache: Path, gigabytes: float = 1.0, workers: int = 0) -> Stream:

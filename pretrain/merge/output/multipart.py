@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.object_store import answer_of, filesystem, with_retries
+from data_pipeline.storage.object_store import error_status, filesystem, with_retries
 
 SMALL = 1 << 20
 """Bytes of the largest object that is kept and put whole at the end."""
@@ -115,7 +115,7 @@ class Multipart:
                     self._earlier = _etags(store, bucket, earlier)
                     return place | {"UploadId": earlier.upload}
                 except OSError as error:
-                    if answer_of(error)[0] != GONE:
+                    if error_status(error)[0] != GONE:
                         raise
             return place | {"UploadId": store.call_s3("create_multipart_upload", **place)["UploadId"]}
 
@@ -177,7 +177,7 @@ class Multipart:
             store.call_s3("complete_multipart_upload", MultipartUpload={"Parts": parts}, **self._place)
         except OSError as error:
             # What was done, and whose answer got lost, need not be done again.
-            if tried and answer_of(error)[0] == GONE and self._stands(store, len(parts)):
+            if tried and error_status(error)[0] == GONE and self._stands(store, len(parts)):
                 return
             self._raise_if_taken(error)
             raise
@@ -187,7 +187,7 @@ class Multipart:
         return str(found["ETag"]).strip('"').endswith(f"-{parts}")
 
     def _raise_if_taken(self, error: OSError) -> None:
-        if answer_of(error)[0] == GONE:
+        if error_status(error)[0] == GONE:
             raise UserError(
                 f"{self.url}: another process writes it too, or took back what was sent; let one finish, and run this "
                 "again"

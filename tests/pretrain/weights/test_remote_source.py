@@ -183,10 +183,10 @@ def test_headers_come_by_small_ranges_and_each_byte_once(
         for name in ("model.safetensors", "m.pt"):
             size = (tmp_path / "m" / name).stat().st_size
             key = f"{root.removeprefix('s3://')}/m/{name}"
-            proxy.forget()
+            proxy.reset_counters()
             source = open_weights(f"{root}/m/{name}")
             assert proxy.bytes[key] < 200_000
-            proxy.forget()
+            proxy.reset_counters()
             for tensor, expected in tensors.items():
                 for at in range(0, 500_000, 30_000):
                     got = source.read(tensor, at, min(at + 30_000, 500_000))

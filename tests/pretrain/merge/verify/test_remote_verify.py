@@ -137,7 +137,7 @@ def test_over_faults_nothing_else_is_found(
     monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 15)
     monkeypatch.setattr(byte_file, "MIN_BLOCK_BYTES", 1 << 15)
     proxy = store[1]
-    proxy.forget()
+    proxy.reset_counters()
     proxy.rate = 0.2
     try:
         report = verify(merged[0], full=True)
