@@ -1,4 +1,4 @@
-"""Steps of a rank, in order, made ahead of time by local workers."""
+"""A rank's micro-batches in order, built ahead of time: `LocalLoader` on this machine, `RayLoader` on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from data_pipeline.workers.ray_pool import RayPool
 from data_pipeline.workers.thread_pool import Pool, ThreadPool
 from data_pipeline.workers.watchdog import StallLimits
 
-# Bytes that a rank asks for ahead of the step that it serves; one item may be asked for however big it is.
+# Most bytes that a rank submits ahead of the current step. One item may be submitted whatever its size.
 AHEAD_BYTES = 1 << 30
-PIECES = 4
+# Slices per worker among all submitted items: two that it holds, and two more for whichever worker is free first.
+SLICES_AHEAD_PER_WORKER = 4
 
 
 class Loader:
-    """What local and Ray loaders share. A step's batches do not depend on who makes them, nor on what came before.
+    """Base of the local and the Ray loader. The batches of a step do not depend on the backend, nor on earlier steps.
 
-    Opening it reads one sample of every source, so that a source without images ends here in a UserError.
-    builders: stream -> BatchBuilder, for its order, manifests and tokenizer; those handed in are taken as checked
-    cache: where what is read of an object store is kept on this node; builders that are handed in have their own
-    wait_seconds: how long the caller waited for the step that was yielded last
+    The constructor reads one sample of every source, so that a source without images is a UserError before training.
+
+    builders: stream name -> BatchBuilder; given builders count as checked, and no sample is read
+    cache: the node cache for remote sources; given builders keep their own
+    wait_seconds: seconds that the caller waited for the last step
     """
 
     def __init__(
@@ -53,22 +55,22 @@ class Loader:
     ) -> None:
         check_ranks(specs, world_size)
         if workers < 0:
-            raise UserError(f"loader.workers is {workers}; write how many processes decode, or 0 for none")
+            raise UserError(f"loader.workers is {workers}; set a number of processes, or 0 for a thread")
         self.specs = list(specs)
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
         self.micro_batch = micro_batch
         self.wait_seconds = 0.0
-        self._turn = 0
+        self._iteration = 0
         self.limits = limits or StallLimits()
         self.builders = dict(builders or {spec.name: BatchBuilder(spec, cache=cache) for spec in self.specs})
         self._prefetcher: Prefetcher | None = None
-        self._pool: Pool = self._open()
+        self._pool: Pool = self._open_pool()
         if builders is None:
-            self._check()  # workers start meanwhile
+            self._check_sources()  # workers start meanwhile
 
-    def _open(self) -> Pool:
+    def _open_pool(self) -> Pool:
         raise NotImplementedError
 
     @property
@@ -76,74 +78,74 @@ class Loader:
         return [BuilderSetup.of(builder) for builder in self.builders.values()]
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
-        """Steps first, ..., last - 1, counted from 0, as range() does: stream -> this rank's micro-batches.
+        """Yield steps first, ..., last - 1 (from 0, as range): stream name -> this rank's micro-batches.
 
-        One iterator at a time: where another has begun, the one before it raises RuntimeError.
+        Only the newest iterator of a loader works; an older one raises RuntimeError. Raises the errors of building.
         """
-        self._turn += 1
-        turn = self._turn
-        self._pool.cancel()  # what an iterator before this one has asked for
-        todo = self._items(first, last)
-        following = next(todo, None)
-        asked: deque[tuple[WorkItem, int]] = deque()
-        held = 0
+        self._iteration += 1
+        iteration = self._iteration
+        self._pool.cancel()  # the items of an earlier iterator
+        items = self._items(first, last)
+        next_item = next(items, None)
+        submitted: deque[tuple[WorkItem, int]] = deque()
+        submitted_bytes = 0
         if self._prefetcher is not None:
             self._prefetcher.begin(first, last)
 
-        def ask(step: int) -> None:
-            nonlocal following, held
-            while following is not None and self._in_reach(following[0], step, held):
-                asked.append((following[0], self._pool.submit(*following)))
-                held += self._bytes(following[0])
-                following = next(todo, None)
+        def submit(step: int) -> None:
+            nonlocal next_item, submitted_bytes
+            while next_item is not None and self._may_submit(next_item[0], step, submitted_bytes):
+                submitted.append((next_item[0], self._pool.submit(*next_item)))
+                submitted_bytes += self._bytes(next_item[0])
+                next_item = next(items, None)
 
         try:
             for step in range(first, last):
-                if turn != self._turn:
-                    raise RuntimeError(
-                        "another iterator over this loader's steps has begun; go on with that one"
-                    )
-                began = time.perf_counter()
+                if iteration != self._iteration:
+                    raise RuntimeError("another iterator over this loader's steps has started; use that one")
+                start = time.perf_counter()
                 if self._prefetcher is not None:
-                    self._prefetcher.at(step)
-                ask(step)
-                found: dict[str, list[Batch]] = {spec.name: [] for spec in self.specs}
-                while asked and asked[0][0].step == step:
-                    item, ticket = asked.popleft()
-                    found[item.stream].append(self._pool.result(ticket))
-                    held -= self._bytes(item)
-                ask(step)
-                self.wait_seconds = time.perf_counter() - began
-                yield found
+                    self._prefetcher.advance(step)
+                submit(step)
+                batches: dict[str, list[Batch]] = {spec.name: [] for spec in self.specs}
+                while submitted and submitted[0][0].step == step:
+                    item, ticket = submitted.popleft()
+                    batches[item.stream].append(self._pool.result(ticket))
+                    submitted_bytes -= self._bytes(item)
+                submit(step)
+                self.wait_seconds = time.perf_counter() - start
+                yield batches
         finally:
-            if turn == self._turn:
+            if iteration == self._iteration:
                 self._pool.cancel()
 
     def _items(self, first: int, last: int) -> Iterator[tuple[WorkItem, int]]:
-        """This rank's items in order, each with the number of pieces that keeps all workers busy.
+        """This rank's items in order, each with the number of slices that keeps all workers busy.
 
-        The first step goes to all workers at once; later, it is enough that all that is asked for has PIECES for each:
-        two that it holds, and others that go to whoever is done first.
+        Every item of the first step is split over all workers, for a fast start. Later, all submitted items together
+        have SLICES_AHEAD_PER_WORKER slices per worker.
         """
         for step in range(first, last):
             items = list(items_of(self.specs, step, self.rank, self.world_size, self.micro_batch))
             ahead = len(items) * (self._pool.ahead + 1)
-            pieces = self.workers if step == first else -(-PIECES * self.workers // ahead)
+            pieces = self.workers if step == first else -(-SLICES_AHEAD_PER_WORKER * self.workers // ahead)
             for item in items:
                 yield item, max(1, pieces)
 
-    def _in_reach(self, item: WorkItem, step: int, held: int) -> bool:
-        """Whether to ask for an item while `step` is served and `held` bytes are asked for or wait to be served."""
+    def _may_submit(self, item: WorkItem, step: int, submitted_bytes: int) -> bool:
+        """True if an item may be submitted during `step`, with `submitted_bytes` submitted and not yet served."""
         if item.step == step:
             return True
-        return item.step <= step + self._pool.ahead and (not held or held + self._bytes(item) <= AHEAD_BYTES)
+        return item.step <= step + self._pool.ahead and (
+            not submitted_bytes or submitted_bytes + self._bytes(item) <= AHEAD_BYTES
+        )
 
     def _bytes(self, item: WorkItem) -> int:
         spec, rows = self.builders[item.stream].spec, item.stop - item.start
         length = spec.text.length if spec.text else spec.length or 0
         return prod(pixel_shape(spec, rows)) + 4 * rows * length
 
-    def _check(self) -> None:
+    def _check_sources(self) -> None:
         try:
             for builder in self.builders.values():
                 builder.check()
@@ -152,7 +154,7 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """Stop the workers and close files. The loader cannot be used afterwards."""
+        """Stop the workers and close all files. The loader cannot be used afterwards."""
         self._pool.close()
         if self._prefetcher is not None:
             self._prefetcher.close()
@@ -169,31 +171,31 @@ class Loader:
 
 
 class LocalLoader(Loader):
-    """Batches made on this machine: by `workers` processes two steps ahead, or with 0 by a thread, one ahead."""
+    """Builds batches on this machine: in `workers` processes two steps ahead, or with 0 in a thread one step ahead."""
 
-    def _open(self) -> Pool:
-        self._prefetcher = Prefetcher.of(self.setups, self.rank, self.world_size)
+    def _open_pool(self) -> Pool:
+        self._prefetcher = Prefetcher.start_if_useful(self.setups, self.rank, self.world_size)
         if self.workers:
             return ProcessPool(self.setups, self.workers, self.limits)
         return ThreadPool(self.builders, self.limits)
 
     @property
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers that run now."""
+        """Process ids of the running workers."""
         return self._pool.pids if isinstance(self._pool, ProcessPool) else []
 
 
 class RayLoader(Loader):
-    """LocalLoader's interface and batches, bit for bit; `workers` actors a rank, on the cluster at RAY_ADDRESS.
+    """Builds the same batches as LocalLoader, bit for bit, in `workers` actors per rank on the cluster at RAY_ADDRESS.
 
-    The nodes need dromos installed and a path to the shards; manifests and tokenizer travel with the actors.
+    Every node needs dromos and access to the shards; manifests and tokenizer are sent to the actors.
     """
 
-    def _open(self) -> Pool:
+    def _open_pool(self) -> Pool:
         return RayPool(self.setups, self.workers, self.rank * max(1, self.workers), self.limits)
 
     @property
-    def places(self) -> list[tuple[str, int]]:
+    def actor_locations(self) -> list[tuple[str, int]]:
         """(node id, process id) of every actor."""
         assert isinstance(self._pool, RayPool)
-        return self._pool.places()
+        return self._pool.locations()

@@ -1,4 +1,8 @@
-"""What to fetch ahead for a rank's rows: from the order alone, each source as far as a window of it lasts."""
+"""Which byte ranges to download next for a rank, from the order alone, within a byte limit.
+
+Every source is planned one window ahead: as many steps as one window of its order lasts. Units are the groups of
+samples that are fetched and cached together (sources/fetch_units.py).
+"""
 
 from __future__ import annotations
 
@@ -17,30 +21,29 @@ from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import ByteRange
 
-LEAST_AHEAD = 4  # steps; workers are at two of them
-ALONE = (
-    200  # of so many samples of an epoch, one may be fetched by itself while the first window is on its way
-)
+MIN_STEPS_AHEAD = 4  # the workers themselves are up to two steps ahead
+# While the first window is downloaded, one in so many samples of an epoch may be fetched alone.
+SAMPLES_PER_SINGLE_FETCH = 200
 
 
 @dataclass
-class Reach:
-    """Sources of a stream whose windows last about equally long, and the next step to plan for them."""
+class SourceGroup:
+    """Sources of one stream whose windows last about equally long, and the next step to plan for them."""
 
     builder: BatchBuilder
     names: list[str]
-    next: int
+    next_step: int
 
-    def ahead(self, step: int) -> int:
-        """Steps that a window lasts."""
+    def steps_ahead(self, step: int) -> int:
+        """Number of steps that one window lasts at the batch size of `step`."""
         return window_steps(self.builder.order, self.builder.spec.rows(step), self.names)
 
 
-class Plan:
-    """Which units a rank's rows need from step `first` on, and which of them to fetch next.
+class PrefetchPlan:
+    """Plans which units a rank's rows need from step `first` on, and which to fetch next.
 
-    Each source is looked ahead as far as a window of it lasts, so that it is known which units are needed still; what
-    is fetched and needed still is at most `limit_bytes`.
+    It plans one window ahead, and so knows the last planned step that needs each unit. Fetched units that are still
+    needed take at most `limit_bytes` (`held_bytes`).
     """
 
     def __init__(
@@ -50,105 +53,107 @@ class Plan:
         self._limit = limit_bytes
         self._first = first
         self._last_use: dict[ByteRange, int] = {}
-        self._ending: dict[int, set[ByteRange]] = {}
+        self._units_by_last_use: dict[int, set[ByteRange]] = {}
         self._queue: deque[ByteRange] = deque()
         self._fetched: set[ByteRange] = set()
-        self.held = 0
-        self._makers = [builder for builder in builders if prefetched(builder.manifests.values())]
-        self._reaches: list[Reach] = []
-        for builder in self._makers:
-            alike: dict[int, list[str]] = {}
+        self.held_bytes = 0
+        self._builders = [builder for builder in builders if can_prefetch(builder.manifests.values())]
+        self._groups: list[SourceGroup] = []
+        for builder in self._builders:
+            by_length: dict[int, list[str]] = {}
             for name, manifest in builder.manifests.items():
-                if prefetched([manifest]):
+                if can_prefetch([manifest]):
                     steps = window_steps(builder.order, builder.spec.rows(first), [name])
-                    alike.setdefault(steps.bit_length(), []).append(name)
-            self._reaches += [Reach(builder, names, first) for names in alike.values()]
+                    by_length.setdefault(steps.bit_length(), []).append(name)
+            self._groups += [SourceGroup(builder, names, first) for names in by_length.values()]
 
-    def alone(self) -> int:
-        """Steps for which samples may be fetched one by one."""
+    def single_sample_steps(self) -> int:
+        """Number of steps during which samples may be fetched one by one, while the first window is downloaded."""
         counts = [
-            builder.order.samples_per_epoch() // ALONE // builder.spec.rows(self._first)
-            for builder in self._makers
+            builder.order.samples_per_epoch() // SAMPLES_PER_SINGLE_FETCH // builder.spec.rows(self._first)
+            for builder in self._builders
         ]
         return max(1, min(counts, default=1))
 
-    def following(self, at: int, last: int) -> Reach | None:
-        """What to look at next while step `at` is served and steps end before `last`; None: nothing now."""
-        for reach in self._reaches:
-            reach.next = max(reach.next, at)
-        waiting = [reach for reach in self._reaches if reach.next < min(last, at + reach.ahead(at))]
-        return min(waiting, key=lambda reach: reach.next, default=None)
+    def next_group(self, at: int, last: int) -> SourceGroup | None:
+        """The group to plan next while step `at` is served and the run ends before `last`; None if all are planned."""
+        for group in self._groups:
+            group.next_step = max(group.next_step, at)
+        unplanned = [
+            group for group in self._groups if group.next_step < min(last, at + group.steps_ahead(at))
+        ]
+        return min(unplanned, key=lambda group: group.next_step, default=None)
 
-    def look(self, reach: Reach) -> None:
-        """Queue the units that its next step needs and no step looked at before, in order of the rows."""
-        builder, step = reach.builder, reach.next
-        reach.next += 1
+    def plan_step(self, group: SourceGroup) -> None:
+        """Plan the group's next step: queue the units that no planned step needs yet, in order of the rows."""
+        builder, step = group.builder, group.next_step
+        group.next_step += 1
         if builder.order.last_step is not None and step >= builder.order.last_step:
             return
         refs = builder.order.refs(step, *rows_of(self._rank, self._world_size, builder.spec.rows(step)))
-        for name in reach.names:
+        for name in group.names:
             units = builder.units(name)
             rows = np.flatnonzero(refs.source == builder.names.index(name))
             if units is not None and rows.size:
-                for part in _parts(units, refs.shard[rows], refs.index[rows]):
-                    self._use(part, step)
+                for unit in _unit_ranges(units, refs.shard[rows], refs.index[rows]):
+                    self._add_use(unit, step)
 
-    def take(self) -> ByteRange | None:
-        """The unit to fetch next; None if there is none, or no room before others are used up."""
+    def next_fetch(self) -> ByteRange | None:
+        """The unit to fetch next; None if none is queued, or the limit is reached."""
         while self._queue:
-            part = self._queue[0]
-            size = part.stop - part.start
-            if part in self._last_use:
-                if self.held and self.held + size > self._limit:
+            unit = self._queue[0]
+            size = unit.stop - unit.start
+            if unit in self._last_use:
+                if self.held_bytes and self.held_bytes + size > self._limit:
                     return None
-                self.held += size
-                self._fetched.add(part)
+                self.held_bytes += size
+                self._fetched.add(unit)
                 return self._queue.popleft()
-            self._queue.popleft()  # over before its turn came
+            self._queue.popleft()  # its last step passed before its turn
         return None
 
     @property
-    def full(self) -> bool:
-        """Is there something to fetch that there is no room for?"""
+    def is_waiting(self) -> bool:
+        """True if units are queued: after `next_fetch` returned None, the limit holds them back."""
         return bool(self._queue)
 
-    def served(self, step: int) -> list[ByteRange]:
-        """Fetched units that no step from `step` on needs, of those looked at; they are let go of."""
-        gone = []
-        for past in [end for end in self._ending if end < step]:
-            for part in self._ending.pop(past):
-                del self._last_use[part]
-                if part in self._fetched:
-                    self._fetched.remove(part)
-                    self.held -= part.stop - part.start
-                    gone.append(part)
-        return gone
+    def release_before(self, step: int) -> list[ByteRange]:
+        """Forget the units that only steps before `step` need; returns those of them that were fetched."""
+        released = []
+        for past in [last for last in self._units_by_last_use if last < step]:
+            for unit in self._units_by_last_use.pop(past):
+                del self._last_use[unit]
+                if unit in self._fetched:
+                    self._fetched.remove(unit)
+                    self.held_bytes -= unit.stop - unit.start
+                    released.append(unit)
+        return released
 
-    def _use(self, part: ByteRange, step: int) -> None:
-        before = self._last_use.get(part)
+    def _add_use(self, unit: ByteRange, step: int) -> None:
+        before = self._last_use.get(unit)
         if before is None:
-            self._queue.append(part)
+            self._queue.append(unit)
         elif before < step:
-            self._ending[before].discard(part)
+            self._units_by_last_use[before].discard(unit)
         else:
             return
-        self._last_use[part] = step
-        self._ending.setdefault(step, set()).add(part)
+        self._last_use[unit] = step
+        self._units_by_last_use.setdefault(step, set()).add(unit)
 
 
 def window_steps(order: StreamOrder, batch: int, names: Iterable[str]) -> int:
-    """Steps of `batch` rows in which a lane uses up a window of one of these sources, where that takes longest."""
+    """Number of steps of `batch` rows in which a lane consumes one window of the slowest of these sources."""
     longest = 0.0
     for source, weight in zip(order.sources, order.weights, strict=True):
         if weight and source.name in names:
             window = RUNS_PER_WINDOW * source.run if source.windows else source.samples / source.pieces
             window = min(window, MIN_WINDOWS_PER_PIECE * RUNS_PER_WINDOW * source.run)
             longest = max(longest, window * sum(order.weights) / weight)
-    return max(LEAST_AHEAD, int(longest * order.lanes / batch) + 1)
+    return max(MIN_STEPS_AHEAD, int(longest * order.lanes / batch) + 1)
 
 
-def _parts(units: Units, shards: np.ndarray, indices: np.ndarray) -> Iterator[ByteRange]:
-    """The units that samples lie in, each once, in order of first use."""
+def _unit_ranges(units: Units, shards: np.ndarray, indices: np.ndarray) -> Iterator[ByteRange]:
+    """The byte range of every unit that holds one of the samples, each once, in order of first use."""
     numbers = units.number(shards, indices)
     _, first = np.unique(np.stack([shards, numbers]), axis=1, return_index=True)
     first.sort()
@@ -158,6 +163,6 @@ def _parts(units: Units, shards: np.ndarray, indices: np.ndarray) -> Iterator[By
         yield units.part(shard, start, stop)
 
 
-def prefetched(manifests: Iterable[Manifest]) -> bool:
-    """Is there a source among these that can be fetched ahead: remote, and its samples' places known?"""
+def can_prefetch(manifests: Iterable[Manifest]) -> bool:
+    """True if one of the sources can be fetched ahead: it is remote and has an offset index."""
     return any(storage.is_remote(manifest.root) and manifest.offsets is not None for manifest in manifests)

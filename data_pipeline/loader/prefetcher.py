@@ -1,9 +1,10 @@
-"""A process beside a rank's loader that fetches the next windows of remote sources at the rate at which they drain.
+"""Process beside a rank's loader that downloads the next windows of remote sources into the node cache.
 
-Started as `python -m data_pipeline.loader.prefetcher CHANNEL PARENT`, like a worker.
-What is needed when comes from the order
-alone, so mixtures, resumed runs and accepted changes are nothing special. It fetches into the node's cache and tells
-nobody: whoever misses a unit there fetches it himself, and it is he who says what cannot be read.
+It downloads as fast as the loader consumes. The order alone says which bytes are needed when, so mixtures, resumed runs
+and changed data need no special case. The prefetcher reports no read errors: a reader that misses a unit in the cache
+fetches it itself, and raises the error.
+
+Started as `python -m data_pipeline.loader.prefetcher CHANNEL PARENT`, like a worker process.
 """
 
 from __future__ import annotations
@@ -26,101 +27,105 @@ from pathlib import Path
 from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.child_process import die_with
 from data_pipeline.errors import UserError
-from data_pipeline.loader.prefetch_plan import Plan, prefetched
+from data_pipeline.loader.prefetch_plan import PrefetchPlan, can_prefetch
 from data_pipeline.storage.cache import ByteRange, Cache
 from data_pipeline.storage.cached_ranges import fetch
 from data_pipeline.storage.object_store import CONNECTIONS
 from data_pipeline.workers.ipc import receive, send
 
 PARALLEL_FETCHES = CONNECTIONS // 2
-FILLED = 0.75  # share of the cache that the ranks of a node fill ahead
-STARTS = 3
+CACHE_SHARE = 0.75  # of the cache limit, that the prefetchers of a node fill together
+MAX_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Position:
-    """The steps that a loader is to serve, and the one that it serves."""
+    """The loader serves steps first, ..., last - 1; `step` is the present one."""
 
     first: int
     last: int
-    at: int
+    step: int
 
 
-class Worker:
-    """What the process does: plans as the loader goes on, and fetches what is planned."""
+class _Downloader:
+    """The work of the process: plan as the loader advances, and fetch what is planned."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
-        self._makers = [setup.builder() for setup in setups]
+        self._builders = [setup.builder() for setup in setups]
         self._rank, self._world_size = rank, world_size
         cache = next(setup.cache for setup in setups if setup.cache is not None)
         self._cache = Cache(cache)
         ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self._limit = int(FILLED * cache.limit_bytes) // ranks
+        self._limit = int(CACHE_SHARE * cache.limit_bytes) // ranks
         self._changed = threading.Condition()
         self._position: Position | None = None
-        self._under_way = 0
+        self._in_flight = 0
         self._changes = 0
         self._warned = False
 
-    def move(self, position: Position) -> None:
-        """The loader is there now."""
+    def set_position(self, position: Position) -> None:
+        """Tell the planning thread the loader's new position."""
         with self._changed:
             self._position = position
             self._changes += 1
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Fetch for ever."""
+        """Plan and fetch until the process ends."""
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._position is not None)
                     position = self._position
                 assert position is not None
-                self._follow(pool, position)
+                self._serve_pass(pool, position)
 
-    def _follow(self, pool: ThreadPoolExecutor, begun: Position) -> None:
-        """Plan one pass of the loader over its steps, until it begins another."""
-        plan = Plan(self._makers, self._rank, self._world_size, self._limit, begun.first)
-        alone = begun.first + plan.alone()
+    def _serve_pass(self, pool: ThreadPoolExecutor, begun: Position) -> None:
+        """Plan and fetch for one pass of the loader over its steps, until it begins another pass."""
+        plan = PrefetchPlan(self._builders, self._rank, self._world_size, self._limit, begun.first)
+        warm_step = begun.first + plan.single_sample_steps()
         while True:
             with self._changed:
                 position, changes = self._position, self._changes
-                room = 2 * PARALLEL_FETCHES - self._under_way
+                room = 2 * PARALLEL_FETCHES - self._in_flight
             assert position is not None
             if (position.first, position.last) != (begun.first, begun.last):
                 return
-            reach = plan.following(position.at, position.last)
-            if reach is not None:
-                plan.look(reach)
+            # 1. Plan one step of one group, or release what the served steps no longer need.
+            group = plan.next_group(position.step, position.last)
+            if group is not None:
+                plan.plan_step(group)
             else:
-                for part in plan.served(position.at):
-                    self._cache.release(part)
-            parts = list(islice(iter(plan.take, None), max(0, room)))
-            for part in parts:
-                self._submit(pool, part)
-            if position.at >= alone or (reach is None and not parts and room == 2 * PARALLEL_FETCHES):
+                for unit in plan.release_before(position.step):
+                    self._cache.release(unit)
+            # 2. Start fetches.
+            units = list(islice(iter(plan.next_fetch, None), max(0, room)))
+            for unit in units:
+                self._submit(pool, unit)
+            # 3. Readers fetch single samples while the cache is warming; end that when the first window is there.
+            if position.step >= warm_step or (group is None and not units and room == 2 * PARALLEL_FETCHES):
                 self._cache.set_warming(False)
-            if reach is None and not parts:
-                if room > 0 and plan.full:
+            # 4. Nothing to do: wait for the loader to advance or for a fetch to end.
+            if group is None and not units:
+                if room > 0 and plan.is_waiting:
                     self._warn()
                 with self._changed:
                     while self._changes == changes:
                         self._changed.wait()
 
-    def _submit(self, pool: ThreadPoolExecutor, part: ByteRange) -> None:
+    def _submit(self, pool: ThreadPoolExecutor, unit: ByteRange) -> None:
         with self._changed:
-            self._under_way += 1
-        pool.submit(self._fetch, part)
+            self._in_flight += 1
+        pool.submit(self._fetch, unit)
 
-    def _fetch(self, part: ByteRange) -> None:
+    def _fetch(self, unit: ByteRange) -> None:
         try:
             with suppress(OSError, UserError):
-                if not self._cache.has(part):
-                    fetch(self._cache, part)
+                if not self._cache.has(unit):
+                    fetch(self._cache, unit)
         finally:
             with self._changed:
-                self._under_way -= 1
+                self._in_flight -= 1
                 self._changes += 1
                 self._changed.notify_all()
 
@@ -128,17 +133,17 @@ class Worker:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"what the next window of samples needs is more than the {self._limit} bytes of the cache that this "
-                "rank may fill ahead, so that some of it may be fetched twice; raise loader.cache.gigabytes",
+                f"the next window of samples is larger than the {self._limit} bytes of the cache that this rank may "
+                "fill ahead, so some of it may be fetched twice; raise loader.cache.gigabytes",
                 stacklevel=2,
             )
 
 
 class Prefetcher:
-    """The process, as the loader that it works for holds it."""
+    """The process, seen from its loader: start it, send positions, restart it a few times, stop it."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
-        self._given = (list(setups), rank, world_size)
+        self._arguments = (list(setups), rank, world_size)
         self._caches = [Cache(setup.cache) for setup in setups if setup.cache is not None]
         self._starts = 0
         self._position: Position | None = None
@@ -148,12 +153,14 @@ class Prefetcher:
         self._start()
 
     @staticmethod
-    def of(setups: Sequence[BuilderSetup], rank: int, world_size: int) -> Prefetcher | None:
-        """Started, if these streams have something to fetch ahead and somewhere to keep it."""
+    def start_if_useful(setups: Sequence[BuilderSetup], rank: int, world_size: int) -> Prefetcher | None:
+        """Start a prefetcher if one of the streams has a remote source with an index and a cache; else None."""
         useful = [
             setup
             for setup in setups
-            if setup.cache is not None and prefetched(setup.manifests.values()) and not Cache(setup.cache).off
+            if setup.cache is not None
+            and can_prefetch(setup.manifests.values())
+            and not Cache(setup.cache).off
         ]
         return Prefetcher(useful, rank, world_size) if useful else None
 
@@ -162,82 +169,86 @@ class Prefetcher:
         return self._process.pid
 
     def begin(self, first: int, last: int) -> None:
-        """The loader is to serve steps first, ..., last - 1."""
-        self._tell(Position(first, last, first))
+        """Announce that the loader will serve steps first, ..., last - 1."""
+        self._send(Position(first, last, first))
 
-    def at(self, step: int) -> None:
-        """The loader serves `step` now. A prefetcher that was killed is started again, a few times."""
+    def advance(self, step: int) -> None:
+        """Announce that the loader serves `step`. Restart a dead prefetcher; after MAX_STARTS starts, do without."""
         assert self._position is not None
         if self._process.poll() is not None:
-            if self._starts == STARTS:
-                self._cool()
+            if self._starts == MAX_STARTS:
+                self._end_warming()
                 return
             self._channel.close()
             self._start()
-        self._tell(Position(self._position.first, self._position.last, step))
+        self._send(Position(self._position.first, self._position.last, step))
 
     def close(self) -> None:
         self._channel.close()
         self._process.kill()
         self._process.wait()
-        self._cool()
+        self._end_warming()
 
-    def _cool(self) -> None:
+    def _end_warming(self) -> None:
         for cache in self._caches:
             cache.set_warming(False)
 
-    def _tell(self, position: Position) -> None:
+    def _send(self, position: Position) -> None:
         self._position = position
         with suppress(OSError):
             send(self._channel, position)
 
     def _start(self) -> None:
         self._starts += 1
-        self._channel, theirs = socket.socketpair()
+        self._channel, child_channel = socket.socketpair()
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-        with theirs:
+        with child_channel:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-P",
                     "-m",
                     "data_pipeline.loader.prefetcher",
-                    str(theirs.fileno()),
+                    str(child_channel.fileno()),
                     str(os.getpid()),
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_channel.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": path},
             )
         with suppress(OSError):
-            send(self._channel, self._given)
+            send(self._channel, self._arguments)
 
 
 def main(descriptor: int, parent: int) -> None:
-    # Ctrl-C and Slurm's warning go to every process of the job; it is the trainer that ends this one.
+    # Ctrl-C and Slurm's warning signal reach every process of the job; only the trainer may end this one.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     die_with(parent)
     channel = socket.socket(fileno=descriptor)
     try:
-        given = receive(channel)[0]
+        arguments = receive(channel)[0]
         try:
-            worker = Worker(*given)
+            downloader = _Downloader(*arguments)
         except (OSError, UserError) as error:
-            print(f"nothing is fetched ahead: {error}", file=sys.stderr, flush=True)
+            print(
+                f"the prefetcher cannot start, so nothing is fetched ahead: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)
-        threading.Thread(target=_run, args=(worker,), daemon=True).start()
+        threading.Thread(target=_run, args=(downloader,), daemon=True).start()
         while True:
-            worker.move(receive(channel)[0])
+            downloader.set_position(receive(channel)[0])
     except (EOFError, ConnectionError):
         os._exit(0)
 
 
-def _run(worker: Worker) -> None:
-    """A process that no longer fetches ends: readers would else wait for its first window, one sample at a time."""
+def _run(downloader: _Downloader) -> None:
+    """Run, and end the process after an error: else readers would wait for its first window, one sample at a time."""
     try:
-        worker.run()
+        downloader.run()
     finally:
         traceback.print_exc()
         sys.stderr.flush()

@@ -1,13 +1,14 @@
-"""What a stream asks of an object store and of the nodes, from its order: traffic, requests, cache, shuffle quality.
+"""Predicts traffic, requests, cache size and shuffle quality of a stream from its real order.
 
-Nothing is read but the manifests. A node's epoch of up to 2 million rows is walked through as the prefetcher would;
-of a larger one some lanes are, for three windows about its end, and counts follow from the cut of the source, in which
-every unit is fetched once an epoch. Bytes of a unit are its samples times the mean of their shard.
+Only the manifests are read. If a node's epoch has at most 2 million rows, all of it is drawn and counted. Of a larger
+one, some lanes are drawn for about three windows around the end of the epoch, and the counts follow from the units of
+the source, each of which is fetched once per epoch. The bytes of a unit are its samples times the mean sample size of
+their shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,19 +21,21 @@ from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 
-WALKED = 2_000_000  # rows
-BATCHES = 8  # that shuffle quality is measured on
-UNITS = 1 << 40  # more than a source has
-REQUEST_SECONDS = 0.1  # until an object store has answered, taken for the first batch
+MAX_DRAWN_ROWS = 2_000_000
+SHUFFLE_BATCHES = 8  # batches that shuffle quality is measured on
+MAX_UNITS = 1 << 40  # more units than any source has
+REQUEST_SECONDS = 0.1  # assumed latency of an object store, for the first batch
 
 
 @dataclass(frozen=True)
 class SourceLoad:
-    """One source. Figures of a node are for one epoch of the stream.
+    """Predicted load of one source. `node_` figures are for one node and one epoch of the stream.
 
-    samples, bytes: of the source; run, unit: samples read together by the order, and fetched together
-    node_samples, node_gets, node_bytes: what a node needs, asks for and fetches; node_shards: shards it touches
-    cache_bytes: what a node keeps at once, the present window and the next
+    samples, bytes, shards: size of the source
+    run, unit: samples that the order keeps together, and samples that are fetched together
+    node_samples: samples that the node needs; node_gets, node_bytes: its requests and downloaded bytes
+    node_shards: shards that it reads from
+    cache_bytes: most bytes that it keeps at once: the present window and the next
     """
 
     name: str
@@ -50,11 +53,12 @@ class SourceLoad:
 
 @dataclass(frozen=True)
 class StreamLoad:
-    """One stream on `nodes` nodes.
+    """Predicted load of one stream on `nodes` nodes.
 
-    exact: whether a whole epoch was walked through
-    pairs: pairs of rows of a batch from one shard, over those of independent draws
-    variance: of a shard's rows in a batch, over that of independent draws: the topic variance if a shard is a topic
+    exact: True if the whole epoch was counted, False if the figures are estimates
+    sample_bytes: mean bytes per sample
+    pairs: same-shard pairs of rows in a batch, relative to independent draws
+    variance: variance of the rows per shard in a batch, relative to independent draws
     """
 
     name: str
@@ -76,13 +80,13 @@ class StreamLoad:
 
     @property
     def traffic(self) -> float:
-        """Bytes fetched over bytes needed."""
+        """Bytes downloaded per byte needed."""
         useful = sum(s.node_samples * s.bytes / s.samples for s in self.sources)
         return self.node_bytes / useful
 
     @property
     def node_bytes(self) -> float:
-        """Fetched by a node in an epoch."""
+        """Bytes that one node downloads per epoch."""
         return sum(source.node_bytes for source in self.sources)
 
     @property
@@ -90,70 +94,58 @@ class StreamLoad:
         return sum(source.cache_bytes for source in self.sources)
 
     def first_batch_seconds(self, bandwidth: float) -> float:
-        """At `bandwidth` bytes a second and node: its rows of the first batch, read sample by sample."""
+        """Seconds to read the first batch sample by sample, at `bandwidth` bytes per second and node."""
         return REQUEST_SECONDS + self.batch / self.nodes * self.sample_bytes / bandwidth
 
     def first_window_seconds(self, bandwidth: float) -> float:
-        """Until the window and the next are in the cache."""
+        """Seconds until the first window and the next are in the cache."""
         return self.cache_bytes / bandwidth
 
     def most_samples_a_second(self, bandwidth: float) -> float:
-        """Of all nodes together, as far as `bandwidth` bytes a second and node allow."""
+        """Samples per second of all nodes together that `bandwidth` bytes per second and node allow."""
         return self.nodes * bandwidth / (self.sample_bytes * self.traffic)
 
 
 def simulate(
-    spec: StreamSpec, manifests: Mapping[str, Manifest], nodes: int, limit_bytes: int, walked: int = WALKED
+    spec: StreamSpec,
+    manifests: Mapping[str, Manifest],
+    nodes: int,
+    limit_bytes: int,
+    max_rows: int = MAX_DRAWN_ROWS,
 ) -> StreamLoad:
-    """The load of a stream from its start on, seen from the first of `nodes` nodes, which cache `limit_bytes` each.
+    """Predict the load of a stream from its first step, for the first of `nodes` nodes with caches of `limit_bytes`.
 
-    Local sources count as if they were remote. Raises UserError for what cannot be ordered or shared by the nodes.
+    At most about `max_rows` rows are drawn. Local sources count as if they were remote. Raises UserError if the stream
+    has no order or the nodes cannot share its batch.
     """
+    # 1. The length of an epoch, and the rows to draw.
     order, batch, names = order_of(spec, manifests), spec.rows(0), list(spec.sources)
     units = {name: Units(manifests[name], None, limit_bytes) for name in names}
-    start, stop = rows_of(0, nodes, batch)
+    node_rows = rows_of(0, nodes, batch)
     epoch_steps = -(-order.samples_per_epoch() // batch)
     if order.last_step is not None:
         epoch_steps = max(1, min(epoch_steps, order.last_step))
+    epoch_rows = epoch_steps * batch
     window = window_steps(order, batch, names)
-    exact = epoch_steps * (stop - start) <= walked
-    lanes = max(1, (stop - start) * order.lanes // batch)
-    shown = lanes if exact else max(1, min(lanes, walked * order.lanes // (batch * 3 * window)))
-    if not exact:
-        stop = start + shown * batch // order.lanes
-    steps = range(epoch_steps)
-    if not exact:  # windows are longest where an epoch ends
-        most = max(2, min(3 * window, walked // (stop - start)))
-        steps = range(max(0, epoch_steps - 2 * most // 3), epoch_steps - 2 * most // 3 + most)
-        steps = range(steps.start, min(steps.stop, order.last_step or steps.stop))
-    drawn = _draw(order, steps, start, stop)
-    sources = []
-    for number, name in enumerate(names):
-        rows = drawn[:, drawn[1] == number]
-        share = order.weights[number] / sum(order.weights)
-        node_samples = rows.shape[1] if exact else epoch_steps * batch * share / nodes
-        seen = _Seen.of(units[name], rows, window_steps(order, batch, [name]))
-        load = (
-            seen.counted()
-            if exact
-            else _expected(units[name], order.sources[number].interleaved, node_samples, nodes)
+    extent = _choose_extent(order, batch, node_rows, epoch_steps, window, max_rows)
+    drawn = _draw(order, extent)
+    # 2. The load of each source: counted in the drawn rows, or estimated.
+    sources = [
+        _source_load(
+            order,
+            number,
+            manifests[name],
+            units[name],
+            drawn[:, drawn[1] == number],
+            extent,
+            epoch_rows,
+            nodes,
         )
-        kept = seen.most_bytes * (1 if exact else lanes / shown)
-        manifest = manifests[name]
-        sources.append(
-            SourceLoad(
-                name,
-                manifest.samples,
-                int(manifest.sizes.sum()),
-                len(manifest.paths),
-                units[name].run,
-                units[name].length,
-                node_samples,
-                *load,
-                cache_bytes=min(kept, float(manifest.sizes.sum())),
-            )
-        )
-    pairs, variance = _shuffle(order, manifests, np.linspace(0, epoch_steps - 1, BATCHES).astype(int))
+        for number, name in enumerate(names)
+    ]
+    # 3. The load of the stream.
+    steps = np.linspace(0, epoch_steps - 1, SHUFFLE_BATCHES).astype(int)
+    pairs, variance = _shuffle_quality(order, manifests, steps)
     useful = sum(s.node_samples * s.bytes / s.samples for s in sources)
     return StreamLoad(
         spec.name,
@@ -163,7 +155,7 @@ def simulate(
         order.samples_per_epoch(),
         epoch_steps,
         window,
-        exact,
+        extent.exact,
         tuple(sources),
         useful / sum(s.node_samples for s in sources),
         pairs,
@@ -172,56 +164,126 @@ def simulate(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The units that some rows need. bytes: float [units]; shards: int [units]; most_bytes: kept at once."""
+class _Extent:
+    """The rows that are drawn: rows [start, stop) of each of `steps`, whose global batches have `batch` rows.
+
+    exact: True if this is the node's whole epoch
+    lane_factor: the node's lanes per lane drawn
+    """
+
+    batch: int
+    steps: range
+    start: int
+    stop: int
+    exact: bool
+    lane_factor: float
+
+
+def _choose_extent(
+    order: StreamOrder, batch: int, node_rows: tuple[int, int], epoch_steps: int, window: int, max_rows: int
+) -> _Extent:
+    start, stop = node_rows
+    if epoch_steps * (stop - start) <= max_rows:
+        return _Extent(batch, range(epoch_steps), start, stop, True, 1)
+    lanes = max(1, (stop - start) * order.lanes // batch)
+    drawn_lanes = max(1, min(lanes, max_rows * order.lanes // (batch * 3 * window)))
+    stop = start + drawn_lanes * batch // order.lanes
+    # Around the end of the epoch, where windows last longest.
+    count = max(2, min(3 * window, max_rows // (stop - start)))
+    first, last = max(0, epoch_steps - 2 * count // 3), epoch_steps - 2 * count // 3 + count
+    steps = range(first, min(last, order.last_step or last))
+    return _Extent(batch, steps, start, stop, False, lanes / drawn_lanes)
+
+
+def _source_load(
+    order: StreamOrder,
+    number: int,
+    manifest: Manifest,
+    units: Units,
+    rows: np.ndarray,
+    extent: _Extent,
+    epoch_rows: int,
+    nodes: int,
+) -> SourceLoad:
+    """`rows`: int64 [5, rows], the drawn rows of the order's source `number`."""
+    source = order.sources[number]
+    share = order.weights[number] / sum(order.weights)
+    node_samples = rows.shape[1] if extent.exact else epoch_rows * share / nodes
+    use = _UnitUse.of(units, rows, window_steps(order, extent.batch, [source.name]))
+    if extent.exact:
+        gets, size, shards = use.count()
+    else:
+        gets, size, shards = _estimate(units, source.interleaved, node_samples, nodes)
+    source_bytes = manifest.sizes.sum()
+    return SourceLoad(
+        source.name,
+        manifest.samples,
+        int(source_bytes),
+        len(manifest.paths),
+        units.run,
+        units.length,
+        node_samples,
+        gets,
+        size,
+        shards,
+        cache_bytes=min(use.peak_bytes * extent.lane_factor, float(source_bytes)),
+    )
+
+
+@dataclass(frozen=True)
+class _UnitUse:
+    """The units that the drawn rows need.
+
+    bytes: float [units]; shards: int [units]; peak_bytes: most bytes kept at once
+    """
 
     bytes: np.ndarray
     shards: np.ndarray
-    most_bytes: float
+    peak_bytes: float
 
     @staticmethod
-    def of(units: Units, rows: np.ndarray, window: int) -> _Seen:
-        """`rows` are as `_draw` gives them."""
+    def of(units: Units, rows: np.ndarray, window: int) -> _UnitUse:
+        """`rows`: int64 [5, rows] from `_draw`; `window`: steps of a window of the source."""
         step, _, epoch, shards, indices = rows
         if not step.size:
-            return _Seen(np.zeros(0), np.zeros(0, np.int64), 0.0)
+            return _UnitUse(np.zeros(0), np.zeros(0, np.int64), 0.0)
         keys, at, unit = np.unique(
-            shards * UNITS + units.number(shards, indices), return_index=True, return_inverse=True
+            shards * MAX_UNITS + units.number(shards, indices), return_index=True, return_inverse=True
         )
-        size = _bytes(units, shards[at], keys % UNITS)
-        # Fetched a window ahead of its first use in an epoch, kept until its last.
+        size = _unit_bytes(units, shards[at], keys % MAX_UNITS)
+        # A unit is fetched one window before its first use in an epoch, and kept until its last use.
         epochs = int(epoch.max()) + 1
-        kept, first, where = np.unique(unit * epochs + epoch, return_index=True, return_inverse=True)
+        kept, first, position = np.unique(unit * epochs + epoch, return_index=True, return_inverse=True)
         last = np.zeros(len(kept), np.int64)
-        np.maximum.at(last, where, step)
+        np.maximum.at(last, position, step)
         change = np.zeros(int(step[-1] - step[0]) + 2)
         np.add.at(change, np.maximum(step[first] - step[0] - window, 0), size[kept // epochs])
         np.add.at(change, last - step[0] + 1, -size[kept // epochs])
-        return _Seen(size, shards[at], float(np.cumsum(change).max()))
+        return _UnitUse(size, shards[at], float(np.cumsum(change).max()))
 
-    def counted(self) -> tuple[float, float, float]:
-        """GETs, bytes and shards."""
+    def count(self) -> tuple[float, float, float]:
+        """(requests, bytes, shards)."""
         return len(self.bytes), float(self.bytes.sum()), len(np.unique(self.shards))
 
 
-def _draw(order: StreamOrder, steps: Iterable[int], start: int, stop: int) -> np.ndarray:
-    """int64 [5, rows]: step, source, epoch, shard and index of the rows [start, stop) of each step."""
+def _draw(order: StreamOrder, extent: _Extent) -> np.ndarray:
+    """int64 [5, rows]: step, source, epoch, shard and index of every row of the extent."""
     parts = []
-    for step in steps:
-        refs = order.refs(step, start, stop)
-        here = (np.full(len(refs.row), step), refs.source, refs.epoch, refs.shard, refs.index)
-        parts.append(np.stack(here))
+    for step in extent.steps:
+        refs = order.refs(step, extent.start, extent.stop)
+        columns = (np.full(len(refs.row), step), refs.source, refs.epoch, refs.shard, refs.index)
+        parts.append(np.stack(columns))
     return np.concatenate(parts, axis=1)
 
 
-def _bytes(units: Units, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _unit_bytes(units: Units, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     low, high = units.samples(shards, numbers)
     manifest = units.manifest
     return np.asarray((high - low) * manifest.sizes[shards] / manifest.counts[shards])
 
 
-def _expected(units: Units, interleaved: bool, node_samples: float, nodes: int) -> tuple[float, float, float]:
-    """GETs, bytes and shards of a node's epoch. Runs belong to one lane; larger units are asked for by many."""
+def _estimate(units: Units, interleaved: bool, node_samples: float, nodes: int) -> tuple[float, float, float]:
+    """Estimated (requests, bytes, shards) of a node's epoch. A run belongs to one lane; lanes share a larger unit."""
     manifest, counts = units.manifest, units.manifest.counts
     filled = counts > 0
     first, last = units.first[:-1][filled], units.first[1:][filled] - 1
@@ -232,13 +294,15 @@ def _expected(units: Units, interleaved: bool, node_samples: float, nodes: int) 
         drawn = counts[filled] / units.length
         shards = float((1 - (1 - share) ** np.maximum(drawn, 1)).sum())
         return pieces * passes / nodes, float(manifest.sizes.sum()) * passes / nodes, shards
-    found = 1 - (1 - share) ** min(units.length, manifest.samples)
+    needed = 1 - (1 - share) ** min(units.length, manifest.samples)
     shards = float((1 - (1 - share) ** counts[filled]).sum())
-    return pieces * found, float(manifest.sizes.sum()) * found, shards
+    return pieces * needed, float(manifest.sizes.sum()) * needed, shards
 
 
-def _shuffle(order: StreamOrder, manifests: Mapping[str, Manifest], steps: np.ndarray) -> tuple[float, float]:
-    """Same-shard pairs of batches and variance of the rows of a shard, both over those of independent draws."""
+def _shuffle_quality(
+    order: StreamOrder, manifests: Mapping[str, Manifest], steps: np.ndarray
+) -> tuple[float, float]:
+    """Same-shard pairs in the batches of `steps`, and variance of the rows per shard, relative to independent draws."""
     pairs = chance = spread = even = 0.0
     for step in np.unique(steps).tolist():
         refs = order.refs(step)

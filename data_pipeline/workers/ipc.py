@@ -1,7 +1,10 @@
-"""Messages between a process and the workers that it starts: pickles, arrays beside them, and open files.
+"""Messages between a process and the workers that it started: pickles, arrays out of band, file descriptors.
 
-The one place of the data pipeline that reads pickles: from sockets and files without a name that these processes made
-for each other; nothing from data ever comes this way.
+Wire format of a message: the number of parts and the byte size of each part as little-endian uint64, then the parts:
+the pickle (protocol 5) and its out-of-band buffers. File descriptors travel with the first bytes (SCM_RIGHTS).
+
+This is the only module of the data pipeline that reads pickles. They come from sockets and anonymous files that these
+processes made for each other, never from data.
 """
 
 from __future__ import annotations
@@ -18,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-# Files that one message may carry.
-DESCRIPTORS = 4
+MAX_DESCRIPTORS = 4  # open files that one message may carry
 _CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 def send(channel: socket.socket, message: Any, descriptors: Sequence[int] = ()) -> None:
-    """Pickle a message to our own process at the other end; arrays go beside it, uncopied."""
+    """Send a message and open files to the process at the other end. Arrays are sent out of band, without a copy."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
@@ -36,29 +38,29 @@ def send(channel: socket.socket, message: Any, descriptors: Sequence[int] = ()) 
 
 
 def receive(channel: socket.socket) -> tuple[Any, list[int]]:
-    """The next message and the files that came with it. Raises EOFError if the other end is gone."""
-    begun, descriptors, *_ = socket.recv_fds(channel, 8, DESCRIPTORS, _CLOSED_ON_EXEC)
-    if not begun:
+    """Wait for the next message; returns it with its file descriptors. Raises EOFError if the other end is closed."""
+    prefix, descriptors, *_ = socket.recv_fds(channel, 8, MAX_DESCRIPTORS, _CLOSED_ON_EXEC)
+    if not prefix:
         raise EOFError("the other end closed the channel")
-    (count,) = struct.unpack("<Q", begun + bytes(_exactly(channel, 8 - len(begun))))
-    sizes = struct.unpack(f"<{count}Q", _exactly(channel, 8 * count))
-    head, *buffers = [_exactly(channel, size) for size in sizes]
-    return pickle.loads(head, buffers=buffers), descriptors  # see above: no bytes of data come this way
+    (count,) = struct.unpack("<Q", prefix + bytes(_receive_exactly(channel, 8 - len(prefix))))
+    sizes = struct.unpack(f"<{count}Q", _receive_exactly(channel, 8 * count))
+    head, *buffers = [_receive_exactly(channel, size) for size in sizes]
+    return pickle.loads(head, buffers=buffers), descriptors  # only from our own processes, see above
 
 
-def _exactly(channel: socket.socket, size: int) -> memoryview:
-    # numpy leaves the memory unset; a bytearray would be zeroed first.
+def _receive_exactly(channel: socket.socket, size: int) -> memoryview:
+    # numpy does not clear the memory; a bytearray would write zeros to it first.
     view, done = np.empty(size, np.uint8).data, 0
     while done < size:
-        got = channel.recv_into(view[done:])
-        if not got:
+        received = channel.recv_into(view[done:])
+        if not received:
             raise EOFError("the other end closed the channel")
-        done += got
+        done += received
     return view
 
 
-def shared_message(message: Any) -> int:
-    """An open file without a name that holds a message for several processes."""
+def write_shared(message: Any) -> int:
+    """Write a message for several processes to an anonymous file; returns its file descriptor."""
     content = pickle.dumps(message, protocol=5)
     descriptor = anonymous_file(len(content), "dromos-message")
     with mmap(descriptor, len(content)) as memory:
@@ -67,27 +69,27 @@ def shared_message(message: Any) -> int:
 
 
 def read_shared(descriptor: int) -> Any:
-    """The message of a file that `shared_message` made."""
+    """Read the message of a file that `write_shared` made."""
     with mmap(descriptor, 0) as content:
-        return pickle.loads(content)  # written by shared_message of the process that started this one
+        return pickle.loads(content)  # written by the process that started this one
 
 
-def can_travel(message: Any) -> bool:
-    """Whether a message arrives: a library's error class may fail in any way when it is rebuilt."""
+def survives_pickling(message: Any) -> bool:
+    """True if the receiver can unpickle the message: the error classes of some libraries fail when they are rebuilt."""
     try:
-        pickle.loads(pickle.dumps(message))  # our own bytes, made in this line
-    except Exception:  # whatever it raises here would be raised where the message arrives
+        pickle.loads(pickle.dumps(message))  # bytes made in this line
+    except Exception:  # the receiver would raise the same
         return False
     return True
 
 
 def has_anonymous_memory() -> bool:
-    """Whether memory can be shared by handing over an open file that has no name, so that no kill leaves it behind."""
+    """True if the system has memfd: shared memory without a name, which no kill leaves behind."""
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
 def anonymous_file(size: int, name: str = "dromos") -> int:
-    """An open file of `size` zero bytes, without a name: in memory where the system can, else on disk."""
+    """Create a nameless file of `size` zero bytes, a memfd where there is one, else on disk; returns its descriptor."""
     if has_anonymous_memory():
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     else:

@@ -1,7 +1,7 @@
-"""Memory for pixels that workers fill and this process hands out: used again when its last reader is gone.
+"""Shared memory for pixels: workers fill it, this process hands it out as arrays, and reuses it after the last reader.
 
-Open files without a name (memfd), so that nothing stays behind whatever is killed. A worker gets the file with the
-first item that uses it and maps it once; so does this process.
+The buffers are anonymous files (memfd), so no kill leaves memory behind. A worker receives a buffer's file with the
+first work item that uses it and maps it once; this process maps it once, too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 
 from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory
 
-# Each costs this process two open files, of which it may have 1024; further batches come through the socket.
-LIMIT = 128
+# A buffer takes two of this process's open files, of which the usual limit allows 1024. Batches beyond the limit travel
+# through the socket.
+MAX_BUFFERS = 128
 
 
 class SharedBuffer:
-    """One piece of shared memory, mapped here."""
+    """One memfd, mapped into this process."""
 
     def __init__(self, number: int, size: int) -> None:
         self.number, self.size = number, size
@@ -32,64 +33,66 @@ class SharedBuffer:
             raise
 
     def array(self, size: int) -> np.ndarray:
-        """uint8 [size] on this memory."""
+        """The first `size` bytes as uint8 [size], without a copy."""
         return np.frombuffer(self.memory, np.uint8, size)
 
 
 class SharedBufferPool:
-    """The slabs of a pool. Used by one thread, but for `hand_out`."""
+    """The buffers of a worker pool. Its methods run in one thread, except `hand_out`."""
 
     def __init__(self) -> None:
         self.alive: dict[int, SharedBuffer] = {}
         self._free: deque[SharedBuffer] = deque()
-        self._returned: deque[SharedBuffer] = deque()  # filled by finalizers, in any thread and at any moment
-        self._next = 0
+        self._returned: deque[SharedBuffer] = deque()  # finalizers append to it, in any thread at any time
+        self._next_number = 0
 
-    def take(self, size: int) -> SharedBuffer | None:
-        """A slab of at least so many bytes that nobody sees; None where there can be no more."""
+    def acquire(self, size: int) -> SharedBuffer | None:
+        """A buffer of at least `size` bytes that no array uses; None if there can be no more buffers."""
         while self._returned:
             self._free.append(self._returned.popleft())
-        fitting = [slab for slab in self._free if size <= slab.size <= 2 * size]
+        fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
         if fitting:
-            slab = min(fitting, key=lambda each: each.size)
-            self._free.remove(slab)
-            return slab
-        if len(self.alive) >= LIMIT and self._free:
+            buffer = min(fitting, key=lambda each: each.size)
+            self._free.remove(buffer)
+            return buffer
+        if len(self.alive) >= MAX_BUFFERS and self._free:
             self._drop(self._free.popleft())
-        if len(self.alive) >= LIMIT or not size or not has_anonymous_memory():
+        if len(self.alive) >= MAX_BUFFERS or not size or not has_anonymous_memory():
             return None
         try:
-            slab = SharedBuffer(self._next, size)
-        except OSError:  # no more open files, or no more memory to map
+            buffer = SharedBuffer(self._next_number, size)
+        except OSError:  # out of file descriptors or of memory to map
             return None
-        self._next += 1
-        self.alive[slab.number] = slab
-        return slab
+        self._next_number += 1
+        self.alive[buffer.number] = buffer
+        return buffer
 
-    def hand_out(self, slab: SharedBuffer, shape: tuple[int, ...]) -> np.ndarray:
-        """Its first bytes as uint8 of a shape. The slab comes back when this array and all views of it are gone."""
-        whole = slab.array(int(np.prod(shape)))
-        # numpy's views, buffers and torch tensors of this array all hold `whole`, since it does not own its memory.
-        weakref.finalize(whole, self._returned.append, slab).atexit = False
+    def hand_out(self, buffer: SharedBuffer, shape: tuple[int, ...]) -> np.ndarray:
+        """The buffer's first bytes as a uint8 array of `shape`. The buffer is free again when the array and all views
+        of it are gone.
+        """
+        whole = buffer.array(int(np.prod(shape)))
+        # Views, buffers and torch tensors of the returned array all reference `whole`, the array below them.
+        weakref.finalize(whole, self._returned.append, buffer).atexit = False
         return whole.reshape(shape)
 
-    def give_back(self, slab: SharedBuffer) -> None:
-        """One that was taken and never handed out."""
-        self._returned.append(slab)
+    def release(self, buffer: SharedBuffer) -> None:
+        """Return a buffer that was acquired but not handed out."""
+        self._returned.append(buffer)
 
     def trim(self, keep: int) -> None:
-        """Drop free slabs but for `keep`, the least recently used first."""
+        """Drop all free buffers but `keep`; the least recently used go first."""
         while self._returned:
             self._free.append(self._returned.popleft())
         while len(self._free) > keep:
             self._drop(self._free.popleft())
 
     def close(self) -> None:
-        """Close the files; memory that is still seen stays until it is not."""
-        for slab in list(self.alive.values()):
-            self._drop(slab)
+        """Close the files. Memory that arrays still use stays mapped until they are gone."""
+        for buffer in list(self.alive.values()):
+            self._drop(buffer)
         self._free.clear()
 
-    def _drop(self, slab: SharedBuffer) -> None:
-        del self.alive[slab.number]
-        os.close(slab.descriptor)
+    def _drop(self, buffer: SharedBuffer) -> None:
+        del self.alive[buffer.number]
+        os.close(buffer.descriptor)

@@ -1,4 +1,7 @@
-"""How long a process may read or decode one thing before that is said, and before it is ended."""
+"""Watchdog for stalled reads and decodes: logs a warning after `warn` seconds, reports a stall after `error` seconds.
+
+The watchdog only judges the activity of a process (see activity.py); the pool that runs the process ends it.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +17,59 @@ log = logging.getLogger("dromos.loader")
 
 @dataclass(frozen=True)
 class StallLimits:
-    """Seconds: after `warn` a read or decode is named in the log, and again after each doubling; `error` ends it."""
+    """Seconds that one read or decode may take: after `warn`, and after each doubling of it, the log names it; after
+    `error` its process is ended.
+    """
 
     warn: float = 30.0
     error: float = 600.0
 
 
+@dataclass(frozen=True)
+class Stall:
+    """A read or decode that took longer than `StallLimits.error`. `action`: "reading URL" or "decoding SAMPLE"."""
+
+    action: str
+    seconds: float
+    is_read: bool
+
+    def __str__(self) -> str:
+        return f"{self.action} for {self.seconds:.0f} s"
+
+
 class StallWatch:
-    """Watches one process, on its machine. `place` puts a sample into words: the url of its shard, and where it stands
-    there; `warn` takes what is said.
+    """Judges the activity of one process, from any process of the same machine.
+
+    process_name: the subject of the warnings
+    describe_sample: returns a sample's shard URL and index as text
+    warn: receives each warning
     """
 
     def __init__(
         self,
         limits: StallLimits,
-        who: str,
-        place: Callable[[Sample], str],
+        process_name: str,
+        describe_sample: Callable[[Sample], str],
         warn: Callable[[str], None] = log.warning,
     ) -> None:
-        self._limits, self._who, self._place, self._warn = limits, who, place, warn
-        self._warned: tuple[float, float] = (
-            0.0,
-            0.0,
-        )  # since when, and after how many seconds it was said last
+        self._limits, self._process_name = limits, process_name
+        self._describe_sample, self._warn = describe_sample, warn
+        # Start of the activity that the last warning was about, and its duration at that warning.
+        self._last_warning: tuple[float, float] = (0.0, 0.0)
 
-    def see(self, doing: Activity) -> str | None:
-        """Warn if it is time to; what has taken too long, in words, once it has."""
-        since = doing.reading_since or doing.decoding_since
+    def check(self, activity: Activity) -> Stall | None:
+        """Warn if a warning is due. Returns the stall once the activity has lasted `error` seconds."""
+        since = activity.reading_since or activity.decoding_since
         if not since:
             return None
         seconds = time.monotonic() - since
-        what = f"reading {doing.url}"
-        if doing.url is None and doing.sample is not None:
-            what = f"decoding {self._place(doing.sample)}"
-        if self._warned[0] != since:
-            self._warned = (since, 0.0)
-        if seconds >= max(self._limits.warn, 2 * self._warned[1]):
-            self._warned = (since, seconds)
-            self._warn(f"{self._who} has been {what} for {seconds:.0f} s")
-        return f"{what} for {seconds:.0f} s" if seconds >= self._limits.error else None
+        action = f"reading {activity.url}"
+        if activity.url is None and activity.sample is not None:
+            action = f"decoding {self._describe_sample(activity.sample)}"
+        if self._last_warning[0] != since:
+            self._last_warning = (since, 0.0)
+        stall = Stall(action, seconds, activity.url is not None or activity.sample is None)
+        if seconds >= max(self._limits.warn, 2 * self._last_warning[1]):
+            self._last_warning = (since, seconds)
+            self._warn(f"{self._process_name} has been {stall}")
+        return stall if seconds >= self._limits.error else None

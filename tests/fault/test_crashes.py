@@ -15,7 +15,7 @@ from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader.loader import LocalLoader
-from data_pipeline.workers.isolation import CRASHED, Closed, Isolation
+from data_pipeline.workers.isolation import CRASHED, Isolation, PoolClosed
 from data_pipeline.workers.watchdog import StallLimits
 from data_pipeline.workers.worker_handle import SetupFile
 from tests.fault.crashing import install, marked
@@ -131,7 +131,7 @@ def test_isolation_ends_between_rows_when_the_pool_is_closed(tmp_path: Path) -> 
     setups = [BuilderSetup.of(BatchBuilder(spec_with(tmp_path)))]
     file, asked = SetupFile(setups), iter([False, False, True])
     isolation = Isolation(setups, file, StallLimits(), lambda: next(asked))
-    with pytest.raises(Closed):
+    with pytest.raises(PoolClosed):
         isolation.make(WorkItem("pairs", 0, 0, BATCH))
     assert not list(asked)
     file.close()
@@ -146,7 +146,9 @@ def test_a_process_alone_whose_start_stalls_is_named_and_then_an_error(
     setups = [BuilderSetup.of(BatchBuilder(spec_with(tmp_path)))]
     file = SetupFile(setups)
     monkeypatch.setattr(sys, "executable", str(program))
-    with pytest.raises(ReadError, match=r"row 3 of .* have been reading the program and the indexes"):
+    with pytest.raises(
+        ReadError, match=r"row 3 of .* were stuck reading its program files and the source indexes"
+    ):
         Isolation(setups, file, StallLimits(0.1, 0.3)).make(WorkItem("pairs", 0, 3, 5))
     file.close()
 
@@ -158,7 +160,9 @@ def test_a_decode_that_hangs_is_named_and_then_an_error(
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
         LocalLoader([spec], 0, 1, 2, limits=StallLimits(0.2, 2.5)) as loader,
-        pytest.raises(WorkerError, match=r"been decoding sample 5 of .*00001\.tar for \d+ s .*no verdict"),
+        pytest.raises(
+            WorkerError, match=r"stuck decoding sample 5 of .*00001\.tar for \d+ s .*does not prove"
+        ),
     ):
         list(loader.steps(0, STEPS))
     said = [record.getMessage() for record in caplog.records]
@@ -184,7 +188,7 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
         monkeypatch.setenv("STALLS", "9")
         with (
             LocalLoader([spec], 0, 1, 2, limits=limits) as loader,
-            pytest.raises(ReadError, match=r"two workers .* reading s3://far/away\.tar for \d+ s"),
+            pytest.raises(ReadError, match=r"two loader workers .* reading s3://far/away\.tar for \d+ s"),
         ):
             list(loader.steps(0, STEPS))
 

@@ -11,7 +11,7 @@ import xxhash
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from data_pipeline.loader.prefetch_plan import Plan, window_steps
+from data_pipeline.loader.prefetch_plan import PrefetchPlan, window_steps
 from data_pipeline.order.source_order import RUNS_PER_WINDOW
 from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
@@ -48,23 +48,23 @@ def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[M
     return made, bounds
 
 
-def maker_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchBuilder:
+def builder_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchBuilder:
     specs = {name: SourceSpec(source.root, weight=weights.get(name)) for name, source in sources.items()}
     spec = StreamSpec("text", 7, specs, batch=BATCH, length=8)
     return BatchBuilder(spec, sources, None, CacheSettings(str(tmp_path / "cache"), limit))
 
 
-def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:
+def prefetch(plan: PrefetchPlan, steps: range) -> dict[int, list[ByteRange]]:
     """As the prefetcher does it; step before which a unit was fetched -> those units."""
     found: dict[int, list[ByteRange]] = {step: [] for step in steps}
     for at in steps:
-        while (reach := plan.following(at, steps.stop)) is not None:
-            step = reach.next
-            plan.look(reach)
-            assert reach.next == step + 1
-            assert step < at + reach.ahead(at)
-        plan.served(at)
-        while (part := plan.take()) is not None:
+        while (group := plan.next_group(at, steps.stop)) is not None:
+            step = group.next_step
+            plan.plan_step(group)
+            assert group.next_step == step + 1
+            assert step < at + group.steps_ahead(at)
+        plan.release_before(at)
+        while (part := plan.next_fetch()) is not None:
             found[at].append(part)
     return found
 
@@ -72,9 +72,9 @@ def walk(plan: Plan, steps: range) -> dict[int, list[ByteRange]]:
 def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path: Path) -> None:
     counts = [9001, 1, 0, 8190] + [10_007] * 104  # more than 64 x 16384 samples
     source, bounds = manifest(tmp_path, "a", counts, 4)
-    builder = maker_of(tmp_path, {"a": source}, 1 << 40)
+    builder = builder_of(tmp_path, {"a": source}, 1 << 40)
     world, rank, steps = 4, 1, range(5, 3005)
-    found = walk(Plan([builder], rank, world, 1 << 40, steps.start), steps)
+    found = prefetch(PrefetchPlan([builder], rank, world, 1 << 40, steps.start), steps)
     window = RUNS_PER_WINDOW * 64  # steps: each of the 64 lanes has one row a step
     assert window_steps(builder.order, BATCH, ["a"]) == window + 1
 
@@ -102,27 +102,27 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
 
 def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> None:
     source, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
-    builder = maker_of(tmp_path, {"a": source}, 1 << 40)
+    builder = builder_of(tmp_path, {"a": source}, 1 << 40)
     limit = 4_000_000
-    plan = Plan([builder], 0, 1, limit, 0)
+    plan = PrefetchPlan([builder], 0, 1, limit, 0)
     asked: Counter[ByteRange] = Counter()
     needed: set[ByteRange] = set()
     units = builder.units("a")
     assert units is not None
     for at in range(1500):
-        while (reach := plan.following(at, 10**9)) is not None:
-            plan.look(reach)
-        plan.served(at)
-        while (part := plan.take()) is not None:
+        while (group := plan.next_group(at, 10**9)) is not None:
+            plan.plan_step(group)
+        plan.release_before(at)
+        while (part := plan.next_fetch()) is not None:
             asked[part] += 1
-        assert plan.held <= limit
+        assert plan.held_bytes <= limit
         refs = builder.order.refs(at)
         starts, stops = units.ranges(refs.shard, units.number(refs.shard, refs.index))
         needed |= {
             units.part(*place)
             for place in zip(refs.shard.tolist(), starts.tolist(), stops.tolist(), strict=True)
         }
-    assert plan.full  # a window is 128 MB here
+    assert plan.is_waiting  # a window is 128 MB here
     assert max(asked.values()) == 1  # what is needed still is neither dropped nor asked for again
     assert len(asked.keys() & needed) > 0.8 * limit / (64 * 1280)
 
@@ -130,7 +130,7 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
 @pytest.mark.parametrize("limit", [1 << 40, 1 << 20])
 def test_small_sources_are_fetched_in_larger_units_where_they_fit(tmp_path: Path, limit: int) -> None:
     source, bounds = manifest(tmp_path, "a", [3000] * 40, 8)  # runs of 7
-    builder = maker_of(tmp_path, {"a": source}, limit)
+    builder = builder_of(tmp_path, {"a": source}, limit)
     units = builder.units("a")
     assert isinstance(units, Units)
     assert units.run == 7
@@ -157,9 +157,11 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     small, _ = manifest(tmp_path, "b", [50, 60], 4)
     local = Manifest("c", str(tmp_path), ["0.tar"], np.array([1000]), np.array([10**6]), "manifest", "")
     sources = {"a": large, "b": small, "c": local}
-    builder = maker_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
+    builder = builder_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
     found = [
-        part for parts in walk(Plan([builder], 0, 1, 1 << 40, 0), range(2000)).values() for part in parts
+        part
+        for parts in prefetch(PrefetchPlan([builder], 0, 1, 1 << 40, 0), range(2000)).values()
+        for part in parts
     ]
     by_source = {name: [part for part in found if f"/{name}/" in part.url] for name in sources}
     assert not by_source["c"]
@@ -173,7 +175,9 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
 
 def test_samples_are_read_alone_for_a_small_part_of_an_epoch(tmp_path: Path) -> None:
     source, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
-    large = Plan([maker_of(tmp_path, {"a": source}, 1 << 40)], 0, 1, 1 << 40, 0)
-    assert large.alone() == 105 * 10_007 // 200 // BATCH
+    large = PrefetchPlan([builder_of(tmp_path, {"a": source}, 1 << 40)], 0, 1, 1 << 40, 0)
+    assert large.single_sample_steps() == 105 * 10_007 // 200 // BATCH
     few, _ = manifest(tmp_path, "b", [100], 4)
-    assert Plan([maker_of(tmp_path, {"b": few}, 1 << 40)], 0, 1, 1 << 40, 0).alone() == 1
+    assert (
+        PrefetchPlan([builder_of(tmp_path, {"b": few}, 1 << 40)], 0, 1, 1 << 40, 0).single_sample_steps() == 1
+    )

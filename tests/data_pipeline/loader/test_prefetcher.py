@@ -15,7 +15,7 @@ from data_pipeline import storage
 from data_pipeline.batches.spec import SourceSpec
 from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.index.build import build_index
-from data_pipeline.loader.prefetcher import STARTS, Prefetcher
+from data_pipeline.loader.prefetcher import MAX_STARTS, Prefetcher
 from data_pipeline.storage.cache import Cache, CacheSettings
 from data_pipeline.stream import Stream
 from tests.support.faulty_proxy import Proxy
@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
 
 @pytest.fixture
 def counted(source: Source) -> Source:
-    source.proxy.forget()
+    source.proxy.reset_counters()
     return source
 
 
@@ -86,7 +86,7 @@ def test_an_epoch_costs_few_requests_and_no_bytes_twice(
     ]  # all processes map one file
 
     # All of it is on the node now: the next epoch asks for nothing.
-    counted.proxy.forget()
+    counted.proxy.reset_counters()
     with stream(counted.remote, tmp_path, workers=workers) as remote:
         assert digests(remote, STEPS) == truth
     assert counted.proxy.tars() == (0, 0)
@@ -193,7 +193,7 @@ def test_tars_without_an_index_are_fetched_once_a_node(
     for path in sorted(Path(source.local).glob("*.tar")):
         storage.publish(f"{bare}/{path.name}", path.read_bytes())
     with stream(bare, tmp_path) as remote:  # counts the samples of every tar
-        source.proxy.forget()
+        source.proxy.reset_counters()
         assert digests(remote, STEPS) == truth
     gets, size = source.proxy.tars()
     assert gets <= len(COUNTS)
@@ -219,16 +219,16 @@ def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
     """Else readers would go on one sample at a time, waiting for its first window."""
     with stream(counted.remote, tmp_path) as remote:
         setup = BuilderSetup.of(remote._maker)
-        begun = Prefetcher.of([setup], 0, 1)
+        begun = Prefetcher.start_if_useful([setup], 0, 1)
         assert begun is not None
         cache = Cache(setup.cache or CacheSettings.of())
         assert cache.warming()
         try:
             begun.begin("x", 1)  # type: ignore[arg-type]  # its planning thread cannot count from there
-            for _ in range(STARTS):
+            for _ in range(MAX_STARTS):
                 assert begun._process.wait(30) == 1
                 assert cache.warming()
-                begun.at(0)
+                begun.advance(0)
             assert not cache.warming()
         finally:
             begun.close()
@@ -243,7 +243,7 @@ def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
     (manifest,) = setup.manifests.values()
     assert manifest.offsets is not None
     gone = replace(manifest, offsets=replace(manifest.offsets, url=f"{manifest.offsets.url}.gone"))
-    begun = Prefetcher.of([replace(setup, manifests={"a": gone})], 0, 1)
+    begun = Prefetcher.start_if_useful([replace(setup, manifests={"a": gone})], 0, 1)
     assert begun is not None
     try:
         assert begun._process.wait(30) == 1

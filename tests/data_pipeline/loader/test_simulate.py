@@ -87,7 +87,7 @@ def test_estimates_agree_with_a_whole_epoch() -> None:
     spec = spec_of(4096, 64, a=None)
     for nodes in (1, 4):
         exact = simulate(spec, manifests, nodes, 0)
-        guess = simulate(spec, manifests, nodes, 0, walked=100_000)
+        guess = simulate(spec, manifests, nodes, 0, max_rows=100_000)
         assert exact.exact
         assert not guess.exact
         # Runs that two lanes share, and those of the next epoch that the last step takes, are not in the estimate.
@@ -136,7 +136,7 @@ def test_a_counting_server_sees_what_was_foretold(tmp_path: Path) -> None:
         with Stream({"a": SourceSpec(root)}, 60, length=LENGTH, cache=cache) as stream:
             spec = stream._maker.spec
             load = simulate(spec, open_sources(spec), 1, cache.limit_bytes)
-            proxy.forget()
+            proxy.reset_counters()
             for _ in range(load.epoch_steps + 1):
                 next(stream)
         seen: set[tuple[str, int, int]] = set()

@@ -99,7 +99,7 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
         with LocalLoader([spec], rank, 2, 0, micro_batch=2) as local:
             want = list(local.steps(0, STEPS))
         with RayLoader([spec], rank, 2, 2, micro_batch=2) as loader:
-            before = loader.places
+            before = loader.actor_locations
             assert len({node for node, _ in before}) == 2
             found = []
             for number, step in enumerate(loader.steps(0, STEPS)):
@@ -108,7 +108,7 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
                     victim = before[rank][1]
                     os.kill(victim, signal.SIGKILL)
                     wait_until(partial(gone, victim))
-            after = loader.places
+            after = loader.actor_locations
             assert len(set(before) & set(after)) == 1
         assert len(found) == STEPS
         for ours, theirs in zip(found, want, strict=True):
@@ -195,7 +195,7 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
 
         ranks = [Rank.remote() for _ in range(2)]
         assert all(ray.get([rank.ready.remote() for rank in ranks]))
-        processes = dict(loader.places)
+        processes = dict(loader.actor_locations)
         assert len(processes) == 2
         found = []
         for number, step in enumerate(loader.steps(0, STEPS)):
@@ -205,7 +205,7 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
                 cluster.remove_node(second, allow_graceful=False)
                 wait_until(partial(gone, processes[second.node_id]), 60)
         assert found == want
-        assert second.node_id not in {node for node, _ in loader.places}
+        assert second.node_id not in {node for node, _ in loader.actor_locations}
         for rank in ranks:
             ray.kill(rank)
 
@@ -234,7 +234,7 @@ def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_pa
 
 @pytest.mark.parametrize(
     ("what", "told"),
-    [("kill", r"signal SIGKILL.*memory"), ("hang", r"been decoding sample 3 of .*00000\.tar for \d+ s")],
+    [("kill", r"signal SIGKILL.*memory"), ("hang", r"stuck decoding sample 3 of .*00000\.tar for \d+ s")],
 )
 def test_a_kill_or_a_stall_is_no_verdict(
     cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, told: str

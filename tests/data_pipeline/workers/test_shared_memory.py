@@ -33,14 +33,14 @@ BATCH = 24
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
-    root = tmp_path_factory.mktemp("slabs")
+    root = tmp_path_factory.mktemp("buffers")
     bad = {(0, i): {"png": b"broken", "txt": b"a"} for i in (1, 4)}
     return pairs(root, batch=BATCH, web=write_source(root / "web", [30, 21], bad))
 
 
-def slab_count(loader: LocalLoader) -> int:
+def buffer_count(loader: LocalLoader) -> int:
     assert isinstance(loader._pool, ProcessPool)
-    return loader._pool.slabs
+    return loader._pool.buffer_count
 
 
 VIEWS: list[Callable[[np.ndarray], Any]] = [
@@ -99,7 +99,7 @@ def test_memory_is_used_again_and_stays_flat(spec: StreamSpec) -> None:
     with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
         for step in loader.steps(0, 200):
             assert len(step["pairs"]) == 3
-            counts.append(slab_count(loader))
+            counts.append(buffer_count(loader))
         # Three micro-batches each: in use, and of the two steps ahead; in use while the next step is made: one more.
         assert max(counts[3:]) <= 12
         assert max(counts[150:]) <= max(counts[:50])
@@ -108,12 +108,12 @@ def test_memory_is_used_again_and_stays_flat(spec: StreamSpec) -> None:
 def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
     spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "LIMIT", 20)
+    monkeypatch.setattr(shared_memory, "MAX_BUFFERS", 20)
     builder = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 1) as loader:
         steps = loader.steps(0, 60)
         kept = [next(steps)["pairs"][0] for _ in range(30)]
-        assert slab_count(loader) == 20  # what came after that came through the socket
+        assert buffer_count(loader) == 20  # what came after that came through the socket
         for number, batch in enumerate(kept):
             np.testing.assert_array_equal(batch.pixels, builder.make(number, 0, BATCH).pixels)
             assert batch.pixels.flags.writeable
@@ -122,7 +122,7 @@ def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
         del kept, batch
         for _ in range(5):
             next(steps)
-        assert slab_count(loader) <= 5
+        assert buffer_count(loader) <= 5
         assert len(os.listdir("/proc/self/fd")) <= descriptors - 2 * 15
         worker = loader.worker_pids[0]
         mapped = Path(f"/proc/{worker}/maps").read_text().count("memfd:dromos-batch")
@@ -140,7 +140,7 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
             want = builder.make(number, 0, BATCH)
             np.testing.assert_array_equal(step["pairs"][0].pixels, want.pixels)
             assert step["pairs"][0].batch_digest == want.batch_digest
-        assert slab_count(loader) == 0
+        assert buffer_count(loader) == 0
 
 
 def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) -> None:
@@ -154,20 +154,20 @@ def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) 
                     np.testing.assert_array_equal(batch.pixels, whole.pixels[batch.start : batch.stop])
                 if number == start + 1:
                     break
-        assert slab_count(loader) <= 30
+        assert buffer_count(loader) <= 30
 
 
 def test_pixels_go_through_shared_memory_and_not_through_the_socket(
     spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received = []
-    whole = ipc._exactly
+    whole = ipc._receive_exactly
 
     def counting(socket: Any, size: int) -> memoryview:
         received.append(size)
         return whole(socket, size)
 
-    monkeypatch.setattr(ipc, "_exactly", counting)
+    monkeypatch.setattr(ipc, "_receive_exactly", counting)
     with LocalLoader([spec], 0, 1, 1) as loader:
         batch = next(loader.steps(0, 1))["pairs"][0]
         assert batch.pixels.nbytes == BATCH * SIZE * SIZE * 3
@@ -199,21 +199,21 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
 
 def test_memory_fits_what_it_is_taken_for() -> None:
     pool = SharedBufferPool()
-    big = pool.take(100_000)
+    big = pool.acquire(100_000)
     assert big is not None
     seen = pool.hand_out(big, (10, 100))
     seen[:] = 7
-    small = pool.take(100)
+    small = pool.acquire(100)
     assert small is not None
     assert small is not big
-    pool.give_back(small)
-    assert pool.take(80) is small
+    pool.release(small)
+    assert pool.acquire(80) is small
     assert seen.sum() == 7000
     del seen
-    assert pool.take(90_000) is big
-    pool.give_back(big)
-    assert pool.take(20_000) is not big  # too large for it
-    assert pool.take(0) is None
+    assert pool.acquire(90_000) is big
+    pool.release(big)
+    assert pool.acquire(20_000) is not big  # too large for it
+    assert pool.acquire(0) is None
     pool.trim(0)
     assert big.number not in pool.alive
     pool.close()
@@ -221,13 +221,13 @@ def test_memory_fits_what_it_is_taken_for() -> None:
 
 def test_arrays_in_a_cycle_come_back_with_the_collector() -> None:
     pool = SharedBufferPool()
-    slab = pool.take(64)
-    assert slab is not None
-    cycle: list[Any] = [pool.hand_out(slab, (8, 8))]
+    buffer = pool.acquire(64)
+    assert buffer is not None
+    cycle: list[Any] = [pool.hand_out(buffer, (8, 8))]
     cycle.append(cycle)
     del cycle
     gc.collect()
-    assert pool.take(64) is slab
+    assert pool.acquire(64) is buffer
     pool.close()
 
 
