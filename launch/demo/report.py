@@ -20,7 +20,7 @@ from launch.demo.sections import (
     value_at,
 )
 from pretrain.report import sections
-from pretrain.report.page import Block, Folded, Gallery, Page, Section, Tile, Tiles, render
+from pretrain.report.page import Block, Collapsible, Gallery, Page, Section, Tile, Tiles, render
 from pretrain.report.read_run import Run, read_run
 from pretrain.report.sections import FLOOR_TEXT, duration, loss_plot
 
@@ -237,5 +237,5 @@ def everything(runs: list[Run], summary: Summary) -> Section:
     section.text = [
         "summary.json as the page was made from it, and each run's recipe with its defaults laid in."
     ]
-    section.blocks.insert(0, Folded("summary.json", json.dumps(summary, indent=1)))
+    section.blocks.insert(0, Collapsible("summary.json", json.dumps(summary, indent=1)))
     return section

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.report.page import Matrix, Plot, Section, Table
-from pretrain.report.plots import Level, Line, bars, lines
+from pretrain.report.plots import Level, Line, bar_plot, line_plot
 from pretrain.report.read_run import Run
 from pretrain.report.sections import STEP, duration
 
@@ -51,11 +51,11 @@ def reading(run: Run | None, summary: Mapping[str, Any]) -> Section:
         if not values:
             section.missing.append(f"Stage {name} has no zero-shot evaluation: its curve is missing. {AGAIN}")
             continue
-        curves.append(Line(name, [begin + step for step in steps], values, len(curves), marks=True))
+        curves.append(Line(name, [begin + step for step in steps], values, len(curves), markers=True))
         begin += stage.step if stage is not None else 0
     if curves:
         section.blocks.append(
-            lines(
+            line_plot(
                 "Zero-shot accuracy",
                 curves,
                 "step, tuned after masked",
@@ -78,9 +78,9 @@ def masking_pays(summary: Mapping[str, Any]) -> Section:
         section.missing.append(f"summary.json holds no step times. {AGAIN}")
         return section
     ratios = sorted(seconds, key=float)
-    whole, most = ratios[0], ratios[-1]
+    whole, highest = ratios[0], ratios[-1]
     section.title = (
-        f"With {float(most):.0%} of the patches masked, a step takes {seconds[most]:.2f} s instead of "
+        f"With {float(highest):.0%} of the patches masked, a step takes {seconds[highest]:.2f} s instead of "
         f"{seconds[whole]:.2f} s"
     )
     section.text = [
@@ -89,7 +89,7 @@ def masking_pays(summary: Mapping[str, Any]) -> Section:
     ]
     names = [f"{float(ratio):.0%}" for ratio in ratios]
     values = [seconds[ratio] for ratio in ratios]
-    section.blocks.append(bars("Time of a step", names, values, "patches masked", "seconds", ".2f"))
+    section.blocks.append(bar_plot("Time of a step", names, values, "patches masked", "seconds", ".2f"))
     return section
 
 
@@ -134,13 +134,13 @@ def _text_plot(run: Run | None, section: Section, before: float | None, ceiling:
             continue
         if before is not None:
             steps, values = [0, *steps], [before, *values]
-        curves.append(Line(label, steps, values, colour, marks=True))
+        curves.append(Line(label, steps, values, colour, markers=True))
     if not curves:
         return []
     levels = [] if before is None else [Level(f"before (lm): {before:.2f}", before)]
     if ceiling is not None:
         levels.append(Level(f"ln V: {ceiling:.2f}", ceiling, 5))
-    return [lines("Held-out text while captions are learnt", curves, STEP, "nats a token", levels)]
+    return [line_plot("Held-out text while captions are learnt", curves, STEP, "nats a token", levels)]
 
 
 def captioning(summary: Mapping[str, Any]) -> Section:
@@ -201,10 +201,10 @@ def merging(summary: Mapping[str, Any]) -> Section:
         ("text", "nll_text"),
     )
     curves = [
-        Line(label, betas, [row[key] for row in sweep], colour, marks=True)
+        Line(label, betas, [row[key] for row in sweep], colour, markers=True)
         for colour, (label, key) in enumerate(names)
     ]
-    section.blocks.append(lines("Interpolated weights", curves, "β", "nats a token", whole_steps=False))
+    section.blocks.append(line_plot("Interpolated weights", curves, "β", "nats a token", whole_steps=False))
     rows = [[f"{row['beta']:g}", *(f"{row[key]:.3f}" for _, key in names)] for row in sweep]
     section.blocks.append(
         Table(["β", "alt-text", "sentences", "text"], rows, left=0, title="The same in numbers", boxed=True)

@@ -1,4 +1,4 @@
-"""Any run folder as one self-contained HTML page with plots: `dromos report RUN`."""
+"""`dromos report RUN`: writes any run folder as one self-contained HTML page with plots."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from pretrain.report.sections import (
 
 
 def write(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path. UserError when the folder holds no run."""
+    """Write `run_dir/report.html` and return its path. Raises UserError if `run_dir` is not a run folder."""
     folder = Path(run_dir)
     out = folder / "report.html"
-    publish(out, render(page(read_run(folder))).encode("utf-8"))
+    publish(out, render(build_page(read_run(folder))).encode("utf-8"))
     return out
 
 
-def page(run: Run) -> Page:
-    """The report of one run."""
+def build_page(run: Run) -> Page:
+    """Build the report of one run."""
     runs = [run]
     done = sum(stage.state == "done" for stage in run.stages)
-    seconds = sum(stage.total_of("time/step") + stage.total_of("time/eval") for stage in run.stages)
+    seconds = sum(stage.sum_of("time/step") + stage.sum_of("time/eval") for stage in run.stages)
     served = sum(sum(stage.samples().values()) for stage in run.stages)
     replaced = sum(sum(stage.skipped().values()) for stage in run.stages)
     tiles = [
         Tile(f"{done} of {len(run.stages)}", "stages done"),
         Tile(number(sum(stage.step for stage in run.stages)), "optimizer steps"),
         Tile(number(served), "samples served", f"{number(replaced)} replaced"),
-        Tile(duration(seconds), "in steps and evaluations"),
+        Tile(duration(seconds), "in training steps and evaluations"),
     ]
     return Page(
         title=f"Run {run.name}",
-        lead=f"What {run.folder} has left: how far its stages are, what they learnt, and what it cost.",
+        lead=f"The stages of {run.folder}: progress, losses, held-out figures, throughput and samples.",
         sections=[
             stages(runs),
             losses(runs),

@@ -1,4 +1,4 @@
-"""The pieces a report is made of, and their rendering into one self-contained HTML page."""
+"""Page elements (plots, tables, tiles, galleries) and their rendering as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 @dataclass(frozen=True)
-class Key:
-    """An entry of a plot's legend; `colour` numbers the page's palette, `mark` is line, thin, dashed or bar."""
+class LegendEntry:
+    """One legend entry. `colour` is an index into the page's palette; `mark` is line, thin, dashed or bar."""
 
     label: str
     colour: int
@@ -27,18 +27,18 @@ class Key:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure with its legend."""
+    """An SVG plot with its legend and a note below it."""
 
     kind: ClassVar[str] = "plot"
     title: str
     svg: Markup
-    legend: Sequence[Key] = ()
+    legend: Sequence[LegendEntry] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first `left` columns hold words, the others numbers. `boxed` puts it among plots."""
+    """A table. The first `left` columns are text, the others numbers; `boxed` places the table beside plots."""
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure that is worth a large print."""
+    """One number in large print, with its label."""
 
     value: str
     label: str
@@ -65,7 +65,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI; `alt` is read where it cannot be seen."""
+    """A picture as a data URI, with its alternative text."""
 
     source: str
     alt: str
@@ -74,7 +74,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """Pictures that belong together, and what is said of them: (label, text)."""
+    """Related pictures, and lines (label, text) about them."""
 
     pictures: Sequence[Picture]
     lines: Sequence[tuple[str, str]]
@@ -90,7 +90,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Counts `[true][predicted]`, shaded by their share of the row."""
+    """Confusion matrix `[true][predicted]`; cells are shaded by their share of the row."""
 
     kind: ClassVar[str] = "matrix"
     title: str
@@ -103,22 +103,23 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """Long text that is shown on request."""
+class Collapsible:
+    """Long text that the reader can expand."""
 
-    kind: ClassVar[str] = "folded"
+    kind: ClassVar[str] = "collapsible"
     title: str
     text: str
 
 
-Block = Plot | Table | Tiles | Gallery | Matrix | Folded
+Block = Plot | Table | Tiles | Gallery | Matrix | Collapsible
 
 
 @dataclass
 class Section:
-    """A finding: what it is (`name`, for the page's index), what it says, how to read it, and its pieces.
+    """One section of the page.
 
-    `missing` holds lines about what could not be shown, and why.
+    `name` is its entry in the navigation, `title` states the finding, `text` explains it, `blocks` show it. `missing`
+    has one line per element that could not be shown, with the reason.
     """
 
     name: str
@@ -133,25 +134,25 @@ class Section:
 
     @property
     def split(self) -> bool:
-        """Whether words and a single figure stand side by side."""
+        """True if the text is placed beside the only plot or matrix of the section."""
         return bool(self.text) and len(self.blocks) == 1 and self.blocks[0].kind in ("plot", "matrix")
 
-    def runs(self) -> list[tuple[str, list[Block]]]:
-        """Neighbouring figures together, as they share rows of the page: ("plots" or "other", blocks)."""
-        found: list[tuple[str, list[Block]]] = []
+    def block_groups(self) -> list[tuple[str, list[Block]]]:
+        """Group adjacent plots, which share a row of the page: ("plots", blocks) or ("other", [block])."""
+        groups: list[tuple[str, list[Block]]] = []
         for block in self.blocks:
-            figure = block.kind in ("plot", "matrix") or (isinstance(block, Table) and block.boxed)
-            group = "plots" if figure else "other"
-            if group == "plots" and found and found[-1][0] == group:
-                found[-1][1].append(block)
+            is_plot = block.kind in ("plot", "matrix") or (isinstance(block, Table) and block.boxed)
+            group = "plots" if is_plot else "other"
+            if group == "plots" and groups and groups[-1][0] == group:
+                groups[-1][1].append(block)
             else:
-                found.append((group, [block]))
-        return found
+                groups.append((group, [block]))
+        return groups
 
 
 @dataclass
 class Page:
-    """A whole report."""
+    """A whole report. `tiles` are in the header, `foot` is the footer."""
 
     title: str
     lead: str
@@ -160,8 +161,8 @@ class Page:
     foot: str = ""
 
 
-def marked(text: str) -> Markup:
-    """Text with what stands in `backticks` as code; everything is escaped."""
+def render_code(text: str) -> Markup:
+    """Return the text with `backticks` as <code>, and everything escaped."""
     parts = [escape(part) for part in text.split("`")]
     if len(parts) % 2 == 0:
         return escape(text)
@@ -169,7 +170,7 @@ def marked(text: str) -> Markup:
 
 
 def render(page: Page) -> str:
-    """The page as HTML that needs nothing from outside; whatever is not drawn by `plots` is escaped."""
+    """Return the page as HTML that loads no other file. Everything but the SVG of `plots` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -177,13 +178,13 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["marked"] = marked
+    environment.filters["render_code"] = render_code
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").render(page=page, style=style)
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """uint8 `[3 or 4, height, width]` (the fourth channel is opacity) as `data:image/png;base64,...`."""
+    """Encode uint8 `[3 or 4, height, width]` (channel 4 is opacity) as `data:image/png;base64,...`."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -191,13 +192,14 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def only_patches(pixels: np.ndarray, kept: Sequence[int], patch: int) -> np.ndarray:
-    """uint8 `[4, height, width]`: the image with every patch that is not in `kept` fully transparent.
+def show_only_patches(pixels: np.ndarray, kept: Sequence[int], patch: int) -> np.ndarray:
+    """Return uint8 `[4, height, width]`: the image with every patch outside `kept` fully transparent.
 
-    Patches are numbered row by row, as a vision transformer's convolution lays them out.
+    `pixels` is uint8 `[3, height, width]`, `patch` the side of a patch in pixels. Patches are numbered row by row, as
+    in a vision transformer.
     """
     height, width = pixels.shape[1] // patch, pixels.shape[2] // patch
-    seen = np.zeros(height * width, np.uint8)
-    seen[list(kept)] = 255
-    opacity = seen.reshape(height, width).repeat(patch, axis=0).repeat(patch, axis=1)
+    visible = np.zeros(height * width, np.uint8)
+    visible[list(kept)] = 255
+    opacity = visible.reshape(height, width).repeat(patch, axis=0).repeat(patch, axis=1)
     return np.concatenate([np.where(opacity > 0, pixels, 0), opacity[None]]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours and letters are the page's, so that they follow its light and dark dress."""
+"""Line and bar plots as inline SVG. Colours and fonts come from the page's style sheet, also in dark mode."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from pretrain.report.page import Key, Plot
+from pretrain.report.page import LegendEntry, Plot
 
 COLOURS = 8
-MOST_POINTS = 400
+MAX_POINTS = 400
 INCHES = (5.0, 3.0)
-# Drawn in these stand-ins; the page's style sheet gives each its colour.
+# matplotlib draws in these placeholder colours; `inline_svg` replaces them by the style sheet's variables.
 PALETTE = [f"#a1b0c{number}" for number in range(COLOURS)]
 INK, FRAME = "#a1b0d0", "#a1b0d1"
 VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(PALETTE)} | {
@@ -26,8 +26,8 @@ VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(PALETTE
 }
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # the same figure gives the same bytes
-    "text.parse_math": False,  # a $ in the name of a stage is no formula
+    "svg.hashsalt": "report",  # the same plot gives the same bytes
+    "text.parse_math": False,  # a $ in the name of a stage is not a formula
     "font.size": 10,
     "axes.edgecolor": FRAME,
     "axes.labelcolor": INK,
@@ -51,31 +51,33 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `dashed` for a bound, `marks` for the points that were measured, `raw` for unsmoothed steps."""
+    """One curve. `dashed` is for bounds, `markers` for single measurements, `unsmoothed` for values of every step."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     colour: int
     dashed: bool = False
-    marks: bool = False
-    raw: bool = False
+    markers: bool = False
+    unsmoothed: bool = False
 
     @property
-    def key(self) -> Key:
-        return Key(self.label, self.colour, "dashed" if self.dashed else "thin" if self.raw else "line")
+    def legend_entry(self) -> LegendEntry:
+        return LegendEntry(
+            self.label, self.colour, "dashed" if self.dashed else "thin" if self.unsmoothed else "line"
+        )
 
 
 @dataclass(frozen=True)
 class Level:
-    """A value to compare a plot's curves with, drawn from side to side."""
+    """A reference value, drawn as a dashed horizontal line."""
 
     label: str
     value: float
     colour: int = COLOURS - 1
 
 
-def lines(
+def line_plot(
     title: str,
     curves: Sequence[Line],
     x: str,
@@ -85,7 +87,10 @@ def lines(
     note: str = "",
     whole_steps: bool = True,
 ) -> Plot:
-    """Curves over x; `x` and `y` name the axes with their units."""
+    """Plot curves. `x` and `y` are the axis labels with units; `log` sets a log scale for y.
+
+    `whole_steps` restricts the ticks of x to integers.
+    """
 
     def draw(axes: Any) -> None:
         from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -93,15 +98,15 @@ def lines(
         for level in levels:
             axes.axhline(level.value, color=PALETTE[level.colour], linestyle=(0, (4, 3)), linewidth=1.4)
         for curve in curves:
-            places, values = thin(curve.x, curve.y)
+            places, values = downsample(curve.x, curve.y)
             axes.plot(
                 places,
                 values,
                 color=PALETTE[curve.colour % COLOURS],
                 linestyle=(0, (4, 3)) if curve.dashed else "-",
-                linewidth=0.8 if curve.raw else 1.8,
-                alpha=0.45 if curve.raw else 1.0,
-                marker="o" if curve.marks or len(values) == 1 else None,
+                linewidth=0.8 if curve.unsmoothed else 1.8,
+                alpha=0.45 if curve.unsmoothed else 1.0,
+                marker="o" if curve.markers or len(values) == 1 else None,
                 markersize=4.5,
             )
         if log:
@@ -114,17 +119,19 @@ def lines(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole_steps))
         axes.margins(x=0.02)
 
-    keys = [curve.key for curve in curves]
-    keys += [Key(level.label, level.colour, "dashed") for level in levels]
-    return Plot(title, _svg(title, draw), keys, note)
+    legend = [curve.legend_entry for curve in curves]
+    legend += [LegendEntry(level.label, level.colour, "dashed") for level in levels]
+    return Plot(title, _svg(title, draw), legend, note)
 
 
-def bars(title: str, names: Sequence[str], values: Sequence[float], x: str, y: str, form: str) -> Plot:
-    """One bar a name, each with its value above, written in the format `form`."""
+def bar_plot(
+    title: str, names: Sequence[str], values: Sequence[float], x: str, y: str, value_format: str
+) -> Plot:
+    """Plot one bar per name, with its value above it in the format `value_format`, such as ".2f"."""
 
     def draw(axes: Any) -> None:
         drawn = axes.bar(range(len(names)), values, width=0.6, color=PALETTE[0])
-        axes.bar_label(drawn, labels=[format(value, form) for value in values], padding=3)
+        axes.bar_label(drawn, labels=[format(value, value_format) for value in values], padding=3)
         axes.set_xticks(range(len(names)), list(names))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -134,20 +141,22 @@ def bars(title: str, names: Sequence[str], values: Sequence[float], x: str, y: s
     return Plot(title, _svg(title, draw))
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: means over runs of neighbours; values that are not finite are left out."""
+def downsample(
+    x: Sequence[float], y: Sequence[float], max_points: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a curve to at most `max_points` points: means over adjacent values. Drops values that are not finite."""
     places, values = np.asarray(x, float), np.asarray(y, float)
     finite = np.isfinite(places) & np.isfinite(values)
     places, values = places[finite], values[finite]
-    if len(values) <= most:
+    if len(values) <= max_points:
         return places, values
-    parts = np.linspace(0, len(values), most + 1).astype(int)[:-1]
+    parts = np.linspace(0, len(values), max_points + 1).astype(int)[:-1]
     counts = np.diff([*parts, len(values)])
     return np.add.reduceat(places, parts) / counts, np.add.reduceat(values, parts) / counts
 
 
 def smooth(y: Sequence[float], window: int) -> np.ndarray:
-    """Mean over `window` neighbours (odd), fewer at the ends; what is not finite does not count."""
+    """Return the mean over `window` neighbours (odd), fewer at the ends. Values that are not finite are skipped."""
     values = np.asarray(y, float)
     finite = np.isfinite(values)
     ones = np.ones(min(window, 2 * len(values) - 1))
@@ -158,13 +167,13 @@ def smooth(y: Sequence[float], window: int) -> np.ndarray:
         return (total / count)[first : first + len(values)]
 
 
-def window_for(steps: int) -> int:
-    """Steps to take the mean over so that a curve reads well; 1 where every step can be seen."""
+def smoothing_window(steps: int) -> int:
+    """Return the number of steps to average so that about 60 points remain visible; 1 for fewer than 60 steps."""
     return 1 if steps < 60 else 2 * math.ceil(steps / 60) + 1
 
 
-def inline(svg: str, title: str) -> Markup:
-    """matplotlib's SVG file as an element of a page: no identifiers, fonts or addresses of its own."""
+def inline_svg(svg: str, title: str) -> Markup:
+    """Turn matplotlib's SVG file into an element of a page, without its identifiers, fonts and URLs."""
     box = re.search(r'viewBox="([^"]*)"', svg)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
@@ -189,4 +198,4 @@ def _svg(title: str, draw: Callable[[Any], None]) -> Markup:
         out = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=metadata)
-    return inline(out.getvalue(), title)
+    return inline_svg(out.getvalue(), title)

@@ -1,4 +1,4 @@
-"""What a run folder holds, read once: recipe, environment, and each stage's metrics and result."""
+"""Reads a run folder once: recipe, environment, and the metrics and result of each stage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
 from pretrain.run.folder import json_mapping
 
-EXAMPLES = 5
+MAX_BAD_SAMPLES = 5  # listed per stage
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run; `rows` are the objects of its metrics.jsonl, `settings` its part of the recipe."""
+    """One stage of a run. `rows` are the objects of its metrics.jsonl, `settings` is its part of the recipe."""
 
     name: str
     settings: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] | None = None
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    bad_samples: list[dict[str, Any]] = field(default_factory=list)
     started: bool = False
 
     @property
-    def merge(self) -> bool:
+    def is_merge(self) -> bool:
         return self.settings.get("kind") == "merge"
 
     @property
@@ -40,12 +40,12 @@ class Stage:
         return self.rows[-1]["step"] if self.rows else int((self.result or {}).get("step") or 0)
 
     @property
-    def total(self) -> int | None:
+    def total_steps(self) -> int | None:
         steps = (self.settings.get("train") or {}).get("steps")
         return steps if isinstance(steps, int) else None
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric where it was logged; `time/NAME` reaches into the time object."""
+        """Return the steps and values at which a metric was logged. `time/NAME` is NAME of the row's "time" object."""
         steps, values = [], []
         for row in self.rows:
             holder = row.get("time") or {} if key.startswith("time/") else row
@@ -55,50 +55,50 @@ class Stage:
                 values.append(float(value))
         return steps, values
 
-    def total_of(self, key: str) -> float:
+    def sum_of(self, key: str) -> float:
         return sum(self.column(key)[1])
 
-    def losses(self) -> list[str]:
-        """The parts of the loss, where there is more than one."""
+    def loss_parts(self) -> list[str]:
+        """Return the keys of the loss parts; an empty list if there is only one part."""
         parts = sorted({key for row in self.rows[:1] for key in row if key.startswith("loss/")})
         return parts if len(parts) > 1 else []
 
     def evaluations(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Figure -> steps and values, from the rows where an evaluation ran."""
-        found: dict[str, tuple[list[int], list[float]]] = {}
+        """Return {figure: (steps, values)} of the evaluations during training."""
+        figures: dict[str, tuple[list[int], list[float]]] = {}
         for row in self.rows:
             for key, value in flat(row.get("eval") or {}):
-                steps, values = found.setdefault(key, ([], []))
+                steps, values = figures.setdefault(key, ([], []))
                 steps.append(row["step"])
                 values.append(value)
-        return found
+        return figures
 
-    def final(self) -> dict[str, float]:
-        """Figures of the result, else of the last evaluation."""
+    def final_figures(self) -> dict[str, float]:
+        """Return the figures of the result; without a result, those of the last evaluation."""
         if self.result is not None and self.result.get("eval"):
             return dict(flat(self.result["eval"]))
         return {key: values[-1] for key, (_, values) in self.evaluations().items()}
 
     def samples(self) -> Counter[str]:
-        """Rows served, by stream."""
-        found: Counter[str] = Counter()
+        """Return the number of samples served, by stream."""
+        counts: Counter[str] = Counter()
         for row in self.rows:
-            found.update(row.get("samples") or {})
-        return found
+            counts.update(row.get("samples") or {})
+        return counts
 
     def skipped(self) -> Counter[tuple[str, str]]:
-        """Samples replaced, by source and reason."""
-        found: Counter[tuple[str, str]] = Counter()
+        """Return the number of samples replaced, by (source, reason)."""
+        counts: Counter[tuple[str, str]] = Counter()
         for row in self.rows:
             for source, reasons in (row.get("skipped") or {}).items():
                 for reason, count in reasons.items():
-                    found[source, reason] += count
-        return found
+                    counts[source, reason] += count
+        return counts
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's content; `recipe` is its text."""
+    """The content of a run folder. `recipe` is the text of recipe.yaml, `job` the content of job.json."""
 
     folder: Path
     name: str
@@ -108,23 +108,23 @@ class Run:
     stages: list[Stage]
 
     def stage(self, name: str) -> Stage | None:
-        """The stage, if it has left any figures."""
+        """Return the stage with this name; None if it has no metrics and no result."""
         found = next((stage for stage in self.stages if stage.name == name), None)
         return found if found is not None and (found.rows or found.result) else None
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError, naming the folder, where nothing in it was written by a run."""
+    """Read a run folder. Raises UserError if the folder has no recipe.yaml and no stage, or a file is malformed."""
     recipe = _text(folder / "recipe.yaml")
     settings = _recipe(folder / "recipe.yaml", recipe)
     described = settings.get("stages") or {}
-    left = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
-    left += [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
-    names = dict.fromkeys([*described, *(path.name for path in left)])
-    if not recipe and not left:
-        what = "holds no run" if folder.is_dir() else "is not there"
+    recorded = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
+    recorded += [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
+    names = dict.fromkeys([*described, *(path.name for path in recorded)])
+    if not recipe and not recorded:
+        state = "is not a run folder" if folder.is_dir() else "does not exist"
         raise UserError(
-            f"{folder}: {what} (no recipe.yaml and no stage); `dromos list FOLDER` finds the runs below a folder"
+            f"{folder} {state} (no recipe.yaml, no stage); `dromos list FOLDER` lists the runs below a folder"
         )
     return Run(
         folder=folder,
@@ -137,14 +137,14 @@ def read_run(folder: Path) -> Run:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Numbers of nested objects, by their path: `zero_shot/digits/top1`."""
-    found: list[tuple[str, float]] = []
+    """Return the numbers of nested objects with their path, such as `zero_shot/digits/top1`."""
+    numbers: list[tuple[str, float]] = []
     for key, value in values.items():
         if isinstance(value, dict):
-            found += flat(value, f"{prefix}{key}/")
+            numbers += flat(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((f"{prefix}{key}", float(value)))
-    return found
+            numbers.append((f"{prefix}{key}", float(value)))
+    return numbers
 
 
 def _stage(folder: Path, settings: dict[str, Any] | None) -> Stage:
@@ -156,7 +156,7 @@ def _stage(folder: Path, settings: dict[str, Any] | None) -> Stage:
         settings=settings,
         rows=[row for row in rows if isinstance(row.get("step"), int)],
         result=json_mapping(folder / "result.json") or None,
-        bad=metrics_log.read(folder / "bad_samples.jsonl")[:EXAMPLES],
+        bad_samples=metrics_log.read(folder / "bad_samples.jsonl")[:MAX_BAD_SAMPLES],
         started=folder.is_dir(),
     )
 
@@ -172,7 +172,7 @@ def _recipe(path: Path, text: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not what a run writes there: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is not what a run writes there: a mapping is expected")
+        raise UserError(f"{path} must be a YAML mapping, as a run writes it")
     return content

@@ -1,4 +1,7 @@
-"""What can be said of any run: stages, losses, held-out figures, rates, samples, environment, recipe."""
+"""Report sections for any run: stages, losses, held-out figures, throughput, samples, environment, recipe.
+
+Each function takes one or more runs and returns one section.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from pretrain.report.page import Block, Folded, Plot, Section, Table
-from pretrain.report.plots import COLOURS, Line, lines, smooth, window_for
+from pretrain.report.page import Block, Collapsible, Plot, Section, Table
+from pretrain.report.plots import COLOURS, Line, line_plot, smooth, smoothing_window
 from pretrain.report.read_run import Run, Stage
 
 STEP = "step of the stage"
@@ -18,8 +21,8 @@ FLOOR = "floor of repeated captions"
 Runs = Sequence[Run]
 
 
-def named(runs: Runs) -> list[tuple[str, Stage]]:
-    """Every stage with its label: with several runs, RUN/STAGE."""
+def labelled_stages(runs: Runs) -> list[tuple[str, Stage]]:
+    """Return every stage with its label: STAGE, or RUN/STAGE if there are several runs."""
     return [
         (f"{run.name}/{stage.name}" if len(runs) > 1 else stage.name, stage)
         for run in runs
@@ -27,32 +30,37 @@ def named(runs: Runs) -> list[tuple[str, Stage]]:
     ]
 
 
-def trained(runs: Runs) -> list[tuple[str, Stage]]:
-    return [(label, stage) for label, stage in named(runs) if stage.rows]
+def logged_stages(runs: Runs) -> list[tuple[str, Stage]]:
+    """Return the stages that have logged at least one step, with their labels."""
+    return [(label, stage) for label, stage in labelled_stages(runs) if stage.rows]
 
 
 def stages(runs: Runs) -> Section:
-    every = named(runs)
-    done = sum(stage.state == "done" for _, stage in every)
+    labelled = labelled_stages(runs)
+    done = sum(stage.state == "done" for _, stage in labelled)
     section = Section(
-        "Stages", f"{done} of {plural(len(every), 'stage')} {'is' if done == 1 else 'are'} done"
+        "Stages", f"{done} of {plural(len(labelled), 'stage')} {'is' if done == 1 else 'are'} done"
     )
     section.text = [
-        "A stage is one training (or one merge of weights). Data wait is the share of the step time in which the "
-        "training stood still for its samples; near zero means that loading keeps up."
+        "A stage is one training run or one merge of weights. Data wait is the share of the step time that training "
+        "spends waiting for samples; a value near zero means that the data loader is fast enough."
     ]
     head = ["stage", "state", "steps", "time", "samples/s", "data wait", "loss, first → last"]
-    section.blocks.append(Table(head, [_stage_row(label, stage) for label, stage in every], left=2))
-    figures = [(label, key, value) for label, stage in every for key, value in sorted(stage.final().items())]
+    section.blocks.append(Table(head, [_stage_row(label, stage) for label, stage in labelled], left=2))
+    figures = [
+        (label, key, value)
+        for label, stage in labelled
+        for key, value in sorted(stage.final_figures().items())
+    ]
     if figures:
         rows = [[label, key, number(value)] for label, key, value in figures]
         section.blocks.append(Table(["stage", "held-out figure", "last value"], rows, left=2))
-    absent = [label for label, stage in every if not stage.started]
+    absent = [label for label, stage in labelled if not stage.started]
     if absent:
-        section.missing.append(f"Not run yet, so missing below: {', '.join(absent)}.")
+        section.missing.append(f"Not started, so not shown below: {', '.join(absent)}.")
     section.missing += [
-        f"Stage {label} has not finished: its figures are those up to step {stage.step}."
-        for label, stage in every
+        f"Stage {label} has not finished; its figures end at step {stage.step}."
+        for label, stage in labelled
         if stage.state == "not finished"
     ]
     return section
@@ -60,28 +68,31 @@ def stages(runs: Runs) -> Section:
 
 def _stage_row(label: str, stage: Stage) -> list[str]:
     steps = (
-        "merge" if stage.merge else number(stage.step) + (f" / {number(stage.total)}" if stage.total else "")
+        "merge"
+        if stage.is_merge
+        else number(stage.step) + (f" / {number(stage.total_steps)}" if stage.total_steps else "")
     )
-    seconds = stage.total_of("time/step")
+    seconds = stage.sum_of("time/step")
     if not stage.rows:
-        took = (stage.result or {}).get("seconds")
-        return [label, stage.state, steps, duration(took) if took else "–", "–", "–", "–"]
+        merge_seconds = (stage.result or {}).get("seconds")
+        took = duration(merge_seconds) if merge_seconds else "–"
+        return [label, stage.state, steps, took, "–", "–", "–"]
     loss = stage.column("loss")[1]
     return [
         label,
         stage.state,
         steps,
-        duration(seconds + stage.total_of("time/eval")),
+        duration(seconds + stage.sum_of("time/eval")),
         number(sum(stage.samples().values()) / seconds) if seconds else "–",
-        f"{stage.total_of('time/data_wait') / seconds:.1%}" if seconds else "–",
+        f"{stage.sum_of('time/data_wait') / seconds:.1%}" if seconds else "–",
         f"{number(loss[0])} → {number(loss[-1])}" if loss else "–",
     ]
 
 
 def losses(runs: Runs) -> Section:
-    """A plot a stage: the whole loss, its parts, and the floor where one was logged."""
-    found = [(label, stage) for label, stage in trained(runs) if stage.column("loss")[1]]
-    section = Section("Loss", "Loss: nothing was logged yet")
+    """One plot per stage: the loss, its parts, and the floor if it was logged."""
+    found = [(label, stage) for label, stage in logged_stages(runs) if stage.column("loss")[1]]
+    section = Section("Loss", "Loss: not logged yet")
     if not found:
         section.missing = ["No stage has logged a loss yet."]
         return section
@@ -89,7 +100,7 @@ def losses(runs: Runs) -> Section:
     section.title = "Loss: " + ", ".join(
         f"{label} {values[0]:.2f} → {values[-1]:.2f}" for label, values in ends[:4]
     )
-    section.text = ["The loss of every optimizer step over the whole batch, in nats. Lower is better."]
+    section.text = ["The loss of each optimizer step over the global batch, in nats. Lower is better."]
     if any(stage.column("loss_floor")[1] for _, stage in found):
         section.text = [*section.text, FLOOR_TEXT]
     section.blocks += [loss_plot(label, stage) for label, stage in found]
@@ -97,66 +108,66 @@ def losses(runs: Runs) -> Section:
 
 
 FLOOR_TEXT = (
-    "The dashed line is the floor that repeated captions impose: rows of a batch that carry the same caption cannot be "
-    "told apart by it, which costs the mean over the rows of ln(rows in the batch with the same caption)."
+    "The dashed line is the lowest possible loss with repeated captions: rows of a batch with the same caption have "
+    "equal text features. It is the mean over the rows of ln(rows in the batch with the same caption)."
 )
 
 
 def loss_plot(label: str, stage: Stage) -> Plot:
-    parts = stage.losses() or ["loss"]
+    parts = stage.loss_parts() or ["loss"]
     curves = []
     window = 1
-    for number_, key in enumerate(parts):
+    for colour, key in enumerate(parts):
         steps, values = stage.column(key)
-        window = window_for(len(values))
+        window = smoothing_window(len(values))
         name = key.removeprefix("loss/") if key != "loss" else "loss"
         if window > 1:
-            curves.append(Line("", steps, values, number_, raw=True))
-        curves.append(Line(name, steps, list(smooth(values, window)), number_))
+            curves.append(Line("", steps, values, colour, unsmoothed=True))
+        curves.append(Line(name, steps, list(smooth(values, window)), colour))
     steps, values = stage.column("loss_floor")
     if values:
         curves.append(Line(FLOOR, steps, values, COLOURS - 1, dashed=True))
-    note = f"Thin: every step. Thick: mean over {window} steps." if window > 1 else ""
+    note = f"Thin line: every step. Thick line: mean over {window} steps." if window > 1 else ""
     if len(parts) > 1:
         note = f"The loss is the weighted sum of its parts. {note}"
-    return lines(f"Loss of {label}", curves, STEP, "loss (nats)", note=note)
+    return line_plot(f"Loss of {label}", curves, STEP, "loss (nats)", note=note)
 
 
 def evaluations(runs: Runs) -> Section:
-    """A plot a figure: every stage that measured it on held-out data."""
+    """One plot per held-out figure, with a line per stage that measured it."""
     by_figure: dict[str, list[tuple[str, list[int], list[float]]]] = {}
-    for label, stage in trained(runs):
+    for label, stage in logged_stages(runs):
         for key, (steps, values) in stage.evaluations().items():
             by_figure.setdefault(key, []).append((label, steps, values))
     section = Section("Held-out figures", "Held-out figures: no evaluation has run")
     if not by_figure:
         section.missing = [
-            "No evaluation has run: the recipe has no eval section, or no step of it was reached."
+            "No evaluation has run: the recipe has no eval section, or training has not reached an evaluation step."
         ]
         return section
     ends = [f"{key} {number(curves[-1][2][-1])} ({curves[-1][0]})" for key, curves in by_figure.items()]
     section.title = "On held-out data: " + ", ".join(ends[:2])
     section.text = [
-        "Measured during the training on data that no stage trains on; the last point of a line is its end."
+        "Measured during training on data that no stage trains on. The last point of a line is the end of the stage."
     ]
     for key, curves in by_figure.items():
         drawn = [
-            Line(label, steps, values, place % COLOURS, marks=True)
-            for place, (label, steps, values) in enumerate(curves)
+            Line(label, steps, values, index % COLOURS, markers=True)
+            for index, (label, steps, values) in enumerate(curves)
         ]
-        section.blocks.append(lines(key, drawn, STEP, unit_of(key)))
+        section.blocks.append(line_plot(key, drawn, STEP, unit_of(key)))
     return section
 
 
 def unit_of(key: str) -> str:
-    """What an evaluation's name says of its unit."""
+    """Return the unit of a held-out figure, from its name."""
     if key.endswith("nll"):
-        return "nats a token"
-    return "share right" if "top" in key else key.rpartition("/")[2]
+        return "nats per token"
+    return "accuracy" if "top" in key else key.rpartition("/")[2]
 
 
 def optimisation(runs: Runs) -> Section:
-    found = trained(runs)
+    found = logged_stages(runs)
     rates = [value for _, stage in found for value in stage.column("lr")[1]]
     norms = [value for _, stage in found for value in stage.column("grad_norm")[1] if math.isfinite(value)]
     section = Section("Optimizer", "Learning rate and gradient norm")
@@ -165,38 +176,36 @@ def optimisation(runs: Runs) -> Section:
             f"Learning rate up to {max(rates):.1e}, gradient norm {min(norms):.2g} to {max(norms):.2g}"
         )
     section.text = [
-        "The learning rate warms up and decays as the schedule says. The gradient norm is taken before clipping; "
-        "peaks that do not come back down are the first sign of trouble."
+        "The learning rate follows the warmup and decay of the schedule. The gradient norm is measured before "
+        "clipping; a peak that does not fall again is an early sign of instability."
     ]
-    section.blocks += over_stages(found, "lr", "Learning rate", "learning rate")
-    section.blocks += over_stages(found, "grad_norm", "Gradient norm", "L2 norm", log=True, averaged=True)
+    section.blocks += metric_plots(found, "lr", "Learning rate", "learning rate")
+    section.blocks += metric_plots(found, "grad_norm", "Gradient norm", "L2 norm", log=True, averaged=True)
     if not section.blocks:
         section.missing = ["No step was logged yet."]
     return section
 
 
 def throughput(runs: Runs) -> Section:
-    found = trained(runs)
-    section = Section("Throughput", "Throughput: no step was logged yet")
-    seconds = sum(stage.total_of("time/step") for _, stage in found)
+    found = logged_stages(runs)
+    section = Section("Throughput", "Throughput: not logged yet")
+    seconds = sum(stage.sum_of("time/step") for _, stage in found)
     if not seconds:
         section.missing = ["No step was logged yet."]
         return section
     served = sum(sum(stage.samples().values()) for _, stage in found)
-    waited = sum(stage.total_of("time/data_wait") for _, stage in found)
+    waited = sum(stage.sum_of("time/data_wait") for _, stage in found)
     section.title = (
-        f"{number(served / seconds)} samples a second; {waited / seconds:.1%} of the time waits for data"
+        f"{number(served / seconds)} samples per second; {waited / seconds:.1%} of the step time is data wait"
     )
-    section.text = [
-        "Samples of all streams together, over all ranks; evaluations and checkpoints are not in it."
-    ]
+    section.text = ["Samples of all streams and all ranks. Evaluations and checkpoints are not included."]
     rate = "time/samples_per_second"
-    section.blocks += over_stages(found, rate, "Throughput", "samples/s", averaged=True)
-    section.blocks += over_stages(found, "time/step", "Time of a step", "seconds", averaged=True)
+    section.blocks += metric_plots(found, rate, "Throughput", "samples/s", averaged=True)
+    section.blocks += metric_plots(found, "time/step", "Time per step", "seconds", averaged=True)
     return section
 
 
-def over_stages(
+def metric_plots(
     found: Sequence[tuple[str, Stage]],
     key: str,
     title: str,
@@ -204,7 +213,7 @@ def over_stages(
     log: bool = False,
     averaged: bool = False,
 ) -> list[Block]:
-    """One plot of a metric with a line a stage; none where nobody logged it."""
+    """Return one plot of a metric with a line per stage; an empty list if no stage logged it."""
     curves: list[Line] = []
     window = 1
     for label, stage in found:
@@ -212,17 +221,17 @@ def over_stages(
         if log:
             values = [value if value > 0 else math.nan for value in values]
         if averaged and values:
-            window = max(window, window_for(len(values)))
-            values = list(smooth(values, window_for(len(values))))
+            window = max(window, smoothing_window(len(values)))
+            values = list(smooth(values, smoothing_window(len(values))))
         if values:
             curves.append(Line(label, steps, values, len(curves)))
-    note = f"Means over up to {window} steps." if window > 1 else ""
-    return [lines(title, curves, STEP, unit, log=log, note=note)] if curves else []
+    note = f"Mean over up to {window} steps." if window > 1 else ""
+    return [line_plot(title, curves, STEP, unit, log=log, note=note)] if curves else []
 
 
 def samples(runs: Runs) -> Section:
-    """Rows served by stream, and replaced samples by source and reason."""
-    found = trained(runs)
+    """Samples served by stream, and replaced samples by source and reason."""
+    found = logged_stages(runs)
     served = [(label, stream, n) for label, stage in found for stream, n in sorted(stage.samples().items())]
     total = sum(count for _, _, count in served)
     replaced: Counter[tuple[str, str, str]] = Counter()
@@ -230,11 +239,11 @@ def samples(runs: Runs) -> Section:
         for (source, reason), count in stage.skipped().items():
             replaced[label, source, reason] += count
     bad = sum(replaced.values())
-    share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad else "none had to be replaced"
+    share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad else "none were replaced"
     section = Section("Samples", f"{number(total)} samples were served, {share}")
     section.text = [
-        "A sample that cannot be used (broken bytes, no caption) is replaced by another of its source, counted by "
-        "reason, and named in bad_samples.jsonl of its stage."
+        "An unusable sample (damaged image, no caption) is replaced by another sample of its source, counted by "
+        "reason, and listed in bad_samples.jsonl of its stage."
     ]
     if served:
         rows = [[label, stream, number(count)] for label, stream, count in served]
@@ -242,16 +251,16 @@ def samples(runs: Runs) -> Section:
     if replaced:
         lost = [[*where, number(count)] for where, count in sorted(replaced.items())]
         head = ["stage", "source", "reason", "replaced"]
-        section.blocks.append(Table(head, lost, left=3, title="Skipped samples by source and reason"))
+        section.blocks.append(Table(head, lost, left=3, title="Replaced samples by source and reason"))
         examples = [
             [label, *(str(entry.get(key, "")) for key in ("reason", "key", "url"))]
             for label, stage in found
-            for entry in stage.bad
+            for entry in stage.bad_samples
         ]
         head = ["stage", "reason", "sample", "shard"]
-        section.blocks.append(Table(head, examples, left=4, title="The first of them"))
+        section.blocks.append(Table(head, examples, left=4, title="The first replaced samples"))
     else:
-        section.text = [*section.text, "No sample was skipped, so there is no table of reasons."]
+        section.text = [*section.text, "No sample was replaced, so there is no table of reasons."]
     return section
 
 
@@ -259,14 +268,14 @@ def environment(runs: Runs) -> Section:
     known = [run for run in runs if run.environment]
     section = Section("Environment", "Environment: env.json is missing")
     if not known:
-        section.missing = ["No env.json in the run folder: what it ran on was not recorded."]
+        section.missing = ["The run folder has no env.json, so the environment is unknown."]
         return section
     first = known[0].environment
     section.title = (
-        f"Run on {plural(first.get('cores', '?'), 'core')}, {plural(len(first.get('gpus') or []), 'GPU')}, "
+        f"Ran on {plural(first.get('cores', '?'), 'core')}, {plural(len(first.get('gpus') or []), 'GPU')}, "
         f"Python {first.get('python', '?')}"
     )
-    section.text = ["What the last launch of the run found; env.json and job.json hold it."]
+    section.text = ["The environment of the last launch of the run, from env.json and job.json."]
     columns = [_facts(run) for run in known]
     keys = dict.fromkeys(key for column in columns for key in column)
     head = ["", *(run.name for run in known)]
@@ -276,17 +285,19 @@ def environment(runs: Runs) -> Section:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    told = run.environment
+    recorded = run.environment
     facts: dict[str, str] = {
-        key: _plain(told[key]) for key in ("time", "host", "system", "python", "cores", "gpus") if key in told
+        key: _plain(recorded[key])
+        for key in ("time", "host", "system", "python", "cores", "gpus")
+        if key in recorded
     }
     for key in ("on", "nodes", "ranks_per_node"):
         if run.job.get(key) is not None:
             facts[key.replace("_", " ")] = _plain(run.job[key])
-    source = told.get("source") or {}
+    source = recorded.get("source") or {}
     if source.get("commit"):
         facts["source"] = str(source["commit"])[:12] + (", with changes" if source.get("changed") else "")
-    return facts | {str(name): _plain(version) for name, version in (told.get("packages") or {}).items()}
+    return facts | {str(name): _plain(version) for name, version in (recorded.get("packages") or {}).items()}
 
 
 def _plain(value: Any) -> str:
@@ -299,20 +310,24 @@ def recipes(runs: Runs) -> Section:
     section = Section(
         "Recipe",
         "The resolved recipe",
-        ["Defaults and overrides laid in: itself a recipe that runs the same."],
+        [
+            "The recipe with defaults and overrides filled in. It is itself a recipe, and runs the same training."
+        ],
     )
     for run in runs:
         if run.recipe:
-            section.blocks.append(Folded(f"{run.folder}/recipe.yaml", run.recipe))
+            section.blocks.append(Collapsible(f"{run.folder}/recipe.yaml", run.recipe))
         else:
-            section.missing.append(f"{run.folder} holds no recipe.yaml; this is what its stages recorded.")
+            section.missing.append(
+                f"{run.folder} has no recipe.yaml; the settings below are those that its stages recorded."
+            )
             recorded = {stage.name: stage.settings for stage in run.stages}
-            section.blocks.append(Folded(f"{run.folder}", yaml.safe_dump(recorded, sort_keys=False)))
+            section.blocks.append(Collapsible(f"{run.folder}", yaml.safe_dump(recorded, sort_keys=False)))
     return section
 
 
 def number(value: float) -> str:
-    """Readable: thousands separated, else four digits that count."""
+    """Format integers with thousands separators, other numbers with four significant digits."""
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -323,7 +338,7 @@ def plural(count: Any, word: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """96 -> 1 min 36 s."""
+    """Format seconds: 96 becomes "1 min 36 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

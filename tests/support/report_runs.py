@@ -1,4 +1,4 @@
-"""Run folders written by hand for the tests of reports, and a reader of pages that knows what a browser would fetch."""
+"""Handwritten run folders for the tests of reports, and a parser that lists the URLs a browser would fetch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
-class Seen(HTMLParser):
-    """Elements, addresses and text of a page; `unbalanced` holds end tags that close nothing."""
+class ParsedPage(HTMLParser):
+    """Tags, URLs, styles, table cells and text of a page. `unbalanced` lists end tags without a start tag."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Seen(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        given = {name: value or "" for name, value in attributes}
-        wanted = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
-        self.addresses += [given[name] for name in wanted if name in given]
-        self.styles += [value for name, value in given.items() if name in ("style", "clip-path", "fill")]
+        values = {name: value or "" for name, value in attributes}
+        url_attributes = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        self.addresses += [values[name] for name in url_attributes if name in values]
+        self.styles += [value for name, value in values.items() if name in ("style", "clip-path", "fill")]
         if tag == "img":
-            self.pictures.append(given)
+            self.pictures.append(values)
         if tag == "tr":
             self.cells.append([])
         if tag in ("td", "th"):
@@ -69,31 +69,31 @@ class Seen(HTMLParser):
         return " ".join(" ".join(self.pieces).split())
 
     def row(self, *begins: str) -> list[str]:
-        """The one table row that begins with these cells."""
+        """Return the only table row that begins with these cells."""
         found = [row for row in self.cells if row[: len(begins)] == list(begins)]
         assert len(found) == 1, (begins, found)
         return found[0]
 
 
-def check_alone(page: str) -> Seen:
-    """Assert that a browser would fetch nothing for this page, run nothing, and find every element closed."""
-    seen = Seen(page)
-    assert seen.unbalanced == []
-    assert seen.open == []
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(seen.tags)
-    assert seen.addresses
-    for address in seen.addresses:
+def check_self_contained(page: str) -> ParsedPage:
+    """Parse the page. Assert that it loads no file, runs no script, and closes every element."""
+    parsed = ParsedPage(page)
+    assert parsed.unbalanced == []
+    assert parsed.open == []
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(parsed.tags)
+    assert parsed.addresses
+    for address in parsed.addresses:
         assert address.startswith(("data:image/png;base64,", "#")), address[:80]
-    for style in seen.styles:
+    for style in parsed.styles:
         assert "@import" not in style
         assert all(target.startswith("#") for target in re.findall(r"url\(\s*['\"]?([^)]*)", style)), style[
             :80
         ]
-    return seen
+    return parsed
 
 
 def step_row(step: int, losses: dict[str, float], samples: dict[str, int], **more: Any) -> dict[str, Any]:
-    """A line of metrics.jsonl of a step that took a quarter of a second, a tenth of it waiting."""
+    """One row of metrics.jsonl for a step of 0.25 s, of which 0.025 s are data wait."""
     total = sum(samples.values())
     times = {"data_wait": 0.025, "step": 0.25, "samples_per_second": total / 0.25}
     row = {
@@ -106,7 +106,7 @@ def step_row(step: int, losses: dict[str, float], samples: dict[str, int], **mor
 
 
 def write_stage(folder: Path, rows: list[dict[str, Any]], figures: dict[str, float] | None) -> None:
-    """A stage's metrics, and its result where there are figures."""
+    """Write the metrics of a stage, and its result unless `figures` is None."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if figures is not None:
@@ -115,7 +115,7 @@ def write_stage(folder: Path, rows: list[dict[str, Any]], figures: dict[str, flo
 
 
 def masked_rows(steps: int) -> list[dict[str, Any]]:
-    """A falling loss over a floor of 0.5, evaluated every ten steps."""
+    """Rows with a falling loss and a floor of 0.5, evaluated every ten steps."""
     rows = []
     for step in range(1, steps + 1):
         row = step_row(step, {"pairs": 0.6 + 4 * math.exp(-step / 20)}, {"pairs": 64}, loss_floor=0.5)
@@ -126,11 +126,17 @@ def masked_rows(steps: int) -> list[dict[str, Any]]:
 
 
 def write_run(folder: Path, stages: dict[str, Any], name: str = "small") -> Path:
-    """recipe.yaml, env.json and job.json of a run with these stages."""
+    """Write recipe.yaml, env.json and job.json of a run with these stages."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"run": {"name": name, "dir": str(folder)}, "stages": stages}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    told = {"host": "node7", "cores": 2, "gpus": [], "python": "3.11.7", "packages": {"torch": "2.99.1"}}
-    (folder / "env.json").write_text(json.dumps(told))
+    environment = {
+        "host": "node7",
+        "cores": 2,
+        "gpus": [],
+        "python": "3.11.7",
+        "packages": {"torch": "2.99.1"},
+    }
+    (folder / "env.json").write_text(json.dumps(environment))
     (folder / "job.json").write_text(json.dumps({"on": "local", "nodes": 1, "ranks_per_node": 2}))
     return folder

@@ -24,7 +24,14 @@ from pretrain.objectives.device_batch import to_device
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.load import load_recipe
 from tests.support import tiny
-from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
+from tests.support.report_runs import (
+    ParsedPage,
+    check_self_contained,
+    masked_rows,
+    step_row,
+    write_run,
+    write_stage,
+)
 
 CLASSES = ["zero", "one", "two"]
 # Invented: no run gave these.
@@ -109,12 +116,12 @@ def page(root: Path) -> str:
 
 
 def test_the_page_needs_nothing_from_outside_and_is_small(page: str) -> None:
-    check_alone(page)
+    check_self_contained(page)
     assert len(page) < 3_000_000
 
 
 def test_the_numbers_are_those_of_the_summary(page: str) -> None:
-    seen = Seen(page)
+    seen = ParsedPage(page)
     for expected in (
         "87.7%", "311 held-out digits", "5.43 → 6.99 nats", "it goes to 5.34", "+1.56 nats", "−0.09 nats",
         "ln V = 7.62", "before (lm): 5.43", "1.23 nats a token with the right one, 2.77 with another",
@@ -142,7 +149,7 @@ def page_json(page: str) -> str:
 
 
 def test_every_part_of_the_story_is_there(page: str) -> None:
-    text = Seen(page).text
+    text = ParsedPage(page).text
     for expected in (
         "floor of repeated captions", "Zero-shot accuracy", "Confusion", "with text (real)",
         "without text (real_no_text)", "alt-text captions (real)", "sentence captions (synthetic)", "patches masked",
@@ -229,7 +236,7 @@ def test_the_summary_is_read_from_its_file(root: Path, page: str) -> None:
 
 def test_missing_parts_are_said_and_do_not_stop_it(tmp_path: Path) -> None:
     write_run(tmp_path / "sphinx", {"lm": STAGE}, "sphinx")
-    seen = check_alone(write(tmp_path, {}).read_text(encoding="utf-8"))
+    seen = check_self_contained(write(tmp_path, {}).read_text(encoding="utf-8"))
     for line in (
         "Samples cannot be shown", "Masks cannot be shown", "Stage masked of flip has not run",
         "no zero-shot accuracy", "no confusion", "no step times", "no text_nll.without_text",
@@ -262,7 +269,7 @@ def test_a_hostile_caption_stays_text(tmp_path: Path) -> None:
     recipe["data"]["pairs"]["sources"] = {"pairs": str(tmp_path / "hostile")}
     untrained(tmp_path / "runs" / "flip", "masked", recipe)
     page = write(tmp_path / "runs", SUMMARY | {"seconds": {hostile: 1.0}}).read_text(encoding="utf-8")
-    seen = check_alone(page)
+    seen = check_self_contained(page)
     assert "<script" not in page
     assert any(hostile in picture["alt"] for picture in seen.pictures)
     assert seen.text.count(hostile) > 5
@@ -272,6 +279,6 @@ def test_nats_before_and_after_are_told_honestly(root: Path) -> None:
     """Where nothing was forgotten the page must not say so."""
     kept = {"before": 5.4, "with_text": 5.3, "without_text": 5.1}
     summary = SUMMARY | {"sphinx": SUMMARY["sphinx"] | {"text_nll": kept}}
-    text = Seen(write(root, summary).read_text(encoding="utf-8")).text
+    text = ParsedPage(write(root, summary).read_text(encoding="utf-8")).text
     assert "forgets nothing: 5.40 → 5.10" in text
     assert "−0.30 nats" in text

@@ -1,4 +1,4 @@
-"""A run's page: alone, true to the files it was made from, safe with hostile text, patient with what is missing."""
+"""The report page of a run: self-contained, equal to the run's files, escaped, complete when files are missing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from pretrain.report import write
-from pretrain.report.page import data_uri, marked, only_patches
-from pretrain.report.plots import Level, Line, lines, smooth, thin, window_for
-from tests.support.report_runs import Seen, check_alone, masked_rows, step_row, write_run, write_stage
+from pretrain.report.page import data_uri, render_code, show_only_patches
+from pretrain.report.plots import Level, Line, downsample, line_plot, smooth, smoothing_window
+from tests.support.report_runs import (
+    ParsedPage,
+    check_self_contained,
+    masked_rows,
+    step_row,
+    write_run,
+    write_stage,
+)
 
 TRAIN = {"kind": "train", "train": {"steps": 80}}
 HOSTILE = '<script>alert("x")</script><img src=http://far.away/x.png>'
@@ -25,7 +32,7 @@ HOSTILE = '<script>alert("x")</script><img src=http://far.away/x.png>'
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """masked done, real under way with two streams and skipped samples, late not begun, mix a merge."""
+    """A run: masked done, real unfinished with two streams and replaced samples, late not started, mix a merge."""
     folder = write_run(
         tmp_path / "small",
         {"masked": TRAIN, "real": TRAIN, "late": TRAIN, "mix": {"kind": "merge", "inputs": {"real": 1.0}}},
@@ -50,14 +57,14 @@ def read(folder: Path) -> str:
 
 def test_the_page_needs_nothing_from_outside_and_is_small(run: Path) -> None:
     page = read(run)
-    check_alone(page)
+    check_self_contained(page)
     assert len(page) < 3_000_000
     assert 'name="viewport"' in page
     assert "prefers-color-scheme: dark" in page
 
 
 def test_the_table_of_stages_holds_what_the_metrics_add_up_to(run: Path) -> None:
-    seen = Seen(read(run))
+    seen = ParsedPage(read(run))
     # 80 steps of a quarter second, 64 samples and 0.025 s of waiting each.
     masked = seen.row("masked", "done")
     assert masked[2:6] == ["80 / 80", "20.0 s", "256", "10.0%"]
@@ -71,14 +78,14 @@ def test_the_table_of_stages_holds_what_the_metrics_add_up_to(run: Path) -> None
     assert seen.row("mix", "perplexity/text/nll")[2] == "5.125"
 
 
-def test_samples_are_counted_by_stream_and_skipped_ones_by_reason(run: Path) -> None:
+def test_samples_are_counted_by_stream_and_replaced_ones_by_reason(run: Path) -> None:
     (run / "real" / "bad_samples.jsonl").write_text(
         json.dumps(
             {"step": 5, "source": "scenes", "reason": "undecodable", "key": "000017", "url": "s/3.tar"}
         )
         + "\n"
     )
-    seen = Seen(read(run))
+    seen = ParsedPage(read(run))
     assert seen.row("masked", "pairs")[2] == "5,120"
     assert seen.row("real", "text")[2] == "160"
     assert seen.row("real", "captions")[2] == "320"
@@ -89,7 +96,7 @@ def test_samples_are_counted_by_stream_and_skipped_ones_by_reason(run: Path) -> 
 
 
 def test_every_stage_has_its_curves_and_flip_its_floor(run: Path) -> None:
-    text = Seen(read(run)).text
+    text = ParsedPage(read(run)).text
     for expected in (
         "Loss of masked", "Loss of real", "floor of repeated captions", "ln(rows in the batch with the same caption)",
         "zero_shot/digits/top1", "Learning rate", "Gradient norm", "Throughput", "samples/s", "step of the stage",
@@ -103,7 +110,7 @@ def test_every_stage_has_its_curves_and_flip_its_floor(run: Path) -> None:
 
 def test_environment_and_recipe_are_on_the_page(run: Path) -> None:
     page = read(run)
-    seen = Seen(page)
+    seen = ParsedPage(page)
     assert seen.row("torch")[1] == "2.99.1"
     assert seen.row("ranks per node")[1] == "2"
     assert "2 cores, 0 GPUs, Python 3.11.7" in seen.text
@@ -111,39 +118,39 @@ def test_environment_and_recipe_are_on_the_page(run: Path) -> None:
     assert " ".join((run / "recipe.yaml").read_text().split()) in seen.text
 
 
-def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
-    text = Seen(read(run)).text
-    assert "Not run yet, so missing below: late." in text
-    assert "Stage real has not finished: its figures are those up to step 20." in text
+def test_missing_parts_are_named(run: Path, tmp_path: Path) -> None:
+    text = ParsedPage(read(run)).text
+    assert "Not started, so not shown below: late." in text
+    assert "Stage real has not finished; its figures end at step 20." in text
     waiting = write_run(tmp_path / "waiting", {"masked": TRAIN})
     for name in ("env.json", "job.json"):
         (waiting / name).unlink()
-    text = Seen(read(waiting)).text
+    text = ParsedPage(read(waiting)).text
     for line in (
-        "Not run yet", "No stage has logged a loss yet.", "No evaluation has run", "No env.json in the run folder",
+        "Not started", "No stage has logged a loss yet.", "No evaluation has run", "The run folder has no env.json",
     ):  # fmt: skip
         assert line in text, line
 
 
-def test_a_line_that_a_kill_cut_and_a_loss_that_is_no_number_do_not_stop_it(tmp_path: Path) -> None:
+def test_a_truncated_metrics_line_and_a_nan_loss_are_tolerated(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "cut", {"masked": TRAIN})
     rows = masked_rows(12)
     rows[6]["loss"] = math.nan
     write_stage(folder / "masked", rows, None)
     with open(folder / "masked" / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "loss": 1.')
-    assert Seen(read(folder)).row("masked", "not finished")[2] == "12 / 80"
+    assert ParsedPage(read(folder)).row("masked", "not finished")[2] == "12 / 80"
 
 
 def test_stages_without_a_recipe_are_reported_too(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     write_stage(folder / "main", masked_rows(3), None)
-    text = Seen(read(folder)).text
+    text = ParsedPage(read(folder)).text
     assert "Run bare" in text
-    assert "holds no recipe.yaml" in text
+    assert "has no recipe.yaml" in text
 
 
-def test_everything_that_came_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_text_from_the_run_folder_is_escaped(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "hostile", {"masked": TRAIN}, name=HOSTILE)
     rows = [step_row(step, {HOSTILE: 1.0, "other": 2.0}, {HOSTILE: 4}) for step in range(1, 4)]
     rows[0] |= {"skipped": {HOSTILE: {HOSTILE: 1}}, "eval": {HOSTILE: 0.5}}
@@ -153,7 +160,7 @@ def test_everything_that_came_from_outside_is_escaped(tmp_path: Path) -> None:
     )
     (folder / "env.json").write_text(json.dumps({"host": HOSTILE, "packages": {HOSTILE: HOSTILE}}))
     page = read(folder)
-    seen = check_alone(page)
+    seen = check_self_contained(page)
     assert "img" not in seen.tags
     assert seen.text.count('<script>alert("x")</script>') > 10
     assert "<script" not in page
@@ -174,14 +181,14 @@ def test_the_same_folder_gives_the_same_page(run: Path) -> None:
 
 
 def paths(svg: str, variable: str) -> list[list[tuple[float, float]]]:
-    """Points of the paths drawn in a colour."""
+    """Points of the SVG paths drawn in a colour variable."""
     found = re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*stroke: {re.escape(variable)}', svg)
     return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ?(\S+) (\S+)", path)] for path in found]
 
 
-def test_a_drawn_curve_is_the_curve() -> None:
+def test_a_plotted_curve_has_the_values_of_the_data() -> None:
     x, y = [0, 10, 30, 40], [5.0, 1.0, 2.0, 4.0]
-    plot = lines("loss", [Line("a", x, y, 1)], "step", "nats", [Level("floor", 1.5, 7)])
+    plot = line_plot("loss", [Line("a", x, y, 1)], "step", "nats", [Level("floor", 1.5, 7)])
     assert "http" not in plot.svg
     ((*points,),) = paths(plot.svg, "var(--c1)")
     places, heights = np.array(points).T
@@ -198,11 +205,11 @@ def test_a_drawn_curve_is_the_curve() -> None:
 def test_long_curves_are_thinned_without_moving_their_mean() -> None:
     generator = np.random.default_rng(1)
     y = generator.normal(size=4000)
-    places, values = thin(range(4000), y, most=400)
+    places, values = downsample(range(4000), y, max_points=400)
     assert len(values) == 400
     np.testing.assert_allclose(values, y.reshape(400, 10).mean(axis=1))
     np.testing.assert_allclose(places, np.arange(4000).reshape(400, 10).mean(axis=1))
-    places, values = thin([1, 2, 3, 4], [1.0, math.nan, math.inf, 2.0])
+    places, values = downsample([1, 2, 3, 4], [1.0, math.nan, math.inf, 2.0])
     assert (list(places), list(values)) == ([1, 4], [1.0, 2.0])
 
 
@@ -210,7 +217,7 @@ def test_long_curves_are_thinned_without_moving_their_mean() -> None:
 def test_smoothing_is_the_mean_over_neighbours(steps: int) -> None:
     y = np.random.default_rng(steps).normal(size=steps)
     y[steps // 2] = math.nan if steps > 5 else y[steps // 2]
-    for window in (1, 3, 9, window_for(steps)):
+    for window in (1, 3, 9, smoothing_window(steps)):
         half = window // 2
         expected = (
             [np.nanmean(y[max(0, i - half) : i + half + 1]) if steps else 0 for i in range(steps)]
@@ -229,7 +236,7 @@ def test_pictures_keep_their_pixels_and_masks_hide_whole_patches() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 12), dtype=np.uint8)
     np.testing.assert_array_equal(decoded(data_uri(pixels)), pixels)
     kept = [0, 4, 8]
-    seen = decoded(data_uri(only_patches(pixels, kept, 4)))
+    seen = decoded(data_uri(show_only_patches(pixels, kept, 4)))
     for y in range(12):
         for x in range(12):
             is_kept = y // 4 * 3 + x // 4 in kept
@@ -239,5 +246,5 @@ def test_pictures_keep_their_pixels_and_masks_hide_whole_patches() -> None:
 
 
 def test_backticks_become_code_and_nothing_else_does() -> None:
-    assert marked("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"
-    assert marked("one ` alone <i>") == "one ` alone &lt;i&gt;"
+    assert render_code("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"
+    assert render_code("one ` alone <i>") == "one ` alone &lt;i&gt;"
