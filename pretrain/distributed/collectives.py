@@ -1,4 +1,4 @@
-"""What ranks tell each other; with one process, or outside a job, each of these is the identity."""
+"""Collectives: all_sum, gather, broadcast from rank 0, barrier. With one process each is the identity."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Number of ranks; 1 outside a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Rank of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum over ranks, in place; returns `values`."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank; also a barrier."""
+    """The values of all ranks in rank order, on every rank. Values are pickled. Also a barrier."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -34,8 +36,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def from_first(value: T) -> T:
-    """Rank 0's value on every rank: one rank looks at a shared folder, all act on what it saw."""
+def from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank, for example what it read from a shared folder that may change."""
     if world_size() == 1:
         return value
     values = [value]
@@ -44,4 +46,5 @@ def from_first(value: T) -> T:
 
 
 def barrier() -> None:
+    """Wait until every rank has called it."""
     gather(None)

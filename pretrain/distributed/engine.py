@@ -1,14 +1,16 @@
-"""The only file that imports deepspeed: one optimizer step over several losses, exact on every ZeRO stage.
+"""The only file that imports deepspeed: process group, `Runtime`, `Engine`.
 
-Quirks worked around here; tests/dist/test_deepspeed_quirks.py pins the first and what models/clip.py does about
-0-dim parameters, tests/dist/test_zero_parity.py what comes of all of them:
-- Under ZeRO-3 a parameter whose first gradient of a step comes in a later backward adds to the previous step's
-  gradient; under ZeRO-2 several backwards reduce in an order that must match over ranks. `coalesce_grad_reduction`
-  avoids both; stage 0 does not have it and lets the caller own the boundary instead.
-- ZeRO averages gradients over ranks: losses that are sums over the global batch are scaled by the world size.
-- `deepspeed.init_distributed` builds the shm_comm op with g++ and maps /dev/shm: it is switched off.
-- The default of gradient_clipping is 1.0 since 0.19; it is always written out.
-- `load_checkpoint` without a tag reads `latest`, whatever is complete: a tag is always given.
+One optimizer step may sum several losses and is exact on every ZeRO stage. Problems of DeepSpeed that are worked
+around here (tests/dist/test_deepspeed_quirks.py reproduces the first one, and the 0-dim parameters that models/clip.py
+avoids; tests/dist/test_zero_parity.py checks the result of all):
+- Under ZeRO-3, a parameter whose first gradient of a step comes in a later backward accumulates onto the gradient of
+  the previous step. Under ZeRO-2, several backwards reduce in an order that must match over ranks.
+  `coalesce_grad_reduction` avoids both. Stage 0 does not have it; there the caller decides when accumulation ends.
+- ZeRO averages gradients over ranks. Losses here are sums over the global batch, so they are multiplied by the world
+  size.
+- `deepspeed.init_distributed` compiles the op shm_comm with g++ and maps /dev/shm. It is switched off.
+- The default of gradient_clipping is 1.0 since 0.19. It is always set explicitly.
+- `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# A clipping threshold that never clips. With 0, DeepSpeed does not compute the gradient norm either.
 UNCLIPPED = 1e30
-"""A clipping threshold that never clips: with 0 DeepSpeed does not compute the norm either."""
 
 
 class NonFiniteNorm(RuntimeError):
-    """Raised before stage 0 updates; ZeRO's own optimizers skip such a step by themselves."""
+    """Raised before the update of ZeRO stage 0; the optimizers of stages 1 to 3 skip such a step themselves."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: ranks of the job, and the device it computes on."""
+    """Rank, world size and device of this process."""
 
     rank: int
     world_size: int
@@ -46,7 +48,7 @@ class Runtime:
 
 
 def import_deepspeed() -> Any:
-    """deepspeed without its chatter and without the op that needs a compiler."""
+    """Import deepspeed without its log output and without the op that needs a compiler."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -59,7 +61,10 @@ def import_deepspeed() -> Any:
 
 
 def start(timeout_minutes: float = 30) -> Runtime:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe."""
+    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Without these variables it is a group of one process. `timeout_minutes` is the limit of a collective.
+    """
     deepspeed = import_deepspeed()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
@@ -67,7 +72,10 @@ def start(timeout_minutes: float = 30) -> Runtime:
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0" if world == 1 else "29500"),  # 0: any free one, so that two runs do not meet
+        (
+            "MASTER_PORT",
+            "0" if world == 1 else "29500",
+        ),  # 0: any free port, so that two runs do not share one
     ):
         os.environ.setdefault(key, value)
     cuda = torch.cuda.is_available()
@@ -92,19 +100,22 @@ def stop() -> None:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors, scalars, norms, biases and single learned tokens do not."""
+    """Parameter groups for AdamW: matrices decay; vectors, scalars, norms, biases and single learned tokens do not.
+
+    A matrix has at least two sides longer than 1.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            wide = [side for side in parameter.shape if side > 1]
-            (matrices if len(wide) >= 2 else others).append(parameter)
+            long_sides = [side for side in parameter.shape if side > 1]
+            (matrices if len(long_sides) >= 2 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 class Engine:
-    """A model under DeepSpeed: call it for the forward, `backward` inside `accumulate`, then `step`."""
+    """A model under DeepSpeed: call it for the forward, call `backward` inside `accumulate`, then `step`."""
 
     def __init__(
         self,
@@ -149,7 +160,7 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """One optimizer step's backwards; gradients are reduced once, in parameter order, at the end."""
+        """Context of the backward passes of one optimizer step. Gradients are reduced once, at its end."""
         if self.zero == 0:
             yield
             return
@@ -157,13 +168,16 @@ class Engine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """`loss`: this rank's part of a sum over all ranks; DeepSpeed's mean over ranks is undone here."""
+        """Backward pass of `loss`, this rank's part of a sum over all ranks.
+
+        DeepSpeed averages over ranks, so the loss is multiplied by the world size.
+        """
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, rate: float) -> float | None:
-        """Clip, update with learning rate `rate`, and return the gradient norm before clipping.
+        """Clip, update with learning rate `rate`, and return the global gradient norm before clipping.
 
-        None, and no update on any rank, when the norm is not finite.
+        If the norm is not finite, returns None and no rank updates.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -181,11 +195,11 @@ class Engine:
             raise NonFiniteNorm
 
     def save(self, folder: Path, tag: str) -> None:
-        """Every rank's files of DeepSpeed's own layout into `folder/tag`; collective."""
+        """Write a checkpoint in DeepSpeed's layout into `folder/tag`, without frozen parameters. Collective."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Weights and optimizer state of `folder/tag`; collective. Frozen parameters are not in it."""
+        """Load weights and optimizer state from `folder/tag`, which holds no frozen parameters. Collective."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")

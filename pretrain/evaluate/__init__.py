@@ -1,1 +1,1 @@
-"""Held-out figures of a model: zero-shot classification and negative log-likelihood a token."""
+"""Held-out evaluation of a model: zero-shot classification, and negative log-likelihood per token."""

@@ -1,4 +1,4 @@
-"""One pass over a held-out source in manifest order; each rank takes its slice of every batch."""
+"""One pass over a held-out source in manifest order, split over ranks; left-out samples are counted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from pretrain.objectives.device_batch import DeviceBatch, to_device
 from pretrain.recipe.data import Image
 
 
-def passes(
+def rank_slices(
     builder: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
 ) -> Iterator[tuple[DeviceBatch, Batch]]:
-    """Slices of this rank, the same number on every rank, so that ZeRO-3 stays in lock-step."""
+    """This rank's slice of every batch, on the device and as the loader's Batch.
+
+    Every rank gets the same number of slices, because the forwards of ZeRO-3 are collective.
+    """
     for number in range(len(builder)):
         start = runtime.rank * spec.largest // runtime.world_size
         stop = (runtime.rank + 1) * spec.largest // runtime.world_size
@@ -26,25 +29,25 @@ def passes(
         yield to_device(batch, image, runtime.device), batch
 
 
-def unusable(batch: Batch) -> int:
-    """Samples of a held-out batch that were left out because of their content."""
+def count_unusable(batch: Batch) -> int:
+    """Number of samples of a held-out batch that were left out because of their content."""
     return sum(sum(reasons.values()) for reasons in batch.skipped.values())
 
 
-def tell_left_out(path: str, counted: float, left_out: float, runtime: Runtime) -> None:
-    """Nothing is left out in silence, and a figure of no sample at all is none: UserError."""
+def report_left_out(path: str, counted: float, left_out: float, runtime: Runtime) -> None:
+    """Print on rank 0 how many samples were left out. Raises UserError if nothing was `counted`."""
     if not counted:
         raise UserError(
-            f"eval: {path}: not one usable sample ({left_out:.0f} unusable); look at it: dromos data show {path}"
+            f"eval: {path}: no usable sample ({left_out:.0f} unusable); inspect it with: dromos data show {path}"
         )
     if left_out and runtime.rank == 0:
         print(f"dromos: evaluation of {path}: {left_out:.0f} unusable samples were left out", flush=True)
 
 
 def shuffled_images(rows: DeviceBatch) -> DeviceBatch:
-    """The same captions, each with the image of another row: rolled by one among the rows that count."""
+    """The same captions, each with the image of another row: images are rolled by one among rows of weight > 0."""
     assert rows.images is not None
     order = torch.arange(len(rows), device=rows.tokens.device)
-    counted = torch.nonzero(rows.weights > 0)[:, 0]
-    order[counted] = torch.roll(counted, 1)
+    used_rows = torch.nonzero(rows.weights > 0)[:, 0]
+    order[used_rows] = torch.roll(used_rows, 1)
     return replace(rows, images=rows.images[order])

@@ -1,4 +1,4 @@
-"""All held-out figures that a stage asks for, in training or on weights at an address."""
+"""All held-out figures of a stage: during training, and for trained weights at an address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.recipe.data import Stream
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import Evaluation, TrainStage
 
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+SINGLE_PROCESS = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def evaluate(
@@ -30,37 +30,40 @@ def evaluate(
     stage: TrainStage,
     tokenizer: Tokenizer,
     runtime: Runtime,
-    wanted: Evaluation | None = None,
+    evaluation: Evaluation | None = None,
     shuffle: bool = False,
 ) -> dict[str, Any]:
-    """`{"zero_shot": {name: {...}}, "perplexity": {name: nll}, "perplexity_shuffled": {name: nll}}`.
+    """`{"zero_shot": {name: {...}}, "perplexity": {name: nll}, "perplexity_shuffled": {name: nll}}`. Collective.
 
-    Caption figures are left out for a model without a tower. `shuffle` adds the captions' figures with the
-    images shuffled between samples.
+    `evaluation` is by default the stage's own. A model without a vision tower skips sources with images. `shuffle`
+    adds the caption NLL with images shuffled between samples.
     """
-    wanted = wanted or stage.eval
+    evaluation = evaluation or stage.eval
     cache = cache_settings(stage)
     figures: dict[str, Any] = {}
     if isinstance(objective, Flip):
         stream = stage.data[main_stream(stage)]
-        for name, task in wanted.zero_shot.items():
-            found = classify(forward, task, stream, tokenizer, wanted.batch, runtime, cache)
-            figures.setdefault("zero_shot", {})[name] = found
+        for name, task in evaluation.zero_shot.items():
+            result = classify(forward, task, stream, tokenizer, evaluation.batch, runtime, cache)
+            figures.setdefault("zero_shot", {})[name] = result
         return figures
-    for name, held in wanted.perplexity.items():
+    for name, held in evaluation.perplexity.items():
         settings = stage.data.get(held.stream) if held.stream else None
         if held.stream and (settings is None or objective.tower is None):
             continue
-        nll = token_nll(objective, forward, held, settings, wanted.batch, runtime, cache=cache)
+        nll = token_nll(objective, forward, held, settings, evaluation.batch, runtime, cache=cache)
         figures.setdefault("perplexity", {})[name] = nll
         if shuffle and settings is not None:
-            mixed = token_nll(objective, forward, held, settings, wanted.batch, runtime, True, cache)
-            figures.setdefault("perplexity_shuffled", {})[name] = mixed
+            shuffled = token_nll(objective, forward, held, settings, evaluation.batch, runtime, True, cache)
+            figures.setdefault("perplexity_shuffled", {})[name] = shuffled
     return figures
 
 
 def check_held_out(objective: Any, stage: TrainStage) -> None:
-    """Open every held-out source that the stage will ask for: a wrong path costs nothing now, the run later."""
+    """Open every held-out source of the stage, so that a wrong path fails before the training and not after it.
+
+    Raises UserError that names the path.
+    """
     cache = cache_settings(stage)
     tasks: list[tuple[Any, Stream | None]] = []
     if isinstance(objective, Flip):
@@ -71,18 +74,18 @@ def check_held_out(objective: Any, stage: TrainStage) -> None:
             settings = stage.data.get(held.stream) if held.stream else None
             if not held.stream or (settings is not None and objective.tower is not None):
                 tasks.append((held, settings))
-    for task, given in tasks:
+    for task, settings in tasks:
         try:
             with closing(
-                EvaluationPass(evaluation_spec("held_out", task, given, stage.eval.batch), cache=cache)
+                EvaluationPass(evaluation_spec("held_out", task, settings, stage.eval.batch), cache=cache)
             ) as builder:
                 builder.check()
         except UserError as error:
             raise UserError(f"eval: {task.path}: {error}") from None
 
 
-def flat(figures: dict[str, Any]) -> dict[str, float]:
-    """Scalars by name for metrics.jsonl: `zero_shot/digits/top1`, `perplexity/text/nll`."""
+def flat_scalars(figures: dict[str, Any]) -> dict[str, float]:
+    """The scalars of `evaluate` by their names in metrics.jsonl: `zero_shot/digits/top1`, `perplexity/text/nll`."""
     scalars = {f"zero_shot/{k}/top1": v["top1"] for k, v in figures.get("zero_shot", {}).items()}
     for key in ("perplexity", "perplexity_shuffled"):
         scalars |= {f"{key}/{name}/nll": nll for name, nll in figures.get(key, {}).items()}
@@ -90,9 +93,11 @@ def flat(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def evaluate_weights(address: str, shuffle: bool = False) -> dict[str, Any]:
-    """What the stage that made the weights asks for in `eval`; `shuffle` as in `suite.evaluate`.
+    """Evaluate the weights at `address` as the `eval` section of their stage says; `shuffle` as in `evaluate`.
 
-    Raises UserError when the address is no stage of a run, or has not finished.
+    Raises UserError if the address is not a stage of a run, or if the stage has not finished.
     """
     objective, stage = load_trained(address)
-    return evaluate(objective, objective.model, stage, stage_tokenizer(stage), ALONE, shuffle=shuffle)
+    return evaluate(
+        objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, shuffle=shuffle
+    )

@@ -1,4 +1,4 @@
-"""Zero-shot classification: images against the mean of a class's prompts (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification with prompt ensembles (Radford et al. 2021, section 3.1)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Runtime
-from pretrain.evaluate.held_out import passes, tell_left_out, unusable
+from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out
 from pretrain.objectives.base import Forward
 from pretrain.recipe.data import Stream
 from pretrain.recipe.schema import ZeroShot
 
 
 def classifier(
-    forward: Forward, wanted: ZeroShot, tokenizer: Tokenizer, length: int, device: torch.device
+    forward: Forward, task: ZeroShot, tokenizer: Tokenizer, length: int, device: torch.device
 ) -> Tensor:
-    """`[classes, embed]`: the normalised mean of the normalised text features of each class's prompts."""
+    """Class weights `[classes, embed]`: the normalised mean of the normalised text features of a class's prompts."""
     weights = []
-    for name in wanted.classes.values():
-        prompts = [caption_row(tokenizer, template.format(name), length)[0] for template in wanted.templates]
+    for name in task.classes.values():
+        prompts = [caption_row(tokenizer, template.format(name), length)[0] for template in task.templates]
         features = forward(tokens=torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device))["text"]
         weights.append(F.normalize(features.mean(dim=0), dim=0))
     return torch.stack(weights)
@@ -37,42 +37,46 @@ def classifier(
 
 def classify(
     forward: Forward,
-    wanted: ZeroShot,
+    task: ZeroShot,
     stream: Stream,
     tokenizer: Tokenizer,
     batch: int,
     runtime: Runtime,
     cache: CacheSettings | None = None,
 ) -> dict[str, Any]:
-    """`{"top1", "samples", "classes", "confusion"}`; confusion `[true][predicted]` in counts."""
+    """Classify a held-out source: `{"top1", "samples", "classes", "confusion"}`. Collective.
+
+    top1: fraction of correct samples; classes: names; confusion: `[true][predicted]` counts. `stream` has the image
+    and text settings; `batch`: rows over all ranks. Raises UserError for a label that is not in `task.classes`.
+    """
     assert stream.text is not None
-    spec = evaluation_spec("held_out", wanted, stream, batch)
-    labels = {label: number for number, label in enumerate(wanted.classes)}
+    spec = evaluation_spec("held_out", task, stream, batch)
+    labels = {label: number for number, label in enumerate(task.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
     with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as builder:
-        weights = classifier(forward, wanted, tokenizer, stream.text.length, runtime.device)
-        for rows, made in passes(builder, spec, stream.image, runtime):
-            left_out += unusable(made)
+        weights = classifier(forward, task, tokenizer, stream.text.length, runtime.device)
+        for rows, host_batch in rank_slices(builder, spec, stream.image, runtime):
+            left_out += count_unusable(host_batch)
             predicted = (forward(images=rows.images)["image"].float() @ weights.float().T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):
-                if made.weights[row] == 0:
+                if host_batch.weights[row] == 0:
                     continue
-                member = (made.meta[row]["json"] if made.meta else None) or {}
-                label = str(member.get(wanted.label))
+                member = (host_batch.meta[row]["json"] if host_batch.meta else None) or {}
+                label = str(member.get(task.label))
                 if label not in labels:
-                    key = made.meta[row]["key"] if made.meta else row
+                    key = host_batch.meta[row]["key"] if host_batch.meta else row
                     raise UserError(
-                        f"eval.zero_shot: {wanted.path}: sample {key}: json member says {wanted.label}={label!r}, "
-                        f"which is none of eval.zero_shot classes ({', '.join(labels)})"
+                        f"eval.zero_shot: {task.path}: sample {key}: the json member has {task.label}={label!r}, "
+                        f"which is not in eval.zero_shot classes ({', '.join(labels)})"
                     )
                 confusion[labels[label], choice] += 1
     counts = all_sum(confusion)
     samples = int(counts.sum().item())
-    tell_left_out(wanted.path, samples, float(all_sum(left_out)), runtime)
+    report_left_out(task.path, samples, float(all_sum(left_out)), runtime)
     return {
         "top1": counts.diagonal().sum().item() / samples,
         "samples": samples,
-        "classes": list(wanted.classes.values()),
+        "classes": list(task.classes.values()),
         "confusion": [[int(n) for n in row] for row in counts.tolist()],
     }

@@ -1,4 +1,4 @@
-"""Tokenizer files with the right post-processor."""
+"""Tensors and tokenizer files of an exported folder; the tokenizer adds the tokens that training added."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pretrain.recipe.schema import TrainStage
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file."""
     from safetensors.torch import save_file
 
     save_file(
@@ -24,10 +25,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_tokenizer(stage: TrainStage, folder: Path, end: bool) -> None:
-    """The tokenizer's files; `end`: whether encoding adds the end token, as a contrastive text tower wants it."""
+    """Copy the stage's tokenizer files into `folder`, with a post-processor that adds the start token.
+
+    `end`: also add the end token, as a contrastive text tower needs it. Writes nothing for clip-bpe.
+    """
     tokenizer = stage_tokenizer(stage)
     source = Path(tokenizer_name(stage))
-    if not source.exists():  # clip-bpe: open_clip brings its own
+    if not source.exists():  # clip-bpe is a part of open_clip
         return
     source = source if source.is_dir() else source.parent
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -35,14 +39,14 @@ def write_tokenizer(stage: TrainStage, folder: Path, end: bool) -> None:
             shutil.copyfile(source / name, folder / name)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    words = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
-    content["post_processor"] = _template(words[tokenizer.start_id], tokenizer.start_id,
-                                          words[tokenizer.end_id], tokenizer.end_id, end)  # fmt: skip
+    names = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
+    content["post_processor"] = _template(names[tokenizer.start_id], tokenizer.start_id,
+                                          names[tokenizer.end_id], tokenizer.end_id, end)  # fmt: skip
     path.write_text(json.dumps(content, ensure_ascii=False))
 
 
 def _template(start: str, start_id: int, end: str, end_id: int, add_end: bool) -> dict[str, Any]:
-    """A TemplateProcessing step: start token, text and, if asked, end token."""
+    """The TemplateProcessing step of tokenizer.json: start token, text and, with `add_end`, end token."""
     parts = [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     specials = {start: {"id": start, "ids": [start_id], "tokens": [start]}}
     if add_end:

@@ -1,4 +1,4 @@
-"""A folder that transformers loads."""
+"""Writes a language model as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pretrain.recipe.schema import TrainStage
 
 
 def write_transformers(objective: Any, stage: TrainStage, folder: Path) -> None:
+    """Write the language model, its tokenizer, and all other tensors as multimodal.safetensors."""
     llm: Any = objective.model.llm
     llm.save_pretrained(folder)
-    rest = {name: t for name, t in objective.model.state_dict().items() if not name.startswith("llm.")}
+    others = {name: t for name, t in objective.model.state_dict().items() if not name.startswith("llm.")}
     if objective.tower is not None:
-        rest |= {f"vision.0.{name}": t for name, t in objective.tower.visual.state_dict().items()}
-    if rest:
-        save_tensors(folder / "multimodal.safetensors", rest)
+        others |= {f"vision.0.{name}": t for name, t in objective.tower.visual.state_dict().items()}
+    if others:
+        save_tensors(folder / "multimodal.safetensors", others)
     write_tokenizer(stage, folder, end=False)

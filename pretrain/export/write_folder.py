@@ -1,4 +1,4 @@
-"""Trained weights as a folder that other libraries load unaided: open_clip for FLIP, transformers for LLMs."""
+"""`dromos export`: trained weights as a folder that another library loads: open_clip (FLIP) or transformers (LLMs)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ FORMATS = ("open_clip", "transformers")
 
 
 def export(address: str, format: str, out: str | Path) -> Path:
-    """Write the weights at `address` to the new folder `out`; it appears only when complete.
+    """Write the weights at `address` to the new folder `out`, which appears only when complete.
 
     `open_clip`: `open_clip.create_model_and_transforms("local-dir:OUT")` and `get_tokenizer` load it.
     `transformers`: `AutoModelForCausalLM.from_pretrained(OUT)` and `AutoTokenizer` load it; projector, image
-    delimiters and the frozen tower lie beside it in `multimodal.safetensors`.
-    Raises UserError for an unknown format, weights that are not of that kind, or a folder that exists.
+    delimiters and the frozen tower are in its file `multimodal.safetensors`.
+    Raises UserError for an unknown format, weights of another kind, or a folder that exists.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose {' or '.join(FORMATS)}")
     target = Path(out)
     if target.exists():
-        raise UserError(f"{target} exists already: choose another --out, or remove it")
+        raise UserError(f"{target} already exists: choose another --out, or remove it")
     objective, stage = load_trained(address)
     flip = isinstance(objective, Flip)
     if flip != (format == "open_clip"):
-        right = FORMATS[0] if flip else FORMATS[1]
-        raise UserError(f"{address} holds a {stage.objective.kind} model: use --format {right}")
+        valid = FORMATS[0] if flip else FORMATS[1]
+        raise UserError(f"{address} holds a {stage.objective.kind} model: use --format {valid}")
     write = write_open_clip if flip else write_transformers
     with new_folder(target, needed=0) as partial:
         write(objective, stage, partial)

@@ -1,4 +1,4 @@
-"""The exact global contrastive loss: local rows against the features of all ranks, gradient through the gather."""
+"""Exact global contrastive loss: local rows against the features of all ranks, with gradients through the gather."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.distributed.collectives import rank, world_size
 
+# Largest number of elements of one block of logits. More rows are processed in chunks, whose logits are recomputed in
+# the backward pass.
 LOGITS_PER_CHUNK = 1 << 24
-"""Most elements of one block of logits; more rows than fit are processed in chunks and recomputed backward."""
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate every rank's rows; backward sums the gradients of all ranks and keeps the local rows.
+    """Concatenates the rows of all ranks. The backward sums the gradients of all ranks and returns the local rows.
 
-    All-reduce and slice rather than reduce-scatter, which gloo does not have.
+    It uses all-reduce and a slice instead of reduce-scatter, which gloo does not have.
     """
 
     @staticmethod
@@ -35,7 +36,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(local: Tensor) -> Tensor:
-    """`[rows, ...]` of every rank as `[world * rows, ...]`, in rank order; differentiable.
+    """Concatenate `[rows, ...]` of every rank to `[world_size * rows, ...]`, in rank order; differentiable.
 
     Every rank must hold the same number of rows.
     """
@@ -45,13 +46,16 @@ def gather_rows(local: Tensor) -> Tensor:
 def _row_losses(
     queries: Tensor, keys: Tensor, scale: Tensor, query_ids: Tensor, key_ids: Tensor, positives: Tensor
 ) -> Tensor:
-    """`-log softmax` of each query's positive among the keys, fp32 `[rows]`; a twin of the query is no negative."""
+    """Cross-entropy of each query's positive among the keys, fp32 `[rows]`.
+
+    Keys with the sample id of the query are not negatives. `positives`: index of each query's positive key.
+    """
     logits = scale.float() * (queries.float() @ keys.float().T)
-    twins = query_ids[:, None] == key_ids[None, :]
-    twins[torch.arange(len(queries), device=queries.device), positives] = False
-    logits = logits.masked_fill(twins, float("-inf"))
-    right = logits.gather(1, positives[:, None])[:, 0]
-    return torch.logsumexp(logits, dim=1) - right
+    same_sample = query_ids[:, None] == key_ids[None, :]
+    same_sample[torch.arange(len(queries), device=queries.device), positives] = False
+    logits = logits.masked_fill(same_sample, float("-inf"))
+    positive_logits = logits.gather(1, positives[:, None])[:, 0]
+    return torch.logsumexp(logits, dim=1) - positive_logits
 
 
 def contrastive(
@@ -60,9 +64,11 @@ def contrastive(
     """Sum over the local rows of the symmetric InfoNCE loss, a 0-dim fp32 tensor.
 
     `image`, `text`: L2-normalised features `[rows, width]` of this rank. `logit_scale`: the factor itself (already
-    exponentiated), one element. `sample_ids`: int64 `[rows]`; rows of the global batch that show the same sample
-    are not negatives of each other. Divide by the global batch for the mean over rows; with a mean over ranks
-    (DeepSpeed's), multiply by the world size. Log-sum-exp in fp32 (Radford et al. 2021; FLIP, Li et al. 2023).
+    exponentiated), one element. `sample_ids`: int64 `[rows]`; rows of the global batch with the same sample id are
+    not negatives of each other. `block`: largest number of logits in memory at once. Every rank must hold the same
+    number of rows. Divide the result by the rows of the global batch for the mean over rows; if the engine averages
+    gradients over ranks, as DeepSpeed does, also multiply by the world size. Log-sum-exp is in fp32 (Radford et al.
+    2021; FLIP, Li et al. 2023).
     """
     rows = image.shape[0]
     if world_size() == 1:
@@ -79,18 +85,20 @@ def contrastive(
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         for queries, keys in ((image, all_text), (text, all_image)):
-            given = (queries[part], keys, logit_scale, sample_ids[part], all_ids, positives[part])
+            arguments = (queries[part], keys, logit_scale, sample_ids[part], all_ids, positives[part])
             losses = (
-                _row_losses(*given) if chunk == rows else checkpoint(_row_losses, *given, use_reentrant=False)
+                _row_losses(*arguments)
+                if chunk == rows
+                else checkpoint(_row_losses, *arguments, use_reentrant=False)
             )
             total = total + losses.sum()
     return total / 2
 
 
 def repeated_caption_floor(caption_keys: Tensor) -> Tensor:
-    """The least loss that repeated captions allow: mean over all rows of ln(rows in the batch with that caption).
+    """Lower bound of the loss due to repeated captions: mean over all rows of ln(rows with the same caption).
 
-    `caption_keys`: int64 `[rows]` of this rank, equal for equal captions.
+    `caption_keys`: int64 `[rows]` of this rank, equal for equal captions. The result is over all ranks, in nats.
     """
     keys = caption_keys
     if world_size() > 1:

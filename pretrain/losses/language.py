@@ -1,4 +1,4 @@
-"""Next-token losses as sums, so that the caller divides by a count taken over all ranks."""
+"""Next-token losses as sums per row; the caller divides by a count over all ranks."""
 
 from __future__ import annotations
 
@@ -19,5 +19,8 @@ def next_token_nll(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def valid_targets(used: Tensor, length: int) -> Tensor:
-    """Bool `[rows, length - 1]`: target i is token i + 1 of the row, valid while it is not padding."""
+    """Mask of the targets that are not padding, bool `[rows, length - 1]`; target i is token i + 1 of the row.
+
+    `used`: int64 `[rows]`, tokens before padding.
+    """
     return torch.arange(1, length, device=used.device)[None, :] < used[:, None]

@@ -1,4 +1,4 @@
-"""open_clip's two towers with patches chosen outside: what a recipe's `model` section becomes, and its config file."""
+"""Two-tower contrastive models: open_clip's towers with the patch mask as an argument, and their config."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.recipe.data import Image, Text
 from pretrain.recipe.schema import Model, Vision
 
-MAX_SCALE = 100.0
+MAX_SCALE = 100.0  # upper limit of the logit scale in the forward, as in FLIP and CLIP
 
 
 class KeptPatches(nn.Module):
-    """Stands where open_clip drops patches at random: keeps those it is told to, and the class token.
+    """Replaces open_clip's random patch dropout: keeps the class token and the patches in `keep`.
 
-    Positions are already added, as in FLIP: the tower only ever sees the kept tokens.
+    It runs after position embeddings are added, as in FLIP, so the transformer processes only the kept tokens.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class KeptPatches(nn.Module):
 
 
 class Clip(open_clip.CLIP):
-    """open_clip's CLIP with masks as an argument and the temperature clamped inside the forward.
+    """open_clip's CLIP with the patch mask as an argument and the logit scale clamped inside the forward.
 
-    `logit_scale` has shape [1] while it trains: DeepSpeed cannot broadcast a 0-dim parameter.
+    `logit_scale` has shape [1] during training, because DeepSpeed cannot broadcast a 0-dim parameter.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -49,17 +49,18 @@ class Clip(open_clip.CLIP):
 
     @property
     def patches(self) -> int:
+        """Number of patches per image."""
         grid = self.visual.grid_size
         return grid[0] * grid[1]
 
     def forward(
         self, images: Tensor | None = None, tokens: Tensor | None = None, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Normalised features and the scale, 1..100, as FLIP clips it.
+        """L2-normalised features `image` and `text` `[rows, embed]`, and `scale` `[1]`, between 1 and 100.
 
         `images`: float `[rows, 3, size, size]`, normalised. `tokens`: int64 `[rows, length]`. `keep`: int64
-        `[rows, kept]`, the patches that the tower sees; None: all. Returns `image` and `text` `[rows, embed]` and
-        `scale` [1].
+        `[rows, kept]`, indices of the patches that the tower receives; None: all. Without `images` or `tokens`, that
+        feature is absent.
         """
         out = {"scale": self.logit_scale.clamp(0, torch.log(torch.tensor(MAX_SCALE)).item()).exp()}
         if images is not None:
@@ -72,13 +73,18 @@ class Clip(open_clip.CLIP):
 
 
 def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
-    """The recipe's tower as open_clip's `vision_cfg`."""
+    """open_clip's `vision_cfg` of a recipe's vision tower. `image_size` is in pixels.
+
+    Raises UserError for an unknown `arch`, missing sizes, or a patch that does not divide the image.
+    """
     config: dict[str, Any] = {}
     if tower.arch:
         name = tower.arch.removeprefix("open_clip://")
         known = open_clip.get_model_config(name)
         if known is None:
-            raise UserError(f"model.vision.arch: open_clip knows no {name!r}; see open_clip.list_models()")
+            raise UserError(
+                f"model.vision.arch: open_clip has no architecture {name!r}; see open_clip.list_models()"
+            )
         config = dict(known["vision_cfg"])
     for key, value in (("width", tower.width), ("layers", tower.layers), ("patch_size", tower.patch)):
         if value is not None:
@@ -103,24 +109,24 @@ def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
 
 
 def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The `model_cfg` of open_clip for a recipe's `model` section."""
+    """open_clip's `model_cfg` of a recipe's `model` section."""
     if not model.vision or len(model.vision) != 1 or model.text is None:
         raise UserError("model: the flip objective needs one vision tower and `text: {width, heads, layers}`")
-    tower, words = model.vision[0], model.text
+    tower, text_tower = model.vision[0], model.text
     embed = model.embed
     if embed is None and tower.arch:
-        known = open_clip.get_model_config(tower.arch.removeprefix("open_clip://"))
-        embed = known["embed_dim"] if known else None
+        arch_config = open_clip.get_model_config(tower.arch.removeprefix("open_clip://"))
+        embed = arch_config["embed_dim"] if arch_config else None
     return {
-        "embed_dim": embed or words.width,
+        "embed_dim": embed or text_tower.width,
         "vision_cfg": vision_config(tower, image.size),
         "text_cfg": {
             "context_length": text.length,
             "vocab_size": tokenizer.vocab_size,
-            "width": words.width,
-            "heads": words.heads,
-            "layers": words.layers,
-            "no_causal_mask": not words.causal,
+            "width": text_tower.width,
+            "heads": text_tower.heads,
+            "layers": text_tower.layers,
+            "no_causal_mask": not text_tower.causal,
             "pad_id": tokenizer.pad_id,
             "pool_type": "eos",
             "eos_id": tokenizer.end_id,
@@ -130,10 +136,10 @@ def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) ->
 
 def open_clip_config(config: dict[str, Any], image: Image) -> dict[str, Any]:
     """The content of `open_clip_config.json` for an exported folder."""
-    shown = {
+    preprocessing = {
         "mean": list(image.mean),
         "std": list(image.std),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    return {"model_cfg": config, "preprocess_cfg": {"size": image.size, "mode": "RGB", **shown}}
+    return {"model_cfg": config, "preprocess_cfg": {"size": image.size, "mode": "RGB", **preprocessing}}

@@ -1,4 +1,4 @@
-"""Patch masks by integer hash of (row key, patch): the same bits on any rank and any device."""
+"""Patch masks by integer hash of (row key, patch): the same bits on every rank and device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from data_pipeline.hashing import Purpose
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit constant: torch has no arithmetic on uint64."""
+    """The int64 with the bits of an unsigned 64-bit constant; torch has no uint64 arithmetic."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical, not arithmetic, shift of int64."""
+    """Logical right shift of an int64 tensor (torch's >> is arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -25,7 +25,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def hash64(*parts: Tensor | int) -> Tensor:
-    """`data_pipeline.hashing.hash64` on int64 tensors (two's complement of its uint64), any device."""
+    """`data_pipeline.hashing.hash64` on int64 tensors of any device; the int64 has the bits of the uint64."""
     state = torch.tensor(_signed(0x9E3779B97F4A7C15))
     for part in parts:
         state = _mix64(state * _signed(0xD1342543DE82EF95) + part)
@@ -33,14 +33,15 @@ def hash64(*parts: Tensor | int) -> Tensor:
 
 
 def patches_kept(patches: int, ratio: float) -> int:
-    """int(L (1 - ratio)), at least one, as FLIP's random_mask."""
+    """Number of patches that remain: int(patches * (1 - ratio)), at least 1, as in FLIP's random_mask."""
     return max(1, int(patches * (1 - ratio)))
 
 
 def keep_patches(row_keys: Tensor, patches: int, ratio: float) -> Tensor | None:
-    """Indices of the patches each row keeps, int64 `[rows, kept]` ascending; None when none is masked.
+    """Indices of the patches that each row keeps, int64 `[rows, kept]`, ascending; None for ratio 0.
 
-    `row_keys`: int64 `[rows]`. The patches with the least noise stay (FLIP, section 3.1).
+    `row_keys`: int64 `[rows]`. `ratio`: fraction of masked patches. Each patch gets a hash as noise, and the patches
+    with the smallest noise are kept (FLIP, section 3.1).
     """
     if ratio == 0:
         return None

@@ -1,4 +1,4 @@
-"""A language model that reads visual tokens: projector, image delimiters, and the next-token loss over captions."""
+"""A language model with visual tokens in its input: projector, image delimiters, next-token loss, greedy decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.losses.language import next_token_nll, valid_targets
 
 
 class Projector(nn.Sequential):
-    """Linear and LayerNorm from the towers' width to the language model's (SPHINX)."""
+    """Linear layer and LayerNorm from the width of the towers to that of the language model (SPHINX)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden))
@@ -20,12 +20,13 @@ class Projector(nn.Sequential):
 class Multimodal(nn.Module):
     """SPHINX's language model: `[start token][start_image][visual tokens][end_image][text]`.
 
-    Without `tower_width` it is a plain language model: no projector, no delimiters, no image.
+    `tower_width` is the width of the visual tokens. With None it is a plain language model for text: it has no
+    projector and no delimiters.
     """
 
     def __init__(self, llm: Any, tower_width: int | None) -> None:
         super().__init__()
-        self.llm = llm  # a transformers model, whose parts torch.nn.Module does not declare
+        self.llm = llm  # Any: its methods are those of transformers, not of torch.nn.Module
         hidden = llm.config.hidden_size
         self.projector: Projector | None = None
         if tower_width is not None:
@@ -35,24 +36,27 @@ class Multimodal(nn.Module):
             self.end_image = nn.Parameter(torch.randn(1, 1, hidden) * std)
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings `[rows, length (+ visual + 2), hidden]`; visual ones stand after the start token."""
-        words = self.llm.get_input_embeddings()(tokens)
+        """Input embeddings `[rows, length, hidden]`; with `features`, `[rows, length + visual + 2, hidden]`.
+
+        The visual tokens and their two delimiters come after the start token.
+        """
+        text = self.llm.get_input_embeddings()(tokens)
         if features is None:
-            return words
+            return text
         assert self.projector is not None, "a batch with images needs a model with a tower"
         rows = len(tokens)
-        # Features take the language model's dtype: fp32 features would promote the whole sequence.
-        seen = self.projector(features.to(words.dtype))
-        delimiters = self.start_image.to(words.dtype), self.end_image.to(words.dtype)
+        # Cast to the language model's dtype: fp32 features would promote the whole sequence to fp32.
+        visual = self.projector(features.to(text.dtype))
+        delimiters = self.start_image.to(text.dtype), self.end_image.to(text.dtype)
         first, last = (part.expand(rows, -1, -1) for part in delimiters)
-        return torch.cat([words[:, :1], first, seen, last, words[:, 1:]], dim=1)
+        return torch.cat([text[:, :1], first, visual, last, text[:, 1:]], dim=1)
 
     def forward(self, tokens: Tensor, used: Tensor, features: Tensor | None = None) -> Tensor:
         """Summed negative log-likelihood of each row's tokens after the first, fp32 `[rows]`, in nats.
 
         `tokens`: int64 `[rows, length]`; `used`: int64 `[rows]`, tokens before padding; `features`:
-        `[rows, visual, width]` of frozen towers. Padding stands last, so the causal mask hides it from every
-        token that counts.
+        `[rows, visual, width]` of frozen towers. Padding is at the end of a row, so the causal mask hides it from all
+        other tokens and no attention mask is needed.
         """
         hidden = self._hidden(self.embed(tokens, features))
         prefix = 0 if features is None else features.shape[1] + 2
@@ -61,7 +65,7 @@ class Multimodal(nn.Module):
         return next_token_nll(logits, tokens[:, 1:], valid_targets(used, length))
 
     def next_logits(self, tokens: Tensor, features: Tensor | None = None) -> Tensor:
-        """Logits of the token after the last, `[rows, vocabulary]`; all rows are equally long."""
+        """Logits `[rows, vocabulary]` of the token after the last one; rows must have no padding."""
         return self.llm.get_output_embeddings()(self._hidden(self.embed(tokens, features))[:, -1])
 
     def _hidden(self, embedded: Tensor) -> Tensor:
@@ -70,7 +74,10 @@ class Multimodal(nn.Module):
 
 
 def new_llm(config: dict[str, Any], vocabulary: int, specials: dict[str, int]) -> nn.Module:
-    """A language model from a transformers config, fp32, initialised by transformers from torch's generator."""
+    """A new fp32 language model from a transformers config, initialised from torch's global random generator.
+
+    vocabulary: number of tokens; specials: token ids such as pad_token_id. `config` overrides both.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {"vocab_size": vocabulary, **specials, **config}
@@ -78,8 +85,11 @@ def new_llm(config: dict[str, Any], vocabulary: int, specials: dict[str, int]) -
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
 
 
-def greedy(model: Multimodal, start: int, end: int, features: Tensor, most: int) -> list[list[int]]:
-    """The most likely caption of each row token by token, without start and end tokens."""
+def greedy_captions(model: Multimodal, start: int, end: int, features: Tensor, most: int) -> list[list[int]]:
+    """Greedy captions of the images, at most `most` tokens each, without start and end tokens.
+
+    `features`: visual tokens `[rows, visual, width]`; `start` and `end`: token ids.
+    """
     rows = len(features)
     tokens = torch.full((rows, 1), start, dtype=torch.long, device=features.device)
     done = torch.zeros(rows, dtype=torch.bool, device=features.device)

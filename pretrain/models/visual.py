@@ -1,4 +1,4 @@
-"""Frozen vision towers as token extractors for a language model."""
+"""Frozen vision towers that turn images into tokens for a language model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class FrozenTower(nn.Module):
-    """Patch tokens of an open_clip vision transformer: eval mode for good, no gradient.
+    """An open_clip vision transformer without gradients, always in eval mode.
 
-    Tokens are the class token and all patches after the final norm, before the projection, as SPHINX takes
-    them from CLIP ViT (llama_ens.py of LLaMA2-Accessory).
+    Its tokens are the class token and all patch tokens, after the final norm and before the projection, as SPHINX uses
+    CLIP's ViT (llama_ens.py of LLaMA2-Accessory).
     """
 
     def __init__(self, visual: Any) -> None:
@@ -22,15 +22,17 @@ class FrozenTower(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenTower:
-        """Stays in eval mode: a frozen tower has nothing to train."""
+        """Does nothing: a frozen tower stays in eval mode when its parent is set to train mode."""
         return super().train(False)
 
     @property
     def width(self) -> int:
+        """Width of a token."""
         return int(self.visual.ln_post.normalized_shape[0])
 
     @property
     def tokens(self) -> int:
+        """Tokens per image: the class token and the patches."""
         grid = self.visual.grid_size
         return 1 + int(grid[0] * grid[1])
 

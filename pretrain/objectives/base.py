@@ -1,4 +1,4 @@
-"""The contract of an objective: which streams a step needs, and how their batches become losses."""
+"""The contract between the training loop and an objective: streams per step, loss counts, losses, figures."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from torch import Tensor, nn
 from data_pipeline.batches.spec import Batch
 from pretrain.objectives.device_batch import DeviceBatch
 
+# The model's forward: the engine in training, the module itself elsewhere.
 Forward = Callable[..., Any]
-"""The model's forward: the engine in training, the module itself elsewhere."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One micro-batch's loss: `total` is this rank's part of a sum over all ranks; `parts` are named scalars of it."""
+    """The loss of one micro-batch.
+
+    total: this rank's part of the sum over all ranks; the loop calls its backward.
+    parts: detached named scalars for metrics.jsonl, also parts of a sum over ranks.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """What the loop knows of a training objective."""
+    """A training objective: its model, and the conversion from batches to losses."""
 
     main: str
-    """The stream whose samples measure the length of the training."""
+    """Name of the stream whose samples measure the length of the training."""
 
     @property
     def model(self) -> nn.Module:
-        """What the engine trains."""
+        """The module that the engine trains."""
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """Streams of every step, in the order of their backwards: a function of the recipe alone."""
+        """Streams of every step in the order of their backward passes, which must be the same on every rank."""
 
     def count(self, stream: str, batch: Batch) -> float:
-        """This rank's part of the denominator of the stream's loss."""
+        """This rank's part of the denominator of the stream's loss: rows or tokens."""
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
-        """The loss of one micro-batch; `count` is the denominator summed over micro-batches and ranks."""
+        """The loss of one micro-batch; `count` is the denominator, summed over micro-batches and ranks."""
 
     def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
-        """Results of the step besides its losses, computed over all ranks; `batches` are this rank's by stream."""
+        """Other scalars of the step for metrics.jsonl, equal on all ranks; `batches` are this rank's, by stream."""
 
     def frozen(self) -> dict[str, Tensor]:
-        """Named tensors that this stage uses and does not train."""
+        """Named tensors that the stage uses but does not train; they go into frozen.safetensors."""
 
 
 def loss_tokens(batch: Batch) -> float:
-    """Tokens that a next-token loss counts: all but the first of each row, zero-weight rows left out."""
+    """Number of targets of a next-token loss: all tokens but the first of each row, without zero-weight rows."""
     return float(np.sum((batch.used.astype(np.int64) - 1).clip(min=0) * (batch.weights > 0)))

@@ -1,4 +1,4 @@
-"""A batch on the device: what the loader's arrays become before a model sees them."""
+"""`DeviceBatch`: the rows of one stream as tensors on the device, with normalised images."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class DeviceBatch:
     """Rows of one stream on one rank."""
 
     images: Tensor | None
-    """float32 `[rows, 3, size, size]`, normalised."""
+    """float32 `[rows, 3, size, size]`, normalised; None for text."""
     tokens: Tensor
     """int64 `[rows, length]`."""
     used: Tensor
-    """int64 `[rows]`, tokens before padding."""
+    """int64 `[rows]`, number of tokens before padding."""
     weights: Tensor
     """float32 `[rows]`; 0 for the padding rows of an evaluation."""
     sample_ids: Tensor
-    """int64 `[rows]`, equal for the same sample."""
+    """int64 `[rows]`, equal for rows of the same sample."""
     keys: Tensor
-    """int64 `[rows]`, the key of the row's randomness."""
+    """int64 `[rows]`, key of all random choices of the row."""
     longest: int
-    """Tokens of the longest row: columns from here on are padding."""
+    """Number of tokens of the longest row, at least 2; later columns are all padding."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def host_tensors(batch: Batch) -> dict[str, Tensor]:
-    """A batch's arrays in the types that `device_rows` takes; pixels stay uint8 and share the batch's memory."""
+    """A batch's arrays as tensors for `device_rows`; pixels stay uint8 and share the batch's memory."""
     tensors = {
         "tokens": torch.from_numpy(batch.tokens.astype(np.int64)),
         "used": torch.from_numpy(batch.used.astype(np.int64)),
@@ -51,7 +51,7 @@ def host_tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) -> DeviceBatch:
-    """Rows from a batch's tensors on the device; pixels are normalised there, from uint8."""
+    """Build a DeviceBatch from tensors that are on the device. uint8 pixels are normalised there."""
     images = None
     if "pixels" in moved and image is not None:
         device = moved["pixels"].device
@@ -67,6 +67,6 @@ def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) 
 
 
 def to_device(batch: Batch, image: Image | None, device: torch.device) -> DeviceBatch:
-    """Move a batch to `device` now."""
+    """Copy a batch to `device` synchronously and normalise its pixels."""
     moved = {name: tensor.to(device) for name, tensor in host_tensors(batch).items()}
     return device_rows(moved, batch, image)

@@ -1,4 +1,4 @@
-"""FLIP: contrastive learning of two towers from images most of whose patches are hidden (Li et al. 2023)."""
+"""FLIP (Li et al. 2023): contrastive training of an image and a text tower on masked images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.recipe.schema import TrainStage
 
 
 class Flip:
-    """Masked images against captions; the whole global batch gives the negatives."""
+    """Contrastive loss of masked images and captions; negatives come from the whole global batch."""
 
     def __init__(self, model: Clip, stage: TrainStage) -> None:
         self.model = model
@@ -45,6 +45,6 @@ class Flip:
 
 
 def caption_keys(batches: Sequence[Batch]) -> Tensor:
-    """An int64 a row, equal for equal captions."""
+    """int64 `[rows]` of all batches together, equal for equal captions."""
     keys = [xxhash.xxh64_intdigest(row.tobytes()) for batch in batches for row in batch.tokens]
     return torch.tensor([key - (1 << 64) if key >= 1 << 63 else key for key in keys], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""SPHINX (Lin et al. 2023): in every step plain text and captioned images, one token-mean loss each."""
+"""SPHINX (Lin et al. 2023): every step trains on text and on captioned images, one mean loss per token each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.recipe.schema import TrainStage
 
 
 class Sphinx:
-    """Text streams come first, then captions: the order is the same on every rank and in every step."""
+    """Next-token loss over text and captions. Text streams come first in every step, on every rank."""
 
     def __init__(self, model: Multimodal, tower: FrozenTower | None, stage: TrainStage) -> None:
         self.model, self.tower = model, tower
@@ -32,7 +32,7 @@ class Sphinx:
         return loss_tokens(batch)
 
     def features(self, rows: DeviceBatch) -> Tensor | None:
-        """Frozen visual tokens of the rows, or None for text."""
+        """Visual tokens `[rows, tokens, width]` of the frozen tower; None for text."""
         if rows.images is None:
             return None
         assert self.tower is not None, "an image stream needs model.vision"
@@ -40,7 +40,7 @@ class Sphinx:
             return self.tower(rows.images)
 
     def token_nll(self, forward: Forward, rows: DeviceBatch) -> Tensor:
-        """Summed negative log-likelihood of each row, `[rows]`; columns that are padding in every row are left out."""
+        """Summed negative log-likelihood of each row's tokens, `[rows]`, in nats; skips all-padding columns."""
         return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, features=self.features(rows))
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
@@ -52,7 +52,7 @@ class Sphinx:
         return {}
 
     def frozen(self) -> dict[str, Tensor]:
-        held = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        tensors = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
         if self.tower is not None:
-            held |= {f"vision.0.{name}": p.detach() for name, p in self.tower.visual.state_dict().items()}
-        return held
+            tensors |= {f"vision.0.{name}": p.detach() for name, p in self.tower.visual.state_dict().items()}
+        return tensors

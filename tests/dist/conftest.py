@@ -1,4 +1,4 @@
-"""Starts gloo ranks as processes of their own."""
+"""Starts gloo ranks, one process per rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 
 def run_ranks(module: str, jobs: Any, world: int, folder: Path, timeout: float = 240) -> str:
-    """Run `python -m module JOBS.json` as `world` ranks; returns rank 0's output, fails with the first bad rank's."""
+    """Run `python -m module JOBS.json` as `world` ranks; return rank 0's output, or fail with that of a failed rank."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     port = str(free_port())

@@ -1,4 +1,4 @@
-"""One rank that trains a list of recipes one after the other in one process group; started by the parity tests."""
+"""One rank of the parity tests: trains a list of recipes one after the other in one process group."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.batch_builder import BatchBuilder
+from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import micro_batches, rows_of
 from pretrain.build.objective import build
+from pretrain.build.streams import stage_specs
 from pretrain.distributed.engine import Engine, start, stop
 from pretrain.recipe.lengths import main_stream
-from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.load import load_recipe, run_dir
-from pretrain.train.stop_flag import StopFlag
-from pretrain.build.streams import stage_specs
+from pretrain.recipe.schema import TrainStage
 from pretrain.train.main import leave
+from pretrain.train.stop_flag import StopFlag
 from pretrain.train.trainer import Plan, Trainer
 
 
 class InProcess:
-    """Batches made where they are used."""
+    """A loader that builds batches in the training process."""
 
     wait_seconds = 0.0
 
@@ -32,11 +32,11 @@ class InProcess:
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         for step in range(first, last):
-            made = {}
+            batches = {}
             for name, builder in self.builders.items():
-                mine = rows_of(self.rank, self.world, builder.spec.rows(step))
-                made[name] = [builder.make(step, *part) for part in micro_batches(*mine, self.micro)]
-            yield made
+                rows = rows_of(self.rank, self.world, builder.spec.rows(step))
+                batches[name] = [builder.make(step, *part) for part in micro_batches(*rows, self.micro)]
+            yield batches
 
     def close(self) -> None:
         pass
@@ -53,13 +53,13 @@ def main(jobs: list[dict]) -> None:
         objective, _ = build(stage, name, recipe.run.seed, run_dir(recipe))
         specs = stage_specs(stage, recipe.run.seed, name, objective.streams)
         builders = {spec.name: BatchBuilder(spec) for spec in specs}
-        given = stage.optimizer
+        optimizer = stage.optimizer
         engine = Engine(
-            objective.model, stage.engine.zero, stage.engine.dtype, given.betas, given.eps, given.weight_decay,
-            given.clip, runtime,
+            objective.model, stage.engine.zero, stage.engine.dtype, optimizer.betas, optimizer.eps,
+            optimizer.weight_decay, optimizer.clip, runtime,
         )  # fmt: skip
         total = stage.train.steps or 1
-        plan = Plan(total, stage.schedule.warmup.value, given.lr or 0.0, 1 << 30, None, None)
+        plan = Plan(total, stage.schedule.warmup.value, optimizer.lr or 0.0, 1 << 30, None, None)
         loader = InProcess(builders, runtime.rank, runtime.world_size, stage.train.micro_batch)
         trainer = Trainer(
             stage, Path(job["out"]), objective, engine, loader, plan, runtime, flag, lambda step: {}, dict

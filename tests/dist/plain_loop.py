@@ -1,4 +1,4 @@
-"""The independent truth: a stage trained by one process with torch alone, whole global batches, no engine."""
+"""Reference for the parity tests: one process trains a stage with plain torch on whole global batches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from pretrain.build.objective import build
-from pretrain.objectives.base import loss_tokens
-from pretrain.recipe.schema import TrainStage
-from pretrain.objectives.device_batch import to_device
-from pretrain.train.schedule import learning_rate
 from pretrain.build.streams import stage_specs
+from pretrain.objectives.base import loss_tokens
+from pretrain.objectives.device_batch import to_device
+from pretrain.recipe.schema import TrainStage
+from pretrain.train.schedule import learning_rate
 
 
 def groups(model: torch.nn.Module, decay: float) -> list[dict]:
-    """Weight decay on tensors with two or more sides longer than one, written out again."""
+    """Parameter groups, independent of engine.decay_groups: tensors with two or more sides longer than 1 decay."""
     wide = [p for p in model.parameters() if p.requires_grad and sum(side > 1 for side in p.shape) >= 2]
     rest = [p for p in model.parameters() if p.requires_grad and sum(side > 1 for side in p.shape) < 2]
     return [{"params": wide, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
@@ -25,7 +25,7 @@ def groups(model: torch.nn.Module, decay: float) -> list[dict]:
 def plain_losses(
     stage: TrainStage, name: str, seed: int, run_dir: Path, steps: int
 ) -> list[dict[str, float]]:
-    """Losses and gradient norms of `steps` steps, in the words of metrics.jsonl."""
+    """Losses and gradient norms of `steps` steps, with the keys of metrics.jsonl."""
     objective, _ = build(stage, name, seed, run_dir)
     model = objective.model
     model.train()
@@ -42,8 +42,8 @@ def plain_losses(
             size = stage.data[stream].batch
             batch = builders[stream].make(step, 0, size)
             count = float(size) if stage.objective.kind == "flip" else loss_tokens(batch)
-            made = to_device(batch, stage.data[stream].image, torch.device("cpu"))
-            loss = objective.loss(model, stream, made, count)
+            device_batch = to_device(batch, stage.data[stream].image, torch.device("cpu"))
+            loss = objective.loss(model, stream, device_batch, count)
             loss.total.backward()
             row["loss"] += float(loss.total.detach())
             row |= {key: float(value) for key, value in loss.parts.items()}

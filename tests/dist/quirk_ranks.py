@@ -1,4 +1,4 @@
-"""One rank that shows DeepSpeed's quirks on a toy model, without pretrain/distributed/engine.py; prints one JSON object."""
+"""One rank that reproduces DeepSpeed's problems on a toy model, without our Engine; prints one JSON object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 3
 
 
 class Toy(nn.Module):
-    """Two towers: `late` only gets gradients from the second stream."""
+    """Two layers: `late` gets gradients only from the second stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def scalar_fails() -> bool:
-    """Whether deepspeed.initialize still cannot broadcast a 0-dim parameter."""
+    """True if deepspeed.initialize cannot broadcast a 0-dim parameter."""
     model = Toy()
     model.scale = nn.Parameter(torch.tensor(1.0))
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}

@@ -1,4 +1,4 @@
-"""`continue: X` takes everything: the continued training is the uninterrupted one, in order, optimizer and schedule."""
+"""`continue: X`: a continued training equals an uninterrupted one in order, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import UserError
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from pretrain.train.resume import check_length, find_start, same_order
-from pretrain.recipe.schema import TrainStage
+from data_pipeline.errors import UserError
 from pretrain.recipe.load import load_recipe
+from pretrain.recipe.schema import TrainStage
+from pretrain.train.resume import check_length, find_start, same_order
 from tests.support import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -61,7 +61,7 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = rows(folder / "whole")
     assert [row["step"] for row in whole] == list(range(1, 9))
     assert rows(folder / "rest") == whole[4:6]
-    assert rows(folder / "longer") == whole[6:]  # the first stage's order holds along the chain
+    assert rows(folder / "longer") == whole[6:]  # all three use the order of the first stage
 
     stage = load_recipe(recipe).stages["rest"]
     assert isinstance(stage, TrainStage)
@@ -70,8 +70,8 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert start.step == 4
     own = find_start(stage, folder / "rest", 1)
     assert own is not None
-    assert own.step == 6  # its own checkpoint comes before the other's
-    with pytest.raises(UserError, match="saved with world_size 1, this is 2"):
+    assert own.step == 6  # its own checkpoint has priority
+    with pytest.raises(UserError, match="saved with world_size 1, this run has 2"):
         find_start(stage, folder / "new", 2)
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)

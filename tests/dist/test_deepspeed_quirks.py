@@ -1,4 +1,4 @@
-"""The quirks that pretrain/distributed/engine.py works around, pinned: when DeepSpeed mends one, the test says so."""
+"""DeepSpeed problems that pretrain/distributed/engine.py works around: a test fails when DeepSpeed fixes one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def found(ranks: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_two_backwards_under_zero_3_add_a_stale_gradient(found: dict[str, Any]) -> None:
-    """The natural loop: exact on stages 0 to 2, silently wrong on 3. If this fails, DeepSpeed has mended it."""
+    """The usual loop is exact on stages 0 to 2 and silently wrong on 3. If this fails, DeepSpeed has fixed it."""
     naive = found["naive"]
     assert all(naive[zero] < 1e-6 for zero in ("0", "1", "2")), naive
     assert naive["3"] > 1e-4, naive
@@ -30,5 +30,5 @@ def test_coalescing_is_exact_on_every_stage_that_has_it(found: dict[str, Any]) -
 
 
 def test_a_scalar_parameter_cannot_be_broadcast(found: dict[str, Any]) -> None:
-    """Why logit_scale has shape [1] while it trains."""
+    """The reason that logit_scale has shape [1] during training."""
     assert found["scalar_fails"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.load import load_recipe, run_dir
-from tests.support import tiny
+from pretrain.recipe.schema import TrainStage
 from tests.dist.plain_loop import plain_losses
+from tests.support import tiny
 
 pytestmark = pytest.mark.dist
 STAGES = (0, 1, 2, 3)
@@ -26,12 +26,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recipes(tiny_root: Path) -> dict[str, Path]:
-    """A FLIP run (trained here, one rank, so that SPHINX has a tower) and a SPHINX recipe."""
+    """A FLIP recipe, trained here by one rank so that SPHINX has a tower, and a SPHINX recipe."""
     flip = tiny.write_recipe(tiny_root / "flip.yaml", tiny.flip_recipe(tiny_root))
     sphinx = tiny.write_recipe(tiny_root / "sphinx.yaml", tiny.sphinx_recipe(tiny_root))
-    train = (
-        "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
-    )
+    train = "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
     subprocess.run([sys.executable, "-c", train, str(flip)], check=True)
     return {"flip": flip, "sphinx": sphinx}
 
@@ -83,9 +81,9 @@ def test_losses_equal_a_plain_loop(
     assert len(found) == len(expected) == 20
     for row, plain in zip(found, expected, strict=True):
         for key, value in plain.items():
-            # A norm is a square root of sums of squares in another order; the trap it would show is 1e-3.
-            bar = 1e-4 if key == "grad_norm" else 1e-5
-            assert row[key] == pytest.approx(value, rel=bar), f"step {row['step']}: {key}"
+            # The norm sums squares in another order; the error that it must reveal is 1e-3.
+            tolerance = 1e-4 if key == "grad_norm" else 1e-5
+            assert row[key] == pytest.approx(value, rel=tolerance), f"step {row['step']}: {key}"
 
 
 def test_digests_do_not_depend_on_ranks_or_stage(trained: Path) -> None:
@@ -100,6 +98,6 @@ def test_digests_do_not_depend_on_ranks_or_stage(trained: Path) -> None:
 
 
 def test_the_losses_move(truth: dict[str, list[dict[str, float]]]) -> None:
-    """Parity of models that stand still would prove nothing."""
+    """Parity of models that do not learn would prove nothing."""
     for rows in truth.values():
         assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]

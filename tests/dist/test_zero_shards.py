@@ -1,4 +1,4 @@
-"""Our reading of ZeRO checkpoints against DeepSpeed's own, bit for bit, and merges across stages and world sizes."""
+"""ZeRO checkpoints as we read them against DeepSpeed's own reading, bit for bit; merges across stages and ranks."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_tensor_is_deepspeed_s_bit_for_bit(written: Path, name: str, world
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_masters_behind_gradients_in_fp32(written: Path, world: int) -> None:
-    """Files bf16_zero_pp_*: the masters that they hold round to the module's weights, and are not them."""
+    """Files bf16_zero_pp_*: their fp32 masters round to the module's weights and differ from them."""
     folder = written / f"w{world}" / ACCUMULATED
     assert list((folder / "step").glob("bf16_zero_pp_rank_*"))
     expected = dict(np.load(folder / "reference.npz"))

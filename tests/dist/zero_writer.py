@@ -1,9 +1,10 @@
-"""One rank that writes small DeepSpeed checkpoints, and DeepSpeed's own reading of them, for test_zero_shards.py.
+"""One rank of test_zero_shards.py: writes small DeepSpeed checkpoints, and DeepSpeed's own reading of them.
 
 Started as `python -m tests.dist.zero_writer OUT SEED NAME...` with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set.
-A NAME is zero{0,1,2,3}_{fp32,bf16}, with `_all` when frozen parameters are saved too, with `_accumulated` when
-gradients add up in fp32 (DeepSpeed's BF16_Optimizer). Writes OUT/NAME/step and, on rank 0, OUT/NAME/reference.npz:
-every parameter and buffer in fp32; of `_accumulated`, which zero_to_fp32 cannot read, the rounded ones of the module.
+A NAME is zero{0,1,2,3}_{fp32,bf16}, plus `_all` if frozen parameters are saved too, or `_accumulated` if gradients
+accumulate in fp32 (DeepSpeed's BF16_Optimizer). Writes OUT/NAME/step and, on rank 0, OUT/NAME/reference.npz:
+every parameter and buffer in fp32. zero_to_fp32 cannot read `_accumulated`; its reference holds the rounded values of
+the module.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Odd(nn.Module):
 
 
 def write(deepspeed: Any, out: Path, stage: int, dtype: str, kind: str, seed: int) -> None:
-    """Three steps of training, then a save as pretrain/distributed/engine.py does it."""
+    """Three training steps, then a checkpoint saved as pretrain/distributed/engine.py does."""
     torch.manual_seed(seed)
     model = Odd()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -79,7 +80,7 @@ def write(deepspeed: Any, out: Path, stage: int, dtype: str, kind: str, seed: in
 
 
 def reference(engine: Any, out: Path, stage: int, kind: str, names: dict[int, str]) -> dict[str, Any]:
-    """Stage 1 to 3: what DeepSpeed's zero_to_fp32 makes of the files; stage 0: the live parameters and masters."""
+    """Stages 1 to 3: the tensors that DeepSpeed's zero_to_fp32 reads; stage 0: the live parameters and masters."""
     if kind == "accumulated":
         state = {n: t for n, t in engine.module.state_dict().items() if not n.startswith("frozen.")}
     elif stage == 0:
@@ -98,7 +99,7 @@ def reference(engine: Any, out: Path, stage: int, kind: str, names: dict[int, st
             contextlib.redirect_stderr(void),
         ):
             state = get_fp32_state_dict_from_zero_checkpoint(str(out), tag="step")
-        if kind == "all" and stage == 1:  # zero_to_fp32 forgets them: the module holds them
+        if kind == "all" and stage == 1:  # zero_to_fp32 omits them; the module holds them
             state |= {n: t for n, t in engine.module.state_dict().items() if n.startswith("frozen.")}
     return {n: (t.float() if t.is_floating_point() else t).detach().numpy() for n, t in state.items()}
 

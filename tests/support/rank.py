@@ -1,4 +1,4 @@
-"""A rank in a process of its own, forked from a server that has imported torch and deepspeed: seconds each, not ten."""
+"""Starts a training rank, forked from a server that has imported torch and deepspeed, which saves seconds per start."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+# Always on the CPU: a server that has initialised CUDA cannot be forked.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-"""On the CPU, always: a server that has touched CUDA cannot be forked."""
 
 
 def _train(recipe: str, overrides: tuple[str, ...], log: str, port: int) -> None:
@@ -30,7 +30,7 @@ def _train(recipe: str, overrides: tuple[str, ...], log: str, port: int) -> None
 
 @dataclass(frozen=True)
 class Rank:
-    """A training of the stage `main` by one rank, and what it prints."""
+    """A process that trains the stage `main` as the only rank, and the file with its output."""
 
     process: ForkServerProcess
     log: Path
@@ -40,19 +40,20 @@ class Rank:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait_for(self, seen: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Poll until `condition` holds; fails if the process ends or after 100 seconds."""
         deadline = time.monotonic() + 100
-        while not seen():
+        while not condition():
             assert self.process.is_alive(), self.log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
     def code(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for the process to end and return its exit code; kills it after 120 seconds."""
         self.process.join(timeout=120)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError(f"still runs:\n{self.log.read_text()[-3000:]}")
+            raise AssertionError(f"still running:\n{self.log.read_text()[-3000:]}")
         return self.process.exitcode
 
 
@@ -81,6 +82,6 @@ def start(recipe: Path, *overrides: str) -> Rank:
 
 
 def run(recipe: Path, *overrides: str) -> tuple[int, str]:
-    """Train to the rank's end: its exit code and what it printed."""
+    """Train until the rank ends; return its exit code and its output."""
     rank = start(recipe, *overrides)
     return rank.code(), rank.log.read_text()

@@ -1,4 +1,4 @@
-"""Tiny real data and recipes for tests: JPEGs in tars with captions, packed text, a tokenizer; made in a second."""
+"""Tiny data and recipes for tests: JPEGs in tars with captions, packed text, a tokenizer; written in a second."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 24
 
 
 def picture(colour: str, number: int) -> bytes:
-    """A coloured square at a place that depends on the number."""
+    """JPEG of a coloured square whose position depends on the number."""
     pixels = np.full((SIZE, SIZE, 3), number * 7 % 60, np.uint8)
     x, y = number % 8, number // 8 % 8
     pixels[y : y + 8, x : x + 8] = COLOURS[colour]
@@ -56,7 +56,7 @@ def write_text(folder: Path, samples: int = 30, vocabulary: int = 300) -> None:
 
 
 def make_data(root: Path) -> None:
-    """`root/{pairs,text,tokenizer}`."""
+    """Write `root/{pairs,text,tokenizer}`."""
     for name in ("pairs", "text", "tokenizer"):
         (root / name).mkdir(parents=True)
     write_pairs(root / "pairs")
@@ -102,7 +102,7 @@ def flip_recipe(root: Path, **sections: Any) -> dict[str, Any]:
 
 
 def sphinx_recipe(root: Path, **sections: Any) -> dict[str, Any]:
-    """Text first, captions second: the projector's first gradient comes from the second stream."""
+    """A recipe with text before captions: the projector's first gradient comes from the second stream."""
     return {
         "run": {"name": "sphinx", "dir": str(root / "runs" / "sphinx"), "seed": 3},
         "data": {

@@ -1,4 +1,4 @@
-"""Held-out figures against brute force: tar, PIL and one sample at a time, whatever the batch and the ranks."""
+"""Held-out figures against brute force with tarfile and PIL, one sample at a time, for several batches and ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.build.objective import load_trained, stage_tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import shuffled_images
 from pretrain.evaluate.perplexity import token_nll
-from pretrain.evaluate.suite import ALONE, evaluate, flat
+from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate, flat_scalars
 from pretrain.evaluate.zero_shot import classify
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
@@ -31,14 +31,13 @@ from tests.support import tiny
 
 CLASSES = {"red": "crimson", "green": "grassy", "blue": "navy blue", "white": "snow white"}
 TEMPLATES = ["a {} square", "{} square number 7", "{}"]
-BAD = (4, 20, 21)
-"""Samples whose image cannot be decoded."""
+BAD = (4, 20, 21)  # samples whose image cannot be decoded
 SAMPLES = 27
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable sample as tarfile and PIL see it."""
+    """One usable sample as tarfile and PIL read it."""
 
     number: int
     pixels: np.ndarray
@@ -104,7 +103,7 @@ def sphinx(tiny_runs: Path) -> tuple[Any, TrainStage]:
 
 
 def confusion_by_hand(objective: Any, stage: TrainStage, folder: Path) -> np.ndarray:
-    """Every image alone against every class's mean prompt, in numpy."""
+    """Confusion counts in numpy: each image alone against the mean prompt feature of each class."""
     tokenizer = stage_tokenizer(stage)
     means = []
     with torch.no_grad():
@@ -122,7 +121,7 @@ def confusion_by_hand(objective: Any, stage: TrainStage, folder: Path) -> np.nda
         for sample in samples(folder):
             feature = objective.model.encode_image(normalised(sample, stage, "pairs"))[0].double().numpy()
             scores = np.array(means) @ (feature / np.linalg.norm(feature))
-            assert np.diff(np.sort(scores))[-1] > 1e-6  # no tie that rounding would decide
+            assert np.diff(np.sort(scores))[-1] > 1e-6  # no tie that rounding could decide
             counts[list(CLASSES).index(sample.label), int(scores.argmax())] += 1
     return counts
 
@@ -133,7 +132,9 @@ def test_zero_shot_is_the_brute_force_count(
 ) -> None:
     objective, stage = flip
     wanted = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
-    found = classify(objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), batch, ALONE)
+    found = classify(
+        objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), batch, SINGLE_PROCESS
+    )
     expected = confusion_by_hand(objective, stage, held_out)
     assert found["confusion"] == expected.tolist()
     assert found["samples"] == SAMPLES - len(BAD) == expected.sum()
@@ -143,7 +144,7 @@ def test_zero_shot_is_the_brute_force_count(
 
 
 def test_slices_of_ranks_add_up(flip: tuple[Any, TrainStage], held_out: Path) -> None:
-    """Without a process group every rank keeps its own part; together they are the whole."""
+    """Without a process group every rank returns its own part; the parts add up to the whole."""
     objective, stage = flip
     wanted = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
     given = objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage)
@@ -152,21 +153,21 @@ def test_slices_of_ranks_add_up(flip: tuple[Any, TrainStage], held_out: Path) ->
     assert np.sum(parts, axis=0).tolist() == confusion_by_hand(objective, stage, held_out).tolist()
 
 
-def test_a_label_that_is_no_class_is_named(flip: tuple[Any, TrainStage], held_out: Path) -> None:
+def test_a_label_outside_the_classes_is_named(flip: tuple[Any, TrainStage], held_out: Path) -> None:
     objective, stage = flip
     for wanted, label in (
         (ZeroShot(path=str(held_out), classes={"red": "red", "green": "green"}), "label='blue'"),
         (ZeroShot(path=str(held_out), classes=CLASSES, label="colour"), "colour='None'"),
     ):
         with pytest.raises(UserError) as found:
-            classify(objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), 8, ALONE)
+            classify(objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), 8, SINGLE_PROCESS)
         assert label in str(found.value)
         assert str(held_out) in str(found.value)
         assert "sample 00000000" in str(found.value)
 
 
 def caption_nats(objective: Any, stage: TrainStage, sample: Sample, shown: Sample) -> tuple[float, int]:
-    """Nats and tokens of one caption, alone and without padding, behind the image of `shown`."""
+    """Nats and tokens of one caption without padding, after the image of `shown`."""
     model, tokenizer = objective.model, stage_tokenizer(stage)
     middle = tokenizer.encode(sample.caption)[: tiny.LENGTH - 2]
     ids = torch.tensor([tokenizer.start_id, *middle, tokenizer.end_id])
@@ -198,7 +199,7 @@ def test_caption_nll_is_the_brute_force_mean(
 ) -> None:
     objective, stage = sphinx
     wanted = Perplexity(path=str(held_out), stream="captions")
-    found = token_nll(objective, objective.model, wanted, stage.data["captions"], batch, ALONE)
+    found = token_nll(objective, objective.model, wanted, stage.data["captions"], batch, SINGLE_PROCESS)
     with torch.no_grad():
         each = [caption_nats(objective, stage, sample, sample) for sample in samples(held_out)]
     assert len(each) == SAMPLES - len(BAD)
@@ -213,7 +214,7 @@ def test_shuffled_images_belong_to_another_usable_sample(
     objective, stage = sphinx
     wanted = Perplexity(path=str(held_out), stream="captions")
     batch = 10
-    given = objective, objective.model, wanted, stage.data["captions"], batch, ALONE
+    given = objective, objective.model, wanted, stage.data["captions"], batch, SINGLE_PROCESS
     usable = list(samples(held_out))
     nats, tokens = 0.0, 0
     for first in range(0, SAMPLES, batch):
@@ -242,7 +243,7 @@ def test_no_usable_row_keeps_its_own_image() -> None:
 def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
     sphinx: tuple[Any, TrainStage], tiny_runs: Path, batch: int, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """30 samples: with a batch of 20 the last slices hold nothing but padding."""
+    """30 samples: with a batch of 20, the last slices hold only padding."""
     from pretrain.evaluate import perplexity
 
     objective, _ = sphinx
@@ -252,14 +253,14 @@ def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
     found = [token_nll(objective, objective.model, wanted, None, batch, rank(n, world)) for n in range(world)]
     with torch.no_grad():
         nats, tokens = packed_nats(objective, tiny_runs / "text")
-    total = torch.stack(sums).sum(0)  # what an all-reduce gives every rank
+    total = torch.stack(sums).sum(0)  # the result of an all-reduce
     assert total[1] == tokens == 30 * (tiny.LENGTH - 1)
     assert (total[0] / total[1]).item() == pytest.approx(nats / tokens, rel=1e-6)
     if world == 1:
         assert found == [pytest.approx(nats / tokens, rel=1e-6)]
 
 
-def test_the_suite_gives_what_the_parts_give(sphinx: tuple[Any, TrainStage], tiny_runs: Path) -> None:
+def test_the_suite_equals_its_measures(sphinx: tuple[Any, TrainStage], tiny_runs: Path) -> None:
     objective, stage = sphinx
     wanted = Evaluation(
         batch=8,
@@ -269,8 +270,10 @@ def test_the_suite_gives_what_the_parts_give(sphinx: tuple[Any, TrainStage], tin
             "elsewhere": Perplexity(path=str(tiny_runs / "pairs"), stream="no_such_stream"),
         },
     )
-    found = evaluate(objective, objective.model, stage, stage_tokenizer(stage), ALONE, wanted, shuffle=True)
-    scalars = flat(found)
+    found = evaluate(
+        objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, wanted, shuffle=True
+    )
+    scalars = flat_scalars(found)
     with torch.no_grad():
         nats, tokens = packed_nats(objective, tiny_runs / "text")
     assert scalars["perplexity/text/nll"] == pytest.approx(nats / tokens, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Exported folders in the hands of open_clip and transformers: the same features, the same logits."""
+"""Exported folders, loaded by open_clip and transformers: equal features, tokens and logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def some_rows(objective: object, stage: object, stream: str) -> DeviceBatch:
     return to_device(BatchBuilder(spec).make(0, 0, 4), stage.data[stream].image, torch.device("cpu"))  # type: ignore[attr-defined]
 
 
-def test_open_clip_gives_the_same_features(tiny_runs: Path, tmp_path: Path) -> None:
+def test_open_clip_computes_the_same_features(tiny_runs: Path, tmp_path: Path) -> None:
     import open_clip
 
     address = str(tiny_runs / "runs" / "flip" / "main")
@@ -67,7 +67,7 @@ def test_open_clip_tokenizes_as_the_training_did(tiny_runs: Path, tmp_path: Path
     assert peer(CAPTIONS).tolist() == ours.tolist()
 
 
-def test_transformers_gives_the_same_logits(tiny_runs: Path, tmp_path: Path) -> None:
+def test_transformers_computes_the_same_logits(tiny_runs: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     address = str(tiny_runs / "runs" / "sphinx" / "main")
@@ -96,17 +96,17 @@ def test_transformers_gives_the_same_logits(tiny_runs: Path, tmp_path: Path) -> 
     assert peer_tokenizer.pad_token_id == tokenizer.pad_id
 
 
-def test_the_wrong_format_and_a_used_folder_are_refused(tiny_runs: Path, tmp_path: Path) -> None:
+def test_the_wrong_format_and_an_existing_folder_are_refused(tiny_runs: Path, tmp_path: Path) -> None:
     flip = str(tiny_runs / "runs" / "flip" / "main")
     with pytest.raises(UserError, match="--format open_clip"):
         export(flip, "transformers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "used").mkdir()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         export(flip, "open_clip", tmp_path / "used")
 
 
-def test_a_folder_of_the_user_s_beside_the_export_stays(
+def test_a_user_folder_beside_the_export_is_not_touched(
     tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip = str(tiny_runs / "runs" / "flip" / "main")
@@ -124,8 +124,8 @@ def test_a_folder_of_the_user_s_beside_the_export_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip", "clip.tmp"]
 
 
-def test_images_stand_between_the_start_token_and_the_text(tiny_runs: Path) -> None:
-    """The loss of a caption by brute force: one forward a prefix, the language model called by hand."""
+def test_images_come_between_the_start_token_and_the_text(tiny_runs: Path) -> None:
+    """The loss of a caption by brute force: one forward of the language model per prefix."""
     objective, stage = load_trained(str(tiny_runs / "runs" / "sphinx" / "main"))
     rows = some_rows(objective, stage, "captions")
     model, llm = objective.model, objective.model.llm

@@ -18,7 +18,7 @@ def features(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 def brute_force(image: torch.Tensor, text: torch.Tensor, scale: float, ids: list[int]) -> torch.Tensor:
-    """Row by row in float64: other rows with the same id are left out of both sums."""
+    """The loss row by row in float64; other rows with the same id are not negatives."""
     total = torch.zeros((), dtype=torch.float64)
     for query, keys in ((image, text), (text, image)):
         for row in range(len(ids)):
@@ -49,14 +49,14 @@ def test_contrastive_is_the_formula_in_value_and_gradient(block: int, ids: list[
 
 
 def test_contrastive_survives_a_large_scale() -> None:
-    """exp(100 * cos) overflows fp32 without the maximum's shift."""
+    """exp(100 * cos) overflows fp32 if the maximum is not subtracted first."""
     image = features(6, 4, 3).float()
     loss = contrastive(image, image, torch.tensor([100.0]), torch.arange(6))
     assert torch.isfinite(loss)
 
 
 def test_the_floor_is_reached_by_a_perfect_model() -> None:
-    """Equal captions have equal features: the best loss is the mean of ln(rows with that caption)."""
+    """Equal captions have equal features, so the best loss is the mean of ln(rows with that caption)."""
     captions = torch.tensor([0, 0, 0, 1, 1, 2])
     perfect = torch.eye(3)[captions]
     best = contrastive(perfect, perfect, torch.tensor([30.0]), torch.arange(6)) / 6

@@ -1,4 +1,4 @@
-"""Masks against the data pipeline's own hash, their sizes, and their values pinned."""
+"""Patch masks: the torch hash against the numpy hash, sizes, and independence of the batch."""
 
 from __future__ import annotations
 
