@@ -17,7 +17,7 @@ from launch.supervise.rank_group import LocalGroup
 from launch.supervise.rank_process import Rank, free_port
 from launch.supervise.stage_runner import count_ranks, log_path, print_done, print_line, run_stages
 from pretrain.recipe.schema import Recipe
-from pretrain.run.exit_codes import DONE, GO_ON
+from pretrain.run.exit_codes import DONE, RUN_AGAIN
 
 RankCommand = Callable[[str], list[str]]
 
@@ -105,5 +105,5 @@ def run_merge(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> in
         run_merge_stage(recipe, stage.name, job.folder)
     except KeyboardInterrupt:
         print_line(console, f"{stage.name}: interrupted")
-        return GO_ON
+        return RUN_AGAIN
     return DONE

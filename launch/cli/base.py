@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pretrain.run.exit_codes import FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import FAILED, RUN_AGAIN, USER_ERROR
 
 # Module that is not installed -> the extra that installs it.
 EXTRAS = {
@@ -165,7 +165,7 @@ def resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
             typer.echo("dromos: interrupted; the same command resumes", err=True)
-        raise typer.Exit(GO_ON) from None
+        raise typer.Exit(RUN_AGAIN) from None
     finally:
         for number in redirected:
             signal.signal(number, signal.SIG_DFL)

@@ -20,7 +20,7 @@ from launch.job import Job
 from launch.supervise.stage_runner import print_line
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
-from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 POLL_SECONDS = 2.0
 # Environment variable that carries job and recipe to the driver: the cluster may not see the disks of the machine
@@ -172,8 +172,8 @@ def exit_code(status: str, code: int | None, message: str | None, console: Conso
     if status == "SUCCEEDED":
         return DONE
     if status == "STOPPED":
-        return GO_ON
-    if code in (USER_ERROR, GO_ON):
+        return RUN_AGAIN
+    if code in (USER_ERROR, RUN_AGAIN):
         return code
     if code is None and message:
         print_line(console, message)

@@ -22,7 +22,7 @@ from launch.job import Job, StageJob
 from launch.run_folder import open_run, rollback_on_error
 from launch.supervise.stage_runner import print_line
 from pretrain.recipe.schema import Recipe
-from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPT = "job.sbatch"
@@ -238,7 +238,7 @@ def wait_for(job_id: str, job: Job, console: Console) -> int:
                 print_line(console, f"job {job_id}: {state.lower()}")
                 previous = state
             if state in END_STATES:
-                return DONE if state == "COMPLETED" else code if code in (USER_ERROR, GO_ON) else FAILED
+                return DONE if state == "COMPLETED" else code if code in (USER_ERROR, RUN_AGAIN) else FAILED
             time.sleep(POLL_SECONDS * 2 ** max(0, unknown - 1))
     except KeyboardInterrupt:
         print_line(console, f"job {job_id} continues to run; `scancel {job_id}` ends it")

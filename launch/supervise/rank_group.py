@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from launch.supervise.rank_process import Rank, RankProcess
-from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 LOST = 1000  # stands in for the exit code of a rank whose node or actor is gone
 FAILURE_GRACE_SECONDS = 3.0  # for the other ranks to log their own errors after one has failed
@@ -136,7 +136,7 @@ def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
 
     Of several, prefers one that was killed or lost: its peers fail because they lose their connection to it.
     """
-    good = {DONE, GO_ON} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
+    good = {DONE, RUN_AGAIN} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
     bad = sorted(rank for rank, code in codes.items() if code not in good)
     return min(bad, key=lambda rank: (0 < codes[rank] < LOST, rank), default=None)
 
@@ -151,8 +151,8 @@ def group_outcome(codes: Mapping[int, int], failed: int | None, stopping: bool, 
     if killed:
         return Outcome(FAILED, None, codes)
     if stopping and any(code != DONE for code in codes.values()):
-        return Outcome(GO_ON, None, codes)
-    return Outcome(GO_ON if GO_ON in codes.values() else DONE, None, codes)
+        return Outcome(RUN_AGAIN, None, codes)
+    return Outcome(RUN_AGAIN if RUN_AGAIN in codes.values() else DONE, None, codes)
 
 
 def describe_exit(code: int) -> str:

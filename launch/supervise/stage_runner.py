@@ -11,7 +11,7 @@ from launch.job import Job, StageJob
 from launch.stage_state import StageStates
 from launch.supervise import progress
 from launch.supervise.rank_group import Group, Outcome, StopSignals, describe_exit, supervise
-from pretrain.run.exit_codes import DONE, FAILED, GO_ON
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN
 
 StartGroup = Callable[[StageJob], Group]
 Merge = Callable[[StageJob], int]
@@ -44,7 +44,7 @@ def run_stages(
         else:
             code = train(job, stage, console, start, resume_command)
         if code != DONE:
-            if code == GO_ON:
+            if code == RUN_AGAIN:
                 print_line(console, f"to resume: {resume_command}")
             return code
     return DONE
@@ -86,7 +86,7 @@ def report(
             console, f"{stage.name}: killed before the save ended; the last complete checkpoint is intact"
         )
         print_line(console, f"to resume: {resume_command}")
-    elif outcome.code == GO_ON:
+    elif outcome.code == RUN_AGAIN:
         started = all(code >= 0 for code in outcome.codes.values())
         state = "saved and stopped" if started else "stopped before its ranks had started"
         cause = f" on {stop.first}" if stop.first else ""

@@ -11,7 +11,7 @@ def next_token_nll(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """Sum of `-log p(target)` over the valid positions of each row, fp32 `[rows]`.
 
     `logits`: `[rows, positions, vocabulary]`, already aligned with `targets` `[rows, positions]` (position i
-    predicts target i); `valid`: bool `[rows, positions]`. Computed in fp32 whatever the dtype of the logits.
+    predicts target i); `valid`: bool `[rows, positions]`. Computed in fp32 for logits of any dtype.
     """
     rows, positions, vocabulary = logits.shape
     losses = F.cross_entropy(logits.reshape(-1, vocabulary).float(), targets.reshape(-1), reduction="none")

@@ -56,10 +56,10 @@ class Draft:
                 return f"override {text!r}: {'.'.join(key)}"
         for length in range(len(key), 0, -1):
             part = key[:length]
-            found = [
+            overrides = [
                 text for (by, by_key), text in self.set_by.items() if by == stage and _same_key(by_key, part)
             ]
-            for text in found:
+            for text in overrides:
                 return f"override {text!r}: {'.'.join(('run', *key) if stage == 'run' else key)}"
             for prefix in (("run",),) if stage == "run" else (("stages", stage), ()):
                 line = self.document.line((*prefix, *part))
@@ -221,14 +221,14 @@ def target_stages(
         return chosen
     # Only stages that have the stream: an override must not bring back a part of a stream that a stage removed.
     with_stream = [name for name in training if override.key[1] in (stages[name].get("data") or {})]
-    found = [name for name in chosen if name in with_stream]
-    if not found and (strict or not with_stream):
+    changed = [name for name in chosen if name in with_stream]
+    if not changed and (strict or not with_stream):
         known = sorted({stream for name in chosen for stream in (stages[name].get("data") or {})})
         raise UserError(
             f"override {override.text!r}: no stream {override.key[1]!r} in {', '.join(chosen)}"
             f"{did_you_mean(override.key[1], known)}; streams: {', '.join(known) or 'none'}"
         )
-    return found
+    return changed
 
 
 def set_key(stage: dict[str, Any], override: Override) -> None:

@@ -5,4 +5,4 @@ FAILED = 1
 # The user's input is wrong; the message says what, where, and what to do.
 USER_ERROR = 2
 # A checkpoint is saved and the stage must be run again (EX_TEMPFAIL of sysexits.h).
-GO_ON = 75
+RUN_AGAIN = 75

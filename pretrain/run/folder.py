@@ -30,8 +30,8 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a stage's `checkpoints/`, ascending; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
-    found = ((step_of(entry.name), entry) for entry in folder.iterdir())
-    return sorted(step for step, entry in found if step is not None and is_complete(entry))
+    entries = ((step_of(entry.name), entry) for entry in folder.iterdir())
+    return sorted(step for step, entry in entries if step is not None and is_complete(entry))
 
 
 def json_mapping(path: Path) -> dict[str, Any]:

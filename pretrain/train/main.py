@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_pipeline.errors import ReadError, UserError
-from pretrain.run.exit_codes import DONE, FAILED, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
@@ -23,7 +23,7 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     session: Session | None = None
     try:
         session = Session(recipe_path, stage_name, overrides, stop)
-        return DONE if session.train() else GO_ON
+        return DONE if session.train() else RUN_AGAIN
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -131,9 +131,9 @@ def test_zero_shot_is_the_brute_force_count(
     flip: tuple[Any, TrainStage], held_out: Path, batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective, stage = flip
-    wanted = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
+    task = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
     found = classify(
-        objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), batch, SINGLE_PROCESS
+        objective.model, task, stage.data["pairs"], stage_tokenizer(stage), batch, SINGLE_PROCESS
     )
     expected = confusion_by_hand(objective, stage, held_out)
     assert found["confusion"] == expected.tolist()
@@ -146,21 +146,21 @@ def test_zero_shot_is_the_brute_force_count(
 def test_slices_of_ranks_add_up(flip: tuple[Any, TrainStage], held_out: Path) -> None:
     """Without a process group every rank returns its own part; the parts add up to the whole."""
     objective, stage = flip
-    wanted = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
-    given = objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage)
-    parts = [classify(*given, 10, rank(number, 2))["confusion"] for number in range(2)]
+    task = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
+    arguments = objective.model, task, stage.data["pairs"], stage_tokenizer(stage)
+    parts = [classify(*arguments, 10, rank(number, 2))["confusion"] for number in range(2)]
     assert min(np.sum(part) for part in parts) > 0
     assert np.sum(parts, axis=0).tolist() == confusion_by_hand(objective, stage, held_out).tolist()
 
 
 def test_a_label_outside_the_classes_is_named(flip: tuple[Any, TrainStage], held_out: Path) -> None:
     objective, stage = flip
-    for wanted, label in (
+    for task, label in (
         (ZeroShot(path=str(held_out), classes={"red": "red", "green": "green"}), "label='blue'"),
         (ZeroShot(path=str(held_out), classes=CLASSES, label="colour"), "colour='None'"),
     ):
         with pytest.raises(UserError) as found:
-            classify(objective.model, wanted, stage.data["pairs"], stage_tokenizer(stage), 8, SINGLE_PROCESS)
+            classify(objective.model, task, stage.data["pairs"], stage_tokenizer(stage), 8, SINGLE_PROCESS)
         assert label in str(found.value)
         assert str(held_out) in str(found.value)
         assert "sample 00000000" in str(found.value)
@@ -198,8 +198,8 @@ def test_caption_nll_is_the_brute_force_mean(
     sphinx: tuple[Any, TrainStage], held_out: Path, batch: int
 ) -> None:
     objective, stage = sphinx
-    wanted = Perplexity(path=str(held_out), stream="captions")
-    found = token_nll(objective, objective.model, wanted, stage.data["captions"], batch, SINGLE_PROCESS)
+    task = Perplexity(path=str(held_out), stream="captions")
+    found = token_nll(objective, objective.model, task, stage.data["captions"], batch, SINGLE_PROCESS)
     with torch.no_grad():
         each = [caption_nats(objective, stage, sample, sample) for sample in samples(held_out)]
     assert len(each) == SAMPLES - len(BAD)
@@ -212,9 +212,9 @@ def test_shuffled_images_belong_to_another_usable_sample(
     sphinx: tuple[Any, TrainStage], held_out: Path
 ) -> None:
     objective, stage = sphinx
-    wanted = Perplexity(path=str(held_out), stream="captions")
+    task = Perplexity(path=str(held_out), stream="captions")
     batch = 10
-    given = objective, objective.model, wanted, stage.data["captions"], batch, SINGLE_PROCESS
+    arguments = objective, objective.model, task, stage.data["captions"], batch, SINGLE_PROCESS
     usable = list(samples(held_out))
     nats, tokens = 0.0, 0
     for first in range(0, SAMPLES, batch):
@@ -223,9 +223,9 @@ def test_shuffled_images_belong_to_another_usable_sample(
         with torch.no_grad():
             each = [caption_nats(objective, stage, one, part[n - 1]) for n, one in enumerate(part)]
         nats, tokens = nats + sum(n for n, _ in each), tokens + sum(t for _, t in each)
-    found = token_nll(*given, shuffle=True)
+    found = token_nll(*arguments, shuffle=True)
     assert found == pytest.approx(nats / tokens, rel=1e-6)
-    assert found != pytest.approx(token_nll(*given), rel=1e-6)
+    assert found != pytest.approx(token_nll(*arguments), rel=1e-6)
 
 
 def test_no_usable_row_keeps_its_own_image() -> None:
@@ -249,8 +249,8 @@ def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
     objective, _ = sphinx
     sums: list[Tensor] = []
     monkeypatch.setattr(perplexity, "all_sum", lambda values: sums.append(values.clone()) or values)
-    wanted = Perplexity(path=str(tiny_runs / "text"), length=tiny.LENGTH)
-    found = [token_nll(objective, objective.model, wanted, None, batch, rank(n, world)) for n in range(world)]
+    task = Perplexity(path=str(tiny_runs / "text"), length=tiny.LENGTH)
+    found = [token_nll(objective, objective.model, task, None, batch, rank(n, world)) for n in range(world)]
     with torch.no_grad():
         nats, tokens = packed_nats(objective, tiny_runs / "text")
     total = torch.stack(sums).sum(0)  # the result of an all-reduce
@@ -262,7 +262,7 @@ def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
 
 def test_the_suite_equals_its_measures(sphinx: tuple[Any, TrainStage], tiny_runs: Path) -> None:
     objective, stage = sphinx
-    wanted = Evaluation(
+    evaluation = Evaluation(
         batch=8,
         perplexity={
             "text": Perplexity(path=str(tiny_runs / "text"), length=tiny.LENGTH),
@@ -271,7 +271,7 @@ def test_the_suite_equals_its_measures(sphinx: tuple[Any, TrainStage], tiny_runs
         },
     )
     found = evaluate(
-        objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, wanted, shuffle=True
+        objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, evaluation, shuffle=True
     )
     scalars = flat_scalars(found)
     with torch.no_grad():

@@ -125,11 +125,11 @@ def test_sources_are_judged_one_by_one_and_named() -> None:
     # Too few samples of `small` to judge.
     assert limited.add(1, {"web": 1000, "small": 199}, {"small": {"undecodable": 190}}) is None
     assert limited.add(2, {"web": 1000}, {"web": {"undecodable": 50}}) is None
-    told = limited.add(3, {"web": 1000, "small": 1}, {"small": {"missing caption": 1}})
-    assert told is not None
-    assert re.search(r"step 3: 191 of the last 200 samples of small\b", told)
+    message = limited.add(3, {"web": 1000, "small": 1}, {"small": {"missing caption": 1}})
+    assert message is not None
+    assert re.search(r"step 3: 191 of the last 200 samples of small\b", message)
     for word in ("max_bad_fraction 0.05", "1 missing caption", "bad_samples.jsonl"):
-        assert word in told
+        assert word in message
 
 
 def test_what_is_long_ago_is_forgotten() -> None:
@@ -139,6 +139,6 @@ def test_what_is_long_ago_is_forgotten() -> None:
         assert limited.add(step, {"web": 10}, {}) is None
     # 9 of 1000: step 1 is out of the window.
     assert limited.add(WINDOW_STEPS + 1, {"web": 10}, {"web": {"undecodable": 9}}) is None
-    told = limited.add(WINDOW_STEPS + 2, {"web": 10}, {"web": {"undecodable": 2}})
-    assert told is not None
-    assert "11 of the last 1000 samples of web" in told
+    message = limited.add(WINDOW_STEPS + 2, {"web": 10}, {"web": {"undecodable": 2}})
+    assert message is not None
+    assert "11 of the last 1000 samples of web" in message
