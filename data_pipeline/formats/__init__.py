@@ -1,4 +1,4 @@
-"""What each public format looks like: records, readers that stream, and `detect`, which tells them apart."""
+"""Public face of the dataset formats: `detect` tells the format of a path; each format has a module that streams it."""
 
 from data_pipeline.formats.detection import Format, detect
 

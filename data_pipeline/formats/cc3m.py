@@ -1,4 +1,4 @@
-"""Conceptual Captions (CC3M, CC12M's shape turned round): one TSV of caption<TAB>url without a header row."""
+"""Conceptual Captions: CC3M's TSV of caption<TAB>url without a header row (CC12M has the columns swapped)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import BinaryIO
 from data_pipeline import storage
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.records import BadRecord
-from data_pipeline.formats.text_records import LONGEST, lines, reading
+from data_pipeline.formats.text_records import MAX_RECORD_BYTES, lines, open_text
 
-# Users write it in front, because img2dataset needs names of columns.
+# Users add this header row, because img2dataset needs column names.
 HEADER = ("caption", "url")
 
 
-def read_pairs(path: str, longest: int = LONGEST) -> Iterator[Pair | BadRecord]:
-    """Every line of the file: a Pair, or why it is none; memory does not grow with the file.
+def read_pairs(path: str, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Pair | BadRecord]:
+    """Yield a Pair or a BadRecord per line; memory does not grow with the file.
 
-    Quotes are letters like others: the public file quotes nothing. Verdicts: `no tab`, `more than two columns`,
-    `not UTF-8`, `missing url`, `line too long`. Blank lines and a header "caption<TAB>url" are passed over.
+    Quotes have no meaning: the public file quotes nothing. Blank lines and a header "caption<TAB>url" are skipped.
+    Reasons of a BadRecord: `no tab`, `more than two columns`, `not UTF-8`, `missing url`, `line too long`.
     """
-    with reading(path) as file:
-        yield from pairs_of(path, file, longest)
+    with open_text(path) as file:
+        yield from pairs_of(path, file, max_bytes)
 
 
-def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair | BadRecord]:
-    """`read_pairs` of an opened file."""
-    for number, line in lines(file, longest):
+def pairs_of(path: str, file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Pair | BadRecord]:
+    """`read_pairs` of an open file."""
+    for number, line in lines(file, max_bytes):
         place = f"line {number}"
         if line is None:
-            yield BadRecord(path, place, "line too long", f"over {longest} bytes")
+            yield BadRecord(path, place, "line too long", f"over {max_bytes} bytes")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -54,7 +54,7 @@ def pairs_of(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[Pair
 
 
 def is_swapped(pairs: Iterable[Pair]) -> bool:
-    """Whether url and caption stand in each other's place, as they do in CC12M's file."""
+    """True if most pairs have URL and caption swapped, as CC12M's file has them."""
     found = list(pairs)
     addresses = sum("://" in pair.url for pair in found)
     captions = sum(any("://" in caption.split(" ")[0] for caption in pair.captions) for pair in found)
@@ -62,7 +62,7 @@ def is_swapped(pairs: Iterable[Pair]) -> bool:
 
 
 def write_pairs(path: str, pairs: Iterable[tuple[str, str]], header: bool = False) -> None:
-    """(caption, url) lines, atomically; a tab or a line end in a caption becomes a space."""
+    """Write (caption, url) lines atomically; tabs and line ends in a caption become spaces."""
     rows = [HEADER, *pairs] if header else list(pairs)
     text = "".join(f"{' '.join(caption.split())}\t{url.strip()}\n" for caption, url in rows)
     storage.publish(path, text.encode())

@@ -1,4 +1,4 @@
-"""Which public format a path holds: told by names, by columns, and where these do not say by the first bytes."""
+"""Which public format a path holds: by file names, then by columns or fields, else by the first bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 Family = Literal["tars", "pairs", "outcomes", "documents", "lines", "conversations", "prompted", "unknown"]
-# A folder is what the first of these suffixes that occurs in it says.
+# The first suffix in this order that occurs in a folder decides its kind.
 SUFFIXES = {
     ".tar": "tar",
     ".parquet": "parquet",
@@ -21,9 +21,9 @@ SUFFIXES = {
     ".ndjson": "json",
     ".json": "json",
 }
-# Statistics, tokenizers and the like lie beside data.
+# Files beside the data: statistics, tokenizers, configurations.
 NOT_DATA = ("_stats.json", "tokenizer.json", "tokenizer_config.json", "config.json", "packed.json")
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 TITLES = {
     "tars": "tars",
     "cc3m": "CC3M lines (caption, tab, url)",
@@ -37,17 +37,17 @@ TITLES = {
     "unknown-table": "a table of no known format",
     "unknown-json": "JSON of no known format",
 }
-KNOWN = (
+KNOWN_FORMATS = (
     "tars of webdataset or img2dataset; parquet of LAION, COYO, DataComp, RefinedWeb or FineWeb; CC3M's .tsv; "
     "json or jsonl of LLaVA, ShareGPT or PaliGemma"
 )
-# Mean characters of a text from which on (url, text) rows are taken for web pages, not captions.
-PAGE = 400
+# (url, text) rows whose texts have at least this mean length are web pages, else captions.
+MIN_PAGE_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
 class Format:
-    """`name` is a slug, `title` for a person, `family` the reader that serves it, `files` what it consists of."""
+    """A detected format: `name` is a slug, `title` is for people, `family` selects the reader, `files` are the data."""
 
     name: str
     title: str
@@ -56,9 +56,9 @@ class Format:
 
 
 def detect(path: str) -> Format:
-    """The format of a file, a folder or a pattern. Raises UserError where nothing is or nothing can be told.
+    """The format of a file, a folder or a pattern. Raises UserError if there are no files or the format is unknown.
 
-    A damaged file is of the format that its name claims; reading it says what is wrong.
+    A damaged file has the format that its name claims; reading it raises the error.
     """
     files, kind = _files(path)
     if kind == "tar":
@@ -71,19 +71,19 @@ def detect(path: str) -> Format:
 
 
 def _files(path: str) -> tuple[list[str], str]:
-    """The files and what they are: tar, parquet, tsv or json."""
+    """(files, kind): kind is tar, parquet, tsv or json."""
     if storage.is_pattern(path):
         files = storage.list_shards(path)
-        return files, _kind(next(iter(storage.sizes(files)), files[0]))
+        return files, _file_kind(next(iter(storage.sizes(files)), files[0]))
     suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), None)
     if (suffix or os.path.isfile(storage.local_path(path))) and not os.path.isdir(storage.local_path(path)):
-        return [path], _kind(path)
+        return [path], _file_kind(path)
     names = _folder(path)
     for suffix, kind in SUFFIXES.items():
         chosen = [name for name in names if name.endswith(suffix) and not name.endswith(NOT_DATA)]
         if chosen:
             return chosen, kind
-    # Nothing: the listing of tars says what stands there instead.
+    # No data: listing tars raises an error that says what is there instead.
     return storage.list_shards(path), "tar"
 
 
@@ -94,7 +94,7 @@ def _folder(path: str) -> list[str]:
         return []
 
 
-def _kind(file: str) -> str:
+def _file_kind(file: str) -> str:
     claimed = next((kind for suffix, kind in SUFFIXES.items() if file.endswith(suffix)), None)
     if claimed == "tar":
         return claimed
@@ -104,17 +104,17 @@ def _kind(file: str) -> str:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder among files; name the files") from None
-    for mark, program in COMPRESSED.items():
+        raise UserError(f"{file} is a folder; name the files instead") from None
+    for mark, program in COMPRESSION_MAGIC.items():
         if first.startswith(mark):
-            raise UserError(f"{file} is compressed with {program}; unpack it")
-    found = _told_by_bytes(first) or claimed
+            raise UserError(f"{file} is compressed with {program}; decompress it")
+    found = _kind_by_bytes(first) or claimed
     if found is None:
-        raise UserError(f"{file} begins with {first[:16]!r} and is none of: {KNOWN}")
+        raise UserError(f"{file} begins with {first[:16]!r}, which is not one of: {KNOWN_FORMATS}")
     return found
 
 
-def _told_by_bytes(first: bytes) -> str | None:
+def _kind_by_bytes(first: bytes) -> str | None:
     if first.startswith(b"PAR1"):
         return "parquet"
     if first[257:262] == b"ustar":
@@ -132,7 +132,7 @@ def _table(files: Sequence[str]) -> Format:
     texts: list[Any] = []
     for file in files:
         try:
-            with parquet.opened(file) as source:
+            with parquet.open_file(file) as source:
                 names = source.schema_arrow.names
                 if {name.lower() for name in names} >= {"url", "text"} and len(names) < 5:
                     column = next(name for name in names if name.lower() == "text")
@@ -156,15 +156,15 @@ def _table(files: Sequence[str]) -> Format:
 
 def _are_pages(texts: Sequence[Any]) -> bool:
     lengths = [len(text) for text in texts if isinstance(text, str) and text.strip()]
-    return bool(lengths) and sum(lengths) >= PAGE * len(lengths)
+    return bool(lengths) and sum(lengths) >= MIN_PAGE_CHARACTERS * len(lengths)
 
 
 def _json(files: Sequence[str]) -> Format:
     from data_pipeline.formats.instructions import TURNS
-    from data_pipeline.formats.text_records import reading, records
+    from data_pipeline.formats.text_records import open_text, records
 
     keys: set[str] = set()
-    with reading(files[0]) as opened:
+    with open_text(files[0]) as opened:
         for _, value in islice(records(files[0], opened), 20):
             if isinstance(value, dict):
                 keys |= value.keys()

@@ -1,4 +1,4 @@
-"""img2dataset's output: tars of image, txt and json, a parquet of all rows, statistics written last."""
+"""img2dataset's output, written and read back: tars of image, txt and json, a parquet of all rows, statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
-from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
+from data_pipeline.formats.parquet import Column, match_columns, missing_columns, python_values, type_problems
 from data_pipeline.formats.records import BadRecord
 from data_pipeline.sources.tar import TarWriter
 
@@ -34,12 +34,12 @@ COLUMNS = (
     Column("exif", ("exif",), "text"),
     Column("sha256", ("sha256",), "text"),
 )
-LONGEST_REASON = 80
+MAX_REASON_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the input: an image with its caption, or a failure (no image, status, error_message)."""
+    """One input row: an image with its caption, or a failure (no image, but status and error_message)."""
 
     url: str
     caption: str | None
@@ -60,7 +60,7 @@ def shard_name(shard: int, digits: int = 5) -> str:
 
 
 def sample_key(shard: int, index: int, per_shard: int = SAMPLES_PER_SHARD, digits: int = 5) -> str:
-    """`000020037` for sample 37 of shard 2: img2dataset numbers all rows, failures too."""
+    """Key of a row, such as `000020037` for row 37 of shard 2. img2dataset numbers all rows, also failures."""
     power = math.ceil(math.log10(per_shard)) if per_shard > 1 else 1
     return f"{shard * 10**power + index:0{digits + power}d}"
 
@@ -70,11 +70,11 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write SHARD.tar, SHARD.parquet and, last, SHARD_stats.json; returns the statistics.
 
-    The tar holds the successes, the parquet every row. Times in the statistics are 0: the same rows give
-    the same bytes, and nothing was downloaded.
+    The tar holds the successes, the parquet every row. Times in the statistics are 0, so that the same rows give the
+    same bytes. Raises UserError for more than `per_shard` rows, or a status that contradicts the row.
     """
     if len(rows) > per_shard:
-        raise UserError(f"{folder}: {len(rows)} rows for a shard of at most {per_shard}")
+        raise UserError(f"{folder}: {len(rows)} rows exceed the {per_shard} rows of a shard")
     base = storage.join(folder, shard_name(shard, digits))
     metadata = []
     with TarWriter(f"{base}.tar") as tar:
@@ -89,16 +89,16 @@ def write_shard(
                 tar.write(key, members)
     storage.publish_table(f"{base}.parquet", _table(metadata))
     stats = _statistics(rows)
-    # img2dataset takes a shard for finished when its statistics exist, so they come last.
+    # The statistics come last: to img2dataset, a shard with statistics is finished.
     storage.publish(f"{base}_stats.json", json.dumps(stats, indent=4).encode())
     return stats
 
 
 def _record(row: Row, key: str) -> dict[str, Any]:
-    """The row's metadata in img2dataset's order of columns: the json member and the parquet row."""
+    """Metadata of a row, for the json member and the parquet; columns in img2dataset's order."""
     if (row.image is None) == (row.status == SUCCESS):
         raise UserError(
-            f"{key}: status {row.status!r} does not go with {'no ' if row.image is None else 'an '}image"
+            f"{key}: status {row.status!r} contradicts a row with {'no ' if row.image is None else 'an '}image"
         )
     if row.status not in (SUCCESS, *FAILURES):
         raise UserError(f"{key}: status {row.status!r} is not one of {', '.join((SUCCESS, *FAILURES))}")
@@ -148,7 +148,7 @@ def _statistics(rows: Sequence[Row]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one row of the input; `reason` says why there is no picture, "" where there is one."""
+    """The outcome of one input row. `reason`: why there is no image, "" if there is one."""
 
     key: str
     status: str
@@ -164,8 +164,8 @@ class Outcome:
 
 
 @dataclass
-class Sums:
-    """Counts over shards: rows of the parquet, successes among them, failures by status and reason."""
+class OutcomeCounts:
+    """Counts over shards: rows of the parquets, successes, failures by status and reason, unusable rows."""
 
     shards: int = 0
     rows: int = 0
@@ -184,35 +184,37 @@ class Sums:
 
 
 def is_output(names: Sequence[str]) -> bool:
-    """Whether a parquet file with these columns is one of img2dataset's."""
+    """True if a parquet file with these columns is img2dataset's."""
     return {"key", "status", "error_message"} <= {name.lower() for name in names}
 
 
 def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
-    """Every row of every parquet file of `path`, failures too, in order of the input.
+    """Yield every row of every parquet file of `path` in input order, also failures.
 
-    Verdicts: `missing key`, `missing status`, `not UTF-8`. Raises UserError where a file has not these columns.
+    Reasons of a BadRecord: `missing key`, `missing status`, `not UTF-8`. Raises UserError if a column is missing.
     """
     for file in parquet.list_files(path):
-        with parquet.opened(file) as source:
+        with parquet.open_file(file) as source:
             yield from outcomes_of(file, source, rows)
 
 
 def outcomes_of(file: str, source: Any, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
-    """`read_outcomes` for one opened file."""
+    """`read_outcomes` of one open parquet file."""
     schema = source.schema_arrow
-    wrong = wrong_types(schema, COLUMNS)
-    fatal = missing(schema.names, COLUMNS) + [wrong[m] for m in ("key", "status", "reason") if m in wrong]
+    wrong = type_problems(schema, COLUMNS)
+    fatal = missing_columns(schema.names, COLUMNS) + [
+        wrong[m] for m in ("key", "status", "reason") if m in wrong
+    ]
     if fatal:
         raise UserError(f"{file}: {fatal[0]}")
-    wanted = ("key", "status", "reason", "url", "caption", "width", "height")
-    found = match(schema.names, COLUMNS)
-    taken = {meaning: found[meaning] for meaning in wanted if meaning in found and meaning not in wrong}
+    meanings = ("key", "status", "reason", "url", "caption", "width", "height")
+    found = match_columns(schema.names, COLUMNS)
+    taken = {meaning: found[meaning] for meaning in meanings if meaning in found and meaning not in wrong}
     number = 0
     for batch in source.iter_batches(batch_size=rows, columns=list(dict.fromkeys(taken.values()))):
         columns = [
-            values(batch.column(taken[meaning])) if meaning in taken else [None] * batch.num_rows
-            for meaning in wanted
+            python_values(batch.column(taken[meaning])) if meaning in taken else [None] * batch.num_rows
+            for meaning in meanings
         ]
         for row in zip(*columns, strict=True):
             yield _outcome(row, file, number)
@@ -228,17 +230,17 @@ def _outcome(row: Sequence[Any], file: str, number: int) -> Outcome | BadRecord:
         return BadRecord(file, place, "missing key")
     if not status:
         return BadRecord(file, place, "missing status", key)
-    reason = " ".join((reason or "").split())[:LONGEST_REASON]
+    reason = " ".join((reason or "").split())[:MAX_REASON_CHARACTERS]
     sizes = (int(side) if side is not None and side == side else None for side in (width, height))
     return Outcome(key, status, reason, url or "", caption, *sizes)
 
 
-def odd_key(stem: str, keys: Sequence[str]) -> str | None:
-    """What is wrong with the keys of shard `stem`, or None: each begins with the shard's number.
+def mismatched_key(stem: str, keys: Sequence[str]) -> str | None:
+    """A sentence about the first key that does not begin with the number of shard `stem`; None if all do.
 
     img2dataset numbers rows as 10^k x shard + index; LAION-2B's shards have six digits, others five.
     """
     if not re.fullmatch(r"\d+", stem):
         return None
-    odd = next((key for key in keys if not re.fullmatch(r"\d+", key) or not key.startswith(stem)), None)
-    return None if odd is None else f"key {odd} is not one of shard {stem}"
+    wrong = next((key for key in keys if not re.fullmatch(r"\d+", key) or not key.startswith(stem)), None)
+    return None if wrong is None else f"key {wrong} does not belong to shard {stem}"

@@ -1,4 +1,4 @@
-"""Conversations with pictures: LLaVA's and ShareGPT's json and jsonl, and their Hugging Face ports (messages)."""
+"""Conversations with images: LLaVA's and ShareGPT's json and jsonl, and their Hugging Face ports (messages)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
-from data_pipeline.formats.text_records import LONGEST, parsed, reading
+from data_pipeline.formats.text_records import MAX_RECORD_BYTES, open_text, parse_records
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
@@ -21,7 +21,7 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
 }
 IMAGE_TOKEN = "<image>"
-# List of turns -> (who speaks, what is said).
+# Field with the list of turns -> (field of the role, field of the text) in each turn.
 TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 
 
@@ -33,9 +33,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One dialogue. images: paths below the folder of pictures, none for text alone; each `<image>` in the turns
-    of system and user stands for the next of them. One picture without an `<image>` stands before the first turn,
-    as SPHINX has it. id: as text; None where the file has none."""
+    """One dialogue.
+
+    id: as text, None if the record has none
+    images: paths below the image folder, () for text alone. The n-th `<image>` in the system and user turns is the n-th
+        image; a single image without any `<image>` comes before the first turn, as in SPHINX.
+    """
 
     id: str | None
     turns: tuple[Turn, ...]
@@ -43,30 +46,30 @@ class Conversation:
 
 
 def read_conversations(
-    path: str, images: str | None = None, longest: int = LONGEST
+    path: str, images: str | None = None, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[tuple[str, Conversation | BadRecord]]:
-    """(place, record or why it is none) of every entry of a json list or line of a jsonl file, in order.
+    """Yield (place, Conversation or BadRecord) per entry of a json list or line of a jsonl file, in order.
 
-    `images` is the folder of pictures, where the user gave one: absolute paths below it are taken. Memory does
-    not grow with the file. Verdicts beside those of `json_stream.records`: `no object`, `no turns`, `bad turn`,
-    `unknown role`, `wrong turn order`, `no answer`, `unsafe image path`, `missing image`, `<image> count`,
+    `images`: the image folder, if the user named one; absolute paths below it are accepted. Memory does not grow with
+    the file. Reasons of a BadRecord besides those of `text_records.records`: `no object`, `no turns`, `bad turn`,
+    `unknown role`, `wrong turn order`, `no answer`, `unsafe image path`, `missing image`, `<image> count`, `bad id`,
     `not UTF-8`.
     """
-    with reading(path) as file:
-        yield from conversations_of(path, file, images, longest)
+    with open_text(path) as file:
+        yield from conversations_of(path, file, images, max_bytes)
 
 
 def conversations_of(
-    path: str, file: BinaryIO, images: str | None = None, longest: int = LONGEST
+    path: str, file: BinaryIO, images: str | None = None, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[tuple[str, Conversation | BadRecord]]:
-    """`read_conversations` of an opened file."""
-    return parsed(path, file, longest, lambda value: parse(value, images))
+    """`read_conversations` of an open file."""
+    return parse_records(path, file, max_bytes, lambda value: parse(value, images))
 
 
 def parse(value: Any, images: str | None = None) -> Conversation:
     """One record. Raises ContentError, whose reasons `read_conversations` lists."""
     if not isinstance(value, dict):
-        raise ContentError("no object", f"a {type(value).__name__} where an object is expected")
+        raise ContentError("no object", f"a {type(value).__name__} instead of an object")
     turns = _turns(value)
     paths = tuple(check_image_path(path, images) for path in _image_paths(value))
     _check_order(turns)
@@ -86,33 +89,35 @@ def _turns(value: Mapping[str, Any]) -> tuple[Turn, ...]:
     listed = value[field]
     if not isinstance(listed, list) or not listed:
         raise ContentError("no turns", f"{field} is {'empty' if listed == [] else type(listed).__name__}")
-    return tuple(_turn(one, number, *TURNS[field]) for number, one in enumerate(listed))
+    return tuple(_turn(turn, number, *TURNS[field]) for number, turn in enumerate(listed))
 
 
-def _turn(one: Any, number: int, speaker: str, said: str) -> Turn:
-    if not isinstance(one, dict) or not isinstance(one.get(speaker), str):
-        raise ContentError("bad turn", f"turn {number} is no object with {speaker!r} and {said!r}")
-    role = ROLES.get(one[speaker].strip().lower())
+def _turn(turn: Any, number: int, role_field: str, text_field: str) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get(role_field), str):
+        raise ContentError(
+            "bad turn", f"turn {number} is not an object with {role_field!r} and {text_field!r}"
+        )
+    role = ROLES.get(turn[role_field].strip().lower())
     if role is None:
-        raise ContentError("unknown role", f"turn {number} is from {one[speaker][:40]!r}")
-    text = _text(one.get(said))
+        raise ContentError("unknown role", f"turn {number} is from {turn[role_field][:40]!r}")
+    text = _text(turn.get(text_field))
     if text is None:
         raise ContentError(
-            "bad turn", f"{said!r} of turn {number} is {type(one.get(said)).__name__}, not text"
+            "bad turn", f"{text_field!r} of turn {number} is {type(turn.get(text_field)).__name__}, not text"
         )
     if SURROGATE.search(text):
         raise ContentError("not UTF-8", f"turn {number}")
     return Turn(role, text)
 
 
-def _text(said: Any) -> str | None:
-    """A string, or the list of parts that multi-modal chat templates take: {"type": "text" | "image"}."""
-    if isinstance(said, str):
-        return said
-    if not isinstance(said, list):
+def _text(content: Any) -> str | None:
+    """The text of a turn: a string, or a list of {"type": "text" | "image", ...} as multi-modal chat templates take."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
         return None
     words = []
-    for part in said:
+    for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             words.append(part["text"])
@@ -124,36 +129,36 @@ def _text(said: Any) -> str | None:
 
 
 def _image_paths(value: Mapping[str, Any]) -> list[str]:
-    """`image`: a path or a list of them; `images`: a list of paths or of {"path": ...}."""
+    """The paths in `image` (a path or a list) or `images` (a list of paths or of {"path": ...})."""
     found = value.get("image") or value.get("images") or []
     listed = found if isinstance(found, list) else [found]
     paths: list[str] = []
-    for one in listed:
-        path = one.get("path") if isinstance(one, dict) else one
+    for item in listed:
+        path = item.get("path") if isinstance(item, dict) else item
         if not isinstance(path, str):
-            raise ContentError("missing image", f"a {type(path).__name__} where a path is expected")
+            raise ContentError("missing image", f"a {type(path).__name__} instead of a path")
         paths.append(path)
     return paths
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
-    """After an optional system turn, user and assistant by turns, to an answer."""
+    """Check that user and assistant alternate after an optional system turn, and that there is an answer."""
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if "assistant" not in spoken:
-        raise ContentError("no answer", f"{len(spoken)} turns, none of them the assistant's")
+        raise ContentError("no answer", f"{len(spoken)} turns, none of them by the assistant")
     if any(turn.role == "system" for turn in turns[1:]):
         raise ContentError("wrong turn order", "a system turn that is not the first")
     expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
-    for number, (role, wanted) in enumerate(zip(spoken, expected, strict=False)):
-        if role != wanted:
+    for number, (role, due) in enumerate(zip(spoken, expected, strict=False)):
+        if role != due:
             raise ContentError(
-                "wrong turn order", f"spoken turn {number} is the {role}'s, not the {wanted}'s"
+                "wrong turn order", f"turn {number} after the system turn is by the {role}, not the {due}"
             )
 
 
 def _check_images(turns: tuple[Turn, ...], images: int) -> None:
     tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role != "assistant")
     if any(IMAGE_TOKEN in turn.text for turn in turns if turn.role == "assistant"):
-        raise ContentError("<image> count", "an answer holds <image>")
+        raise ContentError("<image> count", "an answer contains <image>")
     if tokens != images and (tokens, images) != (0, 1):
-        raise ContentError("<image> count", f"{tokens} <image> for {images} pictures")
+        raise ContentError("<image> count", f"{tokens} <image> for {images} images")

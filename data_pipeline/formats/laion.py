@@ -1,4 +1,4 @@
-"""Tables of pictures' addresses and captions: LAION-400M, LAION-2B and Re-LAION, LAION-COCO, COYO, DataComp."""
+"""Parquet tables of image URLs and captions: LAION-400M, LAION-2B, Re-LAION, LAION-COCO, COYO, DataComp."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
-from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
+from data_pipeline.formats.parquet import Column, match_columns, missing_columns, python_values, type_problems
 from data_pipeline.formats.records import BadRecord
 
-# Names in lower case: LAION's files spell theirs URL and TEXT, copies of them url and text. The similarity is
-# the one the set was filtered by first: ViT-L/14's where there are two.
+# Names in lower case: LAION's files have URL and TEXT, copies of them url and text. Of two similarities, ViT-L/14's
+# comes first: the set was filtered by it.
 COLUMNS = (
     Column("url", ("url", "image_url", "img_url"), "text", required=True),
     Column("caption", ("text", "caption", "alt", "alt_text"), "text", required=True),
@@ -51,19 +51,20 @@ TITLES = {
     "laion-coco": "LAION-COCO metadata",
     "coyo": "COYO-700M metadata",
     "datacomp": "DataComp metadata",
-    "pairs": "addresses and captions of pictures",
+    "pairs": "image URLs and captions",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One picture's address with its captions.
+    """The URL of one image with its captions. Numbers are None if they are null, not finite, or a size below 1.
 
-    captions: the best first; LAION-COCO's generated ones by falling similarity, else the one there is, none if it
-    is null or blank. scores: a similarity for each caption, None where nobody measured it. alt_text: what the web
-    page said, where `captions` were generated. Numbers that are null, not finite or (for sizes) not positive are
-    None. nsfw: LAION-400M's word (UNLIKELY, UNSURE, NSFW). hash: LAION's int64 of url and text, COYO's
-    perceptual hash as hexadecimal text. id: DataComp's uid, LAION-400M's SAMPLE_ID.
+    captions: the best first: LAION-COCO's generated ones by falling similarity, else the only one; () if it is blank
+    scores: the similarity of each caption, None if it is unknown
+    alt_text: the alt text of the web page, if `captions` are generated
+    nsfw: LAION-400M's label (UNLIKELY, UNSURE, NSFW)
+    hash: LAION's int64 of URL and text, or COYO's perceptual hash in hexadecimal
+    id: DataComp's uid or LAION-400M's SAMPLE_ID
     """
 
     url: str
@@ -85,9 +86,9 @@ class Pair:
 
 
 def identify(names: Sequence[str]) -> str | None:
-    """Which of TITLES a table with these columns is; None if it has no address of a picture."""
+    """The key in TITLES of a table with these columns; None if it has no image URL."""
     lower = {name.lower() for name in names}
-    found = match(names, COLUMNS)
+    found = match_columns(names, COLUMNS)
     if "url" not in found:
         return None
     if lower & {"top_caption", "all_captions"}:
@@ -111,36 +112,40 @@ def identify(names: Sequence[str]) -> str | None:
     return "pairs"
 
 
-def lacking(names: Sequence[str]) -> list[str]:
-    """A sentence for each column without which there are no pairs; generated captions stand in for the page's."""
+def missing_pair_columns(names: Sequence[str]) -> list[str]:
+    """A sentence per required column that is missing. Generated captions replace the caption column."""
     columns: tuple[Column, ...] = COLUMNS
-    if "top caption" in match(names, COLUMNS):
+    if "top caption" in match_columns(names, COLUMNS):
         columns = tuple(column for column in COLUMNS if column.meaning != "caption")
-    return missing(names, columns)
+    return missing_columns(names, columns)
 
 
 def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | BadRecord]:
-    """Every row of every parquet file of `path`, in order: a Pair, or why it is none.
+    """Yield every row of every parquet file of `path`, in order: a Pair, or a BadRecord.
 
-    Reads `rows` rows at a time and no column but those of a Pair. Verdicts: `missing url`, `not UTF-8`. Raises
-    UserError, naming the file, where a required column is missing or of another type, or the file is damaged.
+    Reads `rows` rows at a time and only the columns of a Pair. Reasons of a BadRecord: `missing url`, `not UTF-8`.
+    Raises UserError, with the file, if a required column is missing or has a wrong type, or if the file is damaged.
     """
     for file in parquet.list_files(path):
-        with parquet.opened(file) as source:
+        with parquet.open_file(file) as source:
             yield from pairs_of(file, source, rows)
 
 
 def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | BadRecord]:
-    """`read_pairs` for one opened file."""
+    """`read_pairs` of one open parquet file."""
     schema = source.schema_arrow
-    wrong = wrong_types(schema, COLUMNS)
-    fatal = lacking(schema.names) + [wrong[m] for m in ("url", "caption") if m in wrong]
+    wrong = type_problems(schema, COLUMNS)
+    fatal = missing_pair_columns(schema.names) + [wrong[m] for m in ("url", "caption") if m in wrong]
     if fatal:
         raise UserError(f"{file}: {fatal[0]}")
-    found = {meaning: name for meaning, name in match(schema.names, COLUMNS).items() if meaning not in wrong}
+    found = {
+        meaning: name
+        for meaning, name in match_columns(schema.names, COLUMNS).items()
+        if meaning not in wrong
+    }
     number = 0
     for batch in source.iter_batches(batch_size=rows, columns=list(dict.fromkeys(found.values()))):
-        taken = {meaning: values(batch.column(name)) for meaning, name in found.items()}
+        taken = {meaning: python_values(batch.column(name)) for meaning, name in found.items()}
         for row in zip(*taken.values(), strict=True):
             yield _pair(dict(zip(taken, row, strict=True)), file, number)
             number += 1
@@ -170,17 +175,17 @@ def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | BadRecord:
         punsafe=_number(row.get("punsafe")),
         pwatermark=_number(row.get("pwatermark")),
         aesthetic=_number(row.get("aesthetic")),
-        nsfw=_word(row.get("nsfw")),
+        nsfw=_label(row.get("nsfw")),
         license=_blank_to_none(row.get("license")),
         language=_blank_to_none(row.get("language")),
         hash=_hash(row.get("hash")),
         md5=_blank_to_none(row.get("md5")),
-        id=_word(row.get("id")),
+        id=_label(row.get("id")),
     )
 
 
 def _generated(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
-    """LAION-COCO's captions by falling similarity, the top caption first; two that are the same count once."""
+    """(captions, scores) of LAION-COCO: the top caption, then the others by falling similarity, without duplicates."""
     texts = row.get("captions") or []
     numbers = [_number(score) for score in row.get("caption scores") or []]
     if len(numbers) != len(texts):
@@ -216,8 +221,8 @@ def _size(value: Any) -> int | None:
     return int(number) if number is not None and number >= 1 else None
 
 
-def _word(value: Any) -> str | None:
-    """Ids and labels as text: an id that went through a float column has lost its last digits, not its form."""
+def _label(value: Any) -> str | None:
+    """Ids and labels as text. A float id (from a copy with float columns) is written as an integer."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
     if isinstance(value, float) and value.is_integer():

@@ -1,4 +1,4 @@
-"""PaliGemma's jsonl: {"image", "prefix", "suffix"}, where the prefix is the prompt and the suffix is learnt."""
+"""PaliGemma's jsonl of {"image", "prefix", "suffix"}: the prefix is the prompt, the suffix is the target."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any, BinaryIO
 
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
-from data_pipeline.formats.text_records import LONGEST, parsed, reading
+from data_pipeline.formats.text_records import MAX_RECORD_BYTES, open_text, parse_records
 
-# Coordinates y0 x0 y1 x1 in 1024 bins and masks in 128 codewords: other numbers are no tokens of the vocabulary.
-PLACE = re.compile(r"<(loc|seg)(\d*)>")
+# Boxes y0 x0 y1 x1 in 1024 bins, and masks in 128 codewords; the vocabulary has no tokens for other numbers.
+LOCATION_TOKEN = re.compile(r"<(loc|seg)(\d*)>")
+# Kind -> (digits, number of tokens).
 BINS = {"loc": (4, 1024), "seg": (3, 128)}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """One example. image: path below the folder of pictures, None for text alone; suffix: None where it is to be
-    generated."""
+    """One example.
+
+    image: path below the image folder, None for text alone
+    suffix: the target text, None if the model is to generate it
+    """
 
     image: str | None
     prefix: str
@@ -27,39 +31,39 @@ class Prompted:
 
 
 def read_prompted(
-    path: str, images: str | None = None, longest: int = LONGEST
+    path: str, images: str | None = None, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[tuple[str, Prompted | BadRecord]]:
-    """(place, record or why it is none) of every line, in order; memory does not grow with the file.
+    """Yield (place, Prompted or BadRecord) per line, in order; memory does not grow with the file.
 
-    Verdicts beside those of `json_stream.records`: `no object`, `no prefix or suffix`, `bad text`, `not UTF-8`,
-    `unsafe image path`, `missing image`, `bad location token`.
+    Reasons of a BadRecord besides those of `text_records.records`: `no object`, `no prefix or suffix`, `bad text`,
+    `not UTF-8`, `unsafe image path`, `missing image`, `bad location token`.
     """
-    with reading(path) as file:
-        yield from prompted_of(path, file, images, longest)
+    with open_text(path) as file:
+        yield from prompted_of(path, file, images, max_bytes)
 
 
 def prompted_of(
-    path: str, file: BinaryIO, images: str | None = None, longest: int = LONGEST
+    path: str, file: BinaryIO, images: str | None = None, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[tuple[str, Prompted | BadRecord]]:
-    """`read_prompted` of an opened file."""
-    return parsed(path, file, longest, lambda value: parse(value, images))
+    """`read_prompted` of an open file."""
+    return parse_records(path, file, max_bytes, lambda value: parse(value, images))
 
 
 def parse(value: Any, images: str | None = None) -> Prompted:
-    """One record. Raises ContentError, whose reasons `read_prompted` lists."""
+    """Parse one JSON value. Raises ContentError with the reasons that `read_prompted` lists."""
     if not isinstance(value, dict):
-        raise ContentError("no object", f"a {type(value).__name__} where an object is expected")
+        raise ContentError("no object", f"a {type(value).__name__} instead of an object")
     if "prefix" not in value and "suffix" not in value:
         raise ContentError("no prefix or suffix", f"it has {', '.join(map(str, value))[:120]}")
     image = value.get("image")
     if image is not None:
         if not isinstance(image, str):
-            raise ContentError("missing image", f"a {type(image).__name__} where a path is expected")
+            raise ContentError("missing image", f"a {type(image).__name__} instead of a path")
         image = check_image_path(image, images)
-    return Prompted(image, _words(value, "prefix") or "", _words(value, "suffix"))
+    return Prompted(image, _field_text(value, "prefix") or "", _field_text(value, "suffix"))
 
 
-def _words(value: dict[str, Any], field: str) -> str | None:
+def _field_text(value: dict[str, Any], field: str) -> str | None:
     text = value.get(field)
     if text is None:
         return None
@@ -67,10 +71,10 @@ def _words(value: dict[str, Any], field: str) -> str | None:
         raise ContentError("bad text", f"{field} is {type(text).__name__}, not text")
     if SURROGATE.search(text):
         raise ContentError("not UTF-8", field)
-    for kind, number in PLACE.findall(text):
+    for kind, number in LOCATION_TOKEN.findall(text):
         digits, bins = BINS[kind]
         if len(number) != digits or int(number) >= bins:
             raise ContentError(
-                "bad location token", f"<{kind}{number}> in {field}; {bins} bins of {digits} digits"
+                "bad location token", f"<{kind}{number}> in {field}; there are {bins}, with {digits} digits"
             )
     return text

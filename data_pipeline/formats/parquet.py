@@ -1,4 +1,7 @@
-"""Parquet files, opened so that damage becomes a UserError that names the file, and read some rows at a time."""
+"""Parquet in row batches, and columns under the many names that public files give them.
+
+Damage becomes a UserError that names the file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".parquet"
 Kind = Literal["text", "number", "texts", "numbers", "any"]
-WANTED = {
+KIND_NAMES = {
     "text": "strings",
     "number": "numbers",
     "texts": "lists of strings",
@@ -27,15 +30,15 @@ WANTED = {
 
 
 def list_files(path: str) -> list[str]:
-    """The parquet files of a folder, sorted by name, those a pattern spells, or the one file that is named."""
+    """The parquet files of a folder (sorted by name) or of a pattern, or the named file itself."""
     if storage.is_pattern(path):
         return storage.list_shards(path)
     return [path] if path.endswith(SUFFIX) else storage.list_files(path, SUFFIX)
 
 
 @contextmanager
-def reading(file: str) -> Iterator[BinaryIO]:
-    """The parquet file opened; what pyarrow says of damaged bytes becomes a UserError that names it."""
+def open_checked(file: str) -> Iterator[BinaryIO]:
+    """Open the bytes of a parquet file; an error of pyarrow about damaged bytes becomes a UserError that names it."""
     import pyarrow as pa
 
     try:
@@ -44,30 +47,32 @@ def reading(file: str) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # pyarrow also raises OSError for damage inside a column; an error of the disk has a number.
+        # pyarrow raises OSError for damage inside a column, too; an error of the disk has an errno.
         if isinstance(error, ReadError) or getattr(error, "errno", None) is not None:
             raise
-        raise UserError(f"{file} is no parquet file, or cut off ({error}); make it again") from None
+        raise UserError(
+            f"{file} is not a parquet file, or cut off ({error}); download or write it again"
+        ) from None
 
 
 @contextmanager
-def opened(file: str) -> Iterator[parquet.ParquetFile]:
-    """The file with its schema and row count read."""
+def open_file(file: str) -> Iterator[parquet.ParquetFile]:
+    """Open a parquet file and read its footer: schema and row count."""
     import pyarrow.parquet as parquet
 
-    with reading(file) as handle:
+    with open_checked(file) as handle:
         yield parquet.ParquetFile(handle)
 
 
 def batches(file: str, columns: Sequence[str], rows: int = 1024) -> Iterator[pa.RecordBatch]:
-    """Record batches of at most `rows` rows with the columns named; memory does not grow with the file's rows."""
-    with opened(file) as source:
+    """Yield record batches of at most `rows` rows of these columns; memory does not grow with the file."""
+    with open_file(file) as source:
         yield from source.iter_batches(batch_size=rows, columns=list(columns))
 
 
 @dataclass(frozen=True)
 class Column:
-    """What a column means and what it is called, in lower case; the first name that is there is taken."""
+    """The meaning of a column and its names in public files, in lower case; the first name that a file has counts."""
 
     meaning: str
     names: tuple[str, ...]
@@ -75,8 +80,8 @@ class Column:
     required: bool = False
 
 
-def match(names: Sequence[str], columns: Sequence[Column]) -> dict[str, str]:
-    """Meaning -> name as the file spells it; upper and lower case are the same."""
+def match_columns(names: Sequence[str], columns: Sequence[Column]) -> dict[str, str]:
+    """Meaning -> the file's name of the column; case is ignored."""
     spelled: dict[str, str] = {}
     for name in names:
         spelled.setdefault(name.lower(), name)
@@ -88,28 +93,28 @@ def match(names: Sequence[str], columns: Sequence[Column]) -> dict[str, str]:
     return found
 
 
-def nearest(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    """The name that was probably meant to be one of `wanted`."""
+def nearest_name(expected: Sequence[str], names: Sequence[str]) -> str | None:
+    """The name that is most similar to one of `expected`; None if none is similar."""
     import difflib
 
     spelled = {name.lower(): name for name in names}
     scored = [
         (difflib.SequenceMatcher(None, alias, lower).ratio(), -i, name)
         for i, (lower, name) in enumerate(spelled.items())
-        for alias in wanted
+        for alias in expected
     ]
     best = max(scored, default=(0.0, 0, ""))
     return best[2] if best[0] >= 0.6 else None
 
 
-def missing(names: Sequence[str], columns: Sequence[Column]) -> list[str]:
-    """A sentence for every required column that is not there, with the nearest name that is."""
-    found = match(names, columns)
+def missing_columns(names: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """A sentence per required column that the file does not have, with the most similar name that it has."""
+    found = match_columns(names, columns)
     sentences = []
     for column in columns:
         if not column.required or column.meaning in found:
             continue
-        near = nearest(column.names, [name for name in names if name not in found.values()])
+        near = nearest_name(column.names, [name for name in names if name not in found.values()])
         hint = (
             f"is {near!r} the {column.meaning}? Rename it" if near else f"rename the {column.meaning} column"
         )
@@ -119,40 +124,40 @@ def missing(names: Sequence[str], columns: Sequence[Column]) -> list[str]:
     return sentences
 
 
-def wrong_types(schema: pa.Schema, columns: Sequence[Column]) -> dict[str, str]:
-    """Meaning -> a sentence, for columns whose values are of another kind than the format's."""
-    found = match(schema.names, columns)
+def type_problems(schema: pa.Schema, columns: Sequence[Column]) -> dict[str, str]:
+    """Meaning -> a sentence, for each column whose type does not fit the format."""
+    found = match_columns(schema.names, columns)
     kinds = {column.meaning: column.kind for column in columns}
     sentences = {}
     for meaning, name in found.items():
-        # A file may have two columns of one name; `field(name)` would refuse.
+        # Not field(name): it raises if two columns have that name.
         kind = schema.field(schema.names.index(name)).type
-        if not fits(kind, kinds[meaning]):
+        if not type_fits(kind, kinds[meaning]):
             sentences[meaning] = (
-                f"column {name} holds {kind}, the {meaning} should be {WANTED[kinds[meaning]]}"
+                f"column {name} has type {kind}, the {meaning} should be {KIND_NAMES[kinds[meaning]]}"
             )
     return sentences
 
 
-def fits(found: pa.DataType, kind: Kind) -> bool:
-    """Whether values of the Arrow type can be what `kind` says; a column of nothing but null can be anything."""
+def type_fits(found: pa.DataType, kind: Kind) -> bool:
+    """True if values of the Arrow type can be of `kind`; a column of nulls only fits every kind."""
     import pyarrow as pa
 
     types = pa.types
     if kind == "any" or types.is_null(found):
         return True
     if types.is_dictionary(found):
-        return fits(found.value_type, kind)
+        return type_fits(found.value_type, kind)
     if kind in ("texts", "numbers"):
         inner: Kind = "text" if kind == "texts" else "number"
-        return (types.is_list(found) or types.is_large_list(found)) and fits(found.value_type, inner)
+        return (types.is_list(found) or types.is_large_list(found)) and type_fits(found.value_type, inner)
     if kind == "text":
         return types.is_string(found) or types.is_large_string(found) or str(found) == "string_view"
     return types.is_integer(found) or types.is_floating(found) or types.is_decimal(found)
 
 
-def values(column: Any) -> list[Any]:
-    """The Python values of an Arrow array; a string that is not UTF-8 comes as its bytes."""
+def python_values(column: Any) -> list[Any]:
+    """The Python values of an Arrow array; a string that is not UTF-8 is returned as bytes."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What a reader yields in the place of a record that cannot be used: where it stands and why."""
+"""`BadRecord`, which a reader yields in place of an unusable record, and the check of image paths from records."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from data_pipeline import storage
 from data_pipeline.errors import ContentError
 
 UNSAFE = "unsafe image path"
-# Control characters, and what is left of bytes that are no UTF-8.
-ODD = re.compile("[\x00-\x1f\ud800-\udfff]")
+# Control characters, and lone surrogates, which replace bytes that are not UTF-8 (see text_records.py).
+CONTROL_OR_SURROGATE = re.compile("[\x00-\x1f\ud800-\udfff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
-SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+URL_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """`place` is "line 3" or "row 17" of the file `where`; `reason` is a short slug that is counted."""
+    """An unusable record: `place` ("line 3", "row 17") of the file `where`. Equal `reason`s are counted together."""
 
     where: str
     place: str
@@ -29,29 +29,28 @@ class BadRecord:
 
 
 def check_image_path(path: str, root: str | None = None) -> str:
-    """The path below `root`, with / between its parts.
+    """Return an image path from a record, relative to the image folder `root`, normalised, with "/" separators.
 
-    An absolute path is taken if it lies below `root`, which is what the user gave. Raises ContentError `unsafe
-    image path` for any other, for `..`, a url, a drive, a home folder, or a control character, and `missing
-    image` for "".
+    An absolute path is accepted only below `root`, which the user named. Raises ContentError `unsafe image path` for
+    any other absolute path, `..`, a URL, a drive, a home folder or a control character, and `missing image` for "".
     """
     if not path.strip():
         raise ContentError("missing image", "an empty path")
     shown = repr(path[:120])
-    if ODD.search(path):
-        raise ContentError(UNSAFE, f"{shown} holds a control character or no UTF-8")
+    if CONTROL_OR_SURROGATE.search(path):
+        raise ContentError(UNSAFE, f"{shown} contains a control character or is not UTF-8")
     if "\\" in path:
-        raise ContentError(UNSAFE, f"{shown} holds a backslash")
+        raise ContentError(UNSAFE, f"{shown} contains a backslash")
     if root and path.startswith(root.rstrip("/") + "/"):
         path = path[len(root.rstrip("/")) + 1 :]
-    if path.startswith(("/", "~")) or SCHEME.match(path):
-        raise ContentError(UNSAFE, f"{shown} is no path below the folder of pictures")
+    if path.startswith(("/", "~")) or URL_SCHEME.match(path):
+        raise ContentError(UNSAFE, f"{shown} is not a relative path below the image folder")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
-        raise ContentError(UNSAFE, f"{shown} leaves the folder of pictures")
+        raise ContentError(UNSAFE, f"{shown} leaves the image folder")
     return "/".join(parts)
 
 
 def image_url(path: str, root: str) -> str:
-    """Where the picture lies. Raises ContentError as `check_image_path` does."""
+    """URL of an image below the image folder `root`. Raises ContentError as `check_image_path` does."""
     return storage.join(root, check_image_path(path, root))

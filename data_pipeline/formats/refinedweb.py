@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.formats import parquet
-from data_pipeline.formats.parquet import Column, match, missing, values, wrong_types
+from data_pipeline.formats.parquet import Column, match_columns, missing_columns, python_values, type_problems
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# The text is in `content`; `text` is what FineWeb and most derived sets call it.
+# RefinedWeb has the text in `content`, FineWeb and most derived sets in `text`.
 COLUMNS = (
     Column("text", ("content", "text"), "text", required=True),
     Column("url", ("url",), "text"),
@@ -29,13 +29,13 @@ COLUMNS = (
     Column("language score", ("language_score",), "number"),
     Column("tokens", ("token_count",), "number"),
 )
-# What FineWeb has and neither RefinedWeb nor a set of pictures does.
-FINEWEB = {"token_count", "language_score", "dump"}
+# Columns that FineWeb has, and neither RefinedWeb nor image sets.
+FINEWEB_COLUMNS = {"token_count", "language_score", "dump"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One web page. `image_urls`: pairs of address and alternative text."""
+    """One web page. `image_urls`: pairs of (URL, alt text)."""
 
     content: str
     url: str = ""
@@ -46,7 +46,7 @@ class Document:
 
 
 def schema() -> pa.Schema:
-    """Names and types of the public files."""
+    """Column names and types of the public RefinedWeb files."""
     import pyarrow as pa
 
     return pa.schema(
@@ -80,42 +80,46 @@ def write_documents(path: str, documents: Sequence[Document]) -> None:
 
 
 def identify(names: Sequence[str]) -> str | None:
-    """`refinedweb`, `fineweb`, or `documents` for others with a text and no address; None for none of them."""
+    """`refinedweb`, `fineweb`, or `documents` for another table with a text and no URL; None for any other table."""
     lower = {name.lower() for name in names}
     if "content" in lower:
         return "refinedweb"
     if "text" not in lower:
         return None
-    if lower & FINEWEB:
+    if lower & FINEWEB_COLUMNS:
         return "fineweb"
     return None if "url" in lower else "documents"
 
 
 def documents(path: str, rows: int = 1024) -> Iterator[tuple[str, str]]:
-    """(url, text) of every row of every file, in order; a null text comes as "".
+    """Yield (url, text) of every row of every parquet file of `path`, in order; a null is "".
 
-    Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column, or one
-    whose values are no UTF-8 strings.
+    Reads `rows` rows at a time and only the two columns. Raises UserError if a file has no text column or a column of
+    a wrong type, or if a value is not UTF-8.
     """
     for file in parquet.list_files(path):
-        with parquet.opened(file) as source:
+        with parquet.open_file(file) as source:
             yield from documents_of(file, source, rows)
 
 
 def documents_of(file: str, source: Any, rows: int = 1024) -> Iterator[tuple[str, str]]:
-    """`documents` of one opened file."""
+    """`documents` of one open parquet file."""
     schema = source.schema_arrow
-    wrong = missing(schema.names, COLUMNS) or [
-        sentence for meaning, sentence in wrong_types(schema, COLUMNS).items() if meaning in ("text", "url")
-    ]
-    if wrong:
-        raise UserError(f"{file} has {wrong[0]}" if wrong[0].startswith("no ") else f"{file}: {wrong[0]}")
-    found = match(schema.names, COLUMNS)
+    absent = missing_columns(schema.names, COLUMNS)
+    if absent:
+        raise UserError(f"{file} has {absent[0]}")
+    wrong = type_problems(schema, COLUMNS)
+    fatal = [sentence for meaning, sentence in wrong.items() if meaning in ("text", "url")]
+    if fatal:
+        raise UserError(f"{file}: {fatal[0]}")
+    found = match_columns(schema.names, COLUMNS)
     text, url = found["text"], found.get("url")
     for batch in source.iter_batches(batch_size=rows, columns=[c for c in (url, text) if c]):
-        texts = values(batch.column(text))
-        urls = values(batch.column(url)) if url else [""] * len(texts)
-        for where, content in zip(urls, texts, strict=True):
-            if isinstance(content, bytes) or isinstance(where, bytes):
-                raise UserError(f"{file}: a text or address that is not UTF-8; make the file again")
-            yield where or "", content or ""
+        texts = python_values(batch.column(text))
+        urls = python_values(batch.column(url)) if url else [""] * len(texts)
+        for address, content in zip(urls, texts, strict=True):
+            if isinstance(content, bytes) or isinstance(address, bytes):
+                raise UserError(
+                    f"{file}: a text or URL is not UTF-8; write the file again with valid strings"
+                )
+            yield address or "", content or ""

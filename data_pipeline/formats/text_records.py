@@ -1,4 +1,4 @@
-"""The elements of a JSON list, or the lines of a JSONL file, one at a time: a file of gigabytes in little memory."""
+"""Lines, JSONL and JSON lists record by record, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from data_pipeline import storage
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.records import BadRecord
 
-CHUNK = 1 << 18
-# A literal, number or escape that the end of the buffer cuts is reported this far before it at most.
-CUT = 16
-SPACE = " \t\r\n"
+MAX_RECORD_BYTES = 8 << 20  # default limit of a line, and in characters of an entry of a list
+CHUNK_BYTES = 1 << 18
+SKIP_BYTES = 1 << 16  # read at a time of a line beyond the limit
+# json reports a literal, number or escape that is cut by the end of the buffer at most so many characters before it.
+CUT_CHARACTERS = 16
+WHITESPACE = " \t\r\n"
 Record = TypeVar("Record")
-LONGEST = 8 << 20
-SKIP = 1 << 16
 
 
-def parsed(
-    path: str, file: BinaryIO, longest: int, parse: Callable[[Any], Record]
+def parse_records(
+    path: str, file: BinaryIO, max_bytes: int, parse: Callable[[Any], Record]
 ) -> Iterator[tuple[str, Record | BadRecord]]:
-    """(place, what `parse` makes of it) of each record; a Verdict where it cannot be read or parsed."""
-    for place, value in records(path, file, longest):
+    """Yield (place, parsed record) per record; a BadRecord if it cannot be read or `parse` raises ContentError."""
+    for place, value in records(path, file, max_bytes):
         if isinstance(value, BadRecord):
             yield place, value
             continue
@@ -36,26 +36,26 @@ def parsed(
             yield place, BadRecord(path, place, error.reason, error.detail)
 
 
-def records(path: str, file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each record: "entry 3" of a list (from 0) or "line 4" (from 1).
+def records(path: str, file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[str, Any]]:
+    """Yield (place, JSON value) per record: "entry 3" (from 0) of a list, or "line 4" (from 1) of lines.
 
-    Which of the two the file is tells its first character. In the place of a value that cannot be read stands a
-    Verdict: `bad json`, `nested too deeply`, `not UTF-8`, `record too long`. Lines go on after one; a list does
-    not, because where its next entry begins is unknown.
+    The first character of the file tells a list from lines. An unreadable value is a BadRecord: `bad json`, `nested too
+    deeply`, `not UTF-8`, `record too long`. Reading continues after a bad line; a bad entry ends a list, because the
+    start of the next entry is unknown.
     """
     start = file.read(4096)
     file.seek(0)
     if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        yield from _entries(path, file, longest)
+        yield from _entries(path, file, max_bytes)
     else:
-        yield from _lines(path, file, longest)
+        yield from _lines(path, file, max_bytes)
 
 
-def _lines(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]:
-    for number, line in lines(file, longest):
+def _lines(path: str, file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, Any]]:
+    for number, line in lines(file, max_bytes):
         place = f"line {number}"
         if line is None:
-            yield place, BadRecord(path, place, "record too long", f"over {longest} bytes")
+            yield place, BadRecord(path, place, "record too long", f"over {max_bytes} bytes")
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -71,47 +71,54 @@ def _lines(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]
             yield place, BadRecord(path, place, "nested too deeply")
 
 
-def _entries(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any]]:
+def _entries(path: str, file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, Any]]:
     text = _Text(file)
-    text.skip(SPACE + "\ufeff")
+    text.skip(WHITESPACE + "\ufeff")
     text.take()  # the bracket
     decoder = json.JSONDecoder()
     number = 0
     while True:
         place = f"entry {number}"
-        mark = text.skip(SPACE)
+        mark = text.skip(WHITESPACE)
         if number and mark == ",":
             text.take()
-            mark = text.skip(SPACE)
+            mark = text.skip(WHITESPACE)
         elif number and mark not in ("]", ""):
-            yield place, BadRecord(path, place, "bad json", f"a comma expected, found {mark!r}")
+            yield place, BadRecord(path, place, "bad json", f"expected a comma, found {mark!r}")
             return
         if mark == "]":
             text.take()
-            if text.skip(SPACE):
-                yield place, BadRecord(path, place, "bad json", "more stands behind the list's end")
+            if text.skip(WHITESPACE):
+                yield (
+                    place,
+                    BadRecord(path, place, "bad json", "there is more text after the end of the list"),
+                )
             return
         if not mark:
-            yield place, BadRecord(path, place, "bad json", "the file ends inside the list: it is cut off")
+            yield place, BadRecord(path, place, "bad json", "the file is cut off: it ends inside the list")
             return
         while True:
             try:
                 value, end = decoder.raw_decode(text.buffer, text.position)
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos >= len(text.buffer) - CUT
-                room = len(text.buffer) - text.position <= longest
+                # Is the entry cut by the end of the buffer, or wrong? json has no field that says so.
+                cut = (
+                    error.msg.startswith("Unterminated string")
+                    or error.pos >= len(text.buffer) - CUT_CHARACTERS
+                )
+                room = len(text.buffer) - text.position <= max_bytes
                 if cut and room and text.grow():
                     continue
                 reason = "bad json" if room else "record too long"
                 near = text.buffer[error.pos : error.pos + 40]
-                detail = f"{error.msg} near {near!r}" if room else f"over {longest} characters"
+                detail = f"{error.msg} near {near!r}" if room else f"over {max_bytes} characters"
                 yield place, BadRecord(path, place, reason, detail)
                 return
             except RecursionError:
                 yield place, BadRecord(path, place, "nested too deeply")
                 return
-            # A number that the buffer's end cuts reads as a shorter one.
-            whole = text.buffer[end - 1] in '}]"' or end + CUT < len(text.buffer)
+            # A number that is cut by the end of the buffer is read as a shorter number.
+            whole = text.buffer[end - 1] in '}]"' or end + CUT_CHARACTERS < len(text.buffer)
             length = end - text.position
             if whole or not text.grow():
                 break
@@ -121,25 +128,25 @@ def _entries(path: str, file: BinaryIO, longest: int) -> Iterator[tuple[str, Any
 
 
 class _Text:
-    """Decoded text of a file from `position` on, read as it is asked for."""
+    """Decoded text of a file, read in chunks; `position` is the next character in `buffer`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.buffer = ""
         self.position = 0
         self._file = file
-        # Bytes that are no UTF-8 come as lone surrogates, by which a record's checks know them.
+        # Bytes that are not UTF-8 become lone surrogates, which the checks of a record detect.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
     def grow(self) -> bool:
-        """Read as much again as is held, so that a long record is tried few times; False at the end."""
+        """Read at least as much as is buffered, so that a long record is parsed few times; False at the end."""
         kept = self.buffer[self.position :]
-        data = self._file.read(max(CHUNK, len(kept)))
+        data = self._file.read(max(CHUNK_BYTES, len(kept)))
         self.buffer = kept + self._decoder.decode(data, final=not data)
         self.position = 0
         return bool(data)
 
     def skip(self, letters: str) -> str:
-        """The next character that is none of `letters`, not taken; "" at the end."""
+        """Skip `letters`; returns the next character without taking it, "" at the end."""
         while True:
             while self.position < len(self.buffer) and self.buffer[self.position] in letters:
                 self.position += 1
@@ -153,8 +160,8 @@ class _Text:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[BinaryIO]:
-    """The file opened, with the readline of a local one: a remote one's cannot be bounded."""
+def open_text(path: str) -> Iterator[BinaryIO]:
+    """Open a file for `lines`. A remote file is buffered, because its own readline ignores the size limit."""
     with storage.store_errors(path), storage.open_bytes(path) as file:
         if isinstance(file, io.BufferedReader):
             yield file
@@ -163,16 +170,16 @@ def reading(path: str) -> Iterator[BinaryIO]:
                 yield buffered
 
 
-def lines(file: BinaryIO, longest: int = LONGEST) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, the line without its end); None in the place of a line of more than `longest` bytes."""
+def lines(file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number from 1, line without its end); None for a line of more than `max_bytes` bytes."""
     number = 0
-    while line := file.readline(longest + 2):
+    while line := file.readline(max_bytes + 2):
         number += 1
         line, ended = line.rstrip(b"\r\n"), line.endswith(b"\n")
-        if len(line) <= longest:
+        if len(line) <= max_bytes:
             yield number, line
             continue
         while not ended:
-            line = file.readline(SKIP)
+            line = file.readline(SKIP_BYTES)
             ended = line.endswith(b"\n") or not line
         yield number, None

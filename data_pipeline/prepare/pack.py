@@ -1,4 +1,4 @@
-"""Documents to packed text: tokenised, joined end to end, cut in rows of one length, written as tars."""
+"""Tokenises documents, packs them end to end into rows of fixed length, and writes the rows as tars."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROWS_PER_SHARD = 10_000
 
 
 @dataclass
-class Packed:
-    """What packing made of the documents: tokens = rows x length + tail_tokens."""
+class PackingSummary:
+    """Contents of packed.json; tokens = rows x length + tail_tokens."""
 
     length: int
     tokenizer: str
@@ -39,62 +39,64 @@ class Packed:
 
 @dataclass
 class _Row:
-    """A row being filled, and which part of which document went into it."""
+    """A row that is being filled, and the document parts that it contains."""
 
     ids: list[int] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
 
 
-def pack(source: str, out: str, tokenizer: str, length: int, rows_per_shard: int = ROWS_PER_SHARD) -> Packed:
-    """Pack the RefinedWeb parquet files of `source` into tars in `out`; returns and writes the sums.
+def pack(
+    source: str, out: str, tokenizer: str, length: int, rows_per_shard: int = ROWS_PER_SHARD
+) -> PackingSummary:
+    """Pack the RefinedWeb parquet files of `source` into tars in `out`; returns the summary.
 
-    A document becomes start + ids + end; documents follow each other in the files' order. A sample of the
-    tars is KEY.npy, uint16 or uint32 `[length]`, and KEY.json, {"documents": [{url, start, tokens}]}. The
-    last tokens, fewer than `length`, make no row and are counted as tail_tokens in packed.json, which is
-    written last. Beside each tar stands a `_stats.json` that holds its count and the fingerprint of the
-    tokenizer. Raises UserError if `out` holds tars already or not one row comes of it.
+    A document becomes start + ids + end; documents follow each other in file order. A sample of the tars is KEY.npy,
+    uint16 or uint32 `[length]`, and KEY.json, {"documents": [{url, start, tokens}]}. Each tar has a `_stats.json` with
+    its count and the fingerprint of the tokenizer. The last tokens, fewer than `length`, make no row; packed.json,
+    written last, counts them as tail_tokens. Raises UserError if `out` has tars already, if `length` is below 2, or if
+    the text is too short for one row.
     """
     encoder = load_tokenizer(tokenizer)
-    _refuse_used(out)
+    _check_no_tars(out)
     if length < 2:
-        raise UserError(f"packed rows need a length of at least 2 tokens, not {length}")
+        raise UserError(f"the length of packed rows is {length}; it must be at least 2 tokens")
     dtype = np.dtype("<u2") if encoder.vocab_size <= 1 << 16 else np.dtype("<u4")
-    sums = Packed(length, encoder.fingerprint, encoder.vocab_size, dtype.name)
-    rows = _rows(refinedweb.documents(source), encoder, length, sums)
+    summary = PackingSummary(length, encoder.fingerprint, encoder.vocab_size, dtype.name)
+    rows = _rows(refinedweb.documents(source), encoder, length, summary)
     for shard, part in enumerate(_chunks(rows, rows_per_shard)):
-        _write_shard(storage.join(out, f"{shard:05d}"), shard, part, dtype, sums, rows_per_shard)
-        sums.shards += 1
-        sums.rows += len(part)
-    if not sums.rows:
+        _write_shard(storage.join(out, f"{shard:05d}"), shard, part, dtype, summary, rows_per_shard)
+        summary.shards += 1
+        summary.rows += len(part)
+    if not summary.rows:
         raise UserError(
-            f"{source} holds {sums.tokens} tokens, fewer than one row of {length}; give more text"
+            f"{source} has {summary.tokens} tokens, fewer than one row of {length}; add more text"
         )
-    storage.publish(storage.join(out, SUMMARY), json.dumps(asdict(sums), indent=2).encode())
-    return sums
+    storage.publish(storage.join(out, SUMMARY), json.dumps(asdict(summary), indent=2).encode())
+    return summary
 
 
-def _refuse_used(out: str) -> None:
-    """Shards of an earlier packing would stay among the new ones and be trained on."""
+def _check_no_tars(out: str) -> None:
+    # Shards of an earlier packing would remain among the new ones, and training would read them.
     try:
-        there = storage.list_shards(out)
+        shards = storage.list_shards(out)
     except UserError:
         return
-    raise UserError(f"{out} holds {len(there)} tars already; remove them or name another folder")
+    raise UserError(f"{out} has {len(shards)} tars already; remove them or choose another folder")
 
 
 def _rows(
-    documents: Iterable[tuple[str, str]], encoder: Tokenizer, length: int, sums: Packed
+    documents: Iterable[tuple[str, str]], encoder: Tokenizer, length: int, summary: PackingSummary
 ) -> Iterator[_Row]:
-    """Full rows; what is left over is counted in `sums`."""
+    """Yield full rows, and count documents, tokens and the remainder in `summary`."""
     row = _Row()
     for url, text in documents:
         if not text.strip():
-            sums.empty_documents += 1
+            summary.empty_documents += 1
             continue
         ids = [encoder.start_id, *encoder.encode(text), encoder.end_id]
-        sums.documents += 1
-        sums.characters += len(text)
-        sums.tokens += len(ids)
+        summary.documents += 1
+        summary.characters += len(text)
+        summary.tokens += len(ids)
         done = 0
         while done < len(ids):
             part = ids[done : done + length - len(row.ids)]
@@ -104,7 +106,7 @@ def _rows(
             if len(row.ids) == length:
                 yield row
                 row = _Row()
-    sums.tail_tokens = len(row.ids)
+    summary.tail_tokens = len(row.ids)
 
 
 def _chunks(rows: Iterator[_Row], size: int) -> Iterator[list[_Row]]:
@@ -119,7 +121,7 @@ def _chunks(rows: Iterator[_Row], size: int) -> Iterator[list[_Row]]:
 
 
 def _write_shard(
-    base: str, shard: int, rows: list[_Row], dtype: np.dtype, sums: Packed, per_shard: int
+    base: str, shard: int, rows: list[_Row], dtype: np.dtype, summary: PackingSummary, per_shard: int
 ) -> None:
     digits = len(str(per_shard - 1))
     with TarWriter(f"{base}.tar") as tar:
@@ -131,10 +133,10 @@ def _write_shard(
     stats = {
         "count": len(rows),
         "successes": len(rows),
-        "tokens": len(rows) * sums.length,
-        "length": sums.length,
-        "dtype": sums.dtype,
-        "tokenizer": sums.tokenizer,
-        "vocabulary": sums.vocabulary,
+        "tokens": len(rows) * summary.length,
+        "length": summary.length,
+        "dtype": summary.dtype,
+        "tokenizer": summary.tokenizer,
+        "vocabulary": summary.vocabulary,
     }
     storage.publish(f"{base}_stats.json", json.dumps(stats, indent=4).encode())

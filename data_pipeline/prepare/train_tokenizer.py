@@ -1,4 +1,4 @@
-"""A small byte-level BPE trained on one's own text, in the files that transformers and tokenizers load."""
+"""Trains a small byte-level BPE tokenizer, in the files that transformers and tokenizers load."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ BYTES = 256
 
 
 def train_tokenizer(
-    texts: Iterable[str], folder: str, vocabulary: int = 2048, longest: int = 1_000_000
+    texts: Iterable[str], folder: str, vocabulary: int = 2048, max_tokens: int = 1_000_000
 ) -> None:
     """Train on `texts` and write tokenizer.json and tokenizer_config.json into `folder`.
 
-    Ids: pad 0, start 1, end 2, then the 256 bytes, then the merges, so every text can be written. `encode`
-    with special tokens gives start + text + end. The same texts give the same files. Raises UserError if
-    there is too little text for the vocabulary. `longest` is what the config states as the most tokens of a
-    row.
+    Ids: pad 0, start 1, end 2, then the 256 bytes, then the merges; so every text can be encoded. `encode` with special
+    tokens gives start + text + end. The same texts give the same files. `max_tokens` is written to the config as
+    model_max_length. Raises UserError if the text is too short for the vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     if vocabulary < BYTES + len(SPECIALS):
         raise UserError(
-            f"a byte-level vocabulary needs at least {BYTES + len(SPECIALS)} entries, not {vocabulary}"
+            f"a byte-level vocabulary needs at least {BYTES + len(SPECIALS)} entries; {vocabulary} were requested"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +42,7 @@ def train_tokenizer(
     learnt = tokenizer.get_vocab_size()
     if learnt != vocabulary:
         raise UserError(
-            f"the text is enough for {learnt} tokens, not {vocabulary}; give more text or ask for fewer"
+            f"the text is enough for {learnt} tokens, not {vocabulary}; add more text or choose a smaller vocabulary"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}",
@@ -56,7 +55,7 @@ def train_tokenizer(
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": longest,
+        "model_max_length": max_tokens,
     }
     storage.publish(os.path.join(folder, "tokenizer_config.json"), json.dumps(config, indent=2).encode())
     storage.publish(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=True).encode())

@@ -7,10 +7,10 @@ from typing import Any
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.formats.img2dataset import Outcome, Sums, odd_key, read_outcomes
+from data_pipeline.formats.img2dataset import Outcome, OutcomeCounts, mismatched_key, read_outcomes
 from data_pipeline.show.source_report import BadRecordCounts, SourceReport, format_share
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest
-from data_pipeline.sources.offsets import Offsets, offsets_gone
+from data_pipeline.sources.offsets import Offsets, missing_offsets_error
 from data_pipeline.sources.sidecars import INFO, SUFFIXES
 from data_pipeline.sources.tar import Sample
 from data_pipeline.sources.views import folder_of
@@ -37,7 +37,7 @@ def compare_with_parquet(
 
     `tables` maps a tar to its samples, `parquet_files` a tar to its parquet file.
     """
-    sums, bad = Sums(), BadRecordCounts()
+    sums, bad = OutcomeCounts(), BadRecordCounts()
     in_tars = 0
     for tar, parquet_file in parquet_files.items():
         success_keys = _read_successes(parquet_file, sums, bad, report)
@@ -76,7 +76,7 @@ def _has_offsets(report: SourceReport, manifest: Manifest) -> bool:
         if not storage.is_remote(manifest.offsets.url):
             Offsets(manifest)
         elif not storage.exists(manifest.offsets.url):
-            raise offsets_gone(manifest.offsets.url)
+            raise missing_offsets_error(manifest.offsets.url)
     except UserError as error:
         report.problems.append(str(error))
         return False
@@ -97,7 +97,7 @@ def _inspect_view(report: SourceReport, name: str, manifest: Manifest) -> dict[s
 
     view: dict[str, Any] = {"name": name, "rule": None, "samples": None}
     try:
-        view["samples"] = manifest.seen_through(name).samples
+        view["samples"] = manifest.with_view(name).samples
         view["rule"] = read_table(storage.join(folder_of(manifest.root), f"{name}.parquet"))[1].get("rule")
     except (UserError, ValueError) as error:
         report.notes.append(str(error))
@@ -122,7 +122,7 @@ def _count_sidecars(root: str) -> dict[str, int]:
 
 
 def _read_successes(
-    parquet_file: str, sums: Sums, bad: BadRecordCounts, report: SourceReport
+    parquet_file: str, sums: OutcomeCounts, bad: BadRecordCounts, report: SourceReport
 ) -> set[str] | None:
     """Return the keys of the rows whose image should be in the tar; None if the parquet file is unreadable."""
     keys: set[str] = set()
@@ -155,6 +155,6 @@ def _compare_keys(
             f"{extra[0]}. The two files are from different runs: download this shard again"
         )
     stem = tar.rpartition("/")[2].removesuffix(".tar")
-    odd = odd_key(stem, tar_keys)
+    odd = mismatched_key(stem, tar_keys)
     if odd is not None:
         report.notes.append(f"{tar}: {odd}; was the tar renamed?")

@@ -17,9 +17,9 @@ from data_pipeline.formats import (
     parquet,
     refinedweb,
 )
-from data_pipeline.formats.parquet import Column, match, nearest, wrong_types
+from data_pipeline.formats.parquet import Column, match_columns, nearest_name, type_problems
 from data_pipeline.formats.records import BadRecord
-from data_pipeline.formats.text_records import reading
+from data_pipeline.formats.text_records import open_text
 from data_pipeline.show.source_report import BadRecordCounts, SourceReport, evenly_spaced, format_share
 from data_pipeline.show.statistics import STATISTICS, PictureStatistics, RecordStatistics
 
@@ -90,7 +90,7 @@ def _count_rows(report: SourceReport, sizes: dict[str, int]) -> None:
     columns: list[str] | None = None
     for file in files:
         try:
-            with parquet.opened(file) as source:
+            with parquet.open_file(file) as source:
                 rows = None if rows is None else rows + source.metadata.num_rows
                 names = source.schema_arrow.names
         except UserError as error:
@@ -117,7 +117,7 @@ def _read_tables(
     limit = _records_per_file(files)
     for file in files:
         try:
-            with parquet.opened(file) as source:
+            with parquet.open_file(file) as source:
                 schema = schema or source.schema_arrow
                 _add_records(islice(TABLE_READERS[family](file, source), limit), statistics, bad)
         except UserError as error:
@@ -140,7 +140,7 @@ def _read_text_files(
     bytes_read = records = 0
     complete = len(files) == len(sizes)
     for file in files:
-        with reading(file) as opened:
+        with open_text(file) as opened:
             added = _add_records(islice(TEXT_READERS[family](file, opened, images), limit), statistics, bad)
             bytes_read += opened.tell()
             records += added
@@ -187,7 +187,7 @@ def _check_pictures_exist(report: SourceReport, paths: list[str], images: str | 
 
 def _describe_columns(report: SourceReport, schema: Any, statistics: RecordStatistics) -> None:
     columns = COLUMNS[report.form.family]
-    meanings = {name: meaning for meaning, name in match(schema.names, columns).items()}
+    meanings = {name: meaning for meaning, name in match_columns(schema.names, columns).items()}
     report.about["columns"] = [
         {
             "name": field.name,
@@ -197,7 +197,7 @@ def _describe_columns(report: SourceReport, schema: Any, statistics: RecordStati
         }
         for field in schema
     ]
-    report.problems.extend(wrong_types(schema, columns).values())
+    report.problems.extend(type_problems(schema, columns).values())
 
 
 def _report_bad_records(report: SourceReport, bad: BadRecordCounts, examined: int) -> None:
@@ -222,7 +222,7 @@ def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
     if report.form.name == "unknown-json":
         keys = _json_keys(files[0])
         expected = (*instructions.TURNS, "prefix", "suffix")
-        near = nearest(expected, keys)
+        near = nearest_name(expected, keys)
         hint = f"is {near!r} one of them?" if near else f"their fields are: {', '.join(keys) or 'none'}."
         report.problems.append(
             f"{files[0]}: no entry has any of the fields {', '.join(expected)}; {hint} Use the format of LLaVA "
@@ -232,11 +232,11 @@ def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
     _count_rows(report, sizes)
     for file in files:
         try:
-            with parquet.opened(file) as source:
+            with parquet.open_file(file) as source:
                 schema = source.schema_arrow
         except UserError:
             continue
-        reasons = laion.lacking(schema.names)
+        reasons = laion.missing_pair_columns(schema.names)
         report.problems.append(
             f"{file} is not a table of a known format: for pictures, {'; '.join(reasons)}; for documents, it has no "
             "column content or text"
@@ -251,6 +251,6 @@ def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
 def _json_keys(file: str) -> list[str]:
     from data_pipeline.formats.text_records import records
 
-    with reading(file) as opened:
+    with open_text(file) as opened:
         values = [value for _, value in islice(records(file, opened), 20)]
     return list(dict.fromkeys(str(key) for value in values if isinstance(value, dict) for key in value))

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from data_pipeline.formats.cc3m import is_swapped
-from data_pipeline.formats.img2dataset import Outcome, Sums
+from data_pipeline.formats.img2dataset import Outcome, OutcomeCounts
 from data_pipeline.formats.instructions import Conversation
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.paligemma import Prompted
@@ -127,7 +127,7 @@ class OutcomeStatistics(RecordStatistics):
 
     def __init__(self, report: SourceReport, max_examples: int) -> None:
         super().__init__(report, max_examples)
-        self.sums = Sums()
+        self.sums = OutcomeCounts()
 
     def add(self, outcome: Outcome) -> None:
         self.usable += 1

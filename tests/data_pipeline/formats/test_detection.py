@@ -1,4 +1,4 @@
-"""Which format a path is told to be, and img2dataset's output read back."""
+"""Format detection for every known layout, and img2dataset's output read back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import detect, img2dataset, refinedweb
-from data_pipeline.formats.img2dataset import Outcome, Sums, odd_key, read_outcomes
+from data_pipeline.formats.img2dataset import Outcome, OutcomeCounts, mismatched_key, read_outcomes
 from data_pipeline.formats.records import BadRecord
 from tests.data_pipeline.formats.test_laion import SCHEMAS, write
 from tests.support.samples import write_packed, write_source
@@ -102,9 +102,9 @@ def test_tars_come_before_the_tables_beside_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl is compressed with gzip; unpack it"),
-        ("a.bin", b"\x00\x01\x02", r"a\.bin begins with .* and is none of: tars of webdataset"),
-        ("a.csv", b"caption,url\n", r"is none of"),
+        ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl is compressed with gzip; decompress it"),
+        ("a.bin", b"\x00\x01\x02", r"a\.bin begins with .* which is not one of: tars of webdataset"),
+        ("a.csv", b"caption,url\n", r"is not one of"),
     ],
 )
 def test_what_is_none_of_them(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_the_rows_of_img2dataset_are_read_back(tmp_path: Path) -> None:
         Outcome("0000030001", "failed_to_download", "HTTP Error 404: Not Found", "u1", "one", None, None),
         Outcome("0000030002", "success", "", "u2", None, 4, 4),
     ]
-    sums = Sums()
+    counts = OutcomeCounts()
     for outcome in found:
-        sums.add(outcome)
-    assert (sums.rows, sums.successes, dict(sums.failures)) == (
+        counts.add(outcome)
+    assert (counts.rows, counts.successes, dict(counts.failures)) == (
         3,
         2,
         {"failed_to_download: HTTP Error 404: Not Found": 1},
@@ -162,10 +162,10 @@ def test_rows_without_key_or_status_are_verdicts(tmp_path: Path) -> None:
     [
         ("00002", ["000020000", "000020007"], None),
         ("000012", ["0000120000"], None),
-        ("00002", ["000020000", "000030001"], "key 000030001 is not one of shard 00002"),
-        ("00002", ["abc"], "key abc is not one of shard 00002"),
+        ("00002", ["000020000", "000030001"], "key 000030001 does not belong to shard 00002"),
+        ("00002", ["abc"], "key abc does not belong to shard 00002"),
         ("photos", ["abc"], None),
     ],
 )
 def test_keys_begin_with_the_shards_number(stem: str, keys: list[str], odd: str | None) -> None:
-    assert odd_key(stem, keys) == odd
+    assert mismatched_key(stem, keys) == odd

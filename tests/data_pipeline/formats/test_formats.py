@@ -1,4 +1,4 @@
-"""The public formats, read back by pyarrow and webdataset, and read from files that others would write."""
+"""img2dataset and RefinedWeb: our files read by pyarrow and webdataset, and files of other writers read by us."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.formats import img2dataset, refinedweb
 from data_pipeline.sources.manifest import open_source
 
-# As img2dataset's reader and downloader name them: the columns kept, caption and url, then its own.
+# In img2dataset's order: the extra columns, caption and url, then the columns that it adds.
 COLUMNS = [
     "label", "caption", "url", "key", "status", "error_message", "width", "height", "original_width",
     "original_height", "exif", "sha256",
@@ -104,7 +104,7 @@ def test_the_statistics_count_every_row(folder: Path) -> None:
 
 
 def test_a_writer_that_fails_leaves_no_statistics(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="status 'success' does not go with no image"):
+    with pytest.raises(UserError, match="status 'success' contradicts a row with no image"):
         img2dataset.write_shard(str(tmp_path), 0, [row(1), row(2, image=None)])
     assert list(tmp_path.iterdir()) == []
 
@@ -176,5 +176,5 @@ def test_bad_documents_are_named(tmp_path: Path) -> None:
         list(refinedweb.documents(str(tmp_path)))
     refinedweb.write_documents(str(path), DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"a\.parquet is no parquet file, or cut off"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a parquet file, or cut off"):
         list(refinedweb.documents(str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Conversations and prompts as LLaVA, ShareGPT, their ports and PaliGemma write them, and what is refused."""
+"""Conversations of LLaVA, ShareGPT and their ports, prompts of PaliGemma, and the records that are rejected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAVA = {
 
 
 def talk(*turns: str, **more: Any) -> dict[str, Any]:
-    """Turns "human: hello" as a record."""
+    """A LLaVA record with the given turns, each written as "human: hello"."""
     split = [turn.partition(": ") for turn in turns]
     return {"conversations": [{"from": a, "value": c} for a, _, c in split], **more}
 
@@ -121,7 +121,7 @@ def test_files_of_both_shapes_give_records_and_verdicts_by_place(suffix: str, tm
     (_, first), (place, second), (_, third) = read_conversations(path)
     assert isinstance(first, Conversation)
     assert first.id == "004539375"
-    assert second == BadRecord(path, place, "no answer", "1 turns, none of them the assistant's")
+    assert second == BadRecord(path, place, "no answer", "1 turns, none of them by the assistant")
     assert place == ("entry 1" if suffix == "json" else "line 2")
     assert isinstance(third, Conversation)
     assert third.id == "3"

@@ -1,4 +1,4 @@
-"""Tables of pictures in the schemas that are published and in those that copies of them have."""
+"""Tables of image URLs and captions, in the published schemas and in the schemas that their copies have."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def write(path: Path, schema: dict[str, Any], **options: Any) -> str:
 
 
 def as_copy(schema: dict[str, Any]) -> dict[str, Any]:
-    """What pandas makes of a schema on the way through a copy: lower case, sizes as floats, large strings."""
+    """The schema of a copy that pandas wrote: names in lower case, sizes as floats, large strings."""
     changed = {}
     for name, (kind, values) in schema.items():
         if pa.types.is_integer(kind) and name.lower() not in ("hash", "sample_id", "id"):
@@ -217,11 +217,11 @@ def test_text_that_is_no_utf8_is_a_verdict(tmp_path: Path) -> None:
         ),
         (
             {"URL": (pa.int64(), [1]), "TEXT": (pa.string(), ["t"])},
-            r"column URL holds int64, the url should be strings",
+            r"column URL has type int64, the url should be strings",
         ),
         (
             {"URL": (pa.string(), ["a"]), "TEXT": (pa.binary(), [b"t"])},
-            r"column TEXT holds binary, the caption",
+            r"column TEXT has type binary, the caption",
         ),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_column_of_another_type_that_can_be_done_without_is_left_out(tmp_path:
 def test_a_file_that_is_cut_off_is_named(keep: int, tmp_path: Path) -> None:
     path = Path(write(tmp_path / "a.parquet", LAION_2B))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"a\.parquet is no parquet file, or cut off"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a parquet file, or cut off"):
         list(read_pairs(str(path)))
 
 

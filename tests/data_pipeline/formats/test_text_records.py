@@ -1,4 +1,4 @@
-"""CC3M's lines, and JSON read entry by entry, from files that others wrote and from hostile ones."""
+"""CC3M's lines and JSON records, from ordinary and from hostile files, against csv and json."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_entries_of_a_list_are_those_that_json_loads(
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     truth = json.loads(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_records, "CHUNK", chunk)
+        patch.setattr(text_records, "CHUNK_BYTES", chunk)
         data = text.encode("utf-8", "surrogatepass")
         if not ascii_only and any(0xD800 <= ord(letter) < 0xE000 for letter in text):
             return

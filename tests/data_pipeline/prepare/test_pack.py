@@ -1,4 +1,4 @@
-"""Packing against a three-line brute force; the tokenizer it uses against the transformers library."""
+"""Packing against a brute force of three lines; the trained tokenizer against the transformers library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def documents(tmp_path: Path) -> str:
-    """Two files, with an empty document and one of spaces among the others."""
+    """Two files of documents; one document is empty, one is only spaces."""
     folder = tmp_path / "documents"
     texts = [*TEXTS[:10], "", *TEXTS[10:30], "  \n"]
     listed = [refinedweb.Document(text, f"u{n}") for n, text in enumerate(texts)]
@@ -64,7 +64,7 @@ def documents(tmp_path: Path) -> str:
 
 
 def brute_force(tokenizer: str) -> list[int]:
-    """All tokens of the documents in a row, by the tokenizers library alone."""
+    """All tokens of the documents, end to end, by the tokenizers library alone."""
     inner = tokenizers.Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     return [i for text in TEXTS[:30] for i in [1, *inner.encode(text, add_special_tokens=False).ids, 2]]
 
@@ -80,16 +80,16 @@ def rows_of(folder: Path) -> list[np.ndarray]:
 def test_rows_are_the_documents_end_to_end(
     tmp_path: Path, documents: str, tokenizer: str, length: int
 ) -> None:
-    sums = pack(documents, str(tmp_path / "out"), tokenizer, length, rows_per_shard=10)
+    summary = pack(documents, str(tmp_path / "out"), tokenizer, length, rows_per_shard=10)
     tokens = brute_force(tokenizer)
     rows = rows_of(tmp_path / "out")
     assert {row.dtype for row in rows} == {np.dtype(np.uint16)}
     assert {row.shape for row in rows} == {(length,)}
     assert np.concatenate(rows).tolist() == tokens[: len(tokens) // length * length]
-    assert (sums.rows, sums.tail_tokens, sums.tokens) == (*divmod(len(tokens), length), len(tokens))
-    assert (sums.documents, sums.empty_documents, sums.shards) == (30, 2, -(-len(rows) // 10))
-    assert sums.characters == sum(map(len, TEXTS[:30]))
-    assert json.loads((tmp_path / "out" / "packed.json").read_bytes()) == sums.__dict__
+    assert (summary.rows, summary.tail_tokens, summary.tokens) == (*divmod(len(tokens), length), len(tokens))
+    assert (summary.documents, summary.empty_documents, summary.shards) == (30, 2, -(-len(rows) // 10))
+    assert summary.characters == sum(map(len, TEXTS[:30]))
+    assert json.loads((tmp_path / "out" / "packed.json").read_bytes()) == summary.__dict__
 
 
 def test_each_row_says_which_documents_it_holds(tmp_path: Path, documents: str, tokenizer: str) -> None:
@@ -137,8 +137,8 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path, documents: str, tok
     extra = {f"<extra{n}>": VOCABULARY + n for n in range(70_000)}
     state["model"]["vocab"].update(extra)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
-    sums = pack(documents, str(tmp_path / "out"), str(tmp_path / "tokenizer.json"), 16)
-    assert sums.dtype == "uint32"
+    summary = pack(documents, str(tmp_path / "out"), str(tmp_path / "tokenizer.json"), 16)
+    assert summary.dtype == "uint32"
     assert {row.dtype for row in rows_of(tmp_path / "out")} == {np.dtype(np.uint32)}
 
 
@@ -146,10 +146,10 @@ def test_mistakes_are_named(tmp_path: Path, documents: str, tokenizer: str) -> N
     with pytest.raises(UserError, match=r"tokens, fewer than one row of 100000"):
         pack(documents, str(tmp_path / "out"), tokenizer, 100_000)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="at least 2 tokens, not 1"):
+    with pytest.raises(UserError, match="is 1; it must be at least 2 tokens"):
         pack(documents, str(tmp_path / "out"), tokenizer, 1)
     pack(documents, str(tmp_path / "out"), tokenizer, 16)
-    with pytest.raises(UserError, match="holds 1 tars already"):
+    with pytest.raises(UserError, match="has 1 tars already"):
         pack(documents, str(tmp_path / "out"), tokenizer, 16)
     with pytest.raises(UserError, match=r"no tokenizer\.json there"):
         pack(documents, str(tmp_path / "new"), str(tmp_path), 16)
@@ -181,7 +181,7 @@ def test_training_a_tokenizer_in_another_process_gives_the_same_file(tokenizer: 
         assert len(digests) == 1, name
 
 
-def test_too_little_text_is_told(tmp_path: Path) -> None:
+def test_too_little_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"enough for \d+ tokens, not 2048"):
         train_tokenizer(["a red circle"], str(tmp_path), 2048)
     with pytest.raises(UserError, match="at least 259"):

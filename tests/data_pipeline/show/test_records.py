@@ -95,8 +95,8 @@ def test_wrong_types_columns_and_files_are_named(tmp_path: Path) -> None:
     whole = Path(laion(tmp_path / "c.parquet", 50))
     whole.write_bytes(whole.read_bytes()[:-30])
     about = describe(str(tmp_path))
-    assert "column WIDTH holds string, the width should be numbers" in about["problems"]
-    assert any("c.parquet is no parquet file, or cut off" in problem for problem in about["problems"])
+    assert "column WIDTH has type string, the width should be numbers" in about["problems"]
+    assert any("c.parquet is not a parquet file, or cut off" in problem for problem in about["problems"])
     assert any("b.parquet has other columns than the first file: extra" in note for note in about["notes"])
     assert about["samples"] is None
 
@@ -242,7 +242,7 @@ def test_a_tar_that_does_not_agree_with_its_parquet(tmp_path: Path) -> None:
     about = describe(str(tmp_path))
     (extra,) = [p for p in about["problems"] if "does not list as a success" in p]
     assert "00000.tar holds 2 samples" in extra
-    assert any("00001.parquet is no parquet file, or cut off" in problem for problem in about["problems"])
+    assert any("00001.parquet is not a parquet file, or cut off" in problem for problem in about["problems"])
     assert any("1 of 3 (33.3 %) tars examined have no parquet file" in note for note in about["notes"])
     # The reverse: successes of the parquet file that are not in the tar.
     img2dataset.write_shard(str(tmp_path / "more"), 0, rows(7))
@@ -260,7 +260,7 @@ def test_a_second_run_beside_the_first_repeats_its_keys(tmp_path: Path) -> None:
     about = describe(str(tmp_path))
     assert about["problems"] == []
     assert any("3 of 6 (50.0 %) samples examined repeat a key: 000000000" in n for n in about["notes"])
-    assert any("key 000000000 is not one of shard 10000; was the tar renamed?" in n for n in about["notes"])
+    assert any("key 000000000 does not belong to shard 10000; was the tar renamed?" in n for n in about["notes"])
 
 
 def test_members_of_a_sample_that_are_not_adjacent_are_noted(tmp_path: Path) -> None:

@@ -128,14 +128,14 @@ def test_damaged_documents_are_a_problem_that_names_the_file(tmp_path: Path) -> 
     assert [sample["key"] for sample in about["first"]] == ["u", "u"]
     assert about["samples"] is None
     (problem,) = about["problems"]
-    assert "b.parquet is no parquet file, or cut off" in problem
+    assert "b.parquet is not a parquet file, or cut off" in problem
     assert "unknown" in shown(about)
     # The file's end, which is read first, is whole; the columns are not.
     (tmp_path / "b.parquet").write_bytes(whole[:4] + bytes(2000) + whole[2004:])
     (problem,) = describe(str(tmp_path))["problems"]
-    assert "b.parquet is no parquet file, or cut off" in problem
+    assert "b.parquet is not a parquet file, or cut off" in problem
     (tmp_path / "a.parquet").unlink()
-    assert "b.parquet is no parquet file, or cut off" in describe(str(tmp_path))["problems"][0]
+    assert "b.parquet is not a parquet file, or cut off" in describe(str(tmp_path))["problems"][0]
     with pytest.raises(UserError, match="does not exist"):
         describe(str(tmp_path / "c.parquet"))
 
