@@ -1,4 +1,4 @@
-"""Unusable samples are replaced by rule and counted; bytes that cannot be had stop the run and change nothing."""
+"""Unusable samples are replaced by rule and counted; I/O errors are retried, then stop the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = {
         "too many pixels",
     ),
     (1, 8): ({"png": members(1, 8)["png"][:300], **GOOD_TEXT}, "undecodable"),
-    # All of shard 3: the eight tries within the shard fail, those in the whole source do not.
+    # All of shard 3: the eight attempts within the shard fail, the attempts in the whole source succeed.
     **{(3, i): ({"png": b"no image", **GOOD_TEXT}, "undecodable") for i in range(3)},
 }
 STEPS = 8
@@ -48,7 +48,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
 
 
 def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> None:
-    """Brute force: walk the attempts by hand, knowing which samples are bad."""
+    """Brute force: replay the attempts, knowing which samples are bad."""
     builder = BatchBuilder(spec)
     seen: Counter[str] = Counter()
     for step in range(STEPS):
@@ -79,7 +79,7 @@ def test_replacement_is_the_rule_and_every_one_is_counted(spec: StreamSpec) -> N
     assert set(seen) == {"undecodable", "missing image", "missing caption", "too many pixels"}
 
 
-def test_order_digest_is_blind_to_content_and_batch_digest_is_not(spec: StreamSpec, tmp_path: Path) -> None:
+def test_order_digest_ignores_content_and_batch_digest_does_not(spec: StreamSpec, tmp_path: Path) -> None:
     clean = dataclasses.replace(
         spec, sources={"mixed": SourceSpec(str(write_source(tmp_path / "m", COUNTS)))}
     )
@@ -120,7 +120,7 @@ def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
     spec = pairs(tmp_path, batch=4, bare=write_source(tmp_path / "bare", [4, 3], bare))
     with pytest.raises(UserError) as opened:
         LocalLoader([spec], 0, 1, 0)
-    # Without the check at opening, the first step says it.
+    # Without the check at opening, the first step raises it.
     with pytest.raises(UserError) as served:
         BatchBuilder(spec).make(0, 0, 4)
     for error in (opened, served):
@@ -129,7 +129,7 @@ def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
             assert part in text
 
 
-def test_a_packed_stream_on_pairs_says_what_it_expects(tmp_path: Path) -> None:
+def test_a_packed_stream_on_pairs_names_the_expected_members(tmp_path: Path) -> None:
     source = write_source(tmp_path / "pairs", [3])
     spec = StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=2, length=LENGTH)
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_a_packed_stream_on_pairs_says_what_it_expects(tmp_path: Path) -> None:
         BatchBuilder(spec).check()
 
 
-def test_one_bad_first_sample_is_no_broken_source(tmp_path: Path) -> None:
+def test_bad_first_samples_do_not_fail_a_source(tmp_path: Path) -> None:
     source = write_source(tmp_path / "a", [4], {(0, 0): {"txt": b"a"}, (0, 1): {"txt": b"a"}})
     BatchBuilder(pairs(tmp_path, batch=4, a=source)).check()
 
@@ -181,7 +181,7 @@ def test_lasting_io_errors_stop_with_the_url(
         builder.make(0, 0, BATCH)
 
 
-def test_a_shard_that_vanished_stops_the_run(tmp_path: Path, hurried: None) -> None:
+def test_a_deleted_shard_stops_the_run(tmp_path: Path, hurried: None) -> None:
     source = write_packed(tmp_path / "packed", [3, 3])
     builder = BatchBuilder(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
     (source / "00001.tar").unlink()
@@ -189,7 +189,7 @@ def test_a_shard_that_vanished_stops_the_run(tmp_path: Path, hurried: None) -> N
         builder.make(0, 0, 6)
 
 
-def test_a_verdict_survives_the_way_between_processes() -> None:
+def test_errors_survive_pickling() -> None:
     import pickle
 
     for error in (ContentError("missing image", "txt"), ReadError("gone"), UserError("wrong")):

@@ -1,4 +1,4 @@
-"""kill -9 of a training at three kinds of instants: the log ends up as that of the undisturbed run, bit for bit."""
+"""kill -9 of a training at three instants: its log then equals that of an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def finish(recipe: Path, *overrides: str) -> None:
     assert process.returncode == 0, output[-3000:]
 
 
-def kill_when(recipe: Path, seen: Callable[[], bool]) -> None:
-    """Start the training and kill its launcher with SIGKILL at the first moment `seen` holds."""
+def kill_when(recipe: Path, reached: Callable[[], bool]) -> None:
+    """Start the training and kill its launcher with SIGKILL as soon as `reached()` is true."""
     process = start(recipe)
     deadline = time.monotonic() + 200
-    while not seen():
+    while not reached():
         assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "never saw the moment to kill at"
+        assert time.monotonic() < deadline, "the instant to kill at was never reached"
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -49,7 +49,7 @@ def kill_when(recipe: Path, seen: Callable[[], bool]) -> None:
 
 
 def wait_until_gone(word: str) -> None:
-    """No rank may outlive its launcher: every process that names the recipe must be gone in seconds."""
+    """Assert that no rank outlives its launcher: every process with `word` in its command line ends in seconds."""
     deadline = time.monotonic() + 20
     while alive := [pid for pid, line in command_lines() if word in line]:
         assert time.monotonic() < deadline, f"still alive after the launcher was killed: {alive}"
@@ -77,16 +77,16 @@ def metrics(stage: Path) -> list[dict[str, Any]]:
 
 
 def logged(stage: Path) -> int:
-    """Steps of the last whole line."""
+    """The step of the last complete line."""
     path = stage / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     tiny.make_data(tmp_path)
-    spoil(tmp_path / "pairs" / "00000.tar")
+    spoil_images(tmp_path / "pairs" / "00000.tar")
     flip = tiny.write_recipe(tmp_path / "flip.yaml", tiny.flip_recipe(tmp_path, train={"steps": 1}))
     finish(flip)
     changes = {
@@ -95,35 +95,32 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
             "text": {"path": str(tmp_path / "text"), "length": tiny.LENGTH},
             "pairs": {"path": str(tmp_path / "pairs"), "stream": "captions"}}},
     }  # fmt: skip
-    undisturbed = tiny.sphinx_recipe(tmp_path, **changes)
-    finish(tiny.write_recipe(tmp_path / "undisturbed.yaml", undisturbed))
-    disturbed = undisturbed | {
-        "run": undisturbed["run"] | {"name": "killed", "dir": str(tmp_path / "runs/killed")}
+    uninterrupted = tiny.sphinx_recipe(tmp_path, **changes)
+    finish(tiny.write_recipe(tmp_path / "uninterrupted.yaml", uninterrupted))
+    killed = uninterrupted | {
+        "run": uninterrupted["run"] | {"name": "killed", "dir": str(tmp_path / "runs/killed")}
     }
-    recipe = tiny.write_recipe(tmp_path / "killed.yaml", disturbed)
+    recipe = tiny.write_recipe(tmp_path / "killed.yaml", killed)
     stage = tmp_path / "runs" / "killed" / "main"
 
     kill_when(recipe, lambda: logged(stage) >= 7)  # the log is ahead of the newest checkpoint
     assert newest(stage) == 5
 
-    for step in (
-        10,
-        15,
-        20,
-    ):  # a save takes milliseconds and may be over before the kill arrives; then the next
+    # A save takes milliseconds and may end before the kill arrives; then the kill aims at the next save.
+    for step in (10, 15, 20):
         partial = stage / "checkpoints" / f"step_{step:08d}.tmp"
         kill_when(recipe, lambda folder=partial: folder.exists() and any(folder.iterdir()))
         if partial.exists():
             break
-    assert partial.exists(), "every save was over before its kill: nothing was tested"
+    assert partial.exists(), "every save ended before its kill, so nothing was tested"
     assert newest(stage) == step - 5
 
-    seen: list[float] = []
+    logged_at: list[float] = []
 
     def later() -> bool:
-        if logged(stage) >= step + 2 and not seen:
-            seen.append(time.monotonic())
-        return bool(seen) and time.monotonic() - seen[0] > 0.02  # somewhere between two lines
+        if logged(stage) >= step + 2 and not logged_at:
+            logged_at.append(time.monotonic())
+        return bool(logged_at) and time.monotonic() - logged_at[0] > 0.02  # somewhere between two lines
 
     kill_when(recipe, later)
     finish(recipe)
@@ -134,8 +131,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     assert json.loads((stage / "result.json").read_text())["step"] == STEPS
 
 
-def spoil(path: Path) -> None:
-    """Three samples of the shard are no images, so that replacements are part of what must come out equal."""
+def spoil_images(path: Path) -> None:
+    """Overwrite the images of three samples, so that the comparison covers replaced samples."""
     table = member_table(path)
     content = bytearray(path.read_bytes())
     for sample in table[2:5]:
