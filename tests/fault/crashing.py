@@ -1,7 +1,7 @@
-"""Workers that do what a mark at the end of a sample's image tells them to: crash, be killed, leave, or hang.
+"""Makes workers crash, be killed, exit or hang at samples whose image carries a mark.
 
-A decoder cannot be made to crash at will, so the workers import a sitecustomize that wraps the function that decodes.
-The marks follow the image's own end, where every decoder ignores them.
+No image crashes a decoder reliably, so the workers import a sitecustomize that wraps the decode function. The marks
+follow the end of the image, where every decoder ignores them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if "data_pipeline.workers.worker" in sys.orig_argv:
 
 
 def install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """Let workers act on marks from now on; the file that gets a line for each mark that was met."""
+    """Make workers act on marks. Returns the file to which they write one line per mark they meet."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(HOOK)
     patch.setenv("PYTHONPATH", str(folder))
@@ -56,7 +56,7 @@ def install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def marked(shard: int, index: int, what: str, times: int | None = None) -> Members:
-    """A good sample at which a worker does `what`, a signal's name, EXIT or HANG: always, or only the first times."""
-    given = members(shard, index)
+    """A good sample at which a worker does `what` (a signal name, EXIT or HANG): always, or the first `times` times."""
+    sample = members(shard, index)
     mark = f"!do:{what}" + (f":{times}" if times is not None else "")
-    return given | {"png": given["png"] + mark.encode()}
+    return sample | {"png": sample["png"] + mark.encode()}

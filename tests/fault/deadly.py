@@ -1,4 +1,4 @@
-"""A tokenizer that travels to other processes and ends or holds them there: at a caption that says so."""
+"""A picklable tokenizer that crashes, kills or hangs any other process at captions that contain such a word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.transforms.tokenizers import Tokenizer
 
 @dataclass
 class Deadly:
-    """As `inner` in the process that made it; elsewhere `crash`, `kill` and `hang` in a caption mean what they say."""
+    """Encodes like `inner` in the process that made it; elsewhere it obeys `crash`, `kill` and `hang` in a caption."""
 
     inner: Tokenizer
     home: int = field(default_factory=os.getpid)
@@ -24,7 +24,7 @@ class Deadly:
             if "kill" in text:
                 os.kill(os.getpid(), signal.SIGKILL)
             if any(word in text for word in ("crash", "kill", "hang")):
-                time.sleep(600)  # also until another thread has died of the signal
+                time.sleep(600)  # also until the signal has ended the process
         return self.inner.encode(text)
 
     def decode(self, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Decoders that crash are a verdict on the sample, found out in isolation; whatever else ends a worker is not."""
+"""Samples that crash the decoder are found in isolation and replaced; any other death of a worker replaces nothing."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def total(batches: list[Batch]) -> tuple[int, int, Counter[str], list[tuple[int,
     )
 
 
-def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: Path, marks: Path) -> None:
-    """The truth is a builder in this process, which is told what it must not decode."""
+def test_a_sample_that_crashes_the_decoder_is_replaced_alike_everywhere(tmp_path: Path, marks: Path) -> None:
+    """The reference is a builder in this process that has the bad samples in `known_bad`."""
     spec = spec_with(tmp_path, (0, 3, "SIGSEGV"), (1, 5, "SIGABRT"), (2, 2, "SIGILL"))
     builder = BatchBuilder(spec)
     builder.known_bad = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
@@ -68,32 +68,34 @@ def test_a_decoder_that_crashes_condemns_its_sample_alike_everywhere(tmp_path: P
     assert {"SIGSEGV", "SIGABRT", "SIGILL"} <= set(marks.read_text().split())
 
 
-def test_a_condemned_sample_is_not_decoded_again(tmp_path: Path, marks: Path) -> None:
+def test_a_known_bad_sample_is_not_decoded_again(tmp_path: Path, marks: Path) -> None:
     spec = spec_with(tmp_path, (1, 5, "SIGSEGV"))
     with LocalLoader([spec], 0, 1, 1) as loader:
         met = sum("web" in step["pairs"][0].skipped for step in loader.steps(0, 8))
         pids = loader.worker_pids
         assert met >= 3
-        # Two workers and two processes in isolation; then it is known.
+        # Two workers and two isolated processes crash; then the sample is known to be bad.
         assert len(marks.read_text().split()) == 4
         assert [next(loader.steps(0, 1)) and loader.worker_pids for _ in range(2)] == [pids, pids]
 
 
 @pytest.mark.parametrize(("what", "times"), [("SIGSEGV", 1), ("SIGSEGV", 3), ("SIGKILL", 2), ("SIGKILL", 4)])
-def test_what_does_not_come_again_changes_nothing(tmp_path: Path, marks: Path, what: str, times: int) -> None:
-    """One crash in isolation is no verdict, and the kernel may kill a slice's workers twice and its row twice more."""
+def test_a_failure_that_does_not_repeat_changes_nothing(
+    tmp_path: Path, marks: Path, what: str, times: int
+) -> None:
+    """One crash in isolation proves nothing; two workers and two isolated processes may be killed without an error."""
     spec = spec_with(tmp_path, (1, 5, what), times=times)
-    want = BatchBuilder(spec)
+    reference = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2) as loader:
         for number, step in enumerate(loader.steps(0, STEPS)):
-            assert total(step["pairs"]) == total([want.make(number, 0, BATCH)])
+            assert total(step["pairs"]) == total([reference.make(number, 0, BATCH)])
             assert not step["pairs"][0].skipped
     assert len(marks.read_text().split()) > times
 
 
-@pytest.mark.parametrize(("what", "told"), [("SIGKILL", "signal SIGKILL"), ("EXIT", "exit code 7")])
+@pytest.mark.parametrize(("what", "expected_exit"), [("SIGKILL", "signal SIGKILL"), ("EXIT", "exit code 7")])
 def test_other_deaths_are_an_error_that_names_the_row(
-    tmp_path: Path, marks: Path, what: str, told: str
+    tmp_path: Path, marks: Path, what: str, expected_exit: str
 ) -> None:
     spec = spec_with(tmp_path, (1, 5, what))
     builder = BatchBuilder(spec)
@@ -108,15 +110,15 @@ def test_other_deaths_are_an_error_that_names_the_row(
         made = loader.steps(0, STEPS)
         for number in range(step):
             assert total(next(made)["pairs"]) == total([builder.make(number, 0, BATCH)])
-        expected = rf"step {step}, row {row} of stream pairs.*{told}.*memory"
+        expected = rf"step {step}, row {row} of stream pairs.*{expected_exit}.*memory"
         with pytest.raises(WorkerError, match=expected) as error:
             next(made)
         assert isinstance(error.value, OSError)  # so that a rank saves before it stops
     assert len(marks.read_text().split()) == 5  # two workers, and three tries alone
 
 
-def test_a_crash_at_what_is_condemned_already_is_an_error_and_no_circle(tmp_path: Path, marks: Path) -> None:
-    """As where a source's name is too long for what a process says of itself, so that nothing heeds the verdict."""
+def test_a_crash_at_a_known_bad_sample_is_an_error_and_not_a_loop(tmp_path: Path, marks: Path) -> None:
+    """The source name is too long for the status memory, so that the builder does not recognise the bad sample."""
     web = write_source(tmp_path / "web", [8], {(0, 3): marked(0, 3, "SIGSEGV")})
     spec = pairs(tmp_path, batch=8, **{"w" * 600: web})
     with (
@@ -124,20 +126,20 @@ def test_a_crash_at_what_is_condemned_already_is_an_error_and_no_circle(tmp_path
         pytest.raises(WorkerError, match=r"step 0, row \d of .*SIGSEGV"),
     ):
         list(loader.steps(0, 1))
-    assert len(marks.read_text().split()) == 7  # two workers, the verdict's two, three more
+    assert len(marks.read_text().split()) == 7  # two workers, two isolated crashes, three more
 
 
 def test_isolation_ends_between_rows_when_the_pool_is_closed(tmp_path: Path) -> None:
     setups = [BuilderSetup.of(BatchBuilder(spec_with(tmp_path)))]
-    file, asked = SetupFile(setups), iter([False, False, True])
-    isolation = Isolation(setups, file, StallLimits(), lambda: next(asked))
+    file, answers = SetupFile(setups), iter([False, False, True])
+    isolation = Isolation(setups, file, StallLimits(), lambda: next(answers))
     with pytest.raises(PoolClosed):
         isolation.make(WorkItem("pairs", 0, 0, BATCH))
-    assert not list(asked)
+    assert not list(answers)
     file.close()
 
 
-def test_a_process_alone_whose_start_stalls_is_named_and_then_an_error(
+def test_an_isolated_process_whose_start_stalls_is_named_and_then_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "python"
@@ -165,8 +167,8 @@ def test_a_decode_that_hangs_is_named_and_then_an_error(
         ),
     ):
         list(loader.steps(0, STEPS))
-    said = [record.getMessage() for record in caplog.records]
-    assert any("has been decoding sample 5 of " in line and "worker " in line for line in said)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("has been decoding sample 5 of " in line and "worker " in line for line in messages)
     assert marks.read_text().split() == ["HANG", "HANG"]
 
 
@@ -183,8 +185,8 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
         with LocalLoader([spec], 0, 1, 2, limits=limits) as loader:
             for number, step in enumerate(loader.steps(0, STEPS)):
                 assert total(step["pairs"]) == total([builder.make(number, 0, BATCH)])
-        said = [record.getMessage() for record in caplog.records]
-        assert any("has been reading s3://far/away.tar for" in line for line in said)
+        messages = [record.getMessage() for record in caplog.records]
+        assert any("has been reading s3://far/away.tar for" in line for line in messages)
         monkeypatch.setenv("STALLS", "9")
         with (
             LocalLoader([spec], 0, 1, 2, limits=limits) as loader,

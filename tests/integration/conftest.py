@@ -1,4 +1,4 @@
-"""What the cluster doors are measured against: the FLIP demo's data, and 20 of its steps run locally."""
+"""Reference for the cluster backends: the FLIP demo's data, and 20 of its steps run locally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray door on a cluster of two nodes: the FLIP demo through the job API, stopped, gone on, a rank killed."""
+"""The Ray backend on a cluster of two nodes: the FLIP demo by the job API, stopped, resumed, and with a killed rank."""
 
 from __future__ import annotations
 

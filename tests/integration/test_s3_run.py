@@ -1,4 +1,4 @@
-"""The demo's own recipes over S3, of whose answers one in ten fails: digests and losses are those of local files."""
+"""The demo's recipes over an S3 server that fails one request in ten: digests and losses equal those of local files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Slurm door on two real slurmd: the FLIP demo across nodes, through a signal and a requeue, and cancelled."""
+"""The Slurm backend on two real slurmd: the FLIP demo across nodes, through a signal and a requeue, and cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One recipe, real data: CIFAR-10's small pictures and photographs, with nothing but the source changed."""
+"""One recipe on real data: CIFAR-10 and photographs; only the source changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 3
 @pytest.mark.dist
 @pytest.mark.parametrize("data", ["cifar10/train", "photos"])
 def test_only_the_source_changes(shared: Path, tmp_path: Path, data: str) -> None:
-    """The run's digests are those of a loader on its own, and no picture is replaced."""
+    """The digests of the run equal those of a loader alone, and no image is replaced."""
     changes = [
         f"data.pairs.sources.images.path={shared / 'data' / data}",
         "data.pairs.batch=16",

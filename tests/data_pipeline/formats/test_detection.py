@@ -140,7 +140,7 @@ def test_the_rows_of_img2dataset_are_read_back(tmp_path: Path) -> None:
     )
 
 
-def test_rows_without_key_or_status_are_verdicts(tmp_path: Path) -> None:
+def test_rows_without_key_or_status_are_bad_records(tmp_path: Path) -> None:
     table = pa.table(
         {
             "key": ["0", None, "2"],

@@ -113,7 +113,7 @@ def test_what_is_refused_and_why(record: Any, reason: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_files_of_both_shapes_give_records_and_verdicts_by_place(suffix: str, tmp_path: Path) -> None:
+def test_files_of_both_shapes_give_records_and_bad_records_by_place(suffix: str, tmp_path: Path) -> None:
     values = [LLAVA, talk("human: hi"), talk("human: hi", "gpt: ho", id=3)]
     listed = json.dumps(values, indent=2) if suffix == "json" else "\n".join(map(json.dumps, values))
     (tmp_path / f"a.{suffix}").write_text(listed)
@@ -127,7 +127,7 @@ def test_files_of_both_shapes_give_records_and_verdicts_by_place(suffix: str, tm
     assert third.id == "3"
 
 
-def test_bytes_in_a_list_that_are_no_utf8_are_told(tmp_path: Path) -> None:
+def test_bytes_in_a_list_that_are_not_utf8_are_bad_records(tmp_path: Path) -> None:
     text = json.dumps([talk("human: h@", "gpt: ho")]).encode().replace(b"@", b"\xff")
     (tmp_path / "a.json").write_bytes(text)
     ((_, found),) = read_conversations(str(tmp_path / "a.json"))

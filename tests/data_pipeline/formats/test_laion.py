@@ -187,7 +187,7 @@ def test_two_columns_that_differ_in_case_are_one_meaning(tmp_path: Path) -> None
     assert pair.url == "u"
 
 
-def test_text_that_is_no_utf8_is_a_verdict(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_a_bad_record(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"\xff\xfe", None], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     parquet.write_table(pa.table({"URL": ["a", "b", "c"], "TEXT": text}), tmp_path / "a.parquet")

@@ -41,8 +41,8 @@ def test_pairs_are_those_of_a_plain_reader_of_tabs(header: bool, end: bytes, tmp
 def test_bad_lines_are_counted_where_they_stand(tmp_path: Path) -> None:
     content = b"one\thttp://1\nno tab\na\tb\tc\n\n\xff\xfe\thttp://2\nno url\t \n\thttp://3\nlast\thttp://4"
     found = list(cc3m.read_pairs(tsv(tmp_path, content)))
-    told = [(r.place, r.reason) if isinstance(r, BadRecord) else (r.url, r.captions) for r in found]
-    assert told == [
+    found_records = [(r.place, r.reason) if isinstance(r, BadRecord) else (r.url, r.captions) for r in found]
+    assert found_records == [
         ("http://1", ("one",)),
         ("line 2", "no tab"),
         ("line 3", "more than two columns"),
@@ -74,7 +74,7 @@ def test_a_long_line_is_skipped_in_little_memory(tmp_path: Path) -> None:
     assert most < 20 << 20
 
 
-def test_binary_bytes_are_verdicts(tmp_path: Path) -> None:
+def test_binary_bytes_are_bad_records(tmp_path: Path) -> None:
     found = list(cc3m.read_pairs(tsv(tmp_path, bytes(range(256)) * 50)))
     assert found
     assert all(isinstance(one, BadRecord) for one in found)
@@ -139,7 +139,7 @@ def reasons(content: bytes, longest: int = 1 << 20) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"", []),
         (b"[]", []),
@@ -157,8 +157,8 @@ def reasons(content: bytes, longest: int = 1 << 20) -> list[Any]:
         (b'[{"a": "' + b"x" * (10 << 20) + b'"}]', [("entry 0", "record too long")]),
     ],
 )  # fmt: skip
-def test_hostile_json_ends_in_verdicts(content: bytes, told: list[Any]) -> None:
-    assert reasons(content) == told
+def test_hostile_json_ends_in_bad_records(content: bytes, expected: list[Any]) -> None:
+    assert reasons(content) == expected
 
 
 def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:

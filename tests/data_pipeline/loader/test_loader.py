@@ -1,4 +1,4 @@
-"""The loader: the same steps for any ranks and workers, workers that die or fail, and nothing left behind."""
+"""The loader: same steps for any ranks and workers, dead and failing workers, and no processes left behind."""
 
 from __future__ import annotations
 

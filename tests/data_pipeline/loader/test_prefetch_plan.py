@@ -1,4 +1,4 @@
-"""What is fetched ahead, against the samples themselves: all that is needed, once, and no more than may be held."""
+"""The prefetch plan covers every sample of the order before its step, fetches nothing twice, and keeps its limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 64
 
 
 def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[Manifest, list[np.ndarray]]:
-    """A remote source that nobody can read, of samples of 512 to `blocks` x 512 bytes, and its samples' bounds."""
+    """Manifest of a remote source without files, with samples of 512 to 512 x `blocks` bytes; their bounds."""
     draws = np.random.default_rng(len(counts))
     packed, places, bounds, at = [], [], [], 0
     for count in counts:
@@ -55,7 +55,7 @@ def builder_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weigh
 
 
 def prefetch(plan: PrefetchPlan, steps: range) -> dict[int, list[ByteRange]]:
-    """As the prefetcher does it; step before which a unit was fetched -> those units."""
+    """Run the plan as the prefetcher does. Returns step -> units that are fetched before it."""
     found: dict[int, list[ByteRange]] = {step: [] for step in steps}
     for at in steps:
         while (group := plan.next_group(at, steps.stop)) is not None:
@@ -117,9 +117,9 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
             asked[part] += 1
         assert plan.held_bytes <= limit
         refs = builder.order.refs(at)
-        starts, stops = units.ranges(refs.shard, units.number(refs.shard, refs.index))
+        starts, stops = units.ranges(refs.shard, units.numbers(refs.shard, refs.index))
         needed |= {
-            units.part(*place)
+            units.byte_range(*place)
             for place in zip(refs.shard.tolist(), starts.tolist(), stops.tolist(), strict=True)
         }
     assert plan.is_waiting  # a window is 128 MB here
@@ -142,7 +142,7 @@ def test_small_sources_are_fetched_in_larger_units_where_they_fit(tmp_path: Path
     assert 0.8 * UNIT_BYTES < units.length * total / source.samples <= UNIT_BYTES
     shards = np.repeat(np.arange(40), 3000)
     indices = np.tile(np.arange(3000), 40)
-    starts, stops = units.ranges(shards, units.number(shards, indices))
+    starts, stops = units.ranges(shards, units.numbers(shards, indices))
     want = np.concatenate([bound[:-1] for bound in bounds])
     ends = np.concatenate([bound[1:] for bound in bounds])
     assert (starts <= want).all()

@@ -1,4 +1,4 @@
-"""Remote sources through the node's cache: same batches as from files, few requests, each unit once a node."""
+"""Remote sources through the node cache: same batches as from files, few requests, each unit once per node."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def digests(source: Stream, steps: int) -> list[tuple[int, int, int]]:
 
 @pytest.fixture(scope="module")
 def truth(source: Source, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, int]]:
-    """Of an epoch from local files."""
+    """Digests of one epoch from local files."""
     with stream(source.local, tmp_path_factory.mktemp("unused")) as local:
         return digests(local, STEPS)
 
@@ -109,7 +109,7 @@ def test_the_ranks_of_a_node_download_each_unit_once(
 
 
 def _long(asked: str) -> bool:
-    """Is this more than one sample?"""
+    """True for a range of more than one sample."""
     first, last = map(int, asked.removeprefix("bytes=").split("-"))
     return last + 1 - first > 2048
 
@@ -216,7 +216,7 @@ def test_only_streams_with_something_to_fetch_have_a_prefetcher(source: Source, 
 def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
     counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Else readers would go on one sample at a time, waiting for its first window."""
+    """Otherwise readers would keep reading single samples and wait for its first window."""
     with stream(counted.remote, tmp_path) as remote:
         setup = BuilderSetup.of(remote._maker)
         begun = Prefetcher.start_if_useful([setup], 0, 1)

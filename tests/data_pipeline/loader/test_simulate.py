@@ -1,4 +1,4 @@
-"""The simulated load of a stream, against plain loops over its order and against what a counting server saw."""
+"""The predicted load of a stream, against plain loops over its order and against a server that counts requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.samples import LENGTH, write_packed
 
 
 def source(name: str, counts: list[int], each: int = 2048) -> Manifest:
-    """A source of which nothing but the manifest is there; its samples have `each` bytes."""
+    """The manifest of a source that does not exist; its samples have `each` bytes."""
     sizes = np.array(counts) * each
     paths = [f"{shard}.tar" for shard in range(len(counts))]
     return Manifest(name, f"s3://nowhere/{name}", paths, np.array(counts), sizes, "manifest", "")
@@ -124,7 +124,7 @@ def test_nodes_that_cannot_share_a_batch_are_refused() -> None:
         simulate(spec_of(60, a=None), {"a": source("a", [100])}, 7, 0)
 
 
-def test_a_counting_server_sees_what_was_foretold(tmp_path: Path) -> None:
+def test_a_counting_server_sees_the_predicted_requests(tmp_path: Path) -> None:
     counts = [1500] * 4 + [7, 0, 1, 700]
     folder = write_packed(tmp_path / "source", counts)
     build_index(str(folder))

@@ -1,4 +1,4 @@
-"""Batches from Ray actors on a real cluster of two nodes on this machine, against the local loader's."""
+"""Batches from Ray actors on a real cluster of two nodes on this machine equal those of the local loader."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = 6
 
 @pytest.fixture
 def cluster(running: Any) -> Any:
-    """Both nodes, also after a test that took one away."""
+    """The cluster with both nodes; adds the second again if a test removed it."""
     if not running.worker_nodes:
         add_node(running, num_cpus=1, object_store_memory=STORE)
     return running
@@ -52,7 +52,7 @@ def add_node(cluster: Any, **settings: Any) -> None:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
-    """Two nodes of one CPU; RAY_ADDRESS leads there, as in a job."""
+    """Two nodes of one CPU each, at RAY_ADDRESS, as in a job."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'dromos[ray]'")
     from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
@@ -124,7 +124,7 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
 
 
 def test_actors_need_no_file_but_the_shards(cluster: Any, tmp_path: Path) -> None:
-    """The tokenizer and the statistics are read where the loader is opened, and travel from there."""
+    """The loader's process reads the tokenizer and the statistics, and sends them to the actors."""
     from data_pipeline.loader.loader import RayLoader
 
     source = write_source(tmp_path / "a", [6])
@@ -211,13 +211,13 @@ def test_actors_fit_beside_ranks_that_took_every_cpu_and_outlive_a_node(
 
 
 def deadly(tmp_path: Path, what: str) -> BatchBuilder:
-    """A builder of a source with one sample whose caption ends or holds the process that reads it, but for this one."""
+    """A builder with one sample at which any other process crashes, is killed or hangs (`what`)."""
     replace = {(0, 3): members(0, 3) | {"txt": f"a red dot of {what}".encode()}}
     spec = pairs(tmp_path, batch=9, a=write_source(tmp_path / "a", [9], replace))
     return BatchBuilder(spec, tokenizer=Deadly(BatchBuilder(spec).tokenizer))
 
 
-def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_path: Path) -> None:
+def test_a_crash_that_follows_its_sample_marks_it_as_bad(cluster: Any, tmp_path: Path) -> None:
     from data_pipeline.loader.loader import RayLoader
 
     builder = deadly(tmp_path, "crash")
@@ -233,11 +233,11 @@ def test_a_crash_that_follows_its_sample_is_a_verdict_on_it(cluster: Any, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "message"),
     [("kill", r"signal SIGKILL.*memory"), ("hang", r"stuck decoding sample 3 of .*00000\.tar for \d+ s")],
 )
-def test_a_kill_or_a_stall_is_no_verdict(
-    cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, told: str
+def test_a_kill_or_a_stall_replaces_no_sample(
+    cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, message: str
 ) -> None:
     from data_pipeline.loader.loader import RayLoader
 
@@ -246,12 +246,12 @@ def test_a_kill_or_a_stall_is_no_verdict(
     with (
         caplog.at_level(logging.WARNING, "dromos.loader"),
         RayLoader([builder.spec], 0, 1, 2, builders={"pairs": builder}, limits=limits) as loader,
-        pytest.raises(WorkerError, match=told),
+        pytest.raises(WorkerError, match=message),
     ):
         next(loader.steps(0, 1))
     if what == "hang":
-        said = [record.getMessage() for record in caplog.records]
-        assert any(line.startswith("actor ") and "has been decoding sample 3 of" in line for line in said)
+        messages = [record.getMessage() for record in caplog.records]
+        assert any(line.startswith("actor ") and "has been decoding sample 3 of" in line for line in messages)
 
 
 def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Shared memory for pixels: never written while anyone sees it, used again afterwards, and gone with the process."""
+"""Shared buffers for pixels: not written while an array uses them, reused afterwards, and freed with the process."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def content(view: Any) -> bytes:
     return np.ascontiguousarray(np.asarray(view)).tobytes()
 
 
-def test_nothing_that_is_seen_is_ever_written(spec: StreamSpec) -> None:
-    """A user who keeps views of all kinds for various times, against what they showed at first and the truth."""
+def test_pixels_in_use_are_never_overwritten(spec: StreamSpec) -> None:
+    """Random views of batches, kept for random times, never change; batches equal those of a builder."""
     generator = random.Random(1)
     builder = BatchBuilder(spec)
     kept: deque[tuple[Any, bytes]] = deque()
@@ -89,8 +89,8 @@ def test_nothing_that_is_seen_is_ever_written(spec: StreamSpec) -> None:
             for view, shown in kept:
                 assert content(view) == shown
             view = None
-        assert len(numbers) < 120  # of 180: memory was used again
-    for view, shown in kept:  # the workers and the files are gone, what is seen is not
+        assert len(numbers) < 120  # of 180: memory was reused
+    for view, shown in kept:  # the workers and the files are gone, the pixels are not
         assert content(view) == shown
 
 
@@ -113,7 +113,7 @@ def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
     with LocalLoader([spec], 0, 1, 1) as loader:
         steps = loader.steps(0, 60)
         kept = [next(steps)["pairs"][0] for _ in range(30)]
-        assert buffer_count(loader) == 20  # what came after that came through the socket
+        assert buffer_count(loader) == 20  # later batches came through the socket
         for number, batch in enumerate(kept):
             np.testing.assert_array_equal(batch.pixels, builder.make(number, 0, BATCH).pixels)
             assert batch.pixels.flags.writeable
@@ -126,7 +126,7 @@ def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
         assert len(os.listdir("/proc/self/fd")) <= descriptors - 2 * 15
         worker = loader.worker_pids[0]
         mapped = Path(f"/proc/{worker}/maps").read_text().count("memfd:dromos-batch")
-        assert mapped <= 8  # of 20: it is told with its next work
+        assert mapped <= 8  # of 20: the next message tells it which buffers are gone
 
 
 def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
@@ -144,7 +144,7 @@ def test_where_there_is_no_anonymous_memory_batches_come_through_the_socket(
 
 
 def test_what_is_left_early_is_not_written_to_what_comes_next(spec: StreamSpec) -> None:
-    """Workers still fill the memory of cancelled items while the next steps are asked for."""
+    """Workers still write to the buffers of cancelled items while the next steps are built."""
     builder = BatchBuilder(spec)
     with LocalLoader([spec], 0, 1, 2, micro_batch=6) as loader:
         for start in range(0, 40, 4):
