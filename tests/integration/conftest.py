@@ -59,7 +59,7 @@ class Demo:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def rows(self, run: str) -> list[dict[str, Any]]:
-        """metrics.jsonl without what is a time."""
+        """Rows of metrics.jsonl without times."""
         lines = (self.stage(run) / "metrics.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 

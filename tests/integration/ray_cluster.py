@@ -51,7 +51,7 @@ class RayCluster:
         self.stop()
 
     def _node(self, name: str, command: list[str]) -> None:
-        """A node under the supervisor that the job's own Ray has too."""
+        """Start a node under the same supervisor as the Ray cluster of a local job."""
         folder = self.folder / name
         folder.mkdir()
         node = [sys.executable, "-P", "-m", "launch.ray.local_head", str(folder), *command]
@@ -73,7 +73,7 @@ class RayCluster:
                 raise RuntimeError("Ray's job API does not answer")
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The `ray` command, as a person would use it."""
+        """Run the `ray` command against this cluster."""
         command = [sys.executable, "-m", "ray.scripts.scripts", *arguments, "--address", self.address]
         return subprocess.run(command, env=self.env, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd of our own, on private ports."""
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld, two slurmd as child processes, private ports."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def missing_programs() -> list[str]:
 
 
 def program(name: str) -> str | None:
-    """Daemons lie in sbin, which not every PATH holds."""
+    """Path of a program. Daemons are in sbin, which may be missing from PATH."""
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
 
 
@@ -137,7 +137,7 @@ class SlurmCluster:
         )
 
     def end_jobs(self) -> None:
-        """slurmstepd outlives slurmd, and tasks with it."""
+        """Kill all jobs: slurmstepd and its tasks outlive slurmd."""
         jobs = self.command("squeue", "--noheader", "--format=%i", check=False).stdout.split()
         for flags in (["--signal=KILL", "--full"], []):
             for job in jobs:

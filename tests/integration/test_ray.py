@@ -50,7 +50,7 @@ def rank_process(rank: int, run: str) -> int | None:
 def test_two_nodes_through_a_stop_equal_local(
     demo: Demo, local: list[dict[str, Any]], cluster: RayCluster
 ) -> None:
-    """Ray actors make the batches until the job is stopped; it goes on with local workers, and nothing shows."""
+    """Ray actors build batches until the job is stopped; it resumes with local workers, with equal metrics."""
     flags = ("--on", "ray", "--nodes", "2", "--cluster", str(cluster.file))
     code, output = demo.run("ray", *flags, "loader.backend=ray", env=cluster.env)
     assert code == 0, output

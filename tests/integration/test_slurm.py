@@ -61,9 +61,9 @@ def submit(demo: Demo, slurm: SlurmCluster, run: str, cluster_file: str, *overri
 def test_two_nodes_through_a_signal_equal_local(
     demo: Demo, local: list[dict[str, Any]], slurm: SlurmCluster, cluster_file: str
 ) -> None:
-    """USR1, as it comes before the time limit: ranks save, the job queues again, goes on, and nothing shows of it.
+    """USR1, as before the time limit: ranks save, the job requeues and resumes, and metrics equal a local run's.
 
-    The job brings a Ray of its own, one node of it on each of Slurm's, which makes the batches.
+    A Ray cluster of the job, one Ray node per Slurm node, builds the batches.
     """
     before = set(Path(tempfile.gettempdir()).glob("dromos-ray-*"))
     job = submit(demo, slurm, "slurm", cluster_file, "loader.backend=ray")
@@ -77,8 +77,8 @@ def test_two_nodes_through_a_signal_equal_local(
     stopped = demo.steps("slurm")
     assert 5 <= stopped < STEPS, logs()
     assert (demo.stage("slurm") / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists()
-    # Slurm holds what it queued again for two minutes; but slurmd takes a start within a second of the end for the
-    # run that it has just killed.
+    # Slurm holds a requeued job for two minutes, so start it now. But wait: slurmd confuses a start within a second
+    # of the end with the run that it has just killed.
     time.sleep(3)
     slurm.command("scontrol", "update", f"jobid={job}", "starttime=now")
     wait_until(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 300, logs)

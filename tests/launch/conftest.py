@@ -1,4 +1,4 @@
-"""Ends the launchers that a failed test has left."""
+"""Kills launchers that a failed test leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs as data: round trip, defaults, what is refused before anything is written, and the dry run."""
+"""Jobs as data: JSON round trip, defaults, errors before anything is written, and the dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local door: environment of ranks, stages in order, signals, failures, and nothing left alive."""
+"""The local backend: environment of ranks, order of stages, signals, failures, and no process left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen to be wrong before anything is written: data, weights, and the working directory they are sought in."""
+"""Checks before anything is written: data, weights, and the working directory that their paths start from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def finish(recipe: Path, *stages: str) -> None:
-    """What a run leaves of stages that are done."""
+    """Write the files that a run leaves for finished stages."""
     loaded = load_recipe(recipe)
     for name in stages:
         stage = recipe.parent / "run" / name
@@ -54,7 +54,7 @@ def test_tars_without_pictures_are_one_message_and_nothing_is_written(recipe: Pa
 def test_contents_are_looked_at_without_what_decodes_only_on_a_cluster(
     recipe: Path, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that submits may lack the packages that train."""
+    """A machine that only submits may lack the packages that decode."""
     write_tar(recipe.parent / "data" / "00000.tar", {"png": picture()})
     loaded = load_recipe(recipe)
     job = make_job(loaded, str(recipe), on=on, ranks_per_node=1)
@@ -119,12 +119,12 @@ def test_a_finished_run_needs_no_data(recipe: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_command_for_a_missing_predecessor_makes_it(recipe: Path) -> None:
-    """It is pasted, with this job's flags in it, and then the predecessor is what the stage looks for."""
+    """The command includes this job's flags, and its output is the predecessor that the stage reads."""
     folder = recipe.parent / "other place"
     overrides = [f"run.dir={folder}", "tuned.optimizer.lr=1e-4", "optimizer.betas=[0.9,0.99]"]
     with pytest.raises(UserError, match="stage tuned: init: ") as told:
         run(str(recipe), ranks_per_node=2, stages=["tuned"], overrides=overrides)
-    offered = shlex.split(str(told.value).partition("make it: ")[2])
+    offered = shlex.split(str(told.value).partition("it is a stage, run: ")[2])
     kept = [overrides[0], overrides[2]]
     assert offered == ["dromos", "run", str(recipe), "--stage", "masked", "--ranks-per-node", "2", *kept]
     made = load_recipe(recipe, kept, "masked", strict=True)

@@ -1,4 +1,6 @@
-"""A launch.py, pretrain.py or data_pipeline.py in the user's folder is the user's own, and never run as ours."""
+"""A launch.py, pretrain.py, data_pipeline.py or ray.py in the user's folder is never imported in place of a package,
+and the packages launch.ray and launch.slurm never shadow an installed package.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ JOB = Job("r.yaml", "runs/x", (StageJob("masked", "train", 5, "ray"), StageJob("
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with files in it that are called like our packages."""
+    """A working directory with files that have the names of our packages."""
     for name in ("launch", "pretrain", "data_pipeline", "ray"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the user\\'s own file was run')\n")
     monkeypatch.chdir(tmp_path)
@@ -61,7 +64,7 @@ def test_the_command_of_ray(folder: Path) -> None:
 
 
 def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
-    """Run by bash, with srun replaced by a program that runs its command once."""
+    """Bash runs the script, with a failing scontrol: it stops after the first stage, which is done."""
     recipe = load_recipe(write_recipe(folder))
     (folder / "run").mkdir()
     (folder / "run" / "recipe.yaml").write_text(dump(recipe))
@@ -73,8 +76,8 @@ def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
     job = Job("r.yaml", "run", stages, on="slurm", python=sys.executable, cluster={"kind": "slurm"})
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n0"}
     done = subprocess.run(["bash", "-c", render(job)], env=env, capture_output=True, text=True)
-    assert "masked: done" in done.stdout, done.stderr  # launch.slurm.job_step was ours
-    assert "the user's own file" not in done.stdout + done.stderr  # nor was launch.slurm.job_step another
+    assert "masked: done" in done.stdout, done.stderr  # printed by our launch.slurm.job_step
+    assert "the user's own file" not in done.stdout + done.stderr
     assert "CalledProcessError" in done.stderr
 
 
@@ -88,3 +91,18 @@ def test_every_module_of_ours_that_a_cluster_runs_has_the_flag() -> None:
         "launch.cli",
     }
     assert {before for before, _ in modules} == {"-P"}
+
+
+@pytest.mark.parametrize("module", ["launch.ray.driver", "launch.cli.__main__", "launch.slurm.ray_node"])
+def test_the_real_ray_is_imported_from_the_folder_of_an_entry_point(module: str) -> None:
+    """Ray adds the folder of the driver's script to sys.path of its workers, ahead of site-packages."""
+    pytest.importorskip("ray")
+    folder = Path(str(find_spec(module).origin)).parent  # type: ignore[union-attr]
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import ray, {module}; print(ray.remote.__module__)"
+    )
+    exit_code, printed = output([sys.executable, "-P", "-c", code])
+    assert exit_code == 0, printed
+    assert printed.strip().startswith("ray.")
+    names = {path.stem for path in folder.iterdir()}
+    assert not names & {"ray", "slurm", *sys.stdlib_module_names}

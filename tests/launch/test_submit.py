@@ -1,4 +1,4 @@
-"""Submitting to Slurm, with programs that stand in for its own: what a job reads, and what is said of it."""
+"""Submission to Slurm, with scripts in place of sbatch and scontrol: the recipe a job reads, and the messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def program(recipe: Path, name: str, body: str) -> None:
 
 
 def keep_scripts(recipe: Path) -> None:
-    """sbatch as Slurm's: it keeps a copy of the script as it is at submission."""
+    """An sbatch that keeps a copy of the script at submission, as Slurm's does."""
     program(
         recipe,
         "sbatch",
@@ -49,7 +49,7 @@ def keep_scripts(recipe: Path) -> None:
 
 
 def queued(recipe: Path, number: int) -> list[str]:
-    """The words of a queued script's line that starts the first stage's ranks."""
+    """Words of the line in a queued script that starts the first stage's ranks."""
     lines = (recipe.parent / f"queue.{number}").read_text().splitlines()
     return shlex.split(next(line for line in lines if "launch.cli train" in line).partition(" || ")[0])
 
@@ -85,7 +85,7 @@ def test_a_waiting_ray_job_keeps_its_recipe(recipe: Path) -> None:
 
 
 def with_classes(recipe: Path, name: str, names: list[str]) -> None:
-    """A zero-shot evaluation with a class for each name, as ImageNet-21k's has."""
+    """Add a zero-shot evaluation with one class per name, as large as that of ImageNet-21k."""
     classes = "".join(f"        '{number}': {text}\n" for number, text in enumerate(names))
     task = f"path: {recipe.parent / 'data'}\n      templates: ['{{}}']\n      classes:\n{classes}"
     recipe.write_text(
@@ -107,7 +107,7 @@ def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
 
 
 def answers(recipe: Path, *states: str) -> None:
-    """scontrol that knows the job in these states, one a call; `-` is no answer, and so is what follows the last."""
+    """An scontrol that answers with these states, one per call; `-` is an error, as is every call after the last."""
     program(
         recipe,
         "scontrol",
@@ -119,7 +119,7 @@ def answers(recipe: Path, *states: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Sleeps are recorded instead of slept."""
+    """Record sleeps instead of sleeping."""
     slept: list[float] = []
     monkeypatch.setattr(sbatch.time, "sleep", slept.append)
     return slept
@@ -150,7 +150,7 @@ def test_a_job_that_slurm_has_forgotten_is_told_in_words(
 def test_to_stop_waiting_is_not_to_be_saved(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """75 would tell a caller that the job saved and wants to go on, and it runs."""
+    """Exit code 75 would mean that the job saved and stopped, but it still runs."""
     answers(recipe, "RUNNING")
     monkeypatch.setattr(sbatch.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
     assert wait(recipe) == 1

@@ -1,4 +1,4 @@
-"""The `dromos` command: light to start, helpful, and one message with exit code 2 for a user's mistake."""
+"""The `dromos` command: help, light commands, and one message with exit code 2 for a user's mistake."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_each_help_has_an_example_of_its_own(path: list[str]) -> None:
 
 
 def examples() -> list[list[str]]:
-    """What the help pages say one may type, without the leading `dromos`."""
+    """The examples of all help pages, without the leading `dromos`."""
     shown = "\n".join(dromos(*path, "--help").stdout for path in [[], *pages()])
     return [shlex.split(line)[1:] for line in re.findall(r"^ +(?:Try: +)?(dromos .*)$", shown, re.MULTILINE)]
 
 
 def test_every_example_is_one_that_its_command_takes() -> None:
-    """Parsed, not run."""
+    """Parse the examples without running them."""
     root = get_command(app)
     found = examples()
     assert len(found) > 20
@@ -82,7 +82,7 @@ def test_every_example_is_one_that_its_command_takes() -> None:
 
 
 def test_light_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that read nothing but the repository's recipes."""
+    """Run the examples that read only recipes of the repository."""
     monkeypatch.chdir(ROOT)
     light = [
         words for words in examples() if words[0] == "recipe" or (words[0] == "run" and "--dry-run" in words)
@@ -184,7 +184,7 @@ def test_an_error_of_ours_keeps_its_traceback_and_exits_with_1(monkeypatch: pyte
         (ModuleNotFoundError("No module named 'ray'", name="ray.job"), 2, "pip install 'dromos[ray]'"),
         (ModuleNotFoundError("No module named 's3fs'", name="s3fs"), 2, "pip install 'dromos[s3]'"),
         (KeyboardInterrupt(), 1, "interrupted"),
-        (ReadError("s3://corpus cannot be had"), 1, "dromos: s3://corpus cannot be had"),
+        (ReadError("s3://corpus could not be read"), 1, "dromos: s3://corpus could not be read"),
         (UserError("two\nlines"), 2, "dromos: two\nlines"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`dromos data index` and `view` as they are typed: what they print, on a terminal and elsewhere, and exit codes."""
+"""`dromos data index`, `show` and `view`: output with and without a terminal, and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit codes stand in one place, which the ranks, the launcher, the commands and the demo share."""
+"""Exit codes are defined in one module, which ranks, launcher, commands and demo share."""
 
 from __future__ import annotations
 

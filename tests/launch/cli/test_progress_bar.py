@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line a minute, and none of what is over before."""
+"""Progress without a terminal: one line per minute, and none for a short run; the bar's width on a terminal."""
 
 from __future__ import annotations
 

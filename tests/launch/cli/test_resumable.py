@@ -1,4 +1,4 @@
-"""Commands that are stopped: what they say, leave behind and return; what they print beside a progress bar."""
+"""Interrupted commands: message, exit code, no process left, resume; and lines printed above a progress bar."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_is_ignored_stays_ignored(pair: tuple[str, str]) -> None:
 
 
 def on_terminal(words: list[str], columns: int) -> tuple[str, list[str]]:
-    """What a command prints on a terminal of so many columns, without its signs, and that in lines."""
+    """Output of a command on a terminal with `columns` columns: without escape codes, as text and as lines."""
     seen = b""
 
     def keep(terminal: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`dromos data simulate`: the load of a recipe in words and as JSON."""
+"""`dromos data simulate`: the load of a recipe as text and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's data: disjoint splits, formats that others read, pictures that show what their captions say."""
+"""The demo's data: disjoint splits, formats that other tools read, and pictures that match their captions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IMAGE_PARTS = ("digits", "scenes_real", "scenes_synthetic")
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's data as the demo makes it."""
+    """The demo's data with its default settings."""
     root = tmp_path_factory.mktemp("demo") / "data"
     made = prepare(root)
     assert made["made"]
@@ -85,7 +85,7 @@ def test_a_second_call_does_nothing_and_is_quick(demo: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
 
 
-def test_no_image_is_on_two_sides(demo: Path) -> None:
+def test_no_image_is_in_both_splits(demo: Path) -> None:
     seen: dict[bytes, str] = {}
     scenes: dict[str, str] = {}
     for part in IMAGE_PARTS:
@@ -100,7 +100,7 @@ def test_no_image_is_on_two_sides(demo: Path) -> None:
                     scenes[scene] = where
 
 
-def test_no_document_is_on_two_sides(demo: Path) -> None:
+def test_no_document_is_in_both_splits(demo: Path) -> None:
     train = list(refinedweb.documents(str(demo / "refinedweb" / "train")))
     test = list(refinedweb.documents(str(demo / "refinedweb" / "test")))
     assert {text for _, text in train}.isdisjoint(text for _, text in test)
@@ -162,8 +162,8 @@ GROUND = re.compile(r"a (light \w+|\w+) background|background is (light \w+|\w+)
 RELATION = re.compile(rf"{THING}(?: is)? (to the left of|to the right of|above|below) a {THING}")
 
 
-def test_full_sentences_say_what_is_to_be_seen(demo: Path) -> None:
-    """From the words alone, check the pixels: colours, sizes, who is where, the background."""
+def test_full_sentences_describe_the_picture(demo: Path) -> None:
+    """Check the pixels against the words: colours, sizes, positions, background."""
     pairs = singles = 0
     for sample in samples(demo / "scenes_synthetic" / "test"):
         caption, image = sample["txt"].decode(), pixels(sample)
@@ -255,19 +255,19 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = tree(tmp_path / "a"), tree(tmp_path / "b")
     assert list(first) == list(second)
     assert [name for name in first if first[name] != second[name]] == []
-    assert not is_ready(tmp_path / "a")  # these are not the demo's settings
+    assert not is_ready(tmp_path / "a")  # SMALL is not the default
     prepare(tmp_path / "c", Settings(**{**SMALL.__dict__, "seed": 1}))
     changed = [name for name, data in tree(tmp_path / "c").items() if first.get(name) != data]
     assert "scenes_real/train/00000.tar" in changed
 
 
-def test_an_interrupted_preparation_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_preparation_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(root: Path, settings: Settings) -> dict[str, int]:
         raise KeyboardInterrupt
 
     root = tmp_path / "demo"
     with monkeypatch.context() as patch:
-        patch.setitem(demo_data.MAKERS, "text", interrupted)
+        patch.setitem(demo_data.WRITERS, "text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(root, SMALL)
     assert not is_ready(root, SMALL)
@@ -286,7 +286,7 @@ def test_an_interrupted_preparation_is_made_again(tmp_path: Path, monkeypatch: p
     assert tree(root) == whole
 
 
-def test_two_at_once_make_it_once(tmp_path: Path) -> None:
+def test_two_concurrent_calls_generate_the_data_once(tmp_path: Path) -> None:
     made: list[bool] = []
     threads = [
         threading.Thread(target=lambda: made.append(prepare(tmp_path / "demo", SMALL)["made"]))
@@ -302,7 +302,7 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds text, but no prepared\.json"):
+    with pytest.raises(UserError, match=r"holds text, but no prepared\.json, so it is not"):
         prepare(tmp_path, SMALL)
     assert (tmp_path / "text" / "thesis.txt").read_text() == "years of work"
 

@@ -1,4 +1,4 @@
-"""The demo's page: the summary's numbers, the masks of the training, the models' captions, and what is missing said."""
+"""The demo's report: the numbers of the summary, the masks of training, generated captions, missing parts named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.report_runs import (
 )
 
 CLASSES = ["zero", "one", "two"]
-# Invented: no run gave these.
+# Invented numbers, not from a run.
 SUMMARY: dict[str, Any] = {
     "flip": {
         "zero_shot_top1": 0.87654,
@@ -68,7 +68,7 @@ NLL = "perplexity/text/nll"
 
 
 def untrained(run: Path, name: str, recipe: dict[str, Any]) -> None:
-    """A stage that has finished with the weights it was initialised with."""
+    """Write a finished stage with the initial weights."""
     from safetensors.torch import save_file
 
     run.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def untrained(run: Path, name: str, recipe: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`runs/{flip,sphinx}` on tiny data: metrics by hand, weights as initialised."""
+    """`runs/{flip,sphinx}` on tiny data: handwritten metrics, initial weights."""
     base = tmp_path_factory.mktemp("demo")
     tiny.make_data(base)
     flip, sphinx = base / "runs" / "flip", base / "runs" / "sphinx"
@@ -123,8 +123,8 @@ def test_the_page_needs_nothing_from_outside_and_is_small(page: str) -> None:
 def test_the_numbers_are_those_of_the_summary(page: str) -> None:
     seen = ParsedPage(page)
     for expected in (
-        "87.7%", "311 held-out digits", "5.43 → 6.99 nats", "it goes to 5.34", "+1.56 nats", "−0.09 nats",
-        "ln V = 7.62", "before (lm): 5.43", "1.23 nats a token with the right one, 2.77 with another",
+        "87.7%", "311 held-out digits", "5.43 → 6.99 nats", "it reaches 5.34", "+1.56 nats", "−0.09 nats",
+        "ln V = 7.62", "before (lm): 5.43", "1.23 nats per token with the right image, 2.77 with another",
         "a step takes 0.44 s instead of 1.11 s", "0.77", "The demo took 1 min 16 s",
     ):  # fmt: skip
         assert expected in seen.text, expected
@@ -135,25 +135,25 @@ def test_the_numbers_are_those_of_the_summary(page: str) -> None:
         assert seen.row(f"{row['beta']:g}")[1:] == written
     assert seen.row("flip/masked", "64.2")[2] == "85%"
     # The least sum of both caption domains, found by hand: (2 - beta) + (1 + beta^2) at beta 0.5.
-    assert "at β = 0.5, 1.51 nats on alt-text and 1.25 on sentences" in seen.text.replace("\u00a0", " ")
+    assert "at β = 0.5, 1.51 nats on alt text and 1.25 on sentences" in seen.text.replace("\u00a0", " ")
     for true, row in zip(CLASSES, SUMMARY["flip"]["confusion"], strict=True):
         assert [cell.strip() for cell in seen.row(true)[1:]] == [str(count or "·") for count in row]
     assert json.loads(page_json(page)) == SUMMARY
 
 
 def page_json(page: str) -> str:
-    """The folded summary.json."""
+    """Return the text of the collapsible summary.json."""
     import html
 
     return html.unescape(page.split("<summary>summary.json</summary>")[1].split(">", 1)[1].split("</pre>")[0])
 
 
-def test_every_part_of_the_story_is_there(page: str) -> None:
+def test_every_section_is_on_the_page(page: str) -> None:
     text = ParsedPage(page).text
     for expected in (
         "floor of repeated captions", "Zero-shot accuracy", "Confusion", "with text (real)",
-        "without text (real_no_text)", "alt-text captions (real)", "sentence captions (synthetic)", "patches masked",
-        "Throughput", "none had to be replaced", "true (real)", "nats a token",
+        "without text (real_no_text)", "alt text captions (real)", "sentence captions (synthetic)", "patches masked",
+        "Throughput", "none were replaced", "true (real)", "nats per token",
     ):  # fmt: skip
         assert expected in text, expected
 
@@ -163,8 +163,8 @@ def decoded(uri: str) -> np.ndarray:
 
 
 def test_the_masks_are_those_of_the_training(root: Path) -> None:
-    """Against whole batches and the masks' own rule in numpy: of 16 patches the 8 with the least noise are kept."""
-    masked = masked_cards(root / "flip" / "masked", each=3)
+    """Compare with whole batches and the masking rule in numpy: of 16 patches, keep the 8 with the lowest noise."""
+    masked = masked_cards(root / "flip" / "masked", count=3)
     assert (masked.kept, masked.patches, masked.ratio) == (8, 16, 0.5)
     _, stage = read_stage(root / "flip" / "masked")
     batch = BatchBuilder(stage_specs(stage, 3, "masked", ("pairs",))[0]).make(0, 0, 8)
@@ -194,7 +194,7 @@ def test_samples_are_shown_with_their_own_captions(root: Path) -> None:
 
 
 def test_captions_are_the_most_likely_token_at_every_step(root: Path) -> None:
-    cards, missing = caption_cards(root / "sphinx", ("real", "mix"), each=2)
+    cards, missing = caption_cards(root / "sphinx", ("real", "mix"), count=2)
     assert len(cards) == 4
     (line,) = missing
     assert line.startswith("No captions by mix: ")
@@ -208,18 +208,20 @@ def test_captions_are_the_most_likely_token_at_every_step(root: Path) -> None:
     mean, std = (np.array(values)[:, None, None] for values in (settings.mean, settings.std))
     assert rows.images is not None
     rows.images[0] = torch.from_numpy((image / 255 - mean) / std).float()
-    # Brute force over the vocabulary: the summed loss of start, what was said, one more token.
-    said: list[int] = []
-    while len(said) < 5:
-        tokens = torch.tensor([[tokenizer.start_id, *said, token] for token in range(tokenizer.vocab_size)])
+    # Brute force over the vocabulary: the summed loss of the start token, the caption so far, and one more token.
+    generated: list[int] = []
+    while len(generated) < 5:
+        tokens = torch.tensor(
+            [[tokenizer.start_id, *generated, token] for token in range(tokenizer.vocab_size)]
+        )
         features = objective.features(rows).expand(len(tokens), -1, -1)
         with torch.no_grad():
             nll = objective.model(tokens, torch.full((len(tokens),), tokens.shape[1]), features)
-        said.append(int(nll.argmin()))
-        if said[-1] == tokenizer.end_id:
+        generated.append(int(nll.argmin()))
+        if generated[-1] == tokenizer.end_id:
             break
-    # A cut after five tokens may split a letter.
-    expected = tokenizer.decode([token for token in said if token != tokenizer.end_id]).rstrip("\ufffd")
+    # Five tokens may end inside a multi-byte character.
+    expected = tokenizer.decode([token for token in generated if token != tokenizer.end_id]).rstrip("\ufffd")
     assert expected
     assert cards[0].lines[1][0] == "real"
     assert cards[0].lines[1][1].startswith(expected)
@@ -234,7 +236,7 @@ def test_the_summary_is_read_from_its_file(root: Path, page: str) -> None:
         write(root)
 
 
-def test_missing_parts_are_said_and_do_not_stop_it(tmp_path: Path) -> None:
+def test_missing_parts_are_named_and_do_not_stop_the_report(tmp_path: Path) -> None:
     write_run(tmp_path / "sphinx", {"lm": STAGE}, "sphinx")
     seen = check_self_contained(write(tmp_path, {}).read_text(encoding="utf-8"))
     for line in (
@@ -275,8 +277,8 @@ def test_a_hostile_caption_stays_text(tmp_path: Path) -> None:
     assert seen.text.count(hostile) > 5
 
 
-def test_nats_before_and_after_are_told_honestly(root: Path) -> None:
-    """Where nothing was forgotten the page must not say so."""
+def test_the_page_does_not_claim_forgetting_without_evidence(root: Path) -> None:
+    """If the text loss did not rise, the page says that nothing was forgotten."""
     kept = {"before": 5.4, "with_text": 5.3, "without_text": 5.1}
     summary = SUMMARY | {"sphinx": SUMMARY["sphinx"] | {"text_nll": kept}}
     text = ParsedPage(write(root, summary).read_text(encoding="utf-8")).text

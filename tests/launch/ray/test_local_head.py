@@ -1,4 +1,4 @@
-"""The Ray that a local job starts for its loader: up before the ranks, and gone with the launcher however it ends."""
+"""The Ray cluster of a local job: up before the ranks, and gone however the launcher ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def processes_of(token: str) -> list[int]:
-    """Processes that were started with the job's Ray token in their environment: ranks, Ray, its workers."""
+    """Processes with the job's Ray token in their environment: ranks, Ray, its workers."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -47,9 +47,9 @@ def test_ray_ends_with_the_job(recipe: Path, ending: str, monkeypatch: pytest.Mo
         launcher.process.send_signal(signal.SIGTERM if ending == "stopped" else signal.SIGKILL)
     code, output = launcher.end()
     assert code == {"done": 0, "failed": 1, "stopped": 75, "killed": -9}[ending], output
-    patience = 20 if ending == "killed" else 1
-    wait_for(lambda: not processes_of(token) and not alive(report["ray_actor"]), "Ray to end", patience)
-    wait_for(lambda: not Path(token).parent.exists(), "Ray's folder to go", patience)
+    seconds = 20 if ending == "killed" else 1
+    wait_for(lambda: not processes_of(token) and not alive(report["ray_actor"]), "Ray to end", seconds)
+    wait_for(lambda: not Path(token).parent.exists(), "Ray's folder to be removed", seconds)
 
 
 def test_a_named_cluster_is_used(recipe: Path) -> None:

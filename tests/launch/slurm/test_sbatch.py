@@ -1,4 +1,4 @@
-"""The sbatch script: golden text, quoting, options, and bash's own opinion of it."""
+"""The sbatch script: golden text, quoting, options, and its behaviour in bash."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def replace(job: Job, **values: object) -> Job:
 
 
 def test_golden_script() -> None:
-    """After a wanted change: DROMOS_GOLDEN=write pytest tests/launch/slurm/test_sbatch.py, and read the diff."""
+    """After an intended change: DROMOS_GOLDEN=write pytest tests/launch/slurm/test_sbatch.py, and read the diff."""
     path = GOLDEN / "flip.sbatch"
     if os.environ.get("DROMOS_GOLDEN") == "write":
         path.write_text(render(JOB))
@@ -71,7 +71,7 @@ def test_no_gpus_no_gres() -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_whatever_stands_in_a_name_reaches_the_rank_as_it_is(tmp_path: Path) -> None:
-    """The script is run with srun, squeue and scontrol replaced by a program that records its arguments."""
+    """Run the script with an srun that records its arguments."""
     hostile = "a b'c\"d$(touch pwned)`e`;f&g"
     workdir = tmp_path / "w"
     workdir.mkdir()
@@ -124,8 +124,8 @@ def test_sbatch_options_that_cannot_be_quoted_are_refused() -> None:
         (137, False, "R", 1, False),
         (2, False, "R", 2, False),
         (75, False, "R", 75, True),
-        (75, False, "CG", 75, False),  # cancelled: it is completing
-        (138, True, "R", 75, True),  # a rank that had not yet begun dies of the signal itself
+        (75, False, "CG", 75, False),  # cancelled: the job is completing
+        (138, True, "R", 75, True),  # a rank that had not started dies of the signal
     ],
 )
 def test_what_a_stage_ends_with_decides_what_the_job_does(
@@ -189,4 +189,4 @@ def test_a_job_submitted_from_inside_a_job_does_not_inherit_it() -> None:
     assert without_job_variables(inside) == {"HOME": "/h"}
     assert without_job_variables({"SBATCH_ACCOUNT": "a"}) == {
         "SBATCH_ACCOUNT": "a"
-    }  # a person's own default stays
+    }  # outside a job, the user's defaults stay

@@ -1,4 +1,4 @@
-"""Progress: reading a metrics file that grows, is cut and is half written; figures; lines and bar."""
+"""Progress: a metrics file that grows, is truncated or incomplete; figures; lines and bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_tail_follows_a_file_that_grows_and_is_cut(tmp_path: Path) -> None:
     path.write_text(row(1) + row(2) + row(3))
     assert [r["step"] for r in tail.read()] == [3]
     assert tail.read() == []
-    path.write_text(row(1))  # a resume cut it at step 1
+    path.write_text(row(1))  # a resume truncated it after step 1
     assert [r["step"] for r in tail.read()] == [1]
     path.write_text(row(1) + "not json\n" + '"text"\n' + row(2))
     assert [r["step"] for r in tail.read()] == [2]
@@ -69,7 +69,7 @@ def test_plain_lines_are_few_and_the_last_step_is_said(tmp_path: Path) -> None:
     assert said == ["masked  step 29/50  loss 2.0000"]
     with PlainView("masked", tmp_path, 50, said.append, every=0) as lines:
         lines.update()
-        assert len(said) == 1  # what an earlier start wrote is no news
+        assert len(said) == 1  # rows of an earlier start are not printed
         with open(path, "a") as file:
             file.write(row(30))
         lines.update()

@@ -1,4 +1,4 @@
-"""Every flag of `dromos merge` beside the spec file that says the same, and what does not go together."""
+"""Every flag of `dromos merge` against the equivalent spec file, and flags that conflict."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def test_json_is_the_record() -> None:
         (("./a", "./b", "--beta", "0.5", "--rule", "norm=x"), "write numbers with commas"),
         (("./a", "./b", "--beta", "0.5", "--density", "0.5"), "--density is for"),
         (("./a", "./b", "--beta", "0.5", "--max-shard-size", "big"), "write a size such as 5GB"),
-        (("--window", "runs/x", "--beta", "0.5"), "a window says inputs and weights itself"),
+        (("--window", "runs/x", "--beta", "0.5"), "a window sets inputs and weights itself"),
         (("--window", "runs/x,last"), "write RUN/STAGE,KEY=VALUE"),
-        (("--window", "runs/x,last=2,last=3"), "a key stands twice"),
+        (("--window", "runs/x,last=2,last=3"), "a key appears twice"),
         (("--window", "runs/x,least=2"), "window.least: unknown key; did you mean 'last'"),
         (("--window", "runs/x,last=2"), "has no complete checkpoint"),
         ((), "two inputs or more"),

@@ -1,4 +1,4 @@
-"""`dromos merge` as a person meets it."""
+"""`dromos merge` from the command line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: tuple[str, str], tmp_p
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("merge", "./a", "./b", "--out", "x"), "say how much of each input"),
+        (("merge", "./a", "./b", "--out", "x"), "set the weights of the inputs"),
         (("merge", "./a", "./b", "--beta", "0.5"), "--out DIR is missing"),
         (("merge", "./a", "./b", "--weights", "1;2", "--out", "x"), "numbers with commas"),
         (("merge", "./a", "./nothing", "--beta", "0.5", "--out", "x"), "./nothing: not found"),

@@ -1,4 +1,4 @@
-"""`dromos sweep` as a person meets it."""
+"""`dromos sweep` from the command line."""
 
 from __future__ import annotations
 

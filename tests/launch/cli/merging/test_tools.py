@@ -1,4 +1,4 @@
-"""`dromos soup`, `verify` and `diff` as a person meets them: output, files, exit codes."""
+"""`dromos soup`, `verify` and `diff` from the command line: output, files, exit codes."""
 
 from __future__ import annotations
 
