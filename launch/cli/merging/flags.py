@@ -39,7 +39,7 @@ Out = _flag(str | None, "--out", "DIR", OUT)
 RequiredOut = _flag(str, "--out", "DIR", OUT)
 SweepOut = _flag(str | None, "--out", "DIR", "The folder or s3:// URL of outputs and results.")
 Durable = _flag(
-    bool, "--durable", None, "Wait for the disk before DIR appears, so that a power cut cannot damage it."
+    bool, "--durable", None, "Wait for the disk before DIR appears: DIR is complete even after a power cut."
 )
 DryRun = _flag(bool, "--dry-run", None, "Print the plan, write nothing.")
 
@@ -83,7 +83,7 @@ Spec = _flag(
     str | None,
     "--spec",
     "FILE",
-    "YAML file in place of all other flags: the keys of these flags, or an unmodified mergekit file.",
+    "YAML file that describes the merge in place of flags, or an unmodified mergekit file.",
 )
 
 # --- which tensors, and how they are stored
@@ -159,7 +159,7 @@ def read_spec(file: str, flags: dict[str, Any]) -> MergeSpec | MergekitFile:
 
     if conflicting := [name for name, value in flags.items() if value is not None]:
         names = ", ".join(conflicting).replace("_", "-")
-        raise UserError(f"--spec replaces all other flags; leave {names} out, or write it into the spec")
+        raise UserError(f"--spec describes the whole merge; leave {names} out, or write it into the spec")
     return load_spec(file)
 
 
