@@ -1,4 +1,4 @@
-"""The figures of `make demo` against what the demo promises; skipped by name where it has not run."""
+"""Checks the figures of `make demo` against thresholds. Skipped if the demo has not run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RUNS = Path(__file__).resolve().parent.parent / "runs" / "demo"
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
     if not (RUNS / "summary.json").exists():
-        pytest.skip("runs/demo/summary.json is not there: run `make demo` first")
+        pytest.skip("runs/demo/summary.json does not exist: run `make demo` first")
     return json.loads((RUNS / "summary.json").read_text())
 
 
 def last_evaluation(stage: str) -> dict[str, float]:
-    """Figures that training itself logged at its last step, two ranks: another path to the same numbers."""
+    """Return the figures that training with two ranks logged at its last step: an independent source."""
     rows = [json.loads(line) for line in (RUNS / stage / "metrics.jsonl").read_text().splitlines()]
     return rows[-1]["eval"]
 
@@ -35,7 +35,7 @@ def test_flip_reads_handwriting(summary: dict[str, Any]) -> None:
 
 
 def test_a_step_is_timed_at_each_mask(summary: dict[str, Any]) -> None:
-    """Their order is for the report to show: a busy machine must not fail a test."""
+    """Checks no order of the times: a busy machine must not fail the test."""
     seconds = summary["flip"]["step_seconds"]
     assert set(seconds) == {"0", "0.5", "0.75"}
     assert all(value > 0 for value in seconds.values())
@@ -80,7 +80,7 @@ def test_the_summary_agrees_with_what_training_logged(summary: dict[str, Any]) -
 
 
 def test_the_report_shows_the_summary(summary: dict[str, Any]) -> None:
-    """The page carries the summary itself, and its headline numbers rounded."""
+    """The page shows the main numbers of the summary, rounded, and loads nothing from the web."""
     page = (RUNS / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']https?:""", page)
     text = re.sub(r"<[^>]+>", " ", page)

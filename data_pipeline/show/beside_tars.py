@@ -11,9 +11,9 @@ from data_pipeline.formats.img2dataset import Outcome, OutcomeCounts, mismatched
 from data_pipeline.show.source_report import BadRecordCounts, SourceReport, format_share
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest
 from data_pipeline.sources.offsets import Offsets, missing_offsets_error
-from data_pipeline.sources.sidecars import INFO, SUFFIXES
+from data_pipeline.sources.sidecars import ENERGON_INFO, INDEX_SUFFIXES
 from data_pipeline.sources.tar import Sample
-from data_pipeline.sources.views import folder_of
+from data_pipeline.sources.views import views_folder
 
 LISTED_FAILURES = 8  # failure reasons listed by name; the others are summed
 
@@ -85,7 +85,7 @@ def _has_offsets(report: SourceReport, manifest: Manifest) -> bool:
 
 def _view_names(root: str) -> list[str]:
     try:
-        urls = storage.list_files(folder_of(root), ".parquet")
+        urls = storage.list_files(views_folder(root), ".parquet")
     except UserError:
         return []
     return [url.rpartition("/")[2].removesuffix(".parquet") for url in urls]
@@ -98,7 +98,7 @@ def _inspect_view(report: SourceReport, name: str, manifest: Manifest) -> dict[s
     view: dict[str, Any] = {"name": name, "rule": None, "samples": None}
     try:
         view["samples"] = manifest.with_view(name).samples
-        view["rule"] = read_table(storage.join(folder_of(manifest.root), f"{name}.parquet"))[1].get("rule")
+        view["rule"] = read_table(storage.join(views_folder(manifest.root), f"{name}.parquet"))[1].get("rule")
     except (UserError, ValueError) as error:
         report.notes.append(str(error))
     return view
@@ -107,17 +107,17 @@ def _inspect_view(report: SourceReport, name: str, manifest: Manifest) -> dict[s
 def _count_sidecars(root: str) -> dict[str, int]:
     """Return {suffix or name of an index file of another tool: number of such files}."""
     counts: dict[str, int] = {}
-    for suffix in SUFFIXES:
+    for suffix in INDEX_SUFFIXES:
         try:
             urls = storage.list_files(root, suffix)
         except UserError:
             continue
-        # SUFFIXES has the longer suffixes first, and they end in the shorter ones: count each file once.
+        # INDEX_SUFFIXES has the longer suffixes first, and they end in the shorter ones: count each file once.
         uncounted = [url for url in urls if not any(url.endswith(longer) for longer in counts)]
         if uncounted:
             counts[suffix] = len(uncounted)
-    if storage.exists(storage.join(root, INFO)):
-        counts[INFO] = 1
+    if storage.exists(storage.join(root, ENERGON_INFO)):
+        counts[ENERGON_INFO] = 1
     return counts
 
 

@@ -20,7 +20,7 @@ from data_pipeline.sources.tar import Sample, image_member
 from data_pipeline.transforms.augment import draw_augmentations
 from data_pipeline.transforms.decode import FORMATS, ImageSpec, as_rgb, decode_image
 
-CROP_SCALE = (0.4, 1.0)  # share of the area, as for training
+CROP_SCALE = (0.4, 1.0)  # share of the area
 CROP_SIZES = (224, 112, 64, 32)  # pixels
 MAX_SIDE = 420  # pixels of an uncropped picture on the page
 MAX_PNG_PIXELS = 64 * 64  # a picture of at most so many pixels is embedded without loss

@@ -13,7 +13,14 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.show import beside_tars
 from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share, shorten
-from data_pipeline.sources.manifest import Manifest, open_source, read_stats, stats_url, wrong_count
+from data_pipeline.sources.manifest import (
+    Manifest,
+    SourceError,
+    open_source,
+    read_stats,
+    stats_url,
+    wrong_count_error,
+)
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
 
 # Examining a tar in an object store downloads all of it.
@@ -125,8 +132,8 @@ def _open(path: str, report: SourceReport) -> Manifest | None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             manifest = open_source(path, path)
-    except UserError as error:
-        report.problems.append(str(error).removeprefix(f"source {path!r}: "))
+    except SourceError as error:
+        report.problems.append(error.reason)
         return None
     report.notes.extend(str(warning.message) for warning in caught)
     return manifest
@@ -150,11 +157,13 @@ def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sa
                 problems.append(str(error))
             continue
         if url in stats and stats[url]["successes"] != len(tables[url]):
-            problems.append(str(wrong_count(url, stats[url]["successes"], len(tables[url]), stats_url(url))))
+            problems.append(
+                str(wrong_count_error(url, stats[url]["successes"], len(tables[url]), stats_url(url)))
+            )
         if stats and url not in stats:
             problems.append(
                 f"{url} has no {stats_url(url).rpartition('/')[2]}, but other tars have one: "
-                "was img2dataset stopped while it wrote this shard?"
+                "was the program that wrote this shard interrupted?"
             )
         if not tables[url]:
             problems.append(f"{url} holds no samples")

@@ -1,4 +1,4 @@
-"""The report on a source as terminal lines. Plain string formatting: importing rich would take most of the run time."""
+"""The report on a source as terminal lines. No layout library: loading one would take longer than everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make demo`: data, FLIP, SPHINX, a merge and a sweep, then summary.json and the report; done parts are skipped."""
+"""`make demo`: data, FLIP, SPHINX, a merge and a sweep, then summary.json and the report. Skips finished parts."""
 
 from __future__ import annotations
 
@@ -14,37 +14,35 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.errors import UserError
-from pretrain.run.exit_codes import DONE, GO_ON, USER_ERROR
+from pretrain.run.exit_codes import DONE, RUN_AGAIN, USER_ERROR
 
 FLIP, SPHINX = "configs/demo/flip.yaml", "configs/demo/sphinx.yaml"
-
-
 ROOT = Path("runs/demo")
 RANKS = 2
 STAGES = {"flip": ("masked", "tuned"), "sphinx": ("lm", "real", "real_no_text", "synthetic", "mix")}
 
 
 def results(root: Path) -> dict[str, Any]:
-    """What every stage left as its result, by RUN/STAGE; raises if one is missing."""
-    found = {}
+    """Return the content of every result.json by RUN/STAGE. Raises UserError if one is missing."""
+    finished = {}
     for run, stages in STAGES.items():
         for stage in stages:
             path = root / run / stage / "result.json"
             if not path.exists():
                 raise UserError(f"{path} is missing: the stage has not finished; run `make demo` again")
-            found[f"{run}/{stage}"] = json.loads(path.read_text())
-    return found
+            finished[f"{run}/{stage}"] = json.loads(path.read_text())
+    return finished
 
 
 def is_current(root: Path, finished: dict[str, Any]) -> bool:
-    """Whether the summary and the report were made from exactly these results."""
+    """Return True if the summary and the report were written from exactly these results."""
     marker = root / "summary.inputs.json"
-    made = (root / "summary.json", root / "report.html", marker)
-    return all(path.exists() for path in made) and json.loads(marker.read_text()) == finished
+    files = (root / "summary.json", root / "report.html", marker)
+    return all(path.exists() for path in files) and json.loads(marker.read_text()) == finished
 
 
 class Clock:
-    """Seconds by part, added up over reruns; a part that finds everything done adds next to nothing."""
+    """Seconds per part of the demo, summed over reruns and saved in `path`. A finished part adds almost nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,21 +50,21 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
+        start = time.monotonic()
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 2)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.seconds, indent=1))
 
 
 def train(console: Console, clock: Clock) -> int:
-    """Both recipes, every stage in order; `run` skips a stage that is done. Stops at the first that fails."""
+    """Train all stages of both recipes in order; `run` skips finished stages. Return the first nonzero exit code."""
     from launch.run import run
 
     for name, recipe in (("flip", FLIP), ("sphinx", SPHINX)):
         console.print(f"[bold]{name}[/]  {recipe}")
-        left = [stage for stage in STAGES[name] if not (ROOT / name / stage / "result.json").exists()]
-        with clock.part(name) if left else nullcontext():
+        unfinished = [stage for stage in STAGES[name] if not (ROOT / name / stage / "result.json").exists()]
+        with clock.part(name) if unfinished else nullcontext():
             code = run(recipe, ranks_per_node=RANKS)
         if code:
             return code
@@ -74,9 +72,9 @@ def train(console: Console, clock: Clock) -> int:
 
 
 def main() -> int:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on the CPU, whatever the machine holds
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on the CPU, also on a machine with GPUs
     console = Console()
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         from launch.demo.data import prepare
 
@@ -88,7 +86,7 @@ def main() -> int:
             return code
         finished = results(ROOT)
         if is_current(ROOT, finished):
-            console.print("summary and report: made before, skipped")
+            console.print("summary and report: up to date, skipped")
         else:
             from launch.demo.report import write
             from launch.demo.summary import summarise
@@ -100,27 +98,29 @@ def main() -> int:
             (ROOT / "summary.json").write_text(json.dumps(summary, indent=1))
             write(ROOT, summary)
             (ROOT / "summary.inputs.json").write_text(json.dumps(finished))
-        tell(console, json.loads((ROOT / "summary.json").read_text()), time.monotonic() - began)
+        print_summary(console, json.loads((ROOT / "summary.json").read_text()), time.monotonic() - start)
     except UserError as error:
         print(f"dromos: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("dromos: interrupted; `make demo` goes on from here", file=sys.stderr)
-        return GO_ON
+        print("dromos: interrupted; `make demo` continues from here", file=sys.stderr)
+        return RUN_AGAIN
     return DONE
 
 
-def tell(console: Console, summary: dict[str, Any], seconds: float) -> None:
-    """The story in a few lines."""
+def print_summary(console: Console, summary: dict[str, Any], seconds: float) -> None:
+    """Print the main figures and the paths of the summary and the report."""
     flip, sphinx = summary["flip"], summary["sphinx"]
     text, captions = sphinx["text_nll"], sphinx["caption_nll"]["real"]["real"]
     shuffled = sphinx["caption_nll_shuffled"]["real"]["real"]
     lines = [
-        f"FLIP reads handwriting: {flip['zero_shot_top1']:.3f} zero-shot on {flip['held_out']} held-out digits",
-        f"SPHINX captions what it sees: {captions:.2f} nats a token, {shuffled:.2f} with another sample's image",
-        f"and keeps writing: held-out text {text['before']:.2f} nats before, {text['with_text']:.2f} with text in "
-        f"every step, {text['without_text']:.2f} without",
-        f"merged: {len(summary['merge']['sweep'])} betas between its two caption domains",
+        f"FLIP classifies handwriting: zero-shot accuracy {flip['zero_shot_top1']:.3f} on "
+        f"{flip['held_out']} held-out digits",
+        f"SPHINX uses the image for its captions: {captions:.2f} nats per token, "
+        f"{shuffled:.2f} with another sample's image",
+        f"SPHINX keeps its language model: held-out text {text['before']:.2f} nats per token before, "
+        f"{text['with_text']:.2f} with text in every step, {text['without_text']:.2f} without",
+        f"merge: {len(summary['merge']['sweep'])} values of beta between the two caption domains",
         f"{ROOT / 'report.html'} and {ROOT / 'summary.json'}  ({seconds:.0f} s)",
     ]
     for line in lines:

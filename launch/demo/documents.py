@@ -1,4 +1,4 @@
-"""The demo's documents: the reference topics and docstrings of the Python that runs, read without importing it."""
+"""The demo's documents: language reference and docstrings of the running CPython, read without imports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import xxhash
 
 from data_pipeline.formats.refinedweb import Document
 
-# Tests and programs, what other people installed, and pydoc_data, which is read as topics.
-SKIPPED = frozenset(
+# Tests, programs, third-party packages, and pydoc_data, which `topics` reads.
+SKIPPED_FOLDERS = frozenset(
     [
         "test",
         "tests",
@@ -28,55 +28,57 @@ SKIPPED = frozenset(
         "pydoc_data",
     ]
 )
-SHORTEST = 400  # characters of a document worth having
+MIN_CHARACTERS = 400  # of a document; shorter modules are left out
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def documents() -> Iterator[Document]:
-    """Topics, then one document a module, both sorted by name; a docstring that was seen before is left out."""
+    """Yield the topics, then one document per module, both sorted by name. A repeated docstring is left out."""
     dump = f"CPython {platform.python_version()}"
     for name, text in topics():
         yield Document(content=text, url=f"python:topics/{name}", dump=dump, segment="topics")
-    seen: set[int] = set()
+    seen_hashes: set[int] = set()
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
         path = file.relative_to(library)
-        if SKIPPED.isdisjoint(path.parts):
-            text = module_text(file, ".".join(path.with_suffix("").parts), seen)
-            if len(text) >= SHORTEST:
+        if SKIPPED_FOLDERS.isdisjoint(path.parts):
+            text = module_text(file, ".".join(path.with_suffix("").parts), seen_hashes)
+            if len(text) >= MIN_CHARACTERS:
                 yield Document(
                     content=text, url=f"python:lib/{path.as_posix()}", dump=dump, segment="docstrings"
                 )
 
 
 def topics() -> list[tuple[str, str]]:
-    """The language reference as pydoc shows it; empty where a distribution leaves it out."""
+    """Return (name, text) of the language reference of pydoc; an empty list if this Python lacks it."""
     try:
-        from pydoc_data.topics import topics as found
+        from pydoc_data.topics import topics as topic_texts
     except ImportError:
         return []
-    return sorted((name, text.strip()) for name, text in found.items())
+    return sorted((name, text.strip()) for name, text in topic_texts.items())
 
 
-def module_text(file: Path, name: str, seen: set[int]) -> str:
-    """Docstrings of a module in the order of its source, each under its signature.
+def module_text(file: Path, name: str, seen_hashes: set[int]) -> str:
+    """Return the docstrings of a module in source order, each below its signature.
 
-    `seen` holds hashes of docstrings that other documents have: a split by document would otherwise put the
-    same words on both sides.
+    `seen_hashes` has the hashes of the docstrings of earlier documents, and is extended: a repeated docstring could be
+    in both splits.
     """
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return ""  # templates and deliberately broken files
-    parts = [f"{heading}\n\n{text}" for heading, text in _docstrings(tree, name) if _new(text, seen)]
+    parts = [
+        f"{heading}\n\n{text}" for heading, text in _docstrings(tree, name) if _is_new(text, seen_hashes)
+    ]
     return "\n\n".join(parts)
 
 
-def _new(text: str, seen: set[int]) -> bool:
+def _is_new(text: str, seen_hashes: set[int]) -> bool:
     digest = xxhash.xxh64_intdigest(text.encode())
-    if digest in seen:
+    if digest in seen_hashes:
         return False
-    seen.add(digest)
+    seen_hashes.add(digest)
     return True
 
 
@@ -84,7 +86,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, (ast.Module, *DEFINITIONS)):
         text = ast.get_docstring(node)
         if text:
-            # A lone surrogate can be neither hashed nor written.
+            # Replaces lone surrogates, which cannot be encoded as UTF-8.
             yield _heading(node, name), text.encode("utf-8", "replace").decode()
     for child in ast.iter_child_nodes(node):
         yield from _docstrings(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)

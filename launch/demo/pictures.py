@@ -1,4 +1,4 @@
-"""The demo report's pictures: samples with captions, patches the tower sees, and captions the models write."""
+"""Pictures of the demo's report: samples with captions, masked images, and captions that the models generate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from data_pipeline.transforms.decode import ImageSpec
 from pretrain.recipe.data import Stream
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
-from pretrain.report.page import Card, Picture, data_uri, only_patches
+from pretrain.report.page import Card, Picture, data_uri, show_only_patches
 
 
 @dataclass(frozen=True)
-class Masked:
-    """Rows of a training step as they are served and as the tower sees them, and how many patches that is."""
+class MaskedSamples:
+    """Images of a training step before and after masking, and the number of patches that the tower keeps."""
 
     cards: list[Card]
     kept: int
@@ -32,30 +32,30 @@ class Masked:
 
 
 def train_stage(stage_dir: Path) -> tuple[TrainStage, int]:
-    """A training stage as it ran, and the run's seed. Raises UserError if the folder is none."""
+    """Read a training stage and the seed of its run. Raises UserError if `stage_dir` is not the folder of a stage."""
     path = stage_dir / "resolved.yaml"
     if not path.exists():
-        raise UserError(f"{stage_dir} holds no resolved.yaml: the stage has not run")
+        raise UserError(f"{stage_dir} has no resolved.yaml, so the stage has not run; run `make demo`")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return TrainStage.model_validate(content["stage"]), int(content["run"]["seed"])
 
 
 def sample_cards(stage_dir: Path, rows: int = 6) -> dict[str, list[Card]]:
-    """Source name -> its first images with their captions, whole and in the source's own order."""
+    """Return {source: cards of its first `rows` images with captions}, uncropped and in the order of the source."""
     stage, _ = train_stage(stage_dir)
     stream = stage.data[main_stream(stage)]
-    found = {}
+    cards = {}
     for name, source in stream.sources.items():
         batch = first_rows(name, source.path, stream, rows)
-        found[name] = [
+        cards[name] = [
             Card([picture(batch, row, f"{name}: {meta['caption']}")], [("", str(meta["caption"]))])
-            for row, meta in shown(batch)
+            for row, meta in usable_rows(batch)
         ]
-    return found
+    return cards
 
 
 def first_rows(name: str, path: str, stream: Stream, rows: int) -> Batch:
-    """The first rows of a source with a stream's image and text settings, uncropped."""
+    """Read the first rows of a source with the image and text settings of a stream, uncropped."""
     assert stream.image is not None
     assert stream.text is not None
     spec = StreamSpec(
@@ -73,8 +73,8 @@ def first_rows(name: str, path: str, stream: Stream, rows: int) -> Batch:
         builder.close()
 
 
-def shown(batch: Batch) -> list[tuple[int, dict[str, Any]]]:
-    """Rows that hold a usable sample, with their meta data."""
+def usable_rows(batch: Batch) -> list[tuple[int, dict[str, Any]]]:
+    """Return (row, metadata) of the rows that hold a usable sample."""
     return [(row, meta) for row, meta in enumerate(batch.meta or []) if batch.weights[row] > 0]
 
 
@@ -83,8 +83,11 @@ def picture(batch: Batch, row: int, alt: str, label: str = "") -> Picture:
     return Picture(data_uri(batch.images[row]), alt, label)
 
 
-def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
-    """Rows of the stage's first step, `each` of every source, beside the patches that the tower is given."""
+def masked_cards(stage_dir: Path, count: int = 2) -> MaskedSamples:
+    """Return images of the first training step, `count` per source, beside the patches that the tower keeps.
+
+    Raises UserError if the stage has no image tower.
+    """
     import torch
 
     from pretrain.build.streams import stage_specs
@@ -94,7 +97,9 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
     main = main_stream(stage)
     image, vision = stage.data[main].image, stage.model.vision
     if image is None or not vision or vision[0].patch is None:
-        raise UserError(f"{stage_dir}: the stage has no tower of its own, so no patches to draw")
+        raise UserError(
+            f"{stage_dir}: the stage has no image tower of its own, so there are no patches to show"
+        )
     patch = vision[0].patch
     builder = BatchBuilder(stage_specs(stage, seed, stage_dir.name, (main,))[0])
     try:
@@ -102,7 +107,7 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
         rows = [
             int(row)
             for number in range(len(builder.names))
-            for row in np.flatnonzero(sources == number)[:each]
+            for row in np.flatnonzero(sources == number)[:count]
         ]
         batches = [builder.make(0, row, row + 1) for row in rows]
         tokenizer = builder.tokenizer
@@ -117,17 +122,17 @@ def masked_cards(stage_dir: Path, each: int = 2) -> Masked:
         assert batch.images is not None
         kept = range(patches) if keep is None else keep[place].tolist()
         caption = tokenizer.decode(batch.tokens[0, 1 : batch.used[0] - 1].tolist())
-        seen = Picture(
-            data_uri(only_patches(batch.images[0], kept, patch)), f"kept patches: {caption}", "seen"
+        masked = Picture(
+            data_uri(show_only_patches(batch.images[0], kept, patch)), f"kept patches: {caption}", "masked"
         )
-        cards.append(Card([picture(batch, 0, caption, "served"), seen], [("", caption)]))
-    return Masked(cards, patches_kept(patches, ratio) if ratio else patches, patches, ratio)
+        cards.append(Card([picture(batch, 0, caption, "original"), masked], [("", caption)]))
+    return MaskedSamples(cards, patches_kept(patches, ratio) if ratio else patches, patches, ratio)
 
 
-def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 6) -> tuple[list[Card], list[str]]:
-    """Held-out images of every caption domain with the true caption and those that the stages' weights write.
+def caption_cards(run_dir: Path, stages: Sequence[str], count: int = 6) -> tuple[list[Card], list[str]]:
+    """Return held-out images of every caption domain with the true caption and one generated by each stage.
 
-    Also returns a line for each stage whose weights are not there.
+    Also returns one line per stage whose weights cannot be loaded.
     """
     from pretrain.build.objective import load_trained
 
@@ -141,12 +146,12 @@ def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 6) -> tuple[
         return [], missing
     stage = next(iter(models.values()))[1]
     cards = []
-    for domain, wanted in stage.eval.perplexity.items():
-        if wanted.stream is None:
+    for domain, figure in stage.eval.perplexity.items():
+        if figure.stream is None:
             continue
-        batch = first_rows(domain, wanted.path, stage.data[wanted.stream], each)
-        written = {name: write_captions(*model, batch, wanted.stream) for name, model in models.items()}
-        for row, meta in shown(batch):
+        batch = first_rows(domain, figure.path, stage.data[figure.stream], count)
+        written = {name: write_captions(*model, batch, figure.stream) for name, model in models.items()}
+        for row, meta in usable_rows(batch):
             lines = [(f"true ({domain})", str(meta["caption"]))]
             lines += [(name, captions[row]) for name, captions in written.items()]
             cards.append(Card([picture(batch, row, str(meta["caption"]))], lines))
@@ -154,17 +159,17 @@ def caption_cards(run_dir: Path, stages: Sequence[str], each: int = 6) -> tuple[
 
 
 def write_captions(objective: Any, stage: TrainStage, batch: Batch, stream: str) -> list[str]:
-    """The most likely caption of each image, token by token."""
+    """Generate a caption for each image of the batch by greedy decoding, on the CPU."""
     import torch
 
     from pretrain.build.objective import stage_tokenizer
-    from pretrain.models.multimodal import greedy
+    from pretrain.models.multimodal import greedy_captions
     from pretrain.objectives.device_batch import to_device
 
     settings = stage.data[stream]
     assert settings.text is not None
     tokenizer = stage_tokenizer(stage)
     features = objective.features(to_device(batch, settings.image, torch.device("cpu")))
-    most = settings.text.length - 2
-    ids = greedy(objective.model, tokenizer.start_id, tokenizer.end_id, features, most)
+    max_tokens = settings.text.length - 2
+    ids = greedy_captions(objective.model, tokenizer.start_id, tokenizer.end_id, features, max_tokens)
     return [tokenizer.decode(row) for row in ids]

@@ -1,4 +1,7 @@
-"""The demo's rendered scenes: one or two coloured shapes, and what two kinds of caption writers say of them."""
+"""The demo's rendered scenes: one or two coloured shapes, with captions as alt text and as full sentences.
+
+All random choices are hashes of a key, so scenes and captions do not depend on the version of Python.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ T = TypeVar("T")
 
 SIDE = 32
 SUPERSAMPLING = 4
-QUALITY = 95
+JPEG_QUALITY = 95
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
     "red": (220, 25, 30),
@@ -45,21 +48,21 @@ PLACES = {
     "at the bottom": (16, 24),
 }
 LAYOUTS = {"beside": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
-CONTRAST = 120.0  # least distance of a shape's colour from the background, in RGB
-SINGLES = 0.15  # share of scenes with one shape
+MIN_CONTRAST = 120.0  # minimum Euclidean distance in RGB between a shape and the background
+SINGLE_SHARE = 0.15  # share of scenes with one shape
 
 
 class Choices:
-    """A reproducible sequence of choices that depends on its key alone, whatever Python's version."""
+    """A reproducible sequence of random choices. It depends only on its key, not on the version of Python."""
 
     def __init__(self, key: str) -> None:
         self._key = key
-        self._drawn = 0
+        self._draws = 0
 
     def number(self) -> float:
-        """Uniform in [0, 1)."""
-        self._drawn += 1
-        return xxhash.xxh64_intdigest(f"{self._key}/{self._drawn}".encode()) / 2.0**64
+        """Return the next number, uniform in [0, 1)."""
+        self._draws += 1
+        return xxhash.xxh64_intdigest(f"{self._key}/{self._draws}".encode()) / 2.0**64
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.number() * len(options))]
@@ -79,45 +82,52 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen: one thing at a place, or two, the first one left of or above the second."""
+    """One thing at a place, or two things, the first to the left of or above the second.
+
+    `layout` is a key of PLACES for one thing and of LAYOUTS for two.
+    """
 
     things: tuple[Thing, ...]
     layout: str
     background: str
 
     def key(self) -> str:
-        """Identity of the scene: what its split and its domain are decided by."""
+        """Return the identity of the scene, which determines its domain and its split."""
         return f"{'; '.join(map(str, self.things))} | {self.layout} | {self.background}"
 
 
 def scenes(seed: int) -> Iterator[Scene]:
-    """Endless distinct scenes in which every shape stands out from its background."""
-    seen = set()
+    """Yield distinct scenes without end. Every shape has MIN_CONTRAST to the background."""
+    yielded = set()
     choices = Choices(f"scenes/{seed}")
     while True:
         background = choices.pick(list(BACKGROUNDS))
-        single = choices.number() < SINGLES
-        things = tuple(_thing(choices) for _ in range(1 if single else 2))
+        single = choices.number() < SINGLE_SHARE
+        things = tuple(_random_thing(choices) for _ in range(1 if single else 2))
         layout = choices.pick(list(PLACES if single else LAYOUTS))
         scene = Scene(things, layout, background)
-        alike = not single and (things[0].colour, things[0].shape) == (things[1].colour, things[1].shape)
-        if scene in seen or alike or not all(_stands_out(thing.colour, background) for thing in things):
+        identical = not single and (things[0].colour, things[0].shape) == (things[1].colour, things[1].shape)
+        if (
+            scene in yielded
+            or identical
+            or not all(_has_contrast(thing.colour, background) for thing in things)
+        ):
             continue
-        seen.add(scene)
+        yielded.add(scene)
         yield scene
 
 
-def _thing(choices: Choices) -> Thing:
+def _random_thing(choices: Choices) -> Thing:
     return Thing(choices.pick(list(DIAMETERS)), choices.pick(list(COLOURS)), choices.pick(SHAPES))
 
 
-def _stands_out(colour: str, background: str) -> bool:
+def _has_contrast(colour: str, background: str) -> bool:
     pairs = zip(COLOURS[colour], BACKGROUNDS[background], strict=True)
-    return sum((a - b) ** 2 for a, b in pairs) >= CONTRAST**2
+    return sum((a - b) ** 2 for a, b in pairs) >= MIN_CONTRAST**2
 
 
 def render(scene: Scene) -> bytes:
-    """The scene as a JPEG of SIDE x SIDE pixels; the things' exact places vary with the scene's key."""
+    """Return the scene as a JPEG of SIDE x SIDE pixels. A hash of the scene's key shifts the positions a little."""
     from PIL import Image, ImageDraw
 
     choices = Choices(f"places/{scene.key()}")
@@ -127,24 +137,24 @@ def render(scene: Scene) -> bytes:
     for thing, centre in zip(scene.things, centres, strict=True):
         diameter = DIAMETERS[thing.size]
         x, y = (c + _jitter(choices, diameter, inside=c != SIDE // 2) for c in centre)
-        _draw(draw, thing, x, y, diameter, BACKGROUNDS[scene.background])
+        _draw_shape(draw, thing, x, y, diameter, BACKGROUNDS[scene.background])
     return encode(image.reduce(SUPERSAMPLING))
 
 
 def _jitter(choices: Choices, diameter: float, inside: bool) -> float:
-    """Offset of a centre that keeps the thing in its half of the image (`inside`), or near the middle line."""
+    """Return an offset in pixels that keeps the thing in its half of the image (`inside`), or near the centre line."""
     room = (SIDE / 2 - diameter) / 2 - 0.25 if inside else 2.5
     return (2 * choices.number() - 1) * max(room, 0.0)
 
 
 def encode(image: Image.Image) -> bytes:
-    """JPEG with full colour resolution: halved chroma would blur a shape of nine pixels."""
+    """Encode as JPEG without chroma subsampling, which would blur a shape of nine pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
-def _draw(
+def _draw_shape(
     draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, diameter: float, hole: tuple[int, int, int]
 ) -> None:
     fill = COLOURS[thing.colour]
@@ -175,7 +185,7 @@ ALT_TEXT_NOISE = (
 
 
 def alt_text(scene: Scene) -> str:
-    """What stands on the web: terse, some words left out, some added that say nothing."""
+    """Return a caption like alt text on the web: terse, with missing details and meaningless additions."""
     choices = Choices(f"alt/{scene.key()}")
     names = [
         str(thing) if choices.number() < 0.3 else f"{thing.colour} {thing.shape}" for thing in scene.things
@@ -200,7 +210,7 @@ RELATIONS = {"beside": ("to the left of", "to the right of"), "above": ("above",
 
 
 def sentence(scene: Scene) -> str:
-    """What a captioning model writes: everything that is to be seen, in full sentences."""
+    """Return a caption like that of a captioning model: every detail of the scene, in full sentences."""
     choices = Choices(f"sentence/{scene.key()}")
     if len(scene.things) == 1:
         return choices.pick(SINGLE_SENTENCES).format(
