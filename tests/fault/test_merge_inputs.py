@@ -212,11 +212,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda folder: None, "no safetensors file"),
     "several": (several_files, "no index"),
     "absent": (_index_of({"a": "m-9.safetensors"}), "which is not there"),
-    "parent": (_index_of({"a": "../outside.safetensors"}), "no file of this folder"),
-    "absolute": (_index_of({"a": "/etc/passwd"}), "no file of this folder"),
-    "backslash": (_index_of({"a": "..\\x.safetensors"}), "no file of this folder"),
-    "number": (_index_of({"a": 3}), "no file of this folder"),
-    "dots": (_index_of({"a": ".."}), "no file of this folder"),
+    "parent": (_index_of({"a": "../outside.safetensors"}), "not a file of this folder"),
+    "absolute": (_index_of({"a": "/etc/passwd"}), "not a file of this folder"),
+    "backslash": (_index_of({"a": "..\\x.safetensors"}), "not a file of this folder"),
+    "number": (_index_of({"a": 3}), "not a file of this folder"),
+    "dots": (_index_of({"a": ".."}), "not a file of this folder"),
     "newline": (_index_of({"a": "m\n\x1b[31m.safetensors"}), "which is not there"),
     "other": (_index_of({"a": "model.safetensors.index.json"}), "no file of weights"),
     "map_is_list": (_index_of(["m-1.safetensors"]), "no weight_map"),
@@ -226,16 +226,16 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "index_not_utf8": (_raw_index(b"\xff\xfe{}"), "not JSON"),
     "index_too_deep": (_raw_index(b"[" * 200_000), "not JSON"),
     "truncated": (truncated_shard, "m-2.safetensors: not a safetensors file"),
-    "in_two": (tensor_in_two_shards, "is in two files"),
-    "in_none": (tensor_that_no_shard_has, "which its folder's index says"),
+    "in_two": (tensor_in_two_shards, "is stored in two files"),
+    "in_none": (tensor_that_no_shard_has, "although the index of its folder lists it"),
     "tokenizer_beside_a_weight_link": (tokenizer_beside_a_link_named_as_weights, "outside of"),
-    "dangling": (shard_linked_to_nothing, "which is not there; fetch it"),
+    "dangling": (shard_linked_to_nothing, "which does not exist; download"),
     "folder": (shard_is_a_folder, "which is not there"),
-    "pipe": (shard_is_a_pipe, "is no file"),
+    "pipe": (shard_is_a_pipe, "is not a regular file"),
     "tokenizer_link": (tokenizer_linked_from_outside, "outside of"),
     "config": (config_is_no_json, "config.json: not JSON"),
     "deep_config": (config_too_deep, "config.json: not JSON"),
-    "latest": (latest_leads_out, "no folder beside it"),
+    "latest": (latest_leads_out, "not a folder beside it"),
 }
 
 
@@ -416,9 +416,9 @@ def test_pickles_and_archives(tmp_path: Path) -> None:
     for address, result in results.items():
         assert is_clear(result, Path(address).name), (address, result)
     for name, why in {
-        "system_2": "posix.system", "eval_4": "builtins.eval", "legacy": "before torch 1.6", "scripted": "TorchScript",
+        "system_2": "posix.system", "eval_4": "builtins.eval", "legacy": "torch before 1.6", "scripted": "TorchScript",
         "packed_storage": "compressed", "bomb": "compressed", "bomb_pickle": "compressed", "many_lists": "operations",
-        "doubling": "more than is in it", "latin": "more than is in it", "deep_key": "key that is no text",
+        "doubling": "more data than the file holds", "latin": "more data than the file holds", "deep_key": "key that is not text",
     }.items():  # fmt: skip
         assert why in results[str(root / f"{name}.pt")]["message"], results[str(root / f"{name}.pt")]
 

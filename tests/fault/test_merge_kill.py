@@ -146,7 +146,7 @@ def test_inputs_changed_after_their_last_look_are_noticed(
             raw = file.read_bytes()
             file.write_bytes(bytes(len(raw)) if size == "same" else raw[:-1])
 
-    with pytest.raises(UserError, match="was changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         merge(pair, tmp_path / "out", beta=0.3, progress=progress)
     assert not (tmp_path / "out").exists()
 

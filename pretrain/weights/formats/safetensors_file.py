@@ -53,7 +53,7 @@ class SafetensorsFile:
 
     def _broken(self, why: str) -> UserError:
         return UserError(
-            f"{self.path}: not a valid safetensors file: {short(why)}; it may be truncated; download or write it again"
+            f"{self.path}: not a safetensors file: {short(why)}; it may be truncated; download or write it again"
         )
 
     def _parse(self, raw: bytes) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int]]]:

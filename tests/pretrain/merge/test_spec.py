@@ -106,41 +106,44 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], inputs: [c]}", "written twice"),
         ("!!python/object/apply:os.system [ls]", "spec.yaml"),
         ("{inputs: [a, b], beta: 0.5, weights: [1, 1]}", "--beta and --weights"),
-        ("{inputs: [{path: a, weight: 1}, b]}", "weight stands at 1 of 2 inputs"),
-        ("{inputs: [{path: a, weight: 1}, {path: b, weight: 1}], weights: [1, 2]}", "once for all"),
+        ("{inputs: [{path: a, weight: 1}, b]}", "weight is set at 1 of 2 inputs"),
+        (
+            "{inputs: [{path: a, weight: 1}, {path: b, weight: 1}], weights: [1, 2]}",
+            "both at the inputs and for the merge",
+        ),
         ("{inputs: [a, b], beta: 0.5, base: c}", "--base is for"),
         ("{inputs: [a, b], beta: 0.5, lambda: 2}", "--lambda is for"),
         ("{inputs: [a, b], beta: 0.5, t: 0.5}", "--t is for slerp"),
         ("{inputs: [a, b], beta: 0.5, density: 0.5}", "--density is for ties, dare_linear, dare_ties"),
         ("{inputs: [a, b], beta: 0.5, seed: 3}", "--seed is for"),
         ("{inputs: [a, b], beta: 0.5, rescale: true}", "--rescale is for"),
-        ("{inputs: [a, b], method: ties}", "say which with --base"),
+        ("{inputs: [a, b], method: ties}", "name it with --base"),
         ("{inputs: [a, b], method: ties, base: c, beta: 0.5}", "--beta is for linear and slerp"),
-        ("{inputs: [a, b], method: ties, base: B}", "is an input too"),
-        ("{inputs: [a, b], method: ties, base: c, density: 0}", "above 0, up to 1"),
+        ("{inputs: [a, b], method: ties, base: B}", "is also an input"),
+        ("{inputs: [a, b], method: ties, base: c, density: 0}", "above 0 and at most 1"),
         ("{inputs: [a, b], method: ties, base: c, density: [0.1, 0.2, 0.3]}", "3 numbers for 2 inputs"),
         ("{inputs: [a, b], method: task_arithmetic, base: c, lambda: .inf}", "a finite number"),
-        ("{inputs: [a, b, c], method: slerp, weights: [1, 1, 1]}", "slerp is for two inputs"),
+        ("{inputs: [a, b, c], method: slerp, weights: [1, 1, 1]}", "slerp merges two inputs"),
         ("{inputs: [a, b], method: slerp, t: 2}", "between 0 and 1"),
-        ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "slerp has a share"),
-        ("{inputs: [a, b], method: soup, beta: 0.5}", "takes every input alike"),
+        ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "with slerp write one weight"),
+        ("{inputs: [a, b], method: soup, beta: 0.5}", "weighs all inputs equally"),
         (
             "{inputs: [a, c], base: b, method: task_arithmetic, weights: [1, -1], normalize: true}",
             "sum of the weights, which is 0 for 1, -1",
         ),
-        ("{inputs: [a, b]}", "say how much of each input"),
+        ("{inputs: [a, b]}", "set the weights of the inputs"),
         ("{inputs: [a], beta: 0.5}", "two inputs or more"),
-        ("{inputs: [a, b], beta: 0.5, only: '('}", "no regular expression"),
-        ("{inputs: [a, b], beta: 0.5, exclude: '('}", "no regular expression"),
-        ("{inputs: [a, b], beta: 0.5, rules: [{match: '('}]}", "no regular expression"),
-        ("{inputs: [a, b], beta: 0.5, rules: [{match: x}]}", "says nothing"),
+        ("{inputs: [a, b], beta: 0.5, only: '('}", "not a valid regular expression"),
+        ("{inputs: [a, b], beta: 0.5, exclude: '('}", "not a valid regular expression"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: '('}]}", "not a valid regular expression"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x}]}", "has no action"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, exclude: true}]}", "weights and exclude"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1, weights: [1, 1]}]}", "beta or weights"),
         (
             "{inputs: [a, b], beta: 0.5, rules: [{match: x, beta: 1.7}]}",
-            "to extrapolate give weights, 1.7 and -0.7",
+            "to extrapolate, write weights 1.7 and -0.7",
         ),
-        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, t: 0.5}]}", "t is for slerp"),
+        ("{inputs: [a, b], beta: 0.5, rules: [{match: x, t: 0.5}]}", "t is only for slerp"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, weights: [1]}]}", "1 weights for 2 inputs"),
         ("{inputs: [a, b], beta: 0.5, rules: [{curve: [0, 1]}]}", "a curve needs layers"),
         ("{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0, 2]}]}", "betas between 0 and 1"),
@@ -199,7 +202,7 @@ def test_a_request_comes_back_from_its_record_and_its_record_is_a_spec(text: str
 def test_seed_and_shard_size_stand_once(tmp_path: Path) -> None:
     folders = [str(write(tmp_path / x, {"w": floats(i, 40)})) for i, x in enumerate("ab")]
     spec = MergeSpec(inputs=list(folders), beta=0.5, max_shard_size=1000)
-    with pytest.raises(UserError, match="max_shard_size: stands in the spec too"):
+    with pytest.raises(UserError, match="max_shard_size: also set in the spec"):
         prepare_spec(spec, 100)
     assert (
         prepare_spec(MergeSpec(inputs=list(folders), beta=0.5), 10**6)[0].files[0].name == "model.safetensors"

@@ -64,7 +64,10 @@ def test_one_file_of_several_says_what_it_leaves(tmp_path: Path) -> None:
     write(folder, {"w": floats(3, 2)}, "other.safetensors")
     source = open_weights(str(folder / "other.safetensors"))
     assert source.companions == {}
-    assert any("one of several: config and tokenizer of its folder are not taken" in n for n in source.notes)
+    assert any(
+        "one of several weight files: config and tokenizer of its folder are not used" in n
+        for n in source.notes
+    )
     parts = shards(tmp_path / "parts")
     (parts / "config.json").write_text("{}")
     source = open_weights(str(parts / "model-00001-of-00002.safetensors"))
@@ -147,17 +150,19 @@ def test_a_companion_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", {"w": floats(1, 2)})
     (folder / "config.json").symlink_to(private / "config.json")
     other = str(write(tmp_path / "n", {"w": floats(2, 2)}))
-    with pytest.raises(UserError, match=r"config\.json: a link to .*docker.* put a copy there \(cp -L\)"):
+    with pytest.raises(
+        UserError, match=r"config\.json: links to .*docker.* replace the link by a copy \(cp -L\)"
+    ):
         merge([str(folder), other], tmp_path / "out", beta=0.5)
     (folder / "aside.pt").symlink_to(
         private / "config.json"
     )  # what is not opened as weights vouches for nothing
-    with pytest.raises(UserError, match=r"put a copy there"):
+    with pytest.raises(UserError, match=r"replace the link by a copy"):
         merge([str(folder), other], tmp_path / "out", beta=0.5)
     linked = write(tmp_path / "store", {"w": floats(1, 2)})
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(linked / "model.safetensors")
-    with pytest.raises(UserError, match=r"put a copy there"):
+    with pytest.raises(UserError, match=r"replace the link by a copy"):
         merge([str(folder), other], tmp_path / "out", beta=0.5)
     assert not (tmp_path / "out").exists()
 
@@ -189,7 +194,7 @@ def test_shards_of_any_name_with_and_without_their_index(tmp_path: Path, stem: s
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     folder = shards(tmp_path, index=False)
     (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 shards are in .*, number 1 is missing"):
+    with pytest.raises(UserError, match=r"holds 1 of 2 shards; number 1 is missing"):
         open_weights(str(folder))
 
 
@@ -201,7 +206,7 @@ def test_of_several_forms_the_one_that_transformers_takes(tmp_path: Path) -> Non
     model(tmp_path, 7)
     holds(tmp_path, 7)
     (note,) = open_weights(str(tmp_path)).notes
-    assert "model.safetensors is read, as by transformers, and not the shards of" in note
+    assert "reads model.safetensors, as transformers does, not the shards of" in note
     (tmp_path / "consolidated.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
     holds(tmp_path, 7)
 
@@ -227,11 +232,11 @@ def test_transformers_takes_the_same(tmp_path: Path) -> None:
     ("files", "why"),
     [
         ({}, "is empty"),
-        ({"x.gguf": "GGUF"}, r"x\.gguf: GGUF, whose numbers are quantised"),
-        ({"model_index.json": "{}"}, "a pipeline of diffusers; name one of its parts"),
+        ({"x.gguf": "GGUF"}, r"x\.gguf: GGUF, which llama.cpp uses"),
+        ({"model_index.json": "{}"}, "a diffusers pipeline; name one of its parts"),
         ({"tf_model.h5": ""}, "TensorFlow"),
         ({"flax_model.msgpack": ""}, "Flax"),
-        ({"consolidated.00.pth": "", "consolidated.01.pth": ""}, "Meta's parts by tensor"),
+        ({"consolidated.00.pth": "", "consolidated.01.pth": ""}, "Meta's tensor-parallel shards"),
         ({"adapter_model.safetensors": "", "adapter_config.json": "{}"}, r"an adapter .*merge_and_unload"),
         ({"README.md": ""}, "no safetensors file"),
     ],
@@ -250,17 +255,17 @@ def test_a_folder_above_names_those_with_weights(tmp_path: Path) -> None:
         model(tmp_path / f"trainer/checkpoint-{step}")
     (tmp_path / "trainer/runs").mkdir()
     with pytest.raises(
-        UserError, match=r"there are some in .*checkpoint-1000, .*checkpoint-1500, .*checkpoint-500$"
+        UserError, match=r"found some in .*checkpoint-1000, .*checkpoint-1500, .*checkpoint-500$"
     ):
         open_weights(str(tmp_path / "trainer"))
     snapshot = tmp_path / "models--org--name/snapshots/0123"
     model(snapshot)
     (tmp_path / "models--org--name/refs").mkdir()
-    with pytest.raises(UserError, match=f"there are some in {snapshot}$"):
+    with pytest.raises(UserError, match=f"found some in {snapshot}$"):
         open_weights(str(tmp_path / "models--org--name"))
 
 
 def test_a_gguf_given_by_itself(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    with pytest.raises(UserError, match="name the safetensors that it was made from"):
+    with pytest.raises(UserError, match="name the safetensors files it was converted from"):
         open_weights(str(tmp_path / "x.gguf"))

@@ -172,16 +172,19 @@ def test_what_is_no_model_is_refused_before_anything_is_fetched(hub: Hub, tmp_pa
 
 ERRORS: dict[str, tuple[str, str]] = {
     "hf://org/nothing": (
-        "hf://org/nothing: no such repository, or one that needs a login (hf auth login)",
+        "hf://org/nothing: the repository does not exist or needs a login (hf auth login)",
         "",
     ),
-    "hf://org/a@v9": ("hf://org/a@v9: no such revision; correct what stands after @", ""),
-    "hf://org/a/b": ("hf://org/a/b: no name of a repository; write hf://ORG/NAME[@REVISION]", ""),
+    "hf://org/a@v9": ("hf://org/a@v9: the revision does not exist; correct the text after @", ""),
+    "hf://org/a/b": ("hf://org/a/b: not a valid repository name; write hf://ORG/NAME[@REVISION]", ""),
     "hf://org/gated": (
-        "hf://org/gated: is gated; ask for access on its page, and log in (hf auth login)",
+        "hf://org/gated: the repository is gated; request access on its page and log in (hf auth login)",
         "",
     ),
-    "hf://org/hidden": ("hf://org/hidden: no such repository, or one that needs a login (hf auth login)", ""),
+    "hf://org/hidden": (
+        "hf://org/hidden: the repository does not exist or needs a login (hf auth login)",
+        "",
+    ),
 }
 
 
@@ -240,7 +243,7 @@ def test_a_download_that_never_ends_well(hub: Hub, pair: tuple[Path, Path], tmp_
     assert SIGNATURE not in line
     hub.status = 503
     offline = refused(dromos(hub, tmp_path, *words))
-    assert "is not whole" in offline
+    assert "is incomplete" in offline
     assert shard in offline
     hub.status, hub.breaks = 0, {}
     made = dromos(hub, tmp_path, *words)
@@ -270,6 +273,6 @@ def test_without_the_hub_the_cache_is_enough(
     assert (tmp_path / "offline" / name).read_bytes() == (tmp_path / "warm" / name).read_bytes()
     (tmp_path / "cold").mkdir()
     cold = dromos(hub, tmp_path / "cold", *words, "out", **environment)
-    said = {"HF_HUB_OFFLINE": "", "no server": r" \(ConnectError: .*\)", "503": r" \(it says 503\)"}[how]
+    said = {"HF_HUB_OFFLINE": "", "no server": r" \(ConnectError: .*\)", "503": r" \(HTTP status 503\)"}[how]
     line = rf"dromos: hf://org/a: is not in the cache, and the hub does not answer{said}; go online, or .*"
     assert re.fullmatch(line, refused(cold))

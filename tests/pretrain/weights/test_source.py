@@ -132,7 +132,7 @@ def test_universal_checkpoints_flat_or_in_shape(tmp_path: Path) -> None:
     torch.save({"module": {}, "param_shapes": shapes}, tmp_path / "mp_rank_00_model_states.pt")
     holds(open_weights(str(tmp_path)), tensors)
     (tmp_path / "zero/b/fp32.pt").unlink()
-    with pytest.raises(UserError, match=r"zero/b: holds no fp32\.pt"):
+    with pytest.raises(UserError, match=r"zero/b: contains no fp32\.pt"):
         open_weights(str(tmp_path))
 
 

@@ -55,7 +55,7 @@ def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
     assert np.array_equal(got["mix"], ((mine.astype(np.float64) + theirs) / 2).astype(np.float32))
     file = parse("x.yml", stack | {"base_model": b, "slices": slices[::-1]})
     made = plan_mergekit(file, open_mergekit(file), 10**9)
-    assert any("lm_head.weight is written, and the config, that of " in note for note in made.notes)
+    assert any("the output has lm_head.weight, but its config (from " in note for note in made.notes)
     file = parse("x.yml", mix | {"base_model": b})
     with pytest.raises(
         UserError, match=r"lm_head.weight is missing in A .* \(tied to model.embed_tokens.weight there"
@@ -72,7 +72,7 @@ def test_integers_are_compared_between_the_layers_that_meet(
     values = {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 0.5}}
     file = parse("x.yml", values)
     if not fits:
-        with pytest.raises(UserError, match=r"0\.steps: I64, and not the same in every input"):
+        with pytest.raises(UserError, match=r"0\.steps: I64, and differs between the inputs"):
             plan_mergekit(file, open_mergekit(file), 10**9)
         return
     made = plan_mergekit(file, opened := open_mergekit(file), 10**9)
@@ -90,5 +90,5 @@ def test_8_bit_floats_are_stacked_and_not_mixed(tmp_path: Path) -> None:
     assert open_weights(str(tmp_path / "out")).info("model.layers.3.steps") == ("F8_E4M3", (1,))
     inputs = [{"model": str(model), "parameters": {"weight": 1}} for model in models]
     file = parse("x.yml", {"merge_method": "linear", "models": inputs})
-    with pytest.raises(UserError, match="dtype F8_E4M3: 8-bit floats cannot be mixed; bring them back"):
+    with pytest.raises(UserError, match="dtype F8_E4M3: 8-bit floats cannot be mixed; convert them"):
         plan_mergekit(file, open_mergekit(file), 10**9)

@@ -85,15 +85,15 @@ def test_a_curve_spans_its_layers(models: list[str]) -> None:
         ({"exclude": "bias"}, "exclude 'bias' matches no tensor"),
         (
             {"rules": [Rule("", layers=(0, 32), curve=(0.2, 0.8))]},
-            "is for layers 0:32, and there are layers 0:5",
+            "is for layers 0:32, but the model has layers 0:5",
         ),
         (
             {"rules": [Rule("mlp", layers=(5, 8), weights=(1, 2))]},
-            "is for layers 5:8, and there are layers 0:5",
+            "is for layers 5:8, but the model has layers 0:5",
         ),
         (
             {"rules": [Rule("norm", layers=(0, 5), weights=(1, 2))]},
-            "is for layers 0:5, and no name has a layer",
+            "is for layers 0:5, but no name has a layer",
         ),
     ],
 )
@@ -137,7 +137,7 @@ def test_excluded_tensors_need_a_name_or_to_be_the_same(models: list[str]) -> No
 def test_what_a_rule_copies_must_be_there(models: list[str], tmp_path: Path) -> None:
     other = str(write(tmp_path / "other", {"x": floats(0, 2)}))
     with pytest.raises(
-        UserError, match=r"2 mismatches(?s:.)*m\.norm: a rule copies it from C .*which has none"
+        UserError, match=r"2 mismatches(?s:.)*m\.norm: a rule copies it from C .*which does not have it"
     ):
         plan(models[:2], beta=0.5, rules=[Rule("norm|embed", copy_from=other)])
 

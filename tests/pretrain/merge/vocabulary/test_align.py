@@ -253,7 +253,7 @@ def test_numbers_that_the_first_s_settings_lack_follow_their_tokens(tmp_path: Pa
 def test_what_may_go_by_token_under_a_name_that_is_not_known_is_told(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS[:-1])]
     folders = [model(tmp_path / str(i), t, 8, seed=i) for i, t in enumerate(tokenizers)]
-    told = "as long as the vocabulary, and of no name"
+    told = "as long as the vocabulary, but not a known name"
     assert not any(told in note for note in plan(list(map(str, folders)), beta=0.5, vocabulary="first").notes)
     for seed, folder in enumerate(folders):
         tensors = {name: open_weights(str(folder)).array(name) for name in open_weights(str(folder)).names()}
@@ -304,7 +304,7 @@ def test_padding_without_tokenizers(tmp_path: Path) -> None:
 def test_padding_refuses_rows_of_other_tokens(tmp_path: Path) -> None:
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS)]
     sources = opened(*(model(tmp_path / str(i), t, 8, seed=i) for i, t in enumerate(tokenizers)))
-    with pytest.raises(UserError, match=r"row 1 is 'sun' in .*, 'moon' in .*other tokens"):
+    with pytest.raises(UserError, match=r"row 1 is 'sun' in .*, 'moon' in .*different tokens"):
         aligned(sources, "pad")
 
 
@@ -321,7 +321,7 @@ def test_without_a_rule_differences_are_refused_with_the_rules(tmp_path: Path) -
     sources = opened(model(tmp_path / "r0", None, 8, seed=1), model(tmp_path / "r1", None, 9, seed=1))
     with pytest.raises(UserError, match=r"vocabularies differ: A .* 8 rows; B .* 9 rows"):
         aligned(sources, None)
-    with pytest.raises(UserError, match="'rows' is none of first, intersect, pad, union"):
+    with pytest.raises(UserError, match="unknown rule 'rows'; choose one of first, intersect, pad, union"):
         aligned(sources, "rows")
 
 
@@ -335,8 +335,8 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
     more.add_special_tokens(["<s>"])
     for number, (a, b, why) in enumerate([
         (words, pairs, "is WordLevel, .* BPE"),
-        (pairs, bytewise, "another pre_tokenizer"),
-        (pieces, more, "numbered by their places"),
+        (pairs, bytewise, "differ in their pre_tokenizer"),
+        (pieces, more, "the id of a piece is its position"),
     ]):  # fmt: skip
         sources = opened(
             model(tmp_path / f"{number}a", a, 30, seed=1), model(tmp_path / f"{number}b", b, 31, seed=2)
@@ -406,11 +406,11 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("name", "place", "value", "why"),
     [
-        ("tokenizer.json", ("model", "merges"), None, r"tokenizer\.json: not a tokenizer"),
-        ("tokenizer.json", ("model", "merges"), [3], r"tokenizer\.json: not a tokenizer"),
-        ("tokenizer.json", ("model", "merges"), [["a", {}]], r"tokenizer\.json: not a tokenizer"),
-        ("config.json", (), 3, "is no map of settings, but 3"),
-        ("config.json", (), "x", 'is no map of settings, but "x"'),
+        ("tokenizer.json", ("model", "merges"), None, r"tokenizer\.json: malformed tokenizer"),
+        ("tokenizer.json", ("model", "merges"), [3], r"tokenizer\.json: malformed tokenizer"),
+        ("tokenizer.json", ("model", "merges"), [["a", {}]], r"tokenizer\.json: malformed tokenizer"),
+        ("config.json", (), 3, "is not a JSON object: 3"),
+        ("config.json", (), "x", 'is not a JSON object: "x"'),
     ],
 )
 def test_damaged_files_beside_weights_are_named(

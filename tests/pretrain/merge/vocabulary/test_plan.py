@@ -74,7 +74,7 @@ def test_only_the_config_that_the_output_has_must_fit(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "out/config.json").read_text())
     assert made["vocab_size"] == 2  # <s>, y
     assert made["eos_token_id"] == 0
-    with pytest.raises(UserError, match=r"needs the token 'w'.*the output has the config of .*b$"):
+    with pytest.raises(UserError, match=r"needs the token 'w'.*the output needs the config of .*b$"):
         plan(inputs, beta=0.5, vocabulary="intersect", only="embed|lm_head", copy_rest="B")
 
 
@@ -82,7 +82,7 @@ def test_mergekit_without_a_tokenizer_source_goes_by_row_and_says_so(tmp_path: P
     words = [["<s>", "x", "y"], ["<s>", "y", "x"]]
     inputs = [str(model(tmp_path / str(i), word_level(w), 3, i)) for i, w in enumerate(words)]
     made = plan_mergekit(file := mergekit(inputs), open_mergekit(file), 10**9)
-    (note,) = (note for note in made.notes if "rows are merged by their numbers" in note)
+    (note,) = (note for note in made.notes if "merges rows by index" in note)
     assert "--vocabulary" not in note  # which a mergekit file does not know
     assert "tokenizer_source: base (or union)" in note
     opened = open_mergekit(mergekit(inputs, tokenizer_source="base"))
@@ -156,7 +156,7 @@ def test_rows_that_do_not_fit_are_told_with_mergekit_s_key(pair: list[str]) -> N
     with pytest.raises(UserError) as caught:
         plan_mergekit(file, open_mergekit(file), 10**9)
     for name in (EMBED, "lm_head.weight"):
-        assert f"{name}: shapes [3, 6], [4, 6]; tokenizer_source: base (or union)" in str(caught.value)
+        assert f"{name}: shapes [3, 6], [4, 6]; set tokenizer_source: base (or union)" in str(caught.value)
 
 
 def test_models_of_several_vocabularies_are_merged_row_by_row(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_models_of_several_vocabularies_are_merged_row_by_row(tmp_path: Path) ->
     for name in names:
         one, two, got = (open_weights(path).array(name) for path in (*inputs, str(tmp_path / "out")))
         np.testing.assert_array_equal(got, ((one.astype(np.float64) + two) / 2).astype(np.float32))
-    with pytest.raises(UserError, match=r"have different numbers of rows, .* there is no one vocabulary"):
+    with pytest.raises(UserError, match=r"have different numbers of rows .* no single vocabulary"):
         plan(inputs, beta=0.5, vocabulary="pad")
 
 
@@ -193,5 +193,5 @@ def test_a_token_with_a_number_far_beyond_all_rows_is_refused(pair: list[str], t
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"]["far"] = 2**30
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="a token has the number 1,073,741,824, beyond its 4 rows"):
+    with pytest.raises(UserError, match="a token has the id 1,073,741,824, beyond its 4 rows"):
         open_mergekit(mergekit(pair, tokenizer_source=str(other)))

@@ -55,7 +55,7 @@ def test_lines_and_added_tokens() -> None:
     assert read_ids({"vocab.json": b'{"a": 1, "b": 1}'}, "x") is None
     assert read_ids({"vocab.json": b'["a"]'}, "x") is None
     assert read_ids({}, "x") is None
-    with pytest.raises(UserError, match=r"x: vocab\.json: not JSON"):
+    with pytest.raises(UserError, match=r"x: vocab\.json: not valid JSON"):
         read_ids({"vocab.json": b"{"}, "x")
 
 
@@ -93,7 +93,7 @@ def test_a_joint_tokenizer_needs_a_tokenizer_json_and_says_how(tmp_path: Path) -
     shutil.rmtree(folders[1])
     bare = model(tmp_path / "bare", None, 9, seed=3)
     with pytest.raises(
-        UserError, match=r"union goes by token and needs a tokenizer\.json .*transformers writes it"
+        UserError, match=r"union works token by token and needs a tokenizer\.json .*transformers writes it"
     ):
         merge([str(folders[0]), str(bare)], tmp_path / "out", beta=0.5, vocabulary="union")
 

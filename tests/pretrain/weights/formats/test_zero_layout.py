@@ -121,15 +121,15 @@ def test_shards_of_a_smaller_or_larger_model(tmp_path: Path, write: Any) -> None
         write(other, numbered([[(side, 10)]]), 2)
         for path in other.glob("*optim_states.pt"):
             path.replace(folder / path.name)
-        with pytest.raises(UserError, match=r"shards end before|are mixed here"):
+        with pytest.raises(UserError, match=r"shards are shorter|mixes files"):
             ZeroShards(folder)
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no DeepSpeed checkpoint"):
+    with pytest.raises(UserError, match="not a DeepSpeed checkpoint"):
         ZeroShards(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "mp_rank_00_model_states.pt")
-    with pytest.raises(UserError, match="holds no `module`"):
+    with pytest.raises(UserError, match="has no `module`"):
         ZeroShards(tmp_path)
     (tmp_path / "mp_rank_01_model_states.pt").write_bytes(b"")
     with pytest.raises(UserError, match="tensor- and pipeline-parallel"):
@@ -141,7 +141,7 @@ def test_optimizer_files_without_masters(tmp_path: Path) -> None:
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     for content, why in (
         ({}, "no `optimizer_state_dict`"),
-        ({"optimizer_state_dict": {}}, "no flat fp32 masters"),
+        ({"optimizer_state_dict": {}}, "no flat fp32 master weights"),
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=why):
