@@ -136,7 +136,7 @@ def test_json_is_the_record() -> None:
     [
         (("./a", "./b", "--spec", "s.yaml", "--beta", "0.5"), "leave beta, A B out"),
         (("--spec", "s.yaml", "--lambda", "2", "--copy-rest", "B"), "leave lambda, copy-rest out"),
-        (("--spec", "s.yaml", "--max-shard-size", "3GB"), "max_shard_size: stands in the spec too"),
+        (("--spec", "s.yaml", "--max-shard-size", "3GB"), "max_shard_size: also set in the spec"),
         (("./a", "./b", "--beta", "0.5", "--layers", "0:3"), "--layers and --curve belong together"),
         (("./a", "./b", "--beta", "0.5", "--rule", "norm"), "write REGEX=WEIGHTS"),
         (("./a", "./b", "--beta", "0.5", "--rule", "norm=x"), "write numbers with commas"),

@@ -101,7 +101,7 @@ def test_what_is_not_mixed_is_said(models: Path) -> None:
 def test_letters_are_those_of_inputs(models: Path) -> None:
     result = dromos("merge", "./a", "./b", "--beta", "0.5", "--only", "w", "--copy-rest", "C", "--out", "m")
     assert result.exit_code == 2
-    assert "C: no such input; they are A to B" in result.output
+    assert "C: no such input; the inputs are A to B" in result.output
 
 
 def test_a_soup_without_scores_is_uniform_or_refused(models: Path) -> None:
@@ -213,7 +213,7 @@ def test_patterns_are_said_as_they_were_typed(models: Path) -> None:
         in dromos("merge", "./a", "./b", "--beta", "1", "--only", r"^no\.such").output
     )
     curve = dromos("merge", "./a", "./b", "--beta", "0.3", "--layers", "0:9", "--curve", "0,1", "--dry-run")
-    assert "the curve is for layers 0:9, and no name has a layer" in curve.output
+    assert "the curve is for layers 0:9, but no name has a layer" in curve.output
 
 
 def test_verify_says_what_a_folder_is_that_is_no_merge(models: Path) -> None:
