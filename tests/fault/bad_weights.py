@@ -1,4 +1,4 @@
-"""Files of weights as nobody should write them: headers of safetensors, pickles and archives, spoiled."""
+"""Malformed weight files: mutated safetensors headers, pickles and archives."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _pick(random: np.random.Generator, choices: Any) -> Any:
 
 
 def offset(random: np.random.Generator, header: Header, data: bytes) -> bytes:
-    """One end of one tensor moves: overlaps, holes, beyond the end, before the start."""
+    """Move one end of one tensor: overlaps, holes, beyond the end, before the start."""
     place = header[_tensor(random, header)]["data_offsets"]
     side = int(random.integers(2))
     place[side] += int(_pick(random, (-8, -4, -1, 1, 2, 4, 8, 100, 2**20, 2**40, 2**62, -place[side] - 1)))
@@ -84,7 +84,7 @@ def both_offsets(random: np.random.Generator, header: Header, data: bytes) -> by
 
 
 def swap(random: np.random.Generator, header: Header, data: bytes) -> bytes:
-    """Two tensors give each other their places: right where they are of one size."""
+    """Swap the offsets of two tensors: valid only if they have the same size."""
     a, b = _tensor(random, header), _tensor(random, header)
     header[a]["data_offsets"], header[b]["data_offsets"] = (
         header[b]["data_offsets"],
@@ -108,7 +108,7 @@ def dtype(random: np.random.Generator, header: Header, data: bytes) -> bytes:
 
 
 def entry(random: np.random.Generator, header: Header, data: bytes) -> bytes:
-    """A part of an entry, a whole entry, or the whole header is something else."""
+    """Replace a part of an entry, an entry, or the whole header by another value."""
     name = _tensor(random, header)
     key = _pick(random, ("dtype", "shape", "data_offsets"))
     kind = int(random.integers(5))
@@ -131,7 +131,7 @@ def name(random: np.random.Generator, header: Header, data: bytes) -> bytes:
 
 
 def twice(random: np.random.Generator, header: Header, data: bytes) -> bytes:
-    """A key that stands twice, among the tensors or inside of one."""
+    """Duplicate a key, among the tensors or inside an entry."""
     text = json.dumps(header)
     key = _tensor(random, header)
     again = json.dumps({key: header[key]})[1:-1]
@@ -166,7 +166,7 @@ def length(random: np.random.Generator, header: Header, data: bytes) -> bytes:
 
 
 def text(random: np.random.Generator, header: Header, data: bytes) -> bytes:
-    """One to four bytes of the header's text are others."""
+    """Change one to four bytes of the header text."""
     raw = bytearray(json.dumps(header).encode())
     for place in random.integers(0, len(raw), int(random.integers(1, 5))):
         raw[place] = int(random.integers(256))
@@ -200,7 +200,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 
 class Call:
-    """Pickles as a call of `function` with `args`."""
+    """An object that pickles as a call of `function` with `args`."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
@@ -210,7 +210,7 @@ class Call:
 
 
 class Stored:
-    """Pickles as a storage of torch with this key and count of elements."""
+    """An object that pickles as a torch storage with this key and number of elements."""
 
     def __init__(self, key: Any, count: Any, kind: Any) -> None:
         self.id = "storage", kind, key, "cpu", count
@@ -229,7 +229,7 @@ def torch_pickle(content: Any, protocol: int = 2) -> bytes:
 def archive(
     path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None, compress: bool = False
 ) -> Path:
-    """As torch.save lays it out."""
+    """An archive in the layout of torch.save."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as file:
         file.writestr("archive/data.pkl", pickled)

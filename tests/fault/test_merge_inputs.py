@@ -1,5 +1,8 @@
-"""Weights that nobody should merge: each is one clear error that names the file; nothing runs, nothing grows, no input
-is touched. Every case is opened in one process of its own under limits of memory and time."""
+"""Malformed and hostile weights: each gives one clear error that names the file.
+
+No code of a file runs, memory stays bounded and no input changes. Every case is opened in its own process with limits
+of memory and time.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ GOOD = save(TENSORS, metadata={"format": "pt"})
 
 
 def read_all(tmp_path: Path, addresses: list[str]) -> dict[str, dict[str, Any]]:
-    """What tests.fault.merge_reader says of each address; it must come to its end, in little memory."""
+    """Results of tests.fault.merge_reader for each address; it must finish within its memory limit."""
     wanted, results = tmp_path / "addresses", tmp_path / "results"
     wanted.write_text("\n".join(addresses), encoding="utf-8")
     command = [sys.executable, "-m", "tests.fault.merge_reader", str(wanted), str(results)]
@@ -57,7 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def is_clear(result: dict[str, Any], name: str) -> bool:
-    """One line that names the file."""
+    """True if a result is one error line that names the file."""
     message = result["message"]
     return (
         result["error"] == "UserError" and message.isprintable() and name in message and len(message) < 1500
@@ -65,7 +68,7 @@ def is_clear(result: dict[str, Any], name: str) -> bool:
 
 
 def test_headers_spoiled_in_a_thousand_ways(tmp_path: Path) -> None:
-    """Refused, or read as the reference library reads it; what that refuses is refused."""
+    """Refused, or read as the reference library reads it; files that the library refuses are refused."""
     size = struct.unpack("<Q", GOOD[:8])[0]
     header, data = json.loads(GOOD[8 : 8 + size]), GOOD[8 + size :]
     folder = tmp_path / "in"
@@ -119,7 +122,7 @@ def index(folder: Path, placed: Any) -> None:
 
 
 def shards(folder: Path) -> None:
-    """Two good shards and their index."""
+    """Two valid shards and their index."""
     names = list(TENSORS)
     for number, part in enumerate((names[:2], names[2:]), 1):
         (folder / f"m-{number}.safetensors").write_bytes(save({n: TENSORS[n] for n in part}))
@@ -165,7 +168,7 @@ def shard_linked_to_nothing(folder: Path) -> None:
 
 
 def tokenizer_beside_a_link_named_as_weights(folder: Path) -> None:
-    """A link that only looks like one to weights opens no door for what lies beside its target."""
+    """A link that only looks like a weight file gives no access to the files beside its target."""
     tokenizer_linked_from_outside(folder)
     (folder / "other.pt").symlink_to(folder.parent / "secret.json")
 
@@ -254,7 +257,7 @@ def test_folders_that_lie_about_what_is_in_them(tmp_path: Path) -> None:
 
 
 def test_good_folders_beside_them_are_read(tmp_path: Path) -> None:
-    """The links of the hub's cache lead out of the snapshot, and are its files."""
+    """Links of the hub's cache lead out of the snapshot and are read."""
     blobs = tmp_path / "models--org--name/blobs"
     snapshot = tmp_path / "models--org--name/snapshots/0123"
     for folder in (blobs, snapshot):
@@ -287,7 +290,7 @@ def tensor(
 
 
 def runs(canary: Path) -> dict[str, Any]:
-    """Calls that would leave a file behind."""
+    """Pickled calls that would create a file if they ran."""
     code = f"open({str(canary)!r}, 'w').close()"
     return {
         "system": Call(os.system, f"touch {canary}"),
@@ -305,7 +308,7 @@ def runs(canary: Path) -> dict[str, Any]:
 
 
 def pickles(canary: Path) -> dict[str, bytes]:
-    """data.pkl by name: code, lies about sizes, and what takes memory or time."""
+    """Name -> data.pkl: code, false sizes, and excessive memory or time."""
     made = {}
     for name, call in runs(canary).items():
         for protocol in (2, 4):
@@ -350,7 +353,7 @@ def pickles(canary: Path) -> dict[str, bytes]:
 
 
 def hidden_zips(root: Path) -> None:
-    """Archives that lie, by name of the file."""
+    """File name -> archive with false sizes or offsets."""
     good = torch_pickle({"w": tensor()})
     archive(root / "packed_storage.pt", good, {"0": bytes(24)}, compress=True)
     archive(root / "bomb.pt", torch_pickle({"w": tensor(count=2**28)}), {"0": bytes(2**28)}, compress=True)
@@ -418,13 +421,13 @@ def test_pickles_and_archives(tmp_path: Path) -> None:
     for name, why in {
         "system_2": "posix.system", "eval_4": "builtins.eval", "legacy": "torch before 1.6", "scripted": "TorchScript",
         "packed_storage": "compressed", "bomb": "compressed", "bomb_pickle": "compressed", "many_lists": "operations",
-        "doubling": "more data than the file holds", "latin": "more data than the file holds", "deep_key": "key that is not text",
+        "doubling": "more data than the file", "latin": "more data than the file", "deep_key": "key that is not text",
     }.items():  # fmt: skip
         assert why in results[str(root / f"{name}.pt")]["message"], results[str(root / f"{name}.pt")]
 
 
 def test_flipped_bytes_of_a_training_s_checkpoint(tmp_path: Path) -> None:
-    """Of its pickle, and of the directory at its end: refused in one line, or read without harm."""
+    """Mutations of the pickle and of the central directory: refused in one line, or read without harm."""
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
@@ -463,8 +466,8 @@ def test_the_canary_would_sing(tmp_path: Path) -> None:
 
 
 def zero_folder(folder: Path, stage: int, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-    """Two ranks of a small checkpoint; `change` spoils the model's and the optimizer's state of rank 1 (rank 0's model
-    for stage 2)."""
+    """Two ranks of a small checkpoint; `change` corrupts the model and optimizer state of rank 1 (for stage 2, the
+    model of rank 0)."""
     folder.mkdir(parents=True)
     shapes = [{"w": torch.Size([4, 3]), "v": torch.Size([2])}]
     for rank in range(2):

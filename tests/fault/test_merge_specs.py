@@ -1,4 +1,4 @@
-"""Spec files and mergekit's, damaged at random: read as they are, or one UserError; never another exception."""
+"""Randomly damaged specs and mergekit files: planned or refused with one UserError, never another exception."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ODD: list[Any] = [
 
 
 def damaged(value: Any, draw: random.Random) -> Any:
-    """The tree with one place changed: replaced, removed, doubled, or its key renamed."""
+    """The tree with one random change: a value replaced, removed or duplicated, or a key renamed."""
     tree = copy.deepcopy(value)
     places: list[tuple[Any, Any]] = []
 

@@ -1,4 +1,4 @@
-"""A server that speaks the Hugging Face hub's HTTP API, as huggingface_hub asks it; for tests, on this machine."""
+"""A local test server that implements the HTTP API of the Hugging Face hub, as huggingface_hub uses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGE = 4000  # bytes from which a file is in LFS
 
 
 class Hub:
-    """Repositories, and what was asked for.
+    """Repositories, and the requests received.
 
     repositories: ORG/NAME -> {file: content}.
     commits: ORG/NAME -> the newest commit; `main` leads there.
@@ -49,11 +49,11 @@ class Hub:
 
     @property
     def url(self) -> str:
-        """Of the API; large files come from another host, as with the hub."""
+        """URL of the API; large files come from another host, as with the hub."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def add(self, name: str, files: dict[str, bytes]) -> str:
-        """A new commit of a repository."""
+        """Add a commit to a repository."""
         self.repositories[name] = files
         content = b"".join(key.encode() + value for key, value in sorted(files.items()))
         self.commits[name] = hashlib.sha1(content, usedforsecurity=False).hexdigest()
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
-    """As the tree of a repository lists it."""
+    """An entry of a repository tree."""
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     entry: dict[str, Any] = {"type": "file", "oid": blob, "size": len(content), "path": path}
     if len(content) >= LARGE:

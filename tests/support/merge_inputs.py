@@ -1,4 +1,4 @@
-"""Small weights for the merge tests, written by the reference libraries and not by the code under test."""
+"""Small weights for the merge tests, written by the reference libraries, not by the code under test."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def floats(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
 
 
 def write(folder: Path, tensors: Arrays, name: str = "model.safetensors") -> Path:
-    """A folder with one file, by the safetensors library."""
+    """Write a folder with one file, with the safetensors library."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / name, metadata={"format": "pt"})
     return folder
 
 
 def write_bf16(folder: Path, tensors: Arrays) -> Path:
-    """fp32 arrays stored as bf16 (cut off, so any 16 bits are possible); the file is laid out by hand."""
+    """Write fp32 arrays truncated to bf16 (any 16 bits are possible) into a file laid out by hand."""
     folder.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {}
     data = b""
@@ -47,7 +47,7 @@ def bf16_bits(array: np.ndarray) -> np.ndarray:
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:
-    """Name -> stored bytes of a safetensors file, parsed here and now."""
+    """Name -> stored bytes of a safetensors file, parsed independently of the code under test."""
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + length])

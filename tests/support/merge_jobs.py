@@ -1,4 +1,4 @@
-"""Methods run on arrays: a source in memory, a job, and its result as it would be stored."""
+"""Runs merge methods on arrays: an in-memory source, a job, and its stored result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.weights.source import WeightSource
 
 
 class Held:
-    """One tensor, `w`, flat, as it is stored."""
+    """A source with one flat tensor, `w`, in its storage type."""
 
     def __init__(self, array: np.ndarray, dtype: str) -> None:
         self.array, self.dtype = array, dtype
@@ -42,7 +42,7 @@ def run(
     name: str = "w",
     **options: Any,
 ) -> np.ndarray:
-    """The stored result of `method`, in blocks of `block` elements; `lambda` is spelt `scale`."""
+    """The stored result of `method`, computed in blocks of `block` elements; `lambda` is called `scale`."""
     sources = [Held(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
     densities = densities or [1.0] * len(arrays)
     terms = tuple(Term(i, "w", w, d) for i, (w, d) in enumerate(zip(weights, densities, strict=True)))

@@ -1,4 +1,4 @@
-"""Finished training stages for tests, their checkpoints in DeepSpeed's ZeRO-0 layout, written by torch.save."""
+"""Finished training stages for tests, with checkpoints in DeepSpeed's ZeRO-0 layout, written by torch.save."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finish(
     tensors: dict[str, np.ndarray],
     frozen: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """`run_dir/name` as a training of one step leaves it."""
+    """Write `run_dir/name` as a training of one step does."""
     import torch
 
     stage = run_dir / name

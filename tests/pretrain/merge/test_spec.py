@@ -1,4 +1,4 @@
-"""What a spec file says becomes the same request as flags; what contradicts itself is one clear error."""
+"""A spec file gives the same request as flags; contradictory options give one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders as they lie on people's disks: links, pointers, other names, several forms; read right or one clear line."""
+"""Folders as users have them (links, pointers, unusual names, several formats): read correctly, or one clear error."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_tied_file_given_by_itself_stays_tied(tmp_path: Path) -> None:
 
 
 def linked_store(root: Path) -> Path:
-    """Every file a link into one folder elsewhere, as on a shared disk."""
+    """A folder whose files are links into one other folder, as on a shared disk."""
     store, folder = model(root / "store"), root / "linked"
     folder.mkdir()
     for path in store.iterdir():
@@ -94,7 +94,7 @@ def linked_store(root: Path) -> Path:
 
 
 def annexed(root: Path) -> Path:
-    """git-annex: every file a link to the objects of the repository, each in a folder of its own."""
+    """A git-annex folder: every file links to an object of the repository, each in its own folder."""
     repository = root / "repository"
     folder = model(repository / "models/m")
     for number, path in enumerate(sorted(folder.iterdir())):
@@ -106,7 +106,7 @@ def annexed(root: Path) -> Path:
 
 
 def dvc(root: Path, cache: str) -> Path:
-    """DVC with links: files by their md5, in the repository's cache or in one elsewhere."""
+    """A DVC folder with links: files are stored by md5, in the repository's cache or in another one."""
     folder = model(root / "repository/m")
     for number, path in enumerate(sorted(folder.iterdir())):
         place = root / cache / f"files/md5/{number:02x}/{'a' * 30}"
@@ -143,7 +143,7 @@ def test_a_sharded_model_of_links(tmp_path: Path) -> None:
 
 
 def test_a_companion_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
-    """Outputs are published: a link in a folder from elsewhere must not carry a private file into one."""
+    """Outputs are published, so a link in a downloaded folder must not copy a private file into one."""
     private = tmp_path / "home/.docker"
     private.mkdir(parents=True)
     (private / "config.json").write_text('{"auths": {}}')
@@ -212,7 +212,7 @@ def test_of_several_forms_the_one_that_transformers_takes(tmp_path: Path) -> Non
 
 
 def test_transformers_takes_the_same(tmp_path: Path) -> None:
-    """Both forms in one folder: what AutoModel loads is what is merged."""
+    """Two formats in one folder: the merge reads the one that AutoModel loads."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
              "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip

@@ -1,4 +1,4 @@
-"""hf:// through the installed huggingface_hub, against a server on this machine that speaks the hub's API."""
+"""hf:// addresses through the installed huggingface_hub, against a local server that implements the hub's API."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model(folder: Path, seed: int, shards: bool = False) -> Path:
 
 @pytest.fixture
 def pair(hub: Hub, tmp_path: Path) -> tuple[Path, Path]:
-    """org/a in two shards, org/b in one file; beside them what no merge needs."""
+    """org/a in two shards and org/b in one file, with additional files that a merge does not need."""
     a, b = model(tmp_path / "a", 1, shards=True), model(tmp_path / "b", 2)
     hub.add("org/a", files_of(a) | NOT_NEEDED)
     hub.add("org/b", files_of(b) | NOT_NEEDED)
@@ -66,7 +66,7 @@ def pair(hub: Hub, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def dromos(hub: Hub, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One command in a process of its own, with an empty environment of the hub's but for the cache in `folder`."""
+    """Run a command in its own process; of the hub's variables only the cache in `folder` is set."""
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -85,7 +85,7 @@ def dromos(hub: Hub, folder: Path, *words: str, **environment: str) -> subproces
 
 
 def refused(found: subprocess.CompletedProcess[str]) -> str:
-    """The one line of an error of the user's input."""
+    """The one-line message of a command that ends with a user error."""
     assert found.returncode == 2, found.stderr
     assert "Traceback" not in found.stderr
     lines = found.stderr.strip().splitlines()

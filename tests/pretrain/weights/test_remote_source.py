@@ -1,4 +1,4 @@
-"""Weights in an object store against the same files on disk: every kind, over faults, in bounded memory."""
+"""Weights in an object store compared with the same files on disk: every format, with faults, in bounded memory."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_object_changed_after_it_was_opened_is_an_error(bucket: str, tmp_path
 
 
 def test_a_local_file_changed_after_it_was_opened_is_an_error(tmp_path: Path) -> None:
-    """Also one that was cut, whose mapped pages would kill the process."""
+    """Includes a truncated file: reading its mapped pages would kill the process."""
     folder = write(tmp_path / "a", {"w": floats(0, 100_000)})
     source = open_weights(str(folder))
     path = folder / "model.safetensors"

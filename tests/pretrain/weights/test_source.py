@@ -1,4 +1,4 @@
-"""Every kind of weights as its own library writes it, and what stands beside them: ties, companions, lineage."""
+"""Every weight format as its own library writes it, with ties, companions and lineage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_state_dicts_wherever_they_stand(tmp_path: Path, wrap: Any, suffix: str)
 
 
 def test_an_open_clip_training_loads_and_merges(tmp_path: Path) -> None:
-    """Its weights, floats and counters, come back by open_clip's own names; half of each is the mean."""
+    """Floats and counters are read under open_clip's names; a merge with beta 0.5 gives the mean."""
     CLIP = pytest.importorskip("open_clip.model").CLIP
     made = []
     for seed in range(2):
@@ -105,7 +105,7 @@ def test_memory_that_pickles_share_is_one_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "bf16_"])
 def test_a_deepspeed_folder_of_someone_else(tmp_path: Path, prefix: str) -> None:
-    """The folder that `save_checkpoint` was given: `latest` names the tag, ranks are more than ten."""
+    """The folder passed to `save_checkpoint`: `latest` names the tag; more than ten ranks."""
     made = numbered([[(13, 5), (70,)], [(3, 11)]])
     folder = tmp_path / "out/global_step12"
     folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_universal_checkpoints_flat_or_in_shape(tmp_path: Path) -> None:
 
 
 def hub_cache(root: Path, files: dict[str, bytes]) -> None:
-    """As huggingface_hub lays out what it has fetched."""
+    """A cache folder in the layout of huggingface_hub."""
     repository = root / "models--org--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "blobs").mkdir()
@@ -211,7 +211,7 @@ TIED_MODELS = {
 
 @pytest.mark.parametrize("kind", TIED_MODELS)
 def test_what_transformers_ties_is_tied(tmp_path: Path, kind: str) -> None:
-    """A tiny model saved by transformers: the names that it has and does not store are exactly ours."""
+    """A tiny model saved by transformers: its names that are not stored are exactly our tied names."""
     transformers = pytest.importorskip("transformers")
     config_class, model_class, more = TIED_MODELS[kind]
     sizes = {

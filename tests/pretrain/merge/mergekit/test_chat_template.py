@@ -1,4 +1,4 @@
-"""Chat templates that a mergekit file asks for, rendered as transformers does."""
+"""Chat templates of mergekit files, rendered as transformers does."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def template_written(wanted: str, models: list[str], out: Path) -> str:
     ],
 )  # fmt: skip
 def test_chat_templates(wanted: str, said: str, tmp_path: Path) -> None:
-    """Rendered by Jinja with the settings of transformers."""
+    """Render a template with Jinja and the settings of transformers."""
     from jinja2 import Environment
 
     template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(

@@ -1,4 +1,4 @@
-"""mergekit's YAML, unmodified, beside what mergekit itself resolved and computed (make_mergekit_fixtures.py)."""
+"""mergekit's YAML compared with the results of mergekit itself (make_mergekit_fixtures.py)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def planned(case: str) -> tuple[Plan, Any]:
 
 
 def expected(method: str, base: str | None, shared: dict[str, Any], inputs: list[Any]) -> tuple[Any, ...]:
-    """What the terms of a job should be, from mergekit's own parameters: {(model, name): (weight, density)}."""
+    """Expected terms of a job from mergekit's own parameters: {(model, name): (weight, density)}."""
     if method == "slerp":
         weights = {model: (1 - shared["t"] if model == base else shared["t"]) for model, _, _ in inputs}
     elif method in ("karcher", "model_stock", "sce"):
@@ -130,7 +130,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def numbered_as(theirs: dict[str, int], rows: np.ndarray, path: Path) -> np.ndarray:
-    """Our rows in mergekit's order: of a union, which of the other models comes first is chance there."""
+    """Our rows in mergekit's order: in a union, mergekit orders the other models at random."""
     from tokenizers import Tokenizer
 
     ours = Tokenizer.from_file(str(path)).get_vocab()
@@ -141,7 +141,7 @@ def numbered_as(theirs: dict[str, int], rows: np.ndarray, path: Path) -> np.ndar
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_is_verified(case: str, tmp_path: Path) -> None:
-    """From merge.json alone the same bytes come again, whatever rows and tokens the file asks for."""
+    """merge.json alone reproduces the same bytes, for all row and token rules."""
     made, opened = planned(case)
     execute([made], opened, [tmp_path / "out"])
     report = verify(tmp_path / "out", full=True)
@@ -244,9 +244,10 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], why: s
 
 def test_what_mergekit_passes_over_is_passed_over_with_a_note() -> None:
     made, _ = planned("passed_over")
-    for word in ("dype is not a key of mergekit", "random_seed is not a key of mergekit", "models: density is not a key of mergekit",
-                 "embed_slerp has no effect", "gamma has no effect"):  # fmt: skip
-        assert any(word in note for note in made.notes), word
+    for key in ("dype", "random_seed", "models: density"):
+        assert any(f"{key} is not a key of mergekit" in note for note in made.notes), key
+    for key in ("embed_slerp", "gamma"):
+        assert any(f"{key} has no effect" in note for note in made.notes), key
     assert any("residual_weight" in note for note in planned("passthrough_whole")[0].notes)
 
 
@@ -272,7 +273,7 @@ def test_what_is_passed_through_counts_as_copied() -> None:
 
 
 def test_dare_in_a_mergekit_file_keeps_the_l1_norm() -> None:
-    """mergekit's rescale: what is left of a difference has the L1 norm of the whole."""
+    """mergekit's rescale: the kept part of a difference has the L1 norm of the whole difference."""
     from pretrain.merge.methods.blocks import Workers
     from pretrain.merge.methods.compute import prepare
 
@@ -303,7 +304,7 @@ def test_a_chat_template_of_no_known_name_is_refused() -> None:
 
 
 def test_the_tokenizer_of_a_model_that_is_not_merged() -> None:
-    """Its rows are not read; tokens that the others lack have zeros."""
+    """Its rows are not read; tokens that the other models lack are zeros."""
     models = [{"model": "d", "parameters": {"weight": 0.5}}, {"model": "e", "parameters": {"weight": 0.5}}]
     file = parse("x.yml", {"merge_method": "linear", "models": models, "tokenizer_source": "model:f"})
     opened = open_mergekit(file)

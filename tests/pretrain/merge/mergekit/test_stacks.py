@@ -1,4 +1,4 @@
-"""Layers and heads that mergekit's slices put together, and what of them cannot be mixed."""
+"""Layers and heads combined by mergekit's slices, and tensors that cannot be mixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.merge_inputs import floats, write
 
 
 def stacked(folder: Path, layers: int, counter: list[int], dtype: str = "int64") -> Path:
-    """Layers with an integer buffer each (`counter`), or 8-bit floats in its place."""
+    """Layers with an integer buffer (`counter`) or 8-bit floats each."""
     import torch
     from safetensors.torch import save_file
 
@@ -31,7 +31,7 @@ def stacked(folder: Path, layers: int, counter: list[int], dtype: str = "int64")
 
 
 def headed(folder: Path, seed: int, tied: bool) -> str:
-    """One layer between embeddings and a head, which is not stored where it is tied."""
+    """One layer between embeddings and a head; a tied head is not stored."""
     names = ["model.embed_tokens.weight", "model.layers.0.w.weight", *([] if tied else ["lm_head.weight"])]
     write(folder, {name: floats(10 * seed + place, 4, 3) for place, name in enumerate(names)})
     config = {"tie_word_embeddings": tied, "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
@@ -40,7 +40,7 @@ def headed(folder: Path, seed: int, tied: bool) -> str:
 
 
 def test_a_head_that_one_model_ties_is_its_embedding(tmp_path: Path) -> None:
-    """Where the model whose config the output has stores its own: mixed as by mergekit, which stacks without a head."""
+    """The model of the output's config stores its head: mixed as in mergekit, which stacks without a head."""
     a, b = headed(tmp_path / "a", 1, False), headed(tmp_path / "b", 2, True)
     slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in (a, b)]
     stack = {"merge_method": "passthrough", "slices": slices}

@@ -1,4 +1,4 @@
-"""Which checkpoints a window takes and how much of each, beside the averages written out step by step."""
+"""Checkpoints and weights of a window, compared with the averages computed step by step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_ema_is_its_recurrence(count: int, decay: float) -> None:
     [("1-sqrt", lambda x: 1 - math.sqrt(x)), ("uniform", lambda x: 1 - x)],
 )
 def test_a_merge_is_a_training_whose_updates_decay(count: int, schedule: str, factor: object) -> None:
-    """WSM: from the oldest checkpoint on, the i-th update is multiplied with the decay at i / count."""
+    """WSM: starting at the oldest checkpoint, the i-th update is multiplied by the decay at i / count."""
     x = checkpoints(count)
     decayed = x[0].copy()
     for i in range(1, count):
@@ -65,7 +65,7 @@ def test_a_merge_is_a_training_whose_updates_decay(count: int, schedule: str, fa
 
 
 def stage(folder: Path, steps: list[int], torn: tuple[int, ...] = ()) -> Path:
-    """Checkpoints as training leaves them, of 2 captions and 3 texts of 10 tokens a step; without weights."""
+    """Checkpoints of a training with 2 captions and 3 texts of 10 tokens per step; without weights."""
     for step in steps:
         place = folder / "checkpoints" / f"step_{step:08d}"
         place.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A note where both inputs say where they come from and share nothing of it; silence in every other case."""
+"""A note if both inputs have recorded ancestors and share none; no note in every other case."""
 
 from __future__ import annotations
 

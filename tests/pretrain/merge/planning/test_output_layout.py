@@ -1,4 +1,4 @@
-"""Output files of a bounded size, beside the split that Hugging Face makes, and loaded by transformers."""
+"""Output files of bounded size: compared with the split of Hugging Face, and loaded by transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is mixed, copied, left out or refused, decided before anything is read."""
+"""Tensors that are mixed, copied, left out or refused; decided before any data are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def whys(made: object) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def stage_output(folder: Path, tensors: dict[str, np.ndarray], frozen: dict[str, np.ndarray]) -> str:
-    """A folder as `dromos merge` leaves it for a run: weights, frozen.safetensors, resolved.yaml."""
+    """A folder as `dromos merge` writes it for a run: weights, frozen.safetensors, resolved.yaml."""
     write(folder, tensors)
     (folder / "merge.json").write_text("{}")
     (folder / "resolved.yaml").write_text("stage: {kind: train}\n")
@@ -238,7 +238,7 @@ def test_quantised_models_are_refused(
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_what_stands_beside_the_weights_belongs_to_the_plan(tmp_path: Path, name: str) -> None:
-    """Who mends a config and merges again is not told that all is done."""
+    """A merge after a correction of a config is not reported as already done."""
     inputs = [str(write(tmp_path / one, {"w": floats(seed, 2)})) for seed, one in enumerate("ab")]
     beside = tmp_path / "a" / name
     beside.write_text('{"model": {"vocab": {}}}')

@@ -1,4 +1,4 @@
-"""What each tensor of a plan is made of: rules, curves, exclusions, bases, weights of zero; and plans come back."""
+"""Terms of each tensor of a plan: rules, curves, exclusions, bases, zero weights; and replanning from a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of models with other vocabularies: refused without a rule, else brought together token by token."""
+"""Embeddings of models with different vocabularies: refused without a rule, else aligned token by token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def word_level(words: list[str], special: list[str] = ["<s>"]) -> Tokenizer:  # 
 
 
 def bpe(merges: list[tuple[str, str]], added: list[str]) -> Tokenizer:
-    """Letters a to h, then what the merges make, then the added tokens."""
+    """Letters a to h, then the results of the merges, then the added tokens."""
     tokens = [*"abcdefgh", *(left + right for left, right in merges)]
     tokenizer = Tokenizer(BPE({token: n for n, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = Whitespace()
@@ -84,7 +84,7 @@ def joined(source: WeightSource) -> Tokenizer:
 def expected_rows(
     views: list[WeightSource], sources: list[WeightSource], tokenizers: list[Tokenizer], name: str
 ) -> list[np.ndarray]:
-    """Row by row, by the tokenizer that came out: a source's own row, else that of the first which has the token."""
+    """Check every token of the output tokenizer: the source's own row, else that of the first source with the token."""
     out = joined(views[0])
     vocabularies = [t.get_vocab() for t in tokenizers]
     by_number = {number: token for token, number in out.get_vocab().items()}
@@ -371,7 +371,7 @@ def test_sources_without_embeddings_stay(tmp_path: Path) -> None:
 
 
 def test_merges_by_a_rule_and_copies_without_one(tmp_path: Path) -> None:
-    """Through the whole tool: a shared token is mixed, a token of one is its row, the tokenizer says all."""
+    """End to end: shared tokens are mixed, a token of one input keeps its row, the tokenizer has all tokens."""
     tokenizers = [word_level(A_WORDS), word_level(B_WORDS)]
     folders = [str(model(tmp_path / str(i), t, t.get_vocab_size(), seed=i)) for i, t in enumerate(tokenizers)]
     with pytest.raises(UserError, match="vocabularies differ"):

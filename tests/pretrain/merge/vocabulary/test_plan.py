@@ -1,4 +1,4 @@
-"""Vocabularies in plans: refused only where embeddings are mixed, and as a spec or mergekit's tokenizer_source says."""
+"""Vocabularies in plans: refused only if embeddings are mixed; aligned by a spec or mergekit's tokenizer_source."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_models_of_other_kinds_are_told_apart_by_their_tensors(pair: list[str], 
 def test_what_is_left_of_the_inputs_of_a_union_is_not_said_to_have_changed(
     pair: list[str], tmp_path: Path, full: bool
 ) -> None:
-    """B's rows of tokens that only A has are A's: without A nothing of B can be read as it was."""
+    """B takes the rows of A's additional tokens from A, so B cannot be recomputed without A."""
     out = tmp_path / "out"
     merge(pair, out, beta=0.5, vocabulary="union", rules=[Rule("lm_head", copy_from="B")])
     whole = verify(out, full=full)
@@ -124,7 +124,7 @@ def test_what_is_left_of_the_inputs_of_a_union_is_not_said_to_have_changed(
 def test_a_union_that_cannot_be_planned_again_is_checked_as_far_as_it_can(
     pair: list[str], tmp_path: Path
 ) -> None:
-    """The inputs are where the record says, but were asked for by names of a run that lead nowhere without it."""
+    """The record has the paths of the inputs; the requested names are only valid inside their run."""
     record = merge(pair, tmp_path / "out", beta=0.5, vocabulary="union")
     record["asked"]["inputs"] = ["real", "synthetic"]
     (tmp_path / "out/merge.json").write_text(json.dumps(sealed(record)))
@@ -134,7 +134,7 @@ def test_a_union_that_cannot_be_planned_again_is_checked_as_far_as_it_can(
 
 
 def test_rows_from_elsewhere_are_another_plan(pair: list[str], tmp_path: Path) -> None:
-    """Shapes, names and tokenizer are the same: what is done or half done with other rows is not taken for it."""
+    """Equal shapes, names and tokenizer: a finished or partial output with other rows is not reused."""
     zero = {"source": {"kind": "zero"}, "force": True}
     asked: list[Any] = [{"source": "base"}, {"source": "base", "tokens": {"y": zero}}]
     made = []
@@ -160,7 +160,7 @@ def test_rows_that_do_not_fit_are_told_with_mergekit_s_key(pair: list[str]) -> N
 
 
 def test_models_of_several_vocabularies_are_merged_row_by_row(tmp_path: Path) -> None:
-    """As InstructBLIP has them: one of the language model, one of the Q-Former."""
+    """Two vocabularies as in InstructBLIP: one of the language model, one of the Q-Former."""
     names = {"language_model.model.embed_tokens.weight": 9, "qformer.embeddings.word_embeddings.weight": 5}
     inputs = []
     for seed in range(2):
@@ -175,7 +175,7 @@ def test_models_of_several_vocabularies_are_merged_row_by_row(tmp_path: Path) ->
 
 
 def test_tokens_of_the_base_that_have_no_row_are_stripped(tmp_path: Path) -> None:
-    """As of many a fine-tuned Llama, whose <pad> has a number and no row."""
+    """As in many fine-tuned Llama models, <pad> has an id but no row."""
     tokens = bpe([("a", "b")], ["<s>", "<pad>"])
     rows = tokens.get_vocab_size() - 1
     inputs = [str(model(tmp_path / name, tokens, rows, seed)) for seed, name in enumerate(("base", "other"))]

@@ -1,4 +1,4 @@
-"""Tokenizers without a tokenizer.json, read as the libraries that wrote them read them."""
+"""Tokenizers without tokenizer.json: the same ids as in the libraries that wrote them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pretrain.merge.vocabulary.tokenizer_json import read_tokenizer
 from pretrain.merge.vocabulary.tokenizer_legacy import read_ids
 from tests.pretrain.merge.vocabulary.test_align import bpe, model, word_level
 
+# Trained by sentencepiece 0.2.3, which also listed its pieces in the .json file of the same name.
 FIXTURE = Path(__file__).with_name("sentencepiece.model")
-"""trained by sentencepiece 0.2.3, which listed its pieces in the .json beside it"""
 
 
 def test_sentencepiece_as_its_own_library_reads_it() -> None:
@@ -60,7 +60,7 @@ def test_lines_and_added_tokens() -> None:
 
 
 def older(folder: Path, tokenizer: Tokenizer) -> Path:
-    """The same tokens in vocab.txt, and no tokenizer.json."""
+    """The same tokens in vocab.txt instead of tokenizer.json."""
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
         (folder / name).unlink()
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Own safetensors layout against the reference library, and headers that must be refused."""
+"""The safetensors layout compared with the reference library, and malformed headers that must be refused."""
 
 from __future__ import annotations
 

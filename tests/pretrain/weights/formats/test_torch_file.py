@@ -1,4 +1,4 @@
-"""Files of torch.save read without torch: the same values as torch, and hostile pickles that must not run."""
+"""torch.save files read without torch: the same values as torch, and hostile pickles that must not run."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_crafted_opcodes(tmp_path: Path, code: bytes, why: str | None) -> None:
 
 
 def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], offset: int, count: int) -> bytes:
-    """The pickle of one tensor over a FloatStorage of `count` elements, honest or not."""
+    """The pickle of one tensor over a FloatStorage that claims `count` elements."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:

@@ -1,4 +1,4 @@
-"""ZeRO layouts of any shapes and world size, cut here by the rules of DeepSpeed's files; folders that do not fit."""
+"""ZeRO layouts of any shapes and world size, written here by DeepSpeed's rules; and malformed checkpoint folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Groups = list[dict[str, np.ndarray]]
 
 
 def numbered(groups: list[list[tuple[int, ...]]]) -> Groups:
-    """Every element of every parameter has a value of its own."""
+    """Parameters in which every element has a unique value."""
     made: Groups = []
     at = 0
     for g, shapes in enumerate(groups):
@@ -41,8 +41,8 @@ def model_file(path: Path, groups: Groups, **more: Any) -> None:
 
 
 def stage_2(folder: Path, groups: Groups, world: int, gap: int = 0) -> None:
-    """Each group end to end (`gap` elements after each parameter), padded to 2 x world, cut into equal parts; the
-    last part loses the padding again, as DeepSpeed saves it."""
+    """Concatenate each group (`gap` elements after each parameter), pad it to 2 x world and split it into equal parts;
+    the last part is saved without the padding, as in DeepSpeed."""
     model_file(folder / "mp_rank_00_model_states.pt", groups)
     vectors = [
         np.concatenate([np.append(a.ravel(), [-1.0] * gap) for a in group.values()]) for group in groups
@@ -64,7 +64,7 @@ def stage_2(folder: Path, groups: Groups, world: int, gap: int = 0) -> None:
 
 
 def stage_3(folder: Path, groups: Groups, world: int) -> None:
-    """Each parameter padded to a multiple of world and cut; a rank's parts end to end, one vector a group."""
+    """Pad each parameter to a multiple of world and split it; a rank concatenates its parts, one vector per group."""
     for rank in range(world):
         model_file(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", groups)
         vectors = []
