@@ -1,4 +1,7 @@
-"""`dromos data index`: every tar of a source walked once; shards.parquet and one packed file of offsets."""
+"""`dromos data index`: scans new and changed tars in parallel and writes the index.
+
+The index of a source is `ROOT/_index/`: shards.parquet, one row per shard, and one packed file of sample offsets.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,23 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.folder import (
-    Work,
-    alone,
+    IndexContent,
     check_writable,
-    recall_index,
-    recall_parts,
+    index_lock,
+    load_index,
+    load_parts,
     remove_empty,
-    write,
+    write_index,
 )
-from data_pipeline.index.parallel import walk_all
-from data_pipeline.index.shard_record import Record, Walked, walk_shard, write_part
+from data_pipeline.index.parallel import map_shards
+from data_pipeline.index.shard_record import ScannedShard, ShardRecord, scan_shard, write_part
 from data_pipeline.sources.manifest import (
     INDEX_FOLDER,
     Manifest,
@@ -33,24 +37,28 @@ from data_pipeline.sources.manifest import (
     shard_lengths,
     stats_url,
     tokenizer_of,
-    wrong_count,
+    wrong_count_error,
 )
 
-PARTS = "parts"
-PART_BYTES = 16 << 20
+PARTS_FOLDER = "parts"
+MAX_PART_BYTES = 16 << 20  # of offsets, after which a part is written
+COMPARED_PIECES = 3  # pieces of two shards with equal headers that are compared
+COMPARED_BYTES = 64 << 10  # per piece
+# Called with shards scanned, shards to scan, and the samples and bytes of those scanned.
 Progress = Callable[[int, int, int, int], None]
-"""Told shards walked, shards to walk, and the samples and bytes of those walked."""
-LOOKED_AT = 3  # pieces of each of two shards with equal headers that are compared
-KEY_HASH_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """What an indexing did: tars walked, their bytes and samples, seconds of the walk; tars known before; oddities."""
+class IndexResult:
+    """Result of an index run.
+
+    scanned, bytes, samples: tars scanned, their bytes and their samples; seconds: duration of the scan
+    reused: tars whose record of an earlier run is still valid
+    """
 
     manifest: Manifest
-    walked: int
-    kept: int
+    scanned: int
+    reused: int
     bytes: int
     samples: int
     seconds: float
@@ -59,17 +67,17 @@ class Indexed:
 
 def build_index(
     path: str, jobs: int = 1, progress: Progress | None = None, part_seconds: float = 5.0
-) -> Indexed:
-    """Walk the tars of a source that are new or changed; write `ROOT/_index/`.
+) -> IndexResult:
+    """Scan the new and changed tars of a source with `jobs` processes, and write `ROOT/_index/`.
 
-    Shards known to an earlier index, or to the parts that a killed run left, are not walked again if their size and
-    their time of change (or the store's ETag) are the same. The offsets are written first, under a name that holds
-    their hash; shards.parquet, which names them, appears last and whole: a reader sees the old index or the new
-    one. Finished shards are kept in parts every `part_seconds`.
+    A shard of an earlier index, or of the parts that a killed run left, is not scanned again if its size and its
+    modification time (or ETag) are unchanged. Finished shards are saved in parts every `part_seconds`. The offset file
+    is written first, under a name that contains its hash; shards.parquet, which names it, is published last, so a
+    reader sees the old index or the new one.
 
-    `jobs` processes walk. Raises one UserError that lists every tar that is no whole tar, or that its
-    `_stats.json` contradicts; the others are kept in parts.
+    Raises one UserError that lists all tars that are damaged or contradict their `_stats.json`; the others stay saved.
     """
+    # 1. Shards, and what is known about them.
     urls = storage.list_shards(path)
     root = storage.root_of(path)
     folder = storage.join(root, INDEX_FOLDER)
@@ -79,55 +87,53 @@ def build_index(
     tokenizer = tokenizer_of(stats)
     paths = paths_below(root, urls)
     check_writable(root, paths)
-    work = Work(root)
-    recall_index(work, root)
-    parts = recall_parts(work, storage.join(folder, PARTS))
+    content = IndexContent(root)
+    load_index(content, root)
+    parts = load_parts(content, storage.join(folder, PARTS_FOLDER))
+
+    # 2. Scan the others.
     todo = [
         (url, below, sizes[url], version)
         for url, below in zip(urls, paths, strict=True)
         for version in [_version(url, tags)]
-        if below not in work.records or not work.records[below].is_of(sizes[url], version)
+        if below not in content.records or not content.records[below].matches(sizes[url], version)
     ]
     began = time.monotonic()
-    problems, walked = _walk(work, todo, jobs, progress, storage.join(folder, PARTS), part_seconds, parts)
+    parts_folder = storage.join(folder, PARTS_FOLDER)
+    problems, samples = _scan(content, todo, jobs, progress, parts_folder, part_seconds, parts)
     seconds = time.monotonic() - began
-    for url, below in zip(urls, paths, strict=True):
-        if url in stats and below in work.records and url not in problems:
-            promised, found = stats[url]["successes"], work.records[below].count
-            if promised != found:
-                problems[url] = str(wrong_count(url, promised, found, stats_url(url)))
+    _check_stats(stats, urls, paths, content, problems)
     if problems:
-        raise _refusal(path, root, list(problems.values()), len(urls))
-    if not sum(work.records[below].count for below in paths):
+        raise _problems_error(path, root, list(problems.values()), len(urls))
+    if not sum(content.records[below].count for below in paths):
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
-    with alone(folder):
-        order = paths
-        if storage.is_pattern(path) or path.endswith(storage.SHARD_SUFFIX):
-            recall_index(work, root, but=set(paths))  # another run may have indexed other shards meanwhile
-            others = sorted(set(work.records) - set(paths))
-            order = paths + [other for other in others if storage.exists(storage.join(root, other))]
-        write(work, folder, order, tokenizer)
+
+    # 3. Write the index, then remove the parts.
+    with index_lock(folder):
+        order = _index_order(path, root, paths, content)
+        write_index(content, folder, order, tokenizer)
     storage.remove(parts)
-    remove_empty(storage.join(folder, PARTS))
-    return Indexed(
+    remove_empty(parts_folder)
+    return IndexResult(
         open_source(os.path.basename(root) or root, path),
-        walked=len(todo),
-        kept=len(urls) - len(todo),
+        scanned=len(todo),
+        reused=len(urls) - len(todo),
         bytes=sum(size for _, _, size, _ in todo),
-        samples=walked,
+        samples=samples,
         seconds=seconds,
-        findings=find(root, [work.records[below] for below in paths]),
+        findings=compare_shards(root, [content.records[below] for below in paths]),
     )
 
 
 def _version(url: str, tags: dict[str, int]) -> str:
+    """Text that changes with the file: its ETag's hash or its modification time; "" if the store gives no ETag."""
     if storage.is_remote(url):
         return f"{tags[url]:016x}" if url in tags else ""
     return str(os.stat(storage.local_path(url)).st_mtime_ns)
 
 
-def _walk(
-    work: Work,
+def _scan(
+    content: IndexContent,
     todo: Sequence[tuple[str, str, int, str]],
     jobs: int,
     progress: Progress | None,
@@ -135,71 +141,103 @@ def _walk(
     part_seconds: float,
     parts: list[str],
 ) -> tuple[dict[str, str], int]:
-    """Problems by url, and samples walked. `parts` grows by those written."""
+    """Scan shards into `content`; returns problems by URL and the samples scanned. Appends the parts written."""
     problems: dict[str, str] = {}
-    fresh: list[Walked] = []
+    unsaved: list[ScannedShard] = []
     sizes = {url: size for url, _, size, _ in todo}
-    samples = done_bytes = fresh_bytes = 0
+    samples = done_bytes = unsaved_bytes = 0
     last = time.monotonic()
-    for done, one in enumerate(walk_all(walk_shard, todo, jobs), 1):
-        done_bytes += sizes[one.url]
-        if one.record is None:
-            problems[one.url] = one.problem
+    for done, shard in enumerate(map_shards(scan_shard, todo, jobs), 1):
+        done_bytes += sizes[shard.url]
+        if shard.record is None:
+            problems[shard.url] = shard.problem
         else:
-            work.keep(one.record, one.block)
-            samples += one.record.count
-            fresh.append(one)
-            fresh_bytes += len(one.block)
-        late = time.monotonic() - last >= part_seconds
-        if fresh and done < len(todo) and (late or fresh_bytes >= PART_BYTES):
-            parts.append(write_part(folder, fresh))
-            fresh, fresh_bytes, last = [], 0, time.monotonic()
+            content.add(shard.record, shard.block)
+            samples += shard.record.count
+            unsaved.append(shard)
+            unsaved_bytes += len(shard.block)
+        is_late = time.monotonic() - last >= part_seconds
+        if unsaved and done < len(todo) and (is_late or unsaved_bytes >= MAX_PART_BYTES):
+            parts.append(write_part(folder, unsaved))
+            unsaved, unsaved_bytes, last = [], 0, time.monotonic()
         if progress is not None:
             progress(done, len(todo), samples, done_bytes)
-    if problems and fresh:
-        parts.append(write_part(folder, fresh))
+    if problems and unsaved:
+        parts.append(write_part(folder, unsaved))
     return problems, samples
 
 
-def _refusal(path: str, root: str, problems: list[str], shards: int) -> UserError:
+def _check_stats(
+    stats: dict[str, dict[str, Any]],
+    urls: Sequence[str],
+    paths: Sequence[str],
+    content: IndexContent,
+    problems: dict[str, str],
+) -> None:
+    """Add to `problems` the shards that do not hold as many samples as their statistics say."""
+    for url, below in zip(urls, paths, strict=True):
+        if url in stats and below in content.records and url not in problems:
+            expected, found = stats[url]["successes"], content.records[below].count
+            if expected != found:
+                problems[url] = str(wrong_count_error(url, expected, found, stats_url(url)))
+
+
+def _problems_error(path: str, root: str, problems: list[str], shards: int) -> UserError:
     if len(problems) == 1 and shards == 1:
         return UserError(problems[0])
     return UserError(
         f"{len(problems)} of the {shards} tars of {path} cannot be indexed: {'; '.join(problems)}. Make these again "
-        f"or remove them, then run: dromos data index {root}; the others, kept in "
-        f"{storage.join(root, INDEX_FOLDER)}/{PARTS}, are not walked again"
+        f"or remove them, then run: dromos data index {root}; the others are saved in "
+        f"{storage.join(root, INDEX_FOLDER)}/{PARTS_FOLDER} and will not be scanned again"
     )
+
+
+def _index_order(path: str, root: str, paths: list[str], content: IndexContent) -> list[str]:
+    """Paths of the new index: all shards of a folder; for a pattern or one tar, also the other shards of the index."""
+    if not (storage.is_pattern(path) or path.endswith(storage.SHARD_SUFFIX)):
+        return paths
+    load_index(content, root, skip=set(paths))  # another run may have indexed other shards meanwhile
+    others = sorted(set(content.records) - set(paths))
+    return paths + [other for other in others if storage.exists(storage.join(root, other))]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """same: groups of shard paths with the same samples; split: shard path -> keys whose members lie apart."""
+    """Suspicious shards.
 
-    same: list[list[str]]
+    duplicates: groups of shard paths with the same samples
+    split: shard path -> keys whose members are not adjacent
+    """
+
+    duplicates: list[list[str]]
     split: dict[str, list[str]]
 
 
-def find(root: str, records: Sequence[Record]) -> Findings:
-    """Compare shards. Equal headers alone prove nothing where keys count from 0 and members have one size, so
-    pieces of the content are compared too."""
-    alike: dict[tuple[str, int], list[Record]] = defaultdict(list)
+def compare_shards(root: str, records: Sequence[ShardRecord]) -> Findings:
+    """Find duplicate shards and split samples.
+
+    Equal headers do not prove that two shards are equal, because keys may count from 0 and members have one size, so
+    pieces of the content are compared too.
+    """
+    same_headers: dict[tuple[str, int], list[ShardRecord]] = defaultdict(list)
     for record in records:
         if record.count:
-            alike[record.fingerprint, record.size].append(record)
-    same = []
-    for group in alike.values():
+            same_headers[record.fingerprint, record.size].append(record)
+    duplicates = []
+    for group in same_headers.values():
         if len(group) > 1:
             by_content: dict[int, list[str]] = defaultdict(list)
             for record in group:
-                by_content[_content(storage.join(root, record.path), record.size)].append(record.path)
-            same += [paths for paths in by_content.values() if len(paths) > 1]
+                by_content[_content_hash(storage.join(root, record.path), record.size)].append(record.path)
+            duplicates += [paths for paths in by_content.values() if len(paths) > 1]
     split = {record.path: json.loads(record.split) for record in records if record.split != "[]"}
-    return Findings(same, split)
+    return Findings(duplicates, split)
 
 
-def _content(url: str, size: int) -> int:
+def _content_hash(url: str, size: int) -> int:
+    """Hash of a few pieces of a shard: the first, the last and those between."""
     state = xxhash.xxh64()
-    for piece in range(LOOKED_AT):
-        start = (size - min(size, KEY_HASH_BYTES)) * piece // (LOOKED_AT - 1)
-        state.update(storage.read_range(url, start, min(KEY_HASH_BYTES, size - start)))
+    for piece in range(COMPARED_PIECES):
+        start = (size - min(size, COMPARED_BYTES)) * piece // (COMPARED_PIECES - 1)
+        state.update(storage.read_range(url, start, min(COMPARED_BYTES, size - start)))
     return state.intdigest()

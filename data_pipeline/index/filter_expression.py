@@ -1,12 +1,15 @@
-"""Filter expressions such as `similarity > 0.3 and width >= 256` over parquet columns: parsed, never evaluated as code.
+"""Parser and evaluator of filter expressions over parquet columns; never eval().
 
-    expression  := all ("or" all)*          all := test ("and" test)*          test := "not" test | comparison
+An example is `similarity > 0.3 and width >= 256`. The grammar:
+
+    expression  := conjunction ("or" conjunction)*
+    conjunction := test ("and" test)*       test := "not" test | comparison
     comparison  := value (("=" | "==" | "!=" | "<" | "<=" | ">" | ">=") value | ["not"] "in" "[" constant, ... "]"
                    | "is" ["not"] "null")? | "(" expression ")"
     value       := column | constant        column := a name, or `a name` in backticks
     constant    := number | 'text' | "text" | true | false
 
-A comparison with null is unknown, as in SQL; what is unknown in the end is not kept.
+A comparison with null is unknown, as in SQL. A row for which the whole expression is unknown is not kept.
 """
 
 from __future__ import annotations
@@ -44,61 +47,63 @@ COMPARE = {
     ">=": "greater_equal",
 }
 KEYWORDS = {"and", "or", "not", "in", "is", "null", "true", "false"}
-DEEPEST = 100  # parentheses and nots within each other
+MAX_DEPTH = 100  # of nested parentheses and nots
 
-Values = Callable[["pa.Table"], Any]
+Evaluator = Callable[["pa.Table"], Any]
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A parsed expression."""
+    """A parsed expression and the columns that it uses."""
 
     expression: str
     columns: tuple[str, ...]
-    _test: Values
+    _evaluate: Evaluator
 
     def mask(self, table: pa.Table) -> list[bool]:
-        """For each row, whether it is kept. Raises UserError if the columns are not there or do not compare."""
+        """True for each row to keep. Raises UserError if a column is missing or has an unsuitable type."""
         import pyarrow as pa
         import pyarrow.compute as compute
 
         try:
-            found = self._test(table)
-            if not pa.types.is_boolean(found.type):
-                raise pa.ArrowInvalid(f"it is of type {found.type}, not true or false")
-            if isinstance(found, pa.Scalar):
-                return [bool(found.as_py())] * len(table)
-            kept: list[bool] = compute.fill_null(found, False).to_pylist()
-            return kept
+            result = self._evaluate(table)
+            if not pa.types.is_boolean(result.type):
+                raise pa.ArrowInvalid(f"it is of type {result.type}, not true or false")
+            if isinstance(result, pa.Scalar):
+                return [bool(result.as_py())] * len(table)
+            mask: list[bool] = compute.fill_null(result, False).to_pylist()
+            return mask
         except pa.ArrowException as error:
-            kinds = ", ".join(f"{name} is {resolve(table, name).type}" for name in self.columns)
-            said = " ".join(str(error).split())
-            raise UserError(f"{self.expression!r} cannot be applied ({kinds}): {said}") from None
+            types = ", ".join(f"{name} is {resolve(table, name).type}" for name in self.columns)
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.expression!r} cannot be applied ({types}): {reason}") from None
 
 
 def parse(expression: str) -> Filter:
-    """Raises UserError that shows where the expression cannot be read."""
+    """Parse an expression. Raises UserError with the position of the first syntax error."""
     parser = _Parser(expression)
-    test = parser.either()
+    evaluator = parser.expression()
     if parser.token is not None:
-        raise parser.wrong("and, or, or the end")
-    return Filter(expression, tuple(dict.fromkeys(parser.columns)), test)
+        raise parser.syntax_error("and, or, or the end")
+    return Filter(expression, tuple(dict.fromkeys(parser.columns)), evaluator)
 
 
 def resolve(table: pa.Table, name: str) -> Any:
-    """A column by its name, or by its name in other case where that is one alone. Raises UserError."""
+    """Find a column by its name, ignoring case if that is unambiguous. Raises UserError."""
     names = table.column_names
     if name not in names:
-        alike = [other for other in names if other.lower() == name.lower()]
-        if len(alike) != 1:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f", did you mean {near[0]}?" if near else "."
-            raise UserError(f"there is no column {name!r}{hint} There are {', '.join(names)}")
-        name = alike[0]
+        candidates = [other for other in names if other.lower() == name.lower()]
+        if len(candidates) != 1:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f", did you mean {close[0]}?" if close else "."
+            raise UserError(f"there is no column {name!r}{hint} The columns are {', '.join(names)}")
+        name = candidates[0]
     return table[name]
 
 
 class _Parser:
+    """Recursive-descent parser, one method per rule of the grammar; builds closures that evaluate a table."""
+
     def __init__(self, expression: str) -> None:
         self._text = expression
         self._at = self._start = self._depth = 0
@@ -106,13 +111,14 @@ class _Parser:
         self.token: tuple[str, str] | None = None
         self._next()
 
-    def wrong(self, expected: str) -> UserError:
+    def syntax_error(self, expected: str) -> UserError:
         found = repr(self.token[1]) if self.token is not None else "its end"
         return UserError(
             f"the filter {self._text!r} cannot be read at character {self._start + 1}, {found}: {expected} is expected"
         )
 
     def _next(self) -> None:
+        """Advance to the next token; None at the end."""
         match = TOKEN.match(self._text, self._at)
         rest = self._text[self._at :]
         self._start = self._at + len(rest) - len(rest.lstrip())
@@ -120,7 +126,7 @@ class _Parser:
             self.token = None
             if rest.strip():
                 self.token = "?", rest.strip()[0]
-                raise self.wrong("a column, a number, a text in quotes or a comparison")
+                raise self.syntax_error("a column, a number, a text in quotes or a comparison")
             return
         self._at = match.end()
         kind = str(match.lastgroup)
@@ -130,55 +136,55 @@ class _Parser:
         self.token = kind, word
 
     def _take(self, *words: str) -> str | None:
-        """The next token if it is one of these keywords or signs."""
+        """Consume the next token if it is one of these keywords or signs; None if it is another."""
         if self.token is not None and self.token[0] in ("keyword", "sign") and self.token[1] in words:
             word = self.token[1]
             self._next()
             return word
         return None
 
-    def _need(self, word: str) -> None:
+    def _require(self, word: str) -> None:
         if self._take(word) is None:
-            raise self.wrong(word)
+            raise self.syntax_error(word)
 
-    def either(self) -> Values:
-        return self._chain("or", self._all, "or_kleene")
+    def expression(self) -> Evaluator:
+        return self._chain("or", self._conjunction, "or_kleene")
 
-    def _all(self) -> Values:
-        return self._chain("and", self._one, "and_kleene")
+    def _conjunction(self) -> Evaluator:
+        return self._chain("and", self._test, "and_kleene")
 
-    def _chain(self, word: str, part: Callable[[], Values], function: str) -> Values:
-        tests = [part()]
+    def _chain(self, word: str, parse_operand: Callable[[], Evaluator], function: str) -> Evaluator:
+        operands = [parse_operand()]
         while self._take(word):
-            tests.append(part())
-        if len(tests) == 1:
-            return tests[0]
+            operands.append(parse_operand())
+        if len(operands) == 1:
+            return operands[0]
 
-        def joined(table: pa.Table) -> Any:
-            found = tests[0](table)
-            for test in tests[1:]:
-                found = _call(function, found, test(table))
-            return found
+        def combined(table: pa.Table) -> Any:
+            result = operands[0](table)
+            for operand in operands[1:]:
+                result = _call(function, result, operand(table))
+            return result
 
-        return joined
+        return combined
 
-    def _one(self) -> Values:
+    def _test(self) -> Evaluator:
         self._depth += 1
-        if self._depth > DEEPEST:
-            raise self.wrong(f"at most {DEEPEST} levels")
+        if self._depth > MAX_DEPTH:
+            raise self.syntax_error(f"at most {MAX_DEPTH} levels")
         try:
             if self._take("not"):
-                inner = self._one()
+                inner = self._test()
                 return lambda table: _call("invert", inner(table))
             if self._take("("):
-                inner = self.either()
-                self._need(")")
+                inner = self.expression()
+                self._require(")")
                 return inner
             return self._comparison()
         finally:
             self._depth -= 1
 
-    def _comparison(self) -> Values:
+    def _comparison(self) -> Evaluator:
         left = self._value()
         sign = self._take(*COMPARE)
         if sign is not None:
@@ -186,29 +192,29 @@ class _Parser:
             return lambda table: _call(COMPARE[sign], left(table), right(table))
         if self._take("is"):
             negated = self._take("not")
-            self._need("null")
+            self._require("null")
             return lambda table: _call("is_valid" if negated else "is_null", left(table))
         negated = self._take("not")
         if self._take("in"):
             values = self._list()
 
-            def among(table: pa.Table) -> Any:
+            def contains(table: pa.Table) -> Any:
                 return _is_in(left(table), values)
 
-            return (lambda table: _call("invert", among(table))) if negated else among
+            return (lambda table: _call("invert", contains(table))) if negated else contains
         if negated:
-            raise self.wrong("in")
+            raise self.syntax_error("in")
         return left
 
     def _list(self) -> Sequence[Any]:
-        self._need("[")
+        self._require("[")
         values = [self._constant()]
         while self._take(","):
             values.append(self._constant())
-        self._need("]")
+        self._require("]")
         return values
 
-    def _value(self) -> Values:
+    def _value(self) -> Evaluator:
         if self.token is not None and self.token[0] in ("word", "quoted"):
             name = self.token[1].strip("`")
             self.columns.append(name)
@@ -223,7 +229,7 @@ class _Parser:
         if self._take("false"):
             return False
         if self.token is None or self.token[0] not in ("number", "text"):
-            raise self.wrong("a column, a number, a text in quotes, true or false")
+            raise self.syntax_error("a column, a number, a text in quotes, true or false")
         kind, word = self.token
         self._next()
         if kind == "text":
@@ -244,8 +250,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _is_in(column: Any, values: Sequence[Any]) -> Any:
-    """Unknown where the column is null."""
-    found = _call("equal", column, _scalar(values[0]))
+    """True where the column equals one of the values; null where the column is null."""
+    result = _call("equal", column, _scalar(values[0]))
     for value in values[1:]:
-        found = _call("or_kleene", found, _call("equal", column, _scalar(value)))
-    return found
+        result = _call("or_kleene", result, _call("equal", column, _scalar(value)))
+    return result

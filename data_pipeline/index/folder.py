@@ -1,4 +1,4 @@
-"""The folder of an index: what is taken over from it and from unfinished runs, and how a new one takes its place."""
+"""The `_index/` folder: resumes from finished parts, replaces the old index atomically."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.index.shard_record import Record, from_table, read_part, to_table
-from data_pipeline.sources.manifest import FORMAT, INDEX_FOLDER, OFFSETS, digest_of, read_index
+from data_pipeline.index.shard_record import ShardRecord, from_table, read_part, to_table
+from data_pipeline.sources.manifest import INDEX_FOLDER, INDEX_FORMAT, OFFSETS_NAME, digest_of, read_index
 from data_pipeline.sources.offset_file import block_bytes, check_of
 
-STALE = 24 * 3600.0  # seconds after which nobody is taken to still write or read what no index names
-PROBE = "may-write"
+STALE_AGE = 24 * 3600.0  # seconds after which no run is assumed to use a file that no index names
+WRITE_PROBE = "may-write"  # name of an empty object that tests the permission to write
 
 
 @dataclass
-class Work:
-    """Records and blocks by path. Blocks lie in memory that belongs to files: that of a source can be gigabytes."""
+class IndexContent:
+    """Records and offset blocks of an index, by shard path.
+
+    The blocks of a source can be gigabytes, so they are kept in file-backed memory: a temporary file, or the memory map
+    of an older index.
+    """
 
     root: str
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, ShardRecord] = field(default_factory=dict)
     _blocks: dict[str, tuple[int, int] | memoryview] = field(default_factory=dict)
     _spool: Any = field(default_factory=tempfile.TemporaryFile)
     _end: int = 0
 
-    def keep(self, record: Record, block: bytes | memoryview) -> None:
+    def add(self, record: ShardRecord, block: bytes | memoryview) -> None:
         self.records[record.path] = record
         if isinstance(block, memoryview):
             self._blocks[record.path] = block
@@ -46,6 +50,7 @@ class Work:
         self._end += len(block)
 
     def blocks(self, paths: Iterable[str]) -> Iterable[bytes | memoryview]:
+        """Blocks of the given shards, in order."""
         self._spool.flush()
         data = mmap.mmap(self._spool.fileno(), 0, access=mmap.ACCESS_READ) if self._end else b""
         for path in paths:
@@ -54,29 +59,29 @@ class Work:
 
 
 def check_writable(root: str, paths: Sequence[str]) -> None:
-    """Raises UserError, before anything is walked, if what is found could not be kept in `ROOT/_index/`."""
+    """Raise UserError if `ROOT/_index/` could not be written; called before any tar is scanned."""
     try:
         "".join(paths).encode()
     except UnicodeEncodeError:
-        odd = next(path for path in paths if not path.isprintable())
-        raise UserError(f"{root}: {odd!r} is no name in UTF-8; rename the tar") from None
+        invalid = next(path for path in paths if not path.isprintable())
+        raise UserError(f"{root}: {invalid!r} is not a valid UTF-8 name; rename the tar") from None
     if storage.is_remote(root):
-        probe = storage.join(storage.join(root, INDEX_FOLDER), PROBE)
+        probe = storage.join(storage.join(root, INDEX_FOLDER), WRITE_PROBE)
         storage.publish(probe, b"")
-        with suppress(UserError):  # who may write need not be allowed to delete
+        with suppress(UserError):  # permission to write does not imply permission to delete
             storage.remove([probe])
         return
     folder = storage.local_path(storage.join(root, INDEX_FOLDER))
-    there = folder if os.path.lexists(folder) else storage.local_path(root) or "."
-    if not (os.path.isdir(there) and os.access(there, os.W_OK)):
+    existing = folder if os.path.lexists(folder) else storage.local_path(root) or "."
+    if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
         raise UserError(
             f"{folder} cannot be written to; get write access to {root}, or use links to its files in a folder of your "
             "own"
         )
 
 
-def recall_index(work: Work, root: str, but: Set[str] = frozenset()) -> None:
-    """Take over what the index that is there says of all shards `but` some. One that cannot be read says nothing."""
+def load_index(content: IndexContent, root: str, skip: Set[str] = frozenset()) -> None:
+    """Add the existing index to `content`, except for the paths in `skip`; ignores an index that cannot be read."""
     try:
         indexed = read_index(root)
         if indexed is None:
@@ -92,26 +97,29 @@ def recall_index(work: Work, root: str, but: Set[str] = frozenset()) -> None:
         return
     for record, start in zip(records, starts, strict=True):
         block = data[start : start + block_bytes(record.count, record.width)]
-        if record.path not in but and check_of(block, record.count) == record.check:
-            work.keep(record, block)
+        if record.path not in skip and check_of(block, record.count) == record.check:
+            content.add(record, block)
 
 
-def recall_parts(work: Work, folder: str) -> list[str]:
-    """Take over what an unfinished run left; the urls of its parts."""
+def load_parts(content: IndexContent, folder: str) -> list[str]:
+    """Add the parts of an unfinished run to `content`; returns their URLs."""
     try:
         urls = storage.list_files(folder, ".parquet")
     except UserError:
         return []
     for url in urls:
         for record, block in read_part(url):
-            work.keep(record, block)
+            content.add(record, block)
     return urls
 
 
 @contextmanager
-def alone(folder: str) -> Iterator[None]:
-    """One run at a time writes an index, where the file system has locks: the offsets that it removes because its
-    table names others must not be those that another run's table is about to name."""
+def index_lock(folder: str) -> Iterator[None]:
+    """Let one run at a time write the index, on file systems with locks.
+
+    A run removes the offset files that its table does not name. Without the lock, it could remove the file that the
+    table of another run is about to name.
+    """
     if storage.is_remote(folder):
         yield
         return
@@ -126,7 +134,8 @@ def alone(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _offsets_named(root: str) -> str | None:
+def _current_offsets(root: str) -> str | None:
+    """URL of the offset file of the existing index; None without a readable index."""
     try:
         indexed = read_index(root)
     except (UserError, FileNotFoundError):
@@ -134,23 +143,24 @@ def _offsets_named(root: str) -> str | None:
     return None if indexed is None else indexed[1]
 
 
-def write(work: Work, folder: str, order: list[str], tokenizer: str | None) -> None:
+def write_index(content: IndexContent, folder: str, order: list[str], tokenizer: str | None) -> None:
+    """Write the offset file, publish shards.parquet with the shards in the given order, remove older offset files."""
     import pyarrow as pa
 
-    replaced = _offsets_named(work.root)
-    records = [work.records[path] for path in order]
+    replaced = _current_offsets(content.root)
+    records = [content.records[path] for path in order]
     state = xxhash.xxh64(np.array([record.check for record in records], np.uint64).tobytes())
     name = f"offsets-{state.hexdigest()}.bin"
     starts: list[int] = []
     end = 0
     with storage.publishing(storage.join(folder, name)) as file:
-        for block in work.blocks(order):
+        for block in content.blocks(order):
             starts.append(end)
             end += len(block)
             file.write(block)
     table = to_table(records, {"block": pa.array(starts, pa.int64())})
     metadata = {
-        "dromos_index": FORMAT,
+        "dromos_index": INDEX_FORMAT,
         "offsets": name,
         "tokenizer": tokenizer or "",
         "digest": digest_of(table, tokenizer or ""),
@@ -163,15 +173,18 @@ def write(work: Work, folder: str, order: list[str], tokenizer: str | None) -> N
 
 
 def _remove_stale(folder: str, keep: str) -> None:
-    """Offsets that no index names, and files that a killed run had not finished; a reader that has offsets mapped keeps
-    them. Another run may be about to name new ones."""
+    """Remove old offset files that no index names, and unfinished files of killed runs.
+
+    Recent ones stay, because another run may be writing them. A reader that has mapped a file can still read it.
+    """
     for name in os.listdir(folder):
-        old = name != keep and (re.fullmatch(OFFSETS, name) or name.endswith(storage.TEMPORARY))
+        is_unused = name != keep and (re.fullmatch(OFFSETS_NAME, name) or name.endswith(storage.TEMPORARY))
         with suppress(FileNotFoundError):
-            if old and time.time() - os.stat(os.path.join(folder, name)).st_mtime > STALE:
+            if is_unused and time.time() - os.stat(os.path.join(folder, name)).st_mtime > STALE_AGE:
                 os.unlink(os.path.join(folder, name))
 
 
 def remove_empty(folder: str) -> None:
+    """Remove a local folder if it is empty."""
     if not storage.is_remote(folder) and os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)

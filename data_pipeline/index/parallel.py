@@ -1,4 +1,4 @@
-"""A function over many files in several processes, which end when their parent does, however that ends."""
+"""Maps a function over many shards in spawned processes that die with their parent."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-# Less than this is done before a process has started.
-WORTH_A_PROCESS = 512 << 20
+# This many bytes are scanned in the time that a process needs to start.
+MIN_BYTES_PER_PROCESS = 512 << 20
 
 
-def walk_all(
-    call: Callable[..., Result], todo: Sequence[tuple[str, str, int, str]], jobs: int
+def map_shards(
+    function: Callable[..., Result], shards: Sequence[tuple[str, str, int, str]], jobs: int
 ) -> Iterator[Result]:
-    """call(url, path, bytes, version) of each, as they finish, in up to `jobs` processes."""
-    total = sum(size for _, _, size, _ in todo)
-    jobs = min(jobs, len(todo), total // WORTH_A_PROCESS)
+    """Yield function(url, path, bytes, version) for each shard, as the calls finish, in up to `jobs` processes."""
+    total = sum(size for _, _, size, _ in shards)
+    jobs = min(jobs, len(shards), total // MIN_BYTES_PER_PROCESS)
     if jobs <= 1:
-        for one in todo:
-            yield call(*one)
+        for shard in shards:
+            yield function(*shard)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
         waiting: set[Future[Result]] = set()
-        left = iter(todo)
+        remaining = iter(shards)
         try:
             while True:
-                for one in left:
-                    waiting.add(pool.submit(call, *one))
+                for shard in remaining:
+                    waiting.add(pool.submit(function, *shard))
                     if len(waiting) >= 4 * jobs:
                         break
                 if not waiting:
@@ -44,6 +44,7 @@ def walk_all(
 
 
 def _end_with_parent() -> None:
+    """Start a thread that ends this process when its parent ends."""
     parent = multiprocessing.parent_process()
 
     def watch(parent: Any) -> None:

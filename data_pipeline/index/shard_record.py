@@ -1,4 +1,4 @@
-"""What the index keeps of a shard, as rows of a table: of shards.parquet, and of the parts of an unfinished walk."""
+"""One shard's row in shards.parquet and in the parts of an unfinished index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ReadError, UserError
 from data_pipeline.sources.offset_file import check_of, pack_starts
 from data_pipeline.sources.scan import Scan, scan_file
 from data_pipeline.storage.parquet_table import column, read_table, text_column
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ShardRecord:
     """One shard.
 
-    path: below the root; count: samples; size: bytes
-    version: what changes when the file does, "" where nothing is known that does
-    width, check: of its block in the offset file: bytes of an entry, and a hash
-    fingerprint: of names, sizes and offsets of the members
+    path: relative to the root; count: samples; size: bytes
+    version: text that changes with the file (modification time or hash of the ETag), "" if there is none
+    width, check: bytes per entry and hash of its block in the offset file
+    fingerprint: hash of names, sizes and offsets of the members
     members: JSON, extension -> samples that have it; imageless: samples without an image
-    split: JSON, keys whose members are not adjacent
+    split: JSON, first few keys whose members are not adjacent
     """
 
     path: str
@@ -43,22 +43,22 @@ class Record:
     imageless: int
     split: str
 
-    def is_of(self, size: int, version: str) -> bool:
-        """True if the file is certainly the one that was walked."""
+    def matches(self, size: int, version: str) -> bool:
+        """True if the file is known to be unchanged since its scan."""
         return bool(version) and (self.size, self.version) == (size, version)
 
 
 @dataclass(frozen=True, slots=True)
-class Walked:
-    """A shard's record and its block of offsets; where it could not be walked, what is wrong with it instead."""
+class ScannedShard:
+    """Result of a scan: the shard's record and offset block, or the `problem` that makes it unusable."""
 
     url: str
-    record: Record | None = None
+    record: ShardRecord | None = None
     block: bytes = b""
     problem: str = ""
 
 
-TYPES = {
+COLUMN_TYPES = {
     "path": "string",
     "count": "int64",
     "size": "int64",
@@ -72,76 +72,80 @@ TYPES = {
 }
 
 
-def walk_shard(url: str, path: str, size: int, version: str) -> Walked:
-    """Walk one tar. What is wrong with it becomes a problem: the others are walked all the same."""
+def scan_shard(url: str, path: str, size: int, version: str) -> ScannedShard:
+    """Scan one tar. An error becomes a problem of the result, so that the other tars are scanned all the same."""
     try:
-        found = scan_file(url, size)
-        block, width = pack_starts(found.starts)
+        scan = scan_file(url, size)
     except UserError as error:
-        return Walked(url, problem=str(error) if url in str(error) else f"{url} {error}")
+        return ScannedShard(url, problem=str(error))
     except OSError as error:
-        return Walked(url, problem=str(error) if url in str(error) else f"{url} cannot be read: {error}")
-    return Walked(url, _record(path, size, version, found, block, width), block)
+        is_named = isinstance(error, ReadError) or error.filename is not None
+        return ScannedShard(url, problem=str(error) if is_named else f"{url} cannot be read: {error}")
+    try:
+        block, width = pack_starts(scan.starts)
+    except UserError as error:
+        return ScannedShard(url, problem=f"{url} {error}")
+    return ScannedShard(url, _record(path, size, version, scan, block, width), block)
 
 
-def _record(path: str, size: int, version: str, found: Scan, block: bytes, width: int) -> Record:
-    return Record(
+def _record(path: str, size: int, version: str, scan: Scan, block: bytes, width: int) -> ShardRecord:
+    return ShardRecord(
         path,
-        found.samples,
+        scan.samples,
         size,
         version,
         width,
-        check_of(block, found.samples),
-        found.fingerprint,
-        json.dumps(found.members, sort_keys=True),
-        found.imageless,
-        json.dumps(found.split),
+        check_of(block, scan.samples),
+        scan.fingerprint,
+        json.dumps(scan.members, sort_keys=True),
+        scan.imageless,
+        json.dumps(scan.split),
     )
 
 
 def to_table(
-    records: Sequence[Record],
-    more: Mapping[str, Any] | None = None,
+    records: Sequence[ShardRecord],
+    extra_columns: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> pa.Table:
-    """Rows of records beside the columns in `more`."""
+    """Table with one row per record and the extra columns."""
     import pyarrow as pa
 
     columns = {
         name: pa.array([getattr(record, name) for record in records], getattr(pa, kind)())
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_TYPES.items()
     }
-    return pa.table({**columns, **(more or {})}, metadata=dict(metadata or {}))
+    return pa.table({**columns, **(extra_columns or {})}, metadata=dict(metadata or {}))
 
 
-def from_table(table: pa.Table) -> list[Record]:
-    """Raises KeyError if a column is not there, ValueError if it is of another type."""
+def from_table(table: pa.Table) -> list[ShardRecord]:
+    """Records of a table. Raises KeyError if a column is missing, ValueError if it has another type."""
     columns = {
         name: text_column(table, name) if kind == "string" else column(table, name).tolist()
-        for name, kind in TYPES.items()
+        for name, kind in COLUMN_TYPES.items()
     }
     for name, kind in (("members", dict), ("split", list)):
-        columns[name] = [sys.intern(value) for value in columns[name]]  # alike in nearly all shards
+        columns[name] = [sys.intern(value) for value in columns[name]]  # equal in nearly all shards
         if not all(isinstance(json.loads(value), kind) for value in set(columns[name])):
-            raise ValueError(f"column {name} is not what was written")
-    return [Record(*row) for row in zip(*columns.values(), strict=True)]
+            raise ValueError(f"column {name} has unexpected JSON")
+    return [ShardRecord(*row) for row in zip(*columns.values(), strict=True)]
 
 
-def write_part(folder: str, walked: Iterable[Walked]) -> str:
-    """Keep finished shards where a later run finds them; the file's url. It appears whole or not at all."""
+def write_part(folder: str, shards: Iterable[ScannedShard]) -> str:
+    """Save scanned shards for a later run, atomically; returns the URL of the part."""
     import pyarrow as pa
 
-    done = [one for one in walked if one.record is not None]
-    blocks = pa.array([one.block for one in done], pa.large_binary())
-    table = to_table([one.record for one in done if one.record is not None], {"block": blocks})
-    name = xxhash.xxh64_hexdigest("\n".join(one.url for one in done).encode("utf-8", "surrogateescape"))
+    done = [shard for shard in shards if shard.record is not None]
+    blocks = pa.array([shard.block for shard in done], pa.large_binary())
+    table = to_table([shard.record for shard in done if shard.record is not None], {"block": blocks})
+    name = xxhash.xxh64_hexdigest("\n".join(shard.url for shard in done).encode("utf-8", "surrogateescape"))
     url = storage.join(folder, f"part-{name}.parquet")
     storage.publish_table(url, table)
     return url
 
 
-def read_part(url: str) -> Iterator[tuple[Record, bytes]]:
-    """Shards of a part, those of them that are intact; none of a file that is no part."""
+def read_part(url: str) -> Iterator[tuple[ShardRecord, bytes]]:
+    """Yield the intact (record, block) pairs of a part; nothing if the file is not a part."""
     try:
         table, _ = read_table(url)
         rows = list(zip(from_table(table), table["block"].to_pylist(), strict=True))

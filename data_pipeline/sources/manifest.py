@@ -1,4 +1,4 @@
-"""What a source is: its shards and how many samples each holds, by an index, statistics or the tars."""
+"""`Manifest`: shards, counts, sizes and fingerprint of a source, from index, statistics or tars."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.sources import sidecars
 from data_pipeline.sources.offset_file import OffsetFile
-from data_pipeline.sources.scan import locate
+from data_pipeline.sources.scan import sample_starts
 from data_pipeline.sources.views import View, open_view
+from data_pipeline.storage.files import PathNotFoundError
 from data_pipeline.storage.parquet_table import column, digest, read_table
 
 if TYPE_CHECKING:
@@ -24,24 +25,40 @@ if TYPE_CHECKING:
 
 CountedBy = Literal["manifest", "stats", "sidecar", "tar"]
 INDEX_FOLDER = "_index"
-FORMAT = "3"
-OFFSETS = r"offsets-[0-9a-f]{16}\.bin"
+INDEX_FORMAT = "3"
+OFFSETS_NAME = r"offsets-[0-9a-f]{16}\.bin"  # pattern of an offset file's name
 PREPARE_HINT = (
-    "`dromos data prepare RECIPE` makes the data of a recipe that says how "
-    "(the demo's: dromos data prepare configs/demo/flip.yaml); else correct the path"
+    "correct the path, or run `dromos data prepare RECIPE` if the recipe prepares its own data "
+    "(the demo's: dromos data prepare configs/demo/flip.yaml)"
 )
+
+
+class SourceError(UserError):
+    """A source that cannot be opened; `reason` is the message without the source's name."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"source {name!r}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SourceError], tuple[str, str]]:
+        return SourceError, (self.name, self.reason)
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A source opened: counts alone fix the order, so nothing else has to be known before training.
+    """An opened source. The counts alone determine the order of samples, so training needs nothing else to start.
 
-    paths: of the shards below the root; counts: int64 [shards], samples; sizes: int64 [shards], bytes
-    fingerprint: covers paths, counts, sizes, the tokenizer of packed text and the view; it is the same whoever
-    counted and wherever the root lies
-    offsets: where the index keeps the samples' places, None without an index
-    versions: uint64 [shards], of the content as the object store names it; None for files
-    view, kept: the view's name and its bitmap, where only some of the samples are used; `counts` are of these
+    paths: shards, relative to the root
+    counts: int64 [shards], samples; with a view, only those that it keeps
+    sizes: int64 [shards], bytes
+    counted_by: origin of the counts
+    fingerprint: hash of paths, counts, sizes, the tokenizer of packed text and the view; independent of the root and of
+        the origin of the counts
+    tokenizer: fingerprint of the tokenizer of packed text, None for other sources
+    view, kept: name and bitmap of the view, None without a view
+    offsets: offset file of the index, None without an index
+    versions: uint64 [shards], content versions in an object store (see object_store.version_of); None for local files
     """
 
     name: str
@@ -63,35 +80,40 @@ class Manifest:
 
     @property
     def tar_counts(self) -> np.ndarray:
-        """int64 [shards]: samples in each tar, also those that a view leaves out."""
+        """int64 [shards]: samples in each tar, including those that a view leaves out."""
         return self.counts if self.kept is None else self.kept.tar_counts
 
     def url(self, shard: int) -> str:
         return storage.join(self.root, self.paths[shard])
 
-    def in_tar(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """int64: positions in their tars of the `indices`-th samples of `shards`; the two broadcast."""
+    def tar_positions(self, shards: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """int64: positions in their tars of the samples (shard, manifest index); the arguments broadcast."""
         if self.kept is not None:
-            return self.kept.in_tar(shards, indices)
+            return self.kept.tar_positions(shards, indices)
         return np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))[1]
 
-    def position(self, shard: int, index: int) -> int:
-        """`in_tar` of one sample."""
-        return index if self.kept is None else int(self.kept.in_tar(np.array([shard]), np.array([index]))[0])
+    def tar_position(self, shard: int, index: int) -> int:
+        """`tar_positions` of one sample."""
+        if self.kept is None:
+            return index
+        return int(self.kept.tar_positions(np.array([shard]), np.array([index]))[0])
 
-    def seen_through(self, view: str) -> Manifest:
-        """The source as this view of it, which trains on the samples it keeps and on no others."""
+    def with_view(self, view: str) -> Manifest:
+        """The same source, restricted to the samples that the view keeps.
+
+        Raises UserError if there is no such view, if it does not match the shards, or if it keeps no sample.
+        """
         kept, counts = open_view(view, self.root, self.paths, self.counts, self.sizes)
         if not counts.sum():
             raise UserError(
-                f"view {view!r} keeps no sample of these shards; make it again with another filter"
+                f"view {view!r} keeps no sample of these shards; build it again with another filter"
             )
-        printed = xxhash.xxh64_hexdigest(f"{self.fingerprint} {kept.digest}".encode())
-        return replace(self, counts=counts, fingerprint=printed, view=view, kept=kept)
+        combined = xxhash.xxh64_hexdigest(f"{self.fingerprint} {kept.digest}".encode())
+        return replace(self, counts=counts, fingerprint=combined, view=view, kept=kept)
 
 
 def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tokenizer: str | None) -> str:
-    """16 hex digits over everything that decides which samples a source has, in which order."""
+    """Hash of everything that determines the samples of a source and their order, as 16 hex digits."""
     rows = zip(paths, counts.tolist(), sizes.tolist(), strict=True)
     text = "".join(f"{path}\0{count}\0{size}\n" for path, count, size in rows)
     return xxhash.xxh64_hexdigest(
@@ -100,24 +122,22 @@ def fingerprint(paths: Sequence[str], counts: np.ndarray, sizes: np.ndarray, tok
 
 
 def open_source(name: str, path: str, view: str | None = None) -> Manifest:
-    """Shards and counts of a folder, a brace pattern or one tar; with `view`, of what that keeps.
+    """Open a folder, a brace pattern or one tar; with `view`, restricted to the samples that the view keeps.
 
     Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else from
-    what other tools wrote beside the tars, else from the headers of the tars.
+    the index files of other tools beside the tars, else from the headers of the tars.
 
-    Raises UserError, naming the source and the path, if there is nothing there, a shard is missing, or the index or
-    view is older than the shards; ReadError if the disk or the store does not answer.
+    Raises SourceError if the path or a shard does not exist, or if the index or the view is older than the shards;
+    ReadError if the disk or the object store fails.
     """
     try:
         try:
             manifest = _open(name, path)
-        except UserError as error:
-            raise UserError(
-                f"{error}; {PREPARE_HINT}" if "does not exist" in str(error) else str(error)
-            ) from None
-        return manifest if view is None else manifest.seen_through(view)
+        except PathNotFoundError as error:
+            raise UserError(f"{error}; {PREPARE_HINT}") from None
+        return manifest if view is None else manifest.with_view(view)
     except UserError as error:
-        raise UserError(f"source {name!r}: {error}") from None
+        raise SourceError(name, str(error)) from None
     except OSError as error:
         raise ReadError(f"source {name!r}: {path} cannot be read: {error}; run again once it can") from error
 
@@ -148,16 +168,19 @@ def make_manifest(
     tokenizer: str | None,
     offsets: OffsetFile | None = None,
 ) -> Manifest:
+    """Build a manifest; `lengths` maps shard URL -> bytes. Raises UserError if the tars hold no samples."""
     counted, sizes = np.array(counts, np.int64), np.array([lengths[url] for url in urls], np.int64)
     if not counted.sum():
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
     paths = paths_below(root, urls)
-    printed = fingerprint(paths, counted, sizes, tokenizer)
-    return Manifest(name, root, paths, counted, sizes, counted_by, printed, tokenizer, offsets=offsets)
+    source_fingerprint = fingerprint(paths, counted, sizes, tokenizer)
+    return Manifest(
+        name, root, paths, counted, sizes, counted_by, source_fingerprint, tokenizer, offsets=offsets
+    )
 
 
 def paths_below(root: str, urls: Sequence[str]) -> list[str]:
-    """`storage.path_below` of many urls."""
+    """`storage.path_below` of many URLs; cuts off the prefix where that is the same, which is much faster."""
     start = f"{root}/"
     plain = len(start) if root and "//" not in start and "/./" not in start else None
     return [
@@ -169,19 +192,19 @@ def paths_below(root: str, urls: Sequence[str]) -> list[str]:
 
 
 def shard_lengths(urls: Sequence[str], path: str, tags: dict[str, int] | None = None) -> dict[str, int]:
-    """Bytes of every shard; UserError if one is not there. `tags` is filled as in storage.sizes."""
+    """Size in bytes of every shard, by URL. Adds to `tags` as storage.sizes does.
+
+    Raises PathNotFoundError if none of the shards exists, UserError if some are missing.
+    """
     lengths = storage.sizes(urls, tags)
     missing = [url for url in urls if url not in lengths]
     if len(missing) == len(urls):
-        raise UserError(
-            f"{path} does not exist"
-            if len(urls) == 1
-            else f"{path} does not exist: none of {len(urls)} shards"
-        )
+        detail = "" if len(urls) == 1 else f": none of {len(urls)} shards was found"
+        raise PathNotFoundError(f"{path} does not exist{detail}")
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(urls)} shards of {path} are missing, the first is {missing[0]}; "
-            "fetch them, or narrow the pattern to what is there"
+            "fetch them, or narrow the pattern to the existing ones"
         )
     return lengths
 
@@ -189,114 +212,122 @@ def shard_lengths(urls: Sequence[str], path: str, tags: dict[str, int] | None = 
 def count_shards(
     root: str, urls: Sequence[str], lengths: dict[str, int]
 ) -> tuple[list[int], CountedBy, str | None]:
-    """Counts of the shards, who counted them, or the last of them, and the tokenizer of packed text."""
+    """Return the counts of the shards, their origin, and the tokenizer of packed text.
+
+    Of several origins, the slowest one needed is returned: the tars before sidecars before statistics.
+    """
     stats = read_stats(urls)
-    counted = {url: one["successes"] for url, one in stats.items()}
-    by: CountedBy = "stats"
+    counted = {url: shard_stats["successes"] for url, shard_stats in stats.items()}
+    counted_by: CountedBy = "stats"
     if len(counted) < len(urls):
-        left = [url for url in urls if url not in counted]
-        counted |= sidecars.count(root, left, lengths)
-        by = "sidecar"
+        uncounted = [url for url in urls if url not in counted]
+        counted |= sidecars.count_samples(root, uncounted, lengths)
+        counted_by = "sidecar"
     if len(counted) < len(urls):
-        counted |= {url: len(locate(url, url)) - 1 for url in urls if url not in counted}
-        by = "tar"
-    return [counted[url] for url in urls], by, tokenizer_of(stats)
+        counted |= {url: len(sample_starts(url, url)) - 1 for url in urls if url not in counted}
+        counted_by = "tar"
+    return [counted[url] for url in urls], counted_by, tokenizer_of(stats)
 
 
 def tokenizer_of(stats: dict[str, dict[str, Any]]) -> str | None:
-    """Fingerprint of the tokenizer that packed the shards; UserError if they disagree."""
-    named = {str(one["tokenizer"]): url for url, one in stats.items() if one.get("tokenizer")}
-    if len(named) > 1:
-        first, second = list(named.items())[:2]
+    """Fingerprint of the tokenizer that packed the shards, or None. Raises UserError if the shards disagree."""
+    shard_of = {str(each["tokenizer"]): url for url, each in stats.items() if each.get("tokenizer")}
+    if len(shard_of) > 1:
+        first, second = list(shard_of.items())[:2]
         raise UserError(
             f"shards were packed with different tokenizers: {first[1]} with {first[0]}, "
-            f"{second[1]} with {second[0]}; pack them all again with one"
+            f"{second[1]} with {second[0]}; pack all of them again with the same one"
         )
-    return next(iter(named), None)
+    return next(iter(shard_of), None)
 
 
 def stats_url(shard: str) -> str:
+    """URL of img2dataset's statistics of a shard."""
     return re.sub(r"\.tar$", "", shard) + "_stats.json"
 
 
 def read_stats(urls: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Shard url -> its `_stats.json`, for the shards that have one; "successes" is checked to be a count."""
-    found = storage.read_many([stats_url(url) for url in urls])
+    """Shard URL -> content of its `_stats.json`, for the shards that have one.
+
+    Raises UserError if a file is not JSON or its "successes" is not a count.
+    """
+    contents = storage.read_many([stats_url(url) for url in urls])
     result = {}
     for url in urls:
         where = stats_url(url)
-        if where not in found:
+        if where not in contents:
             continue
         try:
-            stats = json.loads(found[where])
+            stats = json.loads(contents[where])
             successes = stats["successes"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{where} holds no statistics ({error!r}); remove it, then the tar is counted"
+                f"{where} holds no statistics ({error!r}); remove it to count the samples from the tar"
             ) from None
         if isinstance(successes, bool) or not isinstance(successes, int) or successes < 0:
             raise UserError(
-                f"{where}: successes is {successes!r}, not a count; remove the file, then the tar is counted"
+                f"{where}: successes is {successes!r}, not a count; remove the file to count the samples from the tar"
             )
         result[url] = stats
     return result
 
 
 def read_index(root: str) -> tuple[pa.Table, str] | None:
-    """(shards table, url of the offsets), or None if the source was never indexed."""
+    """(table of shards, URL of the offset file) of a source's index; None without an index. Raises UserError."""
     url = storage.join(storage.join(root, INDEX_FOLDER), "shards.parquet")
     if not storage.exists(url):
         return None
     try:
         table, metadata = read_table(url)
-        if metadata["dromos_index"] == FORMAT:
-            if not re.fullmatch(OFFSETS, metadata["offsets"]):
+        if metadata["dromos_index"] == INDEX_FORMAT:
+            if not re.fullmatch(OFFSETS_NAME, metadata["offsets"]):
                 raise KeyError(metadata["offsets"])
             if metadata["digest"] != digest_of(table, metadata["tokenizer"]):
-                raise KeyError("its content is not what was written")
+                raise KeyError("its content does not match its digest")
     except (KeyError, ValueError) as error:
-        raise UserError(f"{url} is no index ({error}); run: dromos data index {root}") from None
-    if metadata["dromos_index"] != FORMAT:
+        raise UserError(f"{url} is not a valid index ({error}); run: dromos data index {root}") from None
+    if metadata["dromos_index"] != INDEX_FORMAT:
         raise UserError(
-            f"{url} has format {metadata['dromos_index']}, not {FORMAT}; run: dromos data index {root}"
+            f"{url} has format {metadata['dromos_index']}, not {INDEX_FORMAT}; run: dromos data index {root}"
         )
     return table, storage.join(storage.join(root, INDEX_FOLDER), metadata["offsets"])
 
 
 def digest_of(table: pa.Table, tokenizer: str) -> str:
-    """Hash of all in an index that order and places depend on."""
+    """Hash of the parts of an index that determine order and byte ranges."""
     return digest(table, ("count", "size", "width", "check", "block"), tokenizer)
 
 
 def _from_index(
     name: str, root: str, urls: Sequence[str], lengths: dict[str, int], table: pa.Table, offsets: str
 ) -> Manifest:
-    again = f"run: dromos data index {root}"
-    known = table["path"].to_pylist()
+    """Manifest of the shards `urls`, which may be a part of the index. Raises UserError if the index is outdated."""
+    advice = f"run: dromos data index {root}"
+    indexed_paths = table["path"].to_pylist()
     paths = paths_below(root, urls)
-    rows: np.ndarray = np.arange(len(known))
-    if paths != known:
-        place = {path: row for row, path in enumerate(known)}
-        rows = np.array([place.get(path, -1) for path in paths], np.int64)
+    rows: np.ndarray = np.arange(len(indexed_paths))
+    if paths != indexed_paths:
+        row_of = {path: row for row, path in enumerate(indexed_paths)}
+        rows = np.array([row_of.get(path, -1) for path in paths], np.int64)
         if (rows < 0).any():
             raise UserError(
-                f"{urls[int(np.argmin(rows))]} is newer than the index in {root}/{INDEX_FOLDER}, which does not "
-                f"know it; {again}"
+                f"{urls[int(np.argmin(rows))]} is not in the index in {root}/{INDEX_FOLDER}, so it is newer; {advice}"
             )
     counts, sizes, blocks = (column(table, key)[rows].astype(np.int64) for key in ("count", "size", "block"))
     widths, checks = column(table, "width")[rows], column(table, "check")[rows]
     changed = np.flatnonzero(sizes != np.array([lengths[url] for url in urls], np.int64))
     if len(changed):
         url = urls[int(changed[0])]
-        raise UserError(f"{url} has {lengths[url]} bytes, {sizes[changed[0]]} when it was indexed; {again}")
+        raise UserError(f"{url} has {lengths[url]} bytes, {sizes[changed[0]]} when it was indexed; {advice}")
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
-    places = OffsetFile(offsets, blocks, widths, checks)
-    return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, places)
+    offset_file = OffsetFile(offsets, blocks, widths, checks)
+    return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)
 
 
-def wrong_count(url: str, promised: int, found: int, promised_by: str) -> UserError:
+def wrong_count_error(url: str, expected: int, found: int, counted_in: str) -> UserError:
+    """UserError for a tar that does not hold as many samples as `counted_in` (an index or statistics file) says."""
     folder = url.rpartition("/")[0]
     return UserError(
-        f"{url} holds {found} samples, but {promised_by} says {promised}; counts fix the order of samples: "
+        f"{url} holds {found} samples, but {counted_in} says {expected}; the order of samples depends on the counts: "
         f"make the shard again, or correct that file and run: dromos data index {folder}"
     )

@@ -1,4 +1,4 @@
-"""Byte ranges of samples: about two bytes a sample in one mapped file, or learned from the tars themselves."""
+"""Byte range of every sample: memory-mapped from the index, or learned from tars with an LRU bound."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ if TYPE_CHECKING:
     from data_pipeline.storage.cache import CacheSettings
 
 
-UNKNOWN = -1
-ROWS_PER_PIECE = 16_384  # rows looked up at once
+NO_BLOCK = -1  # in place of a block's position: the shard has no block in an offset file
+ROWS_PER_LOOKUP = 16_384
 
 
 def _map(path: str) -> Any:
+    """Memory map of a file; b"" if it is empty."""
     with storage.open_bytes(path) as opened:
         size = os.fstat(opened.fileno()).st_size
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
 
-def _of_node(url: str, cache: CacheSettings) -> Any:
-    """A remote file mapped from this node's cache, so that its processes share its memory; else its bytes."""
+def _map_remote(url: str, cache: CacheSettings) -> Any:
+    """Memory map of a remote file's copy in the node cache, shared by all processes; without a cache, its bytes."""
     from data_pipeline.storage.cached_ranges import local_copy
 
     path = local_copy(cache, url)
     if path is not None:
-        with suppress(FileNotFoundError):  # the cache may have needed the room already
+        with suppress(FileNotFoundError):  # the cache may have evicted it meanwhile
             return _map(path)
     return storage.read_bytes(url)
 
 
 class Offsets:
-    """Ranges of the samples of a source: from its index, or learned shard by shard.
+    """Byte ranges of a source's samples, from its index or learned shard by shard with `learn`.
 
-    Of the index nothing but one number a shard is in this process's own memory; its pages are the kernel's. What is
-    learned takes 4 bytes a sample, bounded by `limit_bytes`: the shards used longest ago are forgotten.
+    The index is memory-mapped: its pages belong to the kernel's page cache, and a process holds only a few numbers per
+    shard. Learned offsets take 4 bytes per sample, at most `limit_bytes`; the least recently used shards are evicted,
+    and `evicted` is True from then on.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class Offsets:
         self._counts = manifest.tar_counts
         self._learned: OrderedDict[int, np.ndarray] = OrderedDict()
         self._limit, self._bytes = limit_bytes, 0
-        self.forgot = False
+        self.evicted = False
         file = manifest.offsets
-        self._blocks = np.full(len(self._counts), UNKNOWN) if file is None else file.blocks
+        self._blocks = np.full(len(self._counts), NO_BLOCK) if file is None else file.blocks
         self._widths = np.zeros(len(self._counts), np.uint8) if file is None else file.widths
         self._checks = None if file is None else file.checks
         self._checked = np.zeros(len(self._counts), bool)
-        self._all_known = bool((self._blocks != UNKNOWN).all())
+        self._all_known = bool((self._blocks != NO_BLOCK).all())
         self._any_wide = bool((self._widths == 4).any())
         if file is not None:
             self._open(file, cache)
@@ -69,34 +71,35 @@ class Offsets:
         data: Any
         try:
             if storage.is_remote(file.url):
-                data = _of_node(file.url, cache) if cache is not None else storage.read_bytes(file.url)
+                data = _map_remote(file.url, cache) if cache is not None else storage.read_bytes(file.url)
             else:
                 data = _map(file.url)
         except FileNotFoundError:
-            raise offsets_gone(file.url) from None
+            raise missing_offsets_error(file.url) from None
         last = int(np.argmax(self._blocks))
         end = int(self._blocks[last]) + block_bytes(int(self._counts[last]), int(self._widths[last]))
         if len(data) % 4 or end > len(data):
-            raise _damaged(file.url)
+            raise _damaged_error(file.url)
         self._url, self._data = file.url, memoryview(data)
         self._narrow, self._wide = np.frombuffer(data, "<u2"), np.frombuffer(data, "<u4")
         self._narrow_at, self._wide_at = memoryview(data).cast("H"), memoryview(data).cast("I")
 
     def knows(self, shard: int) -> bool:
-        return shard in self._learned or bool(self._blocks[shard] != UNKNOWN)
+        """True if the ranges of the shard's samples are known."""
+        return shard in self._learned or bool(self._blocks[shard] != NO_BLOCK)
 
     def learn(self, shard: int, starts: np.ndarray) -> None:
-        """`starts` as in `pack_starts`."""
+        """Keep a shard's offsets in memory; `starts` as in `offset_file.pack_starts`."""
         if shard in self._learned:
             self._bytes -= self._learned.pop(shard).nbytes
         self._learned[shard] = (starts // TAR_BLOCK_BYTES).astype(np.uint32)
         self._bytes += self._learned[shard].nbytes
         while self._bytes > self._limit and len(self._learned) > 1:
             self._bytes -= self._learned.popitem(last=False)[1].nbytes
-            self.forgot = True
+            self.evicted = True
 
     def range(self, shard: int, index: int) -> tuple[int, int]:
-        """(start, stop) in bytes of one sample, fast."""
+        """(start, stop) of one sample in bytes; faster than `ranges`. Raises as `ranges` does."""
         if not 0 <= index < self._counts[shard]:
             raise IndexError(f"sample {index} of {self._counts[shard]} in shard {shard}")
         if shard in self._learned:
@@ -104,8 +107,8 @@ class Offsets:
             starts = self._learned[shard]
             return int(starts[index]) * TAR_BLOCK_BYTES, int(starts[index + 1]) * TAR_BLOCK_BYTES
         block, stop = int(self._blocks[shard]), index + 1
-        if block == UNKNOWN:
-            raise KeyError(f"the samples of shard {shard} were not located yet")
+        if block == NO_BLOCK:
+            raise KeyError(f"the offsets of shard {shard} are not known yet")
         if not self._checked[shard]:
             self._check(shard)
         if self._widths[shard] == 4:
@@ -114,51 +117,58 @@ class Offsets:
         return self._entry(block, index) * TAR_BLOCK_BYTES, self._entry(block, stop) * TAR_BLOCK_BYTES
 
     def _entry(self, block: int, entry: int) -> int:
+        """One 2-byte entry, in units of 512 bytes."""
         group = entry // GROUP
         base = self._wide_at[block // 4 + (GROUP // 2 + 1) * group]
         return base + self._narrow_at[block // 2 + entry + 2 * (group + 1)]
 
     def _check(self, shard: int) -> None:
+        """Verify the hash of a shard's block. Raises UserError if it is damaged."""
         start, samples = int(self._blocks[shard]), int(self._counts[shard])
         block = self._data[start : start + block_bytes(samples, int(self._widths[shard]))]
         if self._checks is not None and check_of(block, samples) != self._checks[shard]:
-            raise _damaged(self._url)
+            raise _damaged_error(self._url)
         self._checked[shard] = True
 
     def ranges(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop), int64 arrays of bytes in the tars; the arguments are positions in tars and broadcast.
+        """(start, stop) in bytes, int64 arrays; `indices` are positions in the tars, and the arguments broadcast.
 
-        Raises IndexError for a sample that is not there, KeyError for a shard that was not located yet.
+        Raises IndexError if a shard has no such sample, KeyError if a shard's offsets are not known yet.
         """
         shards, indices = np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))
         if ((indices < 0) | (indices >= self._counts[shards])).any():
-            raise IndexError("a sample is not in its shard")
+            raise IndexError("a shard has no sample with this index")
         if not self._learned and self._all_known:
-            return self._many(shards, indices)
+            return self._mapped_in_shard_order(shards, indices)
         start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
-        mapped = self._blocks[shards] != UNKNOWN
+        mapped = self._blocks[shards] != NO_BLOCK
         start[mapped], stop[mapped] = self._mapped(shards[mapped], indices[mapped])
         for shard in np.unique(shards[~mapped]):
             rows = ~mapped & (shards == shard)
             if int(shard) not in self._learned:
-                raise KeyError(f"the samples of shard {shard} were not located yet")
+                raise KeyError(f"the offsets of shard {shard} are not known yet")
             starts = self._learned[int(shard)].astype(np.int64) * TAR_BLOCK_BYTES
             start[rows], stop[rows] = starts[indices[rows]], starts[indices[rows] + 1]
         return start, stop
 
-    def _many(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`_mapped` in the order of the shards, piece by piece: the first touch of pages, which takes most of the time
-        of a process's first batch, is a tenth cheaper."""
-        if shards.size <= ROWS_PER_PIECE:
+    def _mapped_in_shard_order(
+        self, shards: np.ndarray, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_mapped` for many rows: sorted by shard, a block of rows at a time.
+
+        Page faults take most of the time of a process's first batch; this order makes them a tenth cheaper.
+        """
+        if shards.size <= ROWS_PER_LOOKUP:
             return self._mapped(shards, indices)
         start, stop = np.empty(shards.size, np.int64), np.empty(shards.size, np.int64)
         order = np.argsort(shards, axis=None)
-        for at in range(0, shards.size, ROWS_PER_PIECE):
-            rows = order[at : at + ROWS_PER_PIECE]
+        for at in range(0, shards.size, ROWS_PER_LOOKUP):
+            rows = order[at : at + ROWS_PER_LOOKUP]
             start[rows], stop[rows] = self._mapped(shards.reshape(-1)[rows], indices.reshape(-1)[rows])
         return start.reshape(shards.shape), stop.reshape(shards.shape)
 
     def _mapped(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop) of samples whose shards have a block in the index."""
         if not shards.size:
             return np.zeros(shards.shape, np.int64), np.zeros(shards.shape, np.int64)
         blocks = self._blocks[shards]
@@ -174,15 +184,16 @@ class Offsets:
         return start, stop
 
     def _entries(self, blocks: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """Bytes that 2-byte entries of the given blocks encode."""
         groups = entries // GROUP
         bases = self._wide[blocks // 4 + (GROUP // 2 + 1) * groups].astype(np.int64)
         return (bases + self._narrow[blocks // 2 + entries + 2 * (groups + 1)]) * TAR_BLOCK_BYTES
 
 
-def offsets_gone(url: str) -> UserError:
-    """The error for a table of shards without its offsets."""
+def missing_offsets_error(url: str) -> UserError:
+    """UserError for an index whose offset file does not exist."""
     return UserError(
-        f"{url} is gone: run again if the index was made anew meanwhile; else run: dromos data index {_root(url)}"
+        f"{url} is gone: run again if the index was just rebuilt; otherwise run: dromos data index {_root(url)}"
     )
 
 
@@ -190,7 +201,7 @@ def _root(url: str) -> str:
     return os.path.dirname(os.path.dirname(url))
 
 
-def _damaged(url: str) -> UserError:
+def _damaged_error(url: str) -> UserError:
     return UserError(
         f"{url} is damaged or does not belong to the shards.parquet beside it; run: dromos data index {_root(url)}"
     )

@@ -1,4 +1,4 @@
-"""What one walk over a tar's headers tells: where its samples begin, their members, and what is odd about them."""
+"""One pass over a tar's headers: where samples begin, which members they have, and defects such as split samples."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import (
     IMAGE_EXTENSIONS,
     TAR_BLOCK_BYTES,
-    Bytes,
     Member,
-    Truncated,
+    SliceableBytes,
+    TruncatedTarError,
+    iter_members,
     open_tar,
     split_name,
-    walk,
 )
 
-NAMED = 8  # keys that are remembered by name
+MAX_SPLIT_KEYS = 8  # keys of split samples that a Scan lists
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A tar's samples without their content.
+    """Samples of a tar, from its headers.
 
     starts: int64 [samples + 1], byte of each sample's first header, then the end of the last sample
-    fingerprint: 16 hex digits over names, sizes and offsets of all members
-    members: extension -> samples that have it
-    imageless: samples without an image member
-    split: keys, the first few, whose members are not adjacent, so that they make several samples
+    fingerprint: hash of the names, sizes and offsets of all members, as 16 hex digits
+    members: extension -> number of samples that have it
+    imageless: number of samples without an image member
+    split: first few keys whose members are not adjacent, so that one key counts as several samples
     """
 
     starts: np.ndarray
@@ -46,30 +46,33 @@ class Scan:
         return len(self.starts) - 1
 
 
-def scan(data: Bytes, where: str) -> Scan:
-    """Walk over the headers of a tar. Raises UserError as `walk` does; Truncated says what is whole of it."""
+def scan(data: SliceableBytes, where: str) -> Scan:
+    """Scan a tar's headers. Raises as `iter_members` does; a TruncatedTarError says how many samples are whole."""
     starts: list[int] = []
     try:
-        return _scan(walk(data, where), where, starts)
-    except Truncated as error:
-        raise Truncated(f"{error}; it holds {max(len(starts) - 1, 0)} whole samples before the cut") from None
+        return _scan(iter_members(data, where), where, starts)
+    except TruncatedTarError as error:
+        raise TruncatedTarError(
+            f"{error}; it holds {max(len(starts) - 1, 0)} whole samples before the cut"
+        ) from None
 
 
 def scan_file(url: str, size: int | None = None) -> Scan:
-    """`scan` of a tar, local or remote; `size` is its bytes where they are known."""
+    """Scan a local or remote tar; `size` is its size in bytes if known."""
     with open_tar(url, size) as data:
         return scan(data, url)
 
 
-def locate(source: str | bytes, where: str) -> np.ndarray:
-    """`Scan.starts` alone, of a tar or of its bytes."""
+def sample_starts(source: str | bytes, where: str) -> np.ndarray:
+    """`Scan.starts` of a tar, given its URL or its content."""
     return (scan(source, where) if isinstance(source, bytes) else scan_file(source)).starts
 
 
 def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
+    """Build a Scan. `starts` is filled on the way, so that it tells how far a truncated tar was read."""
     names: list[str] = []
-    places: list[tuple[int, int]] = []
-    kinds: Counter[tuple[str, ...]] = Counter()
+    contents: list[tuple[int, int]] = []  # (offset, size) of each member
+    extension_sets: Counter[tuple[str, ...]] = Counter()  # extensions of a sample -> samples
     keys: set[str] = set()
     split: list[str] = []
     end = 0
@@ -81,8 +84,8 @@ def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
             continue
         key, extension = parts
         if key != last:
-            kinds[extensions] += 1
-            if key in keys and len(split) < NAMED:
+            extension_sets[extensions] += 1
+            if key in keys and len(split) < MAX_SPLIT_KEYS:
                 split.append(key)
             keys.add(key)
             starts.append(first)
@@ -91,14 +94,16 @@ def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
             raise UserError(f"{where}: sample {key!r} has two members .{extension}; make the shard again")
         extensions += (extension,)
         names.append(name)
-        places.append((offset, size))
+        contents.append((offset, size))
         end = offset + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    kinds[extensions] += 1
-    del kinds[()]  # what came before the first sample
+    extension_sets[extensions] += 1
+    del extension_sets[()]  # counted before the first sample
     state = xxhash.xxh64("\0".join(names).encode("utf-8", "surrogateescape"))
-    state.update(np.array(places, np.int64).tobytes())
-    have: Counter[str] = Counter()
-    for kind, samples in kinds.items():
-        have.update(dict.fromkeys(kind, samples))
-    imageless = sum(samples for kind, samples in kinds.items() if set(kind).isdisjoint(IMAGE_EXTENSIONS))
-    return Scan(np.array([*starts, end], np.int64), state.hexdigest(), dict(have), imageless, split)
+    state.update(np.array(contents, np.int64).tobytes())
+    by_extension: Counter[str] = Counter()
+    for present, samples in extension_sets.items():
+        by_extension.update(dict.fromkeys(present, samples))
+    imageless = sum(
+        samples for present, samples in extension_sets.items() if set(present).isdisjoint(IMAGE_EXTENSIONS)
+    )
+    return Scan(np.array([*starts, end], np.int64), state.hexdigest(), dict(by_extension), imageless, split)

@@ -1,4 +1,4 @@
-"""The reader that fetches samples of a source by their place, with an index or without one."""
+"""`ShardReader`: (shard, index) to key and members, on disk or remote, with or without an index."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from data_pipeline import storage
 from data_pipeline.activity import reading
 from data_pipeline.errors import UserError
-from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, stats_url, wrong_count
+from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, stats_url, wrong_count_error
 from data_pipeline.sources.offsets import Offsets
-from data_pipeline.sources.scan import locate
-from data_pipeline.sources.tar import Sample, members_of
+from data_pipeline.sources.scan import sample_starts
+from data_pipeline.sources.tar import Sample, parse_sample
 
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class ShardReader:
-    """Reads samples of a source by (shard, position in the tar). One a process: it keeps files open.
+    """Reads samples of a source by (shard, position in the tar). One per process, because it keeps files open.
 
-    Places come from the index, else from the shard's headers when it is first touched: a walk over the tar, or its
-    whole fetch from an object store. Training visits all shards again and again, so what was learned of a shard is
-    kept, 4 bytes a sample; `learned_bytes` bounds it.
+    Byte ranges come from the index, else from the shard's headers at its first use: the tar is scanned on disk, or
+    fetched whole from an object store. Training visits every shard many times, so learned ranges stay in memory,
+    4 bytes per sample and at most `learned_bytes`. `files` is the maximum number of open tars.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ShardReader:
         self._learned_bytes = learned_bytes
         self._warned = False
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._most_files = files
+        self._max_files = files
         self._remote: RemoteShards | None = None
         if storage.is_remote(manifest.root):
             from data_pipeline.sources.remote_shards import RemoteShards
@@ -51,16 +51,16 @@ class ShardReader:
 
     @property
     def units(self) -> Units | None:
-        """What is fetched at once of a source in an object store."""
+        """Fetch units of a remote source; None for a local one."""
         return None if self._remote is None else self._remote.units
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
-        """(key, extension -> content) of the `index`-th sample in the tar.
+        """(key, {extension: content}) of the sample at position `index` of the tar.
 
-        Raises UserError if the tar does not hold what its count promised, or is no longer the one indexed.
+        Raises UserError if the tar does not match its count or its index, ReadError if the object store fails.
         """
         sample, span = self._parse(shard, index)
         return sample.key, {
@@ -68,65 +68,69 @@ class ShardReader:
         }
 
     def expect(self, shards: Sequence[int], indices: Sequence[int]) -> None:
-        """The samples that will be read next, in order: remote ones may be fetched meanwhile, several at once."""
+        """Announce the samples that are read next, in order; remote ones may be read ahead, in parallel."""
         if self._remote is not None:
             self._remote.expect(shards, indices)
 
     def key(self, shard: int, index: int) -> str:
-        """The sample's key alone."""
+        """Key of a sample."""
         return self._parse(shard, index)[0].key
 
     def reopen(self) -> None:
-        """Forget open files and fetched bytes, which may be stale; what is known of the shards stays."""
+        """Close files and drop fetched bytes, which may be stale; learned byte ranges stay."""
         while self._files:
             os.close(self._files.popitem()[1])
         if self._remote is not None:
-            self._remote.forget()
+            self._remote.close()
 
     def close(self) -> None:
         self.reopen()
 
     def _parse(self, shard: int, index: int) -> tuple[Sample, bytes]:
+        """The sample at position `index` of the tar, and the bytes to which its offsets refer."""
         if not self.offsets.knows(shard):
             self._learn(shard)
         start, stop = self.offsets.range(shard, index)
         span = self._span(shard, index, start, stop)
         try:
-            return members_of(span, "its span"), span
+            return parse_sample(span, "the span"), span
         except UserError as error:
             url = self.manifest.url(shard)
             raise UserError(
                 f"{url}: sample {index} should fill bytes {start} to {stop}, but {error}. The tar was changed or "
-                f"damaged since its samples were located; make it again, then run: dromos data index "
-                f"{self.manifest.root}"
+                f"damaged since it was indexed or scanned; make it again, then run: "
+                f"dromos data index {self.manifest.root}"
             ) from None
 
     def _learn(self, shard: int) -> None:
+        """Find the byte ranges of a shard's samples. Raises UserError if their number is not the manifest's count."""
         url = self.manifest.url(shard)
-        starts = locate(url, url) if self._remote is None else self._remote.located(shard)
-        promised = int(self.manifest.tar_counts[shard])
-        if len(starts) - 1 != promised:
-            raise wrong_count(url, promised, len(starts) - 1, self._counted_in(url))
+        starts = sample_starts(url, url) if self._remote is None else self._remote.sample_starts(shard)
+        expected = int(self.manifest.tar_counts[shard])
+        if len(starts) - 1 != expected:
+            raise wrong_count_error(url, expected, len(starts) - 1, self._counted_in(url))
         self.offsets.learn(shard, starts)
-        if self.offsets.forgot and not self._warned:
+        if self.offsets.evicted and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the places of the samples of {self.manifest.root} take more than {self._learned_bytes} bytes of "
-                "memory in each process, so that tars are walked over again and again; "
+                f"the byte ranges of the samples of {self.manifest.root} take more than {self._learned_bytes} bytes of "
+                "memory per process, so tars are scanned repeatedly; "
                 f"run: dromos data index {self.manifest.root}",
                 stacklevel=2,
             )
 
     def _counted_in(self, url: str) -> str:
+        """Name of the file that the count of a shard comes from, for messages."""
         if self.manifest.counted_by == "manifest":
             return f"the index {storage.join(self.manifest.root, INDEX_FOLDER)}"
         return {
             "stats": stats_url(url),
-            "sidecar": "what another tool wrote beside it (.idx, .nv-meta or the index of wids)",
-            "tar": "an earlier walk over it",
+            "sidecar": "the index file of another tool (.idx, .nv-meta or wids)",
+            "tar": "an earlier scan of it",
         }[self.manifest.counted_by]
 
     def _span(self, shard: int, index: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a shard. Raises UserError if a local tar ends earlier."""
         if self._remote is not None:
             return self._remote.span(shard, index, start, stop)
         url = self.manifest.url(shard)
@@ -136,12 +140,12 @@ class ShardReader:
             else:
                 descriptor = os.open(storage.local_path(url), os.O_RDONLY)
                 self._files[shard] = descriptor
-                if len(self._files) > self._most_files:
+                if len(self._files) > self._max_files:
                     os.close(self._files.popitem(last=False)[1])
             data = storage.read_descriptor(self._files[shard], start, stop - start)
         if len(data) != stop - start:
             raise UserError(
-                f"{url} is shorter than it was ({stop} bytes expected); make it again, then "
+                f"{url} is shorter than before ({stop} bytes expected); make it again, then "
                 f"run: dromos data index {self.manifest.root}"
             )
         return data

@@ -1,8 +1,8 @@
-"""What other tools wrote beside tars: how many samples each holds, so that no tar need be walked before training.
+"""Sample counts from the index files of DALI, Megatron-Energon and wids, so that training need not scan the tars first.
 
-Read are `.idx` of DALI's wds2idx, `.tar.idx` and `.nv-meta/.info.json` of Megatron-Energon, and the JSON index of wids.
-Only counts are taken, and held against the tar when it is first read: an offset that is wrong can lead to another
-sample than the one meant, and to prove the offsets takes the very walk over the headers that they would spare.
+Supported: `.idx` of DALI's wds2idx, `.tar.idx` and `.nv-meta/.info.json` of Megatron-Energon, the JSON index of wids.
+Only counts are used, and each is compared with the tar when the tar is first read. Offsets are ignored: a wrong offset
+can point to another sample, and to verify offsets needs the scan of the headers that they would save.
 """
 
 from __future__ import annotations
@@ -18,65 +18,68 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 
-SUFFIXES = (".tar.idx", ".idx")
-INFO = ".nv-meta/.info.json"
-HEAD = 64  # bytes that tell which kind of .idx a file is, and DALI's count
-DALI = re.compile(rb"v1\.[12] (\d+)\s")
-# JSON files of a folder that are looked at, and their bytes: a wids index takes some 150 a shard.
-WIDS_FILES, WIDS_BYTES = 8, 64 << 20
-SIDE_BY_SIDE = 16
+INDEX_SUFFIXES = (".tar.idx", ".idx")
+ENERGON_INFO = ".nv-meta/.info.json"
+HEAD_BYTES = 64  # enough to tell the kinds of .idx apart, and to read DALI's count
+DALI_HEAD = re.compile(rb"v1\.[12] (\d+)\s")
+# JSON files of a folder that may be a wids index, which takes about 150 bytes per shard.
+MAX_WIDS_FILES, MAX_WIDS_BYTES = 8, 64 << 20
+PARALLEL_READS = 16
 
 
-def count(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Shard url -> samples, for the shards of which something beside them tells it."""
-    found: dict[str, int] = {}
+def count_samples(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Shard URL -> samples, for the shards that an index file of another tool covers; `sizes` are bytes by URL.
+
+    Warns about files that are damaged or do not match their tars, and ignores them.
+    """
+    counts: dict[str, int] = {}
     for listed in (_energon_info(root, urls), _wids(root, urls, sizes)):
-        found |= {url: number for url, number in listed.items() if url not in found}
-    left = [url for url in urls if url not in found]
-    beside = _index_files(left)
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        counts = pool.map(lambda item: _count_in(*item), beside.values())
-        found |= {url: number for url, number in zip(beside, counts, strict=True) if number is not None}
-    for url in [url for url, number in found.items() if number > sizes[url] // TAR_BLOCK_BYTES]:
-        _warn(url, f"{found.pop(url)} samples are told of it, and it has {sizes[url]} bytes")
-    return found
+        counts |= {url: count for url, count in listed.items() if url not in counts}
+    index_files = _index_files([url for url in urls if url not in counts])
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        read = pool.map(lambda item: _count_in(*item), index_files.values())
+        counts |= {url: count for url, count in zip(index_files, read, strict=True) if count is not None}
+    for url in [url for url, count in counts.items() if count > sizes[url] // TAR_BLOCK_BYTES]:
+        _warn(url, f"an index file says {counts.pop(url)} samples, but the tar has {sizes[url]} bytes")
+    return counts
 
 
 def _warn(where: str, error: object) -> None:
     warnings.warn(
-        f"{where}: {error}. What other tools wrote is not used here, the tars are counted; make it again",
+        f"{where}: {error}. The samples are counted from the tars instead; make the index file again",
         stacklevel=4,
     )
 
 
 def _index_files(urls: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Shard url -> (url, bytes) of the index file beside it."""
-    candidates = {url: [url.removesuffix(".tar") + suffix for suffix in SUFFIXES] for url in urls}
-    there = storage.sizes([name for names in candidates.values() for name in names])
+    """Shard URL -> (URL, bytes) of the index file beside it, for the shards that have one."""
+    candidates = {url: [url.removesuffix(".tar") + suffix for suffix in INDEX_SUFFIXES] for url in urls}
+    existing = storage.sizes([name for names in candidates.values() for name in names])
     return {
-        url: (name, there[name])
+        url: (name, existing[name])
         for url, names in candidates.items()
         for name in reversed(names)
-        if name in there
+        if name in existing
     }
 
 
 def _count_in(where: str, size: int) -> int | None:
-    head = storage.read_range(where, 0, min(size, HEAD))
-    match = DALI.match(head)
+    """Samples according to an index file of DALI (text with a count) or Energon (uint64 offsets); None if neither."""
+    head = storage.read_range(where, 0, min(size, HEAD_BYTES))
+    match = DALI_HEAD.match(head)
     if match:
         return int(match[1])
     if size % 8 or size < 16 or head.startswith(b"v"):
-        _warn(where, "it is of no kind that is known")
+        _warn(where, "it is neither an index of DALI nor of Energon")
         return None
     return size // 8 - 1
 
 
 def _energon_info(root: str, urls: Sequence[str]) -> dict[str, int]:
-    """Counts in `.nv-meta/.info.json` of the folder, or of the one above it, where the paths begin with the folder."""
+    """Counts in Energon's `.info.json` of the folder or of its parent, whose paths start with the folder's name."""
     above, _, folder = root.rpartition("/")
     for base, start in ((root, ""), (above, f"{folder}/")):
-        where = storage.join(base, INFO)
+        where = storage.join(base, ENERGON_INFO)
         if not base or not storage.exists(where):
             continue
         counts = _json(where).get("shard_counts")
@@ -85,24 +88,24 @@ def _energon_info(root: str, urls: Sequence[str]) -> dict[str, int]:
             continue
         found: dict[str, int] = {}
         for url in urls:
-            number = counts.get(start + storage.path_below(root, url))
-            if _is_count(number):
-                found[url] = number
+            count = counts.get(start + storage.path_below(root, url))
+            if _is_count(count):
+                found[url] = count
         if found:
             return found
     return {}
 
 
 def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Counts in a wids index in the folder: a JSON object with a `shardlist` of {url, nsamples, filesize}."""
+    """Counts in a wids index in the folder: JSON with a `shardlist` of {url, nsamples, filesize}."""
     try:
         names = storage.list_files(root, ".json")
     except UserError:
         return {}
     lengths = storage.sizes([name for name in names if not name.endswith("_stats.json")])
-    names = [name for name, length in lengths.items() if length <= WIDS_BYTES]
+    names = [name for name, length in lengths.items() if length <= MAX_WIDS_BYTES]
     by_name = {url.rpartition("/")[2]: url for url in urls}
-    for where in names[:WIDS_FILES]:
+    for where in names[:MAX_WIDS_FILES]:
         shards = _json(where).get("shardlist")
         if not isinstance(shards, list):
             continue
@@ -123,12 +126,13 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
 
 
 def _json(where: str) -> dict[str, Any]:
+    """Content of a JSON file; an empty dict if it is no JSON object."""
     try:
-        found = json.loads(storage.read_bytes(where))
+        content = json.loads(storage.read_bytes(where))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _is_count(number: object) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

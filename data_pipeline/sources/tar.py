@@ -1,4 +1,7 @@
-"""Tar shards: written to the same bytes every time, read by their headers alone into a table of members."""
+"""Webdataset tars: deterministic writer, header walk, sample and member naming.
+
+Members are found from the headers alone; contents are not read.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,36 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 from zlib import adler32
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 TAR_BLOCK_BYTES = 512
-ZERO = bytes(TAR_BLOCK_BYTES)
-# webdataset skips members such as __index__/x.json: they describe the tar and are no samples.
-META = re.compile(r"__[^/]*__($|/)")
+ZERO_BLOCK = bytes(TAR_BLOCK_BYTES)
+# The image of a sample is its member with the first of these extensions.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+# webdataset skips members such as __index__/x.json: they describe the tar and belong to no sample.
+META_MEMBER = re.compile(r"__[^/]*__($|/)")
 # name, size, checksum, kind, magic, prefix of a header (POSIX ustar, IEEE Std 1003.1).
-FIELDS = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
-MODULUS = 65521  # Adler-32's
-LONGEST_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read into memory
+HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
+ADLER_MODULUS = 65521
+MAX_EXTENSION_BYTES = 1 << 20  # of a GNU long name or of pax records, which are read into memory
 
 
-class Bytes(Protocol):
-    """What headers are read from: bytes, or a file of which pieces are read."""
+class SliceableBytes(Protocol):
+    """Source of tar headers: bytes, or a BufferedTar."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class Member(NamedTuple):
-    """A regular file in a tar. `first` is the byte of its first header: long names have headers before its own."""
+    """A regular file in a tar: `size` bytes of content at byte `offset`.
+
+    `first` is the byte of its first header; a long name has its own header before that of the file.
+    """
 
     first: int
     name: str
@@ -46,16 +50,16 @@ class Member(NamedTuple):
     size: int
 
 
-class Pieces:
-    """A tar of which stretches are read as headers are asked for: `piece` bytes, or `small` past a larger member.
+class BufferedTar:
+    """A tar read through one buffer: `near` bytes per read, or `far` bytes after a skip over a larger member.
 
-    Reading so is about twice as fast as walking over a memory map, for which pages are fetched one after the other.
+    About twice as fast as a memory map, whose pages are loaded one after the other.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int, piece: int, small: int) -> None:
-        """`read(offset, length)` gives as many bytes, or fewer at the end."""
+    def __init__(self, read: Callable[[int, int], bytes], size: int, near: int, far: int) -> None:
+        """`read(offset, length)` returns `length` bytes, fewer only at the end of the tar."""
         self._read, self._size = read, size
-        self._lengths = piece, small
+        self._near, self._far = near, far
         self._start = self._stop = 0
         self._data = b""
 
@@ -65,29 +69,29 @@ class Pieces:
     def __getitem__(self, part: slice, /) -> bytes:
         start, stop = part.start, min(part.stop, self._size)
         if start < self._start or stop > self._stop:
-            near = start < self._stop + self._lengths[0]
-            length = max(self._lengths[0 if near else 1], stop - start)
+            is_near = start < self._stop + self._near
+            length = max(self._near if is_near else self._far, stop - start)
             self._start, self._data = start, self._read(start, min(length, self._size - start))
             self._stop = start + len(self._data)
         return self._data[start - self._start : stop - self._start]
 
 
-class Truncated(UserError):
-    """The tar ends before its end-of-archive mark."""
+class TruncatedTarError(UserError):
+    """A tar ends before its end-of-archive mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sample's place in its tar: extension (lower case) -> (offset of the content, bytes)."""
+    """A sample of a tar. `members` maps the extension (lower case) to (offset, size) of the content in bytes."""
 
     key: str
     members: dict[str, tuple[int, int]]
 
 
 class TarWriter:
-    """Writes samples to a tar that depends on nothing but them: no times, no owners, members sorted.
+    """Writes samples to a tar whose bytes depend only on them: no times, no owners, members sorted.
 
-    The tar appears under `path` when it is closed, and not at all if the block ends in an exception.
+    The tar appears under `path` when it is closed, and not at all if the `with` block raises.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -99,11 +103,16 @@ class TarWriter:
         self._last_key: str | None = None
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample. `key` may hold folders; a dot in its last part would start the extension."""
-        if not key or "." in key.rpartition("/")[2] or key.endswith("/") or META.match(key):
-            raise UserError(f"{self.path}: {key!r} cannot be the key of a sample (empty, a dot, or __meta__)")
+        """Append a sample. Raises UserError for an invalid or repeated key and for a sample without members.
+
+        `key` may contain folders, but no dot in its last part, because a dot starts the extension.
+        """
+        if not key or "." in key.rpartition("/")[2] or key.endswith("/") or META_MEMBER.match(key):
+            raise UserError(
+                f"{self.path}: {key!r} is not a valid sample key (it is empty, has a dot, or is __meta__)"
+            )
         if key == self._last_key:
-            raise UserError(f"{self.path}: two samples in a row have the key {key!r}")
+            raise UserError(f"{self.path}: two consecutive samples have the key {key!r}")
         if not members:
             raise UserError(f"{self.path}: sample {key!r} has no members")
         self._last_key = key
@@ -119,12 +128,12 @@ class TarWriter:
         self._stack.close()
 
     def discard(self) -> None:
-        """Give up: nothing appears under the path."""
-        abandoned = RuntimeError("abandoned")
+        """Drop what was written; no file appears under the path."""
+        discarded = RuntimeError("discarded")
         try:
-            self._stack.__exit__(RuntimeError, abandoned, None)
+            self._stack.__exit__(RuntimeError, discarded, None)
         except RuntimeError as error:
-            if error is not abandoned:
+            if error is not discarded:
                 raise
 
     def __enter__(self) -> TarWriter:
@@ -138,11 +147,12 @@ class TarWriter:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """`dir/000.seg.png` -> ("dir/000", "seg.png"): by webdataset's rule, up to the basename's first dot.
+    """Split a member's name into key and extension: `dir/000.seg.png` -> ("dir/000", "seg.png").
 
-    None for what is no member of a sample: no extension, a hidden file (macOS adds `._x`), __meta__ members.
+    By webdataset's rule, the extension starts at the first dot of the basename. None for a file that belongs to no
+    sample: no extension, a hidden file (macOS adds `._x`), a __meta__ member.
     """
-    if name[:2] == "__" and META.match(name):
+    if name[:2] == "__" and META_MEMBER.match(name):
         return None
     base = name.rfind("/") + 1
     dot = name.find(".", base)
@@ -152,33 +162,38 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def member_table(source: str | os.PathLike[str] | bytes, name: str | None = None) -> list[Sample]:
-    """The samples of a tar in its order, found by walking the headers; contents are not read.
+    """Samples of a tar, in its order, from the headers alone.
 
-    Parameters: `source` is a path, an s3:// url or the tar's bytes; `name` is for messages.
-    Members of one sample are adjacent, as webdataset requires. Raises UserError for what is no whole tar.
+    source: path, s3:// URL or content of the tar; name: its name in error messages.
+    A sample's members must be adjacent, as webdataset requires. Raises UserError for a damaged or truncated tar.
     """
     if isinstance(source, bytes):
-        return group_members(walk(source, name or "the tar"), name or "the tar")
+        return group_members(iter_members(source, name or "the tar"), name or "the tar")
     path = os.fspath(source)
     name = name or path
     with open_tar(path) as data:
-        return group_members(walk(data, name), name)
+        return group_members(iter_members(data, name), name)
 
 
 @contextmanager
-def open_tar(url: str, size: int | None = None) -> Iterator[Bytes]:
-    """A tar to walk over; `size` is its bytes where they are known. Raises UserError for an empty file."""
+def open_tar(url: str, size: int | None = None) -> Iterator[SliceableBytes]:
+    """Open a tar for `iter_members`; `size` is its size in bytes if known. Raises UserError for an empty file."""
     if storage.is_remote(url):
         size = storage.size(url) if size is None else size
         _refuse_empty(url, size)
-        yield Pieces(lambda at, length: storage.read_range(url, at, length, size), size, 8 << 20, 64 << 10)
+        yield BufferedTar(
+            lambda offset, length: storage.read_range(url, offset, length, size), size, 8 << 20, 64 << 10
+        )
         return
     with storage.open_bytes(url) as file:
         descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         _refuse_empty(url, size)
-        yield Pieces(
-            lambda at, length: storage.read_descriptor(descriptor, at, length), size, 1 << 20, 16 << 10
+        yield BufferedTar(
+            lambda offset, length: storage.read_descriptor(descriptor, offset, length),
+            size,
+            1 << 20,
+            16 << 10,
         )
 
 
@@ -188,7 +203,7 @@ def _refuse_empty(url: str, size: int) -> None:
 
 
 def group_members(members: Iterator[Member], where: str) -> list[Sample]:
-    """Members in the tar's order -> samples."""
+    """Group adjacent members into samples. Raises UserError if a sample has two members of one extension."""
     table: list[Sample] = []
     for _, member, offset, length in members:
         parts = split_name(member)
@@ -203,47 +218,43 @@ def group_members(members: Iterator[Member], where: str) -> list[Sample]:
     return table
 
 
-def members_of(span: bytes, where: str) -> Sample:
-    """The sample in a span of a tar, from its first header to the next sample's; offsets are within the span.
+def parse_sample(span: bytes, where: str) -> Sample:
+    """The one sample in a span of a tar, from its first header to the next sample's; offsets count from the span.
 
-    Raises UserError, naming `where`, if the span is not one whole sample.
+    Raises UserError, naming `where`, if the span is not exactly one sample.
     """
-    table = group_members(walk(span, where, part=True), where)
+    table = group_members(iter_members(span, where, is_span=True), where)
     if len(table) != 1:
         keys = ", ".join(repr(sample.key) for sample in table[:3]) or "none"
-        raise UserError(f"{where}: one sample is expected, found {len(table)} ({keys})")
+        raise UserError(f"{where}: expected one sample, found {len(table)} ({keys})")
     return table[0]
 
 
-def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
-    """Every regular file, in order: ustar, GNU long names, pax headers.
+def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Iterator[Member]:
+    """Iterate over the regular files of a tar, in order; reads ustar, GNU long names and pax headers.
 
-    With `part`, `data` is a stretch of a tar from a first header up to another one, and its end is no error.
-    Raises UserError that names the byte where a header is damaged; Truncated where the tar is cut off.
+    With `is_span`, `data` is a part of a tar that ends before another header, so it needs no end-of-archive mark.
+    Raises UserError with the byte position if a header is damaged, TruncatedTarError if the tar is cut off.
     """
-    end = len(data)
-    first = position = 0
+    end, first, position = len(data), 0, 0
     long_name: str | None = None
     pax: dict[str, str] = {}
-    extended = False  # headers that describe the next one came before it
+    extended = False  # True after headers that extend the next one
     while True:
         header = data[position : position + TAR_BLOCK_BYTES]
         if len(header) < TAR_BLOCK_BYTES:
-            if part and position == end and not extended:
+            if is_span and position == end and not extended:
                 return
-            raise Truncated(
-                f"{where} is cut off: {end} bytes and no end-of-archive mark, so its writer was interrupted; "
-                "make it again or remove it"
-            )
-        raw_name, raw_size, checksum, kind, magic, prefix = FIELDS.unpack(header)
+            raise _truncated(where, f"{end} bytes and no end-of-archive mark, so its writer was interrupted")
+        raw_name, raw_size, checksum, kind, magic, prefix = HEADER.unpack(header)
         try:
             # The lower half of Adler-32 is one more than the sum of the bytes, modulo 65521, and far faster.
-            fault = (adler32(header) % 65536 - sum(checksum) + 255 - int(checksum[:6], 8)) % MODULUS
+            fault = (adler32(header) % 65536 - sum(checksum) + 255 - int(checksum[:6], 8)) % ADLER_MODULUS
             size = int(raw_size[:11], 8) if raw_size[:11].isdigit() and raw_size[11] in b"\0 " else -1
         except ValueError:
             fault, size = 1, -1
         if fault:
-            if header == ZERO:
+            if header == ZERO_BLOCK:
                 return
             _check_header(header, position, where)
         if size < 0:
@@ -254,61 +265,67 @@ def walk(data: Bytes, where: str, part: bool = False) -> Iterator[Member]:
         if kind in b"123456":
             size = 0
         if content + size > end:
-            raise Truncated(
-                f"{where} is cut off: the member at byte {position} should end at byte {content + size}, "
-                f"the file at byte {end}; make it again or remove it"
-            )
+            due = f"the member at byte {position} should end at byte {content + size}"
+            raise _truncated(where, f"{due}, the file at byte {end}")
         position = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if kind in b"07\0":
+            name = pax.get("path") or long_name or _name(raw_name, magic, prefix)
             if extended:
-                name = pax.get("path") or long_name or _name(raw_name, magic, prefix)
                 long_name, pax, extended = None, {}, False
-            else:
-                name = _name(raw_name, magic, prefix)
-            # Old tars mark a folder by its trailing slash alone.
+            # Old tars mark a folder only by its trailing slash.
             if name[-1:] != "/":
                 yield Member(first, name, content, size)
             first = position
         elif kind in b"LKx":
             extended = True
-            if size > LONGEST_HEADER:
-                raise UserError(
-                    f"{where} is damaged: the header at byte {content - TAR_BLOCK_BYTES} says that a name takes "
-                    f"{size} bytes; make it again or remove it"
-                )
+            _check_extension_size(size, content, where)
             if kind == b"L":
                 long_name = _text(data[content : content + size])
             elif kind == b"x":
                 pax = _pax_records(data[content : content + size], where)
-                if any(key.startswith("GNU.sparse.") for key in pax):
-                    raise UserError(
-                        f"{where}: sparse members are not supported; write the tar without --sparse"
-                    )
         elif kind == b"S":
-            raise UserError(f"{where}: sparse members are not supported; write the tar without --sparse")
-        elif kind == b"g":
-            if not extended:
-                first = position
-        else:
+            raise _sparse(where)
+        elif kind != b"g":
             long_name, pax, extended, first = None, {}, False, position
+        elif not extended:
+            first = position
+
+
+def _truncated(where: str, reason: str) -> TruncatedTarError:
+    return TruncatedTarError(f"{where} is cut off: {reason}; make it again or remove it")
+
+
+def _sparse(where: str) -> UserError:
+    return UserError(f"{where}: sparse members are not supported; write the tar without --sparse")
+
+
+def _check_extension_size(size: int, content: int, where: str) -> None:
+    if size > MAX_EXTENSION_BYTES:
+        raise UserError(
+            f"{where} is damaged: the header at byte {content - TAR_BLOCK_BYTES} says that a name takes "
+            f"{size} bytes; make it again or remove it"
+        )
 
 
 def _check_header(header: bytes, position: int, where: str) -> None:
+    """Raise UserError for a header with a wrong checksum; the exact check behind the fast one of iter_members."""
     if position == 0 and header[:2] == b"\x1f\x8b":
-        raise UserError(f"{where} is compressed with gzip; unpack it, ranges of it cannot be read")
+        raise UserError(f"{where} is compressed with gzip; unpack it, because ranges of it cannot be read")
     stated = _number(header[148:156], position, where)
     if stated != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise UserError(f"{where} is no tar, or damaged: wrong checksum of the header at byte {position}")
+        raise UserError(
+            f"{where} is not a tar, or is damaged: wrong checksum in the header at byte {position}"
+        )
 
 
 def _number(field: bytes, position: int, where: str) -> int:
-    """Octal digits, or GNU's base-256 for files over 8 GiB."""
+    """Decode a number field: octal digits, or GNU's base-256 for sizes over 8 GiB."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
     if digits and not re.fullmatch(rb"[0-7]+", digits):
         if position == 0:
-            raise UserError(f"{where} is no tar: its first 512 bytes are no tar header")
+            raise UserError(f"{where} is not a tar: its first 512 bytes are not a tar header")
         raise UserError(
             f"{where} is damaged: no header at byte {position}, where the next member should start"
         )
@@ -320,14 +337,14 @@ def _text(field: bytes) -> str:
 
 
 def _name(name: bytes, magic: bytes, prefix: bytes) -> str:
-    # The prefix field belongs to POSIX ustar; old GNU headers ("ustar  ") keep other things there.
+    # Only POSIX ustar has the prefix field; old GNU headers ("ustar  ") use these bytes otherwise.
     if prefix[0] and magic == b"ustar\0":
         return f"{_text(prefix)}/{_text(name)}"
     return _text(name)
 
 
 def _pax_records(data: bytes, where: str) -> dict[str, str]:
-    """`LENGTH key=value\\n` records; LENGTH counts the whole record."""
+    """Decode `LENGTH key=value\\n` records; LENGTH counts the whole record. Raises UserError if they are invalid."""
     records: dict[str, str] = {}
     position = 0
     try:
@@ -336,21 +353,19 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
             length = int(data[position:space])
             key, separator, value = data[space + 1 : position + length - 1].partition(b"=")
             if not separator or length <= 0:
-                raise ValueError("a record without =")
+                raise ValueError("a record has no =")
             records[key.decode()] = value.decode("utf-8", "surrogateescape")
             position += length
         if int(records.get("size", "0")) < 0:
-            raise ValueError("a negative size")
+            raise ValueError("negative size")
     except ValueError as error:
         raise UserError(f"{where} is damaged: a pax header cannot be read ({error})") from None
+    if any(key.startswith("GNU.sparse.") for key in records):
+        raise _sparse(where)
     return records
 
 
-# The members of a sample that are taken for its image; where it has several, the first of these.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-
-
 def image_member(members: Iterable[str]) -> str | None:
-    """The member of a sample that is the image, if it has one."""
+    """Extension of a sample's image; None if it has no image."""
     present = set(members)
     return next((extension for extension in IMAGE_EXTENSIONS if extension in present), None)

@@ -1,4 +1,4 @@
-"""Random and awkward tars for the tests of headers, offsets and views, written by Python's tarfile."""
+"""Random tars with unusual members, written by Python's tarfile, for tests of headers, offsets and views."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-# (name, kind, size): a member of a sample, or what stands between samples.
+# (name, kind, size) of a member of the tar.
 Entry = tuple[str, bytes, int]
 
 
@@ -31,7 +31,7 @@ sizes = st.sampled_from([0, 0, 1, 511, 512, 513, 2000])
 
 @st.composite
 def entries(draw: st.DrawFn) -> list[Entry]:
-    """Samples with different keys, one after the other, with folders, links and __meta__ members about."""
+    """Samples with distinct keys, mixed with folders, links, __meta__ members and files that belong to no sample."""
     found: list[Entry] = []
     for number in range(draw(st.integers(0, 12))):
         key = f"{draw(folders)}{draw(long_words)}{number}"
@@ -52,7 +52,7 @@ def entries(draw: st.DrawFn) -> list[Entry]:
 
 
 def truth(path: Path) -> list[tuple[str, int, dict[str, bytes]]]:
-    """(key, first header, members) of each sample, by tarfile and webdataset's rule alone."""
+    """(key, byte of the first header, members) of each sample, by tarfile and webdataset's naming rule."""
     found: list[tuple[str, int, dict[str, bytes]]] = []
     with tarfile.open(path) as tar:
         for member in tar:

@@ -1,4 +1,4 @@
-"""Indexing: what is walked again and what is not, kills, two runs at once, broken tars, duplicates; local and s3."""
+"""Indexing: incremental scans, killed and concurrent runs, damaged tars, duplicates; on disk and on S3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index import build, parallel
 from data_pipeline.index.build import build_index
-from data_pipeline.index.shard_record import walk_shard
+from data_pipeline.index.shard_record import scan_shard
 from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
@@ -60,27 +60,27 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each tar is walked from now on."""
+def scans(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the scans of each tar from now on, by path."""
     counted: Counter[str] = Counter()
 
     def counting(url: str, path: str, size: int, version: str) -> object:
         counted[path] += 1
-        return walk_shard(url, path, size, version)
+        return scan_shard(url, path, size, version)
 
-    monkeypatch.setattr(build, "walk_shard", counting)
+    monkeypatch.setattr(build, "scan_shard", counting)
     return counted
 
 
 def index_of(root: str) -> tuple[dict[str, list[object]], bytes]:
-    """Everything that an index says."""
+    """Content of an index: columns of shards.parquet, bytes of the offset file."""
     table = parquet.read_table(f"{root}/_index/shards.parquet")
     name = table.schema.metadata[b"offsets"].decode()
     return table.to_pydict(), (Path(root) / "_index" / name).read_bytes()
 
 
 def check(root: str) -> None:
-    """The index gives what tarfile finds."""
+    """Assert that reading through the index gives what tarfile reads."""
     manifest = open_source("a", root)
     reader = ShardReader(manifest)
     assert manifest.counted_by == "manifest"
@@ -92,73 +92,75 @@ def check(root: str) -> None:
     reader.close()
 
 
-def test_only_new_and_changed_tars_are_walked(root: str, walks: Counter[str]) -> None:
+def test_only_new_and_changed_tars_are_scanned(root: str, scans: Counter[str]) -> None:
     first = build_index(root)
-    assert (first.walked, first.kept, first.samples) == (SHARDS, 0, first.manifest.samples)
-    assert set(walks.values()) == {1}
-    walks.clear()
+    assert (first.scanned, first.reused, first.samples) == (SHARDS, 0, first.manifest.samples)
+    assert set(scans.values()) == {1}
+    scans.clear()
     before = index_of(root)
     again = build_index(root)
-    assert (again.walked, again.kept, walks) == (0, SHARDS, {})
+    assert (again.scanned, again.reused, scans) == (0, SHARDS, {})
     assert index_of(root) == before
-    write_shard(f"{root}/00003.tar", 3, 9, extra=1)  # another size
+    write_shard(f"{root}/00003.tar", 3, 9, extra=1)  # its size changes
     size = os.path.getsize(f"{root}/00004.tar")
-    write_shard(f"{root}/00004.tar", 4, 7)  # the same bytes, another time
+    write_shard(f"{root}/00004.tar", 4, 7)  # only its modification time changes
     assert os.path.getsize(f"{root}/00004.tar") == size
     write_shard(f"{root}/{SHARDS:05d}.tar", SHARDS, 2)
     os.unlink(f"{root}/00000.tar")
     last = build_index(root)
-    assert walks == {"00003.tar": 1, "00004.tar": 1, f"{SHARDS:05d}.tar": 1}
+    assert scans == {"00003.tar": 1, "00004.tar": 1, f"{SHARDS:05d}.tar": 1}
     assert last.manifest.paths == [f"{n:05d}.tar" for n in range(1, SHARDS + 1)]
     check(root)
     assert sorted(os.listdir(f"{root}/_index"))[1:] == ["shards.parquet"]
 
 
-def test_part_of_a_folder_leaves_the_rest_of_its_index(root: str, walks: Counter[str]) -> None:
+def test_indexing_some_shards_keeps_the_rest_of_the_index(root: str, scans: Counter[str]) -> None:
     build_index(root + "/{00002,00005}.tar")
     assert build_index(root + "/{00007..00008}.tar").manifest.paths == ["00007.tar", "00008.tar"]
     assert open_source("a", root + "/{00002,00005,00008}.tar").counted_by == "manifest"
-    with pytest.raises(UserError, match=r"00000\.tar is newer than the index"):
+    with pytest.raises(UserError, match=r"00000\.tar is not in the index"):
         open_source("a", root)
     build_index(root)
-    assert set(walks.values()) == {1}
+    assert set(scans.values()) == {1}
     check(root)
 
 
-def test_a_damaged_index_is_made_again(root: str, walks: Counter[str]) -> None:
+def test_a_damaged_index_is_repaired(root: str, scans: Counter[str]) -> None:
     build_index(root)
     before = index_of(root)
     offsets = next(Path(root, "_index").glob("offsets-*.bin"))
     data = bytearray(offsets.read_bytes())
-    data[5] ^= 255  # of the first shard
+    data[5] ^= 255  # in the block of the first shard
     offsets.write_bytes(data)
-    walks.clear()
+    scans.clear()
     build_index(root)
-    assert walks == {"00000.tar": 1}
+    assert scans == {"00000.tar": 1}
     assert index_of(root) == before
     Path(root, "_index", "shards.parquet").write_bytes(b"junk")
     build_index(root)
     assert index_of(root) == before
 
 
-def test_processes_find_what_one_does(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_scans_give_the_same_index(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(root, tmp_path / "other")
     build_index(root)
-    monkeypatch.setattr(parallel, "WORTH_A_PROCESS", 1)
-    told: list[tuple[int, int, int, int]] = []
-    build_index(str(tmp_path / "other"), jobs=3, progress=lambda *state: told.append(state))
+    monkeypatch.setattr(parallel, "MIN_BYTES_PER_PROCESS", 1)
+    reports: list[tuple[int, int, int, int]] = []
+    build_index(str(tmp_path / "other"), jobs=3, progress=lambda *state: reports.append(state))
     assert index_of(root) == index_of(str(tmp_path / "other"))
     total = sum(os.path.getsize(f"{root}/{n:05d}.tar") for n in range(SHARDS))
-    assert [done for done, *_ in told] == list(range(1, SHARDS + 1))
-    assert told[-1] == (SHARDS, SHARDS, open_source("a", root).samples, total)
+    assert [done for done, *_ in reports] == list(range(1, SHARDS + 1))
+    assert reports[-1] == (SHARDS, SHARDS, open_source("a", root).samples, total)
 
 
-def test_every_broken_tar_is_named_at_once_and_the_others_are_kept(root: str, walks: Counter[str]) -> None:
+def test_all_damaged_tars_are_named_and_the_others_are_saved(root: str, scans: Counter[str]) -> None:
     for shard in (1, 6):
         path = Path(root) / f"{shard:05d}.tar"
         with tarfile.open(path) as tar:
             last = tar.getmembers()[-1]
-        path.write_bytes(path.read_bytes()[: last.offset])  # within its sample
+        path.write_bytes(path.read_bytes()[: last.offset])  # in the middle of the last sample
     (Path(root) / "00004.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(UserError) as failure:
         build_index(root)
@@ -166,42 +168,40 @@ def test_every_broken_tar_is_named_at_once_and_the_others_are_kept(root: str, wa
     assert f"3 of the {SHARDS} tars" in message
     for name in ("00001.tar is cut off", "00004.tar", "00006.tar is cut off", f"dromos data index {root}"):
         assert name in message
-    assert "it holds 3 whole samples before the cut" in message  # of the 4 of 00001.tar
+    assert "it holds 3 whole samples before the cut" in message  # 00001.tar had 4
     assert not os.path.exists(f"{root}/_index/shards.parquet")
     for shard in (1, 4, 6):
         write_shard(f"{root}/{shard:05d}.tar", shard, 4)
-    walks.clear()
+    scans.clear()
     build_index(root)
-    assert set(walks) == {"00001.tar", "00004.tar", "00006.tar"}
+    assert set(scans) == {"00001.tar", "00004.tar", "00006.tar"}
     assert not os.path.exists(f"{root}/_index/parts")
     check(root)
 
 
-# Indexes the folder in argv[1]; after argv[2] tars it says so and waits for its end.
+# Indexes the folder argv[1]; after argv[2] tars it prints a line and waits to be killed.
 KILLED = """
 import sys, time
 from data_pipeline.index import build
-from data_pipeline.index.shard_record import walk_shard
-walked = 0
+from data_pipeline.index.shard_record import scan_shard
+scanned = 0
 def slow(url, path, size, version):
-    global walked
-    walked += 1
-    if walked > int(sys.argv[2]):
+    global scanned
+    scanned += 1
+    if scanned > int(sys.argv[2]):
         print("waiting", flush=True)
         time.sleep(600)
-    return walk_shard(url, path, size, version)
-build.walk_shard = slow
+    return scan_shard(url, path, size, version)
+build.scan_shard = slow
 build.build_index(sys.argv[1], part_seconds=0.0)
 """
 
 
 @pytest.mark.parametrize("kills", [[5], [0, 3, 1, 4]])
-def test_a_killed_run_goes_on_where_it_was(
-    root: str, tmp_path: Path, walks: Counter[str], kills: list[int]
-) -> None:
+def test_a_killed_run_resumes(root: str, tmp_path: Path, scans: Counter[str], kills: list[int]) -> None:
     shutil.copytree(root, tmp_path / "whole")
     build_index(str(tmp_path / "whole"))
-    walks.clear()
+    scans.clear()
     for after in kills:
         command = [sys.executable, "-c", KILLED, root, str(after)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
@@ -211,18 +211,18 @@ def test_a_killed_run_goes_on_where_it_was(
         assert run.returncode == -signal.SIGKILL
         assert not os.path.exists(f"{root}/_index/shards.parquet")
     build_index(root)
-    assert len(walks) == SHARDS - sum(kills)
-    assert set(walks.values()) == {1}
+    assert len(scans) == SHARDS - sum(kills)
+    assert set(scans.values()) == {1}
     assert index_of(root) == index_of(str(tmp_path / "whole"))
     assert len(os.listdir(f"{root}/_index")) == 2
 
 
-def test_files_that_a_killed_run_had_not_finished_are_removed_a_day_later(root: str) -> None:
+def test_unfinished_files_of_killed_runs_are_removed_a_day_later(root: str) -> None:
     build_index(root)
     for name in (".offsets-0123456789abcdef.bin.7.ab.tmp", ".shards.parquet.7.cd.tmp"):
         Path(root, "_index", name).write_bytes(b"half")
     build_index(root)
-    assert len(os.listdir(f"{root}/_index")) == 4  # another run may be at them
+    assert len(os.listdir(f"{root}/_index")) == 4  # another run may be writing them
     for path in Path(root, "_index").glob("*.tmp"):
         os.utime(path, (0, 0))
     build_index(root)
@@ -238,7 +238,7 @@ build_index(sys.argv[1], part_seconds=0.0)
 
 
 def test_kills_at_any_time_leave_an_index_or_none(root: str, tmp_path: Path) -> None:
-    """Also between the offsets and the table that names them, and while parts are removed."""
+    """Including kills between the writes of offsets and table, and while parts are removed."""
     shutil.copytree(root, tmp_path / "whole")
     build_index(str(tmp_path / "whole"))
     want = index_of(str(tmp_path / "whole"))
@@ -261,13 +261,13 @@ def test_kills_at_any_time_leave_an_index_or_none(root: str, tmp_path: Path) -> 
     assert index_of(root) == want
 
 
-def test_walkers_end_with_a_run_that_is_killed(root: str) -> None:
-    """Processes whose parent is gone do not stay behind."""
+def test_worker_processes_end_with_a_killed_run(root: str) -> None:
+    """Worker processes end when their parent is killed."""
     code = (
         "import sys, time\nfrom data_pipeline.index import parallel\n"
-        "from tests.data_pipeline.index.test_build import dawdle\n"
-        "if __name__ == '__main__':\n parallel.WORTH_A_PROCESS = 1\n"
-        " list(parallel.walk_all(dawdle, [(str(n), '', 9, '') for n in range(4)], 2))\n"
+        "from tests.data_pipeline.index.test_build import sleep_forever\n"
+        "if __name__ == '__main__':\n parallel.MIN_BYTES_PER_PROCESS = 1\n"
+        " list(parallel.map_shards(sleep_forever, [(str(n), '', 9, '') for n in range(4)], 2))\n"
     )
     script = Path(root) / "run.py"
     script.write_text(code)
@@ -279,13 +279,13 @@ def test_walkers_end_with_a_run_that_is_killed(root: str) -> None:
         workers = {int(run.stdout.readline()) for _ in range(2)}
         assert run.pid not in workers
         run.kill()
-    give_up = time.monotonic() + 30
-    while any(_runs(pid) for pid in workers) and time.monotonic() < give_up:
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_runs(pid) for pid in workers)
 
 
-def dawdle(*_: object) -> None:
+def sleep_forever(*_: object) -> None:
     print(os.getpid(), flush=True)
     time.sleep(600)
 
@@ -305,25 +305,27 @@ def test_two_runs_at_once(root: str, tmp_path: Path) -> None:
         runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
         assert [run.wait(60) for run in runs] == [0, 0, 0]
         assert index_of(root) == index_of(str(tmp_path / "whole"))
-        write_shard(f"{root}/00000.tar", 0, 8, extra=2)  # the next round replaces an index that is there
+        write_shard(f"{root}/00000.tar", 0, 8, extra=2)  # so that the next round replaces an existing index
         shutil.copy2(f"{root}/00000.tar", tmp_path / "whole" / "00000.tar")
         build_index(str(tmp_path / "whole"))
     assert sorted(os.listdir(f"{root}/_index"))[1:] == ["shards.parquet"]
 
 
-def test_what_cannot_be_kept_is_told_before_the_walk(root: str, tmp_path: Path, walks: Counter[str]) -> None:
+def test_an_unwritable_folder_is_an_error_before_the_scan(
+    root: str, tmp_path: Path, scans: Counter[str]
+) -> None:
     Path(root, "_index").write_text("a file")
     with pytest.raises(UserError, match=r"_index cannot be written to; .*links"):
         build_index(root)
     os.unlink(f"{root}/_index")
     os.rename(f"{root}/00000.tar", os.fsencode(root) + b"/\xff.tar")
-    with pytest.raises(UserError, match=r"udcff\.tar' is no name in UTF-8"):
+    with pytest.raises(UserError, match=r"udcff\.tar' is not a valid UTF-8 name"):
         build_index(root)
-    assert walks == {}
+    assert scans == {}
 
 
 def test_two_runs_over_parts_of_a_folder(root: str) -> None:
-    """Each keeps what the other found, whoever ends last."""
+    """Two runs over different shards of a folder keep each other's results, in either order."""
     halves = [f"{root}/{{{first:05d}..{first + 5:05d}}}.tar" for first in (0, 6)]
     runs = [
         subprocess.Popen([sys.executable, "-c", AT_ANY_TIME, half], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -334,7 +336,7 @@ def test_two_runs_over_parts_of_a_folder(root: str) -> None:
 
 
 def test_a_tar_that_cannot_be_read_is_named_with_the_others(
-    root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
+    root: str, scans: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = storage.read_descriptor
 
@@ -349,7 +351,7 @@ def test_a_tar_that_cannot_be_read_is_named_with_the_others(
     ):
         build_index(root)
     monkeypatch.undo()
-    assert build_index(root).walked == 1
+    assert build_index(root).scanned == 1
 
 
 def test_duplicates_and_split_samples_are_found(root: str) -> None:
@@ -357,28 +359,31 @@ def test_duplicates_and_split_samples_are_found(root: str) -> None:
     write_entries(
         Path(root) / "00050.tar", [(n, tarfile.REGTYPE, 3) for n in ("a.jpg", "b.jpg", "a.txt", "b.txt")]
     )
-    for name in ("00060", "00061"):  # equal headers, other content: restarted keys, members of one size
+    for name in (
+        "00060",
+        "00061",
+    ):  # equal headers, different content: keys restart at 0, members have one size
         with TarWriter(f"{root}/{name}.tar") as tar:
             tar.write("0", {"npy": name.encode() * 30_000})
     found = build_index(root)
-    assert found.findings.same == [["00002.tar", "00099.tar"]]
+    assert found.findings.duplicates == [["00002.tar", "00099.tar"]]
     assert found.findings.split == {"00050.tar": ["a", "b"]}
     assert build_index(root).findings == found.findings
 
 
-def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, walks: Counter[str]) -> None:
+def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, scans: Counter[str]) -> None:
     remote = fill(f"{s3}/{tmp_path.name}")
     build_index(root)
-    walks.clear()
+    scans.clear()
     found = build_index(remote, part_seconds=0.0)
-    assert (found.walked, set(walks.values())) == (SHARDS, {1})
+    assert (found.scanned, set(scans.values())) == (SHARDS, {1})
     assert found.manifest.fingerprint == open_source("a", root).fingerprint
     here, there = ShardReader(open_source("a", root)), ShardReader(open_source("a", remote))
     places = [(s, i) for s, n in enumerate(found.manifest.counts.tolist()) for i in range(n)]
     assert [here.read(*place) for place in places] == [there.read(*place) for place in places]
     write_shard(f"{remote}/00005.tar", 5, 3, extra=5)
     again = build_index(remote)
-    assert (again.walked, again.kept) == (1, SHARDS - 1)
+    assert (again.scanned, again.reused) == (1, SHARDS - 1)
     store = storage.filesystem(remote)
     store.invalidate_cache()
     names = [name.rpartition("/")[2] for name in store.find(f"{remote}/_index")]
@@ -386,8 +391,8 @@ def test_remote_and_local_indexes_are_alike(s3: str, root: str, tmp_path: Path, 
     assert names[0].startswith("offsets-")
 
 
-def test_a_bucket_that_may_not_be_written_is_told_before_the_walk(
-    s3: str, root: str, walks: Counter[str], monkeypatch: pytest.MonkeyPatch
+def test_a_read_only_bucket_is_an_error_before_the_scan(
+    s3: str, root: str, scans: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
@@ -396,16 +401,16 @@ def test_a_bucket_that_may_not_be_written_is_told_before_the_walk(
         storage.publish(f"{s3}/closed/{path.name}", path.read_bytes())
     monkeypatch.setattr(files, "_put", refuse)
     with pytest.raises(
-        UserError, match=rf"{s3}/closed/_index/.* may not be written \(refused: Access Denied\)"
+        UserError, match=rf"permission denied writing {s3}/closed/_index/.*\(refused: Access Denied\)"
     ):
         build_index(f"{s3}/closed")
-    assert not walks
-    with pytest.raises(UserError, match=rf"{s3}/a\.bin may not be written"):
+    assert not scans
+    with pytest.raises(UserError, match=rf"permission denied writing {s3}/a\.bin"):
         storage.publish(f"{s3}/a.bin", b"x")
 
 
 def test_large_members_of_a_remote_tar_are_not_fetched(s3: str, tmp_path: Path) -> None:
-    """Headers beyond a large member are fetched in small pieces."""
+    """Headers after a large member are fetched in small pieces."""
     from data_pipeline.storage.object_store import requests
 
     root = f"{s3}/{tmp_path.name}"

@@ -1,4 +1,4 @@
-"""Filter expressions against the same conditions in Python; what cannot be read is named, and nothing is executed."""
+"""Filter expressions against the same conditions in Python; syntax errors are located, and no code is executed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ trees: st.SearchStrategy[tuple[str, Test]] = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(trees)
-def test_any_expression_is_what_python_makes_of_it(tree: tuple[str, Test]) -> None:
+def test_expressions_agree_with_python(tree: tuple[str, Test]) -> None:
     expression, test = tree
     assert kept(expression) == [number for number, row in enumerate(ROWS) if test(row) is True]
 
@@ -147,7 +147,7 @@ def test_any_expression_is_what_python_makes_of_it(tree: tuple[str, Test]) -> No
         ("not " * 5000 + "ok", "at most 100 levels"),
     ],
 )
-def test_what_cannot_be_read_is_shown(expression: str, message: str) -> None:
+def test_syntax_errors_show_their_position(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(expression)
 
@@ -162,13 +162,13 @@ def test_what_cannot_be_read_is_shown(expression: str, message: str) -> None:
         ("width in [1, 'a']", "cannot be applied"),
     ],
 )
-def test_what_cannot_be_applied_is_shown(expression: str, message: str) -> None:
+def test_unsuitable_columns_are_named(expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(expression).mask(TABLE)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("()[],'\"`<>=! andornotiswidth0123456789.null\\\n", max_size=30))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_a_user_error(text: str) -> None:
     with suppress(UserError):
         parse(text).mask(TABLE)

@@ -1,4 +1,4 @@
-"""Ranges of samples against tarfile's offsets: in the index, learned, in both widths, one by one and all at once."""
+"""Byte ranges of samples against tarfile's offsets: from the index and learned, both widths, single and vectorised."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from data_pipeline.sources.manifest import Manifest, open_source
 from data_pipeline.sources.offset_file import GROUP, OffsetFile, block_bytes, check_of, pack_starts
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.shard_reader import ShardReader
-from data_pipeline.sources.tar import members_of
+from data_pipeline.sources.tar import parse_sample
 from tests.support.tars import FORMATS, Entry, entries, truth, write_entries
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(entries(), min_size=1, max_size=3), st.sampled_from(FORMATS), st.booleans())
-def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form: int, indexed: bool) -> None:
+def test_spans_agree_with_tarfile(shards: list[list[Entry]], form: int, indexed: bool) -> None:
     """Spans begin at tarfile's first header of a sample, tile the tar, and parse to what tarfile extracts."""
     with tempfile.TemporaryDirectory() as folder:
         want = []
@@ -32,7 +32,7 @@ def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form
             try:
                 want.append(truth(write_entries(Path(folder) / f"{number}.tar", content, form)))
             except ValueError:
-                return  # ustar has no such long names
+                return  # the ustar format has no names this long
         if not any(want):
             return
         if indexed:
@@ -40,7 +40,7 @@ def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form
         manifest = open_source("a", folder)
         assert (manifest.offsets is not None) == indexed
         reader = ShardReader(manifest)
-        assert manifest.counts.tolist() == [len(one) for one in want]
+        assert manifest.counts.tolist() == [len(samples) for samples in want]
         for shard, samples in enumerate(want):
             data = (Path(folder) / f"{shard}.tar").read_bytes()
             for index, (key, first, members) in enumerate(samples):
@@ -49,7 +49,7 @@ def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form
                 assert start == first
                 if index + 1 < len(samples):
                     assert stop == samples[index + 1][1]
-                sample = members_of(data[start:stop], "x")
+                sample = parse_sample(data[start:stop], "x")
                 assert {e: data[start + o : start + o + n] for e, (o, n) in sample.members.items()} == members
         places = [(shard, index) for shard, samples in enumerate(want) for index in range(len(samples))]
         at = np.array(places)
@@ -61,7 +61,7 @@ def test_spans_are_tarfiles_and_hold_the_samples(shards: list[list[Entry]], form
 
 
 def offsets_of(folder: Path, shards: list[np.ndarray]) -> Offsets:
-    """Offsets of made-up starts, through a file."""
+    """Offsets of the given starts, written to an offset file."""
     packed = [pack_starts(starts) for starts in shards]
     for starts, (block, width) in zip(shards, packed, strict=True):
         assert len(block) == block_bytes(len(starts) - 1, width)
@@ -81,8 +81,8 @@ def offsets_of(folder: Path, shards: list[np.ndarray]) -> Offsets:
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_any_starts_come_back(data: st.DataObject) -> None:
-    """Random gaps, so that some shards need wide entries: one number, all at once, learned, in any shape."""
+def test_lookups_return_the_packed_starts(data: st.DataObject) -> None:
+    """Random gaps, so that some shards need wide entries; single, vectorised and learned lookups agree."""
     gap = st.sampled_from([1, 2, 3, 1000, 65535, 65536, 2**26])
     shards = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -117,13 +117,13 @@ def test_width_is_chosen_by_the_widest_group() -> None:
         pack_starts(np.array([0, 2**41]))
 
 
-def test_two_bytes_a_sample() -> None:
+def test_the_file_takes_two_bytes_per_sample() -> None:
     starts = np.arange(10_001, dtype=np.int64) * 110 * 1024
     assert len(pack_starts(starts)[0]) / 10_000 < 2.1
 
 
 def test_a_group_over_32_mib_in_a_real_tar(tmp_path: Path) -> None:
-    """Sparse on the disk: 5 members of 20 MiB whose content is never written."""
+    """5 members of 20 MiB in a sparse file: their content is never written."""
     path = tmp_path / "00000.tar"
     with path.open("wb") as file:
         for number in range(5):
@@ -144,7 +144,7 @@ def test_a_group_over_32_mib_in_a_real_tar(tmp_path: Path) -> None:
     assert ShardReader(manifest).key(0, 4) == "4"
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_samples_and_unknown_shards_raise(tmp_path: Path) -> None:
     offsets = offsets_of(tmp_path, [np.array([0, 512, 1024]), np.array([0])])
     for shard, index in ((0, 2), (0, -1), (1, 0)):
         with pytest.raises(IndexError):
@@ -158,7 +158,7 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert [bare.knows(0), bare.knows(1)] == [False, True]
     assert bare.ranges(np.array([1]), np.array([2]))[1].tolist() == [1536]
     for call in (lambda: bare.range(0, 0), lambda: bare.ranges(np.array([1, 0]), np.array([0, 0]))):
-        with pytest.raises(KeyError, match="not located"):
+        with pytest.raises(KeyError, match="not known yet"):
             call()
 
 
@@ -176,8 +176,8 @@ def test_a_damaged_block_is_never_used(tmp_path: Path) -> None:
         damaged.range(0, 3)
 
 
-def test_the_arrays_of_many_shards_are_gathered_not_looped_over(tmp_path: Path) -> None:
-    """Calls of numpy functions do not grow with the rows: what a profile of the interpreter sees."""
+def test_lookups_are_vectorised(tmp_path: Path) -> None:
+    """The number of Python and C calls, counted by a profiler, does not grow with the rows."""
     import sys
 
     shards = [np.arange(101, dtype=np.int64) * 2048 for _ in range(200)]
@@ -197,10 +197,10 @@ def test_the_arrays_of_many_shards_are_gathered_not_looped_over(tmp_path: Path) 
         return seen
 
     assert calls(10_000) == calls(20)
-    assert calls(160_000) < 20 * calls(20)  # in a few pieces
+    assert calls(160_000) < 20 * calls(20)  # several lookups of ROWS_PER_LOOKUP rows
 
 
-def test_more_rows_than_a_piece_come_back_in_their_order(tmp_path: Path) -> None:
+def test_more_rows_than_one_lookup_keep_their_order(tmp_path: Path) -> None:
     random = np.random.RandomState(0)
     shards = [np.concatenate([[0], np.cumsum(random.randint(2, 900, 300))]) * 512 for _ in range(40)]
     offsets = offsets_of(tmp_path, shards)

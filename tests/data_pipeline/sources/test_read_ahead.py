@@ -1,4 +1,4 @@
-"""Samples read one by one, several at once: each once, in any order of asking, errors where they belong."""
+"""ReadAhead: each sample is read once, in parallel, at most PARALLEL_READS ahead; errors belong to their sample."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from contextlib import contextmanager
 import pytest
 
 from data_pipeline.errors import ReadError
-from data_pipeline.sources.remote_shards import PARALLEL_READS, Place, ReadAhead
+from data_pipeline.sources.remote_shards import PARALLEL_READS, Location, ReadAhead
 
 
 class Store:
-    """Counts what is read, and how much of it at once."""
+    """Records the reads and the largest number of parallel ones."""
 
     def __init__(self) -> None:
-        self.asked: list[Place] = []
-        self.now = self.most = 0
+        self.reads: list[Location] = []
+        self.running = self.most_running = 0
         self.lock = threading.Lock()
 
     def read(self, shard: int, index: int) -> bytes:
         with self.lock:
-            self.asked.append((shard, index))
-            self.now += 1
-            self.most = max(self.most, self.now)
+            self.reads.append((shard, index))
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
         time.sleep(0.005)
         with self.lock:
-            self.now -= 1
+            self.running -= 1
         if index == 13:
             raise ReadError(f"sample {index}")
         return f"{shard} {index}".encode()
@@ -43,24 +43,24 @@ def ahead_of(store: Store) -> Iterator[ReadAhead]:
         ahead.close()
 
 
-def test_each_is_read_once_and_several_at_once() -> None:
+def test_each_sample_is_read_once_and_in_parallel() -> None:
     store = Store()
     places = [(n % 3, n) for n in range(20, 120)]
     with ahead_of(store) as ahead:
         ahead.expect([*places, places[0]])
-        assert not store.asked  # nothing before somebody asks
+        assert not store.reads  # reading starts with the first take
         assert [ahead.take(place) for place in places] == [f"{a} {b}".encode() for a, b in places]
-    assert sorted(store.asked) == sorted(places)
-    assert 4 <= store.most <= PARALLEL_READS
+    assert sorted(store.reads) == sorted(places)
+    assert 4 <= store.most_running <= PARALLEL_READS
 
 
-def test_it_never_runs_far_ahead() -> None:
+def test_the_number_of_reads_ahead_is_bounded() -> None:
     store = Store()
     with ahead_of(store) as ahead:
         ahead.expect([(0, n) for n in range(20, 120)])
         assert ahead.take((0, 20)) == b"0 20"
         time.sleep(0.05)
-        assert len(store.asked) == PARALLEL_READS
+        assert len(store.reads) == PARALLEL_READS
 
 
 def test_an_error_is_raised_for_its_own_sample() -> None:
@@ -70,11 +70,11 @@ def test_an_error_is_raised_for_its_own_sample() -> None:
         assert ahead.take((0, 12)) == b"0 12"
         with pytest.raises(ReadError, match="sample 13"):
             ahead.take((0, 13))
-        assert ahead.take((0, 13)) is None  # the next try is the caller's own
+        assert ahead.take((0, 13)) is None  # not read again: the caller retries
         assert ahead.take((0, 14)) == b"0 14"
 
 
-def test_what_nobody_expects_is_left_to_the_caller() -> None:
+def test_samples_that_are_not_announced_are_left_to_the_caller() -> None:
     store = Store()
     with ahead_of(store) as ahead:
         assert ahead.take((0, 1)) is None
@@ -83,6 +83,6 @@ def test_what_nobody_expects_is_left_to_the_caller() -> None:
         assert ahead.take((0, 20)) is None
         assert ahead.take((0, 30)) == b"0 30"
         ahead.expect([(0, 40)])
-        ahead.forget()
+        ahead.cancel()
         assert ahead.take((0, 40)) is None
-    assert store.asked == [(0, 30)]
+    assert store.reads == [(0, 30)]

@@ -1,4 +1,4 @@
-"""Counts by index, statistics and headers; the reader against webdataset; everything that can be wrong."""
+"""Manifests counted by index, statistics and headers; the reader against webdataset; errors of damaged sources."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import webdataset
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
-from data_pipeline.sources.manifest import FORMAT, open_source
-from data_pipeline.sources.scan import locate
+from data_pipeline.sources.manifest import INDEX_FORMAT, open_source
+from data_pipeline.sources.scan import sample_starts
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from tests.support.s3_server import s3_server
@@ -64,7 +64,7 @@ def by_webdataset(root: str) -> list[tuple[str, dict[str, bytes]]]:
     return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in found]
 
 
-def test_three_ways_to_count_agree(root: str) -> None:
+def test_three_origins_of_counts_agree(root: str) -> None:
     by_tar = open_source("a", root)
     fill(root, stats=True)
     by_stats = open_source("a", root)
@@ -93,7 +93,7 @@ def test_the_reader_reads_what_webdataset_reads(root: str, indexed: bool) -> Non
     assert len(found) == sum(COUNTS)
 
 
-def test_the_fingerprint_is_of_the_content_not_the_place(root: str, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_not_the_folder(root: str, tmp_path: Path) -> None:
     here = open_source("a", root).fingerprint
     shutil.move(root, tmp_path / "moved")
     moved = str(tmp_path / "moved")
@@ -122,42 +122,40 @@ def test_the_tokenizer_is_part_of_the_fingerprint(root: str) -> None:
         open_source("a", root)
 
 
-def count_walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each tar's headers are walked from now on."""
-    walks: Counter[str] = Counter()
+def count_scans(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the scans of each tar from now on, by URL."""
+    scans: Counter[str] = Counter()
 
     def counted(source: str | bytes, where: str) -> np.ndarray:
-        walks[where] += 1
-        return locate(source, where)
+        scans[where] += 1
+        return sample_starts(source, where)
 
-    monkeypatch.setattr("data_pipeline.sources.shard_reader.locate", counted)
-    monkeypatch.setattr("data_pipeline.sources.remote_shards.locate", counted)
-    return walks
+    monkeypatch.setattr("data_pipeline.sources.shard_reader.sample_starts", counted)
+    monkeypatch.setattr("data_pipeline.sources.remote_shards.sample_starts", counted)
+    return scans
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_each_shard_is_walked_once_however_many_there_are(
+def test_each_shard_is_scanned_once(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     shards = 90 if place == "disk" else 5
     root = str(tmp_path) if place == "disk" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
     manifest = open_source("a", fill(root, [2] * shards))
-    walks = count_walks(monkeypatch)
+    scans = count_scans(monkeypatch)
     reader = ShardReader(manifest, files=3)
     for index in (0, 1, 0):
         for shard in range(shards):
             key, members = reader.read(shard, index)
             assert key == members["txt"].decode() == f"{shard:05d}{index:04d}"
-        reader.reopen()  # as after an error of the disk
-    assert sorted(walks.values()) == [1] * shards
+        reader.reopen()  # as after a read error
+    assert sorted(scans.values()) == [1] * shards
     reader.close()
 
 
-def test_tables_stay_within_their_memory_and_say_what_would_help(
-    root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learned_ranges_stay_within_their_limit_and_warn(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = open_source("a", root)
-    walks = count_walks(monkeypatch)
+    scans = count_scans(monkeypatch)
     whole = by_webdataset(root)
     starts = np.concatenate([[0], np.cumsum(COUNTS)])
     reader = ShardReader(manifest, learned_bytes=4 * 8, files=1)
@@ -165,7 +163,7 @@ def test_tables_stay_within_their_memory_and_say_what_would_help(
     with pytest.warns(UserWarning, match=f"run: dromos data index {root}"):
         found = [reader.read(shard, index) for shard, index in places]
     assert found == [whole[starts[shard] + index] for shard, index in places]
-    assert walks == {f"{root}/00000.tar": 2, f"{root}/00003.tar": 2, f"{root}/00002.tar": 1}
+    assert scans == {f"{root}/00000.tar": 2, f"{root}/00003.tar": 2, f"{root}/00002.tar": 1}
     assert len(reader._files) == 1
     reader.close()
     build_index(root)
@@ -193,7 +191,7 @@ def test_wrong_statistics_name_shard_and_both_counts(root: str, promised: int) -
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"successes": "3"}', b'{"successes": -1}', b'{"successes": true}']
 )
-def test_statistics_that_are_none_are_named(root: str, content: bytes) -> None:
+def test_invalid_statistics_are_named(root: str, content: bytes) -> None:
     storage.publish(f"{root}/00002_stats.json", content)
     with pytest.raises(UserError, match=r"source 'pairs'.*00002_stats\.json.*remove"):
         open_source("pairs", root)
@@ -207,7 +205,7 @@ def test_a_truncated_tar_is_named(root: str) -> None:
             call()
 
 
-def test_what_is_not_there_is_named(tmp_path: Path, root: str) -> None:
+def test_missing_paths_are_named(tmp_path: Path, root: str) -> None:
     with pytest.raises(UserError, match=r"source 'digits': .*nowhere does not exist.*dromos data prepare"):
         open_source("digits", str(tmp_path / "nowhere"))
     with pytest.raises(
@@ -232,11 +230,11 @@ def test_an_index_older_than_the_shards_is_refused(root: str) -> None:
         open_source("a", root)
     assert build_index(root).manifest.samples == 14
     fill(root, [5, 0, 3, 6, 1])
-    with pytest.raises(UserError, match=r"00004\.tar is newer than the index.*run: dromos data index"):
+    with pytest.raises(UserError, match=r"00004\.tar is not in the index.*run: dromos data index"):
         open_source("a", root)
     build_index(root)
     assert everything(root) == by_webdataset(root)
-    assert len(os.listdir(f"{root}/_index")) == 2  # the offsets of earlier indexes are gone
+    assert len(os.listdir(f"{root}/_index")) == 2  # the offset files of earlier indexes are removed
 
 
 def test_part_of_an_indexed_folder(root: str) -> None:
@@ -250,12 +248,12 @@ def test_part_of_an_indexed_folder(root: str) -> None:
 def test_a_damaged_index_is_named(root: str, damage: bytes) -> None:
     build_index(root)
     storage.publish(f"{root}/_index/shards.parquet", damage)
-    with pytest.raises(UserError, match=r"shards\.parquet is no index.*run: dromos data index"):
+    with pytest.raises(UserError, match=r"shards\.parquet is not a valid index.*run: dromos data index"):
         open_source("a", root)
 
 
-def test_an_index_is_refused_or_right_wherever_a_bit_flips(root: str) -> None:
-    """And made anew from what is whole of it."""
+def test_an_index_with_a_flipped_bit_is_refused_or_correct(root: str) -> None:
+    """Indexing again repairs it, reusing the intact part."""
     build_index(root)
     want = everything(root)
     random = np.random.default_rng(0)
@@ -283,23 +281,23 @@ def test_an_index_cannot_point_elsewhere(root: str) -> None:
 
     build_index(root)
     table = pa.table(
-        {"path": ["00000.tar"]}, metadata={"dromos_index": FORMAT, "offsets": "../../etc/passwd"}
+        {"path": ["00000.tar"]}, metadata={"dromos_index": INDEX_FORMAT, "offsets": "../../etc/passwd"}
     )
     storage.publish_table(f"{root}/_index/shards.parquet", table)
-    with pytest.raises(UserError, match="is no index"):
+    with pytest.raises(UserError, match="is not a valid index"):
         open_source("a", root)
 
 
-def test_a_shard_that_shrank_while_it_was_read_is_named(root: str) -> None:
+def test_a_shard_that_shrinks_while_it_is_open_is_named(root: str) -> None:
     reader = ShardReader(open_source("a", root))
     reader.read(3, 0)
     os.truncate(f"{root}/00003.tar", 1024)
-    with pytest.raises(UserError, match=r"00003\.tar is shorter than it was"):
+    with pytest.raises(UserError, match=r"00003\.tar is shorter than before"):
         reader.read(3, 6)
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_the_same_from_s3(s3: str, tmp_path: Path, indexed: bool) -> None:
+def test_s3_gives_the_same_samples(s3: str, tmp_path: Path, indexed: bool) -> None:
     local = fill(str(tmp_path / "source"))
     remote = fill(f"{s3}/{tmp_path.name}", stats=not indexed)
     if indexed:

@@ -1,4 +1,4 @@
-"""Index files of DALI, Energon and wids, made as those tools make them: they tell counts, and no lie goes unseen."""
+"""Counts from index files of DALI, Energon and wids, written as those tools write them; wrong counts are detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
 from data_pipeline.sources import manifest
 from data_pipeline.sources.manifest import open_source
-from data_pipeline.sources.scan import locate
+from data_pipeline.sources.scan import sample_starts
 from data_pipeline.sources.shard_reader import ShardReader
 from tests.support.s3_server import s3_server
 from tests.support.tars import Entry, truth, write_entries
@@ -56,20 +56,20 @@ def root(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each tar is walked to be counted."""
+def scans(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the scans of each tar for its sample count, by file name."""
     counted: Counter[str] = Counter()
 
     def counting(source: str | bytes, where: str) -> np.ndarray:
         counted[where.rpartition("/")[2]] += 1
-        return locate(source, where)
+        return sample_starts(source, where)
 
-    monkeypatch.setattr(manifest, "locate", counting)
+    monkeypatch.setattr(manifest, "sample_starts", counting)
     return counted
 
 
 def energon(path: Path, offsets: list[int] | None = None) -> Path:
-    """TarIndexWriter of Energon 7: tarfile's offset of each sample's first member, then that of the end, as uint64."""
+    """Write Energon 7's .tar.idx: offset of each sample's first member, then of the end, as uint64."""
     if offsets is None:
         with tarfile.open(path) as tar:
             list(tar)
@@ -80,7 +80,7 @@ def energon(path: Path, offsets: list[int] | None = None) -> Path:
 
 
 def dali(path: Path, version: str = "v1.2") -> Path:
-    """wds2idx of DALI: what GNU tar lists, by block numbers, grouped by all that stands before the first dot."""
+    """Write DALI's .idx as wds2idx does: GNU tar's listing with block numbers, grouped by the part before the dot."""
     listed = subprocess.run(
         ["tar", "--list", "--verbose", "--block-number", "--file", path],
         capture_output=True,
@@ -110,7 +110,7 @@ def dali(path: Path, version: str = "v1.2") -> Path:
 
 
 def check(root: Path) -> None:
-    """What is read is what tarfile finds."""
+    """Assert that the reader reads what tarfile reads."""
     reader = ShardReader(open_source("a", str(root)))
     for shard in range(SHARDS):
         want = truth(root / f"{shard}.tar")
@@ -122,32 +122,32 @@ def counts(root: Path) -> list[int]:
     return [len(truth(root / f"{shard}.tar")) for shard in range(SHARDS)]
 
 
-def test_energons_offsets_tell_counts(root: Path, walks: Counter[str]) -> None:
+def test_energon_offsets_give_counts(root: Path, scans: Counter[str]) -> None:
     for shard in range(SHARDS):
         energon(root / f"{shard}.tar")
     found = open_source("a", str(root))
-    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    assert (found.counted_by, found.counts.tolist(), scans) == ("sidecar", counts(root), {})
     check(root)
 
 
 @pytest.mark.parametrize("version", ["v1.1", "v1.2"])
-def test_dalis_index_tells_counts(tmp_path: Path, walks: Counter[str], version: str) -> None:
+def test_dali_index_gives_counts(tmp_path: Path, scans: Counter[str], version: str) -> None:
     root = fill(tmp_path / "source")
     for shard in range(SHARDS):
         dali(root / f"{shard}.tar", version)
     found = open_source("a", str(root))
-    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    assert (found.counted_by, found.counts.tolist(), scans) == ("sidecar", counts(root), {})
     check(root)
 
 
-def test_dalis_samples_that_are_none_are_seen(tmp_path: Path) -> None:
-    """wds2idx counts __meta__ members and files without a dot as samples: its count is refused, by name."""
+def test_a_wrong_dali_count_is_an_error(tmp_path: Path) -> None:
+    """wds2idx counts __meta__ members and files without a dot as samples; the wrong count is an error."""
     root = fill(tmp_path / "source", awkward=True)
     for shard in range(SHARDS):
         dali(root / f"{shard}.tar")
     reader = ShardReader(open_source("a", str(root)))
     with pytest.raises(
-        UserError, match=r"0\.tar holds 12 samples, but what another tool wrote beside it .* says \d+"
+        UserError, match=r"0\.tar holds 12 samples, but the index file of another tool .* says \d+"
     ):
         reader.read(0, 0)
     build_index(str(root))
@@ -155,7 +155,7 @@ def test_dalis_samples_that_are_none_are_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("above", [False, True])
-def test_energons_counts(root: Path, above: bool) -> None:
+def test_energon_info_gives_counts(root: Path, above: bool) -> None:
     folder = root.parent if above else root
     named = {f"{'source/' if above else ''}{s}.tar": n for s, n in enumerate(counts(root))}
     (folder / ".nv-meta").mkdir()
@@ -176,30 +176,32 @@ def wids(root: Path, **changed: object) -> None:
     (root / "train.json").write_text(json.dumps(content))
 
 
-def test_wids_counts(root: Path, walks: Counter[str]) -> None:
+def test_wids_counts(root: Path, scans: Counter[str]) -> None:
     wids(root)
     found = open_source("a", str(root))
-    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    assert (found.counted_by, found.counts.tolist(), scans) == ("sidecar", counts(root), {})
     check(root)
 
 
-def test_a_wids_index_of_other_tars_is_not_believed(root: Path) -> None:
+def test_a_wids_index_of_other_tars_is_ignored(root: Path) -> None:
     wids(root, filesize=77)
-    with pytest.warns(UserWarning, match=r"train\.json: .*not 77\. What other tools wrote is not used"):
+    with pytest.warns(UserWarning, match=r"train\.json: .*not 77\. The samples are counted from the tars"):
         found = open_source("a", str(root))
     assert (found.counted_by, found.counts.tolist()) == ("tar", counts(root))
 
 
-def test_a_count_that_cannot_be_is_not_believed(root: Path) -> None:
+def test_an_impossible_count_is_ignored(root: Path) -> None:
     wids(root, nsamples=10**9)
-    with pytest.warns(UserWarning, match=r"0\.tar: 1000000000 samples are told of it"):
+    with pytest.warns(UserWarning, match=r"0\.tar: an index file says 1000000000 samples"):
         assert open_source("a", str(root)).counts.tolist() == counts(root)
 
 
-def test_a_wids_count_that_lies_is_named(root: Path) -> None:
+def test_a_wrong_wids_count_is_an_error(root: Path) -> None:
     wids(root, nsamples=3)
     reader = ShardReader(open_source("a", str(root)))
-    with pytest.raises(UserError, match=r"1\.tar holds 13 samples, but what another tool wrote .* says 3"):
+    with pytest.raises(
+        UserError, match=r"1\.tar holds 13 samples, but the index file of another tool .* says 3"
+    ):
         reader.read(1, 0)
 
 
@@ -208,7 +210,7 @@ def test_a_wids_count_that_lies_is_named(root: Path) -> None:
     [b"", b"x", b"v9.9 3\n", b"v1.2 12\njunk", b"v1.2 12\n" + b"jpg 512 0 a b.jpg\n" * 12, bytes(16)],
 )
 @pytest.mark.parametrize("suffix", [".idx", ".tar.idx"])
-def test_junk_is_never_believed(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_junk_is_ignored_or_an_error(tmp_path: Path, content: bytes, suffix: str) -> None:
     root = fill(tmp_path / "source")
     (root / f"0{suffix}").write_bytes(content)
     with warnings.catch_warnings():
@@ -219,8 +221,8 @@ def test_junk_is_never_believed(tmp_path: Path, content: bytes, suffix: str) -> 
             assert "0.tar holds 12 samples, but" in str(error)  # noqa: PT017
 
 
-def test_offsets_are_not_believed(tmp_path: Path) -> None:
-    """An offset that is another member's would give a sample without its first members."""
+def test_offsets_are_ignored(tmp_path: Path) -> None:
+    """An offset of another member would give a sample without its first members."""
     root = fill(tmp_path / "source")
     for shard in range(SHARDS):
         offsets = np.frombuffer(energon(root / f"{shard}.tar").read_bytes(), "<u8").tolist()
@@ -229,7 +231,7 @@ def test_offsets_are_not_believed(tmp_path: Path) -> None:
     check(root)
 
 
-def test_an_index_of_ours_comes_first(root: Path) -> None:
+def test_our_index_has_priority(root: Path) -> None:
     build_index(str(root))
     energon(root / "0.tar", [0, 512, 1024])
     assert open_source("a", str(root)).counted_by == "manifest"
@@ -242,13 +244,13 @@ def s3() -> Iterator[str]:
         yield bucket
 
 
-def test_remote_counts(s3: str, tmp_path: Path, walks: Counter[str]) -> None:
+def test_remote_counts(s3: str, tmp_path: Path, scans: Counter[str]) -> None:
     root, remote = fill(tmp_path / "source"), f"{s3}/{tmp_path.name}"
     for shard in range(SHARDS):
         for path in (root / f"{shard}.tar", energon(root / f"{shard}.tar")):
             storage.publish(f"{remote}/{path.name}", path.read_bytes())
     found = open_source("a", remote)
-    assert (found.counted_by, found.counts.tolist(), walks) == ("sidecar", counts(root), {})
+    assert (found.counted_by, found.counts.tolist(), scans) == ("sidecar", counts(root), {})
     want = truth(root / "2.tar")
     reader = ShardReader(found)
     assert [reader.read(2, i) for i in range(len(want))] == [(key, members) for key, _, members in want]
