@@ -129,7 +129,7 @@ def child(folder: str) -> dict[str, float]:
 
         def call() -> None:
             refs = order.refs(number, start, stop)
-            offsets.ranges(refs.shard, manifest.in_tar(refs.shard, refs.index))
+            offsets.ranges(refs.shard, manifest.tar_positions(refs.shard, refs.index))
 
         taken = milliseconds(call)
         most = max(most, anonymous())  # not within the time: it walks the pages of the offset file

@@ -158,7 +158,7 @@ class BatchBuilder:
         for number, name in enumerate(self.names):
             if self.manifests[name].view is not None:
                 rows = refs.source == number
-                index[rows] = self.manifests[name].in_tar(refs.shard[rows], index[rows])
+                index[rows] = self.manifests[name].tar_positions(refs.shard[rows], index[rows])
         return replace(refs, index=index)
 
     def _augmentations(self, refs: SampleRefs) -> Sequence[Augmentation | None]:
@@ -196,7 +196,7 @@ class BatchBuilder:
             shard, index = self.order.replacement(
                 number, int(drawn.shard[i]), int(drawn.index[i]), epoch, attempt
             )
-            index = self.manifests[name].position(shard, index)
+            index = self.manifests[name].tar_position(shard, index)
             (augmentation,) = draw_augmentations(self._row_key(name, shard, index, epoch, attempt))
         raise self._rows.unusable_error(name, rejections)
 

@@ -63,7 +63,7 @@ class EvaluationPass:
         real = int((position < self.samples).sum())
         shards = np.searchsorted(self._ends, position[:real], side="right").astype(np.int64)
         indices = position[:real] - (self._ends - self.manifests[self.source].counts)[shards]
-        indices = self.manifests[self.source].in_tar(shards, indices)
+        indices = self.manifests[self.source].tar_positions(shards, indices)
         batch.sample_ids[:real] = sample_ids(self.source, shards, indices)
         batch.row_keys[:real] = row_keys(
             self.spec.seed, self.source, shards, indices, np.zeros(real, np.int64), 0

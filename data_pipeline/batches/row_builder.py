@@ -167,7 +167,7 @@ class RowBuilder:
         size = self.spec.image.size if self.spec.image else 0
         out = np.empty((size, size, 3), np.uint8)
         for number in range(min(8, int(counts[shard]))):
-            index = self.manifests[source].position(shard, number)
+            index = self.manifests[source].tar_position(shard, number)
             try:
                 self.make(source, shard, index, augmentation, out)
                 return

@@ -154,13 +154,13 @@ def window_steps(order: StreamOrder, batch: int, names: Iterable[str]) -> int:
 
 def _unit_ranges(units: Units, shards: np.ndarray, indices: np.ndarray) -> Iterator[ByteRange]:
     """The byte range of every unit that holds one of the samples, each once, in order of first use."""
-    numbers = units.number(shards, indices)
+    numbers = units.numbers(shards, indices)
     _, first = np.unique(np.stack([shards, numbers]), axis=1, return_index=True)
     first.sort()
     first = first[[units.knows(int(shard)) for shard in shards[first]]]
     starts, stops = units.ranges(shards[first], numbers[first])
     for shard, start, stop in zip(shards[first].tolist(), starts.tolist(), stops.tolist(), strict=True):
-        yield units.part(shard, start, stop)
+        yield units.byte_range(shard, start, stop)
 
 
 def can_prefetch(manifests: Iterable[Manifest]) -> bool:

@@ -248,7 +248,7 @@ class _UnitUse:
         if not step.size:
             return _UnitUse(np.zeros(0), np.zeros(0, np.int64), 0.0)
         keys, at, unit = np.unique(
-            shards * MAX_UNITS + units.number(shards, indices), return_index=True, return_inverse=True
+            shards * MAX_UNITS + units.numbers(shards, indices), return_index=True, return_inverse=True
         )
         size = _unit_bytes(units, shards[at], keys % MAX_UNITS)
         # A unit is fetched one window before its first use in an epoch, and kept until its last use.

@@ -166,11 +166,11 @@ def view(
       dromos data view data/laion --name good --where "similarity > 0.3 and width >= 256"
       dromos data view data/laion --name kept --ids kept.txt
     """
-    from data_pipeline.index.build_view import Rule, make_view
+    from data_pipeline.index.build_view import Rule, build_view
     from launch.cli.data_reports import ProgressLine
 
     with named_files(), ProgressLine(source) as progress:
-        result = make_view(
+        result = build_view(
             source, name, Rule(where, ids, column), jobs or len(os.sched_getaffinity(0)), progress
         )
     matched = f"{result.matched:,} rows match" if where else f"{result.matched:,} ids"

@@ -18,7 +18,7 @@ from pretrain.recipe.load import load_recipe, only_training_stage
 from pretrain.recipe.schema import TrainStage
 
 if TYPE_CHECKING:
-    from data_pipeline.index.build import Indexed
+    from data_pipeline.index.build import IndexResult
 
 
 MAX_LISTED = 5  # warnings of one kind listed by name
@@ -52,21 +52,21 @@ class ProgressLine:
             sys.stderr.flush()
 
 
-def index_lines(path: str, indexed: Indexed) -> Iterator[tuple[str, bool]]:
+def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
     """The report of an index run as (line, True for a warning)."""
     manifest = indexed.manifest
-    shards = f"{len(manifest.paths):,} shards ({indexed.walked:,} walked, {indexed.kept:,} known)"
+    shards = f"{len(manifest.paths):,} shards ({indexed.scanned:,} walked, {indexed.reused:,} known)"
     size = f"{int(manifest.sizes.sum()) / 1e6:,.1f} MB"
-    if indexed.walked:
+    if indexed.scanned:
         seconds = max(indexed.seconds, 1e-6)
         size += f"; {indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
     yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {manifest.fingerprint}", False
-    for group in indexed.findings.same[:MAX_LISTED]:
+    for group in indexed.findings.duplicates[:MAX_LISTED]:
         more = f" and {len(group) - MAX_LISTED:,} more" if len(group) > MAX_LISTED else ""
         yield f"{path}: the same samples are in {', '.join(group[:MAX_LISTED])}{more}; keep one of them", True
-    if len(indexed.findings.same) > MAX_LISTED:
+    if len(indexed.findings.duplicates) > MAX_LISTED:
         yield (
-            f"{path}: {len(indexed.findings.same) - MAX_LISTED} more groups of shards hold the same samples",
+            f"{path}: {len(indexed.findings.duplicates) - MAX_LISTED} more groups of shards hold the same samples",
             True,
         )
     for shard, keys in list(indexed.findings.split.items())[:MAX_LISTED]:

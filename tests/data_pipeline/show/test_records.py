@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.formats import cc3m, img2dataset
 from data_pipeline.index.build import build_index
-from data_pipeline.index.build_view import Rule, make_view
+from data_pipeline.index.build_view import Rule, build_view
 from data_pipeline.show import describe, render
 from tests.data_pipeline.formats.test_instructions import talk
 from tests.data_pipeline.formats.test_laion import LAION_2B, write
@@ -260,7 +260,9 @@ def test_a_second_run_beside_the_first_repeats_its_keys(tmp_path: Path) -> None:
     about = describe(str(tmp_path))
     assert about["problems"] == []
     assert any("3 of 6 (50.0 %) samples examined repeat a key: 000000000" in n for n in about["notes"])
-    assert any("key 000000000 does not belong to shard 10000; was the tar renamed?" in n for n in about["notes"])
+    assert any(
+        "key 000000000 does not belong to shard 10000; was the tar renamed?" in n for n in about["notes"]
+    )
 
 
 def test_members_of_a_sample_that_are_not_adjacent_are_noted(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_the_index_views_and_sidecars_beside_a_source(tmp_path: Path) -> None:
     about = describe(str(tmp_path))
     assert (about["index"], about["views"], about["sidecars"]) == ("none", [], {})
     build_index(str(tmp_path))
-    make_view(str(tmp_path), "some", Rule(where="caption != 'caption 3'"))
+    build_view(str(tmp_path), "some", Rule(where="caption != 'caption 3'"))
     (tmp_path / "00000.tar.idx").write_bytes(bytes(8 * 7))
     (tmp_path / ".nv-meta").mkdir()
     (tmp_path / ".nv-meta" / ".info.json").write_text("{}")

@@ -110,7 +110,7 @@ def test_an_index_without_offsets_and_a_broken_view_are_told(root: str) -> None:
     assert done.exit_code == 2
     assert f"wrong: {offsets} is gone" in done.stdout
     assert f"run: dromos data index {root}" in done.stdout
-    assert f"note: {root}/_index/views/wide.parquet is no view" in done.stdout
+    assert f"note: {root}/_index/views/wide.parquet is not a valid view" in done.stdout
     assert runner.invoke(app, ["index", root]).exit_code == 0
     assert runner.invoke(app, ["show", root]).exit_code == 0
 
