@@ -27,7 +27,7 @@ def test_a_stream_may_end_with_the_training_and_not_before() -> None:
     two_passes = {"pairs": order(a=2.0), "text": order(b=None)}
     assert check_ends(two_passes, 4) == []
     with pytest.raises(
-        UserError, match=r"data\.pairs\.sources: .* after 4 steps, the training takes 5; .*steps=4"
+        UserError, match=r"data\.pairs\.sources: .* after 4 steps, but the training takes 5; .*steps=4"
     ):
         check_ends(two_passes, 5)
 
