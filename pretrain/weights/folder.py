@@ -284,11 +284,13 @@ def _weight_folders_below(folder: Folder) -> list[str]:
         try:
             inner = folder.subfolder(name)
             deeper = (
-                [inner.subfolder(one) for one in inner.folders[:SCANNED]] if name == "snapshots" else [inner]
+                [inner.subfolder(subfolder) for subfolder in inner.folders[:SCANNED]]
+                if name == "snapshots"
+                else [inner]
             )
         except UserError:  # unreadable folder
             continue
-        found += [one.url for one in deeper if one.matching(*WEIGHT_PATTERNS)]
+        found += [subfolder.url for subfolder in deeper if subfolder.matching(*WEIGHT_PATTERNS)]
     return found[-SHOWN:]
 
 

@@ -147,8 +147,8 @@ def _reason(error: Exception) -> str:
         detail = f" (HTTP status {status})" if status else f" ({_describe_error(error)[:200]})"
         detail = "" if _has_type(error, "OfflineModeIsEnabled") else detail
         return (
-            f"is not in the cache, and the hub does not answer{detail}; go online, or copy the folder to this machine and "
-            "name its path"
+            f"is not in the cache, and the hub does not answer{detail}; go online, or copy the folder to this "
+            "machine and name its path"
         )
     return f"download failed: {_describe_error(error)}"
 

@@ -73,7 +73,7 @@ def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int,
 def _aligned(file: MergekitFile, sources: list[WeightSource]) -> tuple[list[WeightSource], list[str]]:
     """The sources with equal embedding rows, and notes. Without tokenizer_source mergekit merges rows by index."""
     if file.tokens is not None:
-        first, last = ({one.model for one in file.slices[end].inputs} for end in (0, -1))
+        first, last = ({model_input.model for model_input in file.slices[end].inputs} for end in (0, -1))
         return remap_to_tokenizer(sources, _addresses(file), file.base, file.tokens, (first, last))
     try:
         return aligned(sources, None), []
@@ -98,14 +98,17 @@ def _output_tensors(
     """
     layers = [_layers(source) for source in sources]
     first, last = file.slices[0], file.slices[-1]
-    ends = [[sources[index[one.model]] for one in part.inputs] for part in (first, last)]
+    ends = [[sources[index[model_input.model]] for model_input in part.inputs] for part in (first, last)]
     tensors = [_outside_layers(name, first, ends[0]) for name in _plain_names(ends[0]) if _is_first(name)]
     taken: list[int] = []
     for stack in _stacks(file, layers, index, sources):
         number = 0
         for part in file.slices:
-            inputs = [layers[index[one.model]].get(stack, {}) for one in part.inputs]
-            ranges = [one.layers or (0, len(held)) for one, held in zip(part.inputs, inputs, strict=True)]
+            inputs = [layers[index[model_input.model]].get(stack, {}) for model_input in part.inputs]
+            ranges = [
+                model_input.layers or (0, len(held))
+                for model_input, held in zip(part.inputs, inputs, strict=True)
+            ]
             count = _count(file, stack, part, ranges, inputs)
             for place in range(count):
                 at = place / (count - 1) if count > 1 else 1.0
@@ -157,7 +160,7 @@ def _stacks(
     index: dict[str, int],
     sources: Sequence[WeightSource],
 ) -> list[str]:
-    used = [layers[index[one.model]] for part in file.slices for one in part.inputs]
+    used = [layers[index[model_input.model]] for part in file.slices for model_input in part.inputs]
     stacks = list(dict.fromkeys(stack for held in used for stack in held))
     if not file.whole and len(stacks) != 1:
         raise UserError(
@@ -175,14 +178,17 @@ def _count(
     inputs: Sequence[dict[int, list[str]]],
 ) -> int:
     """Number of layers of a slice. Raises UserError if a layer is missing or the inputs have different numbers."""
-    for one, (start, stop), held in zip(part.inputs, ranges, inputs, strict=True):
+    for model_input, (start, stop), held in zip(part.inputs, ranges, inputs, strict=True):
         missing = next((number for number in range(start, stop) if number not in held), None)
         if missing is not None:
-            raise UserError(f"{file.path}: {one.model} has no {stack}.{missing}; it has {len(held)} layers")
+            raise UserError(
+                f"{file.path}: {model_input.model} has no {stack}.{missing}; it has {len(held)} layers"
+            )
     counts = {stop - start for start, stop in ranges}
     if len(counts) > 1:
         listed = ", ".join(
-            f"{one.model}: {stop - start}" for one, (start, stop) in zip(part.inputs, ranges, strict=True)
+            f"{model_input.model}: {stop - start}"
+            for model_input, (start, stop) in zip(part.inputs, ranges, strict=True)
         )
         raise UserError(f"{file.path}: the inputs have different numbers of layers ({listed}); write slices")
     return counts.pop()

@@ -48,8 +48,8 @@ class TensorResolver:
     def resolve(self, tensor: OutputTensor) -> PlannedTensor | None:
         """The planned tensor; None if it has a mismatch, which is added to `problems`."""
         inputs = [
-            (one, Term(self._index[one.model], name))
-            for one, name in zip(tensor.part.inputs, tensor.names, strict=True)
+            (model_input, Term(self._index[model_input.model], name))
+            for model_input, name in zip(tensor.part.inputs, tensor.names, strict=True)
         ]
         absent = [term for _, term in inputs if term.name not in self._held[term.source]]
         if absent:
@@ -93,7 +93,7 @@ class TensorResolver:
 
     def _blend(self, tensor: OutputTensor, inputs: list[tuple[Input, Term]]) -> Blend:
         method = self._file.method
-        base = next((term for one, term in inputs if one.model == tensor.part.base), None)
+        base = next((term for model_input, term in inputs if model_input.model == tensor.part.base), None)
         if method == "passthrough":
             scale = self._own("scale", tensor, *inputs[0], None)
             return Blend("linear", (replace(inputs[0][1], weight=1.0 if scale is None else scale),))
@@ -102,11 +102,11 @@ class TensorResolver:
             t = self._shared("t", tensor, None)
             if t is None:
                 raise UserError("parameter t is missing")
-            other = next(term for one, term in inputs if one.model != tensor.part.base)
+            other = next(term for model_input, term in inputs if model_input.model != tensor.part.base)
             pair = (replace(base, weight=1.0 - t), replace(other, weight=t))
             return Blend("slerp", pair, options=(("t", t),))
         if method == "linear":
-            weights = [self._weight(tensor, one, term) for one, term in inputs]
+            weights = [self._weight(tensor, model_input, term) for model_input, term in inputs]
             if self._shared("normalize", tensor, 1.0):
                 weights = list(normalized(weights))
             return Blend(
@@ -126,14 +126,14 @@ class TensorResolver:
                 tuple(t for _, t in inputs),
                 options=(("max_iter", int(steps or 0)), ("tol", tol or 0.0)),
             )
-        others = [(one, term) for one, term in inputs if term is not base]
+        others = [(model_input, term) for model_input, term in inputs if term is not base]
         if method == "sce":
             share = self._shared("select_topk", tensor, 1.0)
             return Blend(method, tuple(term for _, term in others), base, (("select_topk", share or 0.0),))
         if method == "model_stock":
             self._refuse("filter_wise", tensor, False)
             return Blend(method, tuple(term for _, term in others), base)
-        weights = [self._weight(tensor, one, term) for one, term in others]
+        weights = [self._weight(tensor, model_input, term) for model_input, term in others]
         if method == "nuslerp":
             self._refuse("nuslerp_flatten", tensor, True)
             t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
@@ -170,14 +170,14 @@ class TensorResolver:
             options["seed"] = self._seed
         gammas: set[float] = set()
         terms = []
-        for one, term in inputs:
+        for model_input, term in inputs:
             if term is base:
                 continue
             if method.startswith("breadcrumbs"):
-                gammas.add(self._own("gamma", tensor, one, term, 0.01) or 0.0)
-            density = self._own("density", tensor, one, term, 1.0) if sparse else 1.0
+                gammas.add(self._own("gamma", tensor, model_input, term, 0.01) or 0.0)
+            density = self._own("density", tensor, model_input, term, 1.0) if sparse else 1.0
             assert density is not None
-            weight = self._weight(tensor, one, term)
+            weight = self._weight(tensor, model_input, term)
             if density <= 0:
                 if method in ("dare_linear", "breadcrumbs") and normalize and weight:
                     raise UserError(
@@ -192,17 +192,17 @@ class TensorResolver:
         options |= dict.fromkeys(("gamma",) if gammas else (), max(gammas, default=0.0))
         return Blend(method, tuple(terms), base, tuple(options.items()))  # type: ignore[arg-type]
 
-    def _weight(self, tensor: OutputTensor, one: Input, term: Term) -> float:
-        found = self._own("weight", tensor, one, term, None)
+    def _weight(self, tensor: OutputTensor, model_input: Input, term: Term) -> float:
+        found = self._own("weight", tensor, model_input, term, None)
         if found is None:
-            raise UserError(f"parameter weight is missing for {one.model}")
+            raise UserError(f"parameter weight is missing for {model_input.model}")
         return found
 
     def _own(
-        self, key: str, tensor: OutputTensor, one: Input, term: Term, default: float | None
+        self, key: str, tensor: OutputTensor, model_input: Input, term: Term, default: float | None
     ) -> float | None:
         """A parameter of one input: filters match the tensor's name in that input."""
-        found = parameter(self._file, tensor.part, one, key, term.name, tensor.at)
+        found = parameter(self._file, tensor.part, model_input, key, term.name, tensor.at)
         return default if found is None else float(found)
 
     def _shared(self, key: str, tensor: OutputTensor, default: float | None) -> float | None:

@@ -125,16 +125,16 @@ def _vocabulary(
     """
     joint = tokens.source in ("base", "union")
     known = [
-        {token: row for token, row in one.ids.items() if row < count or not joint}
-        for one, count in zip(tokenizers, rows, strict=True)
+        {token: row for token, row in tokenizer.ids.items() if row < count or not joint}
+        for tokenizer, count in zip(tokenizers, rows, strict=True)
     ]
     ids = dict(known[donor])
     free = max(ids.values(), default=-1) + 1
     order = [tokenizers[donor]]
     if tokens.source == "union":
-        for one, theirs in zip(tokenizers[1:], known[1:], strict=True):
+        for tokenizer, theirs in zip(tokenizers[1:], known[1:], strict=True):
             more = sorted(theirs.keys() - ids.keys(), key=lambda token: theirs[token])
-            order += [one] if more else []
+            order += [tokenizer] if more else []
             ids |= {token: free + place for place, token in enumerate(more)}
             free += len(more)
     fresh = [token for token in tokens.rows if token not in ids]

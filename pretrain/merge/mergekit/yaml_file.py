@@ -84,7 +84,7 @@ class MergekitFile:
 
     def models(self) -> list[str]:
         """All addresses without duplicates: bases first, then in file order."""
-        named = [one.model for part in self.slices for one in part.inputs]
+        named = [model_input.model for part in self.slices for model_input in part.inputs]
         bases = [base for base in (self.base, *(part.base for part in self.slices)) if base is not None]
         return list(dict.fromkeys([*bases, *named]))
 
@@ -116,7 +116,7 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
         _check_slice(where, part, method)
     settings = [_parameters(where, values.get("parameters")), _parameters(where, module)]
     settings += [part.parameters for part in slices]
-    settings += [one.parameters for part in slices for one in part.inputs]
+    settings += [model_input.parameters for part in slices for model_input in part.inputs]
     for name in sorted({str(name) for each in settings for name in each} - set(PARAMETERS[method])):
         notes.append(f"parameter {name} has no effect with {method}")
     if any("int8_mask" in each for each in settings):
@@ -186,7 +186,7 @@ def _whole_slice(where: str, models: Any, base: str | None, notes: list[str]) ->
         _unknown(notes, "models: ", entry, ("model", "parameters"))
         _no_revision(where, entry)
         inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
-    if base is not None and base not in [one.model for one in inputs]:
+    if base is not None and base not in [model_input.model for model_input in inputs]:
         inputs.append(Input(base, None, {}))  # mergekit does this for every method
     return Slice(tuple(inputs), base, {})
 
@@ -209,7 +209,11 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
             )
         settings = _parameters(where, source.get("parameters"))
         inputs.append(Input(_required(where, source), (layers[0], layers[1]), settings))
-    lengths = {one.layers[1] - one.layers[0] for one in inputs if one.layers is not None}
+    lengths = {
+        model_input.layers[1] - model_input.layers[0]
+        for model_input in inputs
+        if model_input.layers is not None
+    }
     if len(lengths) > 1:
         raise UserError(
             f"{where}: the sources of a slice have different numbers of layers: {sorted(lengths)}"
@@ -223,7 +227,7 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
 
 
 def _check_slice(where: str, part: Slice, method: str) -> None:
-    models = [one.model for one in part.inputs]
+    models = [model_input.model for model_input in part.inputs]
     if len(set(models)) != len(models):
         raise UserError(f"{where}: a model occurs twice among the inputs of a slice")
     if method in (*BASED, "slerp", "model_stock", "sce"):

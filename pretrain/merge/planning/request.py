@@ -105,8 +105,10 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(record: Request | Rule) -> dict[str, Any]:
-    given = {f.name: getattr(record, f.name) for f in fields(record) if getattr(record, f.name) != f.default}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    changed = {
+        f.name: getattr(record, f.name) for f in fields(record) if getattr(record, f.name) != f.default
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 
 def request(
@@ -144,9 +146,7 @@ def request(
     if method == "slerp" and count != 2:
         raise UserError(f"--method slerp merges two inputs, but {count} are given")
     if method == "slerp" and normalize is not None:
-        raise UserError(
-            "--normalize is for linear merges and methods with a base; with slerp write one weight, --t or --beta"
-        )
+        raise UserError("--normalize is for linear merges and methods with a base; slerp takes --t or --beta")
     if normalize is None:
         normalize = method in ("linear", "soup", "slerp", "ties")
     # 2. Patterns and rules.

@@ -211,12 +211,12 @@ def _pad(
     sources: Sequence[WeightSource], rows: Sequence[int], tokenizers: Sequence[Tokenizer | None]
 ) -> list[Remapping]:
     known = [t for t in tokenizers if t is not None]
-    for one in known[1:]:
+    for tokenizer in known[1:]:
         at = {number: token for token, number in known[0].ids.items()}
-        wrong = next(((t, n) for t, n in one.ids.items() if at.get(n, t) != t), None)
+        wrong = next(((t, n) for t, n in tokenizer.ids.items() if at.get(n, t) != t), None)
         if wrong:
             raise UserError(
-                f"row {wrong[1]} is {at[wrong[1]]!r} in {known[0].where}, {wrong[0]!r} in {one.where}: rows of "
+                f"row {wrong[1]} is {at[wrong[1]]!r} in {known[0].where}, {wrong[0]!r} in {tokenizer.where}: rows of "
                 "different tokens cannot be mixed; write vocabulary: union or intersect"
             )
     longest = max(range(len(rows)), key=lambda i: rows[i])  # the first one on a tie
@@ -250,7 +250,11 @@ def _by_token(
             raise UserError(f"{tokenizer.where}: has token ids beyond the {count} rows of its embeddings")
     first = tokenizers[0].ids
     if rule == "intersect":
-        common = [t for t in sorted(first, key=lambda t: first[t]) if all(t in one.ids for one in tokenizers)]
+        common = [
+            t
+            for t in sorted(first, key=lambda t: first[t])
+            if all(t in tokenizer.ids for tokenizer in tokenizers)
+        ]
         ids = {token: number for number, token in enumerate(common)}
         total = len(ids)
         if not common:
@@ -260,13 +264,13 @@ def _by_token(
     else:
         ids = dict(first)
         free = max(ids.values(), default=-1) + 1
-        for theirs in (one.ids for one in tokenizers[1:]):
+        for theirs in (tokenizer.ids for tokenizer in tokenizers[1:]):
             extra = [token for token in sorted(theirs, key=lambda t: theirs[t]) if token not in ids]
             ids |= {token: free + place for place, token in enumerate(extra)}
             free += len(extra)
         total = max(rows[0], free)
     joined = joint_tokenizer_json(tokenizers, ids) if rule != "first" else b""
-    holder = {t: next(k for k, one in enumerate(tokenizers) if t in one.ids) for t in ids}
+    holder = {t: next(k for k, tokenizer in enumerate(tokenizers) if t in tokenizer.ids) for t in ids}
     remappings: list[Remapping] = []
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
         # Rows without a token come from the first source (its padding).

@@ -73,7 +73,7 @@ class RemappedSource(WeightSource):
         self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
         self._source, self._sources, self._rows = source, sources, dict(rows)
         self.rows_digest = " ".join(
-            [source.rows_digest, *(f"{name} {one.digest}" for name, one in rows.items())]
+            [source.rows_digest, *(f"{name} {row_map.digest}" for name, row_map in rows.items())]
         ).strip()
         self._means: dict[str, np.ndarray] = {}
 

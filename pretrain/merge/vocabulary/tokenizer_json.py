@@ -83,13 +83,15 @@ def read_tokenizer(companions: Companions, where: str) -> Tokenizer | None:
             ids = dict(vocabulary)
         for added in content.get("added_tokens") or []:
             if ids.setdefault(added["content"], added["id"]) != added["id"]:
-                raise ValueError(f"{added['content']!r} has two numbers")
+                raise ValueError(f"{added['content']!r} has two ids")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: not a tokenizer: {error}") from None
+        raise UserError(f"{where}: malformed tokenizer: {error}") from None
     if not all(isinstance(token, str) and type(n) is int and 0 <= n < 1 << 31 for token, n in ids.items()):
-        raise UserError(f"{where}: not a tokenizer: a token that is no text, or whose number is none")
+        raise UserError(
+            f"{where}: malformed tokenizer: a token is not a string, or its id is not a valid number"
+        )
     if len(set(ids.values())) != len(ids):
-        raise UserError(f"{where}: not a tokenizer: two tokens have one number")
+        raise UserError(f"{where}: malformed tokenizer: two tokens have the same id")
     return Tokenizer(where, content, ids)
 
 

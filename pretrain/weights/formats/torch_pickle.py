@@ -207,14 +207,14 @@ class Unpickler(_PythonUnpickler):
         super().load_reduce()
 
     def load_newobj(self) -> None:
-        made = self.stack[-2]
-        if not (isinstance(made, type) and issubclass(made, Stub | Dict)):
+        cls = self.stack[-2]
+        if not (isinstance(cls, type) and issubclass(cls, Stub | Dict)):
             raise pickle.UnpicklingError("an object of what is no class")
         super().load_newobj()
 
     def load_newobj_ex(self) -> None:
-        made = self.stack[-3]
-        if not (isinstance(made, type) and issubclass(made, Stub | Dict)):
+        cls = self.stack[-3]
+        if not (isinstance(cls, type) and issubclass(cls, Stub | Dict)):
             raise pickle.UnpicklingError("an object of what is no class")
         super().load_newobj_ex()
 

@@ -125,7 +125,7 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], method: task_arithmetic, base: c, lambda: .inf}", "a finite number"),
         ("{inputs: [a, b, c], method: slerp, weights: [1, 1, 1]}", "slerp merges two inputs"),
         ("{inputs: [a, b], method: slerp, t: 2}", "between 0 and 1"),
-        ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "with slerp write one weight"),
+        ("{inputs: [a, b], method: slerp, t: 0.5, normalize: true}", "slerp takes --t or --beta"),
         ("{inputs: [a, b], method: soup, beta: 0.5}", "weighs all inputs equally"),
         (
             "{inputs: [a, c], base: b, method: task_arithmetic, weights: [1, -1], normalize: true}",
