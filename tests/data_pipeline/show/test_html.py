@@ -293,4 +293,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert "Problems:" in read((tmp_path / "page.html").read_text()).visible_text
     done = dromos("data", "show", str(tmp_path / "s"), str(tmp_path / "s"), "--html", "x.html")
     assert done.exit_code == 2
-    assert "a page is about one source" in done.stderr
+    assert "a page shows one source" in done.stderr

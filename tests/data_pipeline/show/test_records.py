@@ -321,4 +321,4 @@ def test_sidecars_of_other_tools_are_named_and_damaged_ones_are_a_note(tmp_path:
     (tmp_path / "00000.tar.idx").write_text("not one")
     about = describe(str(tmp_path))
     assert (about["counted_by"], about["samples"], about["problems"]) == ("tar", 6, [])
-    assert any("is of no kind that is known" in note for note in about["notes"])
+    assert any("it is neither an index of DALI nor of Energon" in note for note in about["notes"])
