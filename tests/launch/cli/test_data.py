@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read_are_named(root: str) -> None:
     os.unlink(f"{root}/1.parquet")
     os.mkdir(f"{root}/1.parquet")
     used = f"dromos: cannot open {root}: Is a directory; fix it and run again\n"
-    odd = f"dromos: {root}/1.parquet is no regular file; remove it, or narrow the pattern\n"
+    odd = f"dromos: {root}/1.parquet is not a regular file; remove it, or narrow the pattern\n"
     for arguments, code, said in (
         (["show", root, "--html", root], 1, used),
         (["view", root, "--name", "a", "--where", "width > 3"], 2, odd),
