@@ -106,9 +106,13 @@ def draw() -> str:
                 f'<path d="M{WIDTH / 2} {top - 32} v22 m-6 -8 l6 8 l6 -8" fill="none" stroke="#555" stroke-width="2"/>'
                 f'<text x="{WIDTH / 2 + 14}" y="{top - 14}" fill="#555" font-size="13">may import</text>'
             )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top - 14}" font-family="sans-serif">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top - 14}" font-family="sans-serif">'
+    )
     background = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    return "\n".join([head, "<title>The three packages of Dromos</title>", background, *parts, "</svg>"]) + "\n"
+    return (
+        "\n".join([head, "<title>The three packages of Dromos</title>", background, *parts, "</svg>"]) + "\n"
+    )
 
 
 def box(x: float, y: float, room: str, what: str, ink: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all tests share: real data beside the checkout, and CI's rule that a missing program is a failure."""
+"""Shared by all tests: real data beside the checkout, groups for parallel workers, CI's rule that a missing program fails."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
 MISSING = "in CI an integration test must run, and this one was skipped"
+# Session fixtures that take seconds: all files that use one are a group, so that one worker builds it once.
+COSTLY_FIXTURES = ("demo", "tiny_runs")
+# Folders and files whose tests take longest start first, so that no worker is left with one of them at the end.
+SLOW_FIRST = (
+    "tests/integration",
+    "tests/fault/test_kill.py",
+    "tests/dist",
+    "tests/fault",
+    "tests/pretrain/train",
+    "tests/pretrain/merge",
+)
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +31,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{WITHOUT_SHARED}, which is not beside this checkout")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests by file, or by the costly fixture that files share (`--dist loadgroup`), slow groups first."""
+    groups: dict[str, str] = {}
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        costly = (name for name in COSTLY_FIXTURES if name in getattr(item, "fixturenames", ()))
+        groups[path] = next(costly, groups.get(path, path))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.nodeid.partition("::")[0]]))
+
+    def place(item: pytest.Item) -> int:
+        return next(
+            (k for k, start in enumerate(SLOW_FIRST) if item.nodeid.startswith(start)), len(SLOW_FIRST)
+        )
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
