@@ -1,4 +1,4 @@
-"""Shared by all tests: real data beside the checkout, groups for parallel workers, CI's rule that a missing program fails."""
+"""Shared by all tests: data beside the checkout, groups for parallel workers, and CI's rule that nothing is skipped."""
 
 from __future__ import annotations
 
