@@ -1,4 +1,4 @@
-"""Every damage that is done to an output or its inputs is found; what is whole passes."""
+"""`verify` passes an intact output, and finds every kind of damage to an output or its inputs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pair(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def out(pair: list[str], tmp_path: Path) -> Path:
-    """In three shards."""
+    """A merge of the pair, in three shards."""
     merge(pair, tmp_path / "out", beta=0.3, max_shard_size=1500)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
     return tmp_path / "out"
@@ -70,15 +70,15 @@ def edit(out: Path, **changes: Any) -> None:
     (out / "merge.json").write_text(json.dumps({**content, **changes}))
 
 
-def test_what_is_whole_passes(out: Path) -> None:
+def test_an_intact_output_passes(out: Path) -> None:
     report = verify(out, count=20)
     assert not report.wrong, wrong(report)
     assert report.recomputed == 20
     assert [state for _, state in report.inputs] == ["unchanged", "unchanged"]
     assert report.not_finite == {}
     texts = [finding.text for finding in report.findings]
-    assert "5 tensors in 3 files are as they were written" in texts
-    assert any(text.startswith("config.json fits") and "num_hidden_layers" in text for text in texts)
+    assert "5 tensors in 3 files: unchanged" in texts
+    assert any(text.startswith("config.json matches") and "num_hidden_layers" in text for text in texts)
     full = verify(out, full=True)
     assert not full.wrong
     assert full.recomputed == 5
@@ -97,7 +97,7 @@ def test_what_is_whole_passes(out: Path) -> None:
     ],
     ids=lambda asked: str(asked.get("method", asked.get("beta"))),
 )
-def test_every_method_is_computed_again(pair: list[str], tmp_path: Path, asked: dict[str, Any]) -> None:
+def test_every_method_is_recomputed(pair: list[str], tmp_path: Path, asked: dict[str, Any]) -> None:
     write(tmp_path / "base", tensors(7))
     if "base" in asked:
         asked = asked | {"base": str(tmp_path / "base")}
@@ -128,7 +128,7 @@ def test_the_tensor_with_the_flipped_bit_is_named(out: Path) -> None:
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     flip(path, 8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0])
-    assert wrong(verify(out)) == f"{path.name}: {name}: other bytes than were written"
+    assert wrong(verify(out)) == f"{path.name}: {name}: changed since it was written"
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
@@ -137,7 +137,7 @@ def test_a_truncated_shard_is_found(out: Path, left: int) -> None:
     os.truncate(path, left if left >= 0 else path.stat().st_size - 1)
     found = wrong(verify(out))
     assert f"{path.name}: " in found
-    assert "written were" in found
+    assert "were written" in found
 
 
 def test_swapped_and_missing_shards_are_found(out: Path) -> None:
@@ -150,10 +150,10 @@ def test_swapped_and_missing_shards_are_found(out: Path) -> None:
     assert two.name in found
     assert "model.safetensors.index.json" in found
     three.unlink()
-    assert f"{three.name}: not there" in wrong(verify(out))
+    assert f"{three.name}: missing" in wrong(verify(out))
 
 
-def test_an_index_that_leads_elsewhere_is_found(out: Path) -> None:
+def test_a_wrong_index_is_found(out: Path) -> None:
     path = out / "model.safetensors.index.json"
     content = json.loads(path.read_text())
     placed = content["weight_map"]
@@ -183,18 +183,18 @@ def test_a_bit_in_a_large_input_is_found_by_reading_all_of_it(tmp_path: Path) ->
     assert [state for _, state in verify(tmp_path / "m", count=0).inputs] == ["unchanged", "unchanged"]
     report = verify(tmp_path / "m", full=True)
     assert [state for _, state in report.inputs] == ["changed", "unchanged"]
-    assert "some bytes of what was read" in wrong(report)
+    assert "some bytes that the merge read" in wrong(report)
 
 
 def _unseen(path: Path, at: int, before: str) -> bool:
-    """Whether a changed byte there leaves the fingerprint as it was."""
+    """True if a changed byte at `at` does not change the fingerprint."""
     flip(path, at)
     same = fingerprint(LocalFile(path)) == before
     flip(path, at)
     return same
 
 
-def test_an_input_that_is_gone_is_no_mistake(out: Path, pair: list[str]) -> None:
+def test_a_missing_input_is_not_wrong(out: Path, pair: list[str]) -> None:
     shutil.rmtree(pair[0])
     report = verify(out)
     assert not report.wrong
@@ -202,7 +202,7 @@ def test_an_input_that_is_gone_is_no_mistake(out: Path, pair: list[str]) -> None
     assert report.recomputed == 0 or all(
         j.copy for _, j in jobs_of(json.loads((out / "merge.json").read_text()))
     )
-    assert any("could be computed again" in finding.text for finding in report.findings)
+    assert any("could be recomputed" in finding.text for finding in report.findings)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ OTHER: list[Any] = [None, -1, 1 << 70, 0.5, "", "../x", "é" * 300, [], {}, [[]]
 
 
 def mutated(value: Any, draw: random.Random) -> Any:
-    """A copy in which one thing somewhere is another thing, or missing."""
+    """A copy with one random value replaced or removed."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         key = draw.choice(list(value))
         if draw.random() < 0.15:
@@ -242,7 +242,7 @@ def mutated(value: Any, draw: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("resealed", [False, True])
-def test_whatever_stands_in_a_record_is_judged_and_never_crashes(out: Path, resealed: bool) -> None:
+def test_no_content_of_a_record_crashes(out: Path, resealed: bool) -> None:
     whole = json.loads((out / "merge.json").read_text())
     found = 0
     for seed in range(150):
@@ -260,18 +260,18 @@ def test_whatever_stands_in_a_record_is_judged_and_never_crashes(out: Path, rese
     assert found > (20 if resealed else 149)
 
 
-def test_an_edited_weight_does_not_compute_to_the_file_even_when_sealed_again(out: Path) -> None:
+def test_an_edited_weight_with_a_valid_seal_is_found_by_recomputing(out: Path) -> None:
     content = json.loads((out / "merge.json").read_text())
     for job in content["jobs"]:
         for term in job["terms"]:
             term["weight"] = {0.3: 0.7, 0.7: 0.3}.get(term["weight"], term["weight"])
     (out / "merge.json").write_text(json.dumps(sealed(content)))
-    assert "computed again, other bytes" in wrong(verify(out))
+    assert "recomputed bytes differ" in wrong(verify(out))
 
 
 @pytest.mark.parametrize("limit", [1, 10**6])
-def test_tensors_without_elements_are_no_mistake(tmp_path: Path, limit: int) -> None:
-    """They lie where others begin; the fp16 one stands first in the inputs, and last in a file of fp64."""
+def test_tensors_without_elements_are_not_wrong(tmp_path: Path, limit: int) -> None:
+    """Empty tensors share their offset with others; the fp16 one is first in the inputs, and last in a file of fp64."""
     rows: dict[str, np.ndarray] = {"a": floats(1, 2, 2).astype(np.float16)}
     rows |= {name: np.zeros(shape, np.float16) for name, shape in (("b", (3, 0)), ("c", (0,)))}
     for name in "xy":
@@ -291,7 +291,7 @@ def test_an_edited_config_is_found(out: Path, change: str) -> None:
         path.write_text(path.read_text().replace("{", "{ ", 1))
     else:
         path.unlink()
-    assert wrong(verify(out)) == "config.json: gone, or not as it was written"
+    assert wrong(verify(out)) == "config.json: missing, or changed since it was written"
 
 
 def test_nan_and_infinities_are_counted(tmp_path: Path) -> None:
@@ -314,22 +314,22 @@ def test_a_config_of_another_size_is_found(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 31, "num_hidden_layers": 3}))
     found = wrong(verify(out))
     assert "vocab_size 31, but model.embed_tokens.weight is [30, 8]" in found
-    assert "3 layers, there are 2" in found
+    assert "3 layers, but the weights have 2" in found
 
 
-def test_weights_that_lie_beside_are_noted(out: Path) -> None:
+def test_other_weight_files_are_noted(out: Path) -> None:
     save_file({"x": floats(1, 2)}, out / "extra.safetensors")
     report = verify(out)
     assert not report.wrong
-    assert any("extra.safetensors: not of this merge" in finding.text for finding in report.findings)
+    assert any("extra.safetensors: not part of this merge" in finding.text for finding in report.findings)
 
 
-def test_what_is_no_merge_is_refused(tmp_path: Path, pair: list[str]) -> None:
+def test_a_folder_that_is_not_a_merge_is_refused(tmp_path: Path, pair: list[str]) -> None:
     for folder in (tmp_path / "nothing", Path(pair[0])):
         with pytest.raises(UserError, match=r"merge\.json"):
             verify(folder)
     (tmp_path / "a/merge.json").write_text("[1")
-    with pytest.raises(UserError, match=r"merge\.json: not JSON"):
+    with pytest.raises(UserError, match=r"merge\.json: not valid JSON"):
         verify(tmp_path / "a")
 
 
