@@ -62,7 +62,7 @@ def run_merge_stage(
             [folder / "weights"],
             progress=progress,
             durable=True,
-            anew=True,
+            discard_unfinished=True,
         )
         if plan.frozen is not None:
             link_or_copy(plan.frozen, folder / FROZEN)

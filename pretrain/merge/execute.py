@@ -1,4 +1,7 @@
-"""One merge from addresses to a published folder: open, plan, write, record."""
+"""Executes merges: opens the inputs, plans, writes, records and publishes the output folders.
+
+A killed merge resumes: into a folder from its journal, into an object store from the parts that were sent.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from pretrain.merge.output.local import LocalOutput
 from pretrain.merge.output.record import RECORD, jobs_plain, sealed
 from pretrain.merge.output.remote import MARK, RemoteOutput, half_published, uploaded_folder
 from pretrain.merge.output.resumed_folder import resumed_folder
-from pretrain.merge.output.writer import Output, Progress, write_tensors, written
+from pretrain.merge.output.writer import Output, Progress, output_digests, write_tensors
 from pretrain.merge.planning.describe import ROUNDING, THETA
 from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.lineage import ancestors
@@ -35,13 +38,12 @@ from pretrain.weights.companions import read_companion
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK
 from pretrain.weights.folder import FROZEN
 
-OPEN = 200
-"""files that may be open besides those of outputs"""
+OTHER_OPEN_FILES = 200  # allowance for open files that are not outputs
 
 
-def plan(inputs: Sequence[str], *, run_dir: Path | None = None, **asked: Any) -> Plan:
-    """What `merge` with the same arguments would do; writes nothing."""
-    return prepare(request(inputs, **asked), run_dir=run_dir)[0][0]
+def plan(inputs: Sequence[str], *, run_dir: Path | None = None, **options: Any) -> Plan:
+    """The plan that `merge` would execute with the same arguments; writes nothing."""
+    return prepare(request(inputs, **options), run_dir=run_dir)[0][0]
 
 
 def merge(
@@ -53,19 +55,22 @@ def merge(
     threads: int | None = None,
     progress: Progress | None = None,
     durable: bool = False,
-    **asked: Any,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Merge `inputs`, streamed into the folder `out`, which appears only when it is complete.
+    """Merge `inputs` into the folder `out`, which appears only when it is complete.
 
-    inputs: two or more addresses (pretrain.run.address).
-    asked:  as of `pretrain.merge.planning.request.request`: method, beta or weights, base, only, rules,
-            copy_rest, dtype, ...
-            Most often beta, of two inputs the weight of the first: theta = beta * A + (1 - beta) * B.
-    durable: whether to wait for the disk before `out` appears, see `execute`.
+    inputs:   two or more addresses (pretrain.run.address).
+    run_dir:  run folder that relative addresses refer to.
+    chunk:    elements per block.
+    progress: called with the number of output bytes that were just completed.
+    durable:  fsync the weights before `out` appears, see `execute`.
+    options:  of `pretrain.merge.planning.request.request`: method, beta or weights, base, only, rules, copy_rest,
+              dtype, ... For two inputs, beta is the weight of the first: theta = beta * A + (1 - beta) * B.
 
-    Returns the content of `out/merge.json`. A complete `out` of the same plan is left alone; UserError for any other.
+    Returns the content of `out/merge.json`. Does nothing if `out` is already complete for the same plan; raises
+    UserError if it has anything else.
     """
-    plans, opened = prepare(request(inputs, **asked), run_dir=run_dir)
+    plans, opened = prepare(request(inputs, **options), run_dir=run_dir)
     return execute(plans, opened, [out], chunk, threads, progress, durable=durable)[0]
 
 
@@ -78,68 +83,74 @@ def execute(
     progress: Progress | None = None,
     *,
     durable: bool = False,
-    anew: bool = False,
+    discard_unfinished: bool = False,
 ) -> list[dict[str, Any]]:
-    """Carry out plans that differ in their weights alone, in one pass; what is complete already is not done again.
+    """Execute plans that differ only in their weights, in one pass over the inputs; returns their merge.json contents.
 
-    What an earlier call was killed over goes on. `durable` waits for the disk before a folder appears, so that it is
-    whole after a power cut too; without it the system writes in its own time, as it does for a copy, and the digests
-    in the record tell. `anew` discards what was begun from other inputs or for another plan.
-    A folder may be in an object store: what was sent before a kill is computed again, but not sent again.
+    Complete outputs are skipped, unfinished ones are resumed. For a folder in an object store, elements are computed
+    again but parts that were sent before a kill are not sent again.
+
+    folders:            output folder of each plan.
+    durable:            fsync the weights before a folder appears, so that it survives a power cut. Without it, the
+                        kernel writes them later, and damage shows in the digests of merge.json.
+    discard_unfinished: delete an unfinished output of other inputs or another plan instead of raising UserError.
     """
-    folders = [_followed(str(folder)) for folder in folders]
-    prints = [source.hashes() for source in opened.sources]
-    keys = [plan.key(prints) for plan in plans]
+    folders = [_resolve_link(str(folder)) for folder in folders]
+    hashes = [source.hashes() for source in opened.sources]
+    keys = [plan.key(hashes) for plan in plans]
     for out in folders:
-        check_apart(str(out), opened)
-    records = [existing(str(o), key, plan.request) for o, key, plan in zip(folders, keys, plans, strict=True)]
-    todo = [i for i, record in enumerate(records) if record is None]
-    _allow_open(OPEN + sum(len(plans[i].files) + 2 for i in todo))
+        check_outside_inputs(str(out), opened)
+    records = [
+        existing_record(str(o), key, p.request) for o, key, p in zip(folders, keys, plans, strict=True)
+    ]
+    missing = [i for i, record in enumerate(records) if record is None]
+    _raise_open_file_limit(OTHER_OPEN_FILES + sum(len(plans[i].files) + 2 for i in missing))
     with ExitStack() as stack:
         outputs: dict[int, LocalOutput | RemoteOutput] = {}
-        for i in todo:
+        for i in missing:
             if is_remote(str(folders[i])):
                 folder = uploaded_folder(str(folders[i]), keys[i], len(folders))
                 uploads = stack.enter_context(folder)
                 outputs[i] = RemoteOutput(plans[i], uploads)
             else:
-                head = _head(plans[i], opened, prints, keys[i])
-                resumed = resumed_folder(Path(folders[i]), head, plans[i].size, durable, anew)
+                head = _head(plans[i], opened, hashes, keys[i])
+                resumed = resumed_folder(Path(folders[i]), head, plans[i].size, durable, discard_unfinished)
                 outputs[i] = LocalOutput(plans[i], *stack.enter_context(resumed))
-        if todo:
+        if missing:
             write_tensors(list(outputs.values()), opened.sources, chunk, threads, progress)
-            _check_inputs(opened)
+            _check_unchanged(opened)
         for i, output in outputs.items():
-            files = _beside(plans[i])
+            files = _companion_files(plans[i])
             beside = {n: xxhash.xxh64_hexdigest(c) for n, c in files.items() if isinstance(c, bytes)}
-            records[i] = made = sealed(_record(output, opened, prints, keys[i]) | {"beside": beside})
-            files |= {model_card.NAME: model_card.card(plans[i], opened.sources, made)}
-            _add(output, files | {RECORD: (json.dumps(made, indent=1) + "\n").encode()})
+            records[i] = record = sealed(_record(output, opened, hashes, keys[i]) | {"beside": beside})
+            files |= {model_card.NAME: model_card.card(plans[i], opened.sources, record)}
+            # merge.json comes last: in an object store it marks a complete output.
+            _add_files(output, files | {RECORD: (json.dumps(record, indent=1) + "\n").encode()})
     return [record for record in records if record is not None]
 
 
-def _check_inputs(opened: OpenedInputs) -> None:
-    """UserError where a mapped file was changed after the look at it that goes before every read."""
+def _check_unchanged(opened: OpenedInputs) -> None:
+    """Raises UserError if a memory-mapped input file changed after the check that precedes every read."""
     for file in (file for source in opened.sources for file in source.files):
         if not file.remote:
             file.check_unchanged()
 
 
-def _allow_open(files: int) -> None:
-    """Raise this process's limit of open files, which a sweep of many betas needs. UserError where it may not."""
+def _raise_open_file_limit(files: int) -> None:
+    """Raise the process's limit of open files for a sweep over many betas. UserError if it exceeds the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or files <= soft:
         return
     if hard != resource.RLIM_INFINITY and files > hard:
         raise UserError(
-            f"{files:,} files would be open at once, and {hard:,} may be; write fewer outputs at a time, or raise the "
-            "limit (ulimit -n)"
+            f"{files:,} files would be open at once, and the limit is {hard:,}; write fewer outputs at a time, or "
+            "raise the limit (ulimit -n)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
-def _head(plan: Plan, opened: OpenedInputs, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
-    """What an output is made of, for its journal: the plan without its inputs, and they with their times."""
+def _head(plan: Plan, opened: OpenedInputs, hashes: list[dict[str, str]], key: str) -> dict[str, Any]:
+    """First line of a journal: the plan's key, the key of its jobs, and the identity of every input file."""
     inputs = {
         f"{source.address}: {Path(file.name).name}": file.identity
         for source in opened.sources
@@ -148,14 +159,14 @@ def _head(plan: Plan, opened: OpenedInputs, prints: list[dict[str, str]], key: s
     return {"plan": key, "jobs": plan.key([]), "inputs": inputs}
 
 
-def _followed(folder: str) -> str:
-    """Where a link to a folder leads: the folder that appears at the end cannot take the link's place."""
+def _resolve_link(folder: str) -> str:
+    """The target of `folder` if it is a symbolic link, because a folder cannot be renamed onto a link."""
     link = folder.rstrip("/")
     return os.path.realpath(link) if not is_remote(folder) and os.path.islink(link) else folder
 
 
-def check_apart(folder: str, opened: OpenedInputs) -> None:
-    """Raises UserError for an output within an input: that stays as it is, and is what it was for whoever copies it."""
+def check_outside_inputs(folder: str, opened: OpenedInputs) -> None:
+    """Raises UserError if the output is inside an input folder, which a merge must not change."""
     if is_remote(folder):
         return
     for source in opened.sources:
@@ -163,20 +174,23 @@ def check_apart(folder: str, opened: OpenedInputs) -> None:
         inside = source.located.kind in ("folder", "checkpoint") and not is_remote(place)
         if inside and Path(place).resolve() in Path(folder).resolve().parents:
             raise UserError(
-                f"--out {folder}: lies within the input {source.address}; choose a folder outside"
+                f"--out {folder}: is inside the input {source.address}; choose a folder outside it"
             )
 
 
-def existing(folder: str, key: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a complete output of the same plan; None where there is no output yet."""
+def existing_record(folder: str, key: str, requested: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The merge.json of a complete output of the same plan; None if there is no output yet.
+
+    Raises UserError if `folder` has anything else, or if the output lost files.
+    """
     if not is_remote(folder) and Path(folder).name in ("", ".."):
-        raise UserError(f"--out {folder!r}: name the folder that is to be made")
+        raise UserError(f"--out {folder!r}: give the name of a folder to create")
     record = join(folder, RECORD)
     if is_remote(folder):
-        there = exists(folder)
+        present = exists(folder)
     else:
-        there = os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
-    if not there:
+        present = os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
+    if not present:
         return None
     if not exists(record):
         if is_remote(folder) and half_published(folder, key):
@@ -189,10 +203,10 @@ def existing(folder: str, key: str, asked: Mapping[str, Any]) -> dict[str, Any] 
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("output", {}), dict):
-        raise UserError(f"{record}: not what a merge writes; choose another --out, or remove {folder}")
+        raise UserError(f"{record}: is not a merge.json of Dromos; choose another --out, or remove {folder}")
     if content.get("plan") != key:
         raise UserError(
-            f"{folder} holds another merge{_difference(content.get('asked'), asked)} (see {record}); choose another "
+            f"{folder} has another merge{_difference(content.get('asked'), requested)} (see {record}); choose another "
             "--out, or remove it"
         )
     _check_whole(folder, content)
@@ -203,30 +217,32 @@ def existing(folder: str, key: str, asked: Mapping[str, Any]) -> dict[str, Any] 
     return content
 
 
-def _difference(there: Any, asked: Mapping[str, Any]) -> str:
-    """What is asked otherwise than it was; where nothing is, the inputs are other ones."""
-    there = there if isinstance(there, dict) else {}
-    told = {
-        key: [json.dumps(one.get(key), default=str) for one in (there, asked)] for key in {**there, **asked}
+def _difference(recorded: Any, requested: Mapping[str, Any]) -> str:
+    """Up to three differences between the recorded and the requested options; without any, the inputs differ."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    values = {
+        key: [json.dumps(options.get(key), default=str) for options in (recorded, requested)]
+        for key in {**recorded, **requested}
     }
-    other = [f"{key} {was}, not {now}" for key, (was, now) in told.items() if was != now]
-    short = [text if len(text) <= 100 else text.partition(" ")[0] for text in other]
-    return f": of {'; '.join(short[:3])}" if short else ", or this one of inputs that changed since"
+    changes = [f"{key} {was}, not {now}" for key, (was, now) in values.items() if was != now]
+    short = [text if len(text) <= 100 else text.partition(" ")[0] for text in changes]
+    return f" with {'; '.join(short[:3])}" if short else ", or the inputs changed since"
 
 
 def _check_whole(folder: str, record: Mapping[str, Any]) -> None:
-    """Raises UserError where a file of weights is gone or has another size: what is done is not said to be."""
+    """Raises UserError if a weight file is missing or has another size than merge.json says."""
     files = {join(folder, name): entry for name, entry in record.get("output", {}).items()}
-    there = sizes(list(files))
+    found = sizes(list(files))
     for url, entry in files.items():
-        if url not in there or not isinstance(entry, dict) or entry.get("size") != there[url]:
+        if url not in found or not isinstance(entry, dict) or entry.get("size") != found[url]:
             raise UserError(
-                f"{url}: not as this merge wrote it (dromos verify tells more); remove {folder} to merge again"
+                f"{url}: is missing or has another size than this merge wrote (dromos verify says more); remove {folder} "
+                "to merge again"
             )
 
 
-def _record(output: Output, opened: OpenedInputs, prints: list[dict[str, str]], key: str) -> dict[str, Any]:
-    plan, made = output.plan, written(output)
+def _record(output: Output, opened: OpenedInputs, hashes: list[dict[str, str]], key: str) -> dict[str, Any]:
+    plan, written = output.plan, output_digests(output)
     inputs = [
         {
             "address": source.address,
@@ -235,9 +251,9 @@ def _record(output: Output, opened: OpenedInputs, prints: list[dict[str, str]], 
             "weight": plan.weights[i] if i < len(plan.weights) else None,
             "files": files,
             "lineage": sorted(ancestors(source)),
-            "read": {"tensors": len(made.inputs[i]), "digest": digests.combined_digest(made.inputs[i])},
+            "read": {"tensors": len(written.inputs[i]), "digest": digests.combined_digest(written.inputs[i])},
         }
-        for i, (source, files) in enumerate(zip(opened.sources, prints, strict=True))
+        for i, (source, files) in enumerate(zip(opened.sources, hashes, strict=True))
     ]
     return {
         "plan": key,
@@ -250,9 +266,9 @@ def _record(output: Output, opened: OpenedInputs, prints: list[dict[str, str]], 
         "left_out": list(plan.left_out),
         "tied": plan.tied,
         "frozen": FROZEN if plan.frozen else None,
-        "output": {file.name: {"size": file.size, "digest": made.files[file.name]} for file in plan.files},
-        "tensors": made.tensors,
-        "overflow": made.overflow,
+        "output": {file.name: {"size": file.size, "digest": written.files[file.name]} for file in plan.files},
+        "tensors": written.tensors,
+        "overflow": written.overflow,
         "digests": {"tensor": digests.RULE, "file": digests.FILE_RULE, "read": digests.READ_RULE},
         "dromos": _version(),
         "jobs": jobs_plain(plan),
@@ -266,9 +282,14 @@ def _version() -> str:
         return "unknown"
 
 
-def _beside(plan: Plan) -> dict[str, bytes | Path]:
-    """Content of config, tokenizer, index and the stage that says what the model is; where frozen tensors lie."""
-    files: dict[str, bytes | Path] = {name: read_companion(content) for name, content in plan.companions.items()}
+def _companion_files(plan: Plan) -> dict[str, bytes | Path]:
+    """File name -> content of config, tokenizer, index and the stage's resolved.yaml.
+
+    frozen.safetensors is a path instead of its content, so that it can be linked.
+    """
+    files: dict[str, bytes | Path] = {
+        name: read_companion(content) for name, content in plan.companions.items()
+    }
     if plan.index is not None:
         files[INDEX] = plan.index
     if plan.frozen is not None:
@@ -278,8 +299,8 @@ def _beside(plan: Plan) -> dict[str, bytes | Path]:
     return files
 
 
-def _add(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) -> None:
-    """The files beside the weights; frozen tensors are not copied where the disk can give a file a second name."""
+def _add_files(output: LocalOutput | RemoteOutput, files: Mapping[str, bytes | Path]) -> None:
+    """Write the files beside the weights; a path is hard-linked if possible, else copied."""
     for name, content in files.items():
         if isinstance(output, RemoteOutput):
             output.uploads.add(name, content)

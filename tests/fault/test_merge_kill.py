@@ -1,4 +1,4 @@
-"""A merge killed at any moment goes on where it was, and two never write one folder."""
+"""A merge that is killed at any moment resumes, and two merges never write the same folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage import atomic_folder
 from data_pipeline.storage.atomic_folder import new_folder, partial_of
 from pretrain.merge import merge, plan
 from pretrain.merge.methods import blocks
-from pretrain.merge.output import journal, local, resumed_folder
+from pretrain.merge.output import journal, local
 from pretrain.weights import dtypes
 from tests.support.merge_inputs import floats, write
 
@@ -29,7 +30,7 @@ SPAN = 64
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[str, str]:
-    """Two models of several tensors, each of many spans where SPAN is 64."""
+    """Two models of several tensors; each tensor has many spans of SPAN elements."""
     for seed, name in enumerate("ab"):
         tensors = {f"layer.{i}.weight": floats(10 * seed + i, 40, 31) for i in range(4)}
         write(tmp_path / name, tensors | {"norm": floats(seed, 7), "count": np.array([seed], np.int64)})
@@ -47,11 +48,11 @@ def content(folder: Path) -> dict[str, str]:
 
 
 class Stopped(BaseException):
-    """Stands for the kill: nothing catches it."""
+    """Simulates a kill: no code catches it."""
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, spans: int) -> list[int]:
-    """Let `spans` lines into the journal, then stop; counts them."""
+    """Stop after `spans` journal lines; returns a list with one element per line."""
     added: list[int] = []
     real = journal.Journal.add
 
@@ -66,7 +67,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, spans: int) -> list[int]:
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
-def test_goes_on_where_it_was(
+def test_a_killed_merge_resumes(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None, method: str
 ) -> None:
     asked: dict[str, Any] = {"beta": 0.3} if method == "linear" else {
@@ -86,7 +87,7 @@ def test_goes_on_where_it_was(
                 done += len(added)
                 continue
         break
-    assert done + len(added) == 4 * -(-40 * 31 // SPAN) + 2  # nothing was done twice
+    assert done + len(added) == 4 * -(-40 * 31 // SPAN) + 2  # no span was written twice
     assert sum(told) == (tmp_path / "out/model.safetensors").stat().st_size
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -107,7 +108,7 @@ def stopped(pair: tuple[str, str], out: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_what_the_disk_lost_is_written_again(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
 ) -> None:
-    """After a power cut the journal may be ahead of the data, or end in half a line."""
+    """After a power cut the journal may be ahead of the data, or end in an incomplete line."""
     merge(pair, tmp_path / "whole", beta=0.3)
     left = stopped(pair, tmp_path / "out", monkeypatch)
     with open(left / "model.safetensors", "r+b") as file:
@@ -127,16 +128,18 @@ def test_inputs_changed_since_are_noticed(
     raw = bytearray(file.read_bytes())
     raw[-100] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(UserError, match=r"unfinished merge lies in .*/b: model\.safetensors changed since"):
+    with pytest.raises(
+        UserError, match=r"has an unfinished merge, and .*/b: model\.safetensors changed since"
+    ):
         merge(pair, tmp_path / "out", beta=0.3)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("size", ["same", "shorter"])
-def test_inputs_changed_after_their_last_look_are_noticed(
+def test_inputs_changed_after_their_last_read_are_noticed(
     pair: tuple[str, str], tmp_path: Path, small_spans: None, size: str
 ) -> None:
-    """What was read may be of both: nothing appears."""
+    """The bytes read may mix both versions, so no output appears."""
     file = Path(pair[1]) / "model.safetensors"
     told: list[int] = []
 
@@ -156,18 +159,20 @@ def test_an_unfinished_merge_of_another_plan_is_not_thrown_away(
 ) -> None:
     left = stopped(pair, tmp_path / "out", monkeypatch)
     before = content(left)
-    with pytest.raises(UserError, match="unfinished merge of another plan lies in"):
+    with pytest.raises(UserError, match="has an unfinished merge of another plan"):
         merge(pair, tmp_path / "out", beta=0.4)
     assert content(left) == before
     merge(pair, tmp_path / "out", beta=0.3)
 
 
-def test_done_is_said_and_another_plan_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_a_complete_output_is_skipped_and_another_plan_is_refused(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     first = merge(pair, tmp_path / "out", beta=0.3)
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert merge(pair, tmp_path / "out", beta=0.3) == json.loads(json.dumps(first))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
-    with pytest.raises(UserError, match="holds another merge"):
+    with pytest.raises(UserError, match="has another merge"):
         merge(pair, tmp_path / "out", beta=0.4)
 
 
@@ -185,7 +190,7 @@ merge(sys.argv[1:3], sys.argv[3], beta=0.3, chunk=1024)
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """SIGKILL after ever longer, over and over, until it ends by itself."""
+    """Kill the merge repeatedly, each time after a longer delay, until it ends by itself."""
     inputs = [
         str(write(tmp_path / name, {f"w{i}": floats(i + seed, 1000, 1000) for i in range(8)}))
         for seed, name in ((0, "a"), (50, "b"))
@@ -202,19 +207,19 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         if process.wait() == 0:
             break
         process.stdout.close()
-        if (tmp_path / "out").exists():  # it was killed after all was done
+        if (tmp_path / "out").exists():  # the kill came after publishing
             break
         found = partial_of(tmp_path / "out") / journal.JOURNAL
         lines.append(len(found.read_bytes().splitlines()) if found.exists() else 0)
         kills, delay = kills + 1, delay * 1.3
     assert kills >= 2
     assert max(lines) > 10
-    assert lines == sorted(lines)  # no kill costs what another left
+    assert lines == sorted(lines)  # a kill loses no finished span
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_two_merges_into_one_folder(pair: tuple[str, str], tmp_path: Path) -> None:
-    """The second is refused by name while the first writes; the first is not disturbed."""
+    """The second raises an error that names the folder; the first is not disturbed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     other = context.Process(target=hold, args=(tmp_path / "out", theirs))
@@ -259,13 +264,13 @@ def test_a_full_disk_and_an_unwritable_folder_are_one_error(
 def test_a_kill_at_the_very_end_costs_nothing(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
 ) -> None:
-    """Before the folder has its name, and after, when lock and journal still lie in it."""
+    """Before the rename, and after it while the folder still has lock and journal."""
     merge(pair, tmp_path / "whole", beta=0.3)
 
     def stop(*_: Any) -> None:
         raise Stopped
 
-    for module, name in ((os, "rename"), (resumed_folder, "tidy")):
+    for module, name in ((os, "rename"), (atomic_folder, "tidy")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             with pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""Sweeps into an object store that fails, and that are killed: what appears is whole, and nothing is left over."""
+"""Sweeps into a failing object store, and killed sweeps: visible outputs are complete, and no upload is left over."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def server() -> Iterator[Store]:
 def store(
     server: Store, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
-    """A folder of this test's own. Parts are as small as S3 takes them."""
+    """A folder for this test alone. Parts have S3's minimum size."""
     monkeypatch.setattr(remote, "PART", 5 << 20)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tmp").mkdir()
@@ -55,7 +55,7 @@ def store(
 
 
 def unfinished(out: str) -> list[str]:
-    """Keys of the uploads below `out` that are neither complete nor taken back, however deep."""
+    """Keys of the uploads below `out`, at any depth, that are neither completed nor aborted."""
 
     def call(store: Any) -> list[str]:
         bucket, key, _ = store.split_path(out)
@@ -81,7 +81,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_a_tenth_of_all_requests_fails(pair: tuple[str, str], store: Store) -> None:
-    """Reads and writes, answered with 503, not at all, in part, or with a reset after they were done."""
+    """Reads and writes get a 503, no answer, a partial answer, or a reset after they were executed."""
     out, proxy = store
     inputs = [upload(Path(path), f"{out}/{Path(path).name}") for path in pair]
     sweep(*pair, BETAS, "s")
@@ -113,19 +113,19 @@ def test_every_kind_of_fault_while_scores_are_kept(pair: tuple[str, str], store:
 def test_a_store_that_stays_away_while_it_is_written(
     pair: tuple[str, str], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One error that says so; nothing appeared; the next try goes on with what was sent."""
+    """One clear error, no visible object, and the next run reuses the parts that were sent."""
     out, proxy = store
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
-    real, sent = multipart.Multipart._put, []
+    real, sent = multipart.MultipartUpload._put, []
 
-    def put(self: multipart.Multipart, number: int, data: bytes) -> None:
+    def put(self: multipart.MultipartUpload, number: int, data: bytes) -> None:
         if number == 2:
             proxy.rate, proxy.methods, proxy.kinds = 1.0, EVERY, ("503",)
         real(self, number, data)
         sent.append(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(multipart.Multipart, "_put", put)
+        patch.setattr(multipart.MultipartUpload, "_put", put)
         with pytest.raises(ReadError, match=r"model\.safetensors could not be written after 2 tries: 503"):
             merge(pair, f"{out}/m", beta=0.3)
     calm(proxy)
@@ -146,7 +146,7 @@ sys.exit(launch.cli.main())
 
 
 def names(out: str) -> list[str]:
-    """What stands below a folder now."""
+    """Names of the objects below a folder."""
     store = storage.filesystem(out)
     bucket, key, _ = store.split_path(out)
     found = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
@@ -154,7 +154,7 @@ def names(out: str) -> list[str]:
 
 
 def complete(out: str) -> list[str]:
-    """Outputs of a sweep that say that they are whole."""
+    """merge.json files of complete outputs of a sweep."""
     return [name for name in names(out) if name.endswith("/merge.json")]
 
 

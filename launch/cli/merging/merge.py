@@ -114,7 +114,7 @@ def write_merge(plan: Plan, opened: OpenedInputs, out: str | None, durable: bool
     from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
     from pretrain.merge.execute import execute
-    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.output.overflow import overflow_warning
     from pretrain.merge.planning.describe import formula, summary
 
     if out is None:
@@ -124,7 +124,7 @@ def write_merge(plan: Plan, opened: OpenedInputs, out: str | None, durable: bool
         print_note(note)
     with resumable(), counting("merging", plan.size) as bar:
         (record,) = execute([plan], opened, [out], progress=bar.add, durable=durable)
-    print_note(overflow_note({out: record}))
+    print_note(overflow_warning({out: record}))
     if as_json:
         return json.dumps(record, indent=1)
     if not bar.moved:

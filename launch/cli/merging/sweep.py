@@ -107,7 +107,7 @@ def write_sweep(
     from data_pipeline.storage.files import is_remote, join
     from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
-    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.output.overflow import overflow_warning
     from pretrain.merge.sweeps.scored_sweep import run_sweep
 
     if out is None:
@@ -119,14 +119,14 @@ def write_sweep(
     with resumable(), counting("sweeping", passes * sum(plan.size for plan in plans)) as bar:
         result = run_sweep(
             plans, opened, betas, out, command, keep=keep, metric=metric, lower=lower,
-            progress=bar.add, told=bar.say,
+            progress=bar.add, print_line=bar.say,
         )  # fmt: skip
-    print_note(overflow_note({f"beta {beta:g}": record for beta, record in result.records.items()}))
+    print_note(overflow_warning({f"beta {beta:g}": record for beta, record in result.records.items()}))
     if command is not None:
         return "\n".join([*result.lines(), f"written: {out}/sweep.json, sweep.csv, sweep.svg"])
     lines = [
         f"beta {scored.beta:g}: {join(out, scored.folder)}"
-        for scored in result.betas
+        for scored in result.points
         if scored.folder is not None and scored.beta in betas
     ]
     return "\n".join(lines if bar.moved else [*lines, "done before, left as they are"])

@@ -1,8 +1,8 @@
-"""Methods whose result is a sum of the inputs with factors that follow from their norms and angles alone: one look at
-the tensors gives all products of two of them, and the factors are arithmetic on that small matrix.
+"""Methods whose factors depend only on norms and angles: SLERP, NuSLERP, Multi-SLERP, Karcher mean, Model Stock.
 
-As in mergekit 0.1.5: NuSLERP, Multi-SLERP, the Karcher mean (arXiv 2603.04972) and Model Stock (arXiv 2403.19522).
-With a base the vectors are differences to it, and what is summed is added to it.
+One pass over the tensors computes their Gram matrix, fp64 [terms, terms]; the factors are arithmetic on that matrix.
+With a base, the vectors are the differences x_i - base, and their weighted sum is added to the base. All methods follow
+mergekit 0.1.5; the Karcher mean is arXiv 2603.04972 and Model Stock is arXiv 2403.19522.
 """
 
 from __future__ import annotations
@@ -19,66 +19,65 @@ from pretrain.merge.methods import native
 from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements, exact_sum
 
-FLAT, TINY = 1e-7, 1e-6
-"""mergekit's bounds: a norm up to which a vector has no direction; a sum up to which there is no estimate"""
-
-
-COLINEAR = 0.9995
-SHORTEST = 1e-8
-"""a norm up to which a tensor has no direction; both numbers are mergekit's, so that its files give its results"""
+# Bounds of mergekit, so that its files give its results.
+NUSLERP_MIN_NORM = 1e-7  # nuslerp: smaller norms count as this one
+MODEL_STOCK_MIN = 1e-6  # model_stock: a smaller denominator gives no estimate
+SLERP_COLINEAR = 0.9995  # slerp: a larger absolute cosine is interpolated linearly
+SLERP_MIN_NORM = 1e-8  # slerp: a norm up to it counts as 1
 
 
 def gram_factors(job: TensorJob, workers: Workers) -> list[float]:
-    """One factor for each term of the job."""
-    if len(job.terms) == 1:  # the others weigh nothing, or there are none
+    """One factor per term of the job. Raises UserError if Multi-SLERP's directions cancel each other."""
+    if len(job.terms) == 1:  # terms of weight 0 are not in the job
         return [abs(job.terms[0].weight) if job.method == "multislerp" else 1.0]
     key = "gram", tuple((term.source, term.name) for term in job.reads)
-    products = workers.once(key, lambda: gram(job, workers))
+    products = workers.cached(key, lambda: gram(job, workers))
     weights = np.array([term.weight for term in job.terms])
-    found: Sequence[float] | np.ndarray
+    factors: Sequence[float] | np.ndarray
     if job.method == "nuslerp":
-        found = nuslerp(products, float(job.option("t", 0.5)))
+        factors = nuslerp(products, float(job.option("t", 0.5)))
     elif job.method == "multislerp":
-        found = multislerp(products, weights, float(job.option("eps", 1e-8)), job.name)
+        factors = multislerp(products, weights, float(job.option("eps", 1e-8)), job.name)
     elif job.method == "karcher":
-        found = karcher(products, int(job.option("max_iter", 10)), float(job.option("tol", 1e-5)))
+        factors = karcher(products, int(job.option("max_iter", 10)), float(job.option("tol", 1e-5)))
     else:
-        found = model_stock(products)
-    return [float(factor) for factor in found]
+        factors = model_stock(products)
+    return [float(factor) for factor in factors]
 
 
 def gram(job: TensorJob, workers: Workers) -> np.ndarray:
-    """fp64 [terms, terms]: products of any two of the terms, less the base where there is one.
+    """Gram matrix of the terms (minus the base, if there is one), fp64 [terms, terms].
 
-    Sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without rounding.
+    Sums run over blocks of 65,536 elements: pairwise within a block, as numpy adds; exact between blocks.
     """
 
     def work(start: int, stop: int) -> list[np.ndarray]:
-        return list(_products(job, start, stop, workers))
+        return list(_block_products(job, start, stop, workers))
 
-    parts = list(chain.from_iterable(workers.over(work, elements(job.shape))))
+    blocks = list(chain.from_iterable(workers.map_spans(work, elements(job.shape))))
     count = len(job.terms)
-    found = np.zeros((count, count))
+    total = np.zeros((count, count))
     for i in range(count):
         for j in range(i + 1):
-            found[i, j] = found[j, i] = exact_sum(part[i, j] for part in parts)
-    return found
+            total[i, j] = total[j, i] = exact_sum(block[i, j] for block in blocks)
+    return total
 
 
-def _products(job: TensorJob, start: int, stop: int, workers: Workers) -> Iterator[np.ndarray]:
+def _block_products(job: TensorJob, start: int, stop: int, workers: Workers) -> Iterator[np.ndarray]:
+    """Lower triangle of the Gram matrix per block of 65,536 elements, fp64 [terms, terms]."""
     count = len(job.terms)
-    if count <= native.VECTORS and native.compiled("products") is not None:
-        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+    if count <= native.MAX_VECTORS and native.compiled_function("products") is not None:
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.BLOCKS_PER_PASS):
             for at in range(0, len(block), ELEMENTS_PER_BLOCK):
-                found = np.zeros((count, count))
-                found[np.tril_indices(count)] = list(
+                products = np.zeros((count, count))
+                products[np.tril_indices(count)] = list(
                     chain.from_iterable(
                         native.products(
                             job.terms, job.base, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block
                         )
                     )
                 )
-                yield found
+                yield products
         return
     for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
         vectors = []
@@ -87,16 +86,16 @@ def _products(job: TensorJob, start: int, stop: int, workers: Workers) -> Iterat
                 vectors.append(block.wide(term, np.float64))
             else:
                 vectors.append(block.difference(term, job.base, block.array(f"vector {number}", np.float64)))
-        product, found = block.array("product", np.float64), np.zeros((count, count))
+        product, products = block.array("product", np.float64), np.zeros((count, count))
         for i in range(count):
             for j in range(i + 1):
-                found[i, j] = np.add.reduce(np.multiply(vectors[i], vectors[j], out=product))
-        yield found
+                products[i, j] = np.add.reduce(np.multiply(vectors[i], vectors[j], out=product))
+        yield products
 
 
 def nuslerp(products: np.ndarray, t: float) -> list[float]:
-    """Spherical interpolation of two vectors by their directions, `t` the share of the second."""
-    first, second = (max(math.sqrt(products[i, i]), FLAT) for i in range(2))
+    """Factors of the spherical interpolation of two vectors; `t` is the share of the second. products: [2, 2]."""
+    first, second = (max(math.sqrt(products[i, i]), NUSLERP_MIN_NORM) for i in range(2))
     cosine = min(1.0, max(-1.0, products[0, 1] / first / second))
     if 1 - cosine * cosine <= 1e-16:
         return [1 - t, t]
@@ -105,9 +104,10 @@ def nuslerp(products: np.ndarray, t: float) -> list[float]:
 
 
 def multislerp(products: np.ndarray, weights: np.ndarray, eps: float, name: str) -> np.ndarray:
-    """The direction of the weighted mean of the directions, as long as the weighted mean of the lengths.
+    """Factors, [terms], whose sum has the weighted mean direction and the weighted mean length of the vectors.
 
-    mergekit maps the mean of the tangents at that direction back to the sphere; that mean is 0.
+    mergekit also maps the mean tangent at that direction back to the sphere; that mean is 0, so nothing changes.
+    Raises UserError for the tensor `name` if three or more directions cancel each other.
     """
     norms = np.sqrt(np.diag(products))
     units = 1 / (norms + eps)
@@ -115,16 +115,21 @@ def multislerp(products: np.ndarray, weights: np.ndarray, eps: float, name: str)
     square = float(shares @ products @ shares)
     length = math.sqrt(max(0.0, square))
     if length < eps:
-        if (
-            len(weights) == 2 or not products.any() or math.isnan(square)
-        ):  # nothing has a direction, or none is known
+        # Two opposite vectors, zeros only, or NaN: no mean direction exists, so the weighted sum is the result.
+        if len(weights) == 2 or not products.any() or math.isnan(square):
             return weights
-        raise UserError(f"{name}: multislerp of directions that cancel each other; give other weights")
+        raise UserError(
+            f"{name}: the directions cancel each other, so multislerp is undefined; use other weights"
+        )
     return shares / length * (norms @ weights)
 
 
 def karcher(products: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
-    """The point of the sphere with the least sum of squared angles to all directions, times the mean length."""
+    """Factors, [terms], of the Karcher mean: the direction with the least sum of squared angles, times the mean length.
+
+    Gradient descent on the sphere: at most `max_iter` steps, until a step is shorter than `tol`. Vectors with a norm up
+    to `tol` are ignored.
+    """
     norms = np.sqrt(np.diag(products))
     valid = norms > tol
     if not valid.any():
@@ -143,42 +148,45 @@ def karcher(products: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
     for _ in range(max_iter):
         dots = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(dots)
-        bent = valid & (angles >= tol)
-        pull = np.where(bent, shares * angles / np.where(bent, np.sin(angles), 1), 0)
+        curved = valid & (angles >= tol)
+        pull = np.where(curved, shares * angles / np.where(curved, np.sin(angles), 1), 0)
         tangent = pull - (pull @ dots) * mean
         step = length(tangent)
         if step < tol:
             break
         mean = math.cos(step) * mean + math.sin(step) * tangent / step
-        if (now := length(mean)) > tol:
-            mean = mean / now
+        if (norm := length(mean)) > tol:
+            mean = mean / norm
     return mean * inverse * norms.mean()
 
 
 def model_stock(products: np.ndarray) -> list[float]:
-    """t / N for each of N differences: how far from the base to their mean, by the mean cosine between them."""
+    """The factor t / N for each of N differences, where t = N cos / (1 + (N - 1) cos) and cos is the mean pair cosine.
+
+    t is the share of the way from the base to the mean of the models.
+    """
     count = len(products)
     norms = np.sqrt(np.diag(products))
     cosines = [
-        min(1.0, max(-1.0, products[i, j] / max(norms[i] * norms[j], TINY)))
+        min(1.0, max(-1.0, products[i, j] / max(norms[i] * norms[j], MODEL_STOCK_MIN)))
         for i in range(count)
         for j in range(i + 1, count)
     ]
     cosine = math.fsum(cosines) / len(cosines)
-    below = 1 + (count - 1) * cosine
-    t = 0.0 if abs(below) < TINY else count * cosine / below
+    denominator = 1 + (count - 1) * cosine
+    t = 0.0 if abs(denominator) < MODEL_STOCK_MIN else count * cosine / denominator
     return [t / count] * count
 
 
 def slerp_factors(first: Term, second: Term, t: float, count: int, workers: Workers) -> tuple[float, float]:
-    """Of both inputs, for the share `t` of the second: (1 - t, t) where they point almost the same or opposite way.
+    """SLERP factors of two inputs, where `t` is the share of the second; (1 - t, t) if they are almost colinear or NaN.
 
-    Norms and product are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added
-    without rounding.
+    Norms and the product are fp64 sums over blocks of 65,536 elements: pairwise within a block, as numpy adds; exact
+    between blocks.
     """
     pair = first.source, first.name, second.source, second.name
-    cosine = workers.once(pair, lambda: _cosine(first, second, count, workers))
-    if not abs(cosine) <= COLINEAR:
+    cosine = workers.cached(pair, lambda: _cosine(first, second, count, workers))
+    if not abs(cosine) <= SLERP_COLINEAR:
         return 1.0 - t, t
     angle = math.acos(cosine)
     return math.sin(angle * (1 - t)) / math.sin(angle), math.sin(angle * t) / math.sin(angle)
@@ -186,17 +194,20 @@ def slerp_factors(first: Term, second: Term, t: float, count: int, workers: Work
 
 def _cosine(first: Term, second: Term, count: int, workers: Workers) -> float:
     def work(start: int, stop: int) -> list[tuple[float, ...]]:
-        return list(_sums(first, second, start, stop, workers))
+        return list(_pair_products(first, second, start, stop, workers))
 
-    sums = list(chain.from_iterable(workers.over(work, count)))
-    aa, bb, ab = (exact_sum(part[i] for part in sums) for i in range(3))
-    norms = [norm if (norm := math.sqrt(square)) > SHORTEST else 1.0 for square in (aa, bb)]
+    sums = list(chain.from_iterable(workers.map_spans(work, count)))
+    aa, bb, ab = (exact_sum(block[i] for block in sums) for i in range(3))
+    norms = [norm if (norm := math.sqrt(square)) > SLERP_MIN_NORM else 1.0 for square in (aa, bb)]
     return ab / norms[0] / norms[1]
 
 
-def _sums(first: Term, second: Term, start: int, stop: int, workers: Workers) -> Iterator[tuple[float, ...]]:
-    if native.compiled("products") is not None:
-        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+def _pair_products(
+    first: Term, second: Term, start: int, stop: int, workers: Workers
+) -> Iterator[tuple[float, ...]]:
+    """a.a, b.b and a.b per block of 65,536 elements."""
+    if native.compiled_function("products") is not None:
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.BLOCKS_PER_PASS):
             for at in range(0, len(block), ELEMENTS_PER_BLOCK):
                 (aa,), (ab, bb) = native.products(
                     (first, second), None, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block

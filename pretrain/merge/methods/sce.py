@@ -1,5 +1,9 @@
-"""SCE (FuseChat, arXiv 2408.07990), as mergekit 0.1.5 has it: entries that vary most between the differences are
-selected, models weighted by the mean square of what is left of theirs, and entries against the elected sign erased."""
+"""SCE (FuseChat, arXiv 2408.07990), as in mergekit 0.1.5: select, calculate, erase.
+
+1. Select the entries whose variance between the models' differences is largest.
+2. Weight each model by the mean square of its selected differences.
+3. Erase the entries that disagree with the elected sign.
+"""
 
 from __future__ import annotations
 
@@ -9,123 +13,139 @@ import numpy as np
 
 from pretrain.merge.merge_plan import TensorJob, Term
 from pretrain.merge.methods.blocks import Block, Workers, spans
-from pretrain.merge.methods.sparsify import HALF, largest
+from pretrain.merge.methods.sparsify import BINS, bin_of_rank
 from pretrain.merge.methods.task_vectors import Threshold
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, Accumulator, elements, exact_sum
 
-LEAST = 1e-6
-"""mergekit's bound: of the sum of weights, below which all models weigh the same, and of what is divided by"""
+# mergekit's bound: below this sum of weights all models have the same weight, and no divisor is smaller.
+MIN_WEIGHT_SUM = 1e-6
 
 
 def prepare(job: TensorJob, kind: Accumulator, workers: Workers) -> Callable[[Block], np.ndarray]:
-    """A block's elements of base + sum_i w_i d_i over the sum of the w_i of those that agree with the elected sign."""
+    """The function of a block that returns base + sum_i w_i d_i / sum_i w_i, in the accumulation type.
+
+    Both sums run over the differences that agree with the elected sign of an entry.
+    """
     base, count = job.base, elements(job.shape)
     assert base is not None
     share = float(job.option("select_topk", 1.0))
-    cut = _cut(job.terms, base, share, kind, count, workers) if share < 1 else None
-    weights = [kind(weight) for weight in _weights(job.terms, base, cut, share, kind, count, workers)]
+    threshold = _variance_threshold(job.terms, base, share, kind, count, workers) if share < 1 else None
+    weights = [kind(weight) for weight in _weights(job.terms, base, threshold, share, kind, count, workers)]
 
     def compute(block: Block) -> np.ndarray:
-        differences = _differences(job.terms, base, cut, share, kind, block)
+        differences = _selected_differences(job.terms, base, threshold, share, kind, block)
         majority = np.where(sum(differences) >= 0, kind(1), kind(-1))
         total, divisor = block.array("total", kind), block.array("divisor", kind)
         total[:], divisor[:] = 0, 0
-        for one, weight in zip(differences, weights, strict=True):
-            agrees = np.sign(one) == majority
-            np.add(total, np.where(agrees, one * weight, kind(0)), out=total)
+        for difference, weight in zip(differences, weights, strict=True):
+            agrees = np.sign(difference) == majority
+            np.add(total, np.where(agrees, difference * weight, kind(0)), out=total)
             np.add(divisor, np.where(agrees, weight, kind(0)), out=divisor)
-        np.divide(total, np.maximum(divisor, kind(LEAST)), out=total)
+        np.divide(total, np.maximum(divisor, kind(MIN_WEIGHT_SUM)), out=total)
         return np.add(block.wide(base, kind), total, out=total)
 
     return compute
 
 
-def _differences(
-    terms: Sequence[Term], base: Term, cut: Threshold | None, share: float, kind: Accumulator, block: Block
+def _selected_differences(
+    terms: Sequence[Term],
+    base: Term,
+    threshold: Threshold | None,
+    share: float,
+    kind: Accumulator,
+    block: Block,
 ) -> list[np.ndarray]:
-    """x_i - base, zero where nothing is selected."""
-    found = [
+    """x_i - base per term, with the entries that are not selected set to zero."""
+    differences = [
         block.difference(term, base, block.array(f"difference {i}", kind)) for i, term in enumerate(terms)
     ]
     if share < 1:
-        selected = _within(_keys(found), cut, block) if cut is not None else np.zeros(len(block), bool)
-        for one in found:
-            one[~selected] = 0
-    return found
+        if threshold is None:
+            selected = np.zeros(len(block), bool)
+        else:
+            selected = _above(_variance_keys(differences), threshold, block)
+        for difference in differences:
+            difference[~selected] = 0
+    return differences
 
 
-def _keys(differences: Sequence[np.ndarray]) -> np.ndarray:
-    """Bits of the variance over the models as float32, which sort as the numbers do."""
+def _variance_keys(differences: Sequence[np.ndarray]) -> np.ndarray:
+    """Bits of the variance between the models as float32, which sort as the variances do."""
     return np.var(np.stack(differences), axis=0).astype(np.float32).view(np.uint32)
 
 
-def _within(keys: np.ndarray, cut: Threshold, block: Block) -> np.ndarray:
-    first = np.arange(block.start, block.stop) < cut.end
-    return (keys > cut.key) | ((keys == cut.key) & first)
+def _above(keys: np.ndarray, threshold: Threshold, block: Block) -> np.ndarray:
+    before_end = np.arange(block.start, block.stop) < threshold.end
+    return (keys > threshold.key) | ((keys == threshold.key) & before_end)
 
 
-def _cut(
+def _variance_threshold(
     terms: Sequence[Term], base: Term, share: float, kind: Accumulator, count: int, workers: Workers
 ) -> Threshold | None:
-    """The entries of largest variance, int(share * those that vary at all), of equal ones the first; None for none."""
+    """The threshold that selects the int(share * n) entries of largest variance, of the n with any; None selects none.
+
+    Among equal variances the first entries are selected.
+    """
 
     def keys(start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
-            yield block.start, _keys(_differences(terms, base, None, 1.0, kind, block))
+            yield block.start, _variance_keys(_selected_differences(terms, base, None, 1.0, kind, block))
 
-    def histogram(pick: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def histogram(half: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         def work(start: int, stop: int) -> np.ndarray:
             return sum(
-                (np.bincount(pick(one), minlength=HALF) for _, one in keys(start, stop)),
-                np.zeros(HALF, np.int64),
+                (np.bincount(half(block_keys), minlength=BINS) for _, block_keys in keys(start, stop)),
+                np.zeros(BINS, np.int64),
             )
 
-        return sum(workers.over(work, count), np.zeros(HALF, np.int64))
+        return sum(workers.map_spans(work, count), np.zeros(BINS, np.int64))
 
-    varies = sum(
-        workers.over(
-            lambda start, stop: sum(int(np.count_nonzero(one)) for _, one in keys(start, stop)), count
-        )
-    )
-    wanted = int(varies * share)
-    if wanted <= 0:
+    def count_varying(start: int, stop: int) -> int:
+        return sum(int(np.count_nonzero(block_keys)) for _, block_keys in keys(start, stop))
+
+    rank = int(sum(workers.map_spans(count_varying, count)) * share)
+    if rank <= 0:
         return None
-    high, wanted = largest(histogram(lambda one: one >> 16), wanted)
-    low, wanted = largest(histogram(lambda one: one[one >> 16 == high] & 0xFFFF), wanted)
-    key = high * HALF + low
+    high, rank = bin_of_rank(histogram(lambda block_keys: block_keys >> 16), rank)
+    low, rank = bin_of_rank(histogram(lambda k: k[k >> 16 == high] & 0xFFFF), rank)
+    key = high * BINS + low
     for start, stop in spans(count):
-        for at, one in keys(start, stop):
-            places = np.flatnonzero(one == key)
-            if wanted <= len(places):
-                return Threshold(key, at + int(places[wanted - 1]) + 1)
-            wanted -= len(places)
+        for block_start, block_keys in keys(start, stop):
+            positions = np.flatnonzero(block_keys == key)
+            if rank <= len(positions):
+                return Threshold(key, block_start + int(positions[rank - 1]) + 1)
+            rank -= len(positions)
     raise AssertionError("unreachable")
 
 
 def _weights(
     terms: Sequence[Term],
     base: Term,
-    cut: Threshold | None,
+    threshold: Threshold | None,
     share: float,
     kind: Accumulator,
     count: int,
     workers: Workers,
 ) -> list[float]:
-    """Mean squares of what is selected of each difference, over their sum.
+    """Per term the mean square of its selected differences, divided by the sum of these means.
 
-    fp64 sums of blocks of 65,536 elements, whose sums are added without rounding.
+    Squares are summed in fp64 per block of 65,536 elements, and exactly between blocks.
     """
 
     def work(start: int, stop: int) -> list[list[float]]:
         return [
             [
-                float(np.add.reduce(np.square(one, dtype=np.float64)))
-                for one in _differences(terms, base, cut, share, kind, block)
+                float(np.add.reduce(np.square(difference, dtype=np.float64)))
+                for difference in _selected_differences(terms, base, threshold, share, kind, block)
             ]
             for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK)
         ]
 
-    sums = [part for found in workers.over(work, count) for part in found]
-    squares = [exact_sum(part[i] for part in sums) / max(1, count) for i in range(len(terms))]
+    sums = [block for span in workers.map_spans(work, count) for block in span]
+    squares = [exact_sum(block[i] for block in sums) / max(1, count) for i in range(len(terms))]
     total = sum(squares)
-    return [1 / len(terms)] * len(terms) if abs(total) < LEAST else [square / total for square in squares]
+    return (
+        [1 / len(terms)] * len(terms)
+        if abs(total) < MIN_WEIGHT_SUM
+        else [square / total for square in squares]
+    )

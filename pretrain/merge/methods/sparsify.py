@@ -1,4 +1,8 @@
-"""TIES (arXiv 2306.01708): each difference cut down to its largest entries, a sign elected for every entry."""
+"""Selects entries of differences by magnitude and combines them by sign.
+
+TIES (arXiv 2306.01708) keeps the largest entries of each difference and elects one sign per entry. Breadcrumbs also
+removes the very largest entries. `l1_ratio` gives the factor that restores a difference's L1 norm.
+"""
 
 from __future__ import annotations
 
@@ -9,93 +13,98 @@ from itertools import chain, product
 import numpy as np
 
 from pretrain.merge.merge_plan import Term
-from pretrain.merge.methods import native, sparsify
+from pretrain.merge.methods import native
 from pretrain.merge.methods.blocks import Block, Workers, spans
-from pretrain.merge.methods.task_vectors import NOTHING, SparseTaskVector, Threshold
+from pretrain.merge.methods.task_vectors import NO_ENTRIES, SparseTaskVector, Threshold
 from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Accumulator, exact_sum
 
-HALF = 1 << 16
-FEW = 1 << 14
-"""bins of a span's histogram that are kept"""
-ROOM = 1 << 22
-"""bins of all spans that are kept, 24 MiB: the rest is counted again where the cut may end there"""
-NAN = 0x7F800001
-"""the key of every NaN: which payload comes out of a subtraction differs between processors"""
-Filled = tuple[np.ndarray, np.ndarray]
-"""bins of a histogram that are not empty, and their entries"""
-SHORTEST = 1e-7
-"""a norm below which nothing is rescaled; mergekit's, so that its files give its results"""
-Fill = Callable[[SparseTaskVector, Term, Block, np.ndarray], None]
-"""writes what is left of a block's difference to the base into an array"""
+BINS = 1 << 16  # of a histogram over one half (16 bits) of the magnitude keys
+MAX_BINS_PER_SPAN = 1 << 14  # a span's histogram is kept if it has at most so many non-empty bins
+MAX_BINS = (
+    1 << 22
+)  # kept bins of all spans (24 MiB); beyond it, spans are counted again where a threshold may end
+NAN_KEY = (
+    0x7F800001  # of every NaN, because the payload that a subtraction returns differs between processors
+)
+MIN_NORM = 1e-7  # below it nothing is rescaled; mergekit's number, so that its files give its results
+NonEmptyBins = tuple[np.ndarray, np.ndarray]  # numbers of the non-empty bins of a histogram, and their counts
+# Writes a block's elements of a sparse task vector to an array.
+WriteDifference = Callable[[SparseTaskVector, Term, Block, np.ndarray], None]
 
 
-def cuts(
-    asked: Sequence[tuple[Term, int]], base: Term, kind: Accumulator, count: int, workers: Workers
+def magnitude_thresholds(
+    sizes: Sequence[tuple[Term, int]], base: Term, kind: Accumulator, count: int, workers: Workers
 ) -> list[Threshold | None]:
-    """For every term and number of entries the cut in which exactly so many of x - base are, of equal ones the first;
-    None for all of them.
+    """Per (term, size) the threshold that selects exactly the `size` largest of the `count` entries of x - base.
 
-    Two passes over the tensors: a histogram of the keys' upper halves, and one of the lower halves within the bin
-    where the cut falls, which is kept span by span as far as it has few bins; then a look at the span where it ends.
+    Among equal magnitudes the first entries are selected. None selects all entries (size >= count).
     """
     tiles = list(spans(count))
-    looks = {
-        number: Look(term, base, kind, workers)
-        for number, (term, wanted) in enumerate(asked)
-        if wanted < count
+    tensors_of = {
+        number: DifferenceKeys(term, base, kind, workers)
+        for number, (term, size) in enumerate(sizes)
+        if size < count
     }
-    tensors = {(look.term.source, look.term.name): look for look in looks.values()}
+    tensors = {(keys.term.source, keys.term.name): keys for keys in tensors_of.values()}
 
-    upper = {tensor: np.zeros(HALF, np.int64) for tensor in tensors}
+    # 1. A histogram of the keys' upper halves finds the bin that contains the threshold.
+    upper = {tensor: np.zeros(BINS, np.int64) for tensor in tensors}
     work = product(tiles, tensors)
-    for tensor, found in workers.each(lambda one: (one[1], tensors[one[1]].histogram(*one[0], -1)), work):
-        upper[tensor] += found
+    for tensor, histogram in workers.map(
+        lambda task: (task[1], tensors[task[1]].histogram(*task[0], -1)), work
+    ):
+        upper[tensor] += histogram
     bins = {
-        number: largest(upper[look.term.source, look.term.name], asked[number][1])
-        for number, look in looks.items()
+        number: bin_of_rank(upper[keys.term.source, keys.term.name], sizes[number][1])
+        for number, keys in tensors_of.items()
     }
 
-    lower = {number: np.zeros(HALF, np.int64) for number in looks}
-    parts: dict[int, list[Filled | None]] = {number: [] for number in looks}
-    halves, room = product(tiles, looks), ROOM
-    for number, filled in workers.each(
-        lambda one: (one[1], looks[one[1]].filled(*one[0], bins[one[1]][0])), halves
+    # 2. A histogram of the lower halves within that bin finds the key. Spans with few bins keep their histogram.
+    lower = {number: np.zeros(BINS, np.int64) for number in tensors_of}
+    by_span: dict[int, list[NonEmptyBins | None]] = {number: [] for number in tensors_of}
+    lower_work, bins_left = product(tiles, tensors_of), MAX_BINS
+    for number, filled in workers.map(
+        lambda task: (task[1], tensors_of[task[1]].non_empty_bins(*task[0], bins[task[1]][0])), lower_work
     ):
         lower[number][filled[0]] += filled[1]
-        kept = len(filled[0]) <= min(FEW, room)
-        room -= len(filled[0]) if kept else 0
-        parts[number].append(filled if kept else None)
+        kept = len(filled[0]) <= min(MAX_BINS_PER_SPAN, bins_left)
+        bins_left -= len(filled[0]) if kept else 0
+        by_span[number].append(filled if kept else None)
 
-    made: list[Threshold | None] = [None] * len(asked)
-    for number, look in looks.items():
-        high, wanted = bins[number]
-        low, wanted = largest(lower[number], wanted)
-        made[number] = _end(look, tiles, parts[number], high * HALF + low, wanted)
-    return made
+    # 3. The entries equal to the key are counted span by span, to find the element at which the threshold ends.
+    thresholds: list[Threshold | None] = [None] * len(sizes)
+    for number, keys in tensors_of.items():
+        high, rank = bins[number]
+        low, rank = bin_of_rank(lower[number], rank)
+        thresholds[number] = _threshold_at(keys, tiles, by_span[number], high * BINS + low, rank)
+    return thresholds
 
 
-def _end(
-    look: Look,
+def _threshold_at(
+    keys: DifferenceKeys,
     tiles: Sequence[tuple[int, int]],
-    parts: Sequence[Filled | None],
+    by_span: Sequence[NonEmptyBins | None],
     key: int,
-    wanted: int,
+    rank: int,
 ) -> Threshold:
-    """The cut at the `wanted`-th entry that equals `key`; parts: lower histograms by span, None where not kept."""
-    for (start, stop), part in zip(tiles, parts, strict=True):
-        if part is None:
-            equal = look.place(start, stop, key, HALF * HALF)[1]
+    """The threshold that ends after the `rank`-th entry equal to `key`.
+
+    by_span: lower histogram of every span; None if it was not kept.
+    """
+    for (start, stop), filled in zip(tiles, by_span, strict=True):
+        if filled is None:
+            equal = keys.nth_equal(start, stop, key, BINS * BINS)[1]
         else:
-            equal = int(part[1][part[0] == key % HALF].sum())
-        if wanted <= equal:
-            return Threshold(key, look.place(start, stop, key, wanted)[0])
-        wanted -= equal
+            equal = int(filled[1][filled[0] == key % BINS].sum())
+        if rank <= equal:
+            return Threshold(key, keys.nth_equal(start, stop, key, rank)[0])
+        rank -= equal
     raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)
-class Look:
-    """The keys of x - base, span by span."""
+class DifferenceKeys:
+    """Magnitude keys of x - base, computed one block at a time and not stored."""
 
     term: Term
     base: Term
@@ -103,107 +112,114 @@ class Look:
     workers: Workers
 
     def histogram(self, start: int, stop: int, high: int) -> np.ndarray:
-        """[65536] of the keys' upper halves; for high >= 0 of the lower halves of those with that upper one."""
-        found = np.zeros(HALF, np.uint32)
+        """uint32 [65536]: histogram of the keys' upper halves, or for high >= 0 of the lower halves of the keys whose
+        upper half is `high`."""
+        counts = np.zeros(BINS, np.uint32)
         for block in self._blocks(start, stop):
             if _compiled():
-                native.histogram(self.term, self.base, self.kind, high, block, found)
+                native.histogram(self.term, self.base, self.kind, high, block, counts)
                 continue
             keys = self._keys(block)
             halves = keys >> 16 if high < 0 else keys[keys >> 16 == high] & 0xFFFF
-            found += np.bincount(halves.astype(np.intp), minlength=HALF).astype(np.uint32)
-        return found
+            counts += np.bincount(halves.astype(np.intp), minlength=BINS).astype(np.uint32)
+        return counts
 
-    def filled(self, start: int, stop: int, high: int) -> Filled:
-        """The bins of such a histogram that are not empty, and their entries."""
-        found = self.histogram(start, stop, high)
-        values = np.flatnonzero(found).astype(np.uint16)
-        return values, found[values]
+    def non_empty_bins(self, start: int, stop: int, high: int) -> NonEmptyBins:
+        """The non-empty bins of such a histogram: their numbers, uint16, and their counts, uint32."""
+        counts = self.histogram(start, stop, high)
+        numbers = np.flatnonzero(counts).astype(np.uint16)
+        return numbers, counts[numbers]
 
-    def place(self, start: int, stop: int, key: int, wanted: int) -> tuple[int, int]:
-        """The element after the `wanted`-th one whose key is `key`, or `stop`; and how many there are up to it."""
+    def nth_equal(self, start: int, stop: int, key: int, rank: int) -> tuple[int, int]:
+        """The element after the `rank`-th one whose key is `key`, or `stop`; and the number of such keys before it."""
         seen = 0
         for block in self._blocks(start, stop):
             if _compiled():
-                end, equal = native.place(self.term, self.base, self.kind, key, wanted - seen, block)
-                if seen + equal == wanted:
-                    return end, wanted
+                end, equal = native.nth_equal(self.term, self.base, self.kind, key, rank - seen, block)
+                if seen + equal == rank:
+                    return end, rank
             else:
-                places = np.flatnonzero(self._keys(block) == key)
-                equal = len(places)
-                if seen + equal >= wanted:
-                    return block.start + int(places[wanted - seen - 1]) + 1, wanted
+                positions = np.flatnonzero(self._keys(block) == key)
+                equal = len(positions)
+                if seen + equal >= rank:
+                    return block.start + int(positions[rank - seen - 1]) + 1, rank
             seen += equal
         return stop, seen
 
     def _blocks(self, start: int, stop: int) -> Iterator[Block]:
-        return self.workers.blocks(start, stop, self.workers.block * (native.WIDER if _compiled() else 1))
+        return self.workers.blocks(
+            start, stop, self.workers.block * (native.BLOCKS_PER_PASS if _compiled() else 1)
+        )
 
     def _keys(self, block: Block) -> np.ndarray:
-        return _keys(block.difference(self.term, self.base, block.array("difference", self.kind)), block)
+        return _magnitude_keys(
+            block.difference(self.term, self.base, block.array("difference", self.kind)), block
+        )
 
 
 def _compiled() -> bool:
-    return native.compiled("histogram", np.float32) is not None
+    return native.compiled_function("histogram", np.float32) is not None
 
 
-def largest(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
-    """The bin in which the `wanted`-th largest key lies, and which one it is there."""
+def bin_of_rank(histogram: np.ndarray, rank: int) -> tuple[int, int]:
+    """The bin of the `rank`-th largest key (counted from 1), and the key's rank within that bin."""
     at_least = np.cumsum(histogram[::-1])[::-1]
-    place = int(np.flatnonzero(at_least >= wanted)[-1])
-    return place, wanted - int(at_least[place] - histogram[place])
+    number = int(np.flatnonzero(at_least >= rank)[-1])
+    return number, rank - int(at_least[number] - histogram[number])
 
 
-def _keys(difference: np.ndarray, block: Block) -> np.ndarray:
+def _magnitude_keys(difference: np.ndarray, block: Block) -> np.ndarray:
     keys = block.array("keys", np.uint32)
     np.copyto(keys.view(np.float32), difference, casting="same_kind")
     np.bitwise_and(keys, 0x7FFFFFFF, out=keys)
-    return np.minimum(keys, np.uint32(NAN), out=keys)
+    return np.minimum(keys, np.uint32(NAN_KEY), out=keys)
 
 
-def within(difference: np.ndarray, cut: Threshold, block: Block) -> np.ndarray:
-    """Which entries of a block's difference are in the cut."""
-    keys, found = _keys(difference, block), block.array("within", bool)
-    if block.stop <= cut.end:
-        return np.greater_equal(keys, np.uint32(cut.key), out=found)
-    np.greater(keys, np.uint32(cut.key), out=found)
-    if block.start < cut.end:
-        ends = cut.end - block.start
-        np.greater_equal(keys[:ends], np.uint32(cut.key), out=found[:ends])
-    return found
+def selected(difference: np.ndarray, threshold: Threshold, block: Block) -> np.ndarray:
+    """bool [len(block)]: the entries of a block's difference that the threshold selects."""
+    keys, mask = _magnitude_keys(difference, block), block.array("selected", bool)
+    if block.stop <= threshold.end:
+        return np.greater_equal(keys, np.uint32(threshold.key), out=mask)
+    np.greater(keys, np.uint32(threshold.key), out=mask)
+    if block.start < threshold.end:
+        split = threshold.end - block.start
+        np.greater_equal(keys[:split], np.uint32(threshold.key), out=mask[:split])
+    return mask
 
 
-def keep(values: np.ndarray, stays: np.ndarray, block: Block) -> None:
-    """Set the others to zero, whatever they are: 0 times infinity would be NaN."""
+def zero_unless(values: np.ndarray, condition: np.ndarray, block: Block) -> None:
+    """Set `values` to zero in place where `condition` is False. Works on bits, since 0 times infinity is NaN."""
     bits = BITS[values.dtype]
     mask = block.array("mask", bits)
-    np.copyto(mask, stays)
+    np.copyto(mask, condition)
     np.subtract(0, mask, out=mask)
     np.bitwise_and(values.view(bits), mask, out=values.view(bits))
 
 
-def elect(weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None, block: Block) -> np.ndarray:
-    """Per entry the sum of those differences that have the sign of the sum of all; of zero, the positive ones.
+def elected_sum(
+    weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None, block: Block
+) -> np.ndarray:
+    """Per entry, the sum of the weighted differences that have the sign of the sum of all (zero counts as positive).
 
-    With `weights` divided by the sum of the weights of those that agree.
+    With `weights`, each entry is divided by the sum of the weights that agree in sign. Overwrites `weighted`.
     """
     kind = weighted[0].dtype
-    sign, total, share = (block.array(use, kind) for use in ("sign", "total", "share"))
+    sign, total, share = (block.array(name, kind) for name in ("sign", "total", "share"))
     np.copyto(total, weighted[0])
-    for one in weighted[1:]:
-        np.add(total, one, out=total)
+    for difference in weighted[1:]:
+        np.add(total, difference, out=total)
     np.copyto(sign, total >= 0)
     np.multiply(sign, kind.type(2), out=sign)
     np.subtract(sign, kind.type(1), out=sign)
     total[:] = 0
     share[:] = 0
-    for number, one in enumerate(weighted):
-        np.multiply(one, sign, out=one)
-        np.maximum(one, 0, out=one)
-        np.add(total, one, out=total)
+    for number, difference in enumerate(weighted):
+        np.multiply(difference, sign, out=difference)
+        np.maximum(difference, 0, out=difference)
+        np.add(total, difference, out=total)
         if weights is not None:
             agrees = block.array("agrees", kind)
-            np.copyto(agrees, one > 0)
+            np.copyto(agrees, difference > 0)
             np.multiply(agrees, weights[number], out=agrees)
             np.add(share, agrees, out=share)
     if weights is not None:
@@ -212,58 +228,73 @@ def elect(weighted: Sequence[np.ndarray], weights: Sequence[np.floating] | None,
     return np.multiply(total, sign, out=total)
 
 
-def bands(
+def breadcrumbs_thresholds(
     terms: Sequence[Term], base: Term, gamma: float, kind: Accumulator, count: int, workers: Workers
 ) -> list[tuple[Threshold | None, Threshold | None]]:
-    """For every term what stays of x - base, and what of that goes as too large (None: all, and nothing), so that
-    int(density * count) entries are left below the int(gamma * count) largest, of equal ones the first. As in
-    mergekit, fewer of the largest go where the density asks for more than is left."""
+    """Per term the thresholds (kept, outliers) of x - base; None keeps all entries, or removes none.
+
+    Below the int(gamma * count) largest entries, int(density * count) entries are kept; among equal magnitudes the
+    first. As in mergekit, fewer outliers are removed if the density asks for more entries than are left.
+    """
     sizes = []
     for term in terms:
-        stay = int(term.density * count) if term.density < 1 else count
-        outer = min(count, stay + int(gamma * count)) if stay else 0
-        sizes.append((stay, outer))
-    asked = [
+        kept = int(term.density * count) if term.density < 1 else count
+        outer = min(count, kept + int(gamma * count)) if kept else 0
+        sizes.append((kept, outer))
+    requests = [
         (term, size)
-        for term, (stay, outer) in zip(terms, sizes, strict=True)
-        for size in (outer, outer - stay)
+        for term, (kept, outer) in zip(terms, sizes, strict=True)
+        for size in (outer, outer - kept)
+        if size > 0
     ]
-    needed = [one for one in asked if one[1] > 0]
-    found = dict(zip(needed, sparsify.cuts(needed, base, kind, count, workers), strict=True))
+    thresholds = dict(zip(requests, magnitude_thresholds(requests, base, kind, count, workers), strict=True))
     return [
-        (found.get((term, outer)), found.get((term, outer - stay))) if stay else (NOTHING, None)
-        for term, (stay, outer) in zip(terms, sizes, strict=True)
+        (thresholds.get((term, outer)), thresholds.get((term, outer - kept))) if kept else (NO_ENTRIES, None)
+        for term, (kept, outer) in zip(terms, sizes, strict=True)
     ]
 
 
-def l1(part: SparseTaskVector, base: Term, fill: Fill, kind: Accumulator, count: int, workers: Workers) -> float:
-    """|x - base|_1 over that of the part, or 1 where either is next to nothing.
+def l1_ratio(
+    vector: SparseTaskVector,
+    base: Term,
+    write_difference: WriteDifference,
+    kind: Accumulator,
+    count: int,
+    workers: Workers,
+) -> float:
+    """L1 norm of x - base divided by the L1 norm of the sparse task vector; 1 if either is below MIN_NORM.
 
-    Norms are fp64 sums of blocks of 65,536 elements, each pairwise as numpy adds, whose sums are added without
-    rounding.
+    Norms are fp64 sums over blocks of 65,536 elements: pairwise within a block, as numpy adds; exact between blocks.
     """
 
     def work(start: int, stop: int) -> list[tuple[float, float]]:
-        return list(_sums(part, base, fill, kind, start, stop, workers))
+        return list(_l1_norms(vector, base, write_difference, kind, start, stop, workers))
 
-    sums = list(chain.from_iterable(workers.over(work, count)))
-    before, after = (exact_sum(one[i] for one in sums) for i in range(2))
-    return before / after if before >= SHORTEST and after >= SHORTEST else 1.0
+    norms = list(chain.from_iterable(workers.map_spans(work, count)))
+    before, after = (exact_sum(pair[i] for pair in norms) for i in range(2))
+    return before / after if before >= MIN_NORM and after >= MIN_NORM else 1.0
 
 
-def _sums(
-    part: SparseTaskVector, base: Term, fill: Fill, kind: Accumulator, start: int, stop: int, workers: Workers
+def _l1_norms(
+    vector: SparseTaskVector,
+    base: Term,
+    write_difference: WriteDifference,
+    kind: Accumulator,
+    start: int,
+    stop: int,
+    workers: Workers,
 ) -> Iterator[tuple[float, float]]:
-    if native.compiled("norms", kind) is not None:
-        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.WIDER):
+    """Per block of 65,536 elements, the L1 norms of the full difference and of the sparse task vector."""
+    if native.compiled_function("norms", kind) is not None:
+        for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK * native.BLOCKS_PER_PASS):
             for at in range(0, len(block), ELEMENTS_PER_BLOCK):
-                yield native.norms(part, base, kind, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block)
+                yield native.norms(vector, base, kind, at, min(ELEMENTS_PER_BLOCK, len(block) - at), block)
         return
     for block in workers.blocks(start, stop, ELEMENTS_PER_BLOCK):
-        one, size = block.array("rescaled", kind), block.array("size", np.float64)
-        found = []
-        for what in (SparseTaskVector(part.term), part):
-            fill(what, base, block, one)
-            np.copyto(size, one)
-            found.append(float(np.add.reduce(np.abs(size, out=size))))
-        yield found[0], found[1]
+        difference, magnitude = block.array("rescaled", kind), block.array("magnitude", np.float64)
+        sums = []
+        for entries in (SparseTaskVector(vector.term), vector):
+            write_difference(entries, base, block, difference)
+            np.copyto(magnitude, difference)
+            sums.append(float(np.add.reduce(np.abs(magnitude, out=magnitude))))
+        yield sums[0], sums[1]

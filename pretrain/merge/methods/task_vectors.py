@@ -1,4 +1,7 @@
-"""What is left of a difference between a model and its base, said in a few numbers that any pass can go by."""
+"""Sparse task vectors: which entries of (model - base) a method keeps, encoded as thresholds and DARE keys.
+
+numpy's passes and the compiled passes both read this encoding and keep the same entries.
+"""
 
 from __future__ import annotations
 
@@ -10,72 +13,71 @@ import xxhash
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Block
 
-LATTICE = 1 << 16
-"""elements that share a key"""
+ELEMENTS_PER_KEY = 1 << 16  # consecutive elements that share one hash key; LATTICE in difference.c
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The largest entries of a difference: keys above `key`, and those equal to it before element `end`.
+    """Selects the entries whose magnitude key is above `key`, and those before element `end` whose key equals it.
 
-    A key is the bits of the magnitude as float32; they sort as the numbers do, NaN last and all alike.
+    A magnitude key is the bits of abs(entry) as float32. Keys sort as the magnitudes do; all NaN have the same key,
+    above infinity.
     """
 
     key: int
     end: int
 
 
-NOTHING = Threshold(0x7FFFFFFF, 0)
-"""no entry is that large"""
+NO_ENTRIES = Threshold(0x7FFFFFFF, 0)  # above every key
 
 
 @dataclass(frozen=True)
 class SparseTaskVector:
-    """Of x - base, x the term: the other entries are zero.
+    """The entries of x - base that a method keeps, where x is the term; all others are zero.
 
-    key: of pretrain.merge.methods.dare, the entries chosen by it stay; None where nothing is dropped at random.
-    cut: the entries in it stay; None where nothing is trimmed.
-    top: the entries in it go, as they are too large; None where nothing is.
+    dare:     key of `dare_mask`, which keeps entries at random; None keeps all.
+    kept:     keeps the entries that this threshold selects; None keeps all.
+    outliers: removes the entries that this threshold selects (the largest ones); None removes none.
     """
 
     term: Term
-    key: bytes | None = None
-    cut: Threshold | None = None
-    top: Threshold | None = None
+    dare: bytes | None = None
+    kept: Threshold | None = None
+    outliers: Threshold | None = None
 
 
 def dare_key(seed: int, name: str, source: int) -> bytes:
-    """What the choice depends on besides the element's number: seed, name of the tensor, place of the model."""
+    """Hash key of a tensor's DARE mask, from the seed, the tensor's name and the index of the model."""
     return f"{seed}/{source}/{name}".encode()
 
 
 def dare_mask(key: bytes, density: float, block: Block) -> np.ndarray:
-    """Of the block's elements, True with probability `density` (in steps of 2**-32), each on its own."""
+    """bool [len(block)]: True with probability `density` (in steps of 2**-32), independently per element."""
     start, stop = block.start, block.stop
     stays = block.array("stays", bool)
-    for lattice in range(start // LATTICE, -(-stop // LATTICE)):
-        first = lattice * LATTICE
-        low, high = max(start, first), min(stop, first + LATTICE)
+    for group in range(start // ELEMENTS_PER_KEY, -(-stop // ELEMENTS_PER_KEY)):
+        first = group * ELEMENTS_PER_KEY
+        low, high = max(start, first), min(stop, first + ELEMENTS_PER_KEY)
         number = block.scratch.take("number", np.uint32, high - low)
         number[:] = np.arange(low - first, high - first, dtype=np.uint32)
-        hashed = _mix(number, xxhash.xxh64_intdigest(key, lattice), block)
+        hashed = _mix(number, xxhash.xxh64_intdigest(key, group), block)
         np.less(hashed, np.uint32(dare_threshold(density)), out=stays[low - start : high - start])
     return stays
 
 
 def dare_block_keys(key: bytes, start: int, stop: int) -> np.ndarray:
-    """Of every lattice that elements [start, stop) lie in, uint64: what a compiled pass asks for."""
-    lattices = range(start // LATTICE, -(-stop // LATTICE))
-    return np.array([xxhash.xxh64_intdigest(key, lattice) for lattice in lattices], np.uint64)
+    """uint64 hash keys of all groups of ELEMENTS_PER_KEY that overlap [start, stop), for the compiled passes."""
+    groups = range(start // ELEMENTS_PER_KEY, -(-stop // ELEMENTS_PER_KEY))
+    return np.array([xxhash.xxh64_intdigest(key, group) for group in groups], np.uint64)
 
 
 def dare_threshold(density: float) -> int:
-    """An element stays whose hash is less."""
+    """DARE keeps an element if its hash is below this number."""
     return min(round(density * 2**32), 2**32 - 1)
 
 
 def _mix(number: np.ndarray, key: int, block: Block) -> np.ndarray:
-    """A keyed integer hash: two multiplications, each between shifts, constants of hash-prospector's `lowbias32`."""
+    """Keyed integer hash of `number`, in place: `lowbias32` of hash-prospector (two multiply-xorshift rounds)."""
     shifted = block.scratch.take("shifted", np.uint32, len(number))
     np.bitwise_xor(number, np.uint32(key & 0xFFFFFFFF), out=number)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):

@@ -1,7 +1,7 @@
-"""What of an output is written already: a line for every finished span, read again after a kill.
+"""Journal of a merge that writes to a folder: one JSON line per finished span, read when a killed merge resumes.
 
-A line holds the span's digest. Whoever goes on reads the span back and believes the digest, not the line: so data and
-lines may reach the disk in any order, and nothing waits for the disk.
+A line contains the span's digest. On resume, every span is read back and compared with its digest. Data and journal may
+therefore reach the disk in any order, and the merge never waits for the disk (no fsync).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from data_pipeline.storage.atomic_folder import JOURNAL
 
 
 @dataclass(frozen=True)
-class Done:
-    """One span of one tensor: its digest, and those of what was read for it, each 16 hex digits.
+class SpanRecord:
+    """One finished span of one tensor.
 
-    overflow: elements that are not finite though all inputs are.
+    digest:   of the written bytes, 16 hex digits.
+    inputs:   digests of the input spans, in the order of `TensorJob.reads`.
+    overflow: number of elements that are infinite or NaN although all inputs are finite.
     """
 
     digest: str
@@ -28,47 +30,49 @@ class Done:
 
 
 class Journal:
-    """The journal in `folder`, made if there is none.
+    """The journal in `folder`; created if it does not exist.
 
-    head: what the output is made of, as JSON; `begun` is what it was when the journal began.
-    done: (number of the job, number of the span) -> Done, as far as lines are whole.
+    head:        JSON that identifies plan and inputs; the first line of a new journal.
+    stored_head: first line of the existing journal, which may belong to another plan; `head` for a new one.
+    done:        (job index, span index) -> SpanRecord, up to the first incomplete line.
     """
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
         self.path = folder / JOURNAL
-        self.done: dict[tuple[int, int], Done] = {}
-        self.begun = head
-        whole = self._read()
+        self.done: dict[tuple[int, int], SpanRecord] = {}
+        self.stored_head = head
+        valid = self._read()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._file, whole)
-        if not whole:
-            self._add(head)
+        os.ftruncate(self._file, valid)
+        if not valid:
+            self._append(head)
 
     def _read(self) -> int:
-        """Takes in what is there; bytes up to the end of the last whole line."""
+        """Load the existing journal; return the number of bytes up to the end of its last complete line."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
             return 0
-        whole = 0
+        valid = 0
         for number, line in enumerate(content.splitlines(keepends=True)):
             try:
                 entry: Any = json.loads(line) if line.endswith(b"\n") else None
                 if number == 0 and isinstance(entry, dict):
-                    self.begun = entry
+                    self.stored_head = entry
                 else:
                     job, span, digest, inputs, overflow = entry
-                    self.done[job, span] = Done(digest, tuple(inputs), int(overflow))
+                    self.done[job, span] = SpanRecord(digest, tuple(inputs), int(overflow))
             except (ValueError, TypeError):
                 break
-            whole += len(line)
-        return whole
+            valid += len(line)
+        return valid
 
-    def add(self, job: int, span: int, done: Done) -> None:
-        self.done[job, span] = done
-        self._add([job, span, done.digest, done.inputs, done.overflow])
+    def add(self, job: int, span: int, record: SpanRecord) -> None:
+        """Append a finished span."""
+        self.done[job, span] = record
+        self._append([job, span, record.digest, record.inputs, record.overflow])
 
-    def _add(self, entry: Any) -> None:
+    def _append(self, entry: Any) -> None:
         os.write(self._file, json.dumps(entry, separators=(",", ":")).encode() + b"\n")
 
     def close(self) -> None:

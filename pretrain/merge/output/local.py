@@ -1,4 +1,4 @@
-"""One plan's files in a folder on a disk: spans are put in their places in any order, and noted in the journal."""
+"""`LocalOutput`: one plan's files in a folder, written at any offset in any order; a journal records finished spans."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ import xxhash
 
 from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.methods.blocks import Workers
-from pretrain.merge.output.journal import Done, Journal
-from pretrain.merge.output.writer import Key
+from pretrain.merge.output.journal import Journal, SpanRecord
+from pretrain.merge.output.writer import SpanKey
 from pretrain.weights.dtypes import DTYPES, ELEMENTS_PER_SPAN, elements
 
 
 @dataclass
 class LocalOutput:
-    """As pretrain.merge.output.writer.Output. `done` is what the journal says, as far as it stands in the files."""
+    """An `Output` (pretrain.merge.output.writer) in a folder.
+
+    `done` has the spans of the journal; `open` removes those whose bytes in the files differ from their digest.
+    """
 
     plan: Plan
     folder: Path
     journal: Journal
     files: list[int] = field(default_factory=list)
-    in_order = False
+    sequential = False
 
     @property
-    def done(self) -> dict[Key, Done]:
+    def done(self) -> dict[SpanKey, SpanRecord]:
         return self.journal.done
 
     def open(self, stack: ExitStack, workers: Workers) -> int:
-        """Every file with its header and all the room it needs: a full disk is found before the work."""
+        """Create the files at full size, so that a full disk is found before the work starts; write their headers."""
         for file in self.plan.files:
             opened = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, opened)
@@ -40,27 +43,27 @@ class LocalOutput:
             if os.fstat(opened).st_size != file.size:
                 _reserve(opened, file.size)
             _write_at(opened, file.header, 0)
-        return sum(len(file.header) for file in self.plan.files) + self._keep_what_is_there(workers)
+        return sum(len(file.header) for file in self.plan.files) + self._check_journal(workers)
 
-    def put(self, job: TensorJob, start: int, stored: memoryview) -> None:
+    def write_block(self, job: TensorJob, start: int, stored: memoryview) -> None:
         _write_at(self.files[job.file], stored, job.offset + start * DTYPES[job.dtype].itemsize)
 
-    def take(self, key: Key, done: Done, stored: bytes | bytearray) -> None:
-        self.journal.add(*key, done)
+    def finish_span(self, key: SpanKey, record: SpanRecord, stored: bytes | bytearray) -> None:
+        self.journal.add(*key, record)
 
     def finish(self) -> None: ...
 
-    def _keep_what_is_there(self, workers: Workers) -> int:
-        """Forget journalled spans that do not stand in the file as they were written; bytes of the others."""
+    def _check_journal(self, workers: Workers) -> int:
+        """Remove spans from `done` whose bytes in the file differ from their digest; return the bytes of the rest."""
         kept = 0
-        for key, size in list(workers.each(lambda key: (key, self._standing(key)), list(self.done))):
+        for key, size in list(workers.map(lambda key: (key, self._intact_bytes(key)), list(self.done))):
             if size is None:
                 del self.done[key]
             kept += size or 0
         return kept
 
-    def _standing(self, key: Key) -> int | None:
-        """Bytes of a span, if what is in the file is what was written."""
+    def _intact_bytes(self, key: SpanKey) -> int | None:
+        """Size of a span in bytes if the file still has the bytes of its digest; else None."""
         job = self.plan.jobs[key[0]]
         size = DTYPES[job.dtype].itemsize
         at = job.offset + key[1] * ELEMENTS_PER_SPAN * size
@@ -73,7 +76,7 @@ class LocalOutput:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Take the space at once, so that a full disk is found before the work and not at its end."""
+    """Allocate the file's space; file systems without fallocate only get the size."""
     os.ftruncate(file, size)
     try:
         os.posix_fallocate(file, 0, size)
@@ -85,5 +88,5 @@ def _reserve(file: int, size: int) -> None:
 def _write_at(file: int, data: bytes | memoryview, at: int) -> None:
     view = memoryview(data)
     while view:
-        done = os.pwrite(file, view, at)
-        view, at = view[done:], at + done
+        written = os.pwrite(file, view, at)
+        view, at = view[written:], at + written

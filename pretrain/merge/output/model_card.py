@@ -1,4 +1,4 @@
-"""The model card of a merge: README.md with the front matter that the Hugging Face hub reads, formula, inputs, spec."""
+"""The model card (README.md) of a merge: front matter for the Hugging Face hub, formula, inputs, notes and spec."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pretrain.weights.source import WeightSource
 
 NAME = "README.md"
 HUB = "hf://"
-LISTED = 30  # files; more only make the card long, merge.json has them all
+LISTED_FILES = 30  # merge.json has all files
 
-LOADS = {
+LOAD_CODE = {
     "transformers": """import transformers
 
 model = transformers.CLASS.from_pretrained("PATH")
@@ -39,7 +39,7 @@ weights = load_file("PATH/FILE")""",
 
 
 def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> bytes:
-    """README.md of the output that `record` (merge.json) describes. The same merge has the same card."""
+    """README.md of the output that `record` (merge.json) describes; the same merge has the same card."""
     mixed = sum(job.why == "mixed" for job in plan.jobs)
     parts = [
         f"---\n{yaml.safe_dump(front_matter(plan, sources), sort_keys=False, allow_unicode=True)}---",
@@ -50,8 +50,8 @@ def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any])
         _notes(plan),
         _how_computed(plan),
         f"## Load\n\n```python\n{_load(plan)}\n```",
-        "The digests of every tensor and the whole plan are in `merge.json`; `dromos verify PATH` checks them, and "
-        "computes parts of the weights again where the inputs are at hand.",
+        "`merge.json` has the digests of every tensor and the whole plan; `dromos verify PATH` checks them, and recomputes "
+        "parts of the weights if the inputs are available.",
         _spec(plan),
         _files(record),
     ]
@@ -59,21 +59,21 @@ def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any])
 
 
 def front_matter(plan: Plan, sources: Sequence[WeightSource]) -> dict[str, Any]:
-    """base_model, library, licence (where all inputs say the same) and tags, as the hub has them."""
-    found: dict[str, Any] = {}
+    """base_model, library, licence (only if all inputs state the same one) and tags, under the hub's keys."""
+    matter: dict[str, Any] = {}
     names = sorted({name.removeprefix(HUB) for s in sources for name in _hub_names(s)})
     if names:
-        found |= {"base_model": names, "base_model_relation": "merge"}
+        matter |= {"base_model": names, "base_model_relation": "merge"}
     if (library := _library(plan)) != "safetensors":
-        found["library_name"] = library
+        matter["library_name"] = library
     licences = {_licence(source) for source in sources}
     if len(licences) == 1 and (licence := licences.pop()):
-        found["license"] = licence
-    return found | {"tags": ["merge", "dromos"]}
+        matter["license"] = licence
+    return matter | {"tags": ["merge", "dromos"]}
 
 
 def _hub_names(source: WeightSource) -> set[str]:
-    """The input's own hub name, or those of what it was made from."""
+    """The input's own hub name, or those of its ancestors."""
     if source.address.startswith(HUB):
         return {source.address.partition("@")[0]}
     return {name for name in source.lineage if name.startswith(HUB)}
@@ -105,14 +105,14 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 
 def _load(plan: Plan) -> str:
-    """Python that loads the output."""
+    """Python code that loads the output."""
     library, config = _library(plan), _config(plan)
     names = [job.name for job in plan.jobs]
     if library == "safetensors" and "logit_scale" in names and any(n.startswith("visual.") for n in names):
         library = "open_clip weights"
     classes = config.get("architectures") or ["AutoModel"]
     known = isinstance(classes, list) and isinstance(classes[0], str) and classes[0].isidentifier()
-    code = LOADS[library].replace("FILE", plan.files[0].name)
+    code = LOAD_CODE[library].replace("FILE", plan.files[0].name)
     code = code.replace("CLASS", classes[0] if known and "auto_map" not in config else "AutoModel")
     if library == "transformers" and not any(name.startswith("tokenizer") for name in plan.companions):
         code = code.rpartition("\n")[0]
@@ -120,19 +120,19 @@ def _load(plan: Plan) -> str:
 
 
 def _spec(plan: Plan) -> str:
-    """What `dromos merge --spec` takes to make the same again: mergekit's own file where that was given."""
-    asked, said = plan.request, ""
-    if "mergekit" in asked:
-        flags = f" --seed {asked['seed']}" if asked.get("seed") else ""
-        if asked["max_shard_size"] != SHARD_SIZE:
-            flags += f" --max-shard-size {asked['max_shard_size']}"
-        said = f"As mergekit has it; `dromos merge --spec FILE{flags} --out DIR` makes the same again.\n\n"
-        asked = asked["mergekit"]
-    written = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    """The spec that reproduces the merge with `dromos merge --spec`; the mergekit file if the merge came from one."""
+    spec, command = plan.request, ""
+    if "mergekit" in spec:
+        flags = f" --seed {spec['seed']}" if spec.get("seed") else ""
+        if spec["max_shard_size"] != SHARD_SIZE:
+            flags += f" --max-shard-size {spec['max_shard_size']}"
+        command = f"A mergekit file; `dromos merge --spec FILE{flags} --out DIR` reproduces this merge.\n\n"
+        spec = spec["mergekit"]
+    text = yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
     fence = "```"
-    while fence in written:
+    while fence in text:
         fence += "`"
-    return f"## Spec\n\n{said}{fence}yaml\n{written}{fence}"
+    return f"## Spec\n\n{command}{fence}yaml\n{text}{fence}"
 
 
 def _title(plan: Plan, sources: Sequence[WeightSource]) -> str:
@@ -142,7 +142,7 @@ def _title(plan: Plan, sources: Sequence[WeightSource]) -> str:
 
 
 def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> str:
-    """A row for each source with its weight, its step and its digests."""
+    """A table with one row per source: address, step, weight and digests."""
     rows = ["| | from | weight | files |", "|---|---|---|---|"]
     used = {term.source for job in plan.jobs for term in job.reads}
     for number, (source, entry) in enumerate(zip(sources, record.get("inputs", []), strict=False)):
@@ -158,16 +158,16 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
 
 
 def _weight(plan: Plan, number: int) -> str:
-    """Of one source: its weight, and what it has in other tensors."""
+    """The weight of a source, and its range over the tensors if rules change it."""
     mixing = [job for job in plan.jobs if job.why == "mixed"]
     if any(job.base is not None and job.base.source == number for job in mixing):
         return "base"
     own = [[term.weight for term in job.terms if term.source == number] for job in mixing]
     seen = {weight for weights in own for weight in weights or [0.0]}
     if number < len(plan.weights):
-        given = plan.weights[number]
-        others = f", {min(seen):.4g} to {max(seen):.4g} by rule" if seen - {given} else ""
-        return f"{given:.10g}{others}"
+        weight = plan.weights[number]
+        others = f", {min(seen):.4g} to {max(seen):.4g} by rule" if seen - {weight} else ""
+        return f"{weight:.10g}{others}"
     if not any(own):
         return "copied from"
     return f"{min(seen):.10g}" + (f" to {max(seen):.10g} by tensor" if len(seen) > 1 else "")
@@ -180,19 +180,21 @@ def _notes(plan: Plan) -> str:
 def _how_computed(plan: Plan) -> str:
     if plan.method != "linear":
         return f"Method: {plan.method}. Weights are computed in fp64; the result is rounded once, to nearest even."
-    what = "Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit inputs, fp64 for wider ones); "
-    what += (
+    text = "Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit inputs, fp64 for wider ones); "
+    text += (
         "each product is rounded, then added in the order above, without FMA; one rounding to nearest even."
     )
     if plan.inputs == 2:
-        what += " The weight of the first input is what Dromos calls beta; t of other tools is the second's."
-    return what
+        text += (
+            " Dromos' beta is the weight of the first input; t of other tools is the weight of the second."
+        )
+    return text
 
 
 def _files(record: Mapping[str, Any]) -> str:
     written = list(record.get("output", {}).items())
-    rows = [f"| `{name}` | {entry['size']:,} | {entry['digest']} |" for name, entry in written[:LISTED]]
-    more = [f"| and {len(written) - LISTED} more | | |"] if len(written) > LISTED else []
+    rows = [f"| `{name}` | {entry['size']:,} | {entry['digest']} |" for name, entry in written[:LISTED_FILES]]
+    more = [f"| and {len(written) - LISTED_FILES} more | | |"] if len(written) > LISTED_FILES else []
     return "\n".join(["## Files", "", "| file | bytes | digest |", "|---|---|---|", *rows, *more])
 
 

@@ -1,4 +1,4 @@
-"""What a merge makes infinite or NaN of finite numbers: counted while it is written, recorded, told at its end."""
+"""Counts elements that a merge made infinite or NaN from finite inputs, and formats the warning about them."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ import numpy as np
 from pretrain.merge.merge_plan import TensorJob
 from pretrain.merge.methods.blocks import Block
 
-EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
-"""bits that are all set in infinities and NaN"""
-LISTED = 3
+# Bits that are all set in infinities and NaN, and in no finite number.
+EXPONENT_BITS = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+LISTED_TENSORS = 3  # in the warning
 
 
-def born(block: Block, job: TensorJob, stored: np.ndarray) -> int:
-    """Of the block's stored elements those that are not finite though all inputs are."""
-    found = _not_finite(stored, job.dtype)
-    if not found.any():
+def count_overflows(block: Block, job: TensorJob, stored: np.ndarray) -> int:
+    """Number of the block's stored elements that are infinite or NaN although all inputs are finite there."""
+    overflowed = _not_finite(stored, job.dtype)
+    if not overflowed.any():
         return 0
     for term in job.reads:
-        found &= ~_not_finite(block.stored(term), block.sources[term.source].info(term.name)[0])
-    return int(np.count_nonzero(found))
+        overflowed &= ~_not_finite(block.stored(term), block.sources[term.source].info(term.name)[0])
+    return int(np.count_nonzero(overflowed))
 
 
 def _not_finite(stored: np.ndarray, dtype: str) -> np.ndarray:
     bits = np.ascontiguousarray(stored).view(f"<u{stored.itemsize}")
-    ones = bits.dtype.type(EXPONENT[dtype])
+    ones = bits.dtype.type(EXPONENT_BITS[dtype])
     return np.equal(np.bitwise_and(bits, ones), ones)
 
 
-def note(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What merge.json of these outputs, by name, says of it and what to do, for people; None where nothing overflowed.
+def overflow_warning(records: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """A warning about the output with the most overflowed elements and what to do; None if no output has any.
 
-    Of several outputs the worst is told, and how many others there are.
+    records: name of an output -> its merge.json.
     """
     counts = {name: sum((record.get("overflow") or {}).values()) for name, record in records.items()}
     worst = max(counts, key=lambda name: counts[name], default=None)
     if worst is None or not counts[worst]:
         return None
-    found: Mapping[str, int] = records[worst]["overflow"]
-    most = sorted(found.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{name} {count:,}" for name, count in most[:LISTED])
-    more = f", and {len(most) - LISTED:,} more tensors" if len(most) > LISTED else ""
-    dtypes = {str(job["dtype"]) for job in records[worst]["jobs"] if job["name"] in found}
-    do = (
-        "--dtype bf16 or fp32 has room for them"
+    by_tensor: Mapping[str, int] = records[worst]["overflow"]
+    most = sorted(by_tensor.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} {count:,}" for name, count in most[:LISTED_TENSORS])
+    more = f", and {len(most) - LISTED_TENSORS:,} more tensors" if len(most) > LISTED_TENSORS else ""
+    dtypes = {str(job["dtype"]) for job in records[worst]["jobs"] if job["name"] in by_tensor}
+    advice = (
+        "use --dtype bf16 or fp32, which have a larger range"
         if dtypes == {"F16"}
-        else "take smaller weights or --dtype fp32"
+        else "use smaller weights or --dtype fp32"
     )
     others = sum(count > 0 for count in counts.values()) - 1
-    too = f"{others:,} other outputs have" if others > 1 else "1 other output has"
+    also = f"{others:,} other outputs have" if others > 1 else "1 other output has"
     return (
-        f"{worst}: {counts[worst]:,} elements became infinite or NaN, though all inputs are finite there: too large "
-        f"for {' and '.join(sorted(dtypes))} ({named}{more}); {do}"
-        + (f". {too} such elements too" if others else "")
-        + ". merge.json lists all under overflow"
+        f"{worst}: {counts[worst]:,} elements became infinite or NaN although all inputs are finite there: too large "
+        f"for {' and '.join(sorted(dtypes))} ({named}{more}); {advice}"
+        + (f". {also} such elements too" if others else "")
+        + ". merge.json lists all of them under overflow"
     )

@@ -1,4 +1,4 @@
-"""What merge.json says beyond figures: every job, so that anyone can compute it again, and a seal over the whole."""
+"""merge.json: its file name, its jobs (enough to recompute a merge), and its seal (a digest of the content)."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ import xxhash
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Plan, TensorJob, Term
 
+RECORD = "merge.json"
 SEAL = "seal"
 
 
 def jobs_plain(plan: Plan) -> list[dict[str, Any]]:
-    """The plan's jobs as JSON holds them; numbers come back as they were."""
+    """The plan's jobs as JSON values; `jobs_of` restores every number exactly."""
     return [_plain(plan, job) for job in plan.jobs]
 
 
 def jobs_of(record: Mapping[str, Any]) -> list[tuple[str, TensorJob]]:
-    """(file, job) of a record's every tensor. Raises UserError where a job is not as it was written."""
+    """(file name, job) of every tensor of a record. Raises UserError if a job is malformed."""
     try:
         return [(str(entry["file"]), _job(entry)) for entry in record["jobs"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"merge.json: its jobs are not what a merge writes ({error!r})") from None
+        raise UserError(f"merge.json: the list of jobs is malformed ({error!r})") from None
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with a digest of all the rest of it."""
+    """The record with a `seal`: the digest of its other keys."""
     rest = {key: value for key, value in record.items() if key != SEAL}
     return {**rest, SEAL: _digest(rest)}
 
 
 def is_sealed(record: Mapping[str, Any]) -> bool:
-    """Whether the record is as it was written."""
+    """True if the seal matches the content."""
     return record.get(SEAL) == sealed(record)[SEAL]
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    # through JSON and back: tuples are lists there, and keys are text
+    # a round trip through JSON turns tuples into lists and keys into text, as in the file
     text = json.dumps(json.loads(json.dumps(record)), sort_keys=True, separators=(",", ":"))
     return xxhash.xxh64(text.encode()).hexdigest()
 
 
 def _plain(plan: Plan, job: TensorJob) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    plain: dict[str, Any] = {
         "name": job.name,
         "dtype": job.dtype,
         "shape": list(job.shape),
@@ -53,19 +54,19 @@ def _plain(plan: Plan, job: TensorJob) -> dict[str, Any]:
         "terms": [_plain_term(job, term) for term in job.terms],
     }
     if job.base is not None:
-        found["base"] = _plain_term(job, job.base)
+        plain["base"] = _plain_term(job, job.base)
     if job.options:
-        found["options"] = dict(job.options)
-    return {**found, "why": job.why, "file": plan.files[job.file].name, "offset": job.offset}
+        plain["options"] = dict(job.options)
+    return {**plain, "why": job.why, "file": plan.files[job.file].name, "offset": job.offset}
 
 
 def _plain_term(job: TensorJob, term: Term) -> dict[str, Any]:
-    found: dict[str, Any] = {"source": term.source, "weight": term.weight}
+    plain: dict[str, Any] = {"source": term.source, "weight": term.weight}
     if term.name != job.name:
-        found["name"] = term.name
+        plain["name"] = term.name
     if term.density != 1:
-        found["density"] = term.density
-    return found
+        plain["density"] = term.density
+    return plain
 
 
 def _job(entry: Mapping[str, Any]) -> TensorJob:
@@ -84,13 +85,10 @@ def _job(entry: Mapping[str, Any]) -> TensorJob:
         dtype=str(entry["dtype"]),
         shape=tuple(int(size) for size in entry["shape"]),
         method=entry["method"],
-        terms=tuple(term(one) for one in entry["terms"]),
+        terms=tuple(term(plain) for plain in entry["terms"]),
         base=term(entry["base"]) if "base" in entry else None,
         options=tuple(sorted(entry.get("options", {}).items())),
         why=entry["why"],
         file=0,
         offset=int(entry["offset"]),
     )
-
-
-RECORD = "merge.json"

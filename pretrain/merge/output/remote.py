@@ -1,7 +1,7 @@
-"""An output in an object store: files sent in order as parts of a bounded size, and seen by nobody before the end.
+"""`RemoteOutput`: an output in an object store. Files are uploaded in order and become visible only at the end.
 
-There is no journal: a merge into a store that is killed computes again what it had computed. What it had sent is found
-there and not sent again; what nobody goes on with, a rule of the bucket that aborts incomplete uploads clears away.
+There is no journal: after a kill, a merge computes everything again, but does not send again the parts that the store
+already has. Parts that no merge resumes are removed by a lifecycle rule of the bucket for incomplete uploads.
 """
 
 from __future__ import annotations
@@ -17,69 +17,72 @@ from data_pipeline.storage.files import exists, join, publish, read_bytes, remov
 from data_pipeline.storage.object_store import EXTRAS, filesystem, store_errors
 from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.methods.blocks import Workers
-from pretrain.merge.output.journal import Done
-from pretrain.merge.output.multipart import Begun, Multipart, abort, begun_in
-from pretrain.merge.output.writer import Key
+from pretrain.merge.output.journal import SpanRecord
+from pretrain.merge.output.multipart import IncompleteUpload, MultipartUpload, abort, incomplete_uploads
+from pretrain.merge.output.writer import SpanKey
 
-PART, SMALLEST_PART, MOST_PARTS = 16 << 20, 5 << 20, 10_000
-IN_MEMORY = 32 << 20
-"""Bytes of the parts that are filled at once, over all outputs; S3 takes none below 5 MiB."""
-
-SENDERS = 4  # parts that are sent at once, over all outputs; of each output at least one
+PART, SMALLEST_PART, MAX_PARTS = (
+    16 << 20,
+    5 << 20,
+    10_000,
+)  # bytes per part, S3's minimum, S3's maximum per object
+BUFFER_BYTES = 32 << 20  # of the parts that are being filled, over all outputs
+SENDERS = 4  # parts in flight over all outputs; at least one per output
 MEBIBYTE = 1 << 20
-MARK = ".dromos-publishing"
+MARK = (
+    ".dromos-publishing"  # holds the plan's key while files are made visible, so that a kill can be resumed
+)
 
 
 class Uploads:
-    """Files on their way to one folder of a store.
+    """Uploads of the files of one folder. `begin` and `write` send a file sequentially; `publish` makes all visible.
 
-    key:  of the plan, which stands in the folder while its files appear: what a kill leaves then is known again.
-    many: outputs that are written at once, each with its own Uploads; the more, the smaller the parts.
-
-    `begin` and `write` send a file from its start to its end; nothing appears before `publish`.
+    key:     key of the plan, stored in MARK while the files become visible.
+    outputs: number of outputs that are written at once, each with its own Uploads; more outputs mean smaller parts.
     """
 
-    def __init__(self, folder: str, key: str, many: int = 1) -> None:
+    def __init__(self, folder: str, key: str, outputs: int = 1) -> None:
         self.folder, self._key = folder, key
-        self._part = max(SMALLEST_PART, min(PART, IN_MEMORY // many // MEBIBYTE * MEBIBYTE))
-        self._ahead = max(1, SENDERS // many)
+        self._part = max(SMALLEST_PART, min(PART, BUFFER_BYTES // outputs // MEBIBYTE * MEBIBYTE))
+        self._ahead = max(1, SENDERS // outputs)
         self._pool = ThreadPoolExecutor(self._ahead, thread_name_prefix="sending")
         self._is_s3 = folder.partition("://")[0] in EXTRAS
-        self._earlier: dict[str, Begun] = {}
+        self._earlier: dict[str, IncompleteUpload] = {}
         if self._is_s3:
-            self._earlier = {begun.key: begun for begun in begun_in(folder)}
-        self._marked = half_published(folder, key)
-        self._sent: list[Any] = []
-        self._open: Any = None
-        self._last = ""
+            self._earlier = {upload.key: upload for upload in incomplete_uploads(folder)}
+        self._was_half_published = half_published(folder, key)
+        self._files: list[Any] = []
+        self._current: Any = None
+        self._last_url = ""
 
     def begin(self, name: str, size: int) -> None:
-        """The next file, of `size` bytes: S3 takes at most 10,000 parts."""
+        """Finish the current file and start the next one, of `size` bytes."""
         self.end()
-        part = max(self._part, -(-size // (MOST_PARTS * MEBIBYTE)) * MEBIBYTE)
+        part = max(self._part, -(-size // (MAX_PARTS * MEBIBYTE)) * MEBIBYTE)
         url = join(self.folder, name)
         if self._is_s3:
             earlier = self._earlier.get(url.partition("://")[2].partition("/")[2])
-            self._open = Multipart(url, size, part, self._pool, self._ahead, earlier)
+            self._current = MultipartUpload(url, size, part, self._pool, self._ahead, earlier)
         else:
             with store_errors(url):
-                self._open = filesystem(url).open(url, "wb", block_size=part, autocommit=False)
-        self._last = url
-        self._sent.append(self._open)
+                self._current = filesystem(url).open(url, "wb", block_size=part, autocommit=False)
+        self._last_url = url
+        self._files.append(self._current)
 
     def write(self, data: bytes | bytearray) -> None:
+        """Append `data` to the current file."""
         with store_errors(self.folder):
-            self._open.write(data)
+            self._current.write(data)
 
     def end(self) -> None:
-        """Send what is left of the file that was begun."""
-        if self._open is not None:
+        """Send the rest of the current file."""
+        if self._current is not None:
             with store_errors(self.folder):
-                self._open.close()
-            self._open = None
+                self._current.close()
+            self._current = None
 
     def add(self, name: str, content: bytes | Path) -> None:
-        """A whole file: bytes, or one on a disk, read piece by piece."""
+        """Upload a whole file: `content`, or a local file, read in pieces."""
         if isinstance(content, bytes):
             self.begin(name, len(content))
             self.write(content)
@@ -90,107 +93,120 @@ class Uploads:
                 self.write(piece)
 
     def publish(self) -> None:
-        """Let every file appear, in the order in which they were begun; the last one says that all are there."""
+        """Make every file visible in the order of `begin`; the last file (merge.json) marks a complete output.
+
+        Raises UserError if another process published to the folder meanwhile.
+        """
         self.end()
-        if exists(self._last) or (half_published(self.folder, self._key) and not self._marked):
+        if exists(self._last_url) or (
+            half_published(self.folder, self._key) and not self._was_half_published
+        ):
             raise UserError(
-                f"{self.folder}: another process wrote it meanwhile; run this again to see what it is"
+                f"{self.folder}: another process wrote this folder meanwhile; run this again to see if it "
+                "is the same merge"
             )
         publish(join(self.folder, MARK), self._key.encode())
-        while self._sent:
+        while self._files:
             with store_errors(self.folder):
-                self._sent[0].commit()
-            self._sent.pop(0)
+                self._files[0].commit()
+            self._files.pop(0)
         remove([join(self.folder, MARK)])
-        if self._is_s3:  # what else a killed merge left, and uploads whose beginning was tried twice
-            abort(self.folder, begun_in(self.folder))
+        if self._is_s3:  # other uploads of a killed merge, and uploads that a retry created twice
+            abort(self.folder, incomplete_uploads(self.folder))
         self._pool.shutdown()
 
-    def stop(self, taking_back: bool) -> None:
-        """Send no more. What was sent is taken back, or stays for the merge that goes on with it."""
-        for file in self._sent:
+    def stop(self, abort_uploads: bool) -> None:
+        """Stop sending. Uploads are aborted, or kept for the merge that resumes."""
+        for file in self._files:
             if self._is_s3:
                 file.closed = True
         self._pool.shutdown(cancel_futures=True)
-        for file in self._sent:
-            if taking_back or not self._is_s3:
-                with suppress(Exception):  # the store may have failed; the error that led here is to be told
+        for file in self._files:
+            if abort_uploads or not self._is_s3:
+                with suppress(
+                    Exception
+                ):  # the store may be down; the error that stopped the merge is the one to report
                     file.discard()
-            file.closed = True  # else the garbage collector closes it, which would send its rest
-        if self._is_s3 and taking_back:
+            file.closed = True  # otherwise the garbage collector closes it, which would send the rest
+        if self._is_s3 and abort_uploads:
             abort(self.folder, list(self._earlier.values()))
 
 
 def half_published(folder: str, key: str) -> bool:
-    """Whether a kill hit the merge of plan `key` into `folder` while its files appeared. UserError: another plan's."""
+    """True if a merge of plan `key` was killed while its files in `folder` became visible.
+
+    Raises UserError if it was a merge of another plan.
+    """
     mark = join(folder, MARK)
     if not exists(mark):
         return False
     if read_bytes(mark).decode("utf-8", "replace") != key:
         raise UserError(
-            f"{folder}: another merge was killed while its files appeared there; finish it with the command that began "
-            "it, or remove the folder"
+            f"{folder}: another merge was killed while its files became visible; finish it with the command that "
+            "started it, or remove the folder"
         )
     return True
 
 
 class RemoteOutput:
-    """As pretrain.merge.output.writer.Output: one plan's files, sent in the order of its jobs."""
+    """An `Output` (pretrain.merge.output.writer) that uploads one plan's files in the order of its jobs."""
 
-    in_order = True
+    sequential = True
 
     def __init__(self, plan: Plan, uploads: Uploads) -> None:
         self.plan, self.uploads = plan, uploads
-        self.done: dict[Key, Done] = {}
-        self._file = -1
+        self.done: dict[SpanKey, SpanRecord] = {}
+        self._file_index = -1
 
     def open(self, stack: ExitStack, workers: Workers) -> int:
         return sum(len(file.header) for file in self.plan.files)
 
-    def put(self, job: TensorJob, start: int, stored: memoryview) -> None:
-        raise NotImplementedError("an object is sent from its start to its end")
+    def write_block(self, job: TensorJob, start: int, stored: memoryview) -> None:
+        raise NotImplementedError("objects are uploaded sequentially")
 
-    def take(self, key: Key, done: Done, stored: bytes | bytearray) -> None:
-        self._begin(self.plan.jobs[key[0]].file)
+    def finish_span(self, key: SpanKey, record: SpanRecord, stored: bytes | bytearray) -> None:
+        self._begin_up_to(self.plan.jobs[key[0]].file)
         self.uploads.write(stored)
-        self.done[key] = done
+        self.done[key] = record
 
     def finish(self) -> None:
-        """Also the files that hold no elements."""
-        self._begin(len(self.plan.files) - 1)
+        """Also start the remaining files, which have no elements."""
+        self._begin_up_to(len(self.plan.files) - 1)
         self.uploads.end()
 
-    def _begin(self, number: int) -> None:
-        while self._file < number:
-            self._file += 1
-            file = self.plan.files[self._file]
+    def _begin_up_to(self, number: int) -> None:
+        while self._file_index < number:
+            self._file_index += 1
+            file = self.plan.files[self._file_index]
             self.uploads.begin(file.name, file.size)
             self.uploads.write(file.header)
 
 
 @contextmanager
-def uploaded_folder(out: str, key: str, many: int = 1) -> Iterator[Uploads]:
-    """Files that appear below `out` when the block ends well, and not at all when it does not; see Uploads.
+def uploaded_folder(out: str, key: str, outputs: int = 1) -> Iterator[Uploads]:
+    """Yield the Uploads of `out`; publish them when the block succeeds, and publish nothing when it fails.
 
-    Who is stopped, or cannot read or write for now, leaves what was sent for the next time; after any other error it
-    is taken back.
+    After KeyboardInterrupt or ReadError, the sent parts are kept for the next run; after any other error they are
+    aborted. Raises UserError if the bucket does not exist or writing is not permitted.
     """
-    with _refused(out):
-        uploads = Uploads(out.rstrip("/"), key, many)
+    with _user_errors(out):
+        uploads = Uploads(out.rstrip("/"), key, outputs)
     try:
-        with _refused(out):
+        with _user_errors(out):
             yield uploads
             uploads.publish()
     except BaseException as error:
-        uploads.stop(taking_back=not isinstance(error, KeyboardInterrupt | ReadError))
+        uploads.stop(abort_uploads=not isinstance(error, KeyboardInterrupt | ReadError))
         raise
 
 
 @contextmanager
-def _refused(out: str) -> Iterator[None]:
+def _user_errors(out: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{out}: cannot be written: {error}; make the bucket, or correct its name") from error
+        raise UserError(
+            f"{out}: cannot be written: {error}; create the bucket, or correct its name"
+        ) from error
     except PermissionError as error:
-        raise UserError(f"{out}: may not be written: {error}") from error
+        raise UserError(f"{out}: permission denied: {error}") from error

@@ -1,4 +1,4 @@
-"""Folders that appear under their name only when they are complete, each written by one process at a time."""
+"""`resumed_folder`: an output folder that appears when it is complete and resumes a killed merge from its journal."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ from pretrain.merge.output.journal import Journal
 
 @contextmanager
 def resumed_folder(
-    out: Path, head: dict[str, Any], needed: int, durable: bool = False, anew: bool = False
+    out: Path, head: dict[str, Any], needed: int, durable: bool = False, discard_unfinished: bool = False
 ) -> Iterator[tuple[Path, Journal]]:
-    """A folder to fill, as `new_folder`, with a journal: what was begun for the same `head` is found again.
+    """Lock and yield the partial folder of `out` with its journal; publish it under `out` when the block succeeds.
 
-    When the block fails, the folder is kept for the next time if anything in it is finished. Raises UserError also for
-    what was begun for another head, unless it is to begin `anew`. `durable`: before it appears the disk has the
-    weights too, and not only the small files beside them.
+    head:               identifies plan and inputs; a partial folder with the same head is resumed.
+    needed:             bytes of the output, for the check of free space.
+    durable:            also fsync the weights before publishing; without it, only the small files are synced.
+    discard_unfinished: delete a partial folder with another head instead of raising UserError.
+
+    If the block fails, the partial folder is kept as long as it has a finished span. Raises UserError as
+    `locked_partial` does (another process writes it, the disk is full, ...).
     """
     with locked_partial(out) as partial:
         if not (partial / JOURNAL).exists():
             clear_partial(partial)
         journal = Journal(partial, head)
         try:
-            if journal.begun != head:
-                if not anew:
-                    raise UserError(_other(out, partial, journal.begun, head))
+            if journal.stored_head != head:
+                if not discard_unfinished:
+                    raise UserError(_describe_mismatch(out, partial, journal.stored_head, head))
                 journal.close()
                 clear_partial(partial)
                 journal = Journal(partial, head)
@@ -52,26 +56,27 @@ def resumed_folder(
             if durable:
                 sync(out.parent)
         except BaseException:
-            if not journal.done and journal.begun == head:
+            if not journal.done and journal.stored_head == head:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             journal.close()
 
 
-def _other(out: Path, partial: Path, begun: dict[str, Any], head: dict[str, Any]) -> str:
-    before, now = begun.get("inputs", {}), head.get("inputs", {})
+def _describe_mismatch(out: Path, partial: Path, stored: dict[str, Any], head: dict[str, Any]) -> str:
+    before, now = stored.get("inputs", {}), head.get("inputs", {})
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if begun.get("jobs") == head.get("jobs") and changed:
+    if stored.get("jobs") == head.get("jobs") and changed:
         return (
-            f"{out}: an unfinished merge lies in {partial}, and {', '.join(changed)} changed since it began; "
-            "put back what was there, or delete that folder to begin anew"
+            f"{out}: {partial} has an unfinished merge, and {', '.join(changed)} changed since it began; "
+            "restore the previous files, or delete that folder to start again"
         )
     return (
-        f"{out}: an unfinished merge of another plan lies in {partial}; finish it with the command that began it, or "
-        "delete that folder to begin anew"
+        f"{out}: {partial} has an unfinished merge of another plan; finish it with the command that started it, or "
+        "delete that folder to start again"
     )
 
 
 def _reserved(partial: Path) -> int:
+    """Bytes on disk that the partial folder already occupies."""
     return sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors"))

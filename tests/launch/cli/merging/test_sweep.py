@@ -47,7 +47,7 @@ def test_inputs_that_were_swapped_are_told(pair: tuple[str, str]) -> None:
     assert dromos("sweep", *pair, "--betas", "0,1", "--out", "s").exit_code == 0
     swapped = dromos("sweep", *pair[::-1], "--betas", "0,1", "--out", "s")
     assert swapped.exit_code == 2
-    assert "(beta 0): A is ./a there, and B ./b; choose another --out" in swapped.output
+    assert "(beta 0), where A is ./a and B is ./b; choose another --out" in swapped.output
 
 
 @pytest.mark.parametrize(("hard", "betas"), [(4096, 51), (256, 0)])
@@ -58,7 +58,7 @@ def test_many_betas_raise_the_limit_of_open_files(pair: tuple[str, str], hard: i
         [sys.executable, "-c", code % hard, *words], capture_output=True, text=True, check=False
     )
     assert len(list(Path("s").glob("beta-*/model.safetensors"))) == betas
-    assert ("353 files would be open at once, and 256 may be" in result.stderr) is not bool(betas)
+    assert ("353 files would be open at once, and the limit is 256" in result.stderr) is not bool(betas)
 
 
 def test_scores_are_a_table_and_files(pair: tuple[str, str]) -> None:

@@ -19,7 +19,7 @@ BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 def rounded(value: Fraction, fmt: str) -> Fraction | float:
-    """`value` in a binary format: to nearest, ties to even, by the definition; an infinity beyond the largest."""
+    """`value` rounded to a binary format: to nearest, ties to even; infinity above the largest number."""
     precision, low, high = FORMATS[fmt]
     if value == 0:
         return value
@@ -42,7 +42,7 @@ def reference(values: list[float], weights: list[float], inputs: str, out: str) 
     for value, weight in zip(values, weights, strict=True):
         product = rounded(_exact(rounded(Fraction(weight), kind)) * Fraction(value), kind)
         if not isinstance(product, Fraction):
-            return math.nan  # beyond the accumulation type: left to the tests on infinities
+            return math.nan  # overflows the accumulation type: covered by the tests on infinities
         total = product if total is None else rounded(_exact(total) + product, kind)
         if not isinstance(total, Fraction):
             return math.nan
@@ -74,7 +74,7 @@ def test_linear_is_the_stated_formula(
     fmt: str, out: str, bits: list[int], shares: list[float], near: bool
 ) -> None:
     width = DTYPES[fmt].itemsize * 8
-    if near:  # neighbours of one another, as two checkpoints of one run are
+    if near:  # close to each other, as checkpoints of one run are
         bits = [bits[0] ^ (b & 7) for b in bits]
     arrays = [stored(b & (2**width - 1), fmt) for b in bits]
     values = [value_of(a, fmt) for a in arrays]
@@ -99,8 +99,10 @@ def test_linear_is_the_stated_formula(
 def test_an_ulp_from_exact_sums_or_a_small_part_of_the_largest_term(
     fmt: str, bits: list[int], beta: float, near: bool
 ) -> None:
-    """At most one ulp of the output, or 2**-22 of the largest term where terms cancel; for weights that fp32 has to
-    full precision, so not between 0 and 2**-126."""
+    """The error is at most one ulp of the output, or 2**-22 of the largest term if terms cancel.
+
+    Holds for weights that are normal in fp32, so not between 0 and 2**-126.
+    """
     assume(beta == 0 or fmt == "F32" or beta >= 2.0**-126)
     if near:
         bits = [bits[0] ^ (b & 15) for b in bits]
@@ -123,7 +125,7 @@ def test_an_ulp_from_exact_sums_or_a_small_part_of_the_largest_term(
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_narrowing_to_bf16_rounds_once(kind: type) -> None:
-    """Around every tie of a few exponents, also those that fp64 -> fp32 -> bf16 gets wrong."""
+    """Values around every tie of a few exponents, including those that fp64 -> fp32 -> bf16 rounds wrongly."""
     ties = [
         Fraction(2 * m + 1, 2) * Fraction(2) ** e for m in range(128, 256) for e in (-140, -133, -20, 0, 60)
     ]
@@ -153,7 +155,7 @@ def test_infinities_and_nans_pass_through() -> None:
     b = np.array([1.0, -np.inf, 1.0, np.nan, 2.0], np.float16)
     got = linear([a, b], ["F16", "F16"], [0.5, 0.5], "F16")
     np.testing.assert_array_equal(got, np.array([np.inf, np.nan, np.nan, np.nan, -np.inf], np.float16))
-    assert {int(bits) for bits in got.view(np.uint16)[1:4]} == {0x7E00}  # one NaN on every machine
+    assert {int(bits) for bits in got.view(np.uint16)[1:4]} == {0x7E00}  # the same NaN on every machine
     overflow = linear([np.array([6e4], np.float16)] * 2, ["F16"] * 2, [1.0, 1.0], "F16")
     assert np.isposinf(overflow[0])
 
@@ -170,7 +172,7 @@ def test_widening_is_exact_for_all_bits_and_leaves_the_input_alone(fmt: str, int
     bits.flags.writeable = False
     with np.errstate(invalid="ignore"):
         wide = widen_into(np.empty(2**16, into), bits.view(DTYPES[fmt]), fmt, Scratch())
-        finite = bits[(bits & 0x7C00) != 0x7C00]  # without infinities another way is taken
+        finite = bits[(bits & 0x7C00) != 0x7C00]  # without infinities the code takes another branch
         part = widen_into(np.empty(len(finite), into), finite.view(DTYPES[fmt]), fmt, Scratch())
     torch = pytest.importorskip("torch")
     kind = torch.bfloat16 if fmt == "BF16" else torch.float16
@@ -181,7 +183,7 @@ def test_widening_is_exact_for_all_bits_and_leaves_the_input_alone(fmt: str, int
 
 
 def test_fp16_is_rounded_as_numpy_does() -> None:
-    """Halves of neighbours are ties; numpy's own conversion is the peer."""
+    """Means of neighbouring fp16 numbers are ties; numpy's own conversion is the reference."""
     with np.errstate(all="ignore"):
         every = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
         ties = every[:-1] / 2 + every[1:] / 2

@@ -1,4 +1,4 @@
-"""slerp, task arithmetic, TIES and DARE against their definitions written out naively; blocks do not matter."""
+"""SLERP, task arithmetic, TIES and DARE against naive implementations of their definitions, for any block size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASED = ["task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
 @pytest.fixture
 def three() -> list[np.ndarray]:
-    """A base and two models near it."""
+    """A base and two models close to it."""
     base = floats(0, N)
     return [base, *(base + floats(i, N, scale=0.1) for i in (1, 2))]
 
@@ -44,8 +44,8 @@ def test_slerp_of_almost_one_direction_is_linear(other: float) -> None:
     np.testing.assert_array_equal(got, run("linear", [a, b], ["F32"] * 2, [0.75, 0.25], "F32"))
 
 
-def test_slerp_with_nothing_takes_it_for_orthogonal() -> None:
-    """As mergekit does: a tensor of zeros has no direction, and the other shrinks by the sine of its share."""
+def test_slerp_treats_zeros_as_orthogonal() -> None:
+    """As in mergekit: zeros count as orthogonal, and the other tensor is scaled by the sine of its share."""
     a, zero = floats(1, 64), np.zeros(64, np.float32)
     got = run("slerp", [a, zero], ["F32"] * 2, [0.5, 0.5], "F32", t=0.5)
     np.testing.assert_allclose(got, a * math.sin(math.pi / 4), rtol=2**-23)
@@ -65,7 +65,7 @@ def test_task_arithmetic_adds_differences(three: list[np.ndarray]) -> None:
 
 
 def naive_trim(difference: np.ndarray, density: float) -> np.ndarray:
-    """By sorting: largest float32 magnitude first, of equal ones the first; one entry stays in any case."""
+    """By sorting: largest float32 magnitude first, among equals the first; keeps at least one entry."""
     kept = max(1, int(density * len(difference)))
     order = np.lexsort((np.arange(len(difference)), -np.abs(difference.astype(np.float32))))
     out = np.zeros_like(difference)
@@ -76,7 +76,7 @@ def naive_trim(difference: np.ndarray, density: float) -> np.ndarray:
 def naive_ties(
     base: np.ndarray, differences: list[np.ndarray], weights: list[float], scale: float, normalize: bool
 ) -> np.ndarray:
-    """Entry by entry; numbers of the accumulation type, so that every operation is rounded to it."""
+    """Entry by entry, in the accumulation type, so that every operation is rounded to it."""
     kind = base.dtype.type
     factors = [kind(weight) for weight in weights]
     out = np.empty_like(base)
@@ -99,7 +99,7 @@ def naive_ties(
 @pytest.mark.parametrize("stored", ["F32", "BF16"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_ties_is_its_definition(three: list[np.ndarray], stored: str, normalize: bool) -> None:
-    """bf16 differences have many equal magnitudes: the first of them stay."""
+    """bf16 differences have many equal magnitudes; the first ones are kept."""
     if stored == "BF16":
         bits = [bf16_bits(x) for x in three]
         wide = [(b.astype(np.uint32) << 16).view(np.float32) for b in bits]
@@ -151,7 +151,7 @@ def test_trimming_keeps_exactly_the_largest_and_of_equal_ones_the_first(
 
 
 def test_the_cut_is_found_in_any_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal entries in several spans: the places before the cut's are counted span by span."""
+    """Equal entries in several spans: entries equal to the threshold are counted span by span."""
     monkeypatch.setattr(dtypes, "ELEMENTS_PER_SPAN", 64)
     monkeypatch.setattr(blocks, "ELEMENTS_PER_SPAN", 64)
     values = np.random.default_rng(0).integers(0, 3, 1000).astype(np.float32)
@@ -185,7 +185,7 @@ def test_dare_drops_at_random_and_rescales(method: str) -> None:
     np.testing.assert_array_equal(plain, (got > 0).astype(np.float32))
 
 
-def test_dare_linear_is_its_definition_given_who_stays(three: list[np.ndarray]) -> None:
+def test_dare_linear_is_its_definition_for_known_kept_entries(three: list[np.ndarray]) -> None:
     ones, zero = np.ones(N, np.float32), (np.zeros(N, np.float32), "F32")
     stays = [
         run(
@@ -222,7 +222,7 @@ def chosen(seed: int, name: str, source: int, count: int = 1 << 17) -> np.ndarra
 
 
 def test_choices_of_dare_look_like_coins() -> None:
-    """Neither neighbours nor tensors, models, seeds or lattices agree more often than by chance."""
+    """Masks of neighbours, tensors, models, seeds and key groups agree no more often than by chance."""
     first = chosen(0, "w", 0)
     count = len(first)
     others = [
@@ -267,7 +267,7 @@ def test_bits_depend_neither_on_blocks_nor_on_threads(
 
 
 @pytest.mark.parametrize("method", BASED)
-def test_what_is_not_a_number_stays_where_it_is(three: list[np.ndarray], method: str) -> None:
+def test_nan_and_infinities_stay_at_their_entries(three: list[np.ndarray], method: str) -> None:
     base, a, b = (x.copy() for x in three)
     a[3], b[4], base[5] = np.nan, np.inf, np.nan
     got = run(method, [a, b], ["F32"] * 2, [0.5, 0.5], "F32", base=(base, "F32"))

@@ -1,4 +1,4 @@
-"""Methods of norms and angles, and Breadcrumbs, beside their definitions in plain numpy on whole vectors."""
+"""Gram-matrix methods, Breadcrumbs and SCE against their definitions in plain numpy on whole vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def angle(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def spanned(method: str, weights: list[float], based: bool, count: int = 3, **options: float) -> np.ndarray:
-    """The result, the same for any blocks and threads."""
+    """The result; asserts that it does not depend on block size and threads."""
     base = (BASE, "F32") if based else None
     given = VECTORS[:count], ["F32"] * count, weights, "F64"
     found = [
@@ -75,13 +75,13 @@ def test_multislerp_of_what_cancels() -> None:
     half = np.array([0.5, 0.5])
     assert gram.multislerp(opposite, half, 1e-8, "w") is half
     three = np.full((3, 3), -0.5) + 1.5 * np.eye(3)
-    with pytest.raises(UserError, match="w: multislerp of directions that cancel"):
+    with pytest.raises(UserError, match="w: the directions cancel each other"):
         gram.multislerp(three, np.ones(3) / 3, 1e-8, "w")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_multislerp_of_what_has_no_direction_is_the_weighted_sum(value: float) -> None:
-    """Biases that nobody trained are zeros; what is not a number stays where it is, as with slerp."""
+    """Untrained biases are zeros; NaN and infinities stay at their entries, as with slerp."""
     rows = [np.arange(1, 5, dtype=np.float32) * (value != 0) for _ in range(3)]
     rows[1][2] = value
     weights = [0.5, 0.25, 0.25]
@@ -91,7 +91,7 @@ def test_multislerp_of_what_has_no_direction_is_the_weighted_sum(value: float) -
 
 
 def test_the_karcher_mean_pulls_to_no_side() -> None:
-    """What defines it: the tangents towards all directions add up to nothing."""
+    """By definition, the tangents towards all directions sum to zero."""
     vectors = wide(*VECTORS)
     got = spanned("karcher", [1.0] * 3, False, max_iter=100, tol=1e-12)
     mean = got / np.linalg.norm(got)
@@ -129,7 +129,7 @@ def test_model_stock_keeps_the_base_where_differences_cancel() -> None:
 
 
 def middle(difference: np.ndarray, density: float, gamma: float) -> np.ndarray:
-    """By sorting: the int(gamma n) largest go, and of the rest all but the int(density n) largest."""
+    """By sorting: removes the int(gamma n) largest entries and keeps the int(density n) largest of the rest."""
     n = len(difference)
     stay, top = int(density * n), int(gamma * n)
     order = np.argsort(-np.abs(difference).astype(np.float32), kind="stable")
@@ -145,7 +145,7 @@ def middle(difference: np.ndarray, density: float, gamma: float) -> np.ndarray:
 )
 def test_breadcrumbs_are_the_middle_entries(dtype: str, density: float, gamma: float) -> None:
     arrays = [BASE, *VECTORS[:2]]
-    if dtype == "BF16":  # with many equal magnitudes: of equal ones the first
+    if dtype == "BF16":  # many magnitudes are equal: the first ones are kept
         bits = [bf16_bits(array) for array in arrays]
         arrays = [(one.astype(np.uint32) << 16).view(np.float32) for one in bits]
     base, *vectors = wide(*arrays)
@@ -178,7 +178,7 @@ def test_breadcrumbs_are_the_middle_entries(dtype: str, density: float, gamma: f
 
 
 def sce(base: np.ndarray, vectors: list[np.ndarray], share: float, kind: type) -> np.ndarray:
-    """Select, calculate, erase, entry by entry as arXiv 2408.07990 and mergekit put it."""
+    """Select, calculate, erase, entry by entry, as arXiv 2408.07990 and mergekit define it."""
     offsets = np.stack([vector.astype(kind) - base.astype(kind) for vector in vectors])
     variance = np.var(offsets, axis=0).astype(np.float32)
     stay = int(np.count_nonzero(variance) * share)
@@ -199,7 +199,7 @@ def sce(base: np.ndarray, vectors: list[np.ndarray], share: float, kind: type) -
 def test_sce_selects_weighs_and_erases(dtype: str, share: float, scale: float) -> None:
     arrays = [BASE, *(BASE + (vector - BASE) * np.float32(scale) for vector in VECTORS)]
     stored = arrays
-    if dtype == "BF16":  # with many equal variances: of equal ones the first
+    if dtype == "BF16":  # many variances are equal: the first ones are selected
         stored = [bf16_bits(array) for array in arrays]
         arrays = [(one.astype(np.uint32) << 16).view(np.float32) for one in stored]
     kind = np.float32 if dtype == "BF16" else np.float64
@@ -214,12 +214,12 @@ def test_sce_selects_weighs_and_erases(dtype: str, share: float, scale: float) -
     assert len(found) == 1
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # would stand on a person's terminal
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # it would appear in the user's terminal
 @pytest.mark.parametrize("passes", ["compiled", "numpy"])
 @pytest.mark.parametrize("method", ["sce", "ties", "breadcrumbs", "multislerp", "karcher", "model_stock"])
 def test_infinities_and_nan_are_data(method: str, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if passes == "numpy":
-        monkeypatch.setattr(native, "compiled", lambda *_: None)
+        monkeypatch.setattr(native, "compiled_function", lambda *_: None)
     rows = [array[:1000].copy() for array in (BASE, *VECTORS[:2])]
     for row in rows:
         row[:3] = np.inf, -np.inf, 1e38

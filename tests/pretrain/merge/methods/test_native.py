@@ -1,4 +1,4 @@
-"""The compiled passes against numpy's many: the same bits, whatever method, numbers, dtypes, blocks and threads."""
+"""Compiled passes give the same bits as numpy's, for all methods, values, dtypes, block sizes and thread counts."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ EDGES = (
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if native.compiled("products") is None:
+    if native.compiled_function("products") is None:
         assert not os.environ.get("CI"), "CI has a compiler, so the passes must have been built"
         pytest.skip("the passes were not built: no compiler")
 
 
 def both(work: Callable[[], Any]) -> tuple[Any, Any]:
-    """What `work` gives by compiled passes, and by numpy's."""
+    """Results of `work` with the compiled passes, and with numpy's."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
-        known = native.compiled
+        real = native.compiled_function
 
-        def counted(*given: Any) -> Any:
-            calls.append(given)
-            return known(*given)
+        def counted(*arguments: Any) -> Any:
+            calls.append(arguments)
+            return real(*arguments)
 
-        patch.setattr(native, "compiled", counted)
+        patch.setattr(native, "compiled_function", counted)
         one = work()
-        assert calls, "no compiled pass was asked for"
-        patch.setattr(native, "compiled", lambda *_: None)
+        assert calls, "no compiled pass was looked up"
+        patch.setattr(native, "compiled_function", lambda *_: None)
         return one, work()
 
 
@@ -81,7 +81,7 @@ def bf16(bits: np.ndarray) -> np.ndarray:
     "weights", [[0.4, 0.6], [1.7, -0.7], [0.2, 0.3, 0.5], [1e-30, 1.0], [3e38, -2e38, 1.0]]
 )
 def test_every_pattern_merges_to_the_same_bytes(tmp_path: Path, weights: list[float]) -> None:
-    """All 65,536 numbers, NaN and infinities and subnormals among them, against all in another order."""
+    """All 65,536 bf16 patterns (with NaN, infinities, subnormals), merged with a permutation of the same patterns."""
     random = np.random.default_rng(0)
     every = np.arange(1 << 16, dtype=np.uint16)
     inputs = []
@@ -99,7 +99,7 @@ def test_every_pattern_merges_to_the_same_bytes(tmp_path: Path, weights: list[fl
 @pytest.mark.parametrize("out", ["F64", "F32", "F16", "BF16"])
 @pytest.mark.parametrize("beside", ["same", "F32", "F64"])
 def test_all_conversions_of_every_16_bit_pattern(stored: str, out: str, beside: str) -> None:
-    """Widened to fp32 and to fp64; by themselves, and added to numbers that make ties and overflows of them."""
+    """Widened to fp32 and fp64; alone, and added to numbers that cause ties and overflows."""
     every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[stored])
     beside = stored if beside == "same" else beside
     with np.errstate(all="ignore"):
@@ -111,7 +111,7 @@ def test_all_conversions_of_every_16_bit_pattern(stored: str, out: str, beside: 
 
 
 def stored_numbers(draw: st.DrawFn, dtype: str, count: int, seed: int, near: np.ndarray | None) -> np.ndarray:
-    """Random bits, edges, or neighbours of other numbers."""
+    """Random bits, edge cases, or neighbours of the numbers `near`."""
     random = np.random.default_rng(seed)
     kind = draw(st.sampled_from(["bits", "edges", "normal", "few"]))
     if kind == "bits":
@@ -130,7 +130,7 @@ def stored_numbers(draw: st.DrawFn, dtype: str, count: int, seed: int, near: np.
 
 @st.composite
 def merges(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Any method of tensors of any dtypes, as jobs.run takes it."""
+    """Arguments of `tests.support.merge_jobs.run`: any method, tensors of any dtypes."""
     method = draw(st.sampled_from(["linear", "slerp", "nuslerp", *BASED, *SPANNED]))
     count = draw(st.sampled_from([1, 3, 7, 8, 63, 129, 1000, 2500]))
     number = 2 if "slerp" in method else draw(st.integers(1 if method not in SPANNED else 2, 4))
@@ -176,7 +176,7 @@ def test_any_merge_has_numpys_bits(asked: tuple[tuple[Any, ...], dict[str, Any]]
 
 @pytest.mark.parametrize("count", [65536 * 2 + 77, 65536 * 3])
 def test_keys_of_dare_and_sums_of_slerp_over_many_blocks(count: int) -> None:
-    """Tiles, lattices and the blocks of sums end at other elements."""
+    """Tiles, groups that share a DARE key, and blocks of sums end at different elements."""
     arrays = [np.random.default_rng(i).standard_normal(count).astype(np.float32) for i in range(3)]
     for method, options in (
         ("dare_ties", {"base": (arrays[2], "F32"), "densities": [0.3, 0.6], "seed": 7}),
@@ -192,7 +192,7 @@ def test_keys_of_dare_and_sums_of_slerp_over_many_blocks(count: int) -> None:
 
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher"])
 def test_infinities_of_both_signs_in_several_blocks(method: str) -> None:
-    """The sums of blocks are infinite both ways, which is no error."""
+    """Block sums that are infinite with both signs raise no error."""
     a = np.ones(200_000, np.float32)
     b = a.copy()
     a[5], a[70_000], b[3] = np.inf, -np.inf, 3e38
@@ -203,7 +203,7 @@ def test_infinities_of_both_signs_in_several_blocks(method: str) -> None:
 @pytest.mark.parametrize(
     "length", [1, 2, 7, 8, 9, 15, 127, 128, 129, 136, 255, 257, 1000, 4099, 65535, 65536]
 )
-@pytest.mark.parametrize("number", [1, 2, 5, native.VECTORS])
+@pytest.mark.parametrize("number", [1, 2, 5, native.MAX_VECTORS])
 @pytest.mark.parametrize("based", [False, True])
 def test_products_are_added_as_numpy_adds(length: int, number: int, based: bool) -> None:
     random = np.random.default_rng(length)
@@ -218,7 +218,7 @@ def test_products_are_added_as_numpy_adds(length: int, number: int, based: bool)
 
 
 def test_choices_of_dare_are_pinned() -> None:
-    """What is dropped must not change: it is what a seed means."""
+    """The entries that a seed drops must never change."""
     block = blocks.Block([]).move(65_530, 65_546)
     key = task_vectors.dare_key(3, "model.layers.0.mlp.up_proj.weight", 1)
     assert np.packbits(task_vectors.dare_mask(key, 0.3, block)).tolist() == [58, 10]
@@ -234,14 +234,18 @@ def test_choices_of_dare_are_pinned() -> None:
     assert both(kept) == ([58, 10], [58, 10])
 
 
-@pytest.mark.parametrize(("few", "room"), [(0, 1 << 22), (3, 1 << 22), (1 << 14, 1 << 22), (1 << 14, 9)])
-def test_cuts_are_numpys_in_any_span(monkeypatch: pytest.MonkeyPatch, few: int, room: int) -> None:
-    """Whether a span's histogram was kept or has to be counted again, as there are many bins or spans."""
+@pytest.mark.parametrize(
+    ("per_span", "in_all"), [(0, 1 << 22), (3, 1 << 22), (1 << 14, 1 << 22), (1 << 14, 9)]
+)
+def test_thresholds_are_numpys_in_any_span(
+    monkeypatch: pytest.MonkeyPatch, per_span: int, in_all: int
+) -> None:
+    """The same threshold whether a span's histogram is kept, or counted again because there are many bins or spans."""
     monkeypatch.setattr(kernels, "ELEMENTS_PER_SPAN", 256)
     monkeypatch.setattr(blocks, "ELEMENTS_PER_SPAN", 256)
-    monkeypatch.setattr(sparsify, "FEW", few)
-    monkeypatch.setattr(sparsify, "ROOM", room)
-    random = np.random.default_rng(few)
+    monkeypatch.setattr(sparsify, "MAX_BINS_PER_SPAN", per_span)
+    monkeypatch.setattr(sparsify, "MAX_BINS", in_all)
+    random = np.random.default_rng(per_span)
     values = (random.integers(-40, 40, 3000) * 2.0**-12).astype(np.float32) + np.float32(1)
     base = np.ones(3000, np.float32)
     for density in (0.001, 0.1, 0.3333, 0.777, 0.9999):
@@ -278,7 +282,7 @@ def test_tensors_that_begin_at_odd_bytes() -> None:
 def test_versions_for_other_processors_and_by_other_flags_have_the_same_bits(
     own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This processor takes the widest; the others are built alone and called. CFLAGS stand before the project's."""
+    """The processor picks the widest version, so the others are built alone. CFLAGS come before the project's flags."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("no compiler, or another processor")
@@ -292,8 +296,8 @@ def test_versions_for_other_processors_and_by_other_flags_have_the_same_bits(
     options = [*own, "-shared", "-fPIC", *module["extra-compile-args"], *module["extra-link-args"]]
     subprocess.run([compiler, *options, *sources, "-o", built], check=True)
     library = ctypes.CDLL(built)
-    monkeypatch.setattr(native, "function", lambda _, __, name: getattr(library, name))
-    monkeypatch.setattr(native, "_found", native._found.__wrapped__)
+    monkeypatch.setattr(native, "load_function", lambda _, __, name: getattr(library, name))
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     random = np.random.default_rng(0)
     for stored in WORDS:
         bits = [random.integers(0, 2**64, 5000, np.uint64).astype(WORDS[stored]) for _ in range(3)]
@@ -315,18 +319,18 @@ def test_versions_for_other_processors_and_by_other_flags_have_the_same_bits(
 
 
 def test_sizes_are_those_of_the_c_files() -> None:
-    """Python makes room for what C fills."""
+    """Python allocates the memory that C fills, so both must agree on sizes."""
     folder = Path(native.__file__).parent / "csrc"
     numbers, products = ((folder / name).read_text() for name in ("numbers.h", "products.c"))
-    assert f"enum {{ TILE = {native.TILE} }};" in numbers
-    assert f"enum {{ MOST = {native.VECTORS} }};" in products
-    assert task_vectors.LATTICE == 1 << 16
+    assert f"enum {{ TILE = {native.ELEMENTS_PER_TILE} }};" in numbers
+    assert f"enum {{ MOST = {native.MAX_VECTORS} }};" in products
+    assert task_vectors.ELEMENTS_PER_KEY == 1 << 16
     assert "enum { LATTICE = 1 << 16 };" in (folder / "difference.c").read_text()
 
 
 @pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast"])
-def test_what_would_round_otherwise_is_not_built(flag: str) -> None:
-    """Then numpy merges: an extension that does not build is left out."""
+def test_flags_that_change_rounding_do_not_build(flag: str) -> None:
+    """The build fails, the optional extension is left out, and numpy computes the merge."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no compiler")

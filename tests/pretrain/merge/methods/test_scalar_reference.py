@@ -1,8 +1,8 @@
 """Whole merges against the formulas of docs/merge.md in plain Python: one number at a time, bit for bit.
 
-Files are written and read with struct, rounding is done with integers (binary_floats.py): neither numpy nor the
-compiled passes have a part in it, and both are held to it. Numbers are random bits as well as ordinary ones: NaN,
-infinities, subnormals, negative zero, ties of rounding and of TIES.
+The reference uses struct for files and integers for rounding (tests/support/binary_floats.py), so it shares nothing
+with numpy or the compiled passes; both are compared with it. Inputs are ordinary numbers and random bits: NaN,
+infinities, subnormals, negative zero, rounding ties, and equal magnitudes for TIES.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Numbers = list[float]
 
 @dataclass
 class Terms:
-    """What one tensor is made of: the inputs' numbers and weights, the base's numbers, where they are computed."""
+    """Inputs of one tensor: numbers and weights of the models, numbers of the base, and the accumulation type."""
 
     name: str
     inputs: list[Numbers]
@@ -41,14 +41,14 @@ class Terms:
     narrow: bool
 
     def at(self, value: float | Fraction) -> float:
-        """Rounded to the accumulation type."""
+        """`value` rounded to the accumulation type."""
         return FORMATS["F32" if self.narrow else "F64"].rounded(value)
 
     def deltas(self, number: int) -> Numbers:
         return [self.at(x - b) for x, b in zip(self.inputs[number], self.base, strict=True)]
 
     def over(self, above: float, below: float) -> float:
-        """Divided exactly, rounded once."""
+        """Exact quotient, rounded once."""
         if not math.isfinite(above):
             return above / below
         return self.at(Fraction(above) / Fraction(below)) if self.narrow and above else above / below
@@ -97,7 +97,7 @@ def based(terms: Terms, deltas: list[Numbers], factors: Sequence[float]) -> Numb
 
 
 def trimmed(terms: Terms, deltas: Numbers, density: float) -> Numbers:
-    """The int(density n) largest magnitudes, as fp32, NaN above all; of equal ones the first; at least one."""
+    """Keeps the int(density n) largest magnitudes as fp32, at least one; NaN is largest; among equals the first."""
     wanted = max(1, int(density * len(deltas)))
 
     def magnitude(value: float) -> tuple[bool, float]:
@@ -130,7 +130,7 @@ def elected(
 
 
 def dropped(terms: Terms, deltas: Numbers, number: int, density: float, seed: int) -> Numbers:
-    """Element n stays where h(n) < density 2^32."""
+    """DARE: element n is kept where h(n) < density * 2^32."""
     return [
         d if hashed(f"{seed}/{number}/{terms.name}", n) < round(density * 2**32) else 0.0
         for n, d in enumerate(deltas)
@@ -138,7 +138,7 @@ def dropped(terms: Terms, deltas: Numbers, number: int, density: float, seed: in
 
 
 def hashed(key: str, n: int) -> int:
-    """lowbias32 with an xxh64 as its key, one for each 65,536 elements."""
+    """lowbias32 with an xxh64 key per 65,536 elements."""
     word = xxhash.xxh64(key.encode(), seed=n // 65536).intdigest()
     x = (n % 65536) ^ (word & 0xFFFFFFFF)
     x ^= x >> 16
@@ -153,7 +153,7 @@ def hashed(key: str, n: int) -> int:
 
 
 def odd(rng: random.Random, dtype: str) -> int:
-    """The bits of one element: ordinary, equal to others, or at an edge of the format."""
+    """Random bits of one element: ordinary, a value that repeats, or an edge case of the format."""
     form = FORMATS[dtype]
     fraction = form.precision - 1
     kind = rng.randrange(12)
@@ -176,7 +176,7 @@ def odd(rng: random.Random, dtype: str) -> int:
 
 
 def whole(rng: random.Random, dtype: str) -> int:
-    """A small multiple of 1/8: sums of squares are exact in any order."""
+    """A small multiple of 1/8, so that sums of squares are exact in any order."""
     return FORMATS[dtype].encode(rng.randint(-12, 12) / 8)
 
 
@@ -185,7 +185,7 @@ def models(
 ) -> list[Model]:
     lengths = {f"layers.{i}.w": rng.choice((1, 2, 3, 7, 8, 9, 17, 40)) for i in range(5)}
     if rng.random() < 0.2:
-        lengths["long.w"] = rng.choice((511, 513, 1031))  # beyond what is computed at once
+        lengths["long.w"] = rng.choice((511, 513, 1031))  # longer than one tile of the compiled passes
     return [
         {name: [element(rng, dtype) for _ in range(n)] for name, n in lengths.items()} for dtype in dtypes
     ]
@@ -201,7 +201,7 @@ def check(
     outs: Sequence[str] = tuple(FORMATS),
     **asked: Any,
 ) -> None:
-    """One merge of random dtypes into a random one; every tensor's bits are those of `expected`."""
+    """Merges models of random dtypes into a random dtype; every tensor must have the bits of `expected`."""
     dtypes = [rng.choice(list(FORMATS)) for _ in range(len(weights) + with_base)]
     if rng.random() < 0.5:
         dtypes = [dtypes[0]] * len(dtypes)
@@ -227,15 +227,15 @@ def check(
 
 
 SEEDS = range(16)
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # would stand on a person's terminal
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # it would appear in the user's terminal
 
 
 @pytest.fixture(params=["compiled", "numpy"], autouse=True)
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of computing, where a compiler was."""
+    """Runs every test with the compiled passes (if they were built) and with numpy's."""
     if request.param == "numpy":
-        monkeypatch.setattr(native, "compiled", lambda *_: None)
-    elif native.compiled("linear", np.float32) is None:
+        monkeypatch.setattr(native, "compiled_function", lambda *_: None)
+    elif native.compiled_function("linear", np.float32) is None:
         pytest.skip("no compiled passes here")
 
 
@@ -271,7 +271,7 @@ def test_linear_with_weights_that_are_divided_by_their_sum(tmp_path: Path, seed:
 def test_slerp(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     beta = rng.uniform(0.05, 0.95)
-    # the angle of others depends on the order of fp64 sums, which an fp64 result would show
+    # for other values the angle depends on the order of fp64 sums, which an fp64 result would show
     element, outs = (
         (whole, tuple(FORMATS)) if rng.random() < 0.7 else (of_ordinary_size, ("F32", "F16", "BF16"))
     )
@@ -287,7 +287,7 @@ def test_slerp(tmp_path: Path, seed: int) -> None:
 
 
 def of_ordinary_size(rng: random.Random, dtype: str) -> int:
-    """With infinities and NaN, without numbers whose squares fp64 does not hold."""
+    """Includes infinities and NaN, excludes finite numbers whose squares fp64 cannot represent."""
     while True:
         bits = odd(rng, dtype)
         value = abs(FORMATS[dtype].decode(bits))

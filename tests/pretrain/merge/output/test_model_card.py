@@ -1,4 +1,4 @@
-"""The model card: its front matter as the hub reads it, the formula, the whole spec, and nothing that varies."""
+"""The model card: front matter as the hub reads it, formula, whole spec, and no content that varies between runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_no_licence_is_claimed_that_not_all_inputs_have(
     assert "license" not in matter(tmp_path / "out")
 
 
-def test_a_front_matter_that_is_none_is_passed_over(tmp_path: Path) -> None:
+def test_an_invalid_front_matter_is_ignored(tmp_path: Path) -> None:
     a, b = model(tmp_path / "a", 1), model(tmp_path / "b", 2)
     (tmp_path / "a/README.md").write_bytes(b"---\n: [ \xff\n---\n")
     (tmp_path / "b/README.md").write_text("---\n- 1\n---\n")

@@ -1,4 +1,4 @@
-"""Elements that a merge makes infinite or NaN of finite numbers: counted by every path, after a kill too, and told."""
+"""Elements that become infinite or NaN from finite inputs: every path counts them, also after a kill, and warns."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SPAN = 64
 @pytest.fixture(params=["compiled", "numpy"])
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
-        monkeypatch.setattr(native, "compiled", lambda *_: None)
-    elif native.compiled("products") is None:
+        monkeypatch.setattr(native, "compiled_function", lambda *_: None)
+    elif native.compiled_function("products") is None:
         pytest.skip("the passes were not built: no compiler")
     return request.param
 
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three fp16 models of large numbers, with infinities and NaN here and there."""
+    """Three fp16 models of large numbers with a few infinities and NaN."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate("abc"):
         random = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def expected(out: str, *inputs: str) -> dict[str, int]:
-    """Counted anew from the files."""
+    """Overflow counts, computed from the files alone."""
     found = {}
     held = [load_file(f"{name}/model.safetensors") for name in inputs]
     for name, array in load_file(f"{out}/model.safetensors").items():
@@ -75,14 +75,14 @@ def test_counted_by_every_method(models: Path, passes: str, method: str, asked: 
     assert json.loads(Path("out/merge.json").read_text())["overflow"] == counted
 
 
-def test_wider_outputs_have_room(models: Path, passes: str) -> None:
+def test_wider_outputs_do_not_overflow(models: Path, passes: str) -> None:
     for dtype in ("bf16", "fp32", "fp64"):
         assert merge(["a", "b"], dtype, weights=[1.5, -0.8], dtype=dtype)["overflow"] == {}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_sums_that_overflow_on_the_way(tmp_path: Path, passes: str, dtype: str) -> None:
-    """Beyond fp64, and beyond the output; infinity minus infinity is NaN, born of finite numbers too."""
+    """Overflow of fp64, and of the output type; NaN from infinity minus infinity, where both inputs are finite."""
     x = np.array([1e308, 1e300, 1e39, 1.0, np.inf, np.nan, 3.4e38])
     write(tmp_path / "a", {"w": x})
     write(tmp_path / "b", {"w": np.where(np.isfinite(x), x, 1.0)})
@@ -94,7 +94,7 @@ def test_sums_that_overflow_on_the_way(tmp_path: Path, passes: str, dtype: str) 
     assert record["overflow"] == wanted
 
 
-def test_counts_outlive_a_kill(models: Path, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_survive_a_kill(models: Path, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (blocks, dtypes, local):
         monkeypatch.setattr(module, "ELEMENTS_PER_SPAN", SPAN)
     whole = merge(["a", "b"], "whole", weights=[1.5, -0.8])
@@ -113,12 +113,12 @@ def test_counts_outlive_a_kill(models: Path, passes: str, monkeypatch: pytest.Mo
         patch.setattr(journal.Journal, "add", add)
         with pytest.raises(Stopped):
             merge(["a", "b"], "out", weights=[1.5, -0.8])
-    assert sum(done.overflow for _, _, done in added) > 0
+    assert sum(record.overflow for _, _, record in added) > 0
     record = merge(["a", "b"], "out", weights=[1.5, -0.8])
     assert record["overflow"] == whole["overflow"] == expected("out", "a", "b")
 
 
-def test_lines_of_a_journal_without_counts_are_not_believed(tmp_path: Path) -> None:
+def test_journal_lines_without_counts_are_ignored(tmp_path: Path) -> None:
     (tmp_path / journal.JOURNAL).write_text('{"plan":1}\n[0,0,"0123456789abcdef",["0123456789abcdef"]]\n')
     assert journal.Journal(tmp_path, {"plan": 1}).done == {}
 
@@ -139,9 +139,9 @@ def test_a_sweep_counts_by_output(models: Path, passes: str) -> None:
     assert counts == {0.0: {}, 0.5: {}, 1.0: {"w": 2}}
 
 
-def test_the_command_says_what_and_what_to_do(models: Path) -> None:
+def test_the_command_warns_and_says_what_to_do(models: Path) -> None:
     asked = ["merge", "./a", "./b", "--weights", "1.5,-0.8", "--out", "out"]
-    for _ in range(2):  # of what was done before too
+    for _ in range(2):  # also for an output that is already complete
         result = CliRunner().invoke(app, asked)
         assert result.exit_code == 0, result.output
         (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: out: ")]
@@ -156,7 +156,7 @@ def test_the_command_says_what_and_what_to_do(models: Path) -> None:
     assert "infinite" not in quiet.output
 
 
-def test_sweeps_and_soups_say_so_too(models: Path) -> None:
+def test_sweeps_and_soups_warn_too(models: Path) -> None:
     for name, scale in (("x", 1), ("y", 3)):
         write(Path(name), {"w": np.full((2, 3), 60_000.0 * scale, np.float32)})
     command = scorer(models, "print(1.0)")
@@ -176,17 +176,17 @@ def test_sweeps_and_soups_say_so_too(models: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_the_note_names_the_worst(others: int) -> None:
+def test_the_warning_names_the_worst_output(others: int) -> None:
     record = {
         "overflow": {"a": 3, "b": 1200, "c": 1, "d": 2},
         "jobs": [{"name": n, "dtype": "F16"} for n in "abcde"],
     }
     few = {"overflow": {"a": 1}, "jobs": record["jobs"]}
-    said = overflow.note(
+    warning = overflow.overflow_warning(
         {"beta 1": record, **{f"beta {i}": few for i in range(2, 2 + others)}, "clean": {"overflow": {}}}
     )
-    assert said is not None
-    assert said.startswith("beta 1: 1,206 elements became infinite or NaN")
-    assert "(b 1,200, a 3, d 2, and 1 more tensors)" in said
-    assert ("2 other outputs have" in said) == bool(others)
-    assert overflow.note({"clean": {"overflow": {}}, "older": {}}) is None
+    assert warning is not None
+    assert warning.startswith("beta 1: 1,206 elements became infinite or NaN")
+    assert "(b 1,200, a 3, d 2, and 1 more tensors)" in warning
+    assert ("2 other outputs have" in warning) == bool(others)
+    assert overflow.overflow_warning({"clean": {"overflow": {}}, "older": {}}) is None

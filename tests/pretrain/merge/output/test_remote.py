@@ -1,4 +1,4 @@
-"""Merges into an object store: moto stands for S3. The objects are those that a disk gets, or none."""
+"""Merges into an object store (moto as S3): the objects equal the files of a local merge, or there are none."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_objects_are_those_of_a_disk(pair: tuple[str, str], tmp_path: Path, 
     assert sum(told) == sum(entry["size"] for entry in record["output"].values())
     assert uploads(bucket) == []
     assert merge(pair, f"{bucket}/out", **asked)["plan"] == record["plan"]
-    with pytest.raises(UserError, match="out holds another merge"):
+    with pytest.raises(UserError, match="out has another merge"):
         merge(pair, f"{bucket}/out", beta=0.4)
     np.testing.assert_array_equal(
         open_weights(f"{bucket}/out").array("norm"), open_weights(str(tmp_path / "out")).array("norm")
@@ -112,7 +112,7 @@ def test_uploads_of_others_below_are_left_alone(pair: tuple[str, str], bucket: s
     store.call_s3("abort_multipart_upload", UploadId=upload, **place)
 
 
-def test_what_stands_there_is_left_alone(pair: tuple[str, str], bucket: str) -> None:
+def test_other_content_of_the_folder_is_left_alone(pair: tuple[str, str], bucket: str) -> None:
     storage.publish(f"{bucket}/mine/notes.txt", b"keep me")
     with pytest.raises(UserError, match="mine exists and is not the output of a merge"):
         merge(pair, f"{bucket}/mine", beta=0.3)
@@ -120,7 +120,7 @@ def test_what_stands_there_is_left_alone(pair: tuple[str, str], bucket: str) -> 
 
 
 def killed_at(patch: pytest.MonkeyPatch, where: type, name: str, call: int) -> None:
-    """From the call of this number on a method does nothing but fail, and nothing is tidied up: as after a kill."""
+    """Make a method fail from its `call`-th call on and skip the clean-up, as a kill does."""
     real, seen = getattr(where, name), []
 
     def fail(self: Any, *arguments: Any) -> Any:
@@ -130,16 +130,16 @@ def killed_at(patch: pytest.MonkeyPatch, where: type, name: str, call: int) -> N
         return real(self, *arguments)
 
     patch.setattr(where, name, fail)
-    patch.setattr(remote.Uploads, "stop", lambda self, taking_back: None)
+    patch.setattr(remote.Uploads, "stop", lambda self, abort_uploads: None)
 
 
 def test_after_a_kill_only_the_rest_is_sent(
     pair: tuple[str, str], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where another plan was killed in between, whose parts are overwritten."""
+    """Also after a kill of another plan, whose parts are overwritten."""
     out, parts = f"{bucket}/killed", []
     with monkeypatch.context() as patch:
-        killed_at(patch, multipart.Multipart, "_put", 4)
+        killed_at(patch, multipart.MultipartUpload, "_put", 4)
         with pytest.raises(KeyboardInterrupt):
             merge(pair, out, beta=0.3)
     assert len(uploads(bucket)) == 1
@@ -147,7 +147,7 @@ def test_after_a_kill_only_the_rest_is_sent(
     real = multipart.with_retries
 
     def ask(url: str, call: Any, **options: Any) -> Any:
-        if call.__qualname__.startswith("Multipart._put.") and url.startswith(out):
+        if call.__qualname__.startswith("MultipartUpload._put.") and url.startswith(out):
             parts.append(url)
         return real(url, call, **options)
 
@@ -159,7 +159,7 @@ def test_after_a_kill_only_the_rest_is_sent(
     assert uploads(bucket) == []
     other = f"{bucket}/other"
     with monkeypatch.context() as patch:
-        killed_at(patch, multipart.Multipart, "_put", 4)
+        killed_at(patch, multipart.MultipartUpload, "_put", 4)
         with pytest.raises(KeyboardInterrupt):
             merge(pair, other, beta=0.9)
     merge(pair, other, beta=0.3)
@@ -174,12 +174,12 @@ def test_a_kill_while_the_files_appear(
 ) -> None:
     out = f"{bucket}/appearing-{call}"
     with monkeypatch.context() as patch:
-        killed_at(patch, multipart.Multipart, "commit", call)
+        killed_at(patch, multipart.MultipartUpload, "commit", call)
         with pytest.raises(KeyboardInterrupt):
             merge(pair, out, beta=0.3)
     assert len(objects(out)) == call  # the mark and what was before
     assert "merge.json" not in objects(out)
-    with pytest.raises(UserError, match="another merge was killed while its files appeared"):
+    with pytest.raises(UserError, match="another merge was killed while its files became visible"):
         merge(pair, out, beta=0.4)
     merge(pair, out, beta=0.3)
     merge(pair, tmp_path / "out", beta=0.3)
@@ -187,7 +187,7 @@ def test_a_kill_while_the_files_appear(
     assert uploads(bucket) == []
 
 
-def test_the_mark_goes_where_all_the_rest_was_done(
+def test_a_left_over_mark_is_removed(
     pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = f"{bucket}/marked"
@@ -203,15 +203,15 @@ def test_an_output_that_lost_a_file_is_not_said_to_be_done(pair: tuple[str, str]
     out = f"{bucket}/lost"
     merge(pair, out, beta=0.3)
     storage.publish(f"{out}/model.safetensors", b"cut")
-    with pytest.raises(UserError, match=r"lost/model\.safetensors: not as this merge wrote it"):
+    with pytest.raises(UserError, match=r"lost/model\.safetensors: is missing or has another size"):
         merge(pair, out, beta=0.3)
 
 
-def test_who_is_stopped_leaves_what_was_sent(
+def test_a_stopped_merge_keeps_what_was_sent(
     pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Ctrl-C, and a store or an input that cannot be had for now."""
-    for number, error in enumerate((KeyboardInterrupt(), ReadError("s3://x cannot be had"))):
+    """Ctrl-C, and a store or an input that is unavailable for now."""
+    for number, error in enumerate((KeyboardInterrupt(), ReadError("s3://x could not be read"))):
         out, real = f"{bucket}/stopped-{number}", remote.Uploads.write
         written: list[int] = []
 
@@ -229,7 +229,7 @@ def test_who_is_stopped_leaves_what_was_sent(
             with pytest.raises(type(error)):
                 merge(pair, out, beta=0.3)
         assert objects(out) == {}
-        (left,) = multipart.begun_in(out)
+        (left,) = multipart.incomplete_uploads(out)
         store = storage.filesystem(out)
         parts = store.call_s3(
             "list_parts", Bucket=store.split_path(out)[0], Key=left.key, UploadId=left.upload
@@ -243,7 +243,7 @@ def test_who_is_stopped_leaves_what_was_sent(
 def test_two_merges_at_once_into_one_folder(
     pair: tuple[str, str], tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, beta: float
 ) -> None:
-    """One is there, whole; the other says so."""
+    """One output is complete; the other merge raises an error."""
     out, real = f"{bucket}/twice-{beta}", remote.Uploads.publish
 
     def publish(self: remote.Uploads) -> None:
@@ -252,7 +252,7 @@ def test_two_merges_at_once_into_one_folder(
         real(self)
 
     monkeypatch.setattr(remote.Uploads, "publish", publish)
-    with pytest.raises(UserError, match="another process wrote it meanwhile"):
+    with pytest.raises(UserError, match="another process wrote this folder meanwhile"):
         merge(pair, out, beta=0.3)
     merge(pair, tmp_path / "out", beta=beta)
     assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -260,7 +260,7 @@ def test_two_merges_at_once_into_one_folder(
 
 
 class Answers:
-    """A store that does what it is asked, and then gives S3's answer to an upload that is no more (moto has none)."""
+    """A store that executes a call and then returns S3's error for a missing upload, which moto does not have."""
 
     def __init__(self, store: Any, method: str, times: list[int]) -> None:
         self._store, self._method, self._times = store, method, times
@@ -277,7 +277,7 @@ class Answers:
         return answer
 
 
-def test_an_upload_that_somebody_took_back_and_one_whose_answer_got_lost(
+def test_an_aborted_upload_and_a_lost_answer(
     pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = multipart.with_retries
@@ -291,18 +291,18 @@ def test_an_upload_that_somebody_took_back_and_one_whose_answer_got_lost(
 
     for method in ("upload_part", "complete_multipart_upload"):
         answering(method, [1])
-        with pytest.raises(UserError, match="another process writes it too"):
+        with pytest.raises(UserError, match="another process also writes this object"):
             merge(pair, f"{bucket}/taken-{method}", beta=0.3)
     answering("complete_multipart_upload", [1, 0])
     merge(pair, f"{bucket}/lost-answer", beta=0.3)
     assert "merge.json" in objects(f"{bucket}/lost-answer")
 
 
-def test_who_may_not_list_uploads_begins_anew(
+def test_without_permission_to_list_uploads_a_merge_starts_again(
     pair: tuple[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(url: str, call: Any, **options: Any) -> Any:
-        if "_begun" in call.__code__.co_names:
+        if "_list_uploads" in call.__code__.co_names:
             raise UserError(f"{url} may not be read")
         return real(url, call, **options)
 
@@ -314,7 +314,7 @@ def test_who_may_not_list_uploads_begins_anew(
 
 def test_many_outputs_take_a_bounded_memory() -> None:
     folder = "memory://folder"
-    for many in (1, 2, 4, 11):
-        one = remote.Uploads(folder, "key", many)
-        assert many * one._part * (1 + one._ahead) <= 160 << 20, many
-        assert one._part >= 5 << 20
+    for outputs in (1, 2, 4, 11):
+        uploads = remote.Uploads(folder, "key", outputs)
+        assert outputs * uploads._part * (1 + uploads._ahead) <= 160 << 20, outputs
+        assert uploads._part >= 5 << 20

@@ -147,7 +147,7 @@ def test_rows_from_elsewhere_are_another_plan(pair: list[str], tmp_path: Path) -
     assert made[0][0].key(hashes[0]) != made[1][0].key(hashes[1])
     assert made[0][0].key(hashes[0]) == replan(made[0][0].request)[0].key(hashes[0])
     execute([made[0][0]], made[0][1], [tmp_path / "out"])
-    with pytest.raises(UserError, match="out holds another merge: of mergekit"):
+    with pytest.raises(UserError, match="out has another merge with mergekit"):
         execute([made[1][0]], made[1][1], [tmp_path / "out"])
 
 
