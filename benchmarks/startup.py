@@ -71,9 +71,13 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def dromos(command: str, inputs: dict[str, str]) -> list[str]:
-    """The command line of `dromos COMMAND` with its inputs filled in."""
-    words = (inputs[word[1:-1]] if word.startswith("{") else word for word in command.split())
-    return [sys.executable, "-m", "launch.cli", *words]
+    """The command line of `dromos COMMAND`."""
+    return [sys.executable, "-m", "launch.cli", *arguments(command, inputs)]
+
+
+def arguments(command: str, inputs: dict[str, str]) -> list[str]:
+    """The words of a command with its inputs filled in."""
+    return [inputs[word[1:-1]] if word.startswith("{") else word for word in command.split()]
 
 
 def processor_seconds(command: list[str], env: dict[str, str]) -> float:
