@@ -194,7 +194,7 @@ def test_an_error_comes_at_its_step_and_not_before(tmp_path: Path) -> None:
         with LocalLoader([spec], 0, 1, workers) as loader:
             steps = loader.steps(0, 9)
             assert [next(steps)["pairs"][0].step for _ in range(2)] == [0, 1]
-            with pytest.raises(UserError, match="over"):
+            with pytest.raises(UserError, match="the stream has ended"):
                 next(steps)
 
 

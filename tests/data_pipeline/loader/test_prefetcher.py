@@ -218,7 +218,7 @@ def test_a_prefetcher_that_cannot_go_on_ends_and_lets_whole_units_be_read(
 ) -> None:
     """Otherwise readers would keep reading single samples and wait for its first window."""
     with stream(counted.remote, tmp_path) as remote:
-        setup = BuilderSetup.of(remote._maker)
+        setup = BuilderSetup.of(remote._builder)
         begun = Prefetcher.start_if_useful([setup], 0, 1)
         assert begun is not None
         cache = Cache(setup.cache or CacheSettings.of())
@@ -239,7 +239,7 @@ def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
     counted: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with stream(counted.remote, tmp_path) as remote:
-        setup = BuilderSetup.of(remote._maker)
+        setup = BuilderSetup.of(remote._builder)
     (manifest,) = setup.manifests.values()
     assert manifest.offsets is not None
     gone = replace(manifest, offsets=replace(manifest.offsets, url=f"{manifest.offsets.url}.gone"))

@@ -134,7 +134,7 @@ def test_a_counting_server_sees_the_predicted_requests(tmp_path: Path) -> None:
                 storage.publish(f"{root}/{path.relative_to(folder)}", path.read_bytes())
         cache = CacheSettings.of(str(tmp_path / "cache"), 0.1)
         with Stream({"a": SourceSpec(root)}, 60, length=LENGTH, cache=cache) as stream:
-            spec = stream._maker.spec
+            spec = stream._builder.spec
             load = simulate(spec, open_sources(spec), 1, cache.limit_bytes)
             proxy.reset_counters()
             for _ in range(load.epoch_steps + 1):

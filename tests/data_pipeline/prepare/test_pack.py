@@ -151,7 +151,7 @@ def test_mistakes_are_named(tmp_path: Path, documents: str, tokenizer: str) -> N
     pack(documents, str(tmp_path / "out"), tokenizer, 16)
     with pytest.raises(UserError, match="has 1 tars already"):
         pack(documents, str(tmp_path / "out"), tokenizer, 16)
-    with pytest.raises(UserError, match=r"no tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json found"):
         pack(documents, str(tmp_path / "new"), str(tmp_path), 16)
 
 
