@@ -1,1 +1,1 @@
-"""Benchmarks beside peers, both in one run: `make bench`."""
+"""Benchmarks against peer tools, measured in the same run: `make bench`."""

@@ -1,6 +1,6 @@
-"""`make bench`: runs benchmarks and prints a table for each; `--out FILE` writes the numbers as JSON.
+"""`make bench`: runs benchmarks and prints one table per benchmark; `--out FILE` writes the numbers as JSON.
 
-Exit code 1 where a bar is not held, 0 otherwise.
+Exit code 1 if a row misses its bar, else 0.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def table(name: str, figures: dict[str, Any]) -> list[str]:
-    """The figures of a benchmark as lines, each bar beside its row."""
+    """Lines that show the figures of a benchmark, each with its bar."""
     most, least, missed = figures.get("most", {}), figures.get("least", {}), missed_bars(figures)
     lines = [f"\n{name}: {figures['what']}"]
     for row, value in figures["rows"].items():
@@ -116,7 +116,7 @@ def table(name: str, figures: dict[str, Any]) -> list[str]:
 
 
 def missed_bars(figures: dict[str, Any]) -> list[str]:
-    """Rows that miss their bar: `most` must stay above the value, `least` must be reached."""
+    """Rows that miss their bar: a value must be below its `most` and at least its `least`."""
     rows = figures["rows"]
     return [
         *(row for row, bar in figures.get("most", {}).items() if row in rows and not rows[row] < bar),

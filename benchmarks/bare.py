@@ -1,7 +1,7 @@
-"""The limit of any loader: decode and crop alone, in bare processes, with all bytes in memory.
+"""Upper bound for any loader: only decode and crop, in plain processes, with all bytes in memory.
 
-`python -m benchmarks.bare SETTINGS` prints the sum of their rates. What a loader does beyond it costs extra: reading,
-order, tokens, digests, collating, and handing batches to the trainer.
+`python -m benchmarks.bare SETTINGS` prints the sum of their rates. A loader has extra costs: reading, sample order,
+tokenisation, digests, collation, and handing batches to the trainer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int,
 
 
 def one(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> None:
-    """Decode (scaled, where that leaves pixels enough), cut, resize, and write to `out`."""
+    """Decode (at a reduced scale if that leaves enough pixels), crop, resize, and write to `out`."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     x, y, w, h = crop(width, height, scale)
     eighths = math.ceil(12 * size / min(w, h))
@@ -66,7 +66,7 @@ def one(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> 
 
 
 def one_by_kernel(data: bytes, size: int, scale: tuple[float, float], out: np.ndarray) -> None:
-    """The same with the loader's own resize, and so without scaling by more than a half."""
+    """The same with the loader's own resize, which decodes at full scale."""
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     x, y, w, h = crop(width, height, scale)
     pixels = simplejpeg.decode_jpeg(data, "RGB")
@@ -77,7 +77,7 @@ def one_by_kernel(data: bytes, size: int, scale: tuple[float, float], out: np.nd
 def work(
     jpegs: list[bytes], samples: int, size: int, scale: tuple[float, float], kernel: bool
 ) -> tuple[float, float]:
-    """Samples a second and milliseconds of processor a sample, after a few that do not count."""
+    """Samples per second and CPU milliseconds per sample, after a warm-up of 32 samples."""
     each = one_by_kernel if kernel else one
     out = np.empty((64, size, size, 3), np.uint8)
     for number in range(32):

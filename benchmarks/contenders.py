@@ -1,7 +1,7 @@
-"""One reader of photographs, measured: `python benchmarks/contenders.py NAME SETTINGS` prints its figures as JSON.
+"""Measures one loader on photographs: `python benchmarks/contenders.py NAME SETTINGS` prints its figures as JSON.
 
-It runs in the reader's own environment, so it imports nothing of the project but in `dromos`. All do the same work:
-a random crop of the same size and scale, bicubic and antialiased, the caption as 77 tokens of CLIP, batches.
+It runs in the loader's own environment, so only the function `dromos` imports the project. All loaders do the same
+work: random crop of the same size and scale, antialiased bicubic resize, caption to 77 CLIP tokens, batches.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CAPTION = "a photograph that warms up the tokenizer"
 
 @dataclass(frozen=True)
 class Settings:
-    """What every reader gets.
+    """Settings of a measurement.
 
-    pause: seconds between making the reader and asking it for a batch, which do not count
-    marks: numbers of samples after which memory is looked at
+    pause: seconds between creating the loader and reading the first batch; not counted
+    marks: numbers of samples after which memory is measured
     """
 
     tars: str
@@ -56,7 +56,7 @@ def dromos(s: Settings) -> Callable[[], Reader]:
 
 
 def open_clip(s: Settings) -> Callable[[], Reader]:
-    """Its trainer's own loader, with the defaults of its command line."""
+    """The loader of open_clip's trainer, with the defaults of its command line."""
     from open_clip_train.data import get_wds_dataset
 
     transform, tokenizer = _open_clip_parts(s)
@@ -76,7 +76,7 @@ def open_clip(s: Settings) -> Callable[[], Reader]:
 
 
 def webdataset(s: Settings) -> Callable[[], Reader]:
-    """As its readme has it: shuffle, decode with Pillow, torchvision's transform."""
+    """As in its README: shuffle, decode with Pillow, torchvision's transform."""
     import webdataset as wds
 
     transform, tokenizer = _open_clip_parts(s)
@@ -128,7 +128,7 @@ def energon(s: Settings) -> Callable[[], Reader]:
 
 
 def litdata(s: Settings) -> Callable[[], Reader]:
-    """Optimised into its own format first; JPEGs stay JPEGs there."""
+    """Reads litdata's own format, to which `prepare` converts the tars; JPEGs stay JPEGs."""
     import litdata as peer
 
     decode = partial(_decode, *_open_clip_parts(s))
@@ -159,9 +159,9 @@ CONTENDERS = {
 
 
 def measure(name: str, s: Settings) -> dict[str, Any]:
-    """Seconds to the first batch, then samples a second and processor time a sample; at the marks, memory.
+    """Seconds to the first batch, samples per second, CPU time per sample, and memory at the marks.
 
-    Processor time and memory are those of the process and all its workers.
+    CPU time and memory are sums over the process and all its workers.
     """
     start = CONTENDERS[name](s)
     began = time.perf_counter()
@@ -188,7 +188,7 @@ def measure(name: str, s: Settings) -> dict[str, Any]:
 
 
 def _open_clip_parts(s: Settings) -> tuple[Any, Any]:
-    """open_clip's transform of training and its tokenizer."""
+    """open_clip's training transform and tokenizer."""
     import open_clip as peer
 
     mean, std = peer.OPENAI_DATASET_MEAN, peer.OPENAI_DATASET_STD
@@ -204,7 +204,7 @@ def _pattern(s: Settings) -> str:
 
 
 def _prepare_once(folder: Path, prepare: Callable[[], None]) -> None:
-    """What a reader needs before it can read; done for the first of its rounds, and outside every figure."""
+    """Prepare the data that a loader needs, before its first round and outside all figures."""
     done = folder / "prepared"
     if not done.exists():
         folder.mkdir()
@@ -238,7 +238,7 @@ def _pairs(tar: str) -> Iterator[tuple[bytes, str]]:
 
 
 def _decode(transform: Any, tokenizer: Any, sample: tuple[bytes, str]) -> tuple[Any, Any]:
-    """At the top of the module, because litdata's workers are spawned."""
+    """Defined at module level, because litdata spawns its workers."""
     from PIL import Image
 
     return transform(Image.open(io.BytesIO(sample[0])).convert("RGB")), tokenizer(sample[1])[0]
@@ -252,7 +252,7 @@ def _litdata_optimize(s: Settings, folder: Path) -> None:
 
 
 def _family() -> set[int]:
-    """This process and all below it."""
+    """The PIDs of this process and of all its descendants."""
     parents = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -265,7 +265,7 @@ def _family() -> set[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on: what stands before may hold spaces."""
+    """Fields of /proc/PID/stat from the state on; the name before it may contain spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -278,7 +278,7 @@ def _processor_seconds() -> float:
 
 
 def _memory() -> float:
-    """Proportional set size, MB: memory that processes share counts once."""
+    """Proportional set size in MB, which counts shared memory once."""
     total = 0
     for pid in _family():
         with contextlib.suppress(OSError):
@@ -290,4 +290,4 @@ def _memory() -> float:
 if __name__ == "__main__":
     print(json.dumps(measure(sys.argv[1], Settings(**json.loads(sys.argv[2])))), flush=True)
     sys.stdout.flush()
-    os._exit(0)  # not a second is spent on ending workers
+    os._exit(0)  # skips the shutdown of the workers

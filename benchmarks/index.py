@@ -1,4 +1,4 @@
-"""Indexing beside plain reading of the same files: how near the walk over headers comes to the disk."""
+"""Indexing against plain reading of the same tars: how close the header walk comes to the disk's speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READ = 8 << 20
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """MB/s of each way through tars that are in no page cache; the ways take turns."""
+    """MB/s of each method on tars that are not in the page cache; the methods take turns."""
     ways: dict[str, Callable[[Path], None]] = {
         "plain reading": read,
         "dromos data index, in one process": index,
@@ -45,7 +45,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def write(folder: Path, size: int, samples: int) -> None:
-    """Tars of samples of about so many bytes, in three members."""
+    """Writes tars of samples with three members each."""
     random = np.random.default_rng(0)
     noise = random.bytes(2 * size)
     for shard in range(SHARDS):
@@ -57,7 +57,7 @@ def write(folder: Path, size: int, samples: int) -> None:
 
 
 def timed(folder: Path, way: Callable[[Path], None]) -> float:
-    """MB/s from a page cache that holds none of the files."""
+    """MB/s with none of the files in the page cache."""
     tars = sorted(folder.glob("*.tar"))
     for path in tars:
         with path.open("rb") as file:

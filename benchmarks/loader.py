@@ -1,7 +1,7 @@
-"""Photographs from tars to batches: our Stream beside the peers' loaders and the bare limit, on the same tars.
+"""Photographs from tars to batches: our Stream against peer loaders and the upper bound (bare.py), on the same tars.
 
-Every reader has a process of its own, in an environment of its own, and they take turns, so that the machine treats
-them alike. Wall clock; the first batches do not count in the rates.
+Every loader runs in its own process and environment, and they take turns, so that all see the same machine load. Times
+are wall clock; the first batches do not count in the rates.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from benchmarks import peers, photos
 
 ROOT = peers.ROOT
 OURS, LIMIT = "dromos", "decode + crop alone"
-# The same with our own resize in place of Pillow's.
+# The same with our resize instead of Pillow's.
 OWN_LIMIT = "decode + our crop alone"
 LIMITS = (LIMIT, OWN_LIMIT)
-# open_clip's defaults of image size and of the crop's share of the image.
+# open_clip's defaults of image size and crop scale.
 SIZE, SCALE, BATCH = 224, (0.9, 1.0), 64
 WARM, COUNTED = 512, 3072
 MEMORY_MARKS = (5_000, 50_000)
 BARS = {LIMIT: 0.92, "open_clip": 2.3}
-TIMEOUT = 900  # seconds for one reader; litdata's first round also writes its own format
+TIMEOUT = 900  # seconds per loader; litdata's first round also converts the data to its own format
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
     memory: bool = True,
     beside: Sequence[str] = tuple(peers.PEERS),
 ) -> dict[str, Any]:
-    """Samples a second of each reader with each number of workers, and what they have to do with ours."""
+    """Samples per second of each loader with each number of workers, and their ratios to ours."""
     pythons, missing = peers.install(beside)
     notes = [f"{peer}: not installed: {problem}" for peer, problem in missing.items()]
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -104,7 +104,7 @@ def _settings(folder: Path, workers: int) -> dict[str, Any]:
 
 
 def _measure(reader: str, python: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The figures that a reader's process prints, or `problem`: the last line of what it complains about."""
+    """The figures that a loader's process prints, or `problem`: the last line of its error output."""
     text = json.dumps(settings)
     if reader in LIMITS:
         text = json.dumps(settings | {"kernel": reader == OWN_LIMIT})
@@ -131,7 +131,7 @@ def _compare(
     found: dict[tuple[str, int], list[dict[str, Any]]],
     workers: int,
 ) -> list[str]:
-    """Ours against each of the others, round by round: the best round, and the median of the rounds' ratios."""
+    """Our rate against each other loader's: the best round, and the median of the per-round ratios."""
     ours, lines = rates.get((OURS, workers)), []
     if not ours:
         return []

@@ -1,7 +1,7 @@
-"""Merging beside mergekit and beside the bare limit: a loop that reads both models and writes one.
+"""Merging against mergekit and against the lower bound: a loop that reads both models and writes one.
 
-Models are random Llamas in bf16. Every merge runs in a process of its own, warm from the page cache; memory is the
-anonymous memory of that process (/proc/PID/smaps_rollup, looked at every few milliseconds), not the cache of files.
+Models are random Llamas in bf16. Every merge runs in its own process with a warm page cache. Memory is the anonymous
+memory of that process (/proc/PID/smaps_rollup, sampled every few milliseconds), without the page cache.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MOST = {
 
 
 def run(rounds: int, parts: Sequence[str] = PARTS, folder: Path | None = None) -> dict[str, Any]:
-    """Each of `parts`, best of the rounds, of mergekit's at most two. `folder`: for some 25 GB of models."""
+    """Figures of each of `parts`, best of the rounds (mergekit: at most two). `folder`: for about 25 GB of models."""
     rows: dict[str, float] = {}
     notes: list[str] = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -86,7 +86,7 @@ def write_pair(folder: Path, model: Llama) -> tuple[Path, Path]:
 
 
 def mergekit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds: int) -> list[str]:
-    """The tool in use, its packages warm, the better of two runs; a note where it cannot be had."""
+    """mergekit with warm packages, the better of two runs; returns a note if it cannot be installed."""
     tool, problem = merge_methods.mergekit_yaml()
     if not tool:
         return [f"mergekit is left out: {problem}"]
@@ -106,7 +106,7 @@ def mergekit(root: Path, models: tuple[Path, Path], rows: dict[str, float], roun
 
 
 def limit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds: int) -> None:
-    """The loop without arithmetic, the command as a person runs it, and the merge alone: in turn."""
+    """The loop without arithmetic, the whole command, and the merge without start-up, in turn."""
     loops, commands, merges, cpus = [], [], [], []
     for _ in range(max(rounds, 1)):
         warm(models)
@@ -123,7 +123,7 @@ def limit(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds:
 
 
 def copy_loop(a: Path, b: Path, outs: Sequence[Path]) -> None:
-    """What any merge has to do: read both, write each output."""
+    """The minimum work of any merge: read both models, write each output."""
     first, second = bytearray(1 << 20), bytearray(1 << 20)
     for path in sorted(a.glob("*.safetensors")):
         with ExitStack() as stack:
@@ -139,7 +139,7 @@ def copy_loop(a: Path, b: Path, outs: Sequence[Path]) -> None:
 
 
 def memory(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> None:
-    """Peak of the command, and of one over models of four times the size."""
+    """Peak memory of the command, and for models of four times the size."""
     peak = fresh(root / "out", lambda out: watch(merge_command(models, out)).peak)
     large = write_pair(root / "large", LARGER)
     larger = fresh(root / "out", lambda out: watch(merge_command(large, out)).peak)
@@ -150,10 +150,10 @@ def memory(root: Path, models: tuple[Path, Path], rows: dict[str, float]) -> Non
 
 
 def sweep(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds: int) -> None:
-    """Both ends and nine betas between them, in turn with the loop that writes as much without arithmetic.
+    """A sweep over both ends and nine betas between, in turn with a loop that writes as much without arithmetic.
 
-    Twenty gigabytes go through the page cache: the disk may be what this measures, and on a virtual machine the host,
-    which backs memory again that it has taken back (two to three times slower where nothing was written for a minute).
+    Twenty gigabytes pass through the page cache, so this may measure the disk. On a virtual machine it may measure the
+    host, which must return reclaimed memory (two to three times slower after a minute without writes).
     """
     command = [*dromos(), "sweep", *map(str, models), "--betas", f"0:1:{1 / (BETAS - 1)}", "--out"]
     outs = [root / "copies" / str(number) for number in range(BETAS)]
@@ -170,7 +170,7 @@ def sweep(root: Path, models: tuple[Path, Path], rows: dict[str, float], rounds:
 
 
 def zero(root: Path, rows: dict[str, float], rounds: int) -> None:
-    """The same fp32 weights as safetensors and as the shards of eight ranks, in turn."""
+    """The same fp32 weights as safetensors and as ZeRO-3 shards of eight ranks, in turn."""
     plain, sharded = [], []
     files = tuple(write_safetensors(root / f"plain-{n}", SHARDED, n, "F32") for n in (1, 2))
     shards = tuple(write_zero3(root / f"zero-{n}", SHARDED, n, RANKS) for n in (1, 2))
@@ -189,7 +189,7 @@ def merge_command(models: Sequence[Path], out: Path) -> list[str]:
 
 
 def merge_alone(models: Sequence[Path], out: Path) -> tuple[float, float]:
-    """Seconds and CPU seconds of the merge in a new process, what Python imports left out."""
+    """Seconds and CPU seconds of the merge in a new process, without Python imports."""
     spent = watch([sys.executable, "-c", MERGE, *map(str, models), str(out)])
     wall, cpu = spent.printed.strip().strip("[]").split(",")
     return float(wall), float(cpu)

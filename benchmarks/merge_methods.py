@@ -1,4 +1,4 @@
-"""Every other method beside mergekit, on the same YAML: both commands as a person runs them, start-up included."""
+"""The other methods against mergekit, on the same YAML: the whole commands of both, start-up included."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUNDS = 2
 
 
 def run(root: Path, model: Llama, rows: dict[str, float]) -> list[str]:
-    """Each method once by mergekit, twice by us, the better counts; a note where mergekit cannot be had."""
+    """Each method once by mergekit and twice by us (best counts); returns a note if mergekit cannot be installed."""
     folder = root / "methods"
     models = [write_safetensors(folder / name, model, seed) for seed, name in enumerate(("a", "b", "base"))]
     a, b, base = models
@@ -59,7 +59,7 @@ def _spent(root: Path, command: list[str], *options: str) -> Spent:
 
 
 def mergekit_yaml() -> tuple[str, str]:
-    """The command, its packages in the page cache as ours are; nothing and why where it cannot be had."""
+    """The mergekit command, with its packages in the page cache as ours are; or None and the reason it is missing."""
     python, problem = environment("mergekit", "mergekit==0.1.5", "torch")
     if python is None:
         return "", problem

@@ -1,4 +1,4 @@
-"""Models to merge, as large as real ones and made in seconds: Llamas in safetensors, and ZeRO-3 checkpoints of them."""
+"""Writes models of realistic size in seconds: Llamas in safetensors, and ZeRO-3 checkpoints of them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import numpy as np
 from pretrain.merge.planning.output_layout import INDEX, lay_out
 from pretrain.weights.dtypes import DTYPES, TensorInfo, elements
 
-POOL = 1 << 22
-"""random numbers that all tensors are cut from, each at a place of its own"""
+POOL = 1 << 22  # random numbers; every tensor is a slice of them with its own offset
 
 
 @dataclass(frozen=True)
 class Llama:
-    """The sizes that its parameters follow from."""
+    """The sizes of a Llama, from which its parameter shapes follow."""
 
     width: int = 2048
     inner: int = 5632
@@ -39,7 +38,7 @@ class Llama:
         return sum(map(elements, self.shapes().values()))
 
     def config(self) -> dict[str, object]:
-        """As transformers reads it."""
+        """config.json for transformers."""
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.width,
             "intermediate_size": self.inner, "num_hidden_layers": self.layers, "num_attention_heads": 16,
@@ -49,21 +48,21 @@ class Llama:
 
 
 class Numbers:
-    """Weights of one model: normal numbers of a trained model's size, near those of every other seed."""
+    """Weights of one model: normally distributed with a realistic scale, close to those of other seeds."""
 
     def __init__(self, seed: int) -> None:
         shared, own = (np.random.default_rng(s).standard_normal(POOL, np.float32) for s in (0, seed + 1))
         self._pool = 0.02 * shared + 0.002 * own
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Flat, as it is stored; F32 or BF16."""
+        """The tensor in stored form (F32 or BF16), flat."""
         pool = self._pool if dtype == "F32" else (self._pool.view(np.uint32) >> 16).astype(np.uint16)
         start = sum(name.encode()) * 7919 % POOL
         return np.resize(np.roll(pool, -start), elements(shape))
 
 
 def write_safetensors(folder: Path, model: Llama, seed: int, dtype: str = "BF16", shards: int = 4) -> Path:
-    """A folder as transformers writes it."""
+    """Writes a folder as transformers does."""
     folder.mkdir(parents=True)
     numbers = Numbers(seed)
     tensors: dict[str, TensorInfo] = {name: (dtype, shape) for name, shape in model.shapes().items()}
@@ -82,7 +81,7 @@ def write_safetensors(folder: Path, model: Llama, seed: int, dtype: str = "BF16"
 
 
 def write_zero3(folder: Path, model: Llama, seed: int, ranks: int) -> Path:
-    """The same weights in fp32 as DeepSpeed's ZeRO-3 leaves them: every tensor cut over all ranks."""
+    """The same weights in fp32 as a DeepSpeed ZeRO-3 checkpoint, where every tensor is split over all ranks."""
     import torch
 
     folder.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Which samples a step needs and where they lie: refs and byte ranges over as many shards as LAION-2B has.
+"""Cost of the sample order: refs and byte ranges of a step over as many shards as LAION-2B has.
 
-The bars are those of the design; every figure is measured in a process of its own, in CPU time of one thread.
+The bars come from the design. Every figure is measured in its own process, in CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SOURCES = 120
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Milliseconds, megabytes and ratios, each beside its bar; `rounds` processes, the slowest counts."""
+    """Milliseconds, megabytes and ratios; the slowest of `rounds` processes counts."""
     with tempfile.TemporaryDirectory() as folder:
         write_offsets(Path(folder))
         found = [measure(folder) for _ in range(rounds)]
@@ -50,7 +50,7 @@ MOST = {
 
 
 def write_offsets(folder: Path) -> None:
-    """An offset file of 2.3e9 samples, 4.6 GB, put together from the blocks of a few shards."""
+    """An offset file of 2.3e9 samples, 4.6 GB, assembled from the blocks of a few shards."""
     from data_pipeline.sources.offset_file import check_of, pack_starts
 
     random = np.random.RandomState(0)
@@ -67,7 +67,7 @@ def write_offsets(folder: Path) -> None:
         for number in which:
             file.write(blocks[number])
         file.flush()
-        os.fsync(file.fileno())  # pages on their way to the disk are slower to map
+        os.fsync(file.fileno())  # dirty pages are slower to map
     lengths = np.array([len(block) for block in blocks])[which]
     np.savez(
         folder / "shards.npz",
@@ -93,7 +93,7 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def anonymous() -> float:
-    """Megabytes of this process that no file backs."""
+    """Anonymous memory of this process in megabytes."""
     text = Path("/proc/self/smaps_rollup").read_text()
     found = re.search(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE)
     assert found is not None
@@ -107,7 +107,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def child(folder: str) -> dict[str, float]:
-    """What one process needs for a step, from opening the source on."""
+    """Figures of one process, from opening the source to computing a step."""
     from data_pipeline.order.stream_order import SourceCounts, StreamOrder
     from data_pipeline.sources.manifest import Manifest
     from data_pipeline.sources.offset_file import OffsetFile
@@ -132,7 +132,7 @@ def child(folder: str) -> dict[str, float]:
             offsets.ranges(refs.shard, manifest.tar_positions(refs.shard, refs.index))
 
         taken = milliseconds(call)
-        most = max(most, anonymous())  # not within the time: it walks the pages of the offset file
+        most = max(most, anonymous())  # outside the timed part, because it walks the pages of the offset file
         return taken
 
     epoch = order.samples_per_epoch() // BATCH
@@ -156,7 +156,7 @@ def child(folder: str) -> dict[str, float]:
 
 
 def variance(shards: int) -> float:
-    """Variance of a topic's rows in a batch where each shard has a topic of its own, over that of independent draws."""
+    """Variance of a topic's rows per batch if each shard has its own topic, divided by that of independent draws."""
     from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 
     order = StreamOrder([SourceCounts("a", np.full(shards, 10_000))], BATCH, None, seed=1)

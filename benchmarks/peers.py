@@ -1,4 +1,4 @@
-"""The environments that the benchmarks' peers run in: below .venv-peers, made once, apart from ours."""
+"""Virtual environments of the benchmarks' peers, below .venv-peers; created once, separate from ours."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".venv-peers"
-# open_clip's trainer needs a webdataset older than 1.0, so each has an environment of its own.
+# open_clip's trainer needs a webdataset older than 1.0, so each has its own environment.
 PEERS = {
     "open_clip": ("open_clip_torch", "webdataset<=0.2.86", "pandas"),
     "webdataset": ("open_clip_torch", "webdataset>=1"),
     "Energon": ("open_clip_torch", "megatron-energon"),
     "litdata": ("open_clip_torch", "litdata"),
 }
-# The versions of ours, so that no peer decodes or computes with another library.
+# Pinned to our versions, so that all peers decode and compute with the same libraries.
 SAME = ("torch", "torchvision", "pillow", "numpy", "open_clip_torch")
 
 
 def install(wanted: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Peer -> the Python of its environment, made where it is not there; and peer -> why it could not be made."""
+    """Peer -> the Python of its environment, created if missing; and peer -> why it could not be created."""
     pythons, missing = {}, {}
     for peer in wanted:
         python, problem = environment(peer, *PEERS[peer], *_pins())
@@ -35,7 +35,7 @@ def install(wanted: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def environment(peer: str, *packages: str) -> tuple[Path | None, str]:
-    """The Python of a peer's environment, made where it is not there; None and why if it could not be made."""
+    """The Python of a peer's environment, created if missing; or None and the reason it could not be created."""
     folder = FOLDER / peer
     python, marker = folder / "bin" / "python", folder / "installed"
     if not marker.exists():
@@ -53,7 +53,7 @@ def _pins() -> list[str]:
 
 
 def _run(*arguments: str) -> str:
-    """The last line of what uv has to complain about; nothing if it is content."""
+    """The last line of uv's error output; empty if it succeeded."""
     beside = Path(sys.executable).with_name("uv")
     uv = str(beside) if beside.exists() else shutil.which("uv")
     if uv is None:

@@ -1,4 +1,4 @@
-"""Tars of photographs for the loader's benchmark: those of a folder under new keys, or some that are made."""
+"""Tars of photographs for the loader benchmark: copies of existing photographs under new keys, or synthetic ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from data_pipeline.sources.tar import TarWriter
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos"
-# Enough that no reader's epoch is over in a second, and shards for every worker of a reader that gives each its own.
+# Enough samples that no epoch ends within a second, and shards for loaders that give each worker its own.
 SAMPLES, SHARDS = 4000, 16
 MADE, SIDE = 400, 448
 
 
 def write_tars(folder: Path, source: Path | None) -> str:
-    """Write SHARDS tars of SAMPLES samples (jpg and txt) into `folder`; says in words what they hold.
+    """Write SHARDS tars of SAMPLES samples (jpg and txt) into `folder`; returns a description of them.
 
-    The photographs of `source`, or of the folder beside the project, or synthetic ones, are repeated as often as it
-    takes, under keys of their own: several readers need those to differ.
+    The photographs of `source`, or of the folder beside the project, or synthetic ones, are repeated as often as
+    needed under distinct keys, which several loaders require.
     """
     source = source or (SHARED if SHARED.is_dir() else None)
     photos = list(_read(source)) if source else [_make(number) for number in range(MADE)]
@@ -38,7 +38,7 @@ def write_tars(folder: Path, source: Path | None) -> str:
 
 
 def _read(source: Path) -> list[tuple[bytes, bytes]]:
-    """JPEGs with captions of all tars of a folder."""
+    """The (JPEG, caption) pairs of all tars in a folder."""
     found: list[tuple[bytes, bytes]] = []
     for path in sorted(source.glob("*.tar")):
         pairs: dict[str, dict[str, bytes]] = {}
@@ -57,7 +57,7 @@ def _read(source: Path) -> list[tuple[bytes, bytes]]:
 
 
 def _make(number: int) -> tuple[bytes, bytes]:
-    """A JPEG with the spectrum of photographs: smooth noise at several scales."""
+    """A JPEG with a photograph-like spectrum, smooth noise at several scales; and its caption."""
     from PIL import Image
 
     random = np.random.RandomState(number)

@@ -1,4 +1,4 @@
-"""Start-up of the light commands beside the command line of a peer: processor time of a whole process."""
+"""Start-up of the light commands against a peer's command line: CPU time of the whole process."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ COMMANDS = (
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Seconds of processor time (user and system) of each command, the best of `rounds` after one that compiles.
+    """CPU seconds (user and system) of each command, the best of `rounds` after one run that compiles bytecode.
 
-    Processor time counts no other process's load. The bar of half a second is the design's.
+    CPU time does not depend on the load of other processes. The bar of half a second comes from the design.
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder))

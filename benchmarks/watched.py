@@ -1,4 +1,4 @@
-"""Commands watched from outside: their time, their CPU time, the peak of their anonymous memory."""
+"""Measures commands from outside: wall time, CPU time and peak anonymous memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Spent:
-    """What a command took: seconds, CPU seconds, peak of its anonymous memory in bytes, and what it printed."""
+    """Figures of a command: seconds, CPU seconds, peak anonymous memory in bytes, and its output."""
 
     wall: float
     cpu: float
@@ -32,7 +32,7 @@ def dromos() -> list[str]:
 
 
 def fresh(out: Path, measure: Callable[[Path], Result]) -> Result:
-    """`measure(out)`, where `out` is not there before nor after; what is to be written is on the disk before."""
+    """`measure(out)` with an `out` that does not exist before and is deleted after; flushes dirty pages first."""
     os.sync()
     try:
         return measure(out)
@@ -47,7 +47,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def warm(models: Sequence[Path]) -> None:
-    """Read every file once, so that all contenders find them in the page cache."""
+    """Read every file once, so that the page cache has it for all contenders."""
     buffer = bytearray(1 << 22)
     for path in (file for model in models for file in model.glob("*.safetensors")):
         with open(path, "rb", 0) as file:
@@ -56,7 +56,7 @@ def warm(models: Sequence[Path]) -> None:
 
 
 def watch(command: Sequence[str]) -> Spent:
-    """Run a command to its end. Raises RuntimeError with what it says when it fails."""
+    """Run a command to its end. Raises RuntimeError with its output if it fails."""
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as said:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=printed, stderr=said)
@@ -75,7 +75,7 @@ def watch(command: Sequence[str]) -> Spent:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process; 0 when it has just ended."""
+    """Anonymous memory of a process in bytes; 0 if it just ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -236,7 +236,7 @@ def _check_whole(folder: str, record: Mapping[str, Any]) -> None:
     for url, entry in files.items():
         if url not in found or not isinstance(entry, dict) or entry.get("size") != found[url]:
             raise UserError(
-                f"{url}: is missing or has another size than this merge wrote (dromos verify says more); remove {folder} "
+                f"{url}: is missing or has another size than this merge wrote (see dromos verify); remove {folder} "
                 "to merge again"
             )
 

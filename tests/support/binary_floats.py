@@ -1,6 +1,6 @@
-"""Numbers as formats of floats define them, and safetensors files of them, in plain Python: a truth of its own.
+"""Reference implementation of binary float formats and safetensors files in plain Python, for tests of merges.
 
-Rounding is done with integers, files are written and read with struct; neither numpy nor the merge's code has a part.
+It rounds with integers and uses struct for files, so it shares no code with numpy or the merge tool.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-Model = dict[str, list[int]]
-"""tensors as the bits of their elements"""
+Model = dict[str, list[int]]  # tensor name -> bits of its elements
 
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format: bits of precision (the hidden one too), smallest and largest exponent."""
+    """A binary floating-point format.
+
+    size:      bytes per number.
+    precision: bits of the significand, the hidden one included.
+    bias:      of the exponent, which is also the largest exponent.
+    """
 
     size: int
     precision: int
     bias: int
 
     def rounded(self, value: float | Fraction) -> float:
-        """To the nearest number of the format, of two the even one; exact, since every format here is within fp64."""
+        """`value` rounded to the format: to nearest, ties to even. Exact, because fp64 contains every format here."""
         if isinstance(value, float) and (not math.isfinite(value) or value == 0):
             return value
         exponent = math.frexp(float(value))[1]
@@ -47,7 +51,7 @@ class Format:
         return sign * math.ldexp(whole, max(high, 1) - self.bias - fraction)
 
     def encode(self, value: float) -> int:
-        """Of a number of the format; every NaN is the positive quiet one without a payload."""
+        """Bits of a number of the format; every NaN becomes the positive quiet NaN without payload."""
         fraction = self.precision - 1
         top = (2 * self.bias + 1) << fraction
         if math.isnan(value):

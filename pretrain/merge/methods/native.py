@@ -180,7 +180,7 @@ def histogram(term: Term, base: Term, kind: Accumulator, high: int, block: Block
 def nth_equal(
     term: Term, base: Term, kind: Accumulator, key: int, rank: int, block: Block
 ) -> tuple[int, int]:
-    """The element after the block's `rank`-th element with magnitude key `key`, and the number of such keys up to it."""
+    """The element after the block's `rank`-th element with magnitude key `key`, and the number of such keys before."""
     (x, x_dtype), (base_array, base_dtype) = _stored_array(term, block), _stored_array(base, block)
     equal = ctypes.c_uint64()
     function = compiled_function("place", kind)

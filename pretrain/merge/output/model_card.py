@@ -50,8 +50,8 @@ def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any])
         _notes(plan),
         _how_computed(plan),
         f"## Load\n\n```python\n{_load(plan)}\n```",
-        "`merge.json` has the digests of every tensor and the whole plan; `dromos verify PATH` checks them, and recomputes "
-        "parts of the weights if the inputs are available.",
+        "`merge.json` has the digests of every tensor and the whole plan; `dromos verify PATH` checks them, and "
+        "recomputes parts of the weights if the inputs are available.",
         _spec(plan),
         _files(record),
     ]

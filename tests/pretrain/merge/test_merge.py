@@ -1,4 +1,4 @@
-"""A merge end to end: bits, endpoints, chunking, what is refused, and that an output appears whole or not at all."""
+"""A merge end to end: bits, endpoints, chunking, refused inputs, and outputs that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_bytes_depend_neither_on_chunks_nor_on_threads(pair: tuple[str, str], tm
     assert len(found) == 1
 
 
-def test_file_is_what_the_reference_library_would_write(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_file_is_what_the_reference_library_writes(pair: tuple[str, str], tmp_path: Path) -> None:
     merge(pair, tmp_path / "out", beta=0.5)
     save_file(load_file(tmp_path / "out/model.safetensors"), tmp_path / "again", metadata={"format": "pt"})
     assert (tmp_path / "again").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
@@ -178,7 +178,7 @@ def test_sharded_hf_folder_gives_a_folder_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"), [("../x.safetensors", "not a file of this folder"), ("y.safetensors", "not there")]
 )
-def test_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: str, why: str) -> None:
+def test_index_with_a_foreign_or_missing_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
     folder = write(tmp_path / "a", {"w": floats(0, 2)})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(UserError, match=why):
@@ -210,11 +210,11 @@ def test_a_merge_of_transformers_models_loads_in_transformers(tmp_path: Path) ->
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_a_rerun_is_done_and_another_merge_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_a_rerun_is_skipped_and_another_merge_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = merge(pair, out, beta=0.3)
     stamp = (out / "model.safetensors").stat().st_mtime_ns
-    assert merge(pair, out, weights=[3, 7]) == first  # the same plan, said otherwise
+    assert merge(pair, out, weights=[3, 7]) == first  # the same plan, written differently
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="another merge"):
         merge(pair, out, beta=0.31)
@@ -238,7 +238,7 @@ def test_record_names_inputs_and_digests(pair: tuple[str, str], tmp_path: Path) 
         raw = file.read_bytes()
         assert entry["files"] == {
             "model.safetensors": f"{len(raw)}-{xxhash.xxh64(raw).hexdigest()}"
-        }  # it is small
+        }  # small enough for one span
     mixed = [{n: nested(d) for n, d in read_bytes(file).items()} for file in files]
     del mixed[1]["count"]  # copied from the first
     for entry, read in zip(record["inputs"], mixed, strict=True):
@@ -320,11 +320,13 @@ def test_a_folder_of_the_user_s_beside_the_output_stays(
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+def test_every_file_is_synced_before_the_folder_is_renamed(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
-    """A power cut after the rename must not leave an output with an empty record or config; nor, where it is asked
-    for, with weights that are not whole, which the record's digests would tell."""
+    """A power cut after the rename must not leave an empty record or config; with `durable`, nor incomplete weights.
+
+    Without `durable`, the digests of the record reveal incomplete weights.
+    """
     (Path(pair[0]) / "config.json").write_text("{}")
     (Path(pair[0]) / "tokenizer.json").write_text("{}")
     synced: set[int] = set()
@@ -372,7 +374,7 @@ def test_two_merges_into_one_folder(pair: tuple[str, str], tmp_path: Path) -> No
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Allocations (mapped pages are the system's cache) of a model and of one sixteen times larger."""
+    """Allocations (without mapped pages) for a model and for one sixteen times larger."""
     peaks = []
     for size in (1 << 20, 1 << 24):
         folders = [

@@ -1,4 +1,4 @@
-"""Models as transformers and open_clip save them: merged, loaded back unaided, equal to the mean computed by hand."""
+"""Models saved by transformers and open_clip: merged, loaded again, equal to the mean computed in torch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def given(kind: str) -> dict[str, torch.Tensor]:
+def example_inputs(kind: str) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 26, (2, 6), generator=draw)
     pixels = torch.randn(2, 3, 8, 8, generator=draw)
@@ -80,14 +80,14 @@ def given(kind: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def said(model: Any, kind: str) -> torch.Tensor:
-    found = model.eval()(**given(kind))
+def logits(model: Any, kind: str) -> torch.Tensor:
+    found = model.eval()(**example_inputs(kind))
     return found.logits_per_image if kind == "pair" else found.logits
 
 
 @torch.no_grad()
-def moved(model: Any, seed: int) -> Any:
-    """Every parameter away from its initial value, which is often 0 or 1."""
+def perturbed(model: Any, seed: int) -> Any:
+    """The model with every parameter moved away from its initial value, which is often 0 or 1."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
@@ -111,29 +111,29 @@ def test_transformers(kind: str, tmp_path: Path) -> None:
     made = []
     for seed in range(2):
         torch.manual_seed(seed)
-        made.append(moved(model_class(getattr(transformers, config_name)(**sizes)), seed))
+        made.append(perturbed(model_class(getattr(transformers, config_name)(**sizes)), seed))
         made[-1].save_pretrained(tmp_path / str(seed))
     merge([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "out", beta=0.25)
     loaded, how = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(how.values()), how
     a, b = made
     a.load_state_dict(mean(a.state_dict(), b.state_dict(), 0.25))
-    wanted = said(a, what)
+    wanted = logits(a, what)
     assert wanted.isfinite().all()
-    assert not torch.equal(wanted, said(b, what))
-    assert torch.equal(said(loaded, what), wanted)
+    assert not torch.equal(wanted, logits(b, what))
+    assert torch.equal(logits(loaded, what), wanted)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2, tied", "gemma 3", "mixtral", "gpt-neox", "gpt2", "mamba"])
 def test_layers_of_two_models_stacked_by_a_mergekit_file(kind: str, tmp_path: Path) -> None:
-    """Loads unaided with more layers than either has, and says what the same layers in one model say."""
+    """Loads with more layers than either input, and has the outputs of one model with the same layers."""
     transformers = pytest.importorskip("transformers")
     model_name, config_name, sizes, what = MODELS[kind]
     model_class, config = getattr(transformers, model_name), getattr(transformers, config_name)
     made = []
     for seed in range(2):
         torch.manual_seed(seed)
-        made.append(moved(model_class(config(**sizes)), seed))
+        made.append(perturbed(model_class(config(**sizes)), seed))
         made[-1].save_pretrained(tmp_path / str(seed))
     count = made[0].config.num_hidden_layers
     slices = [
@@ -156,7 +156,7 @@ def test_layers_of_two_models_stacked_by_a_mergekit_file(kind: str, tmp_path: Pa
         if outside and "embed" not in name and "wte" not in name and "wpe" not in name:
             source = a if loaded.config.tie_word_embeddings and name == "lm_head.weight" else b
         assert torch.equal(state[name], source[theirs]), name
-    assert said(loaded, what).isfinite().all()
+    assert logits(loaded, what).isfinite().all()
 
 
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -173,7 +173,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", [*(kind for kind in MODELS if kind != "vit"), *OTHERS])
 def test_every_tensor_with_a_row_for_each_token_is_known(kind: str, tmp_path: Path) -> None:
-    """One that is missed would be mixed with the rows of other tokens."""
+    """A tensor that is not recognised would be mixed with rows of other tokens."""
     transformers = pytest.importorskip("transformers")
     model_name, config_name, sizes = (MODELS | OTHERS)[kind][:3]
     if "text_config" in sizes:
@@ -188,8 +188,8 @@ def test_every_tensor_with_a_row_for_each_token_is_known(kind: str, tmp_path: Pa
     assert rows == set(vocabulary_names(source))
 
 
-def test_what_stands_beside_a_model_that_sees_and_speaks(tmp_path: Path) -> None:
-    """Processor, tokenizer, chat template and generation settings are there again; code is not, and never ran."""
+def test_companion_files_of_a_vision_language_model(tmp_path: Path) -> None:
+    """Processor, tokenizer, chat template and generation settings are copied; code is neither copied nor run."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -237,7 +237,7 @@ def test_open_clip(form: str, tmp_path: Path) -> None:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        models.append(moved(open_clip.model.CLIP(**settings), seed))
+        models.append(perturbed(open_clip.model.CLIP(**settings), seed))
         state = {name: value.contiguous() for name, value in models[-1].state_dict().items()}
         folder = tmp_path / str(seed)
         folder.mkdir()

@@ -1,16 +1,17 @@
-/* base + what is made of differences x_i - base, as pretrain/merge/methods.py computes it in many passes: each operation
- * rounded to the accumulation type, in the order of the terms, without FMA; one rounding at the end.
+/* Methods that add sparse task vectors to a base, in one pass. Same bits as pretrain/merge/methods/compute.py: each
+ * operation is rounded to the accumulation type, in the order of the terms, without FMA; one rounding at the end.
  */
 #ifndef REAL
 #include "numbers.h"
 
-enum { LATTICE = 1 << 16 }; /* elements that share a key of pretrain.merge.dare */
+enum { LATTICE = 1 << 16 }; /* elements that share a hash key: task_vectors.ELEMENTS_PER_KEY */
 
-/* One term, as pretrain.merge.fused.Difference lays it out.
+/* One sparse task vector; native.Difference has the same layout.
  *
- * keys:     DARE's, of the lattices from that of the first element on; NULL where nothing is dropped.
- * cut, end: TIES' (pretrain.merge.ties.Cut); cut -1 where nothing is trimmed.
- * top, top_end: such a cut, of which what would stay goes; top -1 where nothing is too large.
+ * keys:         DARE hash keys per lattice, from the lattice of the first element on; NULL keeps all entries.
+ * below:        DARE keeps an element if its hash is below this number.
+ * cut, end:     task_vectors.Threshold of the entries to keep; cut -1 keeps all.
+ * top, top_end: task_vectors.Threshold of the largest entries to remove; top -1 removes none.
  */
 typedef struct {
     const void *stored;
@@ -21,7 +22,7 @@ typedef struct {
     int dtype;
 } Term;
 
-/* Whether DARE keeps an element: a keyed integer hash, constants of hash-prospector's lowbias32. */
+/* True if DARE keeps an element: a keyed integer hash, lowbias32 of hash-prospector. */
 INLINE int chosen(uint32_t number, uint64_t key, uint32_t below) {
     uint32_t mixed = number ^ (uint32_t)key;
     mixed = (mixed ^ mixed >> 16) * 0x7FEB352D;
@@ -30,13 +31,13 @@ INLINE int chosen(uint32_t number, uint64_t key, uint32_t below) {
     return (mixed ^ mixed >> 16) < below;
 }
 
-/* Bits of the magnitude as float; every NaN above infinity, and none above another. */
+/* Magnitude key: bits of abs(difference) as float; all NaN share one key above infinity. */
 INLINE int32_t key_of(float difference) {
     int32_t key = (int32_t)(bits32(difference) & 0x7FFFFFFF);
     return key < 0x7F800001 ? key : 0x7F800001;
 }
 
-/* How many elements of a tile lie before `end`. */
+/* Number of elements of a tile that come before `end`. */
 INLINE size_t before(int64_t end, uint64_t start, size_t length) {
     int64_t left = end - (int64_t)start;
     return left < 0 ? 0 : (uint64_t)left < length ? (size_t)left : length;
@@ -52,7 +53,7 @@ INLINE size_t before(int64_t end, uint64_t start, size_t length) {
 #include "difference.c"
 #else
 
-/* x - base, zero where it is dropped or trimmed; the tile begins at element `start` and lies within a lattice. */
+/* x - base, zero where dropped or trimmed. The tile starts at element first + at and stays within one lattice. */
 INLINE void OF(difference)(
     const Term *term, const REAL *restrict base, uint64_t first, size_t at, size_t length, REAL *restrict out) {
     uint64_t start = first + at;
@@ -83,7 +84,7 @@ INLINE size_t OF(tile)(uint64_t first, size_t at, size_t count) {
     return length < TILE ? length : TILE;
 }
 
-/* base + sum_i f_i d_i of the elements from `first` on. Whether a number that was written is not finite. */
+/* base + sum_i f_i d_i, from element `first` on. Returns 1 if an output is infinite or NaN. */
 CLONES int OF(dromos_arithmetic)(
     const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
     int dtype) {
@@ -106,9 +107,9 @@ CLONES int OF(dromos_arithmetic)(
     return strange;
 }
 
-/* base + scale * elect_i(f_i d_i), where `divided` divided by the weights of those that agree (pretrain.merge.ties.elect).
+/* base + scale * elected sum of f_i d_i (sparsify.elected_sum); `divided`: by the weights that agree in sign.
  *
- * work: room for a tile of every term. Whether a number that was written is not finite.
+ * work: memory of one tile per term. Returns 1 if an output is infinite or NaN.
  */
 CLONES int OF(dromos_consensus)(
     const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
@@ -137,7 +138,7 @@ CLONES int OF(dromos_consensus)(
             REAL weight = (REAL)terms[term].weight;
             for (size_t i = 0; i < length; i++) {
                 REAL agreed = one[i] * sign[i];
-                total[i] = total[i] + (agreed <= 0 ? (REAL)0 : agreed); /* NaN stays */
+                total[i] = total[i] + (agreed <= 0 ? (REAL)0 : agreed); /* keeps NaN */
                 share[i] = share[i] + (agreed > 0 ? weight : (REAL)0);
             }
         }
@@ -149,9 +150,7 @@ CLONES int OF(dromos_consensus)(
     return strange;
 }
 
-/* |x - base|_1 of the whole difference, then of what is left of it, in fp64: of `count` elements from number `from` on,
- * at most LEAF of them.
- */
+/* fp64 L1 norms of the full difference and of the sparse task vector, over `count` <= LEAF elements from `from` on. */
 CLONES void OF(dromos_leaf_norms)(
     const Term *term, const void *stored, int stored_dtype, uint64_t first, size_t from, size_t count, double *sums) {
     REAL base[LEAF], one[LEAF];
@@ -171,7 +170,7 @@ CLONES void OF(dromos_leaf_norms)(
     }
 }
 
-/* The same of any number of elements, added pairwise. */
+/* The same for any number of elements, added pairwise. */
 void OF(dromos_norms)(
     const Term *term, const void *stored, int stored_dtype, uint64_t first, size_t from, size_t count, double *sums) {
     if (count <= LEAF) {

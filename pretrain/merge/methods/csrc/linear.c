@@ -1,5 +1,5 @@
-/* sum_i w_i x_i as pretrain/merge/methods.py computes it in many passes: each product rounded to the accumulation type,
- * then added in the order given, without FMA; one rounding at the end. One pass: bound by reading and writing.
+/* sum_i w_i x_i in one pass, limited by memory bandwidth. Same bits as pretrain/merge/methods/compute.py: each product
+ * is rounded to the accumulation type, then added in the order of the terms, without FMA; one rounding at the end.
  */
 #ifndef REAL
 #include "numbers.h"
@@ -13,7 +13,7 @@
 #include "linear.c"
 #else
 
-/* Whether a number that was written is not finite. */
+/* Returns 1 if an output is infinite or NaN. */
 CLONES int LINEAR(
     const void *const *inputs, const int *dtypes, const double *factors, int terms, size_t count, void *out, int dtype) {
     REAL total[TILE], wide[TILE];

@@ -1,5 +1,5 @@
-/* Stored numbers, a tile at a time: widened exactly, rounded once to nearest even, as pretrain/merge/kernels.py does it.
- * Built with -ffp-contract=off and -fno-fast-math, which undoes a -ffast-math of the machine's CFLAGS.
+/* Stored numbers, one tile at a time: widened exactly, rounded once to nearest even; same bits as
+ * pretrain/weights/dtypes.py. Built with -ffp-contract=off and -fno-fast-math, which overrides -ffast-math in CFLAGS.
  */
 #ifndef DROMOS_NUMBERS_H
 #define DROMOS_NUMBERS_H
@@ -8,23 +8,23 @@
 #include <stdint.h>
 #include <string.h>
 
-/* 16: numbers of 16 bits keep to their own type, which none has here. Where nothing is built numpy merges. */
+/* FLT_EVAL_METHOD 16 concerns only 16-bit types, which are not used here. If the build fails, numpy computes merges. */
 #if defined(__FAST_MATH__) || (FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16)
 #error "every operation must be rounded to its own type"
 #endif
 
-enum { F64, F32, F16, BF16 };  /* as pretrain.merge.kernels.FLOATS counts them */
-enum { TILE = 512 };           /* numbers that stay in the first-level cache from one step to the next */
-enum { LEAF = 128 };           /* numbers that a pairwise sum adds without splitting them in two */
+enum { F64, F32, F16, BF16 };  /* indices of pretrain.weights.dtypes.FLOATS */
+enum { TILE = 512 };           /* numbers per step; they stay in the L1 cache */
+enum { LEAF = 128 };           /* longest pairwise sum that is not split in two */
 
-/* A tensor begins where its file says, at odd bytes too. */
+/* A tensor may start at any byte of its file, so loads must not assume alignment. */
 typedef uint16_t any16 __attribute__((aligned(1), may_alias));
 typedef uint32_t any32 __attribute__((aligned(1), may_alias));
 typedef uint64_t any64 __attribute__((aligned(1), may_alias));
 typedef float any_float __attribute__((aligned(1), may_alias));
 typedef double any_double __attribute__((aligned(1), may_alias));
 
-/* Of an exported function: versions for wider registers, of which the one that the processor has is taken. */
+/* Compiles an exported function for several vector widths; the processor's widest version runs. */
 #ifndef CLONES
 #if !defined(__x86_64__) || !defined(__GNUC__) || !defined(__gnu_linux__)
 #define CLONES
@@ -62,7 +62,7 @@ INLINE double double_of(uint64_t bits) {
 
 INLINE float from_bf16(uint16_t stored) { return float_of((uint32_t)stored << 16); }
 
-/* Exponent and mantissa shifted to their places, the exponent's bias mended; what is subnormal by a subtraction. */
+/* Shift exponent and mantissa to their positions and correct the bias; a subtraction normalises subnormals. */
 INLINE float from_f16(uint16_t stored) {
     uint32_t shifted = (uint32_t)(stored & 0x7FFF) << 13, exponent = shifted & 0x0F800000;
     uint32_t small = bits32(float_of(shifted + (113u << 23)) - float_of(113u << 23));
@@ -70,7 +70,7 @@ INLINE float from_f16(uint16_t stored) {
     return float_of((exponent == 0 ? small : large) | (uint32_t)(stored & 0x8000) << 16);
 }
 
-/* `length` numbers of `stored` from number `at` on. */
+/* Widen `length` numbers of `stored`, from number `at` on. */
 INLINE void widen_float(float *restrict wide, const void *stored, int dtype, size_t at, size_t length) {
     if (dtype == BF16)
         for (size_t i = 0; i < length; i++) wide[i] = from_bf16(((const any16 *)stored + at)[i]);
@@ -94,7 +94,7 @@ INLINE uint16_t bf16_of_float(float x) {
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-/* Rounding done by the adder, as kernels._narrow_small explains it. */
+/* The adder rounds; dtypes._narrow_small explains the method. */
 INLINE uint16_t f16_of_float(float x) {
     uint32_t bits = bits32(x), size = bits & 0x7FFFFFFF;
     uint32_t bounded = size < 143u << 23 ? size : 143u << 23, power = bounded & 0x7F800000;
@@ -113,9 +113,11 @@ INLINE uint16_t small_of_double(double x, int mantissa, int bias, uint16_t nan) 
     return (uint16_t)(size > (uint64_t)0x7FF << 52 ? nan : (sum & 0x7FFF) | (bits >> 48 & 0x8000));
 }
 
-/* `length` numbers to `out` from number `at` on, every NaN the same quiet one. Whether one of them is not finite. */
+/* Round `length` numbers to `out`, from number `at` on; every NaN becomes the same quiet NaN. Returns 1 if a number is
+ * infinite or NaN.
+ */
 INLINE int narrow_float(const float *restrict total, void *out, int dtype, size_t at, size_t length) {
-    uint32_t seen = 0; /* the sign is carried into by an exponent of ones */
+    uint32_t seen = 0; /* adding 1 to an exponent of all ones carries into the sign bit */
     if (dtype == BF16) {
         any16 *to = (any16 *)out + at;
         for (size_t i = 0; i < length; i++) {
@@ -177,7 +179,7 @@ INLINE int narrow_double(const double *restrict total, void *out, int dtype, siz
     return (seen & 0x8000) != 0;
 }
 
-/* A sum of at most LEAF numbers as numpy's add.reduce adds them: in eight lanes. More are split in two: `half`. */
+/* Sum of at most LEAF numbers in eight lanes, as numpy's add.reduce adds them. Callers split longer sums by `half`. */
 INLINE double added(const double *restrict x, size_t count) {
     double lane[8], total = 0;
     size_t at = 0;
@@ -193,7 +195,7 @@ INLINE double added(const double *restrict x, size_t count) {
 
 INLINE size_t half(size_t count) { return count / 2 - count / 2 % 8; }
 
-/* For files that are read twice, once with REAL float and once with REAL double. */
+/* For files that include themselves twice, once with REAL float and once with REAL double. */
 #define widen(wide, ...) _Generic((wide), float *: widen_float, double *: widen_double)(wide, __VA_ARGS__)
 #define narrow(total, ...) _Generic((total), float *: narrow_float, double *: narrow_double)(total, __VA_ARGS__)
 #endif

@@ -1,5 +1,5 @@
-/* Products of any two of some vectors in fp64, block by block: what pretrain/merge/slerp.py and gram.py look at. Each
- * product rounded, without FMA, added pairwise as numpy's add.reduce does.
+/* fp64 Gram matrices of blocks, for pretrain/merge/methods/gram.py. Each product is rounded, without FMA; sums are
+ * pairwise, as in numpy's add.reduce.
  */
 #include "numbers.h"
 
@@ -21,8 +21,8 @@ CLONES void dromos_leaf(
     }
 }
 
-/* Of `count` elements from number `from` on, of at most MOST vectors, each less the base unless that is NULL: x_i . x_j
- * for every i and every j up to i.
+/* x_i . x_j for every i and every j <= i, over `count` elements from number `from` on, for at most MOST vectors. Unless
+ * it is NULL, the base is subtracted from each vector.
  */
 void dromos_products(
     const void *const *vectors, const int *dtypes, int number, const void *base, int base_dtype, size_t from,

@@ -1,8 +1,8 @@
-/* How large the entries of x - base are: what pretrain/merge/ties.py counts to cut exactly. */
+/* Histograms of the magnitudes of x - base, from which pretrain/merge/methods/sparsify.py finds exact thresholds. */
 #ifndef REAL
 #include "numbers.h"
 
-/* Bits of the magnitude as float; every NaN above infinity, and none above another. */
+/* Magnitude key: bits of abs(difference) as float; all NaN share one key above infinity. */
 INLINE uint32_t key_of(float difference) {
     uint32_t key = bits32(difference) & 0x7FFFFFFF;
     return key < 0x7F800001 ? key : 0x7F800001;
@@ -26,7 +26,7 @@ INLINE void OF(keys)(
     for (size_t i = 0; i < length; i++) out[i] = key_of((float)(wide[i] - other[i]));
 }
 
-/* Few keys are in a bin: eight are passed over at once. */
+/* Few keys are in the bin, so eight keys are skipped at once. */
 INLINE void OF(within)(const uint32_t *restrict keys, size_t length, uint32_t high, uint32_t *histogram) {
     uint8_t in[TILE];
     uint64_t eight;
@@ -40,7 +40,8 @@ INLINE void OF(within)(const uint32_t *restrict keys, size_t length, uint32_t hi
     }
 }
 
-/* Adds to a histogram, [65536], of the keys' upper halves; where high >= 0, of the lower halves of keys with that upper. */
+/* Add keys to a histogram, [65536]: their upper halves, or for high >= 0 the lower halves of keys with that upper half.
+ */
 CLONES void OF(dromos_histogram)(
     const void *x, int x_dtype, const void *base, int base_dtype, size_t count, int high, uint32_t *histogram) {
     uint32_t keys[TILE];
@@ -54,7 +55,7 @@ CLONES void OF(dromos_histogram)(
     }
 }
 
-/* The place after the `wanted`-th key that equals `key`; `found`: how many there are up to there. */
+/* The index after the `wanted`-th key equal to `key`; `found` gets the number of such keys before that index. */
 CLONES size_t OF(dromos_place)(
     const void *x, int x_dtype, const void *base, int base_dtype, size_t count, uint32_t key, uint64_t wanted,
     uint64_t *found) {
