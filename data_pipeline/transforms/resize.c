@@ -1,8 +1,9 @@
-/* Bicubic, antialiased resize of a box of RGB pixels: the same bits as Pillow's Image.resize(size, BICUBIC, box).
+/* Bicubic, antialiased resize of a box of RGB pixels, with the same bits as Pillow's Image.resize(size, BICUBIC, box).
  *
- * Pillow's rule (Keys' kernel with a = -1/2, stretched by the scale where it shrinks; weights normalised, then fixed point
- * of 22 bits; first rows, then columns, with 8 bits between) in integers, so that no machine, compiler or vector width
- * changes a pixel. A weight k is split into k >> 11 and k & 2047, which 16-bit multiply-adds take without losing a bit.
+ * Pillow's rule: Keys' kernel with a = -1/2, stretched by the scale if the image shrinks; normalised weights in fixed
+ * point with 22 fractional bits; first along rows, then along columns, with 8-bit values in between. All sums are in
+ * integers, so that no machine, compiler or vector width changes a pixel. AVX2 multiplies 16-bit numbers, so a weight k
+ * is split into k >> 11 and k & 2047, which loses no bit.
  */
 #include <math.h>
 #include <stdint.h>
@@ -12,15 +13,16 @@
 #include <immintrin.h>
 #endif
 
-enum { BITS = 22, LOW = 11, PAD = 64, GROUP = 4 }; /* PAD: room for loads and stores beyond a row's end */
+enum { BITS = 22, LOW = 11, PAD = 64, GROUP = 4 }; /* PAD: bytes after a row that vector loads and stores may touch */
 
 typedef struct {
-    int size, taps, groups; /* outputs; most weights of one; the same in fours */
-    int *first, *count;     /* by output: its first input, its number of inputs */
+    int size, taps, groups; /* outputs; largest number of weights of an output; the same in groups of GROUP */
+    int *first, *count;     /* per output: its first input, its number of inputs */
     int *weight;            /* [size][taps] */
-    int16_t *halves;        /* [size][groups][2][GROUP]: high and low parts */
+    int16_t *halves;        /* [size][groups][2][GROUP]: high and low parts of the weights */
 } Axis;
 
+/* Keys' cubic convolution kernel, a = -1/2, in Pillow's order of operations. */
 static double keys(double x) {
     x = fabs(x);
     if (x < 1.0) return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1;
@@ -35,6 +37,7 @@ static void axis_free(Axis *axis) {
     free(axis->halves);
 }
 
+/* The weights of `size` outputs over [low, high) of `inputs` pixels. Returns 0 if there is no memory. */
 static int axis_make(Axis *axis, int inputs, float low, float high, int size) {
     double scale = (double)(high - low) / size, stretch = scale < 1.0 ? 1.0 : scale;
     double support = 2.0 * stretch, inverse = 1.0 / stretch;
@@ -78,6 +81,7 @@ static inline uint8_t clip(int sum) {
     return sum < 0 ? 0 : sum > 255 ? 255 : (uint8_t)sum;
 }
 
+/* One row of pixels to one row of outputs, reversed if `mirror`. */
 static void across_plain(const Axis *axis, const uint8_t *row, uint8_t *out, int mirror) {
     for (int at = 0; at < axis->size; at++) {
         const uint8_t *pixel = row + 3 * (size_t)axis->first[at];
@@ -93,6 +97,7 @@ static void across_plain(const Axis *axis, const uint8_t *row, uint8_t *out, int
     }
 }
 
+/* `count` rows, `stride` bytes apart, to one row of `width` bytes. */
 static void down_plain(const uint8_t *rows, size_t stride, const int *weight, int count, uint8_t *out, int width) {
     for (int x = 0; x < width; x++) {
         int sum = 1 << (BITS - 1);
@@ -102,7 +107,7 @@ static void down_plain(const uint8_t *rows, size_t stride, const int *weight, in
 }
 
 #if defined(__x86_64__)
-/* Two rows at a time share the weights; all four have PAD bytes behind them. */
+/* across_plain for two rows, which share the loaded weights. Rows and outputs are followed by PAD bytes. */
 __attribute__((target("avx2"))) static void across_avx2(
     const Axis *axis, const uint8_t *a, const uint8_t *b, uint8_t *out_a, uint8_t *out_b, int mirror) {
     const __m256i pairs = _mm256_setr_epi8(
@@ -111,7 +116,7 @@ __attribute__((target("avx2"))) static void across_avx2(
     const __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     const __m128i half = _mm_set1_epi32(1 << (BITS - 1));
     int size = axis->size, groups = axis->groups;
-    for (int to = 0; to < size; to++) { /* ascending, since each store of 4 bytes reaches into the next pixel */
+    for (int to = 0; to < size; to++) { /* ascending: each store of 4 bytes overwrites a byte of the next pixel */
         int at = mirror ? size - 1 - to : to;
         size_t from = 3 * (size_t)axis->first[at];
         const int16_t *weight = axis->halves + (size_t)at * groups * 2 * GROUP;
@@ -144,6 +149,7 @@ __attribute__((target("avx2"))) static void across_avx2(
     }
 }
 
+/* down_plain, 16 bytes at a time. */
 __attribute__((target("avx2"))) static void down_avx2(
     const uint8_t *rows, size_t stride, const int *weight, int count, uint8_t *out, int width) {
     int x = 0;
@@ -167,8 +173,9 @@ __attribute__((target("avx2"))) static void down_avx2(
 }
 #endif
 
-/* Box [left, right) x [top, bottom) of `height` rows of `width` pixels, `stride` bytes apart, to `size` x `size`.
- * `plain`: without vector instructions. Returns 0, or 1 where there is no memory. */
+/* Resizes the box [left, right) x [top, bottom) of an image of `height` rows of `width` pixels, `stride` bytes apart,
+ * to `size` x `size`, mirrored left to right if `mirror`. `plain`: without vector instructions.
+ * Returns 0, or 1 if there is no memory. */
 int dromos_resize(
     const uint8_t *pixels, int width, int height, int64_t stride, float left, float top, float right, float bottom,
     uint8_t *out, int size, int mirror, int plain) {
@@ -185,7 +192,7 @@ int dromos_resize(
             int y = first;
 #if defined(__x86_64__)
             int vectors = !plain && __builtin_cpu_supports("avx2");
-            for (; vectors && y < last; y += 2) { /* copies with room behind them; an odd last row goes twice */
+            for (; vectors && y < last; y += 2) { /* copies with PAD bytes after them; an odd last row twice */
                 memcpy(lines, pixels + y * stride, 3 * (size_t)width);
                 memcpy(lines + line, pixels + (y + 1 < last ? y + 1 : y) * stride, 3 * (size_t)width);
                 uint8_t *to = between + (y - first) * row;

@@ -1,4 +1,7 @@
-"""Pictures as SVG text: shapes, axes with round numbers, colours. Nothing is loaded, everything in it is escaped."""
+"""SVG drawing for the charts of the merge tool: shapes, round axis ticks, a colour ramp; and a plain-text table.
+
+An SVG needs no other file, script or font. Every text and attribute in it is escaped.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,14 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 FONT = "ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
-
-
 INK, FAINT, RULE, PAPER = "#1b1f24", "#66707b", "#e3e7ec", "#ffffff"
-
-
 BLUE, ORANGE = "#2463a6", "#c8541a"
-
-
-# From light to dark, even to the eye and in print; after ColorBrewer's YlGnBu.
+# From light to dark in steps that look even on a screen and in grey print; after ColorBrewer's YlGnBu.
 RAMP = ("#f7fbf0", "#d9f0c9", "#a6dbb9", "#63c0c1", "#3199be", "#2467a8", "#1c3c7d", "#0b1f4f")
 
 
 def document(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    """A whole picture, `width` x `height` in CSS pixels."""
+    """A complete SVG document of `width` x `height` CSS pixels."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" style="max-width:100%;height:auto" font-family="{FONT}" font-size="12" role="img">\n'
@@ -34,14 +31,14 @@ def text(x: float, y: float, content: str, **style: str | float) -> str:
 
 
 def line(x1: float, y1: float, x2: float, y2: float, **style: str | float) -> str:
-    places = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f"<line {places}{_style({'stroke': RULE, **style})}/>"
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f"<line {ends}{_style({'stroke': RULE, **style})}/>"
 
 
 def rect(x: float, y: float, width: float, height: float, tip: str = "", **style: str | float) -> str:
-    """`tip` is shown where the pointer rests on it."""
-    places = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return _tipped("rect", f"{places}{_style(style)}", tip)
+    """A rectangle; `tip` is its tooltip."""
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return _tipped("rect", f"{box}{_style(style)}", tip)
 
 
 def circle(x: float, y: float, radius: float, tip: str = "", **style: str | float) -> str:
@@ -49,7 +46,7 @@ def circle(x: float, y: float, radius: float, tip: str = "", **style: str | floa
 
 
 def path(points: Sequence[tuple[float, float]], close: bool = False, **style: str | float) -> str:
-    """Straight lines through the points."""
+    """Straight lines through the points; `close` joins the last point to the first."""
     if not points:
         return ""
     steps = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points))
@@ -57,8 +54,8 @@ def path(points: Sequence[tuple[float, float]], close: bool = False, **style: st
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from below `low` to above `high`."""
-    if not high > low:
+    """About `count` evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
+    if not high > low:  # a flat curve: 5 % above and below it
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -68,17 +65,30 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def ramp(share: float) -> str:
-    """The colour for 0 (light) to 1 (dark)."""
-    at = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
-    below = min(int(at), len(RAMP) - 2)
-    one, other = _rgb(RAMP[below]), _rgb(RAMP[below + 1])
-    mixed = (round(a + (b - a) * (at - below)) for a, b in zip(one, other, strict=True))
+    """The colour of a share from 0 (light) to 1 (dark), interpolated between the colours of RAMP."""
+    position = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    index = min(int(position), len(RAMP) - 2)
+    lighter, darker = _rgb(RAMP[index]), _rgb(RAMP[index + 1])
+    mixed = (round(a + (b - a) * (position - index)) for a, b in zip(lighter, darker, strict=True))
     return "#" + "".join(f"{value:02x}" for value in mixed)
 
 
 def short(value: float) -> str:
-    """A number in few letters: 0.0123, 1.2e-05, 12.5."""
+    """A number with three significant digits: 0.0123, 1.2e-05, 12.5."""
     return f"{value:.3g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as text lines: the first column is left-aligned, all others are right-aligned."""
+    all_rows = [header, *rows]
+    widths = [max(len(row[i]) for row in all_rows) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in all_rows
+    ]
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -91,16 +101,3 @@ def _style(style: dict[str, str | float]) -> str:
 
 def _tipped(kind: str, attributes: str, tip: str) -> str:
     return f"<{kind} {attributes}><title>{escape(tip)}</title></{kind}>" if tip else f"<{kind} {attributes}/>"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: the first to the left, figures to the right."""
-    every = [heads, *rows]
-    widths = [max(len(row[i]) for row in every) for i in range(len(heads))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in every
-    ]

@@ -1,4 +1,4 @@
-"""Small commands that score a checkpoint folder, for tests: the standard library alone, so that they start fast."""
+"""Small scoring commands for tests; they import only the standard library, so that they start fast."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ with open("calls", "a") as calls:
 
 
 def scorer(folder: Path, body: str) -> str:
-    """A command `python FILE {}`; `body` runs with `folder` and x, the first element of the tensor w, and prints."""
+    """The command `python FILE {}`, where FILE runs `body`, which prints the score.
+
+    `body` can use `folder` and `x`, the first element of the tensor w. Each scored folder is appended to the file `calls`.
+    """
     path = folder / "score it.py"
     path.write_text(CODE + body)
     return f"{shlex.quote(sys.executable)} -S -E {shlex.quote(str(path))} {{}}"
 
 
 def calls(folder: Path) -> list[str]:
-    """The folders that were scored, in their order; the commands ran in `folder`."""
+    """The folders that were scored so far, in order, by commands whose working directory is `folder`."""
     path = folder / "calls"
     return path.read_text().splitlines() if path.exists() else []

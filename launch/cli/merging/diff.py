@@ -77,7 +77,7 @@ def check_writable(path: Path) -> None:
 def compare(a: str, b: str) -> Diff:
     """Compare the models at two addresses, with a progress bar."""
     from launch.cli.progress_bar import counting
-    from pretrain.merge.diff.compare import compared
+    from pretrain.merge.diff.compare import compare_sources
     from pretrain.weights.dtypes import elements
     from pretrain.weights.source import open_weights
 
@@ -85,7 +85,7 @@ def compare(a: str, b: str) -> Diff:
     common = set(first.names()) & set(second.names())
     total = sum(elements(first.info(name)[1]) for name in common)
     with counting("comparing", total, unit="elements") as bar:
-        return compared(first, second, progress=bar.add)
+        return compare_sources(first, second, progress=bar.add)
 
 
 def write_files(result: Diff, depth: int, csv: Path | None, picture: Path | None) -> None:

@@ -72,10 +72,10 @@ def write_soup(
 
     from launch.cli.base import resumable
     from launch.cli.progress_bar import counting
-    from pretrain.merge.output.overflow import note as overflow_note
+    from pretrain.merge.output.overflow import overflow_warning
     from pretrain.merge.planning.planner import prepare
     from pretrain.merge.planning.request import request
-    from pretrain.merge.sweeps.soup import find_soup
+    from pretrain.merge.sweeps.soup import run_soup
 
     out = expanduser(out)
     merge_request = request(inputs, method="soup", **tensors)
@@ -83,11 +83,11 @@ def write_soup(
     for note in plan.notes:
         print_note(note)
     with resumable(), counting("merging", plan.size * (1 if uniform else 2 * len(inputs))) as bar:
-        result = find_soup(
+        result = run_soup(
             merge_request, opened, out, command, uniform=uniform, metric=metric, lower=lower,
-            progress=bar.add, told=bar.say,
+            progress=bar.add, print_line=bar.say,
         )  # fmt: skip
-    print_note(overflow_note({"the soup": result.record}))
+    print_note(overflow_warning({"the soup": result.record}))
     end = f"written: {out}" if bar.moved else f"{out}: done before, left as it is"
     return "\n".join([*result.lines(), end])
 

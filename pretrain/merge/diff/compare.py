@@ -1,4 +1,7 @@
-"""What changed between two models: the distance of every tensor, of modules, and of layers; nothing is written."""
+"""`dromos diff`: distances of two models by tensor, module and layer; as table, CSV and JSON data.
+
+Tensors are paired by name. Names of one model only and different shapes are reported, not refused.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import FLOATS, elements
 from pretrain.weights.source import WeightSource, open_weights, same_tensor
 
-FIGURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "equal", "not_finite")
+MEASURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "equal", "not_finite")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's name stands: model.layers.7.mlp.up.weight is `mlp.up` of layer 7 in `model.layers`.
+    """Position of a tensor in a model: model.layers.7.mlp.up.weight is `mlp.up` of layer 7 in `model.layers`.
 
-    stack, layer: empty and None outside of layers.
-    part:         the module within the layer, without the parameter's own name.
+    stack, layer: empty and None for tensors outside of layers.
+    part:         module within the layer, without the name of the parameter.
     """
 
     stack: str
@@ -37,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of both models."""
+    """One tensor that both models have, with its dtype in each of them."""
 
     name: str
     dtypes: tuple[str, str]
@@ -47,12 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two models side by side.
+    """The comparison of two models.
 
-    rows:     tensors of both, in the order of the first model.
-    only_a, only_b: names that one of them has.
-    reshaped: name -> both shapes.
-    opaque:   name -> whether the bytes are the same, of 8-bit floats, which are not compared as numbers.
+    a, b:           addresses.
+    rows:           tensors of both models with the same shape, in the order of the first model.
+    only_a, only_b: names that only one of the models has.
+    reshaped:       name -> its two shapes, if they differ.
+    opaque:         name -> True if the bytes are equal, for 8-bit floats, which are not compared as numbers.
     """
 
     a: str
@@ -65,46 +69,53 @@ class Diff:
 
     @cached_property
     def numbers(self) -> tuple[Row, ...]:
-        """What is summed: floats. A counter or positions in a buffer would outweigh every weight."""
+        """The rows that enter sums: floats. Integer counters and position buffers would outweigh every weight.
+
+        All rows if there are no floats.
+        """
         floats = tuple(row for row in self.rows if set(row.dtypes) <= set(FLOATS))
         return floats or self.rows
 
     @property
     def total(self) -> Distance:
+        """The distance over all tensors in `numbers`."""
         return total(row.distance for row in self.numbers)
 
     @property
     def same(self) -> bool:
-        """Whether both hold the same tensors with the same values."""
-        every = all(row.distance.equal == row.distance.count for row in self.rows)
-        return every and not (self.only_a or self.only_b or self.reshaped) and all(self.opaque.values())
+        """True if both models have the same tensors with the same values."""
+        equal = all(row.distance.equal == row.distance.count for row in self.rows)
+        return equal and not (self.only_a or self.only_b or self.reshaped) and all(self.opaque.values())
 
     def farthest(self, count: int) -> list[Row]:
-        """The tensors with the largest relative distance, largest first; last those that are 0 in A."""
-        return sorted(self.numbers, key=lambda row: (_nearness(row.distance), row.name))[:count]
+        """The tensors with the largest relative distance, largest first; tensors that are 0 in A come last."""
+        return sorted(self.numbers, key=lambda row: (_by_distance(row.distance), row.name))[:count]
 
     def modules(self, depth: int) -> dict[str, Distance]:
-        """Sums over tensors of the same module (see module_of)."""
+        """Module name (see module_of) -> distance over its tensors."""
         return grouped(self.numbers, lambda row: module_of(self.places[row.name], depth))
 
     @cached_property
     def places(self) -> dict[str, Place]:
+        """Tensor name -> place."""
         return places_of([row.name for row in self.rows])
 
     def plain(self, depth: int) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
+        """The comparison as JSON data, with modules of `depth` name components."""
         return {
             "a": self.a,
             "b": self.b,
             "total": self.total.plain(),
-            "modules": {name: one.plain() for name, one in self.modules(depth).items()},
+            "modules": {name: distance.plain() for name, distance in self.modules(depth).items()},
             "tensors": [
                 {"name": r.name, "dtypes": list(r.dtypes), "shape": list(r.shape), **r.distance.plain()}
                 for r in self.rows
             ],
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
-            "shapes": {name: [list(one), list(two)] for name, (one, two) in self.reshaped.items()},
+            "shapes": {
+                name: [list(shape_a), list(shape_b)] for name, (shape_a, shape_b) in self.reshaped.items()
+            },
             "8-bit floats, same bytes": self.opaque,
         }
 
@@ -117,64 +128,69 @@ def diff(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Diff:
-    """Compare two addresses, tensor by tensor, in constant memory. `progress` is told the elements compared.
+    """Compare the models at two addresses, tensor by tensor, in constant memory.
 
-    Other names and other shapes are told, not refused. Raises UserError for what cannot be opened.
+    progress: receives numbers of compared elements.
+    Raises UserError for an address that cannot be opened.
     """
-    return compared(open_weights(a, run_dir), open_weights(b, run_dir), threads, progress)
+    return compare_sources(open_weights(a, run_dir), open_weights(b, run_dir), threads, progress)
 
 
-def compared(
-    one: WeightSource,
-    two: WeightSource,
+def compare_sources(
+    a: WeightSource,
+    b: WeightSource,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Diff:
-    """`diff` of what is open already."""
-    held = set(two.names())
-    names = [name for name in one.names() if name in held]
+    """`diff` for sources that are open already."""
+    names_b = set(b.names())
+    common = [name for name in a.names() if name in names_b]
     rows: list[Row] = []
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     opaque: dict[str, bool] = {}
-    with Workers([one, two], threads=threads) as workers:
-        for name in names:
-            (dtype, shape), (other, theirs) = one.info(name), two.info(name)
-            if shape != theirs:
-                reshaped[name] = shape, theirs
-            elif dtype.startswith("F8") or other.startswith("F8"):
-                opaque[name] = same_tensor(one, name, two, name)
+    with Workers([a, b], threads=threads) as workers:
+        for name in common:
+            (dtype_a, shape_a), (dtype_b, shape_b) = a.info(name), b.info(name)
+            if shape_a != shape_b:
+                reshaped[name] = shape_a, shape_b
+            elif dtype_a.startswith("F8") or dtype_b.startswith("F8"):
+                opaque[name] = same_tensor(a, name, b, name)
             else:
-                found = distance(Term(0, name), Term(1, name), workers)
-                rows.append(Row(name, (dtype, other), shape, found))
+                measured = distance(Term(0, name), Term(1, name), workers)
+                rows.append(Row(name, (dtype_a, dtype_b), shape_a, measured))
             if progress is not None:
-                progress(elements(shape))
-    mine = set(names)
+                progress(elements(shape_a))
+    in_both = set(common)
     return Diff(
-        one.address,
-        two.address,
+        a.address,
+        b.address,
         tuple(rows),
-        tuple(name for name in one.names() if name not in mine),
-        tuple(name for name in two.names() if name not in mine),
+        tuple(name for name in a.names() if name not in in_both),
+        tuple(name for name in b.names() if name not in in_both),
         reshaped,
         opaque,
     )
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Distance]:
-    """Sums over the rows with the same key, in the order in which keys first come."""
-    parts: dict[Any, list[Distance]] = {}
+    """Key -> distance over the rows with that key, in the order in which the keys first occur."""
+    groups: dict[Any, list[Distance]] = {}
     for row in rows:
-        parts.setdefault(key(row), []).append(row.distance)
-    return {name: total(found) for name, found in parts.items()}
+        groups.setdefault(key(row), []).append(row.distance)
+    return {group: total(distances) for group, distances in groups.items()}
 
 
 def places_of(names: Sequence[str]) -> dict[str, Place]:
-    """Where each name stands. The layer is the first number that a module follows and that has others beside it."""
+    """Tensor name -> place.
+
+    The layer is the first number in a name that is followed by a module and takes several values in the model: in
+    v.0.blocks.1.mlp.w it is 1 if all names begin with v.0.
+    """
     numbers: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")
-        for at in _numbers(parts):
-            numbers.setdefault(".".join(parts[:at]), set()).add(parts[at])
+        for i in _numbers(parts):
+            numbers.setdefault(".".join(parts[:i]), set()).add(parts[i])
     return {name: _place(name.split("."), numbers) for name in names}
 
 
@@ -186,95 +202,107 @@ def _place(parts: list[str], numbers: dict[str, set[str]]) -> Place:
 
 
 def _numbers(parts: Sequence[str]) -> list[int]:
+    """Indices of the numbers in a name that are followed by a module and a parameter."""
     return [i for i, part in enumerate(parts[:-2]) if part.isdecimal()]
 
 
-def _nearness(one: Distance) -> tuple[bool, float]:
-    """Sorts the largest relative distance first, and what has none, being 0 in A, last."""
-    return math.isinf(one.relative), -one.relative
+def _by_distance(measured: Distance) -> tuple[bool, float]:
+    """Sort key: the largest relative distance first; tensors that are 0 in A, whose distance is infinite, last."""
+    return math.isinf(measured.relative), -measured.relative
 
 
 def _starred(parts: Sequence[str]) -> str:
+    """The name with `*` in place of numbers."""
     return ".".join("*" if part.isdecimal() else part for part in parts)
 
 
 def module_of(place: Place, depth: int) -> str:
-    """The first `depth` components of a module's name, of which a stack of layers is one: model.layers.*"""
+    """The first `depth` components of a module's name; a stack of layers, such as model.layers.*, counts as one."""
     if place.layer is None:
         return ".".join(place.part.split(".")[:depth])
     return ".".join([f"{place.stack}.*" if place.stack else "*", *place.part.split(".")[: depth - 1]])
 
 
-def lines(found: Diff, depth: int, top: int) -> list[str]:
-    """The comparison for people: modules, then the tensors that are farthest apart, then what cannot be compared."""
-    if not found.rows:
-        return [f"A  {found.a}", f"B  {found.b}", "no tensor to compare", *_others(found)]
-    heads = ("", "elements", "|B-A|/|A|", "cosine", "max |B-A|", "same sign", "equal")
-    whole = found.total
-    rows = [f"A  {found.a}", f"B  {found.b}"]
-    if found.same:
-        rows.append(f"the same: {len(found.rows)} tensors, {whole.count:,} elements, all of them equal")
-        return rows
-    modules = sorted(found.modules(depth).items(), key=lambda item: (_nearness(item[1]), item[0]))
-    rows += ["", *table(("module", *heads[1:]), [_cells(n, d) for n, d in [*modules, ("all", whole)]])]
+def lines(result: Diff, depth: int, top: int) -> list[str]:
+    """Lines for the terminal: modules, the `top` tensors with the largest distance, and what was not compared."""
+    if not result.rows:
+        return [f"A  {result.a}", f"B  {result.b}", "no tensor to compare", *_remarks(result)]
+    columns = ("elements", "|B-A|/|A|", "cosine", "max |B-A|", "same sign", "equal")
+    overall = result.total
+    output = [f"A  {result.a}", f"B  {result.b}"]
+    if result.same:
+        output.append(f"the same: {len(result.rows)} tensors, {overall.count:,} elements, all of them equal")
+        return output
+    modules = sorted(result.modules(depth).items(), key=lambda item: (_by_distance(item[1]), item[0]))
+    output += ["", *table(("module", *columns), [_cells(n, d) for n, d in [*modules, ("all", overall)]])]
     if top:
-        rows += [
+        output += [
             "",
-            *table(("tensor", *heads[1:]), [_cells(r.name, r.distance) for r in found.farthest(top)]),
+            *table(("tensor", *columns), [_cells(r.name, r.distance) for r in result.farthest(top)]),
         ]
-        left = len(found.numbers) - top
-        rows += [f"... and {left} more (--top, --csv, --json)"] if left > 0 else []
-    return rows + _others(found)
+        left = len(result.numbers) - top
+        output += [f"... and {left} more (--top, --csv, --json)"] if left > 0 else []
+    return output + _remarks(result)
 
 
-def as_csv(found: Diff, depth: int) -> str:
-    """A row a tensor, with the module it is counted in."""
-    made = io.StringIO()
-    writer = csv.writer(made, lineterminator="\n")
-    writer.writerow(("name", "module", "dtype_a", "dtype_b", "shape", *FIGURES))
-    for row in found.rows:
-        figures = row.distance.plain()
+def as_csv(result: Diff, depth: int) -> str:
+    """CSV with one row per tensor, its module and all digits of every measure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("name", "module", "dtype_a", "dtype_b", "shape", *MEASURES))
+    for row in result.rows:
+        measures = row.distance.plain()
         shape = "x".join(map(str, row.shape))
-        cells = ["" if figures[name] is None else figures[name] for name in FIGURES]
-        writer.writerow((row.name, module_of(found.places[row.name], depth), *row.dtypes, shape, *cells))
-    return made.getvalue()
+        cells = ["" if measures[name] is None else measures[name] for name in MEASURES]
+        writer.writerow((row.name, module_of(result.places[row.name], depth), *row.dtypes, shape, *cells))
+    return text.getvalue()
 
 
-def _cells(name: str, one: Distance) -> tuple[str, ...]:
+def _cells(name: str, measured: Distance) -> tuple[str, ...]:
     return (
         name,
-        f"{one.count:,}",
-        f"{one.relative:.3g}" if math.isfinite(one.relative) else "A is 0",
-        "-" if one.cosine is None else f"{one.cosine:.6f}",
-        f"{one.max_abs:.3g}",
-        f"{one.sign_agreement:.2%}",
-        f"{one.equal_share:.2%}",
+        f"{measured.count:,}",
+        f"{measured.relative:.3g}" if math.isfinite(measured.relative) else "A is 0",
+        "-" if measured.cosine is None else f"{measured.cosine:.6f}",
+        f"{measured.max_abs:.3g}",
+        f"{measured.sign_agreement:.2%}",
+        f"{measured.equal_share:.2%}",
     )
 
 
-def _others(found: Diff) -> list[str]:
-    """What cannot be compared, and what is not finite."""
-    rows = _alike("only in A", found.only_a) + _alike("only in B", found.only_b)
-    rows += [f"shape: {n}  {list(one)} in A, {list(two)} in B" for n, (one, two) in found.reshaped.items()]
-    summed = {row.name for row in found.numbers}
-    counted = [row for row in found.rows if row.name not in summed]
-    rows += [f"integer: {row.name}  {_unequal(row.distance)}" for row in counted]
-    rows += [f"8-bit: {n}  {'the same bytes' if s else 'other bytes'}" for n, s in found.opaque.items()]
-    bad = [(r.name, r.distance.count - r.distance.compared) for r in found.rows]
+def _remarks(result: Diff) -> list[str]:
+    """Tensors that were not compared or not summed, and numbers of elements that are not finite."""
+    rows = _alike("only in A", result.only_a) + _alike("only in B", result.only_b)
     rows += [
-        f"not finite: {name}  {count:,} elements, left out of the figures" for name, count in bad if count
+        f"shape: {n}  {list(shape_a)} in A, {list(shape_b)} in B"
+        for n, (shape_a, shape_b) in result.reshaped.items()
+    ]
+    summed = {row.name for row in result.numbers}
+    integers = [row for row in result.rows if row.name not in summed]
+    rows += [f"integer: {row.name}  {_unequal(row.distance)}" for row in integers]
+    rows += [
+        f"8-bit: {n}  {'the same bytes' if equal else 'other bytes'}" for n, equal in result.opaque.items()
+    ]
+    not_finite = [(r.name, r.distance.count - r.distance.compared) for r in result.rows]
+    rows += [
+        f"not finite: {name}  {count:,} elements, left out of the figures"
+        for name, count in not_finite
+        if count
     ]
     return ["", *rows] if rows else []
 
 
-def _unequal(one: Distance) -> str:
-    if one.equal == one.count:
-        return f"{one.count:,} elements, all equal; in no sum"
-    return f"{one.count - one.equal:,} of {one.count:,} elements differ; in no sum"
+def _unequal(measured: Distance) -> str:
+    if measured.equal == measured.count:
+        return f"{measured.count:,} elements, all equal; in no sum"
+    return f"{measured.count - measured.equal:,} of {measured.count:,} elements differ; in no sum"
 
 
-def _alike(what: str, names: Sequence[str]) -> list[str]:
-    """One line for names that differ in their numbers alone."""
+def _alike(label: str, names: Sequence[str]) -> list[str]:
+    """One line per group of names that differ only in their numbers."""
     counts = Counter(_starred(name.split(".")) for name in names)
-    one = {_starred(name.split(".")): name for name in names}
-    return [f"{what}: {k} ({n} tensors)" if n > 1 else f"{what}: {one[k]}" for k, n in counts.items()]
+    examples = {_starred(name.split(".")): name for name in names}
+    return [
+        f"{label}: {pattern} ({count} tensors)" if count > 1 else f"{label}: {examples[pattern]}"
+        for pattern, count in counts.items()
+    ]

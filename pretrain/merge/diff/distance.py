@@ -1,4 +1,7 @@
-"""How far two tensors are from each other: sums in fp64 over blocks, in constant memory, the same on any threads."""
+"""Distance of two tensors in fp64 and constant memory.
+
+Sums are computed per block and added exactly, so that the result does not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from pretrain.weights.dtypes import FLOATS, elements, exact_sum
 
 @dataclass(frozen=True)
 class Distance:
-    """Sums over the elements of one tensor pair, or of several; `a` is the first model's, `b` the second's.
+    """Sums over the elements of one or more pairs of tensors, `a` of the first model and `b` of the second.
 
-    count:      elements.
-    compared:   those that are finite in both; all that follows but `equal` is of these.
+    count:      number of elements.
+    compared:   number of elements that are finite in both; the fields below, except `equal`, cover only these.
     squares:    sum of (b - a)^2.
     squares_a, squares_b, products: sums of a^2, b^2, a b.
     max_abs:    largest |b - a|.
-    same_sign:  elements whose sign is the same; 0 has a sign of its own.
-    equal:      elements with the same value, infinities included.
+    same_sign:  number of elements with the same sign, where 0 counts as a third sign.
+    equal:      number of elements with the same value, infinities included.
     """
 
     count: int = 0
@@ -39,27 +42,29 @@ class Distance:
 
     @property
     def relative(self) -> float:
-        """|b - a| / |a| in the L2 norm; 0 where nothing differs, infinite where only `a` is 0."""
+        """|b - a| / |a| in the L2 norm; 0 if nothing differs, infinite if only `a` is 0."""
         if self.squares == 0:
             return 0.0
         return math.sqrt(self.squares / self.squares_a) if self.squares_a else math.inf
 
     @property
     def cosine(self) -> float | None:
-        """None where one of both is 0."""
+        """Cosine of the angle between `a` and `b`; None if one of them is 0, or if a norm overflows fp64."""
         norm = math.sqrt(self.squares_a) * math.sqrt(self.squares_b)
         return min(1.0, max(-1.0, self.products / norm)) if 0 < norm < math.inf else None
 
     @property
     def sign_agreement(self) -> float:
+        """Share of the compared elements with the same sign; 1 if there are none."""
         return self.same_sign / self.compared if self.compared else 1.0
 
     @property
     def equal_share(self) -> float:
+        """Share of equal elements; 1 if there are none."""
         return self.equal / self.count if self.count else 1.0
 
     def plain(self) -> dict[str, Any]:
-        """The figures as JSON holds them; null is infinite, or not defined."""
+        """The measures as JSON data; None if a measure is infinite or undefined."""
         return {
             "elements": self.count,
             "relative_l2": self.relative if math.isfinite(self.relative) else None,
@@ -72,7 +77,7 @@ class Distance:
 
 
 def total(parts: Iterable[Distance]) -> Distance:
-    """Of several parts as one, added without further rounding."""
+    """The distance over several parts together; sums are added exactly and rounded once."""
     listed = list(parts)
     sums: dict[str, Any] = {}
     for field in fields(Distance):
@@ -85,42 +90,43 @@ def total(parts: Iterable[Distance]) -> Distance:
 
 
 def distance(a: Term, b: Term, workers: Workers) -> Distance:
-    """Between two tensors of the same shape, numbers of any dtype but 8-bit floats."""
+    """The distance of two tensors of the same shape and of any dtypes except 8-bit floats."""
     count = elements(workers.sources[a.source].info(a.name)[1])
 
     def work(start: int, stop: int) -> Distance:
-        return total(_of(block, a, b) for block in workers.blocks(start, stop))
+        return total(_block_distance(block, a, b) for block in workers.blocks(start, stop))
 
-    return total(workers.over(work, count))
+    return total(workers.map_spans(work, count))
 
 
-def _of(block: Block, a: Term, b: Term) -> Distance:
-    one, two = _wide(block, a, "a"), _wide(block, b, "b")
-    count, equal = len(one), int(np.count_nonzero(one == two))
-    finite = np.isfinite(one) & np.isfinite(two)
+def _block_distance(block: Block, a: Term, b: Term) -> Distance:
+    x, y = _wide(block, a, "a"), _wide(block, b, "b")
+    count, equal = len(x), int(np.count_nonzero(x == y))
+    finite = np.isfinite(x) & np.isfinite(y)
     if not finite.all():
-        one, two = one[finite], two[finite]
-    gap = np.subtract(two, one, out=block.array("gap", np.float64)[: len(one)])
-    same = ((one > 0) == (two > 0)) & ((one < 0) == (two < 0))
+        x, y = x[finite], y[finite]
+    difference = np.subtract(y, x, out=block.array("gap", np.float64)[: len(x)])
+    same = ((x > 0) == (y > 0)) & ((x < 0) == (y < 0))
     return Distance(
         count,
-        len(one),
-        _dot(gap, gap),
-        _dot(one, one),
-        _dot(two, two),
-        _dot(one, two),
-        float(np.abs(gap, out=gap).max(initial=0.0)),
+        len(x),
+        _dot(difference, difference),
+        _dot(x, x),
+        _dot(y, y),
+        _dot(x, y),
+        float(np.abs(difference, out=difference).max(initial=0.0)),
         int(np.count_nonzero(same)),
         equal,
     )
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    # BLAS would take threads of its own, and its sums would depend on their number
+    # not np.dot: BLAS starts threads of its own, and its sums depend on their number
     return float(np.einsum("i,i->", a, b))
 
 
 def _wide(block: Block, term: Term, use: str) -> np.ndarray:
+    """The elements of the term in the block as float64; `use` names the buffer for integers."""
     if block.sources[term.source].info(term.name)[0] in FLOATS:
         return block.wide(term, np.float64)
     out = block.array(use, np.float64)

@@ -1,4 +1,7 @@
-"""A comparison as a picture: layers across, modules down, relative distance as colour; sums as bars on both sides."""
+"""The comparison as a heat map in SVG: layers across, modules down, relative distance as colour.
+
+Bars above a stack show the distance of each layer, bars on its right the distance of each module over all layers.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,25 @@ from pretrain.merge import figures
 from pretrain.merge.diff.compare import Diff, Place, Row, grouped
 from pretrain.merge.diff.distance import Distance
 
-WIDTH, MARGIN, LABELS, BARS = 1040.0, 28.0, 230.0, 210.0
-ROW, TOP = 22.0, 92.0
-MAP = WIDTH - 2 * MARGIN - LABELS - BARS
-EQUAL, NONE = "#eceef1", "#e9c8b4"
-LETTERS = 34  # of a label; longer ones lose their beginning
+# CSS pixels.
+WIDTH, MARGIN, LABEL_WIDTH, BAR_WIDTH = 1040.0, 28.0, 230.0, 210.0
+ROW_HEIGHT, TOP, PROFILE_HEIGHT = 22.0, 92.0, 38.0
+MAP_WIDTH = WIDTH - 2 * MARGIN - LABEL_WIDTH - BAR_WIDTH
+MAP_LEFT, BARS_LEFT = MARGIN + LABEL_WIDTH, WIDTH - MARGIN - BAR_WIDTH + 16
+EQUAL, ZERO_IN_A = "#eceef1", "#e9c8b4"  # colours of cells without a difference, and with an infinite one
+MAX_LABEL = 34  # characters; longer labels lose their beginning
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Relative distance -> 0 to 1, by its logarithm where cells differ by more than 30 times."""
+    """Maps relative distances to 0 ... 1; logarithmic if they differ by more than a factor of 30."""
 
     low: float
     high: float
     logarithmic: bool
 
     def share(self, value: float) -> float:
+        """The position of a distance on the scale."""
         if not self.high > 0:
             return 0.0
         if not self.logarithmic:
@@ -34,66 +40,66 @@ class Scale:
             return 0.0
         return min(math.log(value / self.low) / math.log(self.high / self.low), 1.0)
 
-    def at(self, share: float) -> float:
+    def value_at(self, share: float) -> float:
+        """The distance at a position; the inverse of `share`."""
         if not self.logarithmic:
             return share * self.high
         return self.low * (self.high / self.low) ** share
 
 
-def picture(found: Diff) -> str:
-    """The comparison as SVG; the pointer over a cell shows its figures."""
-    rows = [(found.places[row.name], row) for row in found.numbers]
+def picture(diff: Diff) -> str:
+    """The comparison as SVG; each cell shows its measures in a tooltip."""
+    rows = [(diff.places[row.name], row) for row in diff.numbers]
     stacks = list(dict.fromkeys(place.stack for place, _ in rows if place.layer is not None))
-    cells = grouped_by(rows, lambda place: place)
-    scale = _scale([one.relative for one in cells.values()])
-    sums = [one.relative for one in grouped_by(rows, _across).values()]
-    most = max((value for value in sums if math.isfinite(value)), default=0.0)
-    parts, y = _heading(found, scale), TOP
+    cells = _grouped(rows, lambda place: place)
+    scale = _scale([distance.relative for distance in cells.values()])
+    bars = [distance.relative for distance in _grouped(rows, _over_layers).values()]
+    longest = max((value for value in bars if math.isfinite(value)), default=0.0)
+    parts, y = _header(diff, scale), TOP
     for stack in stacks:
-        inside = {
-            place: one for place, one in cells.items() if place.stack == stack and place.layer is not None
-        }
-        block, y = _stack(stack, inside, rows, scale, most, y)
+        block, y = _stack(stack, rows, cells, scale, longest, y)
         parts += block
-    outside = {place: one for place, one in cells.items() if place.layer is None}
+    outside = {place: distance for place, distance in cells.items() if place.layer is None}
     if outside:
-        block, y = _outside(outside, scale, most, y, bool(stacks))
+        block, y = _outside(outside, scale, longest, y, bool(stacks))
         parts += block
-    return figures.document(WIDTH, y + MARGIN - 14, f"{found.a} and {found.b}", parts)
+    return figures.document(WIDTH, y + MARGIN - 14, f"{diff.a} and {diff.b}", parts)
 
 
-def grouped_by(rows: Sequence[tuple[Place, Row]], key: Callable[[Place], object]) -> dict:
+def _grouped(rows: Sequence[tuple[Place, Row]], key: Callable[[Place], object]) -> dict:
+    """Key of a place -> distance over the tensors of that key."""
     places = {row.name: place for place, row in rows}
     return grouped([row for _, row in rows], lambda row: key(places[row.name]))
 
 
-def _across(place: Place) -> Place:
-    """The same module over all layers of its stack."""
+def _over_layers(place: Place) -> Place:
+    """One place for a module in all layers of its stack."""
     return Place(place.stack, None if place.layer is None else -1, place.part)
 
 
 def _scale(values: Sequence[float]) -> Scale:
-    found = sorted(value for value in values if 0 < value < math.inf)
-    if not found:
+    positive = sorted(value for value in values if 0 < value < math.inf)
+    if not positive:
         return Scale(0.0, 1.0 if values and max(values) > 0 else 0.0, False)
-    low, high = max(found[0], found[-1] * 1e-4), found[-1]
+    low, high = max(positive[0], positive[-1] * 1e-4), positive[-1]
     return Scale(low, high, high / low > 30)
 
 
-def _heading(found: Diff, scale: Scale) -> list[str]:
-    whole = found.total
-    cosine = "" if whole.cosine is None else f",  cosine {whole.cosine:.6f}"
-    said = f"|B-A| / |A| = {figures.short(whole.relative)} over {whole.count:,} elements{cosine}"
-    others = len(found.only_a) + len(found.only_b) + len(found.reshaped)
-    said += f";  {others} tensor{'s' if others > 1 else ''} cannot be compared" if others else ""
+def _header(diff: Diff, scale: Scale) -> list[str]:
+    """The title, both addresses, the total distance and the colour scale."""
+    total = diff.total
+    cosine = "" if total.cosine is None else f",  cosine {total.cosine:.6f}"
+    summary = f"|B-A| / |A| = {figures.short(total.relative)} over {total.count:,} elements{cosine}"
+    others = len(diff.only_a) + len(diff.only_b) + len(diff.reshaped)
+    summary += f";  {others} tensor{'s' if others > 1 else ''} cannot be compared" if others else ""
     parts = [
         figures.text(MARGIN, 34, "How far B is from A", font_size=19, font_weight=650),
-        figures.text(MARGIN, 54, f"A: {_cut(found.a, 50)}", fill=figures.FAINT),
-        figures.text(MARGIN + LABELS + 130, 54, f"B: {_cut(found.b, 50)}", fill=figures.FAINT),
-        figures.text(MARGIN, 71, said, fill=figures.FAINT),
+        figures.text(MARGIN, 54, f"A: {_shorten(diff.a, 50)}", fill=figures.FAINT),
+        figures.text(MARGIN + LABEL_WIDTH + 130, 54, f"B: {_shorten(diff.b, 50)}", fill=figures.FAINT),
+        figures.text(MARGIN, 71, summary, fill=figures.FAINT),
     ]
     if not scale.high > 0:
-        verdict = "all elements are equal" if found.rows else "no tensor to compare"
+        verdict = "all elements are equal" if diff.rows else "no tensor to compare"
         return [*parts, figures.text(WIDTH - MARGIN, 34, verdict, text_anchor="end")]
     left, width, steps = WIDTH - MARGIN - 240, 240.0, 48
     parts += [
@@ -103,67 +109,79 @@ def _heading(found: Diff, scale: Scale) -> list[str]:
         for i in range(steps)
     ]
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        label = figures.short(scale.at(share))
+        label = figures.short(scale.value_at(share))
         parts.append(
             figures.text(
                 left + width * share, 50, label, font_size=11, fill=figures.FAINT, text_anchor=anchor
             )
         )
-    kind = f"relative distance{', logarithmic' if scale.logarithmic else ''}; grey: equal"
-    kind += "; brown: A is 0" if any(math.isinf(row.distance.relative) for row in found.numbers) else ""
-    parts.append(figures.text(left, 18, kind, font_size=11, fill=figures.FAINT))
+    legend = f"relative distance{', logarithmic' if scale.logarithmic else ''}; grey: equal"
+    legend += "; brown: A is 0" if any(math.isinf(row.distance.relative) for row in diff.numbers) else ""
+    parts.append(figures.text(left, 18, legend, font_size=11, fill=figures.FAINT))
     return parts
 
 
 def _stack(
     stack: str,
-    cells: dict[Place, Distance],
     rows: Sequence[tuple[Place, Row]],
+    cells: dict[Place, Distance],
     scale: Scale,
-    most: float,
+    longest: float,
     y: float,
 ) -> tuple[list[str], float]:
-    """One stack of layers, and where the next block begins."""
-    parts = list(dict.fromkeys(place.part for place in cells))
-    layers = sorted({place.layer for place in cells if place.layer is not None})
-    inside = [(place, row) for place, row in rows if place.stack == stack and place.layer is not None]
-    by_layer = grouped_by(inside, lambda place: place.layer)
-    by_part = grouped_by(inside, lambda place: place.part)
-    left, step = MARGIN + LABELS, MAP / len(layers)
+    """One stack of layers, and the y at which the next block begins."""
+    rows = [(place, row) for place, row in rows if place.stack == stack and place.layer is not None]
+    inside = {p: distance for p, distance in cells.items() if p.stack == stack and p.layer is not None}
+    modules = list(dict.fromkeys(place.part for place in inside))
+    layers = sorted({place.layer for place in inside if place.layer is not None})
+    by_module = _grouped(rows, lambda place: place.part)
+    step = MAP_WIDTH / len(layers)
     gap = 1.0 if step > 5 else 0.0
-    drawn = [figures.text(MARGIN, y + 12, _cut(stack or "layers", LETTERS), font_weight=650)]
-    highest = max((r for one in by_layer.values() if math.isfinite(r := one.relative)), default=0.0)
-    said = f"layer by layer, {len(layers)} of them, up to {figures.short(highest)}"
-    drawn.append(figures.text(left, y + 12, said, font_size=11, fill=figures.FAINT))
-    drawn.append(
-        figures.text(WIDTH - MARGIN - BARS + 16, y + 12, "over all layers", font_size=11, fill=figures.FAINT)
-    )
-    profile, y = 38.0, y + 22
-    for i, layer in enumerate(layers):
-        one = by_layer[layer]
-        height = profile * _part_of(one.relative, highest)
-        tip = f"layer {layer}: {_tip(one)}"
-        drawn.append(
-            figures.rect(left + i * step, y + profile - height, step - gap, height, tip, fill="#aab4c0")
-        )
-    y += profile + 4
-    for j, part in enumerate(parts):
-        top = y + j * ROW
-        drawn.append(
-            figures.text(left - 10, top + 15, _cut(part, LETTERS), text_anchor="end", font_size=11.5)
-        )
+    parts = [figures.text(MARGIN, y + 12, _shorten(stack or "layers", MAX_LABEL), font_weight=650)]
+    parts += _profile(rows, layers, step, gap, y)
+    y += 22 + PROFILE_HEIGHT + 4
+    for module in modules:
+        label = _shorten(module, MAX_LABEL)
+        parts.append(figures.text(MAP_LEFT - 10, y + 15, label, text_anchor="end", font_size=11.5))
         for i, layer in enumerate(layers):
-            place = Place(stack, layer, part)
-            if place in cells:
-                tip = f"{part}, layer {layer}: {_tip(cells[place])}"
-                colour = _colour(cells[place], scale)
-                drawn.append(figures.rect(left + i * step, top, step - gap, ROW - 1, tip, fill=colour))
-        drawn += _bar(by_part[part], scale, most, top, part)
-    y += len(parts) * ROW
+            distance = inside.get(Place(stack, layer, module))
+            if distance is not None:
+                tip = f"{module}, layer {layer}: {_tip(distance)}"
+                colour = _colour(distance, scale)
+                left, width = MAP_LEFT + i * step, step - gap
+                parts.append(figures.rect(left, y, width, ROW_HEIGHT - 1, tip, fill=colour))
+        parts += _bar(by_module[module], longest, y, module)
+        y += ROW_HEIGHT
+    return [*parts, *_layer_numbers(layers, step, y)], y + 34
+
+
+def _profile(
+    rows: Sequence[tuple[Place, Row]], layers: Sequence[int], step: float, gap: float, y: float
+) -> list[str]:
+    """The headings of a stack, and above its map a bar per layer: the distance over all modules of the layer."""
+    by_layer = _grouped(rows, lambda place: place.layer)
+    highest = max((r for distance in by_layer.values() if math.isfinite(r := distance.relative)), default=0.0)
+    heading = f"layer by layer, {len(layers)} of them, up to {figures.short(highest)}"
+    parts = [
+        figures.text(MAP_LEFT, y + 12, heading, font_size=11, fill=figures.FAINT),
+        figures.text(BARS_LEFT, y + 12, "over all layers", font_size=11, fill=figures.FAINT),
+    ]
+    bottom = y + 22 + PROFILE_HEIGHT
+    for i, layer in enumerate(layers):
+        distance = by_layer[layer]
+        height = PROFILE_HEIGHT * _fraction(distance.relative, highest)
+        tip = f"layer {layer}: {_tip(distance)}"
+        left, width = MAP_LEFT + i * step, step - gap
+        parts.append(figures.rect(left, bottom - height, width, height, tip, fill="#aab4c0"))
+    return parts
+
+
+def _layer_numbers(layers: Sequence[int], step: float, y: float) -> list[str]:
+    """Layer numbers below a map, at least 26 pixels apart."""
     every = max(1, math.ceil(26 / step))
-    drawn += [
+    return [
         figures.text(
-            left + (i + 0.5) * step,
+            MAP_LEFT + (i + 0.5) * step,
             y + 13,
             str(layer),
             font_size=10.5,
@@ -173,58 +191,59 @@ def _stack(
         for i, layer in enumerate(layers)
         if i % every == 0
     ]
-    return drawn, y + 34
 
 
 def _outside(
-    cells: dict[Place, Distance], scale: Scale, most: float, y: float, below: bool
+    cells: dict[Place, Distance], scale: Scale, longest: float, y: float, below_stacks: bool
 ) -> tuple[list[str], float]:
-    """Modules that are in no layer: one cell and one bar each."""
-    drawn = [figures.text(MARGIN, y + 12, "outside of layers" if below else "modules", font_weight=650)]
+    """One cell and one bar per module outside of layers, and the y at which the next block begins."""
+    heading = "outside of layers" if below_stacks else "modules"
+    parts = [figures.text(MARGIN, y + 12, heading, font_weight=650)]
     y += 22
-    left = MARGIN + LABELS
-    for place, one in cells.items():
-        label = _cut(place.part, LETTERS)
-        drawn.append(figures.text(left - 10, y + 15, label, text_anchor="end", font_size=11.5))
-        colour = _colour(one, scale)
-        drawn.append(figures.rect(left, y, MAP, ROW - 1, f"{place.part}: {_tip(one)}", fill=colour))
-        drawn += _bar(one, scale, most, y, place.part)
-        y += ROW
-    return drawn, y + 12
+    for place, distance in cells.items():
+        label = _shorten(place.part, MAX_LABEL)
+        parts.append(figures.text(MAP_LEFT - 10, y + 15, label, text_anchor="end", font_size=11.5))
+        tip = f"{place.part}: {_tip(distance)}"
+        parts.append(figures.rect(MAP_LEFT, y, MAP_WIDTH, ROW_HEIGHT - 1, tip, fill=_colour(distance, scale)))
+        parts += _bar(distance, longest, y, place.part)
+        y += ROW_HEIGHT
+    return parts, y + 12
 
 
-def _colour(one: Distance, scale: Scale) -> str:
-    if math.isinf(one.relative):
-        return NONE
-    return figures.ramp(scale.share(one.relative)) if one.relative else EQUAL
+def _colour(distance: Distance, scale: Scale) -> str:
+    if math.isinf(distance.relative):
+        return ZERO_IN_A
+    return figures.ramp(scale.share(distance.relative)) if distance.relative else EQUAL
 
 
-def _bar(one: Distance, scale: Scale, most: float, top: float, part: str) -> list[str]:
-    left, room = WIDTH - MARGIN - BARS + 16, BARS - 76
-    width = room * _part_of(one.relative, most) if math.isfinite(one.relative) else 0.0
+def _bar(distance: Distance, longest: float, y: float, module: str) -> list[str]:
+    """The bar of a module on the right, with its relative distance beside it."""
+    finite = math.isfinite(distance.relative)
+    width = (BAR_WIDTH - 76) * _fraction(distance.relative, longest) if finite else 0.0
+    width = max(width, 0.6)  # a distance of 0 is visible too
+    tip = f"{module}: {_tip(distance)}"
     return [
-        figures.rect(
-            left, top + 4, max(width, 0.6), ROW - 9, f"{part}: {_tip(one)}", fill=figures.BLUE, rx=1.5
-        ),
-        figures.text(left + max(width, 0.6) + 6, top + 15, _figure(one), font_size=11, fill=figures.FAINT),
+        figures.rect(BARS_LEFT, y + 4, width, ROW_HEIGHT - 9, tip, fill=figures.BLUE, rx=1.5),
+        figures.text(BARS_LEFT + width + 6, y + 15, _relative(distance), font_size=11, fill=figures.FAINT),
     ]
 
 
-def _part_of(value: float, most: float) -> float:
-    return min(value / most, 1.0) if 0 < most < math.inf else 0.0
+def _fraction(value: float, highest: float) -> float:
+    return min(value / highest, 1.0) if 0 < highest < math.inf else 0.0
 
 
-def _figure(one: Distance) -> str:
-    return figures.short(one.relative) if math.isfinite(one.relative) else "A is 0"
+def _relative(distance: Distance) -> str:
+    return figures.short(distance.relative) if math.isfinite(distance.relative) else "A is 0"
 
 
-def _tip(one: Distance) -> str:
-    cosine = "-" if one.cosine is None else f"{one.cosine:.6f}"
+def _tip(distance: Distance) -> str:
+    """The tooltip: all measures of a distance."""
+    cosine = "-" if distance.cosine is None else f"{distance.cosine:.6f}"
     return (
-        f"|B-A|/|A| {_figure(one)}, cosine {cosine}, max |B-A| {figures.short(one.max_abs)}, "
-        f"same sign {one.sign_agreement:.2%}, equal {one.equal_share:.2%}, {one.count:,} elements"
+        f"|B-A|/|A| {_relative(distance)}, cosine {cosine}, max |B-A| {figures.short(distance.max_abs)}, "
+        f"same sign {distance.sign_agreement:.2%}, equal {distance.equal_share:.2%}, {distance.count:,} elements"
     )
 
 
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else "…" + text[-letters + 1 :]
+def _shorten(text: str, characters: int) -> str:
+    return text if len(text) <= characters else "…" + text[-characters + 1 :]

@@ -1,4 +1,4 @@
-"""`Sweep`: betas, folders, scores; sweep.json, CSV, table."""
+"""`Sweep`: betas, folders, scores; sweep.json, CSV, table. Also parses --betas and names the output folders."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.figures import table
-from pretrain.merge.sweeps.scoring import Figures
+from pretrain.merge.sweeps.scoring import Metrics, format_metric
+
+MAX_BETAS = 10_000
 
 
 @dataclass
-class Scored:
+class SweepPoint:
     """One beta of a sweep.
 
-    folder:  name of its output in the sweep's folder; None where it was not kept.
-    plan:    key of its merge.
-    figures: None until it is scored.
+    folder:  name of its output folder within the sweep's folder; None if the output was not kept.
+    plan:    key of its merge plan.
+    metrics: None until the output is scored.
     """
 
     beta: float
     folder: str | None
     plan: str
-    figures: Figures | None = None
+    metrics: Metrics | None = None
 
 
 @dataclass
 class Sweep:
-    """A sweep's outputs and figures.
+    """The outputs and scores of a sweep, theta = beta * A + (1 - beta) * B.
 
-    a, b:    addresses; theta = beta * A + (1 - beta) * B.
-    command: that scored; empty for a sweep without.
-    metric:  the figure that decides; None before the first score.
-    lower:   whether less of it is better.
-    records: of what this call merged or found merged, by beta; not in sweep.json.
+    a, b:    addresses of the inputs.
+    command: words of the scoring command; empty for a sweep without scores.
+    metric:  the metric that decides; None before the first score.
+    lower:   lower values of that metric are better.
+    points:  by ascending beta.
+    records: beta -> merge.json of the outputs that this call wrote or found complete; not in sweep.json.
     """
 
     a: str
@@ -45,31 +48,31 @@ class Sweep:
     command: tuple[str, ...] = ()
     metric: str | None = None
     lower: bool = False
-    betas: list[Scored] = field(default_factory=list)
+    points: list[SweepPoint] = field(default_factory=list)
     records: dict[float, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """Every figure, the one that decides first."""
-        found = dict.fromkeys(name for one in self.betas for name in one.figures or ())
-        first = [self.metric] if self.metric in found else []
-        return [*first, *(name for name in found if name != self.metric)]
+        """Names of all metrics, the one that decides first."""
+        names = dict.fromkeys(name for point in self.points for name in point.metrics or ())
+        first = [self.metric] if self.metric in names else []
+        return [*first, *(name for name in names if name != self.metric)]
 
     @property
-    def best(self) -> Scored | None:
-        """The best beta; of equals the smallest."""
-        scored = [one for one in self.betas if self.value(one) is not None]
+    def best(self) -> SweepPoint | None:
+        """The best point; the smallest beta of equally good ones. None if no score is finite."""
+        scored = [point for point in self.points if self.value(point) is not None]
         if not scored:
             return None
         sign = -1.0 if self.lower else 1.0
-        return max(scored, key=lambda one: (sign * (self.value(one) or 0.0), -one.beta))
+        return max(scored, key=lambda point: (sign * (self.value(point) or 0.0), -point.beta))
 
-    def value(self, one: Scored) -> float | None:
-        """Of the figure that decides."""
-        return (one.figures or {}).get(self.metric or "")
+    def value(self, point: SweepPoint) -> float | None:
+        """The value of the metric that decides."""
+        return (point.metrics or {}).get(self.metric or "")
 
     def plain(self) -> dict[str, Any]:
-        """As sweep.json has it."""
+        """The content of sweep.json."""
         return {
             "theta": "beta * A + (1 - beta) * B",
             "A": self.a,
@@ -79,43 +82,49 @@ class Sweep:
             "lower_is_better": self.lower,
             "best": self.best.beta if self.best else None,
             "betas": [
-                {"beta": one.beta, "folder": one.folder, "plan": one.plan, "figures": one.figures}
-                for one in self.betas
+                {
+                    "beta": point.beta,
+                    "folder": point.folder,
+                    "plan": point.plan,
+                    "figures": point.metrics,
+                }
+                for point in self.points
             ],
         }
 
     def lines(self) -> list[str]:
-        """A row a beta, the best one marked."""
-        heads = ("beta", *self.names, "")
-        notes = {0.0: f"B: {self.b}", 1.0: f"A: {self.a}"}
+        """A table for the terminal: one row per beta, the best one marked."""
+        header = ("beta", *self.names, "")
+        parents = {0.0: f"B: {self.b}", 1.0: f"A: {self.a}"}
         rows = []
-        for one in self.betas:
-            cells = [_shown((one.figures or {}).get(name, ""), "nan") for name in self.names]
-            note = ("* best  " if one is self.best else "        ") + notes.get(one.beta, "")
-            rows.append((f"{one.beta:g}", *cells, note.rstrip()))
+        for point in self.points:
+            mark = "* best  " if point is self.best else "        "
+            note = mark + parents.get(point.beta, "")
+            rows.append((f"{point.beta:g}", *self._cells(point), note.rstrip()))
         width = max((len(row[-1]) for row in rows), default=0)
-        return table(heads, [(*row[:-1], row[-1].ljust(width)) for row in rows])
+        return table(header, [(*row[:-1], row[-1].ljust(width)) for row in rows])
 
     def as_csv(self) -> str:
-        made = io.StringIO()
-        writer = csv.writer(made, lineterminator="\n")
+        """The content of sweep.csv: one row per beta, all digits of every metric."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("beta", "folder", *self.names))
-        for one in self.betas:
-            cells = [_shown((one.figures or {}).get(name, ""), "nan", exact=True) for name in self.names]
-            writer.writerow((repr(one.beta), one.folder or "", *cells))
-        return made.getvalue()
+        for point in self.points:
+            cells = self._cells(point, exact=True)
+            writer.writerow((repr(point.beta), point.folder or "", *cells))
+        return text.getvalue()
 
-
-def _shown(value: float | str | None, none: str, exact: bool = False) -> str:
-    if value is None:
-        return none
-    if isinstance(value, str):
-        return value
-    return repr(value) if exact else f"{value:.6g}"
+    def _cells(self, point: SweepPoint, exact: bool = False) -> list[str]:
+        """The metrics of a point in the order of `names`; empty text for one that it does not have."""
+        metrics = point.metrics or {}
+        return [format_metric(metrics[name], exact) if name in metrics else "" for name in self.names]
 
 
 def parse_betas(text: str) -> list[float]:
-    """`0:1:0.1` -> 0, 0.1, ... 1, both ends included; `0,0.25,1` -> as listed. Exact decimals, ascending."""
+    """The betas of --betas, ascending: `0:1:0.1` -> 0, 0.1, ... 1 with both ends; `0,0.25,1` -> as listed.
+
+    Computed in decimals, so that 0.3 is the float 0.3. Raises UserError for other text and betas outside [0, 1].
+    """
     try:
         if ":" not in text:
             listed = [Decimal(part) for part in text.split(",")]
@@ -126,24 +135,24 @@ def parse_betas(text: str) -> list[float]:
             first, last, step = (Decimal(part) for part in text.split(":"))
             if not step.is_finite() or step <= 0 or not last >= first:
                 raise UserError(
-                    f"--betas {text}: START:STOP:STEP with a step above 0 and STOP not below START"
+                    f"--betas {text}: in START:STOP:STEP, STEP must be above 0 and STOP not below START"
                 )
-            if (last - first) / step > 10_000:
-                raise UserError(f"--betas {text}: more than 10000 betas; take a larger step")
+            if (last - first) / step > MAX_BETAS:
+                raise UserError(f"--betas {text}: more than {MAX_BETAS} betas; choose a larger step")
             betas = {last} | {first + step * i for i in range(int((last - first) / step) + 1)}
     except (InvalidOperation, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--betas {text}: write START:STOP:STEP, such as 0:1:0.1, or a list, 0,0.5,1"
+            f"--betas {text}: write START:STOP:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1"
         ) from None
-    wrong = [beta for beta in betas if not 0 <= beta <= 1]
-    if wrong:
-        raise UserError(f"--betas {text}: {wrong[0]} is not between 0 and 1")
+    outside = [beta for beta in betas if not 0 <= beta <= 1]
+    if outside:
+        raise UserError(f"--betas {text}: {outside[0]} is not between 0 and 1")
     return [float(beta) for beta in sorted(betas)]
 
 
 def folder_names(betas: Sequence[float]) -> list[str]:
-    """`beta-0.30`: two decimals, more where a beta needs them to be told apart."""
+    """`beta-0.30` and so on: two decimals, or as many as the longest beta has."""
     places = max(2, *(-int(Decimal(repr(beta)).normalize().as_tuple().exponent) for beta in betas))
     return [f"beta-{beta:.{places}f}" for beta in betas]

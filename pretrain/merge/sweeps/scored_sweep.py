@@ -1,4 +1,8 @@
-"""A sweep whose outputs are scored by a person's command: figures by beta, kept as they come, shown when done."""
+"""Runs a sweep and scores each output with the user's command; resumable.
+
+sweep.json is published after every score, so that a killed or failed sweep resumes with the outputs that have no score.
+At the end sweep.csv and sweep.svg show the metrics over beta.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, join
-from pretrain.merge.execute import check_apart, execute
+from pretrain.merge.execute import check_outside_inputs, execute
 from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output.record import RECORD
 from pretrain.merge.output.writer import Progress
 from pretrain.merge.planning.inputs import OpenedInputs
-from pretrain.merge.sweeps.results import Scored, Sweep, _shown, folder_names
-from pretrain.merge.sweeps.scoring import Command, metric_of, telling
-from pretrain.merge.sweeps.workspace import Workplace, discard
+from pretrain.merge.sweeps.results import Sweep, SweepPoint, folder_names
+from pretrain.merge.sweeps.scoring import Command, choose_metric, format_metrics, score_reporter
+from pretrain.merge.sweeps.workspace import Workspace, discard
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK
 
 RESULTS = "sweep.json"
@@ -34,99 +38,111 @@ def run_sweep(
     chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
-    told: Callable[[str], None] | None = None,
+    print_line: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Carry out the plans of `plan_sweep`, one a beta, and score each output; goes on where an earlier call stopped.
+    """Execute the plans of `plan_sweep`, one per beta, and score each output; resumes where an earlier call stopped.
 
-    keep: write all in one pass over the inputs, and leave them; else one is there at a time, until it is scored.
-    out:  a folder on a disk, or in a store. Of outputs in a store the command gets the same bytes on a disk, merged
-          once more into a folder below TMPDIR, one at a time.
-    told: is told each score as it comes.
-    Raises UserError when the command fails on one (what was scored stays), and when `out` holds another sweep.
+    out:        a folder on a disk or in a store. For a store, each output is merged once more into a folder below
+                TMPDIR, one at a time and with the same bytes, because the command needs local files.
+    keep:       write all outputs in one pass over the inputs, and keep them. Without it each output is merged, scored
+                and removed before the next one.
+    print_line: receives a line per score.
+
+    Raises UserError if the command fails (earlier scores are kept), or if `out` holds another sweep.
     """
     if not keep and command is None:
-        raise UserError("--no-keep is for sweeps that are scored: say how with --eval-cmd")
-    prints = [source.hashes() for source in opened.sources]
-    keys = [plan.key(prints) for plan in plans]
-    check_apart(str(out), opened)
-    tell = telling(told)
-    with Workplace(str(out), "\n".join(keys)) as place:
-        sweep = _resumed(plans, keys, betas, place, command, metric, lower)
-        wanted = [next(one for one in sweep.betas if one.beta == beta) for beta in betas]
-        for one in wanted:
-            if one.folder is not None and not exists(join(place.url, f"{one.folder}/{RECORD}")):
-                one.folder = None  # removed by hand
-        names = [one.folder or name for one, name in zip(wanted, folder_names(betas), strict=True)]
+        raise UserError("--no-keep is for sweeps with scores: give the scoring command with --eval-cmd")
+    fingerprints = [source.hashes() for source in opened.sources]
+    keys = [plan.key(fingerprints) for plan in plans]
+    check_outside_inputs(str(out), opened)
+    report = score_reporter(print_line)
+    with Workspace(str(out), "\n".join(keys)) as workspace:
+        # 1. Resume from sweep.json. An output that the user has removed has no folder.
+        sweep = _resume(plans, keys, betas, workspace, command, metric, lower)
+        points = [next(point for point in sweep.points if point.beta == beta) for beta in betas]
+        for point in points:
+            if point.folder is not None and not exists(join(workspace.url, f"{point.folder}/{RECORD}")):
+                point.folder = None
+        names = [point.folder or name for point, name in zip(points, folder_names(betas), strict=True)]
+
+        # 2. Write all outputs in one pass.
         if keep:
-            folders = [join(place.url, name) for name in names]
-            made = execute(plans, opened, folders, chunk=chunk, threads=threads, progress=progress)
-            sweep.records = dict(zip(betas, made, strict=True))
-            for one, name in zip(wanted, names, strict=True):
-                one.folder = name
-        if keep or place.remote:  # a store that may not be written is found before hours of scoring
-            _save(sweep, place)
-        for plan, one, name in zip(plans, wanted, names, strict=True):
-            passing = place.remote or one.folder is None
-            trial = place.folder / (name if passing else one.folder or name)
-            if command is not None and one.figures is None:
-                if passing:
-                    made = execute([plan], opened, [trial], chunk=chunk, threads=threads, progress=progress)
-                    sweep.records[one.beta] = made[0]
-                one.figures = place.score(command, trial, trial.name)
-                sweep.metric = metric_of(one.figures, metric or sweep.metric)
-                _save(sweep, place)
-                tell(_said(sweep, one), sweep.metric, sweep.lower)
-            if passing:
+            folders = [join(workspace.url, name) for name in names]
+            records = execute(plans, opened, folders, chunk=chunk, threads=threads, progress=progress)
+            sweep.records = dict(zip(betas, records, strict=True))
+            for point, name in zip(points, names, strict=True):
+                point.folder = name
+        if keep or workspace.remote:  # a store that refuses writes fails here, before hours of scoring
+            _save(sweep, workspace)
+
+        # 3. Score each output, in a temporary merge where there is no local one.
+        for plan, point, name in zip(plans, points, names, strict=True):
+            temporary = workspace.remote or point.folder is None
+            trial = workspace.folder / (name if temporary else point.folder or name)
+            if command is not None and point.metrics is None:
+                if temporary:
+                    records = execute(
+                        [plan], opened, [trial], chunk=chunk, threads=threads, progress=progress
+                    )
+                    sweep.records[point.beta] = records[0]
+                point.metrics = workspace.score(command, trial, trial.name)
+                sweep.metric = choose_metric(point.metrics, metric or sweep.metric)
+                _save(sweep, workspace)
+                line = f"beta {point.beta:g}: {format_metrics(point.metrics)}"
+                report(line, sweep.metric, sweep.lower)
+            if temporary:
                 discard(trial)
         if command is not None:
-            _show(sweep, place)
+            _publish_reports(sweep, workspace)
         return sweep
 
 
-def _resumed(
+def _resume(
     plans: Sequence[Plan],
     keys: Sequence[str],
     betas: Sequence[float],
-    place: Workplace,
+    workspace: Workspace,
     command: Command | None,
     metric: str | None,
     lower: bool | None,
 ) -> Sweep:
-    """The sweep as sweep.json knows it, with a place for every beta."""
+    """The sweep of sweep.json, with a point for each of `betas`. Raises UserError if it is another sweep."""
     words = command.words if command is not None else ()
     a, b = plans[0].addresses[:2]
     sweep = Sweep(a, b, words, metric, bool(lower))
-    earlier = _read(place)
-    if not any(one.figures for one in earlier.betas):
-        earlier.command = ()  # nothing hangs on a command that never gave a figure
+    earlier = _read(workspace)
+    if not any(point.metrics for point in earlier.points):
+        earlier.command = ()  # a command that never gave a score, such as one with a typo, may be replaced
     if earlier.command and words and earlier.command != words:
         raise UserError(
-            f"{join(place.url, RESULTS)}: scored by another command, {' '.join(earlier.command)}: its figures "
-            "cannot stand beside those of this one; choose another --out, or delete that file to score again"
+            f"{join(workspace.url, RESULTS)}: scored by another command, {' '.join(earlier.command)}; "
+            "choose another --out, or delete that file to score again"
         )
     if not words:
         sweep.command, sweep.metric, sweep.lower = earlier.command, earlier.metric, earlier.lower
     elif metric in (None, earlier.metric):
         sweep.metric, sweep.lower = earlier.metric, earlier.lower if lower is None else lower
-    scored = [one.figures for one in earlier.betas if one.figures]
-    if metric is not None and scored and not any(metric in figures for figures in scored):
-        metric_of(scored[0], metric)
-    known = {one.beta: one for one in earlier.betas}
+    scored = [point.metrics for point in earlier.points if point.metrics]
+    if metric is not None and scored and not any(metric in metrics for metrics in scored):
+        choose_metric(scored[0], metric)  # raises
+    known = {point.beta: point for point in earlier.points}
     for key, beta in zip(keys, betas, strict=True):
-        one = known.setdefault(beta, Scored(beta, None, key))
-        if one.plan != key:
-            there = "" if (earlier.a, earlier.b) == (a, b) else f": A is {earlier.a} there, and B {earlier.b}"
-            raise UserError(
-                f"{place.url}: holds a sweep of other weights or options (beta {beta:g}){there}; choose another --out, "
-                "or remove it"
+        point = known.setdefault(beta, SweepPoint(beta, None, key))
+        if point.plan != key:
+            inputs = (
+                "" if (earlier.a, earlier.b) == (a, b) else f", where A is {earlier.a} and B is {earlier.b}"
             )
-    sweep.betas = [known[beta] for beta in sorted(known)]
+            raise UserError(
+                f"{workspace.url}: holds a sweep of other weights or options (beta {beta:g}){inputs}; "
+                "choose another --out, or remove it"
+            )
+    sweep.points = [known[beta] for beta in sorted(known)]
     return sweep
 
 
-def _read(place: Workplace) -> Sweep:
-    """sweep.json; an empty sweep where there is none."""
-    raw = place.read(RESULTS)
+def _read(workspace: Workspace) -> Sweep:
+    """The sweep in sweep.json; an empty one if there is no file."""
+    raw = workspace.read(RESULTS)
     if raw is None:
         return Sweep("", "")
     try:
@@ -137,27 +153,20 @@ def _read(place: Workplace) -> Sweep:
             tuple(content["command"]),
             content["metric"],
             bool(content["lower_is_better"]),
-            [Scored(e["beta"], e["folder"], e["plan"], e["figures"]) for e in content["betas"]],
+            [SweepPoint(e["beta"], e["folder"], e["plan"], e["figures"]) for e in content["betas"]],
         )
     except (LookupError, TypeError, ValueError):
         raise UserError(
-            f"{join(place.url, RESULTS)}: not what a sweep writes; choose another --out, or delete that file"
+            f"{join(workspace.url, RESULTS)}: not written by dromos sweep; choose another --out, or delete that file"
         ) from None
 
 
-def _save(sweep: Sweep, place: Workplace) -> None:
-    place.publish(RESULTS, json.dumps(sweep.plain(), indent=1) + "\n")
+def _save(sweep: Sweep, workspace: Workspace) -> None:
+    workspace.publish(RESULTS, json.dumps(sweep.plain(), indent=1) + "\n")
 
 
-def _show(sweep: Sweep, place: Workplace) -> None:
+def _publish_reports(sweep: Sweep, workspace: Workspace) -> None:
     from pretrain.merge.sweeps.chart import picture
 
-    place.publish("sweep.csv", sweep.as_csv())
-    place.publish("sweep.svg", picture(sweep))
-
-
-def _said(sweep: Sweep, one: Scored) -> str:
-    figures = one.figures or {}
-    return f"beta {one.beta:g}: " + ", ".join(
-        f"{name} {_shown(value, 'nan')}" for name, value in figures.items()
-    )
+    workspace.publish("sweep.csv", sweep.as_csv())
+    workspace.publish("sweep.svg", picture(sweep))

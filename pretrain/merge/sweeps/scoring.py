@@ -1,4 +1,4 @@
-"""Runs a person's command on a checkpoint folder and reads the figures that it prints last."""
+"""Runs a user's scoring command on a checkpoint folder and parses the metrics on the last line of its output."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 
-SHELL = ("|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1", "&>")
-PLACE = "{}"
-SCORE = "score"
-TAIL = 1 << 20  # bytes of the output in which its last line is looked for
-OBJECT = 2000  # lines that an object at the end may have
-FALLING = re.compile(r"(?i)(^|[._-])(nll|ppl|fid|wer|cer)([._-]|$)|loss|perplexity|error")
-Figures = dict[str, float | None]
-"""name -> number; None where what was printed is not finite"""
+PLACEHOLDER = "{}"  # replaced by the checkpoint folder
+SHELL_OPERATORS = ("|", "||", "&&", "&", ";", ">", ">>", "<", "2>", "2>&1", "&>")
+SINGLE_METRIC = "score"  # name of the metric of a command that prints a bare number
+TAIL_BYTES = 1 << 20  # bytes at the end of the output that are searched for its last line
+MAX_OBJECT_LINES = 2000  # lines of a JSON object at the end of the output
+# Names of metrics for which a lower value is usually better.
+LOWER_IS_BETTER = re.compile(r"(?i)(^|[._-])(nll|ppl|fid|wer|cer)([._-]|$)|loss|perplexity|error")
+# name -> value; None if the printed value is not finite.
+Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command that scores a checkpoint folder, which stands in it as `{}`.
+    """A command that scores a checkpoint folder; `{}` in its words is replaced by the folder.
 
-    words:   as a shell would split them; no shell runs.
-    flag:    where it was given, for messages.
-    seconds: after these it is stopped; None: never.
-    wrapped: makes of the words those that are executed (see launch.supervise.guard).
+    words:   split as a shell would split them; no shell runs.
+    flag:    the command-line flag that gave the command, for error messages.
+    seconds: time limit, after which the command is killed; None for no limit.
+    wrapped: maps the words to those that are executed (see launch.supervise.guard).
     """
 
     words: tuple[str, ...]
@@ -44,8 +45,8 @@ class Command:
     wrapped: Callable[[list[str]], list[str]] = list
 
     def on(self, folder: Path) -> list[str]:
-        """The words for one folder, whose path stays one argument whatever is in it."""
-        return [word.replace(PLACE, str(folder)) for word in self.words]
+        """The words for one folder. Its path stays within one argument, whatever characters it has."""
+        return [word.replace(PLACEHOLDER, str(folder)) for word in self.words]
 
 
 def parse_command(
@@ -54,106 +55,127 @@ def parse_command(
     seconds: float | None = None,
     wrapped: Callable[[list[str]], list[str]] = list,
 ) -> Command:
-    """Raises UserError for a command without `{}`, with open quotes, or whose program is not there."""
+    """The command of a command-line flag.
+
+    Raises UserError for a command without `{}`, with unclosed quotes, with shell operators, or with a program that
+    does not exist, and for a time limit that is not a positive number.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"{flag} {text}: {error}") from None
-    if not any(PLACE in word for word in words):
-        raise UserError(f"{flag} {text!r}: write {PLACE} where the checkpoint folder belongs")
-    if signs := [word for word in words if word in SHELL]:
+    if not any(PLACEHOLDER in word for word in words):
+        raise UserError(f"{flag} {text!r}: write {PLACEHOLDER} in place of the checkpoint folder")
+    if operators := [word for word in words if word in SHELL_OPERATORS]:
         raise UserError(
-            f"{flag} {text!r}: no shell runs that knows {signs[0]}; write sh -c '... {PLACE} ...'"
+            f"{flag} {text!r}: {operators[0]} needs a shell, and the command runs without one; "
+            f"write sh -c '... {PLACEHOLDER} ...'"
         )
     if shutil.which(words[0]) is None:
         raise UserError(
             f"{flag}: {words[0]}: no such program (no shell runs: write its path, or sh -c '...')"
         )
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"--timeout {seconds:g}: seconds, above 0")
+        raise UserError(f"--timeout {seconds:g}: must be a number of seconds above 0")
     return Command(tuple(words), flag, seconds, wrapped)
 
 
-def score(command: Command, folder: Path, log: Path) -> Figures:
-    """Run the command on `folder`; the figures of its last line, or of the JSON object that ends its output.
+def score(command: Command, folder: Path, log: Path) -> Metrics:
+    """Run the command on `folder`; returns the metrics of its last line, or of a JSON object at the end of its output.
 
-    log: without suffix; standard output goes to LOG.out, standard error to LOG.err, from the start each time.
-    Raises UserError naming the log when the command fails, takes too long, or prints no figure.
+    log: path without suffix. Standard output goes to LOG.out, standard error to LOG.err; both are overwritten.
+    Raises UserError that names the log when the command fails, exceeds its time limit, or prints no number.
     """
     out, err = log.with_name(f"{log.name}.out"), log.with_name(f"{log.name}.err")
     log.parent.mkdir(parents=True, exist_ok=True)
     words = command.on(folder)
     code = _run(command, words, out, err)
-    shown = shlex.join(words)
+    command_line = shlex.join(words)
     if code is None:
         raise UserError(
-            f"{command.flag}: {shown}: not done after {command.seconds:g} s (--timeout); see {err}"
+            f"{command.flag}: {command_line}: killed after {command.seconds:g} s (--timeout); see {err}"
         )
     if code:
-        how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise UserError(f"{command.flag}: {shown}: {how}; see {err}{_said(err)}")
+        outcome = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+        raise UserError(f"{command.flag}: {command_line}: {outcome}; see {err}{_last_errors(err)}")
     try:
-        return read_figures(_ending(out))
+        return read_metrics(_last_value(out))
     except ValueError as error:
-        raise UserError(f"{command.flag}: {shown}: {error}; see {out}") from None
+        raise UserError(f"{command.flag}: {command_line}: {error}; see {out}") from None
 
 
-def read_figures(line: str) -> Figures:
-    """A number, or a JSON object with numbers in it: {"imagenet": {"top1": 0.7}} gives imagenet.top1.
+def read_metrics(text: str) -> Metrics:
+    """Metrics from a number or a JSON object with numbers: {"imagenet": {"top1": 0.7}} gives imagenet.top1.
 
-    Raises ValueError in words for anything else. What is not finite becomes None.
+    A value that is not finite becomes None. Raises ValueError, with a message for the user, for anything else.
     """
-    if not line:
-        raise ValueError("it printed nothing; its last line is to be a number or a JSON object")
+    if not text:
+        raise ValueError("it printed nothing; its last line must be a number or a JSON object")
     try:
-        value: Any = float(line)
+        value: Any = float(text)
     except ValueError:
         try:
-            value = json.loads(line)
+            value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
     if isinstance(value, float):
-        return {SCORE: _finite(value)}
-    figures = dict(_numbers("", value)) if isinstance(value, dict) else {}
-    if not figures:
-        raise ValueError(f"its last line, {line[:80]!r}, is neither a number nor a JSON object with one")
-    return figures
+        return {SINGLE_METRIC: _finite(value)}
+    metrics = dict(_numbers("", value)) if isinstance(value, dict) else {}
+    if not metrics:
+        raise ValueError(f"its last line, {text[:80]!r}, is neither a number nor a JSON object with a number")
+    return metrics
 
 
-def metric_of(figures: Mapping[str, float | None], wanted: str | None) -> str:
-    """The figure that decides: `wanted`, or the first one. Raises UserError for one that is not there."""
-    if wanted is not None and wanted not in figures:
-        raise UserError(f"--metric {wanted}: the command printed {', '.join(figures)}")
-    return wanted or next(iter(figures))
+def choose_metric(metrics: Mapping[str, float | None], name: str | None) -> str:
+    """The metric that decides: `name`, or the first one. Raises UserError if there is no metric of that name."""
+    if name is not None and name not in metrics:
+        raise UserError(f"--metric {name}: the command printed {', '.join(metrics)}")
+    return name or next(iter(metrics))
+
+
+def format_metric(value: float | None, exact: bool = False) -> str:
+    """A metric as text: six significant digits, or all of them if `exact`; "nan" if it is not finite."""
+    if value is None:
+        return "nan"
+    return repr(value) if exact else f"{value:.6g}"
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """All metrics of an output: "top1 0.75, loss 1.2"."""
+    return ", ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
 
 
 def direction_note(metric: str | None, lower: bool) -> str | None:
-    """What to say where more is taken for better, and the figure's name sounds as if less were."""
-    if lower or metric is None or not FALLING.search(metric):
+    """A note if higher values count as better, but the metric's name suggests the opposite; else None."""
+    if lower or metric is None or not LOWER_IS_BETTER.search(metric):
         return None
-    return f"more {metric} is taken for better; --lower-is-better says otherwise"
+    return f"a higher {metric} counts as better; add --lower-is-better if a lower one is"
 
 
-def telling(told: Callable[[str], None] | None) -> Callable[[str, str | None, bool], None]:
-    """Tells a score; after the first one, while others can be spared, also what direction_note says of its metric."""
-    pending = told is not None
+def score_reporter(print_line: Callable[[str], None] | None) -> Callable[[str, str | None, bool], None]:
+    """A function (line, metric, lower) that prints the line of a score, and direction_note after the first score.
 
-    def tell(line: str, metric: str | None, lower: bool) -> None:
-        nonlocal pending
-        if told is None:
+    The note comes that early because hours of scoring may follow, which a restart with the right flag saves.
+    """
+    first = True
+
+    def report(line: str, metric: str | None, lower: bool) -> None:
+        nonlocal first
+        if print_line is None:
             return
-        told(line)
-        if pending and (advice := direction_note(metric, lower)):
-            told(f"note: {advice}")
-        pending = False
+        print_line(line)
+        if first and (note := direction_note(metric, lower)):
+            print_line(f"note: {note}")
+        first = False
 
-    return tell
+    return report
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float | None]]:
+    """(dotted name, number) of every number in nested dicts."""
     if isinstance(value, dict):
         return [
-            figure for key, inner in value.items() for figure in _numbers(f"{name}.{key}".lstrip("."), inner)
+            metric for key, inner in value.items() for metric in _numbers(f"{name}.{key}".lstrip("."), inner)
         ]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return [(name, _finite(value))] if is_number else []
@@ -162,12 +184,15 @@ def _numbers(name: str, value: Any) -> list[tuple[str, float | None]]:
 def _finite(value: float) -> float | None:
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:
+    except OverflowError:  # an integer beyond float64
         return None
 
 
 def _run(command: Command, words: list[str], out: Path, err: Path) -> int | None:
-    """Its exit code, None when it was stopped for time. It and whatever it started end with us."""
+    """The exit code of the command; None if it was killed at its time limit.
+
+    The command and its child processes do not outlive this call: they form a process group, which is killed.
+    """
     with open(out, "wb") as output, open(err, "wb") as errors:
         try:
             process = subprocess.Popen(
@@ -189,12 +214,12 @@ def _run(command: Command, words: list[str], out: Path, err: Path) -> int | None
                 process.wait()
 
 
-def _ending(path: Path) -> str:
-    """The last line, or all lines of an object that is closed by it."""
+def _last_value(path: Path) -> str:
+    """The last line of the output, or all lines of a JSON object that ends there."""
     lines = _tail(path)
     if not lines or not lines[-1].endswith("}"):
         return lines[-1] if lines else ""
-    for start in range(len(lines) - 1, max(-1, len(lines) - OBJECT), -1):
+    for start in range(len(lines) - 1, max(-1, len(lines) - MAX_OBJECT_LINES), -1):
         if lines[start].startswith("{"):
             text = "\n".join(lines[start:])
             with suppress(ValueError, RecursionError):
@@ -203,14 +228,15 @@ def _ending(path: Path) -> str:
     return lines[-1]
 
 
-def _said(err: Path) -> str:
-    """The end of what a failed command said, for the message."""
+def _last_errors(err: Path) -> str:
+    """The last three lines of standard error, for the error message."""
     return "".join(f"\n  {line[:200]}" for line in _tail(err)[-3:])
 
 
 def _tail(path: Path) -> list[str]:
+    """The non-empty lines in the last TAIL_BYTES of a file, stripped."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL))
+        file.seek(max(0, size - TAIL_BYTES))
         text = file.read().decode("utf-8", "replace")
     return [line.strip() for line in text.splitlines() if line.strip()]

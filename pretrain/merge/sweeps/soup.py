@@ -1,7 +1,8 @@
-"""Model soups: the mean of those models whose mean scores best, found greedily (arXiv 2203.05482, recipe 1).
+"""Greedy and uniform soups: the mean of the models whose mean scores best (arXiv 2203.05482, recipe 1).
 
-Every model is scored by itself; from the best one downwards each is added if the score of the mean does not drop.
-Every mean is computed from the inputs and rounded once, never from a mean.
+The greedy recipe scores every model; then, from the best one downwards, it adds each model if the score of the mean
+does not drop. Every mean is computed from the inputs and rounded once, never from another mean. Resumable: soup.json
+is published after every score.
 """
 
 from __future__ import annotations
@@ -16,42 +17,54 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import exists, is_remote, join
 from data_pipeline.storage.object_store import with_retries
-from pretrain.merge.execute import check_apart, execute
+from pretrain.merge.execute import check_outside_inputs, execute
 from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Plan, letter
 from pretrain.merge.output.writer import Progress
 from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.planner import Planner
 from pretrain.merge.planning.request import Request
-from pretrain.merge.sweeps.scoring import Command, Figures, metric_of, telling
-from pretrain.merge.sweeps.workspace import LOGS, Workplace, discard
+from pretrain.merge.sweeps.scoring import (
+    Command,
+    Metrics,
+    choose_metric,
+    format_metric,
+    format_metrics,
+    score_reporter,
+)
+from pretrain.merge.sweeps.workspace import LOGS, Workspace, discard
 
 RESULTS = "soup.json"
+MAX_TRIAL_NAME = 100  # characters; longer lists of models are named by their count and plan key
 
 
 @dataclass
 class Trial:
     """One mean that was scored.
 
-    of:      inputs in it, by number, ascending; a single one is that model itself.
-    plan:    key of its merge.
-    kept:    whether the soup went on from it; None while that is open.
+    members: numbers of the inputs in the mean, ascending; a single one is that model itself.
+    plan:    key of its merge plan.
+    kept:    the recipe continued from this mean; None if that was not decided.
     """
 
-    of: tuple[int, ...]
+    members: tuple[int, ...]
     plan: str
-    figures: Figures
+    metrics: Metrics
     kept: bool | None = None
 
 
 @dataclass
 class Soup:
-    """The search as far as it went.
+    """The state and the result of a search.
 
     inputs:  addresses.
-    chosen:  inputs in the soup, in the order in which they were added; empty while it is not known.
-    trials:  every mean scored, in order; first each input by itself.
-    record:  of the soup when it is merged; not in soup.json.
+    command: words of the scoring command; empty for a soup without scores.
+    metric:  the metric that decides; None before the first score.
+    lower:   lower values of that metric are better.
+    uniform: the mean of all inputs, not the greedy recipe.
+    chosen:  inputs in the soup, in the order in which they were added; empty during the search.
+    trials:  every scored mean in order; first each input alone.
+    record:  merge.json of the finished soup; not in soup.json.
     """
 
     inputs: tuple[str, ...]
@@ -63,16 +76,17 @@ class Soup:
     trials: list[Trial] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def trial(self, of: Sequence[int]) -> Trial | None:
-        return next((trial for trial in self.trials if trial.of == tuple(sorted(of))), None)
+    def trial(self, members: Sequence[int]) -> Trial | None:
+        """The trial of a mean, None if it was not scored yet."""
+        return next((trial for trial in self.trials if trial.members == tuple(sorted(members))), None)
 
-    def worth(self, trial: Trial) -> float:
-        """Of the figure that decides, more is better; what is not finite is worst."""
-        value = trial.figures.get(self.metric or "")
+    def signed_score(self, trial: Trial) -> float:
+        """The metric that decides, with the sign that makes more better; -inf if it is not finite."""
+        value = trial.metrics.get(self.metric or "")
         return float("-inf") if value is None else -value if self.lower else value
 
     def plain(self) -> dict[str, Any]:
-        """As soup.json has it."""
+        """The content of soup.json."""
         return {
             "inputs": {letter(number): address for number, address in enumerate(self.inputs)},
             "command": list(self.command),
@@ -81,24 +95,26 @@ class Soup:
             "recipe": "uniform" if self.uniform else "greedy",
             "chosen": [letter(number) for number in self.chosen],
             "trials": [
-                {"of": list(t.of), "plan": t.plan, "figures": t.figures, "kept": t.kept} for t in self.trials
+                {"of": list(t.members), "plan": t.plan, "figures": t.metrics, "kept": t.kept}
+                for t in self.trials
             ],
         }
 
     def lines(self) -> list[str]:
-        """Every trial in a row, and what came out."""
-        names = list(dict.fromkeys(name for trial in self.trials for name in trial.figures))
+        """The inputs, a table with one row per trial, and the chosen models, for the terminal."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.metrics))
         rows = []
         for trial in self.trials:
-            cells = [_shown(trial.figures.get(name)) for name in names]
-            mark = "" if trial.kept is None else "kept" if trial.kept else "dropped"
-            rows.append((_marks(trial.of), *cells, mark))
-        shown = table(("mean of", *names, ""), rows) if rows else []
-        shown = [f"{letter(number)}  {address}" for number, address in enumerate(self.inputs)] + shown
-        return [*shown, f"soup: the mean of {_marks(self.chosen)}"] if self.chosen else shown
+            cells = [format_metric(trial.metrics.get(name)) for name in names]
+            decision = "" if trial.kept is None else "kept" if trial.kept else "dropped"
+            rows.append((_letters(trial.members), *cells, decision))
+        lines = [f"{letter(number)}  {address}" for number, address in enumerate(self.inputs)]
+        if rows:
+            lines += table(("mean of", *names, ""), rows)
+        return [*lines, f"soup: the mean of {_letters(self.chosen)}"] if self.chosen else lines
 
 
-def find_soup(
+def run_soup(
     request: Request,
     opened: OpenedInputs,
     out: Path | str,
@@ -109,42 +125,52 @@ def find_soup(
     lower: bool | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-    told: Callable[[str], None] | None = None,
+    print_line: Callable[[str], None] | None = None,
 ) -> Soup:
-    """Find the soup of the inputs and write it to `out`; goes on where an earlier call stopped.
+    """Find the soup of the inputs and write it to `out`; resumes where an earlier call stopped.
 
-    request: a linear merge of the inputs; its weights are not looked at.
-    uniform: the mean of all; scored if there is a command.
-    out:     a folder on a disk, or in a store.
-    While it searches, trials and logs are in the folder `OUT.trials`; at the end soup.json and logs are in `out`. Of an
-    `out` in a store the trials, which the command needs on a disk, are in a folder below TMPDIR.
-    Raises UserError when the command fails on one (what was scored stays), and for an `out` with something else.
+    request:    a linear merge of the inputs; its weights are ignored.
+    uniform:    the mean of all inputs; scored if there is a command.
+    out:        a folder on a disk or in a store.
+    print_line: receives a line per score.
+
+    During the search, trials and logs are in the folder `OUT.trials`; at the end soup.json and logs are in `out`. If
+    `out` is in a store, the trials are in a folder below TMPDIR, because the command needs local files.
+    Raises UserError if the command fails (earlier scores are kept), or if `out` holds anything else.
     """
     if command is None and not uniform:
-        raise UserError("a greedy soup needs scores: say how with --score-cmd, or take all with --uniform")
+        raise UserError(
+            "a greedy soup needs scores: give the scoring command with --score-cmd, or mix all with --uniform"
+        )
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
         raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
-    check_apart(str(out), opened)
+    check_outside_inputs(str(out), opened)
     if is_remote(str(out)) and "/" not in str(out).rstrip("/").partition("://")[2]:
         raise UserError(f"--out {out}: name a folder in the bucket")
-    search = _Search(request, opened, str(out), command, threads, progress, told)
-    search.check_place()
-    with search.place:
+    search = _Search(request, opened, str(out), command, threads, progress, print_line)
+    search.check_out()
+    with search.workspace:
         soup = search.resume(uniform, metric, lower)
-        if search.place.remote:  # one that may not be written is found before hours of scoring
+        if search.workspace.remote:  # a store that refuses writes fails here, before hours of scoring
             search.save(soup)
         soup.chosen = tuple(range(opened.inputs)) if uniform else search.greedy(soup)
         if uniform and command is not None:
             search.score(soup, soup.chosen)
-        search.save(soup)  # else a kill before `publish` leaves an `out` that nobody knows
-        made = execute([search.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
-        soup.record = made[0]
+        search.save(
+            soup
+        )  # after a kill before `publish`, soup.json tells the next call that `out` is its own
+        records = execute([search.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
+        soup.record = records[0]
         search.publish(soup)
         return soup
 
 
 class _Search:
-    """What a search works with: plans of means, and the folder of its trials."""
+    """The plans, trials and results of one search.
+
+    workspace: `OUT.trials`, where the search works.
+    finished:  `OUT` itself, which gets soup.json and logs at the end.
+    """
 
     def __init__(
         self,
@@ -154,125 +180,130 @@ class _Search:
         command: Command | None,
         threads: int | None,
         progress: Progress | None,
-        told: Callable[[str], None] | None,
+        print_line: Callable[[str], None] | None,
     ) -> None:
         self.opened, self.out, self.command = opened, out.rstrip("/"), command
-        self._threads, self._progress, self._tell = threads, progress, telling(told)
+        self._threads, self._progress, self._report = threads, progress, score_reporter(print_line)
         self._planner = Planner(opened.sources, request, opened.named)
-        self._prints = [source.hashes() for source in opened.sources]
+        self._fingerprints = [source.hashes() for source in opened.sources]
         key = self.key(range(opened.inputs))
-        self.place, self._done = Workplace(f"{self.out}.trials", key), Workplace(self.out, key)
+        self.workspace, self.finished = Workspace(f"{self.out}.trials", key), Workspace(self.out, key)
 
-    def plan(self, of: Sequence[int]) -> Plan:
-        """The mean of these inputs alone; the others are not read."""
-        weights = [1.0 / len(of) if i in of else 0.0 for i in range(self.opened.inputs)]
+    def plan(self, members: Sequence[int]) -> Plan:
+        """The mean of these inputs; the others have weight 0 and are not read."""
+        weights = [1.0 / len(members) if i in members else 0.0 for i in range(self.opened.inputs)]
         return self._planner.plan(weights)
 
-    def key(self, of: Sequence[int]) -> str:
-        return self.plan(of).key(self._prints)
+    def key(self, members: Sequence[int]) -> str:
+        return self.plan(members).key(self._fingerprints)
 
-    def check_place(self) -> None:
-        """Before anything is written: UserError where `out` cannot be had."""
-        if any(self._known()) or not exists(self.out):
+    def check_out(self) -> None:
+        """UserError if `out` holds anything but a soup; checked before anything is written."""
+        if any(self._saved()) or not exists(self.out):
             return
         if is_remote(self.out) or not Path(self.out).is_dir() or any(Path(self.out).iterdir()):
             raise UserError(
                 f"{self.out} exists and is not the output of a soup; choose another --out, or remove it"
             )
 
-    def _known(self) -> Iterator[tuple[str, bytes]]:
-        """soup.json of the trials, or of what is done: its address and content."""
-        for place in (self.place, self._done):
-            if (content := place.read(RESULTS)) is not None:
-                yield join(place.url, RESULTS), content
+    def _saved(self) -> Iterator[tuple[str, bytes]]:
+        """Address and content of soup.json, of the unfinished search first, then of the finished soup."""
+        for workspace in (self.workspace, self.finished):
+            if (content := workspace.read(RESULTS)) is not None:
+                yield join(workspace.url, RESULTS), content
 
     def resume(self, uniform: bool, metric: str | None, lower: bool | None) -> Soup:
-        """The search as soup.json knows it."""
+        """The search in soup.json; a new one if there is no file."""
         words = self.command.words if self.command is not None else ()
         inputs = tuple(source.address for source in self.opened.sources[: self.opened.inputs])
         soup = Soup(inputs, words, metric, bool(lower), uniform)
-        for url, content in self._known():
-            self._take(soup, url, content, metric, lower)
+        for url, content in self._saved():
+            self._load(soup, url, content, metric, lower)
             break
         return soup
 
-    def _take(self, soup: Soup, url: str, raw: bytes, metric: str | None, lower: bool | None) -> None:
+    def _load(self, soup: Soup, url: str, raw: bytes, metric: str | None, lower: bool | None) -> None:
+        """Fill in the trials and the metric of soup.json. Raises UserError if they are of another soup."""
         try:
             content = json.loads(raw)
-            words, known, less = tuple(content["command"]), content["metric"], content["lower_is_better"]
+            words, known, known_lower = (
+                tuple(content["command"]),
+                content["metric"],
+                content["lower_is_better"],
+            )
             trials = [Trial(tuple(t["of"]), t["plan"], t["figures"]) for t in content["trials"]]
         except (LookupError, TypeError, ValueError):
             raise UserError(
-                f"{url}: not what a soup writes; choose another --out, or delete that file"
+                f"{url}: not written by dromos soup; choose another --out, or delete that file"
             ) from None
         if trials and words != soup.command:
             raise UserError(
-                f"{url}: scored by another command, {' '.join(words)}; choose another --out, or delete it"
+                f"{url}: scored by another command, {' '.join(words)}; choose another --out, or delete that "
+                "file to score again"
             )
         for trial in trials:
-            if max(trial.of) >= self.opened.inputs or trial.plan != self.key(trial.of):
+            if max(trial.members) >= self.opened.inputs or trial.plan != self.key(trial.members):
                 raise UserError(f"{url}: of other models or options; choose another --out, or remove it")
         soup.trials, soup.metric = trials, metric or known
         if lower is None and metric in (None, known):
-            soup.lower = bool(less)
+            soup.lower = bool(known_lower)
 
     def greedy(self, soup: Soup) -> tuple[int, ...]:
-        """The greedy recipe."""
+        """The inputs that the greedy recipe chooses, in the order in which it adds them."""
         alone = [self.score(soup, (number,)) for number in range(self.opened.inputs)]
-        if all(soup.worth(trial) == float("-inf") for trial in alone):
+        if all(soup.signed_score(trial) == float("-inf") for trial in alone):
             raise UserError(
-                f"--score-cmd: of no model is {soup.metric} a finite number, so none is the best; see "
-                f"{self.place.folder / LOGS}, and delete {join(self.place.url, RESULTS)} to score again"
+                f"--score-cmd: no model has a finite {soup.metric}, so none is the best; see "
+                f"{self.workspace.folder / LOGS}, and delete {join(self.workspace.url, RESULTS)} to score again"
             )
-        order = sorted(range(len(alone)), key=lambda number: (-soup.worth(alone[number]), number))
+        order = sorted(range(len(alone)), key=lambda number: (-soup.signed_score(alone[number]), number))
         chosen: tuple[int, ...] = (order[0],)
         best = alone[order[0]]
         best.kept = True
         for number in order[1:]:
             trial = self.score(soup, (*chosen, number))
-            trial.kept = soup.worth(trial) >= soup.worth(best) > float("-inf")
+            trial.kept = soup.signed_score(trial) >= soup.signed_score(best) > float("-inf")
             if trial.kept:
                 chosen, best = (*chosen, number), trial
         return chosen
 
-    def score(self, soup: Soup, of: Sequence[int]) -> Trial:
-        """The trial of a mean, scored now if it was not before."""
-        found = soup.trial(of)
-        if found is None:
+    def score(self, soup: Soup, members: Sequence[int]) -> Trial:
+        """The trial of a mean; merged, scored and removed unless an earlier call has scored it."""
+        trial = soup.trial(members)
+        if trial is None:
             assert self.command is not None
-            plan, of = self.plan(of), tuple(sorted(of))
-            name = "".join(f"-{letter(number)}" for number in of).removeprefix("-")
-            if len(name) > 100:
-                name = f"{len(of)}-models-{plan.key(self._prints)}"
-            trial = self.place.folder / name
-            execute([plan], self.opened, [trial], threads=self._threads, progress=self._progress)
-            figures = self.place.score(self.command, trial, name)
-            soup.metric = metric_of(figures, soup.metric)
-            found = Trial(of, plan.key(self._prints), figures)
-            soup.trials.append(found)
+            plan, members = self.plan(members), tuple(sorted(members))
+            name = "".join(f"-{letter(number)}" for number in members).removeprefix("-")
+            if len(name) > MAX_TRIAL_NAME:
+                name = f"{len(members)}-models-{plan.key(self._fingerprints)}"
+            folder = self.workspace.folder / name
+            execute([plan], self.opened, [folder], threads=self._threads, progress=self._progress)
+            metrics = self.workspace.score(self.command, folder, name)
+            soup.metric = choose_metric(metrics, soup.metric)
+            trial = Trial(members, plan.key(self._fingerprints), metrics)
+            soup.trials.append(trial)
             self.save(soup)
-            discard(trial)
-            listed = ", ".join(f"{key} {_shown(value)}" for key, value in figures.items())
-            self._tell(f"{_marks(of)}: {listed}", soup.metric, soup.lower)
-        metric_of(found.figures, soup.metric)
-        return found
+            discard(folder)
+            self._report(f"{_letters(members)}: {format_metrics(metrics)}", soup.metric, soup.lower)
+        choose_metric(trial.metrics, soup.metric)
+        return trial
 
     def save(self, soup: Soup) -> None:
-        self.place.publish(RESULTS, _json(soup))
+        self.workspace.publish(RESULTS, _json(soup))
 
     def publish(self, soup: Soup) -> None:
-        """The results beside the soup; the trials' folder goes."""
-        trials, done = self.place, self._done
-        if trials.remote:
+        """Publish soup.json and the logs beside the soup, and remove the folder of the trials."""
+        source, target = self.workspace, self.finished
+        if source.remote:
             with_retries(
-                trials.url,
-                lambda store: _copy_all(store, join(trials.url, LOGS), join(done.url, LOGS)),
+                source.url,
+                lambda store: _copy_all(store, join(source.url, LOGS), join(target.url, LOGS)),
                 to="write",
             )
-        elif (trials.folder / LOGS).is_dir():
-            shutil.copytree(trials.folder / LOGS, done.folder / LOGS, dirs_exist_ok=True)
-        done.publish(RESULTS, _json(soup))
-        trials.remove()
+        elif (source.folder / LOGS).is_dir():
+            shutil.copytree(source.folder / LOGS, target.folder / LOGS, dirs_exist_ok=True)
+        target.publish(RESULTS, _json(soup))
+        source.remove()
 
 
 def _copy_all(store: Any, source: str, target: str) -> None:
@@ -284,9 +315,6 @@ def _json(soup: Soup) -> str:
     return json.dumps(soup.plain(), indent=1) + "\n"
 
 
-def _marks(of: Sequence[int]) -> str:
-    return " ".join(letter(number) for number in of)
-
-
-def _shown(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.6g}"
+def _letters(members: Sequence[int]) -> str:
+    """The letters of inputs: "A C D"."""
+    return " ".join(letter(number) for number in members)

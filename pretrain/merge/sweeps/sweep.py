@@ -1,4 +1,8 @@
-"""Many betas of two inputs: written in one pass over them, or computed tensor by tensor for whoever evaluates."""
+"""`sweep`, `interpolated`: many betas in one pass.
+
+`sweep` writes the merges of two inputs at many betas and reads the inputs once. `interpolated` writes nothing: it
+computes each tensor of one merge on access, for evaluation in the same process.
+"""
 
 from __future__ import annotations
 
@@ -19,50 +23,50 @@ from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.source import WeightSource, open_weights
 
-Place = TypeVar("Place", Path, str)
+Address = TypeVar("Address", Path, str)
 
 
 def sweep(
     a: str,
     b: str,
     betas: Sequence[float],
-    out: Place,
+    out: Address,
     *,
     run_dir: Path | None = None,
     chunk: int = ELEMENTS_PER_BLOCK,
     threads: int | None = None,
     progress: Progress | None = None,
-    **asked: Any,
-) -> dict[float, Place]:
-    """theta = beta * A + (1 - beta) * B for every beta, in `out/beta-0.30/` and so on, each as `merge` writes it.
+    **options: Any,
+) -> dict[float, Address]:
+    """Write theta = beta * A + (1 - beta) * B for every beta to `out/beta-0.30/` and so on, each as `merge` writes it.
 
-    out: a folder on a disk or in a store.
+    out:     a folder on a disk or in a store.
+    options: those of `merge`: only, copy_rest, dtype, ...
 
-    Every chunk of A and B is read once for all betas. Outputs that are complete are not done again.
-    asked: as of `merge`: only, copy_rest, dtype, ...
-    Returns beta -> folder, a path or a URL as `out` is, and writes it as `out/sweep.json`.
+    Every chunk of A and B is read once for all betas. Outputs that are complete are not written again.
+    Returns beta -> folder, as Path or URL like `out`; `out/sweep.json` lists the same.
     """
-    plans, opened = plan_sweep(a, b, betas, run_dir=run_dir, **asked)
-    made = run_sweep(plans, opened, betas, out, chunk=chunk, threads=threads, progress=progress)
-    folders = {one.beta: one.folder for one in made.betas}
+    plans, opened = plan_sweep(a, b, betas, run_dir=run_dir, **options)
+    result = run_sweep(plans, opened, betas, out, chunk=chunk, threads=threads, progress=progress)
+    folders = {point.beta: point.folder for point in result.points}
     return {beta: type(out)(join(str(out), folders[beta] or "")) for beta in betas}
 
 
 def plan_sweep(
-    a: str, b: str, betas: Sequence[float], *, run_dir: Path | None = None, **asked: Any
+    a: str, b: str, betas: Sequence[float], *, run_dir: Path | None = None, **options: Any
 ) -> tuple[list[Plan], OpenedInputs]:
-    """One plan a beta, all with the same tensors in the same places."""
+    """One plan per beta, all with the same tensors at the same offsets. Raises UserError for an empty list of betas."""
     if not betas:
-        raise UserError("a sweep needs betas")
+        raise UserError("a sweep needs at least one beta")
     weights = [resolve_weights(2, beta, None) for beta in betas]
-    return prepare(request([a, b], beta=betas[0], **asked), weights, run_dir)
+    return prepare(request([a, b], beta=betas[0], **options), weights, run_dir)
 
 
 class Interpolated(Mapping[str, np.ndarray]):
-    """A merged state dict that computes each tensor when it is asked for; nothing is written.
+    """A merged state dict that computes each tensor on access; nothing is written.
 
-    Tensors are what `merge` would store: the same bits, in their shapes; BF16 as float32, which holds it exactly.
-    Frozen tensors are among them.
+    Values have the bits and shapes that `merge` stores; BF16 is returned as float32, which represents it exactly.
+    Includes the frozen tensors of the stage.
     """
 
     def __init__(self, plan: Plan, sources: Sequence[WeightSource]) -> None:
@@ -90,6 +94,6 @@ class Interpolated(Mapping[str, np.ndarray]):
 
 
 def interpolated(a: str, b: str, beta: float, **options: Any) -> Interpolated:
-    """beta * A + (1 - beta) * B as a lazy mapping name -> array; options as of `sweep` (only, copy_rest, ...)."""
+    """beta * A + (1 - beta) * B as a lazy mapping name -> array; options: those of `sweep` (only, ...)."""
     plans, opened = plan_sweep(a, b, [beta], **options)
     return Interpolated(plans[0], opened.sources)

@@ -1,4 +1,8 @@
-"""Where a sweep or a soup works: results where its outputs go, also in a store; trials, logs and the lock on a disk."""
+"""Working directory of a sweep or soup: results, trial merges, logs, lock.
+
+Results and logs are published where the outputs go, on a disk or in an object store. Trial merges and the lock are
+always on a disk, because the scoring command needs local files.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,19 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote, join, local_path, publish, read_bytes
 from data_pipeline.storage.object_store import with_retries
 from pretrain.merge.output.record import RECORD
-from pretrain.merge.sweeps.scoring import Command, Figures, score
+from pretrain.merge.sweeps.scoring import Command, Metrics, score
 from pretrain.run.lock import FolderLock
 
 LOGS = "logs"
 
 
-class Workplace:
-    """One command's place to work, held by one process at a time on this machine; a context manager.
+class Workspace:
+    """The working directory of one command; as a context manager it is locked against other processes of this machine.
 
-    url:    where results and logs are to stand.
-    folder: on a disk, for trials and logs: `url` itself, or for one in a store a folder below TMPDIR that belongs to
-            `url` and `key`. That one goes at the end, and stays after an error, for the logs and to go on with.
+    url:    where results and logs are published.
+    folder: local folder of trials and logs. On a disk it is `url` itself. For a `url` in a store it is a folder below
+            TMPDIR, named by a hash of `url` and `key`; it is removed at the end, and kept after an error, so that its
+            logs can be read and the next call resumes from it.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -37,10 +42,10 @@ class Workplace:
             raise UserError(
                 f"--out {url}: write s3://BUCKET/FOLDER, or a path without a colon before a slash"
             )
-        self.folder = _own(f"{self.url}\n{key}") if self.remote else Path(local_path(self.url))
+        self.folder = _private_folder(f"{self.url}\n{key}") if self.remote else Path(local_path(self.url))
         self._lock: FolderLock | None = None
 
-    def __enter__(self) -> Workplace:
+    def __enter__(self) -> Workspace:
         self._lock = FolderLock(self.folder, wait=0, where="--out")
         return self
 
@@ -53,43 +58,44 @@ class Workplace:
         self._lock.release()
 
     def read(self, name: str) -> bytes | None:
-        """A file of results; None where there is none."""
+        """A result file; None if it does not exist."""
         try:
             return read_bytes(join(self.url, name))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def publish(self, name: str, content: str) -> None:
+        """Write a result file. Raises UserError if the bucket does not exist."""
         try:
             publish(join(self.url, name), content.encode())
         except FileNotFoundError as error:
             if not self.remote:
                 raise
             raise UserError(
-                f"{self.url}: cannot be written: {error}; make the bucket, or correct its name"
+                f"{self.url}: cannot be written: {error}; create the bucket, or correct its name"
             ) from error
 
     def remove(self) -> None:
-        """All of it, results and logs too."""
+        """Remove everything, results and logs too."""
         if self.remote:
             with_retries(self.url, lambda store: _remove_all(store, self.url), to="write")
         shutil.rmtree(self.folder)
 
-    def score(self, command: Command, trial: Path, name: str) -> Figures:
-        """The figures of a folder on the disk; what the command printed is in `logs`, also in the store."""
+    def score(self, command: Command, trial: Path, name: str) -> Metrics:
+        """The metrics of a local folder. The output of the command goes to `logs`, in a store too."""
         log = self.folder / LOGS / name
-        figures = score(command, trial, log)
+        metrics = score(command, trial, log)
         if self.remote:
             for path in (log.with_name(f"{log.name}.out"), log.with_name(f"{log.name}.err")):
                 with open(path, "rb") as file:
                     publish(
-                        join(self.url, f"{LOGS}/{path.name}"), lambda sent: shutil.copyfileobj(file, sent)
+                        join(self.url, f"{LOGS}/{path.name}"), lambda target: shutil.copyfileobj(file, target)
                     )
-        return figures
+        return metrics
 
 
 def discard(trial: Path) -> None:
-    """Remove a complete output of a merge; anything else is left alone."""
+    """Remove a complete output of a merge; leave any other folder alone."""
     if (trial / RECORD).is_file():
         shutil.rmtree(trial)
 
@@ -99,13 +105,13 @@ def _remove_all(store: Any, url: str) -> None:
         store.rm_file(path)
 
 
-def _own(key: str) -> Path:
-    """A folder for `key` below TMPDIR, in one that only this user may look into."""
+def _private_folder(key: str) -> Path:
+    """The path of a folder for `key`, in a folder below TMPDIR that only this user can access."""
     base = Path(tempfile.gettempdir()) / f"dromos-{os.getuid()}"
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = base.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = base.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(
-            f"{base}: is not a folder of this user alone; remove it, or set TMPDIR to another place"
+            f"{base}: is not a private folder of this user; remove it, or set TMPDIR to another folder"
         )
     return base / xxhash.xxh64_hexdigest(key.encode())

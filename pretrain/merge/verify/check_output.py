@@ -1,4 +1,8 @@
-"""Whether the output of a merge is what was written, whole, and what its inputs give; nothing is written."""
+"""`dromos verify`: checks that an output is complete and unchanged, and that its inputs give it.
+
+Everything is compared with merge.json: sizes and digests of files, tensors and their places, config.json, the state of
+the inputs, and random chunks that are recomputed from the inputs. Nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -30,29 +34,29 @@ from pretrain.weights.folder import FROZEN, Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource
 
-CHUNKS = 32
+CHUNKS = 32  # recomputed chunks by default
 
 
 def open_output(url: str) -> tuple[Folder, dict[str, Any]]:
-    """The folder and its merge.json. Raises UserError where it is not the output of a merge."""
+    """The folder and its merge.json. Raises UserError if it is not the output of a merge."""
     try:
         folder = Folder(url)
     except UserError:
         raise UserError(
-            f"{url}: no such folder, so no {RECORD}; name the folder that dromos merge wrote"
+            f"{url}: no such folder, so no {RECORD}; name a folder that dromos merge wrote"
         ) from None
     if RECORD not in folder:
-        if swept := [name for name in folder.folders if name.startswith("beta-")]:
-            raise UserError(f"{url}: a sweep; name one of its outputs, such as {join(url, swept[0])}")
-        raise UserError(f"{url}: no {RECORD} in it; name the folder that dromos merge wrote")
+        if outputs := [name for name in folder.folders if name.startswith("beta-")]:
+            raise UserError(f"{url}: a sweep; name one of its outputs, such as {join(url, outputs[0])}")
+        raise UserError(f"{url}: no {RECORD} in it; name a folder that dromos merge wrote")
     content = folder.json(RECORD)
     if not isinstance(content, dict) or not {"plan", "inputs", "output"} <= set(content):
-        raise UserError(f"{folder.url}/{RECORD}: not what a merge writes")
+        raise UserError(f"{folder.url}/{RECORD}: not written by dromos merge")
     return folder, content
 
 
 def weight_bytes(url: str) -> int:
-    """Of the weights in a folder: what `verify` reads of it at least. 0 where it is none."""
+    """Bytes of the weight files in a folder, which `verify` reads; 0 if there is no such folder."""
     try:
         folder = Folder(url)
     except UserError:
@@ -69,12 +73,14 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Check the output of a merge against its merge.json, and `count` random chunks of it against its inputs.
+    """Check the output of a merge against its merge.json, and recompute `count` random chunks from its inputs.
 
     folder:   on a disk or in a store.
-    full:     all of the inputs is read again, and everything is computed again.
-    progress: is told the bytes that are checked.
-    Raises UserError where `folder` is not the output of a merge, ReadError where a store does not answer.
+    full:     read the inputs completely, and recompute everything.
+    seed:     of the random chunks.
+    progress: receives numbers of checked bytes.
+
+    Raises UserError if `folder` is not the output of a merge, ReadError if a store does not answer.
     """
     report = Report(str(folder))
     opened, record = open_output(report.folder)
@@ -84,7 +90,7 @@ def verify(
     except UserError as error:
         report.add("wrong", str(error))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        report.add("wrong", f"{RECORD}: not as it was written ({error!r})")
+        report.add("wrong", f"{RECORD}: its content is not valid ({error!r})")
     return report
 
 
@@ -98,46 +104,52 @@ def _check_all(
     threads: int | None,
     progress: Progress | None,
 ) -> None:
+    # 1. merge.json itself.
     if is_sealed(record):
-        report.add("good", f"{RECORD} is as it was written")
+        report.add("good", f"{RECORD}: unchanged")
     else:
-        report.add("wrong", f"{RECORD} was edited: its seal is of other content")
-    sound: dict[str, SafetensorsFile] = {}
-    held: dict[str, TensorInfo] = {}
-    places: dict[str, str] = {}
+        report.add("wrong", f"{RECORD} was edited: its content does not match its seal")
+
+    intact: dict[str, SafetensorsFile] = {}
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[str, str] = {}
     with Workers([], threads=threads) as workers:
+        # 2. The weight files.
         for name, entry in record["output"].items():
             file = open_file(report, folder, name, entry)
             if file is None:
                 continue
-            held |= {tensor: file.info(tensor) for tensor in file.names()}
-            places |= dict.fromkeys(file.names(), name)
+            tensors |= {tensor: file.info(tensor) for tensor in file.names()}
+            files |= dict.fromkeys(file.names(), name)
             if check_file(report, name, file, entry, record, workers, progress):
-                sound[name] = file
-        if len(sound) == len(record["output"]):
-            report.add(
-                "good", f"{len(held)} tensors in {_counted(len(sound), 'file')} are as they were written"
-            )
+                intact[name] = file
+        if len(intact) == len(record["output"]):
+            report.add("good", f"{len(tensors)} tensors in {_counted(len(intact), 'file')}: unchanged")
         _check_finite(report, {job.name: job for _, job in jobs}, record.get("overflow") or {})
-        _check_places(report, folder, record, jobs, held, places)
-        _check_beside(report, folder, record)
-        _check_config(report, folder, held)
-        _check_inputs(report, record, jobs, sound, count, seed, workers, threads, progress)
+        _check_places(report, folder, record, jobs, tensors, files)
+
+        # 3. The other files.
+        changed = _check_other_files(report, folder, record)
+        _check_config(report, folder, tensors, "config.json" in changed)
+
+        # 4. The inputs, and what they give.
+        _check_inputs(report, record, jobs, intact, count, seed, workers, threads, progress)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _check_finite(report: Report, jobs: Mapping[str, TensorJob], overflow: Mapping[str, int]) -> None:
+    """NaN and infinities are wrong, unless they were copied from an input."""
     for name, (nan, inf) in report.not_finite.items():
         copied = name in jobs and jobs[name].copy
         text = f"{name}: {nan:,} NaN, {inf:,} infinite" + (", copied from its input" if copied else "")
         if name in overflow and name in jobs:
-            text += f"; the merge made {overflow[name]:,} of them, too large for {jobs[name].dtype}"
+            text += f"; {overflow[name]:,} of them come from the merge, too large for {jobs[name].dtype}"
         report.add("note" if copied else "wrong", text)
     if not report.not_finite:
-        report.add("good", "no NaN, nothing infinite")
+        report.add("good", "no NaN, no infinity")
 
 
 def _check_places(
@@ -145,139 +157,165 @@ def _check_places(
     folder: Folder,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
-    held: Mapping[str, TensorInfo],
-    places: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    files: Mapping[str, str],
 ) -> None:
-    """Every tensor in its file, in its shape; the index says so too; ties lead to something."""
+    """Every tensor is in its file with its dtype and shape, the index lists it there, and tied names have a target."""
     for file, job in jobs:
-        if job.name not in held:
-            report.add("wrong", f"{job.name}: not there; it was written to {file}")
-        elif held[job.name] != (job.dtype, job.shape) or places[job.name] != file:
-            dtype, shape = held[job.name]
+        if job.name not in tensors:
+            report.add("wrong", f"{job.name}: missing; it was written to {file}")
+        elif tensors[job.name] != (job.dtype, job.shape) or files[job.name] != file:
+            dtype, shape = tensors[job.name]
             report.add(
                 "wrong",
-                f"{job.name}: {dtype} {list(shape)} in {places[job.name]}, "
-                f"planned was {job.dtype} {list(job.shape)} in {file}",
+                f"{job.name}: {dtype} {list(shape)} in {files[job.name]}, "
+                f"but {job.dtype} {list(job.shape)} was written to {file}",
             )
     if len(record["output"]) > 1 or INDEX in folder:
         index = _json(folder, INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
-        if placed != dict(places):
-            report.add("wrong", f"{INDEX}: missing, or it does not say where the tensors are")
+        if placed != dict(files):
+            report.add("wrong", f"{INDEX}: missing, or it lists other tensors or files")
     frozen = record.get("frozen")
     for alias, name in (record.get("tied") or {}).items():
-        if name not in held and not frozen:
-            report.add("wrong", f"{alias}: tied to {name}, which is not there")
+        if name not in tensors and not frozen:
+            report.add("wrong", f"{alias}: tied to {name}, which is missing")
     if frozen and FROZEN not in folder:
-        report.add("wrong", f"{FROZEN}: not there")
+        report.add("wrong", f"{FROZEN}: missing")
     for name in folder.matching("*.safetensors"):
         if name not in record["output"] and name != frozen:
-            report.add("note", f"{name}: not of this merge")
+            report.add("note", f"{name}: not part of this merge")
 
 
 def _json(folder: Folder, name: str) -> Any:
-    """None where it is not there, or is no JSON."""
+    """The content of a JSON file; None if it is missing or not JSON."""
     try:
         return folder.json(name) if name in folder else None
     except UserError:
         return None
 
 
-def _check_beside(report: Report, folder: Folder, record: Mapping[str, Any]) -> None:
-    """Config, tokenizer and the like against the digests that they were written with."""
-    beside = record.get("beside", {})
-    if not isinstance(beside, dict):
-        report.add("wrong", f"{RECORD}: beside is no list of files")
-        return
-    changed = [name for name, digest in beside.items() if _digest_of(folder, name) != digest]
+def _check_other_files(report: Report, folder: Folder, record: Mapping[str, Any]) -> list[str]:
+    """Compare config, tokenizer and the like with the digests in merge.json; returns the names of changed files."""
+    digests = record.get("beside", {})
+    if not isinstance(digests, dict):
+        report.add("wrong", f'{RECORD}: "beside" is not a table of files')
+        return []
+    changed = [name for name, digest in digests.items() if _digest_of(folder, name) != digest]
     for name in changed:
-        report.add("wrong", f"{name}: gone, or not as it was written")
-    if beside and not changed:
-        report.add("good", f"{len(beside)} files beside the weights are as they were written")
+        report.add("wrong", f"{name}: missing, or changed since it was written")
+    if digests and not changed:
+        report.add("good", f"{_counted(len(digests), 'other file')}: unchanged")
+    return changed
 
 
 def _digest_of(folder: Folder, name: str) -> str | None:
-    """xxh64 of a file of this folder; None where it is none of it."""
+    """xxh64 of a file in the folder; None if it is missing or cannot be read."""
     try:
         return xxhash.xxh64_hexdigest(folder.bytes(name)) if name in folder else None
     except UserError:
         return None
 
 
-def _check_config(report: Report, folder: Folder, held: Mapping[str, TensorInfo]) -> None:
-    """What config.json says of sizes, where it is the same in all models: vocabulary, width, number of layers."""
+def _check_config(report: Report, folder: Folder, tensors: Mapping[str, TensorInfo], changed: bool) -> None:
+    """Compare sizes in config.json with the tensors, by keys that mean the same in all models.
+
+    These are the vocabulary, the width and the number of layers. `changed`: the file has a finding already, so a match
+    is not reported as good.
+    """
     try:
         config: Any = folder.json("config.json") if "config.json" in folder else {}
     except UserError:
-        report.add("wrong", "config.json: not JSON")
+        report.add("wrong", "config.json: not valid JSON")
         return
     if not isinstance(config, dict):
         return
     inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    checked: list[str] = []
+    mismatches = [*_size_mismatches(inner, tensors, checked), *_layer_mismatches(inner, tensors, checked)]
+    for text in mismatches:
+        report.add("wrong", f"config.json: {text}")
+    if checked and not changed and not mismatches:
+        report.add("good", f"config.json matches the tensors ({', '.join(checked)})")
+
+
+def _size_mismatches(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], checked: list[str]
+) -> list[str]:
+    """vocab_size and hidden_size against the embedding, if there is one; adds the compared keys to `checked`."""
     embeddings = [
-        (name, shape) for name, (_, shape) in held.items() if EMBEDDING.search(name) and len(shape) == 2
+        (name, shape) for name, (_, shape) in tensors.items() if EMBEDDING.search(name) and len(shape) == 2
     ]
-    checked = []
-    if len(embeddings) == 1:
-        name, shape = embeddings[0]
-        narrower = any(key in inner for key in ("embedding_size", "word_embed_proj_dim"))
-        for key, size in (("vocab_size", shape[0]), ("hidden_size", None if narrower else shape[1])):
-            if isinstance(inner.get(key), int) and size is not None:
-                checked.append(key)
-                if inner[key] != size:
-                    report.add("wrong", f"config.json: {key} {inner[key]}, but {name} is {list(shape)}")
+    if len(embeddings) != 1:
+        return []
+    mismatches = []
+    name, shape = embeddings[0]
+    # Models with these keys have embeddings of another width than their layers.
+    own_width = any(key in config for key in ("embedding_size", "word_embed_proj_dim"))
+    for key, size in (("vocab_size", shape[0]), ("hidden_size", None if own_width else shape[1])):
+        if isinstance(config.get(key), int) and size is not None:
+            checked.append(key)
+            if config[key] != size:
+                mismatches.append(f"{key} {config[key]}, but {name} is {list(shape)}")
+    return mismatches
+
+
+def _layer_mismatches(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], checked: list[str]
+) -> list[str]:
+    """num_hidden_layers against the longest stack of layers; adds the key to `checked` if it was compared."""
     layers: dict[str, set[int]] = {}
-    for place in places_of(list(held)).values():
+    for place in places_of(list(tensors)).values():
         if place.layer is not None:
             layers.setdefault(place.stack, set()).add(place.layer)
-    wanted = inner.get("num_hidden_layers")
-    if isinstance(wanted, int) and layers and wanted > 1:
-        checked.append("num_hidden_layers")
-        if max(map(len, layers.values())) < wanted:
-            report.add("wrong", f"config.json: {wanted} layers, there are {max(map(len, layers.values()))}")
-    if checked and not any(f.text.startswith("config.json") for f in report.findings):
-        report.add("good", f"config.json fits the tensors ({', '.join(checked)})")
+    expected = config.get("num_hidden_layers")
+    if not isinstance(expected, int) or not layers or expected <= 1:
+        return []
+    checked.append("num_hidden_layers")
+    longest = max(map(len, layers.values()))
+    return [f"{expected} layers, but the weights have {longest}"] if longest < expected else []
 
 
 def _check_inputs(
     report: Report,
     record: Mapping[str, Any],
     jobs: list[tuple[str, TensorJob]],
-    sound: Mapping[str, SafetensorsFile],
+    intact: Mapping[str, SafetensorsFile],
     count: int | None,
     seed: int,
     workers: Workers,
     threads: int | None,
     progress: Progress | None,
 ) -> None:
-    """Whether the inputs are what they were, and give what stands in the files."""
+    """Check that the inputs are unchanged, and that they give the bytes of the intact files."""
     sources, states = open_inputs_of(record)
-    everything = [job for _, job in jobs]
-    for number, (entry, (state, why)) in enumerate(zip(record["inputs"], states, strict=True)):
+    all_jobs = [job for _, job in jobs]
+    for number, (entry, (state, reason)) in enumerate(zip(record["inputs"], states, strict=True)):
         source = sources[number]
-        if count is None and source is not None and _other_reads(number, source, everything, entry, workers):
-            state, why, sources[number] = CHANGED, "some bytes of what was read", None
+        if count is None and source is not None and _reads_changed(number, source, all_jobs, entry, workers):
+            state, reason, sources[number] = CHANGED, "some bytes that the merge read", None
         report.inputs.append((entry["address"], state))
         level: Level = {UNCHANGED: "good", CHANGED: "wrong"}.get(state, "note")  # type: ignore[assignment]
-        said = f"{letter(number)} ({entry['address']}): {state}" + (f": {why}" if why else "")
-        report.add(level, said)
-    there = [(file, job) for file, job in jobs if file in sound]
-    report.recomputed, wrong = differing(sound, there, sources, count, seed, threads, progress)
-    for text in wrong:
-        report.add("wrong", f"computed again, other bytes: {text}")
-    if report.recomputed and not wrong:
-        report.add("good", f"{report.recomputed:,} chunks computed again from the inputs: the same bytes")
+        text = f"{letter(number)} ({entry['address']}): {state}" + (f": {reason}" if reason else "")
+        report.add(level, text)
+    intact_jobs = [(file, job) for file, job in jobs if file in intact]
+    report.recomputed, differences = differing(intact, intact_jobs, sources, count, seed, threads, progress)
+    for text in differences:
+        report.add("wrong", f"recomputed bytes differ: {text}")
+    if report.recomputed and not differences:
+        report.add("good", f"{report.recomputed:,} chunks recomputed from the inputs: identical bytes")
     elif not report.recomputed and count != 0:
-        why = "" if sound else ": no file of weights is as it was written"
-        report.add("note", f"nothing could be computed again from the inputs{why}")
+        cause = "" if intact else ": no weight file is intact"
+        report.add("note", f"nothing could be recomputed from the inputs{cause}")
 
 
-def _other_reads(
+def _reads_changed(
     number: int,
     source: WeightSource,
     jobs: list[TensorJob],
     entry: Mapping[str, Any],
     workers: Workers,
 ) -> bool:
+    """True if the tensors that the merge read have another digest now. False if merge.json records none."""
     known = entry.get("read") or {}
     return bool(known.get("tensors")) and read_digest(number, source, jobs, workers) != known.get("digest")

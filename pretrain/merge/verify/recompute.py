@@ -1,4 +1,7 @@
-"""Parts of a merge computed again from its inputs, from what merge.json says alone."""
+"""Recomputes random parts from merge.json.
+
+Opens the inputs that merge.json names, computes chunks of the output again, and compares them bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -21,68 +24,78 @@ from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource, open_weights
 
 UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"
-RELATIVE = " (its path is relative: verify where the merge was made)"
+RELATIVE_PATH = " (its path is relative: run verify in the folder in which the merge ran)"
 Progress = Callable[[int], None]
+# Number of the job, first element, element after the last one, and the computation; None for a copied tensor.
 Chunk = tuple[int, int, int, Compute | None]
-"""number of a job, elements from and to, and how they are computed; None: copied"""
 
 
 def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None], list[tuple[str, str]]]:
-    """The sources of a merge where they were, None for those that are no longer as they were; with each its state
-    (UNCHANGED, CHANGED, GONE, UNREACHED) and what that is known from. Of a joint vocabulary, rows of one are read in
-    another's place: there all are None where one is."""
+    """The inputs of a merge as sources, and per input its state and the reason for it.
+
+    A state is UNCHANGED, CHANGED (reason: the changed files), GONE or UNREACHED (reason: the error). A source is None
+    unless its input is unchanged. With a joint vocabulary all sources are None if one is: an embedding row of the
+    output can come from any input.
+    """
     sources: list[WeightSource | None] = []
     states: list[tuple[str, str]] = []
     for entry in record["inputs"]:
         try:
             source = open_weights(str(entry["path"]))
             now, then = source.hashes(), dict(entry["files"])
-        except ReadError as error:  # what stands in the output can be checked all the same
+        except ReadError as error:  # no verdict on the input; the output itself can still be checked
             sources.append(None)
             states.append((UNREACHED, str(error)))
             continue
         except UserError as error:
             sources.append(None)
-            relative = "" if "://" in (path := str(entry["path"])) or Path(path).is_absolute() else RELATIVE
+            relative = (
+                "" if "://" in (path := str(entry["path"])) or Path(path).is_absolute() else RELATIVE_PATH
+            )
             states.append((GONE, f"{error}{relative}"))
             continue
-        other = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))
-        sources.append(source if not other else None)
-        states.append((CHANGED, ", ".join(other)) if other else (UNCHANGED, ""))
-    asked = record.get("asked") or {}
-    file = asked.get("mergekit") or {}
-    joint = asked.get("vocabulary") or file.get("tokenizer_source") or file.get("tokenizer") is not None
-    return _rejoined(sources, asked) if joint else sources, states
+        changed = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))
+        sources.append(source if not changed else None)
+        states.append((CHANGED, ", ".join(changed)) if changed else (UNCHANGED, ""))
+    request = record.get("asked") or {}
+    spec = request.get("mergekit") or {}
+    joint = request.get("vocabulary") or spec.get("tokenizer_source") or spec.get("tokenizer") is not None
+    return _with_joint_vocabulary(sources, request) if joint else sources, states
 
 
-def _rejoined(sources: list[WeightSource | None], asked: dict[str, Any]) -> list[WeightSource | None]:
-    """The sources seen through the rows of the joint vocabulary."""
+def _with_joint_vocabulary(
+    sources: list[WeightSource | None], request: dict[str, Any]
+) -> list[WeightSource | None]:
+    """The sources with the embedding rows of the joint vocabulary; all None if it cannot be rebuilt."""
     from pretrain.merge.spec import replan
 
     try:
-        return [*replan(asked)[1].sources] if None not in sources else [None] * len(sources)
-    except (UserError, ReadError):  # what was asked for by another name, or from another folder
+        return [*replan(request)[1].sources] if None not in sources else [None] * len(sources)
+    except (UserError, ReadError):  # for example relative addresses, if verify runs in another folder
         return [None] * len(sources)
 
 
 def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], workers: Workers) -> str:
-    """The digest over all that the jobs read of source `number`, read again."""
+    """Read again every tensor that the jobs use of source `number`; returns the digest that merge.json records."""
     names = {term.name for job in jobs for term in job.reads if term.source == number}
 
     def digest(name: str) -> str:
         def work(start: int, stop: int) -> bytes:
-            one = xxhash.xxh64()
+            hasher = xxhash.xxh64()
             for at in range(start, stop, ELEMENTS_PER_BLOCK):
-                one.update(source.read(name, at, min(at + ELEMENTS_PER_BLOCK, stop)).view(np.uint8).data)
-            return one.digest()
+                hasher.update(source.read(name, at, min(at + ELEMENTS_PER_BLOCK, stop)).view(np.uint8).data)
+            return hasher.digest()
 
-        return tensor_digest(workers.over(work, elements(source.info(name)[1])))
+        return tensor_digest(workers.map_spans(work, elements(source.info(name)[1])))
 
     return combined_digest({name: digest(name) for name in names})
 
 
 def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[tuple[int, int, int]]:
-    """(number of the job, start, stop): `count` ranges of at most BLOCK elements, drawn by size; None: everything."""
+    """(number of the job, start, stop) of `count` random ranges, of ELEMENTS_PER_BLOCK elements or less; None: all.
+
+    A tensor is drawn with a probability proportional to its size.
+    """
     if count is None:
         for number, job in enumerate(jobs):
             yield from ((number, *span) for span in spans(elements(job.shape)))
@@ -90,9 +103,9 @@ def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[
     sizes = [elements(job.shape) for job in jobs]
     if not sum(sizes):
         return
-    draw = random.Random(seed)
-    for number in sorted(draw.choices(range(len(jobs)), weights=sizes, k=count)):
-        start = draw.randrange(sizes[number])
+    rng = random.Random(seed)
+    for number in sorted(rng.choices(range(len(jobs)), weights=sizes, k=count)):
+        start = rng.randrange(sizes[number])
         yield number, start, min(start + ELEMENTS_PER_BLOCK, sizes[number])
 
 
@@ -105,22 +118,23 @@ def differing(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """How many chunks were computed again, and what of them is not what stands in `files`.
+    """Recompute `count` random chunks (None: everything) and compare them with the bytes in `files`.
 
-    jobs: (name of the file, job). Only jobs are drawn whose sources are all there.
+    jobs: (file name, job) of the output's tensors. Only jobs whose sources are all available are used.
+    Returns the number of recomputed chunks, and a description of each one that differs.
     """
     usable = [
         (file, job) for file, job in jobs if all(sources[term.source] is not None for term in job.reads)
     ]
-    wrong: list[str] = []
-    done = 0
-    opened: Any = sources
+    differences: list[str] = []
+    recomputed = 0
+    opened: Any = sources  # has None for unavailable inputs, which no usable job reads
     with Workers(opened, threads=threads) as workers:
-        drawn = _prepared(
+        prepared = _prepared(
             [job for _, job in usable], chunks([job for _, job in usable], count, seed), workers
         )
 
-        def same(chunk: Chunk) -> bool:
+        def is_equal(chunk: Chunk) -> bool:
             number, start, stop, compute = chunk
             file, job = usable[number]
             return all(
@@ -131,23 +145,23 @@ def differing(
                 for block in workers.blocks(start, stop)
             )
 
-        for (number, start, stop, _), equal in workers.each(lambda chunk: (chunk, same(chunk)), drawn):
+        for (number, start, stop, _), equal in workers.map(lambda chunk: (chunk, is_equal(chunk)), prepared):
             job = usable[number][1]
             if not equal:
-                wrong.append(f"{job.name}, elements {start:,} to {stop:,}")
-            done += 1
+                differences.append(f"{job.name}, elements {start:,} to {stop:,}")
+            recomputed += 1
             if progress is not None:
                 progress((stop - start) * job.size // max(1, elements(job.shape)))
-    return done, wrong
+    return recomputed, differences
 
 
 def _prepared(
-    jobs: Sequence[TensorJob], drawn: Iterable[tuple[int, int, int]], workers: Workers
+    jobs: Sequence[TensorJob], ranges: Iterable[tuple[int, int, int]], workers: Workers
 ) -> Iterator[Chunk]:
-    """Each chunk with how its job is computed; a method that looks at a whole tensor does so when its turn comes."""
+    """Adds the computation of its job to each range; a method's first pass over a tensor runs at its first range."""
     last, compute = -1, None
-    for number, start, stop in drawn:
+    for number, start, stop in ranges:
         if number != last:
-            workers.forget()
+            workers.clear_cache()
             last, compute = number, None if jobs[number].copy else prepare(jobs[number], workers)
         yield number, start, stop, compute

@@ -1,4 +1,4 @@
-"""Distances are those of numpy in float64 on whole arrays; what cannot be compared is told."""
+"""Distances equal those of numpy in float64 on whole arrays; tensors that cannot be compared are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.merge.diff.heatmap import picture
 from pretrain.merge.figures import ramp, ticks
 from tests.support.merge_inputs import floats, write, write_bf16
 
-LONG = (1 << 21) + 12_345  # more than one span, and no whole number of blocks
+LONG = (1 << 21) + 12_345  # more than one span, and not a multiple of the block length
 
 
 def brute_force(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -91,13 +91,13 @@ def test_sums_over_modules_and_layers(tmp_path: Path) -> None:
         (("w",), "w", ("", None, "w")),
     ],
 )  # fmt: skip
-def test_where_a_name_stands(names: tuple[str, ...], name: str, place: tuple[str, int | None, str]) -> None:
+def test_places_of_names(names: tuple[str, ...], name: str, place: tuple[str, int | None, str]) -> None:
     found = places_of(names)[name]
     assert (found.stack, found.layer, found.part) == place
     assert module_of(found, 1) == (f"{place[0]}.*" if place[0] else place[2].split(".")[0])
 
 
-def test_other_names_and_shapes_are_told(tmp_path: Path) -> None:
+def test_other_names_and_shapes_are_reported(tmp_path: Path) -> None:
     a = {"same": floats(1, 3), "grown": floats(2, 3, 2), "l.0.x.w": floats(3, 2), "l.1.x.w": floats(3, 2)}
     b = {"same": floats(1, 3), "grown": floats(2, 4, 2), "new": floats(4, 2)}
     found = diff(str(write(tmp_path / "a", a)), str(write(tmp_path / "b", b)))
@@ -105,14 +105,14 @@ def test_other_names_and_shapes_are_told(tmp_path: Path) -> None:
     assert found.only_b == ("new",)
     assert found.reshaped == {"grown": ((3, 2), (4, 2))}
     assert not found.same
-    told = "\n".join(lines(found, 2, 5))
-    assert "only in A: l.*.x.w (2 tensors)" in told
-    assert "only in B: new" in told
-    assert "shape: grown  [3, 2] in A, [4, 2] in B" in told
-    assert "nothing" not in told
+    shown = "\n".join(lines(found, 2, 5))
+    assert "only in A: l.*.x.w (2 tensors)" in shown
+    assert "only in B: new" in shown
+    assert "shape: grown  [3, 2] in A, [4, 2] in B" in shown
+    assert "nothing" not in shown
 
 
-def test_what_is_not_finite_is_counted_and_left_out(tmp_path: Path) -> None:
+def test_elements_that_are_not_finite_are_counted_and_left_out(tmp_path: Path) -> None:
     a, b = floats(1, 100), floats(2, 100)
     a[3], b[4], a[5], b[5] = np.nan, np.inf, np.inf, np.inf
     keep = [i for i in range(100) if i not in (3, 4, 5)]
@@ -146,7 +146,7 @@ def test_a_model_and_itself(tmp_path: Path) -> None:
     assert "all elements are equal" in picture(found)
 
 
-def test_csv_has_a_row_a_tensor(tmp_path: Path) -> None:
+def test_csv_has_a_row_per_tensor(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"h.w": floats(1, 2, 3)}), write(tmp_path / "b", {"h.w": floats(2, 2, 3)})
     found = diff(str(a), str(b))
     (row,) = csv.DictReader(io.StringIO(as_csv(found, 3)))
@@ -154,7 +154,7 @@ def test_csv_has_a_row_a_tensor(tmp_path: Path) -> None:
     assert float(row["relative_l2"]) == found.rows[0].distance.relative
 
 
-def test_the_picture_has_a_cell_a_module_and_layer(tmp_path: Path) -> None:
+def test_the_picture_has_a_cell_per_module_and_layer(tmp_path: Path) -> None:
     a = {f"m.{i}.{part}<&.w": floats(i, 4) for i in range(3) for part in ("x", "y")} | {"head": floats(8, 2)}
     b = {name: value * 1.5 for name, value in a.items()}
     save_folder = tmp_path / 'b "quoted" <&'
@@ -188,9 +188,9 @@ def test_counters_and_positions_are_in_no_sum(tmp_path: Path) -> None:
     assert found.total.plain() == pytest.approx(want, rel=1e-11)
     assert found.modules(3) == {"norm": found.rows[[r.name for r in found.rows].index("norm.w")].distance}
     assert [row.name for row in found.farthest(5)] == ["norm.w"]
-    told = "\n".join(lines(found, 3, 5))
-    assert "integer: norm.batches  1 of 1 elements differ; in no sum" in told
-    assert "integer: positions.ids  6 elements, all equal; in no sum" in told
+    shown = "\n".join(lines(found, 3, 5))
+    assert "integer: norm.batches  1 of 1 elements differ; in no sum" in shown
+    assert "integer: positions.ids  6 elements, all equal; in no sum" in shown
     assert ">positions" not in picture(found)
     assert {"norm.batches", "positions.ids"} <= {t["name"] for t in found.plain(3)["tensors"]}
 
@@ -200,7 +200,7 @@ def test_integers_alone_are_compared_as_numbers(tmp_path: Path) -> None:
     assert diff(str(a), str(b)).total.relative == 1.0
 
 
-def test_what_is_zero_in_a_hides_nothing(tmp_path: Path) -> None:
+def test_tensors_that_are_zero_in_a_come_last(tmp_path: Path) -> None:
     a = {"q.bias": np.zeros(4, np.float32), "q.weight": floats(1, 5), "v.bias": np.zeros(2, np.float32)}
     b = {name: value + floats(3, *value.shape) for name, value in a.items()}
     found = diff(str(write(tmp_path / "a", a)), str(write(tmp_path / "b", b)))
@@ -221,7 +221,7 @@ def test_a_picture_of_nothing_does_not_call_it_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("large", [1e200, 5e151])
 def test_numbers_whose_squares_fp64_does_not_hold(tmp_path: Path, large: float) -> None:
-    """Sums of blocks that are infinite both ways, or finite and too large together."""
+    """Sums of blocks that are infinite, or finite but infinite together."""
     x = np.full(200_000, large)
     x[:70_000] *= -1
     a, b = (str(write(tmp_path / n, {"w": w})) for n, w in (("a", x), ("b", np.full(200_000, large))))

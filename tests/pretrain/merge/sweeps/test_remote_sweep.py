@@ -1,4 +1,4 @@
-"""Sweeps and soups into an object store: the same outputs, figures and files as on a disk, whatever stops them."""
+"""Sweeps and soups into an object store: outputs, scores and files equal those on a disk, also after a kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.merge.sweeps import scored_sweep, workspace
 from pretrain.merge.sweeps.results import Sweep
 from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.merge.sweeps.scoring import parse_command
-from pretrain.merge.sweeps.soup import Soup, find_soup
+from pretrain.merge.sweeps.soup import Soup, run_soup
 from pretrain.merge.sweeps.sweep import plan_sweep
 from pretrain.merge.verify.check_output import verify
 from tests.pretrain.merge.output.test_remote import uploads
@@ -43,13 +43,13 @@ def root() -> Iterator[str]:
 
 @pytest.fixture
 def store(root: str, request: pytest.FixtureRequest) -> str:
-    """A folder of the bucket of this test's own."""
+    """A folder in the bucket for one test."""
     return f"{root}/{request.node.name.replace('[', '-').rstrip(']')}"
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary folder; commands run in the test's own."""
+    """The temporary folder; the working directory is the one of the test."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -67,7 +67,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def tree(url: str) -> dict[str, bytes]:
-    """Below a folder, on a disk or in the store: name -> content; locks are not compared."""
+    """name -> content of the files below a folder, on a disk or in the store, without locks."""
     if not storage.is_remote(url):
         found = {p.relative_to(url).as_posix(): p.read_bytes() for p in Path(url).rglob("*") if p.is_file()}
     else:
@@ -89,12 +89,12 @@ PEAK = "print(json.dumps({'acc': 1 - (x - 1) ** 2}))"
 
 
 def test_outputs_are_those_of_a_disk_read_once_for_all(pair: tuple[str, str], store: str, here: Path) -> None:
-    made = sweep(*pair, BETAS, f"{store}/s")
-    assert made == {beta: f"{store}/s/beta-{beta:.2f}" for beta in BETAS}
+    result = sweep(*pair, BETAS, f"{store}/s")
+    assert result == {beta: f"{store}/s/beta-{beta:.2f}" for beta in BETAS}
     sweep(*pair, BETAS, "s")
     assert tree(f"{store}/s") == tree("s")
     assert not any((here / f"dromos-{os.getuid()}").iterdir())
-    report = verify(made[0.25])
+    report = verify(result[0.25])
     assert not report.wrong
     assert report.recomputed
     moved: list[int] = []
@@ -102,7 +102,7 @@ def test_outputs_are_those_of_a_disk_read_once_for_all(pair: tuple[str, str], st
     assert not moved
     sweep(*pair, [0.75], f"{store}/s", progress=moved.append)
     assert moved
-    with pytest.raises(UserError, match=r"holds a sweep of other weights|holds another merge"):
+    with pytest.raises(UserError, match=r"holds a sweep of other weights|has another merge"):
         sweep(*pair, [0.75], f"{store}/s", dtype="F16")
 
 
@@ -119,13 +119,13 @@ def test_inputs_on_the_store_are_read_once_for_all_betas(
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_scores_are_those_of_a_disk(pair: tuple[str, str], store: str, here: Path, keep: bool) -> None:
-    """The command gets a local folder with the bytes that are on the store."""
-    told: list[str] = []
-    remote = run(pair, f"{store}/s", PEAK, keep=keep, told=told.append)
+    """The command gets a local folder with the bytes that are in the store."""
+    printed: list[str] = []
+    remote = run(pair, f"{store}/s", PEAK, keep=keep, print_line=printed.append)
     scored = calls(Path())
     assert all(call.startswith(f"{here}/dromos-{os.getuid()}/") for call in scored)
     assert [Path(call).name for call in scored] == [f"beta-{beta:.2f}" for beta in BETAS]
-    assert len(told) == len(BETAS)
+    assert len(printed) == len(BETAS)
     local = run(pair, "s", PEAK, keep=keep)
     assert remote.lines() == local.lines()
     assert remote.best is not None
@@ -148,27 +148,27 @@ def test_scores_after_the_outputs_were_kept(pair: tuple[str, str], store: str) -
 def test_a_command_that_fails_leaves_its_log_and_the_scores(
     pair: tuple[str, str], store: str, here: Path
 ) -> None:
-    fails = "sys.exit('no data') if x > 0.5 and not os.path.exists('mended') else print(x)"
+    fails = "sys.exit('no data') if x > 0.5 and not os.path.exists('fixed') else print(x)"
     with pytest.raises(UserError, match="exit code 1; see ") as error:
         run(pair, f"{store}/s", fails, keep=False)
     log = Path(str(error.value).partition("; see ")[2].partition("\n")[0])
     assert log.read_text().strip() == "no data"
     scores = json.loads(storage.read_bytes(f"{store}/s/sweep.json"))["betas"]
     assert [entry["figures"] is not None for entry in scores] == [True, True, False, False]
-    Path("mended").touch()
+    Path("fixed").touch()
     run(pair, f"{store}/s", fails, keep=False)
     assert len(calls(Path())) == len(BETAS) + 1
     assert not log.exists()
 
 
 @pytest.mark.parametrize("where", ["write", "publish", "score", "save"])
-def test_what_was_killed_goes_on(
+def test_a_killed_sweep_resumes(
     pair: tuple[str, str], store: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Killed at the second call of each: nothing is tidied up, the next process finds things as they are."""
+    """Killed at the second call of a function, without any clean-up: the next process resumes from what it finds."""
     target, name = {
         "write": (remote_output.Uploads, "write"), "publish": (remote_output.Uploads, "publish"),
-        "score": (workspace.Workplace, "score"), "save": (scored_sweep, "_save"),
+        "score": (workspace.Workspace, "score"), "save": (scored_sweep, "_save"),
     }[where]  # fmt: skip
     real, seen = getattr(target, name), []
 
@@ -197,26 +197,24 @@ def test_two_sweeps_at_once_on_this_machine(pair: tuple[str, str], store: str) -
     plans, opened = plan_sweep(*pair, BETAS)
     keys = [plan.key([source.hashes() for source in opened.sources]) for plan in plans]
     with (
-        workspace.Workplace(f"{store}/s", "\n".join(keys)),
+        workspace.Workspace(f"{store}/s", "\n".join(keys)),
         pytest.raises(UserError, match="is being written by pid"),
     ):
         run(pair, f"{store}/s")
 
 
-def test_a_temporary_folder_of_somebody_else_is_not_used(
-    pair: tuple[str, str], store: str, here: Path
-) -> None:
+def test_a_temporary_folder_of_another_user_is_refused(pair: tuple[str, str], store: str, here: Path) -> None:
     (here / "elsewhere").mkdir()
     (here / f"dromos-{os.getuid()}").symlink_to(here / "elsewhere")
-    with pytest.raises(UserError, match="set TMPDIR to another place"):
+    with pytest.raises(UserError, match="set TMPDIR to another folder"):
         run(pair, f"{store}/s")
 
 
 def soup(pair: list[str], out: str, body: str | None, **options: Any) -> Soup:
-    asked = request(pair, method="soup")
-    _, opened = prepare(asked)
+    merge_request = request(pair, method="soup")
+    _, opened = prepare(merge_request)
     command = parse_command(scorer(Path(), body), "--score-cmd") if body is not None else None
-    return find_soup(asked, opened, out, command, **options)
+    return run_soup(merge_request, opened, out, command, **options)
 
 
 @pytest.fixture
@@ -230,8 +228,8 @@ def three(pair: tuple[str, str], tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("inputs", ["local", "remote"])
 def test_a_soup_is_that_of_a_disk(three: list[str], store: str, here: Path, inputs: str) -> None:
     remote = three if inputs == "local" else [upload(Path(p), f"{store}/{Path(p).name}") for p in three]
-    made = soup(remote, f"{store}/soup", PEAK)
-    assert made.chosen == (0, 1)
+    result = soup(remote, f"{store}/soup", PEAK)
+    assert result.chosen == (0, 1)
     soup(three, "soup", PEAK)
     there, disk = tree(f"{store}/soup"), tree("soup")
     assert there["model.safetensors"] == disk["model.safetensors"]
@@ -259,16 +257,16 @@ def test_a_uniform_soup_and_one_of_a_folder_that_is_taken(three: list[str], stor
 
 
 @pytest.mark.parametrize("where", ["score", "upload", "publish"])
-def test_a_soup_that_was_killed_goes_on(
+def test_a_killed_soup_resumes(
     three: list[str], store: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     name, call = {
-        "score": ("pretrain.merge.sweeps.workspace.Workplace.score", 3),
+        "score": ("pretrain.merge.sweeps.workspace.Workspace.score", 3),
         "upload": ("pretrain.merge.output.remote.Uploads.publish", 1),
         "publish": ("pretrain.merge.sweeps.soup._Search.publish", 1),
     }[where]
     module, _, attribute = name.rpartition(".")
-    owner = {"Workplace": workspace.Workplace, "Uploads": remote_output.Uploads}.get(
+    owner = {"Workspace": workspace.Workspace, "Uploads": remote_output.Uploads}.get(
         module.rpartition(".")[2]
     )
     if owner is None:
@@ -295,9 +293,9 @@ def test_a_soup_that_was_killed_goes_on(
 
 
 def test_diff_and_interpolation_of_what_a_sweep_left(pair: tuple[str, str], store: str) -> None:
-    made = sweep(*pair, [0.5], f"{store}/s")
+    result = sweep(*pair, [0.5], f"{store}/s")
     local = sweep(*pair, [0.5], "s")
-    assert open_weights(made[0.5]).array("w").tobytes() == open_weights(local[0.5]).array("w").tobytes()
+    assert open_weights(result[0.5]).array("w").tobytes() == open_weights(local[0.5]).array("w").tobytes()
 
 
 def test_the_commands(three: list[str], store: str) -> None:
@@ -319,8 +317,8 @@ def test_the_commands(three: list[str], store: str) -> None:
     for words in (["sweep", *three[:2]], ["sweep", *three[:2], "--no-keep", "--eval-cmd", scored[1]]):
         missing = CliRunner().invoke(app, [*words, *to])
         assert missing.exit_code == 2
-        assert "make the bucket, or correct its name" in missing.output.replace("\n", " ")
+        assert "the bucket, or correct its name" in missing.output.replace("\n", " ")
     missing = CliRunner().invoke(app, ["soup", *three, *scored[:2], *to])
     assert missing.exit_code == 2
-    assert "make the bucket, or correct its name" in missing.output
+    assert "the bucket, or correct its name" in missing.output
     assert len(calls(Path())) == before

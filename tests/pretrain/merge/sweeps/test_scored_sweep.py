@@ -1,4 +1,4 @@
-"""A scored sweep: figures are the command's, ends are the parents, what was scored is not scored again."""
+"""Scored sweeps: the scores are those that the command prints, and no output is scored twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.merge import merge, parse_betas
 from pretrain.merge.sweeps.chart import picture
-from pretrain.merge.sweeps.results import Scored, Sweep
+from pretrain.merge.sweeps.results import Sweep, SweepPoint
 from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.merge.sweeps.scoring import parse_command
 from pretrain.merge.sweeps.sweep import plan_sweep
@@ -51,103 +51,105 @@ PEAK = "print(-(x - 1.3) ** 2)"
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_figures_are_of_the_merges(pair: tuple[str, str], keep: bool) -> None:
-    made = run(pair, "0:1:0.1", PEAK, keep=keep)
-    assert [one.beta for one in made.betas] == parse_betas("0:1:0.1")
-    for one in made.betas:
-        assert one.figures == {"score": -((expected(one.beta) - 1.3) ** 2)}
-    assert made.best is not None
-    assert made.best.beta == 0.3
+def test_scores_are_those_of_the_merges(pair: tuple[str, str], keep: bool) -> None:
+    result = run(pair, "0:1:0.1", PEAK, keep=keep)
+    assert [one.beta for one in result.points] == parse_betas("0:1:0.1")
+    for one in result.points:
+        assert one.metrics == {"score": -((expected(one.beta) - 1.3) ** 2)}
+    assert result.best is not None
+    assert result.best.beta == 0.3
     folders = sorted(path.name for path in Path("s").iterdir() if path.is_dir())
     assert folders == (["logs"] if not keep else sorted([f"beta-{b / 10:.2f}" for b in range(11)] + ["logs"]))
     assert len(calls(Path())) == 11
     rows = list(csv.DictReader(Path("s/sweep.csv").read_text().splitlines()))
     assert [float(row["score"]) for row in rows] == [
-        one.figures["score"] for one in made.betas if one.figures
+        one.metrics["score"] for one in result.points if one.metrics
     ]
     assert [row["folder"] for row in rows] == (
         [f"beta-{b / 10:.2f}" for b in range(11)] if keep else [""] * 11
     )
     ElementTree.parse("s/sweep.svg")
-    marked = [line for line in made.lines() if "* best" in line]
+    marked = [line for line in result.lines() if "* best" in line]
     assert [line.split()[0] for line in marked] == ["0.3"]
 
 
 def test_without_keeping_one_output_is_there_at_a_time(pair: tuple[str, str]) -> None:
     body = "print(sum(name.startswith('beta-') for name in os.listdir(os.path.dirname(folder))))"
-    made = run(pair, "0:1:0.25", body, keep=False)
-    assert [one.figures for one in made.betas] == [{"score": 1.0}] * 5
+    result = run(pair, "0:1:0.25", body, keep=False)
+    assert [one.metrics for one in result.points] == [{"score": 1.0}] * 5
 
 
-def test_what_is_scored_is_that_output_of_merge(pair: tuple[str, str]) -> None:
+def test_the_scored_folder_has_the_bytes_of_merge(pair: tuple[str, str]) -> None:
     merge(pair, Path("m"), beta=0.25)
     body = "import hashlib; print(int(hashlib.sha256(raw).hexdigest()[:12], 16))"
-    made = run(pair, "0,0.25", body, keep=False)
+    result = run(pair, "0,0.25", body, keep=False)
     import hashlib
 
     digest = int(hashlib.sha256(Path("m/model.safetensors").read_bytes()).hexdigest()[:12], 16)
-    assert made.betas[1].figures == {"score": float(digest)}
+    assert result.points[1].metrics == {"score": float(digest)}
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_after_a_failure_it_goes_on_with_what_is_not_scored(pair: tuple[str, str], keep: bool) -> None:
-    body = "if x > 1.4 and not os.path.exists('mended'): sys.exit('no memory')\nprint(x)"
+def test_after_a_failure_it_resumes_with_the_outputs_without_a_score(
+    pair: tuple[str, str], keep: bool
+) -> None:
+    body = "if x > 1.4 and not os.path.exists('fixed'): sys.exit('no memory')\nprint(x)"
     with pytest.raises(UserError, match=r"exit code 1; see s/logs/beta-0\.50\.err\n  no memory"):
         run(pair, "0:1:0.25", body, keep=keep)
     half = json.loads(Path("s/sweep.json").read_text())
     assert [e["figures"] is not None for e in half["betas"]] == [True, True, False, False, False]
-    Path("mended").write_text("")
-    made = run(pair, "0:1:0.25", body, keep=keep)
-    assert [one.figures for one in made.betas] == [{"score": expected(b)} for b in parse_betas("0:1:0.25")]
+    Path("fixed").write_text("")
+    result = run(pair, "0:1:0.25", body, keep=keep)
+    assert [one.metrics for one in result.points] == [{"score": expected(b)} for b in parse_betas("0:1:0.25")]
     assert [Path(c).name for c in calls(Path())] == [
         f"beta-{b}" for b in ("0.00", "0.25", "0.50", "0.50", "0.75", "1.00")
     ]
-    assert run(pair, "0:1:0.25", body, keep=keep).lines() == made.lines()
+    assert run(pair, "0:1:0.25", body, keep=keep).lines() == result.lines()
     assert len(calls(Path())) == 6
     assert not keep or Path("s/beta-0.50").is_dir()
 
 
 def test_more_betas_are_added_to_those_scored(pair: tuple[str, str]) -> None:
     run(pair, "0:1:0.5", PEAK, keep=False)
-    made = run(pair, "0:1:0.25", PEAK, keep=False)
+    result = run(pair, "0:1:0.25", PEAK, keep=False)
     assert len(calls(Path())) == 5
-    assert len(made.betas) == 5
+    assert len(result.points) == 5
     fewer = run(pair, "0.5", PEAK, keep=False)
-    assert len(fewer.betas) == 5
+    assert len(fewer.points) == 5
     assert len(calls(Path())) == 5
 
 
 def test_outputs_that_were_kept_are_not_removed(pair: tuple[str, str]) -> None:
     run(pair, "0:1:0.5", PEAK, keep=True)
-    made = run(pair, "0:1:0.25", PEAK, keep=False)
+    result = run(pair, "0:1:0.25", PEAK, keep=False)
     assert sorted(p.name for p in Path("s").glob("beta-*")) == ["beta-0.00", "beta-0.50", "beta-1.00"]
-    assert [one.folder is not None for one in made.betas] == [True, False, True, False, True]
+    assert [one.folder is not None for one in result.points] == [True, False, True, False, True]
 
 
 def test_an_output_that_was_removed_by_hand_is_made_again_for_its_score(pair: tuple[str, str]) -> None:
     plans, opened = plan_sweep(*pair, [0.0, 0.5])
     run_sweep(plans, opened, [0.0, 0.5], Path("s"))
     shutil.rmtree("s/beta-0.50")
-    made = run(pair, "0,0.5", "print(x)", keep=False)
-    assert [one.figures for one in made.betas] == [{"score": expected(beta)} for beta in (0.0, 0.5)]
-    assert [one.folder for one in made.betas] == ["beta-0.00", None]
+    result = run(pair, "0,0.5", "print(x)", keep=False)
+    assert [one.metrics for one in result.points] == [{"score": expected(beta)} for beta in (0.0, 0.5)]
+    assert [one.folder for one in result.points] == ["beta-0.00", None]
 
 
 def test_outputs_keep_their_names_beside_betas_of_more_decimals(pair: tuple[str, str]) -> None:
     run(pair, "0,1", "print(x)")
-    made = run(pair, "0,0.125", "print(x)")
+    result = run(pair, "0,0.125", "print(x)")
     assert sorted(path.name for path in Path("s").glob("beta-*")) == ["beta-0.00", "beta-0.125", "beta-1.00"]
-    assert [one.folder for one in made.betas] == ["beta-0.00", "beta-0.125", "beta-1.00"]
+    assert [one.folder for one in result.points] == ["beta-0.00", "beta-0.125", "beta-1.00"]
     assert len(calls(Path())) == 3
 
 
-def test_less_may_be_better_and_the_metric_may_be_named(pair: tuple[str, str]) -> None:
+def test_metric_and_lower_is_better(pair: tuple[str, str]) -> None:
     body = "print(json.dumps({'top1': x, 'nll': {'real': (x - 1.5) ** 2, 'odd': float('nan')}}))"
-    made = run(pair, "0:1:0.25", body, metric="nll.real", lower=True)
-    assert made.best is not None
-    assert made.best.beta == 0.5
-    assert made.names == ["nll.real", "top1", "nll.odd"]
-    assert "nan" in made.lines()[1]
+    result = run(pair, "0:1:0.25", body, metric="nll.real", lower=True)
+    assert result.best is not None
+    assert result.best.beta == 0.5
+    assert result.names == ["nll.real", "top1", "nll.odd"]
+    assert "nan" in result.lines()[1]
     assert json.loads(Path("s/sweep.json").read_text())["betas"][0]["figures"]["nll.odd"] is None
     with pytest.raises(UserError, match=r"the command printed top1, nll\.real, nll\.odd"):
         run(pair, "0.1", body, metric="accuracy")
@@ -166,7 +168,7 @@ def test_another_command_or_other_weights_are_refused(pair: tuple[str, str], tmp
     with pytest.raises(UserError, match="holds a sweep of other weights"):
         run(pair, "0:1:0.5", PEAK, keep=False)
     Path("s/sweep.json").write_text("{}")
-    with pytest.raises(UserError, match="not what a sweep writes"):
+    with pytest.raises(UserError, match="not written by dromos sweep"):
         run(pair, "0:1:0.5", PEAK, keep=False)
 
 
@@ -176,8 +178,8 @@ def test_a_command_that_never_scored_is_forgotten(pair: tuple[str, str]) -> None
     typo = parse_command("ls {}/x", "--eval-cmd")
     with pytest.raises(UserError, match="exit code"):
         run_sweep(plans, opened, betas, Path("s"), typo)
-    made = run(pair, "0:1:0.5", "print(x)")
-    assert [one.figures for one in made.betas] == [{"score": expected(beta)} for beta in betas]
+    result = run(pair, "0:1:0.5", "print(x)")
+    assert [one.metrics for one in result.points] == [{"score": expected(beta)} for beta in betas]
     with pytest.raises(UserError, match="another command"):
         run_sweep(plans, opened, betas, Path("s"), typo)
 
@@ -190,7 +192,7 @@ def test_a_store_is_refused_and_no_folder_takes_its_name(pair: tuple[str, str], 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_without_a_command_nothing_can_be_thrown_away(pair: tuple[str, str]) -> None:
+def test_no_keep_needs_a_scoring_command(pair: tuple[str, str]) -> None:
     plans, opened = plan_sweep(*pair, [0.5])
     with pytest.raises(UserError, match="--eval-cmd"):
         run_sweep(plans, opened, [0.5], Path("s"), keep=False)
@@ -208,12 +210,12 @@ def test_two_sweeps_into_one_folder(pair: tuple[str, str]) -> None:
 
 
 def scored(values: dict[float, float | None], lower: bool = False) -> Sweep:
-    betas = [Scored(beta, None, "k", {"m": value}) for beta, value in values.items()]
+    betas = [SweepPoint(beta, None, "k", {"m": value}) for beta, value in values.items()]
     return Sweep("a <&", 'b "', ("x",), "m", lower, betas)
 
 
 def test_the_best_is_finite_and_of_equals_the_smallest() -> None:
-    assert scored({0.0: None, 0.5: 2.0, 0.7: 2.0, 1.0: 1.0}).best == Scored(0.5, None, "k", {"m": 2.0})
+    assert scored({0.0: None, 0.5: 2.0, 0.7: 2.0, 1.0: 1.0}).best == SweepPoint(0.5, None, "k", {"m": 2.0})
     lower = scored({0.0: -1.0, 0.5: 2.0, 1.0: None}, lower=True).best
     assert lower is not None
     assert lower.beta == 0.0
@@ -231,7 +233,7 @@ def test_the_best_is_finite_and_of_equals_the_smallest() -> None:
     ],
     ids=str,
 )
-def test_the_picture_stands_for_the_figures(values: dict[float, float | None]) -> None:
+def test_the_chart_shows_every_finite_score(values: dict[float, float | None]) -> None:
     root = ElementTree.fromstring(picture(scored(values)))
     tips = {tip.text for tip in root.iter("{http://www.w3.org/2000/svg}title")}
     for beta, value in values.items():
@@ -240,7 +242,7 @@ def test_the_picture_stands_for_the_figures(values: dict[float, float | None]) -
     assert len(dashed) == (0.0 in values and 1.0 in values)
 
 
-def test_what_is_better_than_the_line_is_one_shape_and_a_parent_that_wins_is_said() -> None:
+def test_the_gain_is_one_shape_and_a_best_parent_is_reported() -> None:
     above: dict[float, float | None] = {0.0: 1.0, 0.25: 3.0, 0.5: 4.0, 1.0: 2.0}
     twice: dict[float, float | None] = {0.0: 1.0, 0.2: 3.0, 0.5: 1.0, 0.8: 3.0, 1.0: 1.5}
     assert picture(scored(above)).count('fill="#e7f0fa"') == 1
@@ -249,7 +251,7 @@ def test_what_is_better_than_the_line_is_one_shape_and_a_parent_that_wins_is_sai
     assert "no mix is better than the better parent" in picture(scored({0.0: 1.0, 0.5: 1.5, 1.0: 2.0}))
 
 
-def test_which_way_is_better_is_remembered_with_the_metric(pair: tuple[str, str]) -> None:
+def test_the_direction_is_stored_with_the_metric(pair: tuple[str, str]) -> None:
     body = "print(json.dumps({'top1': 1, 'loss': x}))"
     first = run(pair, "0:1:0.5", body, metric="loss", lower=True)
     assert run(pair, "0:1:0.25", body).best == first.best
@@ -259,8 +261,10 @@ def test_which_way_is_better_is_remembered_with_the_metric(pair: tuple[str, str]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_no_half_of_the_picture_stays_empty(count: int) -> None:
-    betas = [Scored(beta, None, "k", {f"m{i}": beta + i for i in range(count)}) for beta in (0.0, 0.5, 1.0)]
+def test_the_last_panel_fills_its_row(count: int) -> None:
+    betas = [
+        SweepPoint(beta, None, "k", {f"m{i}": beta + i for i in range(count)}) for beta in (0.0, 0.5, 1.0)
+    ]
     drawn = picture(Sweep("a", "b", ("x",), "m0", False, betas))
     ends = [
         float(x)

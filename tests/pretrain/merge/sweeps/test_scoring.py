@@ -1,4 +1,4 @@
-"""A person's command is run without a shell, and its last line is read, or one error names its log."""
+"""Scoring commands run without a shell; their last line is parsed, or the error names the log."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import UserError
-from pretrain.merge.sweeps.scoring import direction_note, metric_of, parse_command, read_figures, score
+from pretrain.merge.sweeps.scoring import choose_metric, direction_note, parse_command, read_metrics, score
 
 
 @pytest.mark.parametrize(
-    ("line", "figures"),
+    ("line", "metrics"),
     [
         ("0.75", {"score": 0.75}),
         ("-3", {"score": -3.0}),
@@ -25,16 +25,16 @@ from pretrain.merge.sweeps.scoring import direction_note, metric_of, parse_comma
         ('{"loss": NaN, "top1": 1}', {"loss": None, "top1": 1.0}),
     ],
 )
-def test_figures(line: str, figures: dict[str, float | None]) -> None:
-    assert read_figures(line) == figures
+def test_metrics(line: str, metrics: dict[str, float | None]) -> None:
+    assert read_metrics(line) == metrics
 
 
 @pytest.mark.parametrize(
     "line", ["", "done", "0.5 0.6", "{}", '{"name": "x"}', "[1, 2]", "true", "{" * 5000, '"3"']
 )
-def test_what_is_no_figure(line: str) -> None:
+def test_lines_without_a_metric_are_refused(line: str) -> None:
     with pytest.raises(ValueError, match="last line"):
-        read_figures(line)
+        read_metrics(line)
 
 
 def test_the_folder_is_one_argument_and_no_shell_runs(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_command_that_fails_is_one_error_that_names_the_log(tmp_path: Path, te
 
 def test_a_command_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
     command = parse_command("sh -c 'sleep 60 & echo $! > {}/pid; wait'", "--eval-cmd", seconds=0.5)
-    with pytest.raises(UserError, match=r"not done after 0\.5 s \(--timeout\)"):
+    with pytest.raises(UserError, match=r"killed after 0\.5 s \(--timeout\)"):
         score(command, tmp_path, tmp_path / "l")
     child = int((tmp_path / "pid").read_text())
     for _ in range(100):
@@ -100,12 +100,12 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("text", "seconds", "why"),
     [
-        ("python eval.py", None, "write {} where the checkpoint folder belongs"),
+        ("python eval.py", None, "write {} in place of the checkpoint folder"),
         ("", None, "write {}"),
         ("eval 'x {}", None, "No closing quotation"),
         ("no-such-program-here {}", None, "no such program"),
-        ("cat {} | tail -1", None, r"no shell runs that knows \|; write sh -c"),
-        ("cat {} 2>&1", None, "no shell runs that knows 2>&1"),
+        ("cat {} | tail -1", None, r"\| needs a shell, and the command runs without one; write sh -c"),
+        ("cat {} 2>&1", None, "2>&1 needs a shell"),
         ("cat {}", 0.0, "above 0"),
         ("cat {}", float("nan"), "above 0"),
     ],
@@ -122,21 +122,21 @@ def test_the_words_may_be_wrapped(tmp_path: Path) -> None:
 
 
 def test_the_metric_is_the_first_or_the_named_one() -> None:
-    assert metric_of({"a": 1.0, "b": 2.0}, None) == "a"
-    assert metric_of({"a": 1.0, "b": 2.0}, "b") == "b"
+    assert choose_metric({"a": 1.0, "b": 2.0}, None) == "a"
+    assert choose_metric({"a": 1.0, "b": 2.0}, "b") == "b"
     with pytest.raises(UserError, match="the command printed a, b"):
-        metric_of({"a": 1.0, "b": 2.0}, "c")
+        choose_metric({"a": 1.0, "b": 2.0}, "c")
 
 
 @pytest.mark.parametrize(
-    ("metric", "lower", "said"),
+    ("metric", "lower", "noted"),
     [
         ("perplexity.text", False, True), ("val_loss", False, True), ("nll", False, True), ("real.nll", False, True),
         ("perplexity.text", True, False), ("top1", False, False), ("score", False, False), (None, False, False),
         ("fidelity", False, False),
     ],
 )  # fmt: skip
-def test_figures_that_sound_as_if_less_were_better_are_noted(
-    metric: str | None, lower: bool, said: bool
+def test_metrics_that_are_usually_better_when_lower_are_noted(
+    metric: str | None, lower: bool, noted: bool
 ) -> None:
-    assert (direction_note(metric, lower) is not None) is said
+    assert (direction_note(metric, lower) is not None) is noted

@@ -1,4 +1,4 @@
-"""The greedy soup is that of the paper's recipe, computed here by brute force; every mean is of the inputs."""
+"""The greedy soup equals the paper's recipe, computed here by brute force; every mean is computed from the inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.merge import merge
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import request
 from pretrain.merge.sweeps.scoring import parse_command
-from pretrain.merge.sweeps.soup import Soup, find_soup
+from pretrain.merge.sweeps.soup import Soup, run_soup
 from pretrain.merge.verify.check_output import verify
 from tests.support.merge_inputs import floats, write
 from tests.support.scorers import calls, scorer
@@ -36,7 +36,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def greedy() -> tuple[list[int], list[tuple[int, ...]]]:
-    """The inputs of the soup in the order in which they are added, and every mean that is scored."""
+    """Inputs in the order in which the recipe adds them, and every mean that it scores."""
 
     def score(of: list[int]) -> float:
         mean = sum(np.float64(np.float32(FIRST[i])) * (1.0 / len(of)) for i in sorted(of))
@@ -53,10 +53,10 @@ def greedy() -> tuple[list[int], list[tuple[int, ...]]]:
 
 
 def run(inputs: list[str], body: str = SCORE, out: str = "soup", **options: Any) -> Soup:
-    asked = request(inputs, method="soup")
-    _, opened = prepare(asked)
+    merge_request = request(inputs, method="soup")
+    _, opened = prepare(merge_request)
     command = parse_command(scorer(Path(), body), "--score-cmd")
-    return find_soup(asked, opened, Path(out), command, **options)
+    return run_soup(merge_request, opened, Path(out), command, **options)
 
 
 def same_tensors(a: str, b: str) -> bool:
@@ -69,7 +69,7 @@ def test_the_soup_is_that_of_the_recipe(inputs: list[str]) -> None:
     assert 1 < len(chosen) < len(FIRST)  # else this shows little
     soup = run(inputs)
     assert list(soup.chosen) == chosen
-    assert [trial.of for trial in soup.trials] == tried
+    assert [trial.members for trial in soup.trials] == tried
     merge([inputs[i] for i in sorted(chosen)], "want", method="soup")
     assert same_tensors("soup", "want")
     assert not Path("soup.trials").exists()
@@ -94,17 +94,17 @@ def test_a_score_that_stays_the_same_is_no_drop_and_nan_is_worst(inputs: list[st
     assert len(run(inputs, "print(1)").chosen) == len(FIRST)
     body = "print('nan' if x > 1.5 else 1)"  # the second model alone
     soup = run(inputs, body, out="other")
-    assert soup.trials[1].figures == {"score": None}
+    assert soup.trials[1].metrics == {"score": None}
     assert soup.chosen[-1] == 1
 
 
-def test_it_goes_on_where_it_was_stopped(inputs: list[str]) -> None:
-    body = "if x == 1.25 and not os.path.exists('mended'): sys.exit('lost the node')\n"
+def test_it_resumes_after_a_failure(inputs: list[str]) -> None:
+    body = "if x == 1.25 and not os.path.exists('fixed'): sys.exit('lost the node')\n"
     with pytest.raises(UserError, match=r"exit code 1; see soup\.trials/logs/C\.err\n  lost the node"):
         run(inputs, body + SCORE)
     assert not Path("soup").exists()
     assert len(json.loads(Path("soup.trials/soup.json").read_text())["trials"]) == 2
-    Path("mended").write_text("")
+    Path("fixed").write_text("")
     soup = run(inputs, body + SCORE)
     chosen, tried = greedy()
     assert list(soup.chosen) == chosen
@@ -122,17 +122,17 @@ def test_the_best_alone_is_that_model(inputs: list[str]) -> None:
 
 
 def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
-    asked = request(inputs, method="soup")
-    _, opened = prepare(asked)
+    merge_request = request(inputs, method="soup")
+    _, opened = prepare(merge_request)
     with pytest.raises(UserError, match="--score-cmd"):
-        find_soup(asked, opened, Path("soup"))
+        run_soup(merge_request, opened, Path("soup"))
     assert not Path("soup.trials").exists()
-    soup = find_soup(asked, opened, Path("soup"), uniform=True)
+    soup = run_soup(merge_request, opened, Path("soup"), uniform=True)
     assert soup.chosen == (0, 1, 2, 3, 4)
     merge(inputs, "want", method="soup")
     assert same_tensors("soup", "want")
     scored = run(inputs, "print(x)", out="scored", uniform=True)
-    assert [(t.of, t.figures) for t in scored.trials] == [
+    assert [(t.members, t.metrics) for t in scored.trials] == [
         ((0, 1, 2, 3, 4), {"score": float(load_file("want/model.safetensors")["w"][0, 0])})
     ]
 
@@ -140,8 +140,8 @@ def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
 def test_a_kill_before_the_results_are_beside_a_uniform_soup(
     inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = request(inputs, method="soup")
-    _, opened = prepare(asked)
+    merge_request = request(inputs, method="soup")
+    _, opened = prepare(merge_request)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -149,9 +149,9 @@ def test_a_kill_before_the_results_are_beside_a_uniform_soup(
     with monkeypatch.context() as patch:
         patch.setattr("pretrain.merge.sweeps.soup._Search.publish", killed)
         with pytest.raises(KeyboardInterrupt):
-            find_soup(asked, opened, Path("soup"), uniform=True)
+            run_soup(merge_request, opened, Path("soup"), uniform=True)
     assert Path("soup/model.safetensors").is_file()
-    find_soup(asked, opened, Path("soup"), uniform=True)
+    run_soup(merge_request, opened, Path("soup"), uniform=True)
     assert json.loads(Path("soup/soup.json").read_text())["recipe"] == "uniform"
     assert not Path("soup.trials").exists()
 
@@ -160,10 +160,10 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     run(inputs)
     with pytest.raises(UserError, match="of other models"):
         run(list(reversed(inputs)))
-    asked = request(inputs, method="soup")
-    _, opened = prepare(asked)
+    merge_request = request(inputs, method="soup")
+    _, opened = prepare(merge_request)
     with pytest.raises(UserError, match="scored by another command"):
-        find_soup(asked, opened, Path("soup"), parse_command("cat {}/x", "--score-cmd"))
+        run_soup(merge_request, opened, Path("soup"), parse_command("cat {}/x", "--score-cmd"))
     before = len(calls(Path()))
     with pytest.raises(UserError, match="is not the output of a soup"):
         run(inputs, out="m0")
@@ -173,11 +173,11 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     assert not Path("s3:").exists()
     assert len(calls(Path())) == before  # said before hours of scoring
     (Path("soup") / "soup.json").write_text("[]")
-    with pytest.raises(UserError, match="not what a soup writes"):
+    with pytest.raises(UserError, match="not written by dromos soup"):
         run(inputs)
 
 
-def test_which_way_is_better_is_remembered_with_the_metric(inputs: list[str]) -> None:
+def test_the_direction_is_stored_with_the_metric(inputs: list[str]) -> None:
     body = "print(json.dumps({'far': abs(x - 1.1), 'x': x}))"
     first = run(inputs, body, metric="far", lower=True)
     assert run(inputs, body) == first
@@ -186,20 +186,20 @@ def test_which_way_is_better_is_remembered_with_the_metric(inputs: list[str]) ->
         run(inputs, body, metric="far", lower=False)
 
 
-def test_without_a_finite_score_nothing_is_the_best(inputs: list[str]) -> None:
-    with pytest.raises(UserError, match="of no model is score a finite number"):
+def test_without_a_finite_score_there_is_no_soup(inputs: list[str]) -> None:
+    with pytest.raises(UserError, match="no model has a finite score"):
         run(inputs[:2], "print('nan')")
     assert not Path("soup").exists()
 
 
-def test_a_metric_that_sounds_as_if_less_were_better_is_noted_after_the_first_score(
+def test_a_metric_that_is_usually_better_when_lower_is_noted_after_the_first_score(
     inputs: list[str],
 ) -> None:
-    told: list[str] = []
-    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", told=told.append)
-    assert told[0] == "A: loss 1"
-    assert told[1].startswith("note: more loss is taken for better")
-    assert [line for line in told if "note" in line] == told[1:2]
-    told.clear()
-    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", "other", told=told.append, lower=True)
-    assert not [line for line in told if "note" in line]
+    printed: list[str] = []
+    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", print_line=printed.append)
+    assert printed[0] == "A: loss 1"
+    assert printed[1].startswith("note: a higher loss counts as better")
+    assert [line for line in printed if "note" in line] == printed[1:2]
+    printed.clear()
+    run(inputs[:2], "print(json.dumps({'loss': 1.0}))", "other", print_line=printed.append, lower=True)
+    assert not [line for line in printed if "note" in line]

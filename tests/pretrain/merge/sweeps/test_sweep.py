@@ -1,4 +1,4 @@
-"""A sweep is its merges: the same bytes, the inputs read once."""
+"""A sweep writes the bytes of single merges and reads the inputs once."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def test_each_range_is_read_once_for_all_betas(
     sweep(*pair, [0.1, 0.2, 0.3, 0.4], tmp_path / "s", chunk=64)
     assert {n for (_, name, _), n in reads.items() if name == "w"} == {1}
     chunks = (
-        5 if native.compiled("linear", np.float32) is None else 2
+        5 if native.compiled_function("linear", np.float32) is None else 2
     )  # 300 elements by 64, or by four times that
     assert sum(name == "w" for _, name, _ in reads) == 2 * chunks
 
 
-def test_what_is_complete_is_not_done_again(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_complete_outputs_are_not_written_again(pair: tuple[str, str], tmp_path: Path) -> None:
     first = sweep(*pair, [0.0, 0.5], tmp_path / "s")
     stamps = {p: (p / "model.safetensors").stat().st_mtime_ns for p in first.values()}
     moved: list[int] = []

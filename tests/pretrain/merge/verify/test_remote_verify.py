@@ -1,4 +1,4 @@
-"""`verify` and `diff` of what lies in an object store: what they say of the same files on a disk, also over faults."""
+"""`verify` and `diff` in an object store give the results of the same files on a disk, also with failing requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(folder: Path, seed: int) -> Path:
 
 @pytest.fixture
 def merged(store: Store, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """The same merge of inputs on the store, on the store and on the disk, in three shards."""
+    """One merge of inputs in the store, written to the store and to the disk, in three shards."""
     root = f"{store[0]}/{request.node.name.replace('[', '-').rstrip(']')}"
     inputs = [upload(model(tmp_path / name, seed), f"{root}/{name}") for seed, name in enumerate("ab")]
     merge(inputs, tmp_path / "out", beta=0.3, max_shard_size=240_100)
@@ -51,15 +51,15 @@ def merged(store: Store, tmp_path: Path, request: pytest.FixtureRequest) -> tupl
     return f"{root}/out", tmp_path / "out"
 
 
-def told(report: Report) -> list[tuple[str, str]]:
+def findings(report: Report) -> list[tuple[str, str]]:
     return [(f.level, f.text) for f in report.findings]
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_what_is_whole_passes_as_on_a_disk(merged: tuple[str, Path], full: bool) -> None:
+def test_an_intact_output_passes_as_on_a_disk(merged: tuple[str, Path], full: bool) -> None:
     remote, local = (verify(str(place), full=full) for place in merged)
-    assert not remote.wrong, told(remote)
-    assert told(remote) == told(local)
+    assert not remote.wrong, findings(remote)
+    assert findings(remote) == findings(local)
     assert remote.recomputed == local.recomputed > 2
     assert remote.plain()["folder"] == merged[0]
     assert remote.lines()[-1] == f"{merged[0]}: nothing is wrong"
@@ -87,16 +87,18 @@ DAMAGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_as_on_a_disk(merged: tuple[str, Path], tmp_path: Path, damage: str) -> None:
+def test_damage_is_reported_as_on_a_disk(merged: tuple[str, Path], tmp_path: Path, damage: str) -> None:
     DAMAGE[damage](merged[1])
     storage.filesystem(merged[0]).rm(merged[0], recursive=True)
     upload(merged[1], merged[0])
     remote, local = verify(merged[0]), verify(merged[1])
-    assert [(level, text.replace(merged[0], str(merged[1]))) for level, text in told(remote)] == told(local)
+    assert [(level, text.replace(merged[0], str(merged[1]))) for level, text in findings(remote)] == findings(
+        local
+    )
     assert remote.wrong == local.wrong == (damage != "another file")
 
 
-def test_an_input_that_changed_or_cannot_be_had(
+def test_changed_missing_and_unreachable_inputs(
     merged: tuple[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = merged[0].rpartition("/")[0]
@@ -107,22 +109,24 @@ def test_an_input_that_changed_or_cannot_be_had(
     assert report.wrong
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
     record = json.loads(storage.read_bytes(f"{merged[0]}/merge.json"))
-    real = byte_file._information
+    real = byte_file._size_and_etag
 
     def away(url: str) -> tuple[int, str]:
         if f"{root}/a/" in url:
-            raise ReadError(f"{url} cannot be had after 2 tries: 503")
+            raise ReadError(f"{url} could not be read after 2 tries: 503")
         return real(url)
 
-    monkeypatch.setattr(byte_file, "_information", away)
+    monkeypatch.setattr(byte_file, "_size_and_etag", away)
     report = verify(merged[0])
     assert [state for _, state in report.inputs] == ["not reached", "gone"]
     assert not report.wrong
-    assert any(level == "note" and "cannot be had after 2 tries" in text for level, text in told(report))
+    assert any(
+        level == "note" and "could not be read after 2 tries" in text for level, text in findings(report)
+    )
     assert record == sealed(record)
 
 
-def test_what_is_no_merge_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_merge_is_refused(store: Store, tmp_path: Path) -> None:
     root = store[0]
     upload(model(tmp_path / "a", 0), f"{root}/plain")
     for url in (f"{root}/plain", f"{root}/nothing"):
@@ -130,10 +134,10 @@ def test_what_is_no_merge_is_refused(store: Store, tmp_path: Path) -> None:
             verify(url)
 
 
-def test_over_faults_nothing_else_is_found(
+def test_failing_requests_change_no_finding(
     merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small blocks, so that there are many requests; a fifth of them fails."""
+    """Small blocks, so that there are many requests, of which 20 % fail."""
     monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 15)
     monkeypatch.setattr(byte_file, "MIN_BLOCK_BYTES", 1 << 15)
     proxy = store[1]
@@ -143,11 +147,11 @@ def test_over_faults_nothing_else_is_found(
         report = verify(merged[0], full=True)
     finally:
         proxy.rate = 0.0
-    assert told(report) == told(verify(merged[1], full=True))
+    assert findings(report) == findings(verify(merged[1], full=True))
     assert sum(proxy.faults.values()) > 5
 
 
-def test_a_store_that_stops_answering_is_no_verdict(
+def test_a_store_that_stops_answering_gives_an_error(
     merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
@@ -159,7 +163,7 @@ def test_a_store_that_stops_answering_is_no_verdict(
 
     monkeypatch.setattr(byte_file.RemoteFile, "read", read)
     try:
-        with pytest.raises(ReadError, match="cannot be had"):
+        with pytest.raises(ReadError, match="could not be read"):
             verify(merged[0])
     finally:
         store[1].rate, store[1].kinds = 0.0, ("503", "stall", "truncate", "reset")
