@@ -20,12 +20,10 @@ from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Accumulator, exact
 
 BINS = 1 << 16  # of a histogram over one half (16 bits) of the magnitude keys
 MAX_BINS_PER_SPAN = 1 << 14  # a span's histogram is kept if it has at most so many non-empty bins
-MAX_BINS = (
-    1 << 22
-)  # kept bins of all spans (24 MiB); beyond it, spans are counted again where a threshold may end
-NAN_KEY = (
-    0x7F800001  # of every NaN, because the payload that a subtraction returns differs between processors
-)
+# Kept bins of all spans (24 MiB). Beyond it, spans in which a threshold may end are counted again.
+MAX_BINS = 1 << 22
+# Key of every NaN, because the NaN payload that a subtraction returns differs between processors.
+NAN_KEY = 0x7F800001
 MIN_NORM = 1e-7  # below it nothing is rescaled; mergekit's number, so that its files give its results
 NonEmptyBins = tuple[np.ndarray, np.ndarray]  # numbers of the non-empty bins of a histogram, and their counts
 # Writes a block's elements of a sparse task vector to an array.
@@ -40,12 +38,12 @@ def magnitude_thresholds(
     Among equal magnitudes the first entries are selected. None selects all entries (size >= count).
     """
     tiles = list(spans(count))
-    tensors_of = {
+    keys_of = {
         number: DifferenceKeys(term, base, kind, workers)
         for number, (term, size) in enumerate(sizes)
         if size < count
     }
-    tensors = {(keys.term.source, keys.term.name): keys for keys in tensors_of.values()}
+    tensors = {(keys.term.source, keys.term.name): keys for keys in keys_of.values()}
 
     # 1. A histogram of the keys' upper halves finds the bin that contains the threshold.
     upper = {tensor: np.zeros(BINS, np.int64) for tensor in tensors}
@@ -56,15 +54,15 @@ def magnitude_thresholds(
         upper[tensor] += histogram
     bins = {
         number: bin_of_rank(upper[keys.term.source, keys.term.name], sizes[number][1])
-        for number, keys in tensors_of.items()
+        for number, keys in keys_of.items()
     }
 
     # 2. A histogram of the lower halves within that bin finds the key. Spans with few bins keep their histogram.
-    lower = {number: np.zeros(BINS, np.int64) for number in tensors_of}
-    by_span: dict[int, list[NonEmptyBins | None]] = {number: [] for number in tensors_of}
-    lower_work, bins_left = product(tiles, tensors_of), MAX_BINS
+    lower = {number: np.zeros(BINS, np.int64) for number in keys_of}
+    by_span: dict[int, list[NonEmptyBins | None]] = {number: [] for number in keys_of}
+    lower_work, bins_left = product(tiles, keys_of), MAX_BINS
     for number, filled in workers.map(
-        lambda task: (task[1], tensors_of[task[1]].non_empty_bins(*task[0], bins[task[1]][0])), lower_work
+        lambda task: (task[1], keys_of[task[1]].non_empty_bins(*task[0], bins[task[1]][0])), lower_work
     ):
         lower[number][filled[0]] += filled[1]
         kept = len(filled[0]) <= min(MAX_BINS_PER_SPAN, bins_left)
@@ -73,7 +71,7 @@ def magnitude_thresholds(
 
     # 3. The entries equal to the key are counted span by span, to find the element at which the threshold ends.
     thresholds: list[Threshold | None] = [None] * len(sizes)
-    for number, keys in tensors_of.items():
+    for number, keys in keys_of.items():
         high, rank = bins[number]
         low, rank = bin_of_rank(lower[number], rank)
         thresholds[number] = _threshold_at(keys, tiles, by_span[number], high * BINS + low, rank)

@@ -29,9 +29,8 @@ PART, SMALLEST_PART, MAX_PARTS = (
 BUFFER_BYTES = 32 << 20  # of the parts that are being filled, over all outputs
 SENDERS = 4  # parts in flight over all outputs; at least one per output
 MEBIBYTE = 1 << 20
-MARK = (
-    ".dromos-publishing"  # holds the plan's key while files are made visible, so that a kill can be resumed
-)
+# Object that holds the plan's key while files are made visible, so that a killed merge can resume.
+MARK = ".dromos-publishing"
 
 
 class Uploads:

@@ -150,7 +150,7 @@ def test_the_command_warns_and_says_what_to_do(models: Path) -> None:
         assert f"too large for F16 (large {count:,})" in note
         assert "--dtype bf16 or fp32" in note
     checked = CliRunner().invoke(app, ["verify", "out"])
-    assert f"the merge made {count:,} of them, too large for F16" in checked.output
+    assert f"{count:,} of them come from the merge, too large for F16" in checked.output
     quiet = CliRunner().invoke(app, ["merge", "./a", "./b", "--beta", "0.5", "--out", "mean"])
     assert quiet.exit_code == 0, quiet.output
     assert "infinite" not in quiet.output
