@@ -245,5 +245,5 @@ def test_what_stands_beside_the_weights_belongs_to_the_plan(tmp_path: Path, name
     before = merge(inputs, tmp_path / "out", beta=0.5)["plan"]
     assert merge(inputs, tmp_path / "out", beta=0.5)["plan"] == before
     beside.write_text('{"model": {"vocab": {"a": 0}}}')
-    with pytest.raises(UserError, match="another merge, or this one of inputs that changed since"):
+    with pytest.raises(UserError, match="another merge, or the inputs changed since"):
         merge(inputs, tmp_path / "out", beta=0.5)
