@@ -21,7 +21,8 @@ with open("calls", "a") as calls:
 def scorer(folder: Path, body: str) -> str:
     """The command `python FILE {}`, where FILE runs `body`, which prints the score.
 
-    `body` can use `folder` and `x`, the first element of the tensor w. Each scored folder is appended to the file `calls`.
+    `body` can use `folder` and `x`, the first element of the tensor w. Each scored folder is appended to the file
+    `calls`.
     """
     path = folder / "score it.py"
     path.write_text(CODE + body)

@@ -143,10 +143,10 @@ def run_soup(
             "a greedy soup needs scores: give the scoring command with --score-cmd, or mix all with --uniform"
         )
     if not is_remote(str(out)) and Path(out).name in ("", ".."):
-        raise UserError(f"--out {str(out)!r}: name the folder that is to be made")
+        raise UserError(f"--out {str(out)!r}: give the name of a folder to create")
     check_outside_inputs(str(out), opened)
     if is_remote(str(out)) and "/" not in str(out).rstrip("/").partition("://")[2]:
-        raise UserError(f"--out {out}: name a folder in the bucket")
+        raise UserError(f"--out {out}: give a folder in the bucket")
     search = _Search(request, opened, str(out), command, threads, progress, print_line)
     search.check_out()
     with search.workspace:

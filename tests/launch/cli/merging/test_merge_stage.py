@@ -1,8 +1,12 @@
-"""Which merge stages remain in a job, and how often `dromos run` fingerprints their inputs."""
+"""Merge stages in a job: which remain, how often their inputs are opened and hashed, and stop signals."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,12 @@ from launch.job import StageJob
 from launch.run import run as run_job
 from launch.stage_state import stage_states
 from pretrain import merge_stage
+from pretrain.merge.planning import inputs
 from pretrain.merge_stage import run_merge_stage
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
-from tests.support.launching import write_recipe
+from pretrain.weights.source import WeightSource
+from tests.support.launching import ROOT, wait_for, write_recipe
 from tests.support.merge_inputs import floats
 from tests.support.zero_runs import finish, recipe, training
 
@@ -72,20 +78,84 @@ def recipe_with_merge(folder: Path) -> Path:
     return path
 
 
-def test_a_command_fingerprints_the_inputs_of_a_merge_stage_once(
+def test_a_command_checks_opens_and_hashes_the_inputs_of_a_merge_stage_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[Path] = []
-    is_finished = merge_stage.is_finished
+    checked: list[Path] = []
+    opened: list[str] = []
+    hashed: list[str] = []
+    is_finished, open_weights, hashes = merge_stage.is_finished, inputs.open_weights, WeightSource.hashes
 
-    def count(stage: MergeStage, folder: Path) -> bool:
-        calls.append(folder)
+    def count_check(stage: MergeStage, folder: Path) -> bool:
+        checked.append(folder)
         return is_finished(stage, folder)
 
-    monkeypatch.setattr(merge_stage, "is_finished", count)
+    def count_open(address: str, run_dir: Path | None = None) -> WeightSource:
+        opened.append(address)
+        return open_weights(address, run_dir)
+
+    def count_hash(source: WeightSource) -> dict[str, str]:
+        hashed.append(source.address)
+        return hashes(source)
+
+    monkeypatch.setattr(merge_stage, "is_finished", count_check)
+    monkeypatch.setattr(inputs, "open_weights", count_open)
+    monkeypatch.setattr(WeightSource, "hashes", count_hash)
     path = str(recipe_with_merge(tmp_path))
     for printed in ("mix: merging", "mix: done"):
-        calls.clear()
+        for calls in (checked, opened, hashed):
+            calls.clear()
         assert run_job(path, ranks_per_node=1) == 0
         assert printed in capsys.readouterr().out
-        assert calls == [tmp_path / "run" / "mix"]
+        assert checked == [tmp_path / "run" / "mix"]
+        assert opened == hashed == ["masked", "tuned"]
+
+
+SLOW_MERGE = """
+import sys, time
+from pathlib import Path
+from pretrain import merge_stage
+
+def slow_merge(*arguments):
+    Path("started").touch()
+    time.sleep(60)
+
+merge_stage.run_merge_stage = slow_merge
+"""
+LOCAL = (
+    SLOW_MERGE + "from launch.run import run; sys.exit(run(sys.argv[1], stages=['mix'], ranks_per_node=1))"
+)
+SLURM = SLOW_MERGE + "from launch.slurm.job_step import main; sys.exit(main(['merge', sys.argv[1], 'mix']))"
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (LOCAL, signal.SIGINT),
+        (LOCAL, signal.SIGTERM),
+        (LOCAL, signal.SIGHUP),
+        (SLURM, signal.SIGTERM),
+        (SLURM, signal.SIGUSR1),  # the signal that the sbatch script sends to srun, which forwards it
+    ],
+)
+def test_a_merge_stopped_by_a_signal_exits_with_75(
+    tmp_path: Path, script: str, number: signal.Signals
+) -> None:
+    path = recipe_with_merge(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for((tmp_path / "started").exists, "the merge to start")
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    assert "mix: interrupted" in output
+    assert script != LOCAL or f"to resume: dromos run {path} --stage mix" in output

@@ -48,7 +48,7 @@ def test_out_is_the_name_of_a_folder(
     monkeypatch.chdir(models / "inner" / "empty")
     result = dromos(*command, str(models / "a"), str(models / "b"), "--out", out)
     assert result.exit_code == 2
-    assert "name the folder that is to be made" in result.output
+    assert "give the name of a folder to create" in result.output
     assert [path.name for path in (models / "inner").rglob("*")] == ["empty"]
 
 
@@ -74,7 +74,7 @@ def test_an_input_that_changed_is_named_as_a_reason(models: Path) -> None:
     Path("a/model.safetensors").write_bytes(raw)
     again = dromos(*words)
     assert again.exit_code == 2
-    assert "inputs that changed since" in again.output
+    assert "the inputs changed since" in again.output
 
 
 def test_verify_elsewhere_says_why_inputs_are_gone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def test_a_killed_sweep_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(target, name, killed)
-        patch.setattr(remote_output.Uploads, "stop", lambda self, taking_back: None)
+        patch.setattr(remote_output.Uploads, "stop", lambda self, abort_uploads: None)
         with pytest.raises(KeyboardInterrupt):
             run(pair, f"{store}/s", PEAK)
     for path in tree(f"{store}/s"):
@@ -311,7 +311,7 @@ def test_the_commands(three: list[str], store: str) -> None:
     assert typo.exit_code == 2
     assert "write s3://BUCKET/FOLDER" in typo.output
     bare = CliRunner().invoke(app, ["soup", *three, "--uniform", "--out", "s3://bucket"])
-    assert "name a folder in the bucket" in bare.output
+    assert "give a folder in the bucket" in bare.output
     before = len(calls(Path()))
     to = ["--out", "s3://nowhere-at-all/s"]
     for words in (["sweep", *three[:2]], ["sweep", *three[:2], "--no-keep", "--eval-cmd", scored[1]]):
