@@ -1,6 +1,6 @@
 """Draws docs/architecture.svg from the import tables of tests/test_layout.py: `python -m docs.draw_architecture`.
 
-A room stands above every room that it may import, so all imports point down.
+Each box is a folder or a file of a package, above every box that it may import: all imports point down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PACKAGES = {
     "pretrain": "recipes, models, training, evaluation, merging",
     "data_pipeline": "from bytes on a disk or in S3 to collated batches",
 }
-ROOMS = {
+BOXES = {
     "launch/cli": "the dromos command",
     "launch/demo": "make demo",
     "launch/run": "recipe and flags to a job",
@@ -66,17 +66,17 @@ COLOURS = {
 
 
 def layers(package: str) -> list[list[str]]:
-    """Rooms of a package from the top layer down; each layer imports only from layers below it."""
+    """Folders and files of a package from the top layer down; each layer imports only from layers below it."""
     table = {left: right.split() for left, right in MAY_IMPORT[package].items() if left != "*"}
 
     @cache
-    def level(room: str) -> int:
-        return 1 + max((level(below) for below in table.get(room, ())), default=-1)
+    def level(name: str) -> int:
+        return 1 + max((level(below) for below in table.get(name, ())), default=-1)
 
-    drawn = [name.partition("/")[2] for name in ROOMS if name.startswith(package + "/")]
+    drawn = [path.partition("/")[2] for path in BOXES if path.startswith(package + "/")]
     found: dict[int, list[str]] = {}
-    for room in drawn:
-        found.setdefault(level(room), []).append(room)
+    for name in drawn:
+        found.setdefault(level(name), []).append(name)
     return [found[number] for number in sorted(found, reverse=True)]
 
 
@@ -97,8 +97,8 @@ def draw() -> str:
         for number, row in enumerate(rows):
             y = top + HEAD + number * (HEIGHT + GAP)
             x = (WIDTH - len(row) * BOX - (len(row) - 1) * GAP) / 2
-            for room in row:
-                parts += box(x, y, room, ROOMS[f"{package}/{room}"], ink)
+            for name in row:
+                parts += box(x, y, name, BOXES[f"{package}/{name}"], ink)
                 x += BOX + GAP
         top += height + 34
         if package != "data_pipeline":
@@ -115,12 +115,12 @@ def draw() -> str:
     )
 
 
-def box(x: float, y: float, room: str, what: str, ink: str) -> list[str]:
+def box(x: float, y: float, name: str, what: str, ink: str) -> list[str]:
     middle = x + BOX / 2
     return [
         f'<rect x="{x:g}" y="{y:g}" width="{BOX}" height="{HEIGHT}" rx="6" fill="#ffffff" stroke="{ink}"/>',
         f'<text x="{middle:g}" y="{y + 19:g}" text-anchor="middle" fill="#1d1d1d" font-size="14" '
-        f'font-weight="bold">{escape(room)}</text>',
+        f'font-weight="bold">{escape(name)}</text>',
         f'<text x="{middle:g}" y="{y + 36:g}" text-anchor="middle" fill="#444" font-size="12">{escape(what)}</text>',
     ]
 

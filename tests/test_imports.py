@@ -1,4 +1,4 @@
-"""The walls of the house: which package may import which, and how large and how safe a file may be."""
+"""Which package may import which, at which time, and what no file may do: shells, pickles, untyped signatures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("data_pipeline", "pretrain", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MAX_LINES = 400
 
 # Imports point down: launch -> pretrain -> data_pipeline.
 FORBIDDEN = {"data_pipeline": {"pretrain", "launch"}, "pretrain": {"launch"}, "launch": set()}
@@ -105,10 +104,8 @@ def test_what_the_commands_import_first_is_light() -> None:
 
 
 @each_file
-def test_every_file_says_in_one_sentence_what_it_is_for_and_stays_small(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) < MAX_LINES, f"{len(lines)} lines: split it"
-    if lines:
+def test_every_file_says_in_one_sentence_what_it_is_for(path: Path) -> None:
+    if path.read_text(encoding="utf-8").strip():
         sentence = (ast.get_docstring(tree(path)) or "").partition("\n\n")[0]
         assert sentence.endswith("."), "the file opens with a whole sentence"
 

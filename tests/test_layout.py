@@ -1,4 +1,4 @@
-"""The layout's rules: who may import whom, no circles, and how large a folder, a file or a function may be.
+"""The layout's rules: which folder may import which, no circles, and how large a folder, a file or a function may be.
 
 `docs/architecture.md` explains the tables; change both together.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections import Counter, defaultdict
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -21,7 +22,7 @@ MANY_LINES = 400
 MAX_LINES_IN_A_FUNCTION = 60
 LONG_FUNCTIONS = 4  # so many may be longer
 
-# Left may import right. A room is a folder or a file directly below the table's folder; "*" is open to all of them.
+# Left may import right. A unit is a folder or a file directly below the table's folder; all of them may import "*".
 MAY_IMPORT = {
     "data_pipeline": {
         "*": "errors hashing activity child_process native",
@@ -118,8 +119,8 @@ def imports(name: str) -> frozenset[tuple[str, int]]:
     return frozenset((target, line) for target, line in found if target is not None and target != name)
 
 
-def room(name: str, folder: str) -> str | None:
-    """The room of a file below a folder; None where the file is not below it, or is the folder's own __init__."""
+def unit(name: str, folder: str) -> str | None:
+    """The unit of a file below a folder; None where the file is not below it, or is the folder's own __init__."""
     if not name.startswith(folder + "/"):
         return None
     first = name.removeprefix(folder + "/").split("/")[0].removesuffix(".py")
@@ -132,7 +133,7 @@ def test_rooms_import_only_what_the_table_allows(folder: str) -> None:
     ground = table.pop("*")
     wrong = []
     for name in files():
-        here = room(name, folder)
+        here = unit(name, folder)
         if here is None:
             continue
         if here in ground:
@@ -141,7 +142,7 @@ def test_rooms_import_only_what_the_table_allows(folder: str) -> None:
             assert here in table, f"{name}: {here} is not in the table of {folder}"
             allowed = table[here] | ground
         for target, line in sorted(imports(name)):
-            there = room(target, folder)
+            there = unit(target, folder)
             if there is not None and there != here and there not in allowed:
                 wrong.append(f"{name}:{line} imports {target}: {here} may not import {there}")
     assert not wrong, "\n".join(wrong)
@@ -150,7 +151,7 @@ def test_rooms_import_only_what_the_table_allows(folder: str) -> None:
 def test_the_tables_name_no_room_that_is_not_there() -> None:
     planned = {("launch", "plan")}
     for folder, table in MAY_IMPORT.items():
-        there = {room(name, folder) for name in files()}
+        there = {unit(name, folder) for name in files()}
         named = {left for left in table if left != "*"} | set(" ".join(table.values()).split())
         missing = {each for each in named - there if (folder, each) not in planned}
         assert not missing, f"{folder}: {', '.join(sorted(missing))}"
@@ -170,9 +171,13 @@ def test_no_folder_is_crowded() -> None:
     assert not crowded
 
 
-def test_no_file_is_too_long(recwarn: pytest.WarningsRecorder) -> None:
+def test_no_file_is_too_long() -> None:
+    """Above 400 lines a warning, above 600 a failure."""
     lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in files()}
-    assert not {name: count for name, count in lengths.items() if count > MAX_LINES_IN_A_FILE}
+    long = {name: count for name, count in lengths.items() if count > MANY_LINES}
+    if long:
+        warnings.warn(f"files of more than {MANY_LINES} lines: {long}", stacklevel=1)
+    assert not {name: count for name, count in long.items() if count > MAX_LINES_IN_A_FILE}
 
 
 def test_few_functions_are_long() -> None:
