@@ -68,7 +68,7 @@ def run_merge_stage(
             link_or_copy(plan.frozen, folder / FROZEN)
         result = {
             "step": 0,
-            "eval": _figures(folder, stage.eval),
+            "eval": _metrics(folder, stage.eval),
             "plan": merged[0]["plan"],
             "weights": dict(zip(stage.inputs, plan.weights, strict=True)),
             "seconds": round(time.monotonic() - began, 3),
@@ -83,7 +83,7 @@ def is_finished(stage: MergeStage, folder: Path) -> bool:
     """True when the merge in `folder` is complete.
 
     Raises UserError when an input now has other weights than were merged. Inputs that are deleted or in training
-    cannot be compared; the merge then counts as it is.
+    cannot be compared; then the stage counts as finished if result.json exists.
     """
     path = folder / "weights" / RECORD
     finished = (folder / "result.json").is_file()
@@ -118,8 +118,8 @@ def _changed(source: WeightSource, merged: dict[str, Any] | None) -> list[str]:
     return [f"{source.address}: {source.located.path}: " + ", ".join(hashes)]
 
 
-def _figures(folder: Path, evaluation: Evaluation) -> dict[str, float]:
-    """Held-out figures of the merged weights, under the same names as in a training stage's result.json."""
+def _metrics(folder: Path, evaluation: Evaluation) -> dict[str, float]:
+    """Held-out metrics of the merged weights, under the same names as in a training stage's result.json."""
     if not evaluation.zero_shot and not evaluation.perplexity:
         return {}
     from pretrain.build.objective import load_trained, stage_tokenizer

@@ -22,7 +22,7 @@ app = group(
           dromos data prepare configs/demo/flip.yaml
           dromos run configs/demo/flip.yaml --ranks-per-node 2
 
-    Exit codes: 0 done, 2 your input is wrong, 75 saved and can resume, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong, 75 stopped and can resume, 1 anything else.
     """
 )
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
@@ -79,7 +79,7 @@ def run(
       dromos run configs/demo/sphinx.yaml --stage lm,real train.steps=200
       dromos run configs/demo/flip.yaml --on slurm --nodes 2 --ranks-per-node 8 --dry-run
 
-    Exit codes: 0 done, 2 your input is wrong (nothing was written), 75 saved and can resume, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong, 75 stopped and can resume, 1 anything else.
     """
     from launch.run import run as run_job
 
@@ -107,15 +107,15 @@ def train(
       dromos train configs/demo/flip.yaml --stage masked
       torchrun --nproc-per-node 2 -m launch.cli train configs/demo/flip.yaml --stage masked
 
-    Exit codes: 0 done, 2 your input is wrong, 75 saved and can resume, 1 anything else.
+    Exit codes: 0 done, 2 your input is wrong, 75 stopped and can resume, 1 anything else.
     """
     from pretrain.recipe.load import only_training_stage
-    from pretrain.train.main import leave
+    from pretrain.train.main import exit_now
     from pretrain.train.main import main as train_stage
 
     code = train_stage(recipe, stage or only_training_stage(recipe), overrides or [])
     if "RANK" in os.environ:
-        leave(code)
+        exit_now(code)
     raise typer.Exit(code)
 
 
@@ -135,7 +135,7 @@ def evaluate(
 ) -> None:
     """Evaluate weights on held-out data.
 
-    Prints the figures of the recipe's `eval` section as JSON.
+    Prints the metrics of the recipe's `eval` section as JSON.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Weights at an address into a module, and frozen.safetensors, the frozen tensors of a stage."""
+"""Loads the weights at an address into a module; reads and writes frozen.safetensors and other safetensors files."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def load_into(model: nn.Module, state: dict[str, Tensor], address: str) -> LoadR
     Whole modules may be missing in `state`, for example a projector after a text-only stage. Raises UserError, which
     names `address`, when shapes differ, when single tensors of a module are missing, or when no name is shared.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shared = [name for name in own if name in state]
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shared = [name for name in targets if name in state]
     mismatches = [
-        f"{name}: {tuple(state[name].shape)} in the weights, {tuple(own[name].shape)} in the model"
+        f"{name}: {tuple(state[name].shape)} in the weights, {tuple(targets[name].shape)} in the model"
         for name in shared
-        if state[name].numel() != own[name].numel()
-        or state[name].squeeze().shape != own[name].squeeze().shape
+        if state[name].numel() != targets[name].numel()
+        or state[name].squeeze().shape != targets[name].squeeze().shape
     ]
     new = [name for name in dict(model.named_parameters()) if name not in state]
     shared_modules = {name.split(".")[0] for name in shared}
@@ -78,13 +78,24 @@ def load_into(model: nn.Module, state: dict[str, Tensor], address: str) -> LoadR
         mismatches.append("no tensor of the model is in the weights")
     if mismatches:
         lines = "\n  ".join(mismatches[:LISTED_MISMATCHES])
-        more = len(mismatches) - LISTED_MISMATCHES
-        rest = f"\n  ... and {more} more" if more > 0 else ""
-        raise UserError(f"the weights at {address} do not fit the model:\n  {lines}{rest}")
+        unlisted = len(mismatches) - LISTED_MISMATCHES
+        end = f"\n  ... and {unlisted} more" if unlisted > 0 else ""
+        raise UserError(f"the weights at {address} do not fit the model:\n  {lines}{end}")
     with torch.no_grad():
         for name in shared:
-            own[name].copy_(state[name].reshape(own[name].shape))
-    return LoadReport(new, [name for name in state if name not in own])
+            targets[name].copy_(state[name].reshape(targets[name].shape))
+    return LoadReport(new, [name for name in state if name not in targets])
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file of an exported folder; not atomic."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

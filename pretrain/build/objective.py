@@ -1,4 +1,4 @@
-"""From a stage of a recipe to its objective: seed, tokenizer, frozen tower, weights, freezing.
+"""Builds the objective of a training stage: seed, tokenizer, frozen tower, weights, freezing.
 
 `BUILDERS` has one function per objective kind. `build` seeds torch's generator, so the initial weights are a function
 of (run seed, stage name, model) alone.
@@ -39,7 +39,7 @@ FREEZABLE = {
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a builder of an objective receives.
+    """Arguments of a builder of an objective.
 
     run_dir: the run folder, where stage names in addresses are looked up; None outside a run
     frozen:  frozen.safetensors of the stage; the file may not exist
@@ -58,8 +58,8 @@ def build(
 ) -> tuple[Objective, dict[str, Any]]:
     """The objective of stage `name` with freshly initialised weights; `seed` is that of the run.
 
-    Returns `(objective, description)`. The description goes into frozen.safetensors, to build the frozen tower from.
-    Raises UserError.
+    Returns `(objective, description)`. The description goes into frozen.safetensors, and the frozen tower is rebuilt
+    from it. Raises UserError.
     """
     seed_weights(seed, name)
     context = BuildContext(stage, name, seed, stage_tokenizer(stage), run_dir, frozen)
@@ -99,7 +99,7 @@ def build_sphinx(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
     description: dict[str, Any] = {}
     if stage.model.vision:
         tower, description = build_tower(stage.model.vision[0], context.run_dir, context.frozen)
-    # Again: building the tower has drawn from the generator, and its weights come from another stage.
+    # Seed again: building the tower used random numbers, although its weights come from another stage.
     seed_weights(context.seed, context.name)
     model = Multimodal(
         new_llm(llm.config, tokenizer.vocab_size, special_tokens), tower.width if tower else None
@@ -117,7 +117,7 @@ BUILDERS: dict[str, Callable[[BuildContext], tuple[Objective, dict[str, Any]]]] 
 def build_tower(
     tower: Vision, run_dir: Path | None, frozen: Path | None
 ) -> tuple[FrozenTower, dict[str, Any]]:
-    """A frozen tower, and the description it can be rebuilt from.
+    """A frozen tower, and the description from which it can be rebuilt.
 
     Its weights come from `frozen` (the stage's frozen.safetensors) if that file exists, else from `tower.init`: the
     weights at that address may have changed since the stage began. Raises UserError when the address is not a stage
@@ -177,9 +177,10 @@ def load_trained(address: str, run_dir: Path | None = None) -> tuple[Any, TrainS
 
 
 def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
-    """Name and recipe of the training stage whose model the weights in `stage_dir` have.
+    """Name and recipe of the training stage that defines the model of the weights in `stage_dir`.
 
-    For a merge stage that is a stage it was merged from (`model_stage`). Raises UserError when there is none.
+    For a merge stage: the stage of `copy_rest`, else of its first input (`model_stage`). Raises UserError when there is
+    none.
     """
     folder = model_stage(stage_dir)
     if folder is None:
@@ -239,7 +240,9 @@ def _check_row_length(name: str, builder: BatchBuilder, objective: Objective) ->
     if limit is None:
         return
     tower = getattr(objective, "tower", None)
-    visual = tower.tokens + 2 if tower is not None and builder.spec.image is not None else 0  # 2 delimiters
+    visual = (
+        tower.token_count + 2 if tower is not None and builder.spec.image is not None else 0
+    )  # 2 delimiters
     text = (builder.spec.text.length if builder.spec.text else builder.spec.length) or 0
     if visual + text > limit:
         raise UserError(

@@ -1,4 +1,4 @@
-"""From the `data` section of a recipe to the StreamSpecs of the data pipeline."""
+"""Converts the `data` section of a recipe to the StreamSpecs of the data pipeline."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
 
 
 def image_spec(image: Image) -> ImageSpec:
-    """What workers do to an image; normalisation by mean and std is done on the device."""
+    """Image settings of the workers; normalisation by mean and std is done on the device."""
     return ImageSpec(image.size, image.crop, image.flip, image.max_pixels)
 
 
 def text_spec(text: Text) -> TextSpec:
-    """How workers choose a caption and tokenise it."""
+    """Caption and tokenizer settings of the workers."""
     choice = text.captions
     captions = CaptionSpec(tuple(choice.from_), tuple(choice.scores), choice.top) if choice else None
     return TextSpec(text.tokenizer, text.length, captions)

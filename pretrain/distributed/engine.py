@@ -5,7 +5,7 @@ around here (tests/dist/test_deepspeed_quirks.py reproduces the first one, and t
 avoids; tests/dist/test_zero_parity.py checks the result of all):
 - Under ZeRO-3, a parameter whose first gradient of a step comes in a later backward accumulates onto the gradient of
   the previous step. Under ZeRO-2, several backwards reduce in an order that must match over ranks.
-  `coalesce_grad_reduction` avoids both. Stage 0 does not have it; there the caller decides when accumulation ends.
+  `coalesce_grad_reduction` avoids both. It does not exist at stage 0, where gradients accumulate until `step`.
 - ZeRO averages gradients over ranks. Losses here are sums over the global batch, so they are multiplied by the world
   size.
 - `deepspeed.init_distributed` compiles the op shm_comm with g++ and maps /dev/shm. It is switched off.
@@ -60,7 +60,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def start(timeout_minutes: float = 30) -> Runtime:
+def join_process_group(timeout_minutes: float = 30) -> Runtime:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Without these variables it is a group of one process. `timeout_minutes` is the limit of a collective.
@@ -93,7 +93,7 @@ def start(timeout_minutes: float = 30) -> Runtime:
     return Runtime(rank, world, local, device)
 
 
-def stop() -> None:
+def leave_process_group() -> None:
     """Leave the process group; safe to call twice."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -16,16 +16,16 @@ from pretrain.recipe.data import Image
 
 
 def rank_slices(
-    builder: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
+    evaluation_pass: EvaluationPass, spec: StreamSpec, image: Image | None, runtime: Runtime
 ) -> Iterator[tuple[DeviceBatch, Batch]]:
     """This rank's slice of every batch, on the device and as the loader's Batch.
 
     Every rank gets the same number of slices, because the forwards of ZeRO-3 are collective.
     """
-    for number in range(len(builder)):
+    for number in range(len(evaluation_pass)):
         start = runtime.rank * spec.largest // runtime.world_size
         stop = (runtime.rank + 1) * spec.largest // runtime.world_size
-        batch = builder.make(number, start, stop)
+        batch = evaluation_pass.make(number, start, stop)
         yield to_device(batch, image, runtime.device), batch
 
 

@@ -36,8 +36,8 @@ def token_nll(
     spec = evaluation_spec("held_out", task, stream, batch)
     image = stream.image if stream is not None else None
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as builder:
-        for rows, host_batch in rank_slices(builder, spec, image, runtime):
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as evaluation_pass:
+        for rows, host_batch in rank_slices(evaluation_pass, spec, image, runtime):
             inputs = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, inputs)
             total[0] += (nll.double() * (rows.weights > 0)).sum()

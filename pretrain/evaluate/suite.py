@@ -1,4 +1,4 @@
-"""All held-out figures of a stage: during training, and for trained weights at an address."""
+"""All held-out metrics of a stage: during training, and for trained weights at an address."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ def evaluate(
     """
     evaluation = evaluation or stage.eval
     cache = cache_settings(stage)
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if isinstance(objective, Flip):
         stream = stage.data[main_stream(stage)]
         for name, task in evaluation.zero_shot.items():
             result = classify(forward, task, stream, tokenizer, evaluation.batch, runtime, cache)
-            figures.setdefault("zero_shot", {})[name] = result
-        return figures
-    for name, held in evaluation.perplexity.items():
-        settings = stage.data.get(held.stream) if held.stream else None
-        if held.stream and (settings is None or objective.tower is None):
+            metrics.setdefault("zero_shot", {})[name] = result
+        return metrics
+    for name, nll_task in evaluation.perplexity.items():
+        settings = stage.data.get(nll_task.stream) if nll_task.stream else None
+        if nll_task.stream and (settings is None or objective.tower is None):
             continue
-        nll = token_nll(objective, forward, held, settings, evaluation.batch, runtime, cache=cache)
-        figures.setdefault("perplexity", {})[name] = nll
+        nll = token_nll(objective, forward, nll_task, settings, evaluation.batch, runtime, cache=cache)
+        metrics.setdefault("perplexity", {})[name] = nll
         if shuffle and settings is not None:
-            shuffled = token_nll(objective, forward, held, settings, evaluation.batch, runtime, True, cache)
-            figures.setdefault("perplexity_shuffled", {})[name] = shuffled
-    return figures
+            shuffled = token_nll(
+                objective, forward, nll_task, settings, evaluation.batch, runtime, True, cache
+            )
+            metrics.setdefault("perplexity_shuffled", {})[name] = shuffled
+    return metrics
 
 
 def check_held_out(objective: Any, stage: TrainStage) -> None:
@@ -70,25 +72,25 @@ def check_held_out(objective: Any, stage: TrainStage) -> None:
         stream = stage.data[main_stream(stage)]
         tasks = [(task, stream) for task in stage.eval.zero_shot.values()]
     else:
-        for held in stage.eval.perplexity.values():
-            settings = stage.data.get(held.stream) if held.stream else None
-            if not held.stream or (settings is not None and objective.tower is not None):
-                tasks.append((held, settings))
+        for nll_task in stage.eval.perplexity.values():
+            settings = stage.data.get(nll_task.stream) if nll_task.stream else None
+            if not nll_task.stream or (settings is not None and objective.tower is not None):
+                tasks.append((nll_task, settings))
     for task, settings in tasks:
         try:
             with closing(
                 EvaluationPass(evaluation_spec("held_out", task, settings, stage.eval.batch), cache=cache)
-            ) as builder:
-                builder.check()
+            ) as evaluation_pass:
+                evaluation_pass.check()
         except UserError as error:
             raise UserError(f"eval: {task.path}: {error}") from None
 
 
-def flat_scalars(figures: dict[str, Any]) -> dict[str, float]:
+def flat_scalars(metrics: dict[str, Any]) -> dict[str, float]:
     """The scalars of `evaluate` by their names in metrics.jsonl: `zero_shot/digits/top1`, `perplexity/text/nll`."""
-    scalars = {f"zero_shot/{k}/top1": v["top1"] for k, v in figures.get("zero_shot", {}).items()}
+    scalars = {f"zero_shot/{k}/top1": v["top1"] for k, v in metrics.get("zero_shot", {}).items()}
     for key in ("perplexity", "perplexity_shuffled"):
-        scalars |= {f"{key}/{name}/nll": nll for name, nll in figures.get(key, {}).items()}
+        scalars |= {f"{key}/{name}/nll": nll for name, nll in metrics.get(key, {}).items()}
     return scalars
 
 

@@ -54,9 +54,9 @@ def classify(
     labels = {label: number for number, label in enumerate(task.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as builder:
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as evaluation_pass:
         weights = classifier(forward, task, tokenizer, stream.text.length, runtime.device)
-        for rows, host_batch in rank_slices(builder, spec, stream.image, runtime):
+        for rows, host_batch in rank_slices(evaluation_pass, spec, stream.image, runtime):
             left_out += count_unusable(host_batch)
             predicted = (forward(images=rows.images)["image"].float() @ weights.float().T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):

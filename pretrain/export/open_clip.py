@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from pretrain.build.module_weights import save_tensors
 from pretrain.build.objective import stage_tokenizer, tokenizer_name
-from pretrain.export.tokenizer_files import save_tensors, write_tokenizer
+from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip
 from pretrain.recipe.lengths import main_stream

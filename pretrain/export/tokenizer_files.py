@@ -1,4 +1,4 @@
-"""Tensors and tokenizer files of an exported folder; the tokenizer adds the tokens that training added."""
+"""Writes the tokenizer files of an exported folder; the tokenizer adds the tokens that training added."""
 
 from __future__ import annotations
 
@@ -7,21 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pretrain.build.objective import stage_tokenizer, tokenizer_name
 from pretrain.recipe.schema import TrainStage
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as one safetensors file."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: t.detach().contiguous().clone() for name, t in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
 
 
 def write_tokenizer(stage: TrainStage, folder: Path, end: bool) -> None:

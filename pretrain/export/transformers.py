@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.export.tokenizer_files import save_tensors, write_tokenizer
+from pretrain.build.module_weights import save_tensors
+from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.recipe.schema import TrainStage
 
 

@@ -1,4 +1,4 @@
-"""Next-token losses as sums per row; the caller divides by a count over all ranks."""
+"""Next-token losses as sums per row; the caller divides by the denominator summed over all ranks."""
 
 from __future__ import annotations
 

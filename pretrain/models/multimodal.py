@@ -85,8 +85,10 @@ def new_llm(config: dict[str, Any], vocabulary: int, specials: dict[str, int]) -
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
 
 
-def greedy_captions(model: Multimodal, start: int, end: int, features: Tensor, most: int) -> list[list[int]]:
-    """Greedy captions of the images, at most `most` tokens each, without start and end tokens.
+def greedy_captions(
+    model: Multimodal, start: int, end: int, features: Tensor, max_tokens: int
+) -> list[list[int]]:
+    """Greedy captions of the images, at most `max_tokens` tokens each, without start and end tokens.
 
     `features`: visual tokens `[rows, visual, width]`; `start` and `end`: token ids.
     """
@@ -94,7 +96,7 @@ def greedy_captions(model: Multimodal, start: int, end: int, features: Tensor, m
     tokens = torch.full((rows, 1), start, dtype=torch.long, device=features.device)
     done = torch.zeros(rows, dtype=torch.bool, device=features.device)
     with torch.no_grad():
-        for _ in range(most):
+        for _ in range(max_tokens):
             following = model.next_logits(tokens, features).argmax(dim=-1)
             following = torch.where(done, torch.full_like(following, end), following)
             tokens = torch.cat([tokens, following[:, None]], dim=1)

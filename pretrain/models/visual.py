@@ -31,7 +31,7 @@ class FrozenTower(nn.Module):
         return int(self.visual.ln_post.normalized_shape[0])
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         """Tokens per image: the class token and the patches."""
         grid = self.visual.grid_size
         return 1 + int(grid[0] * grid[1])

@@ -1,4 +1,4 @@
-"""The contract between the training loop and an objective: streams per step, loss counts, losses, figures."""
+"""The interface that the training loop needs from an objective: streams, loss denominators, losses, metrics."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ class Objective(Protocol):
     def streams(self) -> tuple[str, ...]:
         """Streams of every step in the order of their backward passes, which must be the same on every rank."""
 
-    def count(self, stream: str, batch: Batch) -> float:
-        """This rank's part of the denominator of the stream's loss: rows or tokens."""
+    def loss_denominator(self, stream: str, batch: Batch) -> float:
+        """One micro-batch's part of the denominator of the stream's loss, in rows or tokens.
 
-    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
-        """The loss of one micro-batch; `count` is the denominator, summed over micro-batches and ranks."""
+        `StepTotals` sums the parts of all micro-batches and ranks before the forward pass.
+        """
 
-    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
+        """The loss of one micro-batch, divided by `loss_denominator`, the sum over all micro-batches and ranks."""
+
+    def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
         """Other scalars of the step for metrics.jsonl, equal on all ranks; `batches` are this rank's, by stream."""
 
     def frozen(self) -> dict[str, Tensor]:

@@ -27,16 +27,18 @@ class Flip:
         self.streams = (self.main,)
         self.mask = stage.objective.image_mask
 
-    def count(self, stream: str, batch: Batch) -> float:
+    def loss_denominator(self, stream: str, batch: Batch) -> float:
         return float(batch.stop - batch.start)
 
-    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
-        total = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids) / count
+        # The denominator is summed over ranks: the sum of `total` over ranks is the mean over the global batch.
+        row_sum = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids)
+        total = row_sum / loss_denominator
         return Loss(total, {f"loss/{stream}": total.detach()})
 
-    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+    def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
         keys = caption_keys(batches[self.main]).to(device)
         return {"loss_floor": float(repeated_caption_floor(keys))}
 

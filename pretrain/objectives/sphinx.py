@@ -1,4 +1,7 @@
-"""SPHINX (Lin et al. 2023): every step trains on text and on captioned images, one mean loss per token each."""
+"""SPHINX (Lin et al. 2023): every step trains on text and on captioned images.
+
+Text and captions each have their own mean loss per token.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Sphinx:
         weights = stage.objective.weights or {}
         self.weights = {name: weights.get(name, 1.0) for name in self.streams}
 
-    def count(self, stream: str, batch: Batch) -> float:
+    def loss_denominator(self, stream: str, batch: Batch) -> float:
         return loss_tokens(batch)
 
     def features(self, rows: DeviceBatch) -> Tensor | None:
@@ -43,12 +46,13 @@ class Sphinx:
         """Summed negative log-likelihood of each row's tokens, `[rows]`, in nats; skips all-padding columns."""
         return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, features=self.features(rows))
 
-    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, count: float) -> Loss:
+    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         nll = self.token_nll(forward, rows)
-        mean = (nll * (rows.weights > 0)).sum() / count
+        # The denominator is summed over micro-batches and ranks: the sum of `mean` over them is the global mean.
+        mean = (nll * (rows.weights > 0)).sum() / loss_denominator
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
 
-    def figures(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
+    def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
         return {}
 
     def frozen(self) -> dict[str, Tensor]:

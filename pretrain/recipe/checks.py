@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def check_stages(recipe: Recipe) -> list[Problem]:
         for key, address in addresses(stage):
             problems += _check_address(name, key, address, earlier, list(recipe.stages))
         if isinstance(stage, TrainStage):
-            problems += _check_predecessors(name, stage, recipe)
+            problems += _check_start_and_order(name, stage, recipe)
         earlier.append(name)
     return problems
 
@@ -69,13 +69,6 @@ def addresses(stage: TrainStage | MergeStage) -> Iterator[tuple[Key, str]]:
             yield ("model", "vision", str(index), "init"), tower.init
     if stage.model.llm is not None and stage.model.llm.init is not None:
         yield ("model", "llm", "init"), stage.model.llm.init
-
-
-def predecessors(stage: TrainStage | MergeStage, names: Iterable[str]) -> list[str]:
-    """The stages of the same recipe that must be complete before this one starts."""
-    known = list(names)
-    read = [stage_name(address) for _, address in addresses(stage)]
-    return list(dict.fromkeys(name for name in read if name in known))
 
 
 def stage_name(address: str) -> str:
@@ -102,7 +95,7 @@ def _check_address(name: str, key: Key, address: str, earlier: list[str], names:
     return [Problem(name, key, f"{text}; for another run write RUN/STAGE")]
 
 
-def _check_predecessors(name: str, stage: TrainStage, recipe: Recipe) -> list[Problem]:
+def _check_start_and_order(name: str, stage: TrainStage, recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     if stage.init is not None and stage.continue_ is not None:
         problems.append(
@@ -205,7 +198,7 @@ def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
         try:
             check_shares(stream.sources)
         except UserError as error:
-            # The weights contradict each other together; the largest one is the likeliest mistake.
+            # The weights contradict each other; the error is reported at the largest one, the likeliest mistake.
             largest = max(stream.sources, key=lambda name: stream.sources[name].weight or 0)
             yield (*at, largest, "weight"), str(error)
 
@@ -222,13 +215,13 @@ def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:
 
 
 def _check_perplexity(stage: TrainStage | MergeStage, recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """A stage without the stream skips the measure, but a stream that no stage has is a mistake."""
+    """The stream of a perplexity task exists in some stage of the recipe; stages without it skip the task."""
     training = [other for other in recipe.stages.values() if isinstance(other, TrainStage)]
-    streams = {name for other in training for name in other.data}
-    for task, measure in stage.eval.perplexity.items():
-        if measure.stream is not None and measure.stream not in streams:
-            text = f"no stage has a stream {measure.stream!r}{did_you_mean(measure.stream, streams)}"
-            yield ("eval", "perplexity", task, "stream"), text
+    streams = {stream for other in training for stream in other.data}
+    for name, task in stage.eval.perplexity.items():
+        if task.stream is not None and task.stream not in streams:
+            text = f"no stage has a stream {task.stream!r}{did_you_mean(task.stream, streams)}"
+            yield ("eval", "perplexity", name, "stream"), text
 
 
 def nearest_divisors(number: int, near: int) -> list[int]:

@@ -25,9 +25,9 @@ def stage_record(recipe: Recipe, stage: str) -> dict[str, Any]:
     return {"name": stage, "run": plain["run"], "stage": plain["stages"][stage]}
 
 
-def dump(recipe: Recipe, stage: str | None = None) -> str:
-    """The resolved recipe as YAML; with `stage`, the text of that stage's resolved.yaml."""
-    return dump_plain(as_plain(recipe) if stage is None else stage_record(recipe, stage))
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, the text of a run folder's recipe.yaml."""
+    return dump_plain(as_plain(recipe))
 
 
 def dump_plain(values: dict[str, Any]) -> str:

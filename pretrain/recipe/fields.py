@@ -14,7 +14,7 @@ LENGTH = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBT]?)\s*(s
 class Strict(BaseModel):
     """Base of every section: read-only, and unknown keys are errors.
 
-    Keys are documented by the docstring below each field. It is for readers of the code only: pydantic's
+    The docstring below each field documents its key. These docstrings are not used at run time: pydantic's
     `use_attribute_docstrings` would add a tenth to the import time of the schema.
     """
 

@@ -21,7 +21,10 @@ class HasEnds(Protocol):
 
 
 class HasSteps(Protocol):
-    """Converts samples to steps: a BatchSchedule, or a StreamOrder that also knows the batches before a change."""
+    """Converts samples to steps: a BatchSchedule, or a StreamOrder.
+
+    After an accepted change, a StreamOrder includes the earlier batch sizes.
+    """
 
     def steps(self, samples: int) -> int: ...
 
@@ -64,13 +67,15 @@ def length_steps(
     return schedule.steps(math.ceil(value * samples_per_epoch))
 
 
-def total_steps(stage: TrainStage, samples_per_epoch: int | None = None, rows: HasSteps | None = None) -> int:
+def total_steps(
+    stage: TrainStage, samples_per_epoch: int | None = None, converter: HasSteps | None = None
+) -> int:
     """Number of steps of the stage, at least 1, measured on its main stream.
 
-    `rows` converts samples to steps; by default the recipe's batch does.
+    `converter` converts samples to steps; by default the recipe's batch schedule does.
     """
     batches = stage.data[main_stream(stage)].batches
-    return max(1, length_steps(train_length(stage), rows or batches, samples_per_epoch))
+    return max(1, length_steps(train_length(stage), converter or batches, samples_per_epoch))
 
 
 def check_ends(orders: Mapping[str, HasEnds], total: int) -> list[str]:

@@ -19,7 +19,7 @@ from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.schema_errors import did_you_mean, suggest_key
 from pretrain.recipe.yaml_file import Document, Key, parse_scalar
 
-# Section -> keys of which at most one holds: setting one removes the others.
+# Section -> keys of which at most one may be set: setting one removes the others.
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("train",): ("steps", "samples", "epochs"),
     ("optimizer",): ("lr", "lr_per_256"),
@@ -219,7 +219,7 @@ def target_stages(
         )
     if override.key[0] != "data" or len(override.key) < 3:
         return chosen
-    # Only stages that have the stream: an override must not bring back a part of a stream that a stage removed.
+    # Only stages that have the stream: an override must not recreate a stream that the stage removed.
     with_stream = [name for name in training if override.key[1] in (stages[name].get("data") or {})]
     changed = [name for name in chosen if name in with_stream]
     if not changed and (strict or not with_stream):

@@ -157,7 +157,7 @@ class Schedule(Strict):
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up, from the peak to `final_lr`; constant: no decay. Default: cosine."""
     warmup: Duration = Field(default_factory=lambda: Length(value=0))
-    """Length of the linear warm-up from 0 to the peak. Default: 0 steps."""
+    """Length W of the linear warm-up; step s (from 0) has the rate peak * (s + 1) / (W + 1). Default: 0 steps."""
     final_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the training, the same unit as the peak. Default: 0."""
 
@@ -181,7 +181,7 @@ class Engine(Strict):
     """DeepSpeed and numerics."""
 
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what ranks share out: nothing, optimizer states, also gradients, also weights. Default: 1."""
+    """ZeRO stage: 0 shards nothing, 1 optimizer states, 2 also gradients, 3 also weights. Default: 1."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of forward and backward; master weights are fp32. Default: fp32."""
     deterministic: bool = False
@@ -215,9 +215,10 @@ class Loader(Strict):
     max_bad_in_shard: int = Field(200, ge=1)
     """Stop when a shard has this many unusable samples in one epoch. Default: 200."""
     stall_warn: float = Field(30.0, gt=0)
-    """Seconds after which a read or decode that does not end is named in the log. Default: 30."""
+    """Seconds after which a stalled read or decode is logged. Default: 30."""
     stall_error: float = Field(600.0, gt=0)
-    """Seconds after which a stalled worker is killed; another worker tries again, then it is an error. Default: 600."""
+    """Seconds after which a stalled worker is killed. Its work is retried once on another worker; a second stall is an
+    error. Default: 600."""
     cache: Cache = Field(default_factory=Cache)
     """The node-local cache."""
 
@@ -245,7 +246,10 @@ class ZeroShot(Strict):
 
 
 class Perplexity(Strict):
-    """Mean negative log-likelihood per token of one held-out source, in nats."""
+    """Mean negative log-likelihood (NLL) per token of one held-out source, in nats.
+
+    The key is called perplexity, but the metric is the NLL itself, perplexity/NAME/nll; the perplexity is exp(NLL).
+    """
 
     path: str
     """Folder or brace pattern of tars, as in data.STREAM.sources. Required."""

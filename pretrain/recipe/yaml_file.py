@@ -13,8 +13,8 @@ import yaml
 from data_pipeline.errors import UserError
 
 Key = tuple[str, ...]
-# Nested brackets or dashes beyond this depth are left to the parser in Python: libyaml's composer overflows the
-# stack where that one raises an error.
+# Deeper nesting of brackets or dashes is read by the Python parser: libyaml would overflow the stack instead of
+# raising an error.
 FAST_DEPTH = 2000
 
 

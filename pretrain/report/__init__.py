@@ -44,7 +44,7 @@ def build_page(run: Run) -> Page:
     ]
     return Page(
         title=f"Run {run.name}",
-        lead=f"The stages of {run.folder}: progress, losses, held-out figures, throughput and samples.",
+        lead=f"The stages of {run.folder}: progress, losses, held-out metrics, throughput and samples.",
         sections=[
             stages(runs),
             losses(runs),

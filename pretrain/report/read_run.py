@@ -64,17 +64,17 @@ class Stage:
         return parts if len(parts) > 1 else []
 
     def evaluations(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Return {figure: (steps, values)} of the evaluations during training."""
-        figures: dict[str, tuple[list[int], list[float]]] = {}
+        """Return {metric: (steps, values)} of the evaluations during training."""
+        metrics: dict[str, tuple[list[int], list[float]]] = {}
         for row in self.rows:
             for key, value in flat(row.get("eval") or {}):
-                steps, values = figures.setdefault(key, ([], []))
+                steps, values = metrics.setdefault(key, ([], []))
                 steps.append(row["step"])
                 values.append(value)
-        return figures
+        return metrics
 
-    def final_figures(self) -> dict[str, float]:
-        """Return the figures of the result; without a result, those of the last evaluation."""
+    def final_metrics(self) -> dict[str, float]:
+        """Return the metrics of the result; without a result, those of the last evaluation."""
         if self.result is not None and self.result.get("eval"):
             return dict(flat(self.result["eval"]))
         return {key: values[-1] for key, (_, values) in self.evaluations().items()}

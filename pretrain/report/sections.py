@@ -1,4 +1,4 @@
-"""Report sections for any run: stages, losses, held-out figures, throughput, samples, environment, recipe.
+"""Report sections for any run: stages, losses, held-out metrics, throughput, samples, environment, recipe.
 
 Each function takes one or more runs and returns one section.
 """
@@ -17,7 +17,7 @@ from pretrain.report.plots import COLOURS, Line, line_plot, smooth, smoothing_wi
 from pretrain.report.read_run import Run, Stage
 
 STEP = "step of the stage"
-FLOOR = "floor of repeated captions"
+FLOOR = "lower bound of the loss (repeated captions)"
 Runs = Sequence[Run]
 
 
@@ -47,19 +47,19 @@ def stages(runs: Runs) -> Section:
     ]
     head = ["stage", "state", "steps", "time", "samples/s", "data wait", "loss, first → last"]
     section.blocks.append(Table(head, [_stage_row(label, stage) for label, stage in labelled], left=2))
-    figures = [
+    metrics = [
         (label, key, value)
         for label, stage in labelled
-        for key, value in sorted(stage.final_figures().items())
+        for key, value in sorted(stage.final_metrics().items())
     ]
-    if figures:
-        rows = [[label, key, number(value)] for label, key, value in figures]
-        section.blocks.append(Table(["stage", "held-out figure", "last value"], rows, left=2))
+    if metrics:
+        rows = [[label, key, number(value)] for label, key, value in metrics]
+        section.blocks.append(Table(["stage", "held-out metric", "last value"], rows, left=2))
     absent = [label for label, stage in labelled if not stage.started]
     if absent:
         section.missing.append(f"Not started, so not shown below: {', '.join(absent)}.")
     section.missing += [
-        f"Stage {label} has not finished; its figures end at step {stage.step}."
+        f"Stage {label} has not finished; its metrics end at step {stage.step}."
         for label, stage in labelled
         if stage.state == "not finished"
     ]
@@ -90,7 +90,7 @@ def _stage_row(label: str, stage: Stage) -> list[str]:
 
 
 def losses(runs: Runs) -> Section:
-    """One plot per stage: the loss, its parts, and the floor if it was logged."""
+    """One plot per stage: the loss, its parts, and its lower bound if it was logged."""
     found = [(label, stage) for label, stage in logged_stages(runs) if stage.column("loss")[1]]
     section = Section("Loss", "Loss: not logged yet")
     if not found:
@@ -134,23 +134,23 @@ def loss_plot(label: str, stage: Stage) -> Plot:
 
 
 def evaluations(runs: Runs) -> Section:
-    """One plot per held-out figure, with a line per stage that measured it."""
-    by_figure: dict[str, list[tuple[str, list[int], list[float]]]] = {}
+    """One plot per held-out metric, with a line per stage that measured it."""
+    by_metric: dict[str, list[tuple[str, list[int], list[float]]]] = {}
     for label, stage in logged_stages(runs):
         for key, (steps, values) in stage.evaluations().items():
-            by_figure.setdefault(key, []).append((label, steps, values))
-    section = Section("Held-out figures", "Held-out figures: no evaluation has run")
-    if not by_figure:
+            by_metric.setdefault(key, []).append((label, steps, values))
+    section = Section("Held-out metrics", "Held-out metrics: no evaluation has run")
+    if not by_metric:
         section.missing = [
             "No evaluation has run: the recipe has no eval section, or training has not reached an evaluation step."
         ]
         return section
-    ends = [f"{key} {number(curves[-1][2][-1])} ({curves[-1][0]})" for key, curves in by_figure.items()]
+    ends = [f"{key} {number(curves[-1][2][-1])} ({curves[-1][0]})" for key, curves in by_metric.items()]
     section.title = "On held-out data: " + ", ".join(ends[:2])
     section.text = [
         "Measured during training on data that no stage trains on. The last point of a line is the end of the stage."
     ]
-    for key, curves in by_figure.items():
+    for key, curves in by_metric.items():
         drawn = [
             Line(label, steps, values, index % COLOURS, markers=True)
             for index, (label, steps, values) in enumerate(curves)
@@ -160,7 +160,7 @@ def evaluations(runs: Runs) -> Section:
 
 
 def unit_of(key: str) -> str:
-    """Return the unit of a held-out figure, from its name."""
+    """Return the unit of a held-out metric, from its name."""
     if key.endswith("nll"):
         return "nats per token"
     return "accuracy" if "top" in key else key.rpartition("/")[2]

@@ -16,7 +16,7 @@ from pretrain.run import metrics_log
 from pretrain.run.folder import complete_steps, is_complete, step_of, tag_of
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")  # ORG/NAME
 AT_STEP = re.compile(r"^(?P<base>.+)@(?P<at>\d+|latest|best)$")
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -106,7 +106,7 @@ def is_stage(folder: Path) -> bool:
 def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
     """The step among `steps` with the best evaluation in metrics.jsonl: highest mean accuracy, else lowest mean NLL.
 
-    Of equally good steps the last one. Raises UserError if none of them was evaluated.
+    If several are equally good, returns the last. Raises UserError if none of them was evaluated.
     """
     scores: dict[int, float] = {}
     for row in metrics_log.read(stage_dir / "metrics.jsonl"):
@@ -133,9 +133,9 @@ def model_stage(stage_dir: Path) -> Path | None:
 
 def _score(evaluation: Any) -> float | None:
     """Mean of the accuracies of an evaluation, else minus the mean of its losses; None if it has neither."""
-    figures = _named_numbers("", evaluation)
-    accuracies = [value for name, value in figures if re.search(r"top_?1$|accuracy$", name)]
-    losses = [-value for name, value in figures if re.search(r"nll$|loss$|perplexity$", name)]
+    metrics = _named_numbers("", evaluation)
+    accuracies = [value for name, value in metrics if re.search(r"top_?1$|accuracy$", name)]
+    losses = [-value for name, value in metrics if re.search(r"nll$|loss$|perplexity$", name)]
     chosen = accuracies or losses
     return sum(chosen) / len(chosen) if chosen else None
 

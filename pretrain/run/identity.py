@@ -57,7 +57,7 @@ def compare_identity(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines + _shortened(old, new)
 
 
-def compare_free(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def compare_changeable_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Differences in the keys that may change, as lines `KEY: OLD -> NEW` for the log of the run."""
     changed = [
         item
@@ -87,7 +87,7 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
     folder = Path(run_dir)
     old, new = read_record(folder / stage), stage_record(recipe, stage)
     if old is None:
-        _check_neighbours(folder, recipe)
+        _check_other_stages(folder, recipe)
         return
     differences = compare_identity(old, new)
     if differences:
@@ -95,7 +95,8 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
         only_data = all(line.startswith("data.") for line in differences)
         accept = "accept the changed data (run.accept_change=true), " if only_data else ""
         raise UserError(
-            f"{folder / stage} was written by a different recipe; value there -> value here:\n{lines}\n"
+            f"{folder / stage} was written by a different recipe; value in the run folder -> "
+            f"value in this recipe:\n{lines}\n"
             f"{accept}choose another folder (run.dir=NEW), restore these keys, or delete {folder / stage}"
         )
     _check_resumable(folder / stage, old, new, world_size)
@@ -125,7 +126,7 @@ def recorded_length(record: dict[str, Any]) -> Length | None:
     return None if unit is None else parse_length(f"{train[unit]!r} {unit}")
 
 
-def _check_neighbours(folder: Path, recipe: Recipe) -> None:
+def _check_other_stages(folder: Path, recipe: Recipe) -> None:
     """Raise UserError if the folder holds stages of a run with another name or seed."""
     for path in sorted(folder.glob("*/resolved.yaml")):
         record = read_record(path.parent) or {}
@@ -142,7 +143,9 @@ def _check_neighbours(folder: Path, recipe: Recipe) -> None:
 def _check_resumable(
     stage_dir: Path, old: dict[str, Any], new: dict[str, Any], world_size: int | None
 ) -> None:
-    """Raise UserError if ZeRO stage or world size differ from the newest checkpoint: it cannot be converted yet."""
+    """Raise UserError if ZeRO stage or world size differ from the newest checkpoint.
+
+    Checkpoints cannot be converted yet."""
     steps = complete_steps(stage_dir / "checkpoints")
     if not steps:
         return

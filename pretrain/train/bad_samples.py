@@ -27,15 +27,15 @@ class TooManyBadSamples(RuntimeError):
 class BadShards:
     """Counts the unusable samples of each shard and epoch, over all ranks.
 
-    A sample counts when the order assigns it, which is once per epoch, and not when it is tried as a replacement.
+    A sample is counted once per epoch, when the order assigns it; tries as a replacement are not counted.
 
-    limit:  unusable samples in one shard and epoch at which the run stops (loader.max_bad_in_shard)
-    before: the `state()` in a checkpoint
+    limit:          unusable samples in one shard and epoch at which the run stops (loader.max_bad_in_shard)
+    previous_state: the `state()` in a checkpoint
     """
 
-    def __init__(self, limit: int, before: dict[str, list[int]] | None = None) -> None:
+    def __init__(self, limit: int, previous_state: dict[str, list[int]] | None = None) -> None:
         self.limit = limit
-        self._counts = {url: (epoch, count) for url, (epoch, count) in (before or {}).items()}
+        self._counts = {url: (epoch, count) for url, (epoch, count) in (previous_state or {}).items()}
 
     def state(self) -> dict[str, list[int]]:
         """URL -> [latest epoch with an unusable sample, unusable samples in that epoch]."""
@@ -71,14 +71,14 @@ class BadShards:
 class BadFraction:
     """Fraction of a source's samples that were replaced over the last WINDOW_STEPS steps, over all ranks.
 
-    limit:  largest accepted fraction (loader.max_bad_fraction)
-    before: the `state()` in a checkpoint
+    limit:          largest accepted fraction (loader.max_bad_fraction)
+    previous_state: the `state()` in a checkpoint
     """
 
-    def __init__(self, limit: float, before: dict[str, list[list[int]]] | None = None) -> None:
+    def __init__(self, limit: float, previous_state: dict[str, list[list[int]]] | None = None) -> None:
         self.limit = limit
         self.steps: dict[str, deque[list[int]]] = {
-            source: deque(window, maxlen=WINDOW_STEPS) for source, window in (before or {}).items()
+            source: deque(window, maxlen=WINDOW_STEPS) for source, window in (previous_state or {}).items()
         }
 
     def state(self) -> dict[str, list[list[int]]]:
@@ -120,7 +120,8 @@ def likely_cause(url: str, lines: list[Line]) -> str:
         return f"no member txt and no caption in json in {count} samples of {url}: {listed}"
     first = next(line for line in lines if line["reason"] == reason)
     detail = f": {first['detail']}" if first["detail"] else ""
-    return f"{count} of them {reason}, for example {first['key']!r}{detail}"
+    samples = "1 sample" if count == 1 else f"{count} samples"
+    return f"the most frequent reason is {reason} ({samples}), for example {first['key']!r}{detail}"
 
 
 def _members(detail: str) -> list[str]:

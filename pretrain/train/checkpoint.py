@@ -1,7 +1,7 @@
 """Checkpoint protocol: write into step_X.tmp, hash, mark COMPLETE, rename, point `latest` at it, delete the oldest.
 
-A reader takes the newest folder that is named step_X and holds COMPLETE. Everything else is what a kill left behind;
-the next save removes it.
+A reader takes the newest folder that is named step_X and holds COMPLETE. All other folders are incomplete (the process
+was killed); the next save removes them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def save(
     barrier()
     # 2. Flush and hash. Rank 0 lists the files: on a shared file system ranks may see different lists.
     names = from_rank_0(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
-    parts = gather({name: _hash(partial / name) for name in names[rank() :: world_size()]})
-    # 3. Mark complete and rename; only now may an older checkpoint go.
+    parts = gather(
+        {name: _size_and_hash(partial / name, flush=True) for name in names[rank() :: world_size()]}
+    )
+    # 3. Mark complete and rename; only then delete older checkpoints.
     if rank() == 0:
         manifest = {name: entry for part in parts for name, entry in part.items()}
         publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
@@ -64,7 +66,7 @@ def save(
     return final
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify_and_read_state(path: Path) -> dict[str, Any]:
     """Check a checkpoint against its manifest and return its `state.json`; collective, each rank hashes its share.
 
     Raises UserError on every rank, naming a damaged file.
@@ -78,30 +80,31 @@ def verify(path: Path) -> dict[str, Any]:
             damage = f"{name} is missing"
         elif size != entry["size"]:
             damage = f"{name} has {size} bytes, its manifest says {entry['size']}"
-        elif _hash(file)["xxh64"] != entry["xxh64"]:
+        elif _size_and_hash(file)["xxh64"] != entry["xxh64"]:
             damage = f"{name} is damaged: its hash differs from the manifest"
         if damage:
             break
-    found = [of_rank for of_rank in gather(damage) if of_rank]
-    if found:
+    damages = [of_rank for of_rank in gather(damage) if of_rank]
+    if damages:
         raise UserError(
-            f"checkpoint {path}: {found[0]}. Remove {path.name} to resume from the checkpoint before it."
+            f"checkpoint {path}: {damages[0]}. Remove {path.name} to resume from the checkpoint before it."
         )
     return json.loads((path / "state.json").read_text())
 
 
 def hash_file(path: Path) -> str | None:
     """xxh64 of a file as 16 hex digits; None when the file does not exist."""
-    return _hash(path)["xxh64"] if path.exists() else None
+    return _size_and_hash(path)["xxh64"] if path.exists() else None
 
 
-def _hash(path: Path) -> dict[str, Any]:
-    """Size and xxh64 of a file, flushed to disk."""
+def _size_and_hash(path: Path, flush: bool = False) -> dict[str, Any]:
+    """Size and xxh64 of a file; `flush` writes it to disk (fsync)."""
     digest = xxhash.xxh64()
     with open(path, "rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
     return {"size": path.stat().st_size, "xxh64": digest.hexdigest()}
 
 

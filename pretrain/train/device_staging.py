@@ -30,8 +30,8 @@ class AsyncCopies(Protocol):
 class PinnedCopies:
     """Copies to a GPU on a CUDA stream of their own, from pinned memory: a copy from pageable memory blocks the caller.
 
-    PyTorch's allocators may hand out a freed block again only after the streams that use it are done. The pinned
-    allocator records the copy by itself; on the device side `record_stream` does
+    PyTorch's allocators may reuse a freed block only after the streams that use it are done. The pinned allocator
+    records the copy by itself; for device memory, `record_stream` must be called
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#use-pinned-memory-buffers).
     """
 

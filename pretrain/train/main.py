@@ -43,11 +43,11 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
             session.close()
 
 
-def leave(code: int) -> NoReturn:
-    """Exit this process at once, after everything is written and closed.
+def exit_now(code: int) -> NoReturn:
+    """Exit without Python's teardown. Call it only after all files are closed.
 
-    This skips the interpreter's teardown, in which threads of gloo and of its store have aborted ("terminate called
-    without an active exception"), so that a finished rank looked like a failed one.
+    During the teardown, threads of gloo and of its store have aborted ("terminate called without an active
+    exception"), so that a finished rank looked like a failed one.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,7 +17,7 @@ from pretrain.distributed.collectives import from_rank_0, gather
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
 from pretrain.run.folder import complete_steps, tag_of
-from pretrain.train.checkpoint import verify
+from pretrain.train.checkpoint import verify_and_read_state
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Start:
     state: dict[str, Any]
     frozen: Path
 
-    def is_of(self, stage_dir: Path) -> bool:
+    def was_written_by(self, stage_dir: Path) -> bool:
         """True when the stage in `stage_dir` wrote this checkpoint, False when it continues another stage."""
         return self.checkpoint.parent.parent == stage_dir
 
@@ -49,8 +49,8 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     own = from_rank_0(complete_steps(folder / "checkpoints"))
     if own:
         path = folder / "checkpoints" / tag_of(own[-1])
-        refuse_unseen(path)
-        return Start(path, own[-1], verify(path), folder / "frozen.safetensors")
+        check_visible_on_all_ranks(path)
+        return Start(path, own[-1], verify_and_read_state(path), folder / "frozen.safetensors")
     if stage.continue_ is None:
         return None
     located = from_rank_0(locate(stage.continue_, folder.parent))
@@ -60,8 +60,8 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
             f"continue from; to take only its weights, write init: {stage.continue_}"
         )
     path = Path(located.path)
-    refuse_unseen(path)
-    state = verify(path)
+    check_visible_on_all_ranks(path)
+    state = verify_and_read_state(path)
     for key, value in (("world_size", world_size), ("zero", stage.engine.zero)):
         if state.get(key) != value:
             raise UserError(
@@ -72,7 +72,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     return Start(path, located.step, state, located.stage_dir / "frozen.safetensors")
 
 
-def refuse_unseen(path: Path) -> None:
+def check_visible_on_all_ranks(path: Path) -> None:
     """Raise UserError when a rank does not see the checkpoint that rank 0 sees; collective.
 
     Such a rank would start from other weights, and the loss would not show it.
@@ -87,10 +87,10 @@ def refuse_unseen(path: Path) -> None:
 
 def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> None:
     """Raise UserError when a stage that continues another one has no steps left to train."""
-    if not start.is_of(folder) and start.step >= total:
+    if not start.was_written_by(folder) and start.step >= total:
         raise UserError(
             f"continue: {stage.continue_}: is at step {start.step} already, and this stage ends at step {total}; steps "
-            f"count from the beginning of {stage.continue_}, so write a longer train"
+            f"count from the beginning of {stage.continue_}, so increase train.steps (or samples, epochs)"
         )
 
 
@@ -119,8 +119,8 @@ def resume_data(
     return continued, changes
 
 
-def same_order(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:
-    """The streams with the seeds of the order that `continue: address` trained on, so that its order goes on.
+def with_order_of(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:
+    """The streams with the seeds of the order that `continue: address` trained on, so that the same order continues.
 
     Raises UserError when that stage had other streams.
     """

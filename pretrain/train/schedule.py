@@ -20,7 +20,11 @@ def peak_rate(optimizer: Optimizer, batch: int) -> float:
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float, schedule: Schedule) -> float:
-    """Rate of `step` in [0, total): linear from 0 to `peak` over `warmup` steps, then decay to `schedule.final_lr`."""
+    """Learning rate of `step` in [0, total).
+
+    For step < warmup: peak * (step + 1) / (warmup + 1), so the first step has a rate above 0. Step `warmup` has the
+    peak; then the rate decays to `schedule.final_lr`, which it would reach at step `total`.
+    """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule.kind == "constant" or total <= warmup:

@@ -10,8 +10,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.distributed.collectives import barrier, from_rank_0
-from pretrain.distributed.engine import start as join_process_group
-from pretrain.distributed.engine import stop as leave_process_group
+from pretrain.distributed.engine import join_process_group, leave_process_group
 from pretrain.recipe.checks import world_size_check
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
@@ -26,10 +25,10 @@ from pretrain.train.trainer import Trainer, write_result
 
 
 class Session:
-    """Holds what a rank must close: the folder's lock, the trainer, the process group.
+    """Resources that a rank must close: the folder's lock, the trainer, the process group.
 
-    Opening it checks recipe, world size and run folder and takes the stage's lock; it builds nothing and writes
-    nothing else. Raises UserError.
+    Opening it checks recipe, world size and run folder and takes the stage's lock. It builds nothing; the only
+    file it writes is the lock. Raises UserError.
     """
 
     def __init__(self, recipe_path: str, name: str, overrides: Sequence[str], flag: StopFlag) -> None:
@@ -53,7 +52,7 @@ class Session:
         if runtime.rank == 0:
             self.lock = FolderLock(self.context.folder)
         barrier()  # no rank may look for a checkpoint that a previous writer is still writing
-        # Again under the lock: until then another recipe may have been writing into the folder.
+        # Check again while holding the lock: another run may have written before.
         check_run_folder(folder, recipe, name, runtime.world_size)
 
     def train(self) -> bool:
@@ -78,11 +77,11 @@ class Session:
         # 4. Run folder: the first files that are written.
         if runtime.rank == 0:
             setup.prepare_folder(context, objective, description, start, plan.total, accepted)
-        # 5. Evaluation and loader. Only after the barrier is frozen.safetensors there for every rank to hash.
+        # 5. Evaluation and loader. After the barrier, the files of the run folder exist on every rank.
         evaluate = setup.make_evaluation(context, objective, engine)
         loader = setup.open_loader(context, builders)
         barrier()
-        # 6. Train. Counts of replaced samples from before an accepted change say nothing about the data now.
+        # 6. Train. After an accepted data change the counts of replaced samples start at zero.
         self.trainer = Trainer(
             stage,
             context.folder,
@@ -94,17 +93,19 @@ class Session:
             self.flag,
             partial(setup.order_state, builders),
             evaluate,
-            before=start.state if start is not None and not accepted else None,
-            frozen_hash=from_rank_0(hash_file(context.frozen_path)),
+            previous_state=start.state if start is not None and not accepted else None,
+            frozen_hash=from_rank_0(hash_file(context.frozen_path) if runtime.rank == 0 else None),
         )
         if first >= plan.total:
-            self.trainer.check_bad(first)  # a run that a limit stopped at its last step has not finished
+            self.trainer.check_bad(
+                first
+            )  # a run stopped by a bad-sample limit at its last step is not finished
         finished = self.trainer.run(first) if first < plan.total else True
         # 7. Mark the stage as finished.
         if finished and runtime.rank == 0:
             rows = metrics_log.read(context.folder / "metrics.jsonl")
-            figures = rows[-1].get("eval", {}) if rows else {}
-            write_result(context.folder, plan.total, time.monotonic() - began, figures)
+            metrics = rows[-1].get("eval", {}) if rows else {}
+            write_result(context.folder, plan.total, time.monotonic() - began, metrics)
         return finished
 
     def close(self) -> None:

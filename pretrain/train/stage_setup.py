@@ -1,7 +1,7 @@
 """Steps of opening a training stage on one rank: model, streams, plan, restored state, run folder, loader.
 
-`Session.train` calls them in this order. Nothing is written before `prepare_folder`, so that a wrong recipe or a
-missing source leaves the run folder as it was.
+`Session.train` calls them in this order. Before `prepare_folder` only the lock file is written, so that a wrong recipe
+or a missing source leaves the rest of the run folder as it was.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pretrain.recipe.fields import Length
 from pretrain.recipe.lengths import check_ends, length_steps, total_steps
 from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.run import metrics_log
-from pretrain.run.identity import compare_free, compare_versions, read_record
+from pretrain.run.identity import compare_changeable_keys, compare_versions, read_record
 from pretrain.train.checkpoint import hash_file
-from pretrain.train.resume import Start, check_length, resume_data, same_order
+from pretrain.train.resume import Start, check_length, resume_data, with_order_of
 from pretrain.train.schedule import peak_rate
 from pretrain.train.trainer import Plan
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a rank trains, and where: the same for every step of the setup."""
+    """Recipe, stage, run folder and runtime of a rank: the same for every step of the setup."""
 
     recipe: Recipe
     name: str
@@ -89,7 +89,7 @@ def open_streams(
     stage = context.stage
     specs = stage_specs(stage, context.recipe.run.seed, context.name, objective.streams)
     if start is not None and stage.continue_ is not None:
-        specs = same_order(specs, start.state["order"], stage.continue_)
+        specs = with_order_of(specs, start.state["order"], stage.continue_)
     cache = cache_settings(stage)
     builders = {spec.name: BatchBuilder(spec, cache=cache) for spec in specs}
     for builder in builders.values():
@@ -188,7 +188,7 @@ def prepare_folder(
     """Write the stage folder's files before the first step; on rank 0 only."""
     for line in accepted:
         print(f"dromos: accepted: {line}", flush=True)
-    if start is None or not start.is_of(context.folder):
+    if start is None or not start.was_written_by(context.folder):
         _begin_folder(context, objective, description)
     else:
         _resume_folder(context, start.step, total)
@@ -213,7 +213,7 @@ def _resume_folder(context: StageContext, step: int, total: int) -> None:
     metrics_log.truncate(folder / "bad_samples.jsonl", step)
     record = context.record
     previous = read_record(folder) or record
-    changed = compare_free(previous, record)
+    changed = compare_changeable_keys(previous, record)
     _write_record(context)
     print(f"dromos: {context.name} resumes after step {step}", flush=True)
     for line in changed:
@@ -230,14 +230,14 @@ def _write_record(context: StageContext) -> None:
 def make_evaluation(
     context: StageContext, objective: Objective, engine: Engine
 ) -> Callable[[], dict[str, float]]:
-    """A function that returns the held-out figures of the engine's current weights; collective."""
+    """A function that returns the held-out metrics of the engine's current weights; collective."""
     tokenizer = stage_tokenizer(context.stage)
 
-    def figures() -> dict[str, float]:
+    def metrics() -> dict[str, float]:
         engine.train(False)
         return flat_scalars(evaluate(objective, engine, context.stage, tokenizer, context.runtime))
 
-    return figures
+    return metrics
 
 
 def order_state(builders: dict[str, BatchBuilder], step: int) -> dict[str, Any]:

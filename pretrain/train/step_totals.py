@@ -1,4 +1,7 @@
-"""`StepTotals`: one all-reduce per step, before the forward pass: loss counts, digests, replacements, stop flags."""
+"""`StepTotals`: one all-reduce per step, before the forward pass.
+
+It sums loss denominators, digests, replaced samples and stop flags over all ranks.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ class StepTotals:
 
     One all-reduce of int64; a second exchange only when a rank replaced samples.
 
-    counts:       stream -> denominator of its loss
-    rows:         stream -> rows of the global batch
-    samples:      source -> samples served
-    skipped:      source -> reason -> samples replaced
-    bad:          the lines of bad_samples.jsonl
-    stop:         a rank received a stop signal or reached train.hours
-    failed:       a rank could not read its data
+    loss_denominators: stream -> rows or tokens of the global batch; every rank divides its losses by it
+    rows:              stream -> rows of the global batch
+    samples:           source -> samples served
+    skipped:           source -> reason -> samples replaced
+    bad:               the lines of bad_samples.jsonl
+    stop:              a rank received a stop signal or reached train.hours
+    failed:            a rank could not read its data
     batch_digest, order_digest: 16 hex digits
     """
 
@@ -48,7 +51,7 @@ class StepTotals:
         # Digests are sums mod 2^64: halves of 32 bits add without overflow.
         for digest in (sum(b.batch_digest for b in flat), sum(b.order_digest for b in flat)):
             numbers += [digest & LOW_32_BITS, digest >> 32 & LOW_32_BITS]
-        numbers += [int(sum(objective.count(name, b) for b in batches[name])) for name in streams]
+        numbers += [int(sum(objective.loss_denominator(name, b) for b in batches[name])) for name in streams]
         numbers += [sum(b.stop - b.start for b in batches[name]) for name in streams]
         numbers += [sum(b.samples.get(source, 0) for b in flat) for source in sources]
         values = iter(all_sum(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist())
@@ -58,7 +61,7 @@ class StepTotals:
         self.batch_digest, self.order_digest = (
             hex16((next(values) + (next(values) << 32)) & ((1 << 64) - 1)) for _ in range(2)
         )
-        self.counts = {name: next(values) for name in streams}
+        self.loss_denominators = {name: next(values) for name in streams}
         self.rows = {name: next(values) for name in streams}
         self.samples = {source: next(values) for source in sources}
         self.skipped, self.bad = _gather_replaced(flat) if replaced else ({}, [])

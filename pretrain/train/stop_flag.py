@@ -1,4 +1,7 @@
-"""Signals that ask a rank to save and stop: they set a flag, which all ranks read together between two steps."""
+"""Signals that ask a rank to save and stop: each rank sets its own flag.
+
+The flags of all ranks are combined once per step (`StepTotals`).
+"""
 
 from __future__ import annotations
 

@@ -62,10 +62,10 @@ class Plan:
 class Trainer:
     """Trains a stage up to `plan.total` steps.
 
-    order_state: step -> the data position after that step, by stream, for state.json
-    evaluate:    returns the held-out figures of the current weights, by name
-    before:      state.json whose counts of replaced samples are continued; None starts them at zero
-    frozen_hash: xxh64 of frozen.safetensors, written into every checkpoint
+    order_state:    step -> the data position after that step, by stream, for state.json
+    evaluate:       returns the held-out metrics of the current weights, by name
+    previous_state: state.json to take the bad-sample counts from; None: start at zero
+    frozen_hash:    xxh64 of frozen.safetensors, written into every checkpoint
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Trainer:
         stop: StopFlag,
         order_state: Callable[[int], dict[str, Any]],
         evaluate: Callable[[], dict[str, float]],
-        before: dict[str, Any] | None = None,
+        previous_state: dict[str, Any] | None = None,
         frozen_hash: str | None = None,
     ) -> None:
         self.stage, self.stage_dir, self.objective, self.engine = stage, stage_dir, objective, engine
         self.loader, self.plan, self.runtime, self.stop = loader, plan, runtime, stop
         self.order_state, self.evaluate = order_state, evaluate
         self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
-        self.bad_fraction = BadFraction(stage.loader.max_bad_fraction, (before or {}).get("replaced"))
-        self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (before or {}).get("bad_shards"))
+        self.bad_fraction = BadFraction(stage.loader.max_bad_fraction, (previous_state or {}).get("replaced"))
+        self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (previous_state or {}).get("bad_shards"))
         self.frozen_hash = frozen_hash
         self.copies = copies_for(runtime.device)
         self.last_saved = -1
@@ -124,9 +124,9 @@ class Trainer:
             last = done == self.plan.total
             if last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
                 began = time.perf_counter()
-                figures = self.evaluate()
-                if figures:
-                    row["eval"] = figures
+                metrics = self.evaluate()
+                if metrics:
+                    row["eval"] = metrics
                     row["time"]["eval"] = round(time.perf_counter() - began, 6)
             self.write(row, totals)
             too_many = self.count_bad(done, totals)
@@ -169,8 +169,9 @@ class Trainer:
         with self.engine.accumulate():
             for name in self.objective.streams:
                 image = self.stage.data[name].image
+                denominator = float(totals.loss_denominators[name])  # summed over micro-batches and ranks
                 for rows in staged(batches[name], image, self.runtime.device, self.copies):
-                    loss = self.objective.loss(self.engine, name, rows, float(totals.counts[name]))
+                    loss = self.objective.loss(self.engine, name, rows, denominator)
                     self.engine.backward(loss.total)
                     for key, value in {"loss": loss.total.detach(), **loss.parts}.items():
                         parts[key] = parts.get(key, torch.zeros_like(value)) + value
@@ -194,7 +195,7 @@ class Trainer:
                 f"Lower the learning rate, or look at this step's batch."
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
-        row |= self.objective.figures(batches, self.runtime.device)
+        row |= self.objective.metrics(batches, self.runtime.device)
         row |= {"lr": rate, "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
         row |= {"batch_digest": totals.batch_digest, "order_digest": totals.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
@@ -246,7 +247,7 @@ class Trainer:
                 log.close()
 
 
-def write_result(stage_dir: Path, step: int, seconds: float, figures: dict[str, Any]) -> None:
-    """Write result.json, atomically: the mark of a finished stage."""
-    content = {"step": step, "eval": figures, "seconds": round(seconds, 3)}
+def write_result(stage_dir: Path, step: int, seconds: float, metrics: dict[str, Any]) -> None:
+    """Write result.json, atomically; its presence marks the stage as finished."""
+    content = {"step": step, "eval": metrics, "seconds": round(seconds, 3)}
     publish(stage_dir / "result.json", json.dumps(content, indent=1).encode())

@@ -13,11 +13,11 @@ from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import micro_batches, rows_of
 from pretrain.build.objective import build
 from pretrain.build.streams import stage_specs
-from pretrain.distributed.engine import Engine, start, stop
+from pretrain.distributed.engine import Engine, join_process_group, leave_process_group
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
-from pretrain.train.main import leave
+from pretrain.train.main import exit_now
 from pretrain.train.stop_flag import StopFlag
 from pretrain.train.trainer import Plan, Trainer
 
@@ -44,7 +44,7 @@ class InProcess:
 
 def main(jobs: list[dict]) -> None:
     """Each job: recipe, zero, out (a folder for metrics.jsonl), overrides."""
-    runtime = start()
+    runtime = join_process_group()
     flag = StopFlag()
     for job in jobs:
         recipe = load_recipe(job["recipe"], [f"engine.zero={job['zero']}", *job.get("overrides", [])])
@@ -70,9 +70,9 @@ def main(jobs: list[dict]) -> None:
         trainer.close()
         if runtime.rank == 0:
             print(job["out"], main_stream(stage), round(time.time() - began, 2), flush=True)
-    stop()
+    leave_process_group()
 
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
-    leave(0)
+    exit_now(0)

@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
-from pretrain.distributed.engine import import_deepspeed, start, stop
-from pretrain.train.main import leave
+from pretrain.distributed.engine import import_deepspeed, join_process_group, leave_process_group
+from pretrain.train.main import exit_now
 
 STEPS = 3
 
@@ -86,7 +86,7 @@ def scalar_fails() -> bool:
 
 
 def main() -> None:
-    runtime = start()
+    runtime = join_process_group()
     expected = reference(runtime.world_size)
     found = {
         "naive": {zero: worst(trained(zero, False, runtime.rank), expected) for zero in (0, 1, 2, 3)},
@@ -96,9 +96,9 @@ def main() -> None:
     if runtime.rank == 0:
         print("FOUND " + json.dumps(found), flush=True)
     sys.stdout.flush()
-    stop()
+    leave_process_group()
 
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_now(0)

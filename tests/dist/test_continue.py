@@ -15,7 +15,7 @@ from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import TrainStage
-from pretrain.train.resume import check_length, find_start, same_order
+from pretrain.train.resume import check_length, find_start, with_order_of
 from tests.support import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -76,6 +76,6 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):
-        same_order(
+        with_order_of(
             [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, length=9)], start.state["order"], "whole@4"
         )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.train.main import leave
+from pretrain.train.main import exit_now
 
 
 class Odd(nn.Module):
@@ -119,4 +119,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_now(0)

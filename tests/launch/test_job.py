@@ -68,7 +68,7 @@ def test_the_command_that_goes_on_can_be_pasted(recipe: Path) -> None:
     [
         ({"on": "moon"}, "--on moon: unknown backend; write one of local, slurm, ray"),
         ({"nodes": 2}, "--nodes 2: several nodes need --on slurm or --on ray"),
-        ({"ranks_per_node": 0}, "--ranks-per-node 0: at least 1"),
+        ({"ranks_per_node": 0}, "--ranks-per-node 0: must be at least 1"),
         ({"ranks_per_node": 3}, r"8 rows cannot be split evenly over 3 ranks; nearest batch: 9 or 6"),
         ({"stages": ["tuned"]}, r"stage tuned: init: .*dromos run .*small.yaml --stage masked"),
         ({"stages": ["tunde"]}, "tuned"),
@@ -84,12 +84,12 @@ def test_mistakes_are_told_and_nothing_is_written(recipe: Path, flags: dict, wor
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe: Path) -> None:
-    from pretrain.recipe.dump import dump
+    from pretrain.recipe.dump import dump_plain, stage_record
 
     loaded = load_recipe(recipe)
     stage = recipe.parent / "run" / "masked"
     stage.mkdir(parents=True)
-    (stage / "resolved.yaml").write_text(dump(loaded, "masked"))
+    (stage / "resolved.yaml").write_text(dump_plain(stage_record(loaded, "masked")))
     (stage / "result.json").write_text('{"step": 20}')
     with pytest.raises(UserError, match=r"optimizer.lr: 0.001 -> 0.002"):
         run(str(recipe), ranks_per_node=1, stages=["masked"], overrides=["optimizer.lr=2e-3"])
@@ -116,7 +116,7 @@ def test_example_cluster_files_are_right(kind: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kind": "slurm", "partion": "gpu"}, "cluster: unknown key partion; did you mean partition?"),
+        ({"kind": "slurm", "partion": "gpu"}, "cluster: unknown key partion; did you mean 'partition'?"),
         ({"kind": "ray", "colour": 1}, "cluster: unknown key colour; known keys: gpus_per_node"),
         ({"kind": "slurm", "gpus_per_node": -1}, "cluster: gpus_per_node: .* greater than or equal to 0"),
         ({"kind": "slurm", "time": 43200}, 'write the time limit in quotes, for example time: "12:00:00"'),

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.errors import UserError
 from launch import data_check, preflight
 from launch.run import make_job, run
-from pretrain.recipe.dump import dump
+from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.load import load_recipe
 from tests.support.launching import picture, write_recipe, write_tar
 
@@ -35,7 +35,7 @@ def finish(recipe: Path, *stages: str) -> None:
     for name in stages:
         stage = recipe.parent / "run" / name
         stage.mkdir(parents=True)
-        (stage / "resolved.yaml").write_text(dump(loaded, name))
+        (stage / "resolved.yaml").write_text(dump_plain(stage_record(loaded, name)))
         (stage / "result.json").write_text('{"step": 20}')
 
 
@@ -129,7 +129,7 @@ def test_the_command_for_a_missing_predecessor_makes_it(recipe: Path) -> None:
     assert offered == ["dromos", "run", str(recipe), "--stage", "masked", "--ranks-per-node", "2", *kept]
     made = load_recipe(recipe, kept, "masked", strict=True)
     (folder / "masked").mkdir(parents=True)
-    (folder / "masked" / "resolved.yaml").write_text(dump(made, "masked"))
+    (folder / "masked" / "resolved.yaml").write_text(dump_plain(stage_record(made, "masked")))
     (folder / "masked" / "result.json").write_text('{"step": 20}')
     checkpoint = folder / "masked" / "checkpoints" / "step_00000020"
     checkpoint.mkdir(parents=True)

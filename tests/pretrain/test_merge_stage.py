@@ -139,7 +139,7 @@ def test_killed_between_weights_and_result(run: tuple[Recipe, Path], monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module, "_figures", killed)
+        patch.setattr(stage_module, "_metrics", killed)
         with pytest.raises(KeyboardInterrupt):
             run_merge_stage(made, "mix", run_dir)
     assert not (run_dir / "mix/result.json").exists()

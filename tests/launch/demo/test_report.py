@@ -151,7 +151,7 @@ def page_json(page: str) -> str:
 def test_every_section_is_on_the_page(page: str) -> None:
     text = ParsedPage(page).text
     for expected in (
-        "floor of repeated captions", "Zero-shot accuracy", "Confusion", "with text (real)",
+        "lower bound of the loss (repeated captions)", "Zero-shot accuracy", "Confusion", "with text (real)",
         "without text (real_no_text)", "alt text captions (real)", "sentence captions (synthetic)", "patches masked",
         "Throughput", "none were replaced", "true (real)", "nats per token",
     ):  # fmt: skip

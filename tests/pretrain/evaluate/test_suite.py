@@ -1,4 +1,4 @@
-"""Held-out figures against brute force with tarfile and PIL, one sample at a time, for several batches and ranks."""
+"""Held-out metrics against brute force with tarfile and PIL, one sample at a time, for several batches and ranks."""
 
 from __future__ import annotations
 

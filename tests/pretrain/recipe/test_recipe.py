@@ -12,8 +12,8 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import MAX_PIXELS
 from pretrain.build.streams import evaluation_spec, stream_spec
-from pretrain.recipe.checks import nearest_divisors, predecessors, world_size_check
-from pretrain.recipe.dump import as_plain, dump, stage_record
+from pretrain.recipe.checks import nearest_divisors, world_size_check
+from pretrain.recipe.dump import as_plain, dump, dump_plain, stage_record
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps, length_warnings, main_stream, total_steps
 from pretrain.recipe.load import load_recipe, run_dir
@@ -126,7 +126,6 @@ def test_a_merge_stage_inherits_evaluation_alone(tmp_path: Path) -> None:
     assert mix.inputs == {"masked": 0.25, "tuned": 0.75}
     assert mix.eval.batch == 99
     assert "optimizer" not in as_plain(recipe)["stages"]["mix"]
-    assert predecessors(mix, recipe.stages) == ["masked", "tuned"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -518,7 +517,7 @@ def test_a_schedule_of_the_batch(tmp_path: Path) -> None:
     recipe = load(tmp_path, FLIP, "data.pairs.batch={0: 64, 10: 96, 30: 256}")
     stage = training(recipe, "masked")
     assert stage.data["pairs"].batch == {0: 64, 10: 96, 30: 256}
-    record = yaml.safe_load(dump(recipe, "masked"))
+    record = yaml.safe_load(dump_plain(stage_record(recipe, "masked")))
     assert record == stage_record(recipe, "masked")
     assert TrainStage.model_validate(record["stage"]) == stage
     assert compare_identity(record, stage_record(recipe, "masked")) == []
@@ -573,7 +572,7 @@ def test_a_small_micro_batch_of_a_contrastive_loss_is_refused(tmp_path: Path) ->
 
 def test_the_record_of_a_stage_is_plain_yaml(tmp_path: Path) -> None:
     recipe = load(tmp_path)
-    record = yaml.safe_load(dump(recipe, "tuned"))
+    record = yaml.safe_load(dump_plain(stage_record(recipe, "tuned")))
     assert record == stage_record(recipe, "tuned")
     assert record["name"] == "tuned"
     assert record["run"]["seed"] == 3

@@ -98,13 +98,14 @@ def test_samples_are_counted_by_stream_and_replaced_ones_by_reason(run: Path) ->
 def test_every_stage_has_its_curves_and_flip_its_floor(run: Path) -> None:
     text = ParsedPage(read(run)).text
     for expected in (
-        "Loss of masked", "Loss of real", "floor of repeated captions", "ln(rows in the batch with the same caption)",
+        "Loss of masked", "Loss of real", "lower bound of the loss (repeated captions)",
+        "ln(rows in the batch with the same caption)",
         "zero_shot/digits/top1", "Learning rate", "Gradient norm", "Throughput", "samples/s", "step of the stage",
         "loss (nats)",
     ):  # fmt: skip
         assert expected in text, expected
     flip_part, sphinx_part = text.split("Loss of masked")[1].split("Loss of real")
-    assert "floor of repeated captions" in flip_part
+    assert "lower bound of the loss (repeated captions)" in flip_part
     assert "captions text" in sphinx_part
 
 
@@ -121,7 +122,7 @@ def test_environment_and_recipe_are_on_the_page(run: Path) -> None:
 def test_missing_parts_are_named(run: Path, tmp_path: Path) -> None:
     text = ParsedPage(read(run)).text
     assert "Not started, so not shown below: late." in text
-    assert "Stage real has not finished; its figures end at step 20." in text
+    assert "Stage real has not finished; its metrics end at step 20." in text
     waiting = write_run(tmp_path / "waiting", {"masked": TRAIN})
     for name in ("env.json", "job.json"):
         (waiting / name).unlink()

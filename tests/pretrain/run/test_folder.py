@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from launch.status import run_status
-from pretrain.recipe.dump import dump
+from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.run.address import locate
 from pretrain.run.folder import complete_steps
 from pretrain.run.identity import check_run_folder
@@ -54,7 +54,7 @@ def test_every_reader_picks_the_same_newest_checkpoint(tmp_path: Path) -> None:
     loaded = recipe(tmp_path)
     stage = tmp_path / "run/masked"
     stage.mkdir(parents=True)
-    (stage / "resolved.yaml").write_text(dump(loaded, "masked"))
+    (stage / "resolved.yaml").write_text(dump_plain(stage_record(loaded, "masked")))
     save(stage, "step_99999999", world_size=4)
     newest = save(stage, "step_100000000", world_size=2)
     for name in ODD:

@@ -93,7 +93,9 @@ def test_the_cause_of_real_shards_is_named(tmp_path: Path) -> None:
         urls[1], [x for x in lines if x["url"] == urls[1]]
     )
     assert "members are .png" in limited.message(urls[1], lines)
-    assert "undecodable, for example '00" in limited.message(urls[2], lines)
+    assert "the most frequent reason is undecodable (6 samples), for example '00" in limited.message(
+        urls[2], lines
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -14,7 +14,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from pretrain.run.folder import complete_steps, tag_of
-from pretrain.train.checkpoint import save, verify
+from pretrain.train.checkpoint import save, verify_and_read_state
 
 # System calls that change the disk or flush to it.
 CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
@@ -55,7 +55,7 @@ def test_a_saved_checkpoint_is_complete_and_verifies(tmp_path: Path) -> None:
     path = save_step(folder, 5)
     assert path == folder / "step_00000005"
     assert complete_steps(folder) == [5]
-    assert verify(path) == {"step": 5, "world_size": 1}
+    assert verify_and_read_state(path) == {"step": 5, "world_size": 1}
     assert_whole(path, 5)
     assert (folder / "latest").read_text() == "step_00000005"
     manifest = json.loads((path / "manifest.json").read_text())
@@ -72,13 +72,13 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_09999999", "step_123456789"]
     save_step(tmp_path, 200_000_000, keep=1)
     assert complete_steps(tmp_path) == [200_000_000]
-    assert verify(tmp_path / tag_of(200_000_000))["step"] == 200_000_000
+    assert verify_and_read_state(tmp_path / tag_of(200_000_000))["step"] == 200_000_000
 
 
 def test_a_step_saved_again_replaces_itself(tmp_path: Path) -> None:
     save_step(tmp_path, 3)
     save(tmp_path, 3, {"step": 3, "again": True}, writer(4), 2)
-    assert verify(tmp_path / tag_of(3)) == {"step": 3, "again": True}
+    assert verify_and_read_state(tmp_path / tag_of(3)) == {"step": 3, "again": True}
     assert (tmp_path / tag_of(3) / "model.pt").read_bytes() == content(4)["model.pt"]
 
 
@@ -132,7 +132,9 @@ def test_a_kill_at_any_instant_leaves_the_previous_one_or_this_one(
         assert steps, f"nothing is left after a kill at call {number} ({made[-1]})"
         assert steps[-1] >= (1 if again else 2)
         for found in steps:
-            assert verify(folder / tag_of(found))["step"] == found, f"kill at call {number} ({made[-1]})"
+            assert verify_and_read_state(folder / tag_of(found))["step"] == found, (
+                f"kill at call {number} ({made[-1]})"
+            )
             assert_whole(folder / tag_of(found), found)
         save_step(folder, 4, keep)  # the next save cleans up whatever was left
         assert complete_steps(folder)[-1] == 4
@@ -159,7 +161,7 @@ def test_a_writer_that_fails_leaves_the_previous_one(tmp_path: Path) -> None:
     assert complete_steps(tmp_path) == [1]
     assert (tmp_path / "latest").read_text() == tag_of(1)
     save_step(tmp_path, 2)
-    assert verify(tmp_path / tag_of(2))["step"] == 2
+    assert verify_and_read_state(tmp_path / tag_of(2))["step"] == 2
 
 
 def flip_a_bit(file: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, kind: str) -> None:
     path = save_step(tmp_path, 7)
     DAMAGE[kind](path / name)
     with pytest.raises(UserError) as found:
-        verify(path)
+        verify_and_read_state(path)
     text = str(found.value)
     assert name in text or (
         kind == "flipped" and name == "manifest.json"
