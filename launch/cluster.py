@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from data_pipeline.errors import UserError
+from pretrain.recipe.schema_errors import did_you_mean
 from pretrain.recipe.yaml_file import load_yaml
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -114,26 +114,28 @@ class RayCluster(Cluster):
 
 
 AnyCluster = Annotated[SlurmCluster | RayCluster, Field(discriminator="kind")]
-KINDS: dict[str, type[SlurmCluster] | type[RayCluster]] = {"slurm": SlurmCluster, "ray": RayCluster}
+CLUSTER_KINDS: dict[str, type[SlurmCluster] | type[RayCluster]] = {"slurm": SlurmCluster, "ray": RayCluster}
 
 
 def parse_cluster(values: dict[str, Any], where: str = "cluster") -> SlurmCluster | RayCluster:
     """Check `values`. UserError names the key, the problem, and the nearest existing key."""
     kind = values.get("kind")
-    if kind not in KINDS:
+    if kind not in CLUSTER_KINDS:
         raise UserError(
-            f"{where}: kind: {kind!r} is unknown; write one of {', '.join(KINDS)}, for example `kind: slurm`"
+            f"{where}: kind: {kind!r} is unknown; write one of {', '.join(CLUSTER_KINDS)}, for example `kind: slurm`"
         )
     try:
         return TypeAdapter(AnyCluster).validate_python(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, where, KINDS[kind]) for item in error.errors())) from None
+        raise UserError(
+            "\n".join(_explain(item, where, CLUSTER_KINDS[kind]) for item in error.errors())
+        ) from None
 
 
 def load_cluster(path: str | None, kind: str) -> SlurmCluster | RayCluster:
     """Read the cluster file of a job that runs on `kind`; defaults without a file. Raises UserError."""
     if path is None:
-        return KINDS[kind].model_validate({})
+        return CLUSTER_KINDS[kind].model_validate({})
     if not Path(path).is_file():
         raise UserError(f"--cluster {path}: no such file; configs/cluster/{kind}.yaml is an example")
     cluster = parse_cluster(load_yaml(path).values, path)
@@ -144,10 +146,9 @@ def load_cluster(path: str | None, kind: str) -> SlurmCluster | RayCluster:
 
 def _explain(item: Any, where: str, model: type[BaseModel]) -> str:
     """One line for one error of pydantic."""
-    keys = [str(part) for part in item["loc"] if part not in KINDS]
+    keys = [str(part) for part in item["loc"] if part not in CLUSTER_KINDS]
     name = ".".join(keys)
     if item["type"] != "extra_forbidden":
         return f"{where}: {name}: {item['msg']} (got {item['input']!r})"
-    close = difflib.get_close_matches(keys[-1], model.model_fields, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(model.model_fields)}"
-    return f"{where}: unknown key {name}; {advice}"
+    advice = did_you_mean(keys[-1], model.model_fields) or f"; known keys: {', '.join(model.model_fields)}"
+    return f"{where}: unknown key {name}{advice}"

@@ -53,7 +53,7 @@ class Job:
     def recipe_copy(self) -> str:
         """Path of the resolved recipe in the run folder.
 
-        A submitted job has a copy named by its content, which a later submission into the same folder leaves alone.
+        A submitted job has a copy named by its content, which later submissions do not overwrite.
         """
         name = f"recipe-{self.recipe_id}.yaml" if self.recipe_id else "recipe.yaml"
         return f"{self.run_dir}/{name}"

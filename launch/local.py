@@ -15,9 +15,9 @@ from launch.run_folder import open_run
 from launch.stage_state import StageStates
 from launch.supervise.rank_group import LocalGroup
 from launch.supervise.rank_process import Rank, free_port
-from launch.supervise.stage_runner import count_ranks, log_path, print_done, print_line, run_stages
+from launch.supervise.stage_runner import count_ranks, log_path, print_done, run_stages
 from pretrain.recipe.schema import Recipe
-from pretrain.run.exit_codes import DONE, RUN_AGAIN
+from pretrain.run.exit_codes import DONE
 
 RankCommand = Callable[[str], list[str]]
 
@@ -64,10 +64,7 @@ def run(
             command = (rank_command or job.train_command)(stage.name)
             return LocalGroup(local_ranks(job, stage, environ, command))
 
-        def merge(stage: StageJob) -> int:
-            return run_merge(job, stage, recipe, console)
-
-        return run_stages(job, states.remaining, console, start, merge, job.resume_command())
+        return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
 
 
 def local_ranks(job: Job, stage: StageJob, environ: Mapping[str, str], command: list[str]) -> list[Rank]:
@@ -92,18 +89,6 @@ def rank_env(job: Job, rank: int, port: int | None, environ: Mapping[str, str]) 
     }
     defaults = {"OMP_NUM_THREADS": str(max(1, core_count() // job.ranks_per_node))}
     if not job.gpus_per_node:
-        # By default gloo listens on the address of the host name, which a laptop loses with its network.
+        # By default gloo listens on the address of the host name, which stops working when the network is gone.
         defaults |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     return {name: value for name, value in defaults.items() if name not in environ} | env
-
-
-def run_merge(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
-    """Run a merge stage in this process; returns the exit code."""
-    from pretrain.merge_stage import run_merge_stage
-
-    try:
-        run_merge_stage(recipe, stage.name, job.folder)
-    except KeyboardInterrupt:
-        print_line(console, f"{stage.name}: interrupted")
-        return RUN_AGAIN
-    return DONE

@@ -16,7 +16,7 @@ from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.run.address import StageNotReady, locate
 from pretrain.run.identity import check_run_folder
 
-STARTS = {"init", "continue"}
+START_KEYS = {"init", "continue"}
 
 
 def check(recipe: Recipe, job: Job) -> StageStates:
@@ -38,7 +38,7 @@ def check(recipe: Recipe, job: Job) -> StageStates:
 
 
 def check_ranks(recipe: Recipe, job: Job) -> None:
-    """UserError unless every stream's batch divides evenly by the ranks. Needs no disk."""
+    """Raises UserError unless every stream's batch divides evenly by the ranks. Needs no disk."""
     for item in job.stages:
         stage = recipe.stages[item.name]
         if isinstance(stage, TrainStage):
@@ -49,14 +49,17 @@ def check_ranks(recipe: Recipe, job: Job) -> None:
 
 
 def check_folder(recipe: Recipe, job: Job, states: StageStates) -> None:
-    """UserError unless the run folder belongs to this recipe. A stage that will resume needs the same world size."""
+    """Raises UserError unless the run folder belongs to this recipe.
+
+    A stage that will resume needs the same world size.
+    """
     for stage in job.stages:
         world_size = None if stage.name in states.done else job.world_size
         check_run_folder(job.folder, recipe, stage.name, world_size)
 
 
 def check_sources(recipe: Recipe, job: Job, states: StageStates) -> None:
-    """UserError unless every source of the stages that are not done has tars with usable samples.
+    """Raises UserError unless every source of the stages that are not done has tars with usable samples.
 
     For a job on a cluster, only the ranks check sources in object stores: the machine that submits needs neither
     their packages nor their keys.
@@ -75,7 +78,7 @@ def check_sources(recipe: Recipe, job: Job, states: StageStates) -> None:
 
 
 def check_predecessors(recipe: Recipe, job: Job, states: StageStates) -> None:
-    """UserError unless all weights that the stages read exist, or an earlier stage of this job makes them."""
+    """Raises UserError unless all weights that the stages read exist, or an earlier stage of this job makes them."""
     outputs: set[Path] = set()
     for stage in job.stages:
         if stage.name not in states.done:
@@ -102,7 +105,7 @@ def job_for_predecessor(name: str, recipe: Recipe, job: Job) -> Job:
 
     Leaves out the overrides of other stages, and `init` and `continue`, which belong to the later stage.
     """
-    dropped = (set(recipe.stages) - {name}) | STARTS
+    dropped = (set(recipe.stages) - {name}) | START_KEYS
     overrides = [
         override for override in job.overrides if override.split("=")[0].split(".")[0] not in dropped
     ]

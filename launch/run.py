@@ -85,7 +85,7 @@ def make_job(
         raise UserError(f"--nodes {nodes}: several nodes need --on slurm or --on ray")
     for flag, number in (("--nodes", nodes), ("--ranks-per-node", ranks_per_node)):
         if number is not None and number < 1:
-            raise UserError(f"{flag} {number}: at least 1")
+            raise UserError(f"{flag} {number}: must be at least 1")
     cluster = _cluster(backend, cluster_file)
     gpus = gpu_count() if backend == "local" else cluster.gpus_per_node if cluster else 0
     ranks = ranks_per_node or max(1, gpus)

@@ -1,7 +1,8 @@
 """Which stages of a job are done, computed once per command by `stage_states` and passed on.
 
 To decide that a merge stage is done, its inputs are opened and fingerprinted. Checks, stage runner and backends
-therefore share one `StageStates` and never ask again.
+therefore share one `StageStates` and do not compute it again. Only `run_merge_stage` checks a merge that it runs: an
+earlier stage of the job may have changed its inputs.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class StageStates:
     """Stages that are done and stages to run.
 
     done:      names of the stages whose outputs are complete as the run folder is now.
-    remaining: stages to run, in order. A merge that reads a remaining stage remains too, also if it is done now:
-               that stage will change its inputs.
+    remaining: stages to run, in order. A merge that reads a remaining stage is also run again, even if it is
+               done now: that stage will change its inputs.
     """
 
     done: frozenset[str]

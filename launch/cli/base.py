@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from launch.supervise.stop_signals import signals_interrupt
 from pretrain.run.exit_codes import FAILED, RUN_AGAIN, USER_ERROR
 
 # Module that is not installed -> the extra that installs it.
@@ -147,29 +146,15 @@ def print_note(text: str | None) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """For a block whose files remain if it is stopped, so that the same command resumes. Exits with 75 then.
+    """Exits with 75 when the block is interrupted. Use it where partial files remain and the same command resumes.
 
     SIGTERM (from a scheduler) and SIGHUP (a lost connection) act like Ctrl-C, so that processes that the command
     started end with it. Ignored signals, as under nohup, stay ignored.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    redirected = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if in_main_thread and signal.getsignal(number) is signal.SIG_DFL
-    ]
-    for number in redirected:
-        signal.signal(number, _interrupt)
     try:
-        yield
+        with signals_interrupt():
+            yield
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
             typer.echo("dromos: interrupted; the same command resumes", err=True)
         raise typer.Exit(RUN_AGAIN) from None
-    finally:
-        for number in redirected:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

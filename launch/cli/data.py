@@ -19,7 +19,7 @@ from pretrain.run.exit_codes import USER_ERROR
 
 @contextmanager
 def named_files() -> Iterator[None]:
-    """Turn an OSError about a named file into a ReadError: the user's file is at fault, not the program."""
+    """Turn an OSError about a named file into a ReadError: the problem is in the user's file."""
     try:
         yield
     except OSError as error:
@@ -47,7 +47,7 @@ def index(
     """Index sources: count and locate every sample.
 
     Reads the headers of every tar once, and writes shards.parquet and the packed offsets to _index/ beside the tars.
-    Run again, also after a kill, it reads only new and changed tars. Training needs no index; with one it starts
+    A later run, also after a kill, reads only new and changed tars. Training needs no index; with one it starts
     faster and checks more.
 
     \b
@@ -125,7 +125,7 @@ def _print(described: list[dict[str, Any]], samples: int) -> None:
     """Print the reports of sources, with at most `samples` samples each."""
     from data_pipeline.show import render
 
-    colours = {"wrong": "red", "note": "yellow", "title": "cyan"}
+    colours = {"problem": "red", "note": "yellow", "title": "cyan"}
     width = min(shutil.get_terminal_size().columns, 140) if sys.stdout.isatty() else 140
     for about in described:
         for kind, line in render(about | {"first": about["first"][:samples]}, width):
@@ -176,7 +176,7 @@ def view(
     matched = f"{result.matched:,} rows match" if where else f"{result.matched:,} ids"
     typer.echo(
         f"{source}: view {name} keeps {result.kept:,} of {result.samples:,} samples; {matched}, "
-        f"{result.absent:,} of them in no tar; {result.rowless:,} samples have no row; {result.fingerprint}"
+        f"{result.absent:,} of them in no tar; {result.without_row:,} samples have no row; {result.fingerprint}"
     )
 
 

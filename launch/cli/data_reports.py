@@ -55,7 +55,7 @@ class ProgressLine:
 def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
     """The report of an index run as (line, True for a warning)."""
     manifest = indexed.manifest
-    shards = f"{len(manifest.paths):,} shards ({indexed.scanned:,} walked, {indexed.reused:,} known)"
+    shards = f"{len(manifest.paths):,} shards ({indexed.scanned:,} read, {indexed.reused:,} unchanged)"
     size = f"{int(manifest.sizes.sum()) / 1e6:,.1f} MB"
     if indexed.scanned:
         seconds = max(indexed.seconds, 1e-6)
@@ -76,11 +76,12 @@ def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
             True,
         )
     if len(indexed.findings.split) > MAX_LISTED:
-        yield f"{path}: {len(indexed.findings.split) - MAX_LISTED} more shards have samples in pieces", True
+        count = len(indexed.findings.split) - MAX_LISTED
+        yield f"{path}: {count} more shards have samples whose members are not adjacent", True
 
 
 def simulation_figures(load: StreamLoad, bandwidth: float, target_rate: float | None) -> dict[str, Any]:
-    """All figures of a stream. bandwidth: bytes/s per node; target_rate: samples/s of all nodes, or None."""
+    """All numbers of a stream's report. bandwidth: bytes/s per node; target_rate: samples/s of all nodes, or None."""
     most = load.most_samples_a_second(bandwidth)
     return asdict(load) | {
         "gets_a_sample": load.gets_a_sample,
@@ -117,7 +118,7 @@ def simulation_lines(
     yield need + ("; some ranges are fetched twice: raise loader.cache.gigabytes" if tight else ""), tight
     first, window = figures["first_batch_seconds"], figures["first_window_seconds"]
     yield f"  start     first batch after {first:.1f} s, windows in the cache after {window:.1f} s", False
-    spread = f"rows per shard in a batch vary {load.variance:.2f} times as much as in independent draws"
+    spread = f"variance of rows per shard: {load.variance:.2f} times that of random sampling"
     yield f"  shuffle   {spread}; {load.pairs:.2f} times the pairs from the same shard", False
     most = f"  rate      at most {figures['most_samples_a_second']:,.0f} samples/s on all nodes"
     if target_rate is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import typer
 
 LINE_SECONDS = 60.0  # between two lines without a terminal
-NARROW_COLUMNS = 64  # below this width, bar and figures do not fit in one line
+NARROW_COLUMNS = 64  # below this width, bar and numbers do not fit in one line
 
 
 class Bar:
@@ -61,7 +61,7 @@ def counting(label: str, total: int, unit: str = "bytes") -> Iterator[Bar]:
 
 
 def _log(label: str, total: int, unit: str) -> Callable[[int], None]:
-    """Prints a line every LINE_SECONDS, so that the log of a long job shows that it is alive."""
+    """Prints a line every LINE_SECONDS, so that the log of a long job shows that it still runs."""
     started = last_line = time.monotonic()
     done = 0
 

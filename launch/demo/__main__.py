@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def print_summary(console: Console, summary: dict[str, Any], seconds: float) -> None:
-    """Print the main figures and the paths of the summary and the report."""
+    """Print the main metrics and the paths of the summary and the report."""
     flip, sphinx = summary["flip"], summary["sphinx"]
     text, captions = sphinx["text_nll"], sphinx["caption_nll"]["real"]["real"]
     shuffled = sphinx["caption_nll_shuffled"]["real"]["real"]

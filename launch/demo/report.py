@@ -96,13 +96,13 @@ def build_page(root: Path, runs: Mapping[str, Run], summary: Summary) -> Page:
             sections.environment(all_runs),
             recipes_section(all_runs, summary),
         ],
-        foot=f"Written by `make demo`. The figures come from {root / 'summary.json'}; curves and throughput come "
+        foot=f"Written by `make demo`. The metrics come from {root / 'summary.json'}; curves and throughput come "
         "from the metrics.jsonl of each stage. `dromos report RUN` writes a report of a single run.",
     )
 
 
 def headlines(summary: Summary) -> list[Tile]:
-    """Return tiles with the main figures, as far as the summary has them."""
+    """Return tiles with the main metrics, as far as the summary has them."""
     tiles = []
     top1, held_out = value_at(summary, "flip", "zero_shot_top1"), value_at(summary, "flip", "held_out")
     if top1 is not None:
@@ -229,7 +229,7 @@ def captions_section(root: Path) -> Section:
 
 def recipes_section(runs: list[Run], summary: Summary) -> Section:
     section = sections.recipes(runs)
-    section.name, section.title = "Figures and recipes", "All figures and the resolved recipes"
+    section.name, section.title = "Metrics and recipes", "All metrics and the resolved recipes"
     section.text = ["The summary.json of this page, and the recipe of each run with its defaults filled in."]
     section.blocks.insert(0, Collapsible("summary.json", json.dumps(summary, indent=1)))
     return section

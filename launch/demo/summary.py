@@ -1,4 +1,4 @@
-"""The figures of summary.json, measured by one process on the final weights of the stages."""
+"""The metrics of summary.json, measured by one process on the final weights of the stages."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ TEXT_NLL_KEYS = {"lm": "before", "real": "with_text", "real_no_text": "without_t
 def summarise(root: Path, console: Console) -> dict[str, Any]:
     """Return the content of summary.json without "seconds". `root` holds the runs flip and sphinx."""
     console.print("zero-shot and step times")
-    flip = flip_figures(root)
-    sphinx = sphinx_figures(root, console)
+    flip = flip_metrics(root)
+    sphinx = sphinx_metrics(root, console)
     console.print("sweep between real and synthetic")
-    return {"flip": flip, "sphinx": sphinx, "merge": {"sweep": sweep_figures(root)}}
+    return {"flip": flip, "sphinx": sphinx, "merge": {"sweep": sweep_metrics(root)}}
 
 
-def flip_figures(root: Path) -> dict[str, Any]:
+def flip_metrics(root: Path) -> dict[str, Any]:
     objective, stage = load_trained(str(root / "flip" / "tuned"))
-    figures = evaluate(objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS)
-    digits = figures["zero_shot"]["digits"]
+    metrics = evaluate(objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS)
+    digits = metrics["zero_shot"]["digits"]
     return {
         "zero_shot_top1": digits["top1"],
         "held_out": digits["samples"],
@@ -77,22 +77,22 @@ def step_seconds(objective: Any, stage: TrainStage, repeats: int = 3) -> dict[st
     return seconds
 
 
-def sphinx_figures(root: Path, console: Console) -> dict[str, Any]:
+def sphinx_metrics(root: Path, console: Console) -> dict[str, Any]:
     text: dict[str, float] = {}
     captions: dict[str, dict[str, float]] = {}
     shuffled: dict[str, dict[str, float]] = {}
     vocabulary = 0
     for name in ("lm", *CAPTIONERS):
-        console.print(f"held-out figures of {name}")
+        console.print(f"held-out metrics of {name}")
         objective, stage = load_trained(str(root / "sphinx" / name))
         tokenizer = stage_tokenizer(stage)
         vocabulary = tokenizer.vocab_size
-        figures = evaluate(objective, objective.model, stage, tokenizer, SINGLE_PROCESS, shuffle=True)
+        metrics = evaluate(objective, objective.model, stage, tokenizer, SINGLE_PROCESS, shuffle=True)
         if name in TEXT_NLL_KEYS:
-            text[TEXT_NLL_KEYS[name]] = figures["perplexity"]["text"]
-        if "perplexity_shuffled" in figures:
-            shuffled[name] = figures["perplexity_shuffled"]
-            captions[name] = {domain: figures["perplexity"][domain] for domain in shuffled[name]}
+            text[TEXT_NLL_KEYS[name]] = metrics["perplexity"]["text"]
+        if "perplexity_shuffled" in metrics:
+            shuffled[name] = metrics["perplexity_shuffled"]
+            captions[name] = {domain: metrics["perplexity"][domain] for domain in shuffled[name]}
     return {
         "ln_vocabulary": float(np.log(vocabulary)),
         "text_nll": text,
@@ -105,7 +105,7 @@ def _to_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(tensors[name])) for name in tensors}
 
 
-def sweep_figures(root: Path) -> list[dict[str, float]]:
+def sweep_metrics(root: Path) -> list[dict[str, float]]:
     """Return the NLL of both caption domains and of text for every beta, with interpolated weights.
 
     theta = beta * real + (1 - beta) * synthetic; no weights are written to disk.

@@ -88,7 +88,7 @@ class RankActors:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self.job = job
-        self.placement = place(job, console)
+        self.placement = wait_for_placement(job, console)
         share = {name: amount / job.ranks_per_node for name, amount in bundle(job).items()}
         self.actors: list[Any] = []
         for rank in range(job.world_size):
@@ -102,13 +102,13 @@ class RankActors:
                 max_restarts=0,
             )
             self.actors.append(actor.remote())
-        self.places = ray.get([actor.place.remote() for actor in self.actors])
+        self.locations = ray.get([actor.location.remote() for actor in self.actors])
 
     def start(self, stage: str, command: list[str]) -> RayGroup:
         """Start a rank in every actor; the rendezvous is on the first actor's node."""
         import ray
 
-        host = self.places[0][1]
+        host = self.locations[0][1]
         port: int = ray.get(self.actors[0].port.remote(host))
         logs = [str(log_path(self.job.folder / stage, rank)) for rank in range(len(self.actors))]
         ray.get(
@@ -125,7 +125,7 @@ class RankActors:
 
         per_node = self.job.ranks_per_node
         first = rank // per_node * per_node
-        gpus = [gpu for place in self.places[first : first + per_node] for gpu in place[2]]
+        gpus = [gpu for location in self.locations[first : first + per_node] for gpu in location[2]]
         return {
             "OMP_NUM_THREADS": str(cluster_of(self.job).cpus_per_rank),
             **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {"DS_ACCELERATOR": "cpu"}),
@@ -141,7 +141,7 @@ class RankActors:
         }
 
 
-def place(job: Job, console: Console) -> Any:
+def wait_for_placement(job: Job, console: Console) -> Any:
     """Wait for a placement group with one bundle per node.
 
     Prints what it waits for. Raises UserError after the cluster file's `start_seconds`.
@@ -205,13 +205,7 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
     def start(stage: StageJob) -> RayGroup:
         return actors.start(stage.name, job.train_command(stage.name))
 
-    def merge(stage: StageJob) -> int:
-        from pretrain.merge_stage import run_merge_stage
-
-        run_merge_stage(recipe, stage.name, job.folder)
-        return DONE
-
-    return run_stages(job, states.remaining, console, start, merge, job.resume_command())
+    return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""One Ray cluster for one local job: started if no cluster is named, ended however the launcher ends."""
+"""One Ray cluster for one local job: started if no cluster is named, stopped whenever the launcher ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray node as a child process: its `ray start` command, its token, and its end with all its processes."""
+"""A Ray node as a child process: its `ray start` command, its token, and how it and its processes are stopped."""
 
 from __future__ import annotations
 

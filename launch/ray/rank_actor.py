@@ -17,7 +17,7 @@ class RankActor:
     def __init__(self) -> None:
         self.child: RankProcess | None = None
 
-    def place(self) -> tuple[str, str, list[str]]:
+    def location(self) -> tuple[str, str, list[str]]:
         """(node id, node address, ids of the GPUs that Ray assigned to this actor)."""
         import ray
 

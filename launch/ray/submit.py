@@ -168,7 +168,8 @@ def wait_for(client: Any, job: Job, console: Console) -> int:
 
 
 def exit_code(status: str, code: int | None, message: str | None, console: Console) -> int:
-    """Exit code of `dromos run` for the end of a Ray job. A stopped job has saved."""
+    """Exit code of `dromos run` for the end of a Ray job. A stopped job can resume: its ranks save before
+    they end, unless `stop_seconds` are too short."""
     if status == "SUCCEEDED":
         return DONE
     if status == "STOPPED":

@@ -1,25 +1,27 @@
 """Commands that the sbatch script runs on the nodes of a job: rendezvous, rank environment, stage state, merge.
 
-python -P -m launch.slurm.job_step meet                  prints the address and port of the rendezvous
+python -P -m launch.slurm.job_step rendezvous            prints the address and port of the rendezvous
 python -P -m launch.slurm.job_step rank -- COMMAND ...   replaces itself by COMMAND, with the environment of a rank
 python -P -m launch.slurm.job_step state RECIPE STAGE    prints `done` or `todo`
-python -P -m launch.slurm.job_step merge RECIPE STAGE    runs a merge stage
+python -P -m launch.slurm.job_step merge RECIPE STAGE    runs a merge stage; exits with 75 on a stop signal
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 
 from data_pipeline.errors import UserError
-from pretrain.run.exit_codes import DONE, USER_ERROR
+from launch.supervise.stop_signals import signals_interrupt
+from pretrain.run.exit_codes import DONE, RUN_AGAIN, USER_ERROR
 
 FIRST_PORT, PORT_COUNT, PORT_ATTEMPTS = 20000, 20000, 100
-USAGE = "meet | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
+USAGE = "rendezvous | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
 
 
 def rank_env(environ: Mapping[str, str]) -> dict[str, str]:
@@ -99,27 +101,33 @@ def state(recipe_path: str, name: str) -> str:
     return "todo" if states.remaining else "done"
 
 
-def merge(recipe_path: str, name: str) -> None:
-    """Run a merge stage in this process."""
-    from pretrain.merge_stage import run_merge_stage
-    from pretrain.recipe.load import load_recipe, run_dir
+def merge(recipe_path: str, name: str) -> int:
+    """Run a merge stage in this process; returns the exit code, RUN_AGAIN after a stop signal."""
+    try:
+        with signals_interrupt(signal.SIGUSR1):  # the batch script sends USR1 to srun, which forwards it
+            from pretrain.merge_stage import run_merge_stage
+            from pretrain.recipe.load import load_recipe, run_dir
 
-    recipe = load_recipe(recipe_path, stage=name)
-    run_merge_stage(recipe, name, run_dir(recipe))
+            recipe = load_recipe(recipe_path, stage=name)
+            run_merge_stage(recipe, name, run_dir(recipe))
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return RUN_AGAIN
+    return DONE
 
 
 def main(arguments: list[str]) -> int:
     """Run one command of the batch script; returns the exit code. `rank` does not return."""
     try:
         match arguments:
-            case ["meet"]:
+            case ["rendezvous"]:
                 print(*rendezvous(os.environ))
             case ["rank", "--", *command] if command:
                 os.execvpe(command[0], command, {**os.environ, **rank_env(os.environ)})
             case ["state", recipe_path, name]:
                 print(state(recipe_path, name))
             case ["merge", recipe_path, name]:
-                merge(recipe_path, name)
+                return merge(recipe_path, name)
             case _:
                 raise SystemExit(f"usage: python -P -m launch.slurm.job_step {USAGE}")
     except UserError as error:

@@ -1,4 +1,7 @@
-"""Runs a command that dies with its launcher: `python -P -m launch.supervise.guard PID SIGNAL -- COMMAND ...`."""
+"""Runs a command that gets a signal when its launcher ends, by default SIGKILL.
+
+python -P -m launch.supervise.guard PID SIGNAL -- COMMAND ...
+"""
 
 from __future__ import annotations
 

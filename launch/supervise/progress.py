@@ -38,7 +38,7 @@ class Tail:
                 data = file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]  # the writer has not finished a line without its end
+        whole = data[: data.rfind(b"\n") + 1]  # ignore a last line without newline: it is still being written
         self.offset += len(whole)
         return [row for line in whole.splitlines() if (row := _parse(line)) is not None]
 
@@ -51,8 +51,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-class Figures:
-    """Figures of a running stage: last step, loss, smoothed rates, and the seconds that remain."""
+class Metrics:
+    """Metrics of a running stage: last step, loss, smoothed rates, and the seconds that remain."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total
@@ -106,23 +106,23 @@ def clock(seconds: float) -> str:
 
 
 class View(Protocol):
-    """Shows the figures of a stage. Limits its own output rate, so `update` may be called at any rate."""
+    """Shows the metrics of a stage. Limits its own output rate, so `update` may be called at any rate."""
 
     def update(self, stopping: bool = False) -> None: ...
 
 
 class _MetricsView:
-    """A stage's figures, fed from its metrics file."""
+    """A stage's metrics, read from its metrics file."""
 
     def __init__(self, stage: str, folder: Path, total: int | None) -> None:
         self.stage = stage
         self.tail = Tail(folder / "metrics.jsonl")
-        self.figures = Figures(total)
+        self.metrics = Metrics(total)
 
     def _read(self) -> bool:
         rows = self.tail.read()
         for row in rows:
-            self.figures.add(row)
+            self.metrics.add(row)
         return bool(rows)
 
 
@@ -152,8 +152,8 @@ class PlainView(_MetricsView):
             self._line()
 
     def _line(self) -> None:
-        of = f"/{self.figures.total}" if self.figures.total else ""
-        self.print_line(f"{self.stage}  step {self.figures.step}{of}  {self.figures.text()}")
+        of = f"/{self.metrics.total}" if self.metrics.total else ""
+        self.print_line(f"{self.stage}  step {self.metrics.step}{of}  {self.metrics.text()}")
         self.last_line, self.unprinted = time.monotonic(), False
 
     def __exit__(
@@ -173,11 +173,11 @@ class LiveView(_MetricsView):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=max(6, min(28, console.width - 72))),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             console=console,
             auto_refresh=False,
         )
-        self.task = self.progress.add_task(stage, total=total, figures="starting")
+        self.task = self.progress.add_task(stage, total=total, metrics="starting")
         self.drawn = 0.0
 
     def __enter__(self) -> LiveView:
@@ -190,16 +190,16 @@ class LiveView(_MetricsView):
             return
         self._read()
         self.drawn = now
-        figures = self.figures.text() or "starting"
-        text = "saving, Ctrl-C again kills" if stopping else figures
-        self.progress.update(self.task, completed=self.figures.step, figures=text)
+        metrics = self.metrics.text() or "starting"
+        text = "saving, Ctrl-C again kills" if stopping else metrics
+        self.progress.update(self.task, completed=self.metrics.step, metrics=text)
         self.progress.refresh()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._read()
-        self.progress.update(self.task, completed=self.figures.step, figures=self.figures.text())
+        self.progress.update(self.task, completed=self.metrics.step, metrics=self.metrics.text())
         self.progress.refresh()
         self.progress.stop()
 

@@ -6,15 +6,14 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from launch.supervise.rank_process import Rank, RankProcess
+from launch.supervise.stop_signals import StopSignals
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 LOST = 1000  # stands in for the exit code of a rank whose node or actor is gone
 FAILURE_GRACE_SECONDS = 3.0  # for the other ranks to log their own errors after one has failed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -24,31 +23,6 @@ class Outcome:
     code: int
     failed: int | None = None
     codes: Mapping[int, int] = field(default_factory=dict)
-
-
-class StopSignals:
-    """Counts SIGINT, SIGTERM and SIGHUP while the block runs; suspends their usual effect."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def _count(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        self.first = self.first or signal.Signals(number).name
-
-    def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; keep it ignored
-                self._previous[number] = signal.signal(number, self._count)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class Group(Protocol):

@@ -10,11 +10,12 @@ from rich.console import Console
 from launch.job import Job, StageJob
 from launch.stage_state import StageStates
 from launch.supervise import progress
-from launch.supervise.rank_group import Group, Outcome, StopSignals, describe_exit, supervise
+from launch.supervise.rank_group import Group, Outcome, describe_exit, supervise
+from launch.supervise.stop_signals import StopSignals, signals_interrupt
+from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN
 
 StartGroup = Callable[[StageJob], Group]
-Merge = Callable[[StageJob], int]
 
 
 def print_done(job: Job, states: StageStates, console: Console) -> None:
@@ -26,21 +27,20 @@ def print_done(job: Job, states: StageStates, console: Console) -> None:
 
 def run_stages(
     job: Job,
+    recipe: Recipe,
     stages: Iterable[StageJob],
     console: Console,
     start: StartGroup,
-    merge: Merge,
     resume_command: str,
 ) -> int:
     """Run `stages` in order and stop at the first one that does not end with DONE; returns its exit code.
 
-    `start` starts the ranks of a training stage, `merge` runs a merge stage. `resume_command` is printed when the
-    job stops in a state from which it can resume.
+    `start` starts the ranks of a training stage; a merge stage runs in this process. `resume_command` is printed when
+    the job stops in a state from which it can resume.
     """
     for stage in stages:
         if stage.kind == "merge":
-            print_line(console, f"{stage.name}: merging into {job.run_dir}/{stage.name}/weights")
-            code = merge(stage)
+            code = merge(job, stage, recipe, console)
         else:
             code = train(job, stage, console, start, resume_command)
         if code != DONE:
@@ -61,6 +61,20 @@ def train(job: Job, stage: StageJob, console: Console, start: StartGroup, resume
             outcome = supervise(group, stop, view.update)
     report(job, stage, group, outcome, stop, console, resume_command)
     return outcome.code
+
+
+def merge(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
+    """Run one merge stage in this process; returns its exit code, RUN_AGAIN after a stop signal."""
+    print_line(console, f"{stage.name}: merging into {job.run_dir}/{stage.name}/weights")
+    try:
+        with signals_interrupt():
+            from pretrain.merge_stage import run_merge_stage
+
+            run_merge_stage(recipe, stage.name, job.folder)
+    except KeyboardInterrupt:
+        print_line(console, f"{stage.name}: interrupted")
+        return RUN_AGAIN
+    return DONE
 
 
 def report(

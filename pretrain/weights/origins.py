@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import UserError
+from pretrain.run.address import HUB_NAME
 from pretrain.weights.folder import Folder
 
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FRONT_MATTER = re.compile(rb"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
 CARD_LIMIT = 4 << 20
 

@@ -195,4 +195,4 @@ def test_a_sweep_that_is_killed_goes_on(
     assert tree(out) == tree("s")
     assert unfinished(out) == []
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert "done before" in done.stdout
+    assert "already complete" in done.stdout

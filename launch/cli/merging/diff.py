@@ -53,7 +53,7 @@ def diff(
 
 
 def check_outputs(csv: Path | None, picture: Path | None) -> None:
-    """UserError if a file cannot be written; checked before the comparison, which can take hours."""
+    """Raises UserError if a file cannot be written; checked before the comparison, which can take hours."""
     from data_pipeline.errors import UserError
 
     for path in (csv, picture):
@@ -64,7 +64,7 @@ def check_outputs(csv: Path | None, picture: Path | None) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """UserError if a file cannot be written at `path`."""
+    """Raises UserError if a file cannot be written at `path`."""
     import os
 
     from data_pipeline.errors import UserError

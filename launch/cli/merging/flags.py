@@ -233,7 +233,7 @@ def _window(text: str) -> dict[str, str]:
 def score_command(
     flag: str, text: str | None, metric: str | None, lower_is_better: bool | None, timeout: float | None
 ) -> Command | None:
-    """The command that scores a model, None without one. It dies with this process.
+    """The command that scores a model, None without one. It is killed when this process ends.
 
     Raises UserError for a command that cannot run, and for options of a score without a command.
     """

@@ -128,7 +128,7 @@ def write_merge(plan: Plan, opened: OpenedInputs, out: str | None, durable: bool
     if as_json:
         return json.dumps(record, indent=1)
     if not bar.moved:
-        return f"{out}: done before, left as it is"
+        return f"{out}: already complete; nothing was written"
     lines = [f"{out}: {summary(plan)}"]
     if len(plan.weights) in range(1, MAX_SHOWN_INPUTS + 1):
         lines.insert(0, f"{out} = {formula(plan, addresses=True)}")

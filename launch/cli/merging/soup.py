@@ -32,7 +32,7 @@ def soup(
     Scores every model; then, from the best one downwards, adds each model if the score of the mean does not drop.
     Score on held-out data that is not the test set. Every mean is computed from the inputs and rounded once. DIR gets
     the soup, soup.json with every trial, and the command's logs; until then they are in DIR.trials, from where the
-    same command resumes. One candidate is on the disk at a time, below TMPDIR if DIR is in a store.
+    same command resumes. One candidate at a time is on disk, below TMPDIR if DIR is in an object store.
 
     \b
     Examples:
@@ -74,11 +74,11 @@ def write_soup(
     from launch.cli.progress_bar import counting
     from pretrain.merge.output.overflow import overflow_warning
     from pretrain.merge.planning.planner import prepare
-    from pretrain.merge.planning.request import request
+    from pretrain.merge.planning.request import make_request
     from pretrain.merge.sweeps.soup import run_soup
 
     out = expanduser(out)
-    merge_request = request(inputs, method="soup", **tensors)
+    merge_request = make_request(inputs, method="soup", **tensors)
     (plan,), opened = prepare(merge_request)
     for note in plan.notes:
         print_note(note)
@@ -88,7 +88,7 @@ def write_soup(
             progress=bar.add, print_line=bar.say,
         )  # fmt: skip
     print_note(overflow_warning({"the soup": result.record}))
-    end = f"written: {out}" if bar.moved else f"{out}: done before, left as it is"
+    end = f"written: {out}" if bar.moved else f"{out}: already complete; nothing was written"
     return "\n".join([*result.lines(), end])
 
 

@@ -39,8 +39,8 @@ def sweep(
     theta = beta * A + (1 - beta) * B for each beta. Writes DIR/beta-0.30/ and so on, each as dromos merge would; A
     and B are read once for all betas. With --eval-cmd every output is scored: prints a table, and writes
     DIR/sweep.json, sweep.csv, the curve in sweep.svg, and the command's output in DIR/logs. The same command resumes:
-    it does what is not done or not scored. For a DIR in a store, each output is merged once more below TMPDIR for the
-    command, one at a time.
+    it completes missing outputs and scores. If DIR is in an object store, each output is merged a second time below
+    TMPDIR for the command, one at a time.
 
     \b
     Examples:
@@ -84,7 +84,7 @@ def plan_text(plans: Sequence[Plan], betas: list[float], keep: bool) -> str:
     return "\n".join(
         [
             *lines(plans[middle]),
-            f"so for beta {betas[middle]:g}, and for {len(betas)} betas: {folders}",
+            f"This is the plan for beta {betas[middle]:g}. The {len(betas)} betas are written to: {folders}",
             f"writes {size:,} bytes{'' if keep else ', those of one beta at a time'}",
         ]
     )
@@ -129,7 +129,7 @@ def write_sweep(
         for scored in result.points
         if scored.folder is not None and scored.beta in betas
     ]
-    return "\n".join(lines if bar.moved else [*lines, "done before, left as they are"])
+    return "\n".join(lines if bar.moved else [*lines, "already complete; nothing was written"])
 
 
 def register(app: App) -> None:

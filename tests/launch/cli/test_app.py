@@ -49,7 +49,7 @@ def test_help_lists_every_command_with_a_sentence() -> None:
     for name in (*COMMANDS, *GROUPS):
         line = next(line for line in text.splitlines() if line.split()[:1] == [name])
         assert len(line.split()) > 3
-    assert "0 done, 2 your input is wrong, 75 saved" in " ".join(text.split())
+    assert "0 done, 2 your input is wrong, 75 stopped" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,13 @@ def root(tmp_path: Path) -> str:
 def test_index_says_what_it_did(root: str) -> None:
     first = runner.invoke(app, ["index", root])
     assert first.exit_code == 0
-    assert first.stdout.startswith(f"{root}: 3 shards (3 walked, 0 known), 30 samples, 0.1 MB; ")
+    assert first.stdout.startswith(f"{root}: 3 shards (3 read, 0 unchanged), 30 samples, 0.1 MB; ")
     assert " MB/s, " in first.stdout
     assert " samples/s; " in first.stdout
     assert first.stdout.rstrip().endswith(open_source("a", root).fingerprint)
     assert first.stderr == ""
     again = runner.invoke(app, ["index", root, "--jobs", "2"])
-    assert "(0 walked, 3 known), 30 samples" in again.stdout
+    assert "(0 read, 3 unchanged), 30 samples" in again.stdout
     assert "MB/s" not in again.stdout
 
 
@@ -70,7 +70,7 @@ def test_json_nested_without_end_is_told_or_passed_over(root: str, name: str) ->
         assert done.exit_code == 0
     else:
         assert done.exit_code == 2
-        assert f"{root}/{name} holds no statistics" in done.output
+        assert f"{root}/{name} does not contain valid statistics" in done.output
 
 
 def test_index_warns_of_duplicates(root: str) -> None:
@@ -108,7 +108,7 @@ def test_an_index_without_offsets_and_a_broken_view_are_told(root: str) -> None:
     Path(root, "_index", "views", "wide.parquet").write_bytes(b"")
     done = runner.invoke(app, ["show", root])
     assert done.exit_code == 2
-    assert f"wrong: {offsets} is gone" in done.stdout
+    assert f"problem: {offsets} is gone" in done.stdout
     assert f"run: dromos data index {root}" in done.stdout
     assert f"note: {root}/_index/views/wide.parquet is not a valid view" in done.stdout
     assert runner.invoke(app, ["index", root]).exit_code == 0

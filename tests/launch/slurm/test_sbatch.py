@@ -77,7 +77,7 @@ def test_whatever_stands_in_a_name_reaches_the_rank_as_it_is(tmp_path: Path) -> 
     workdir.mkdir()
     (workdir / "srun").write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done >> arguments\n')
     (workdir / "python").write_text(
-        '#!/bin/sh\ncase "$*" in *meet*) echo 127.0.0.1 29400;; *) echo todo;; esac\n'
+        '#!/bin/sh\ncase "$*" in *rendezvous*) echo 127.0.0.1 29400;; *) echo todo;; esac\n'
     )
     for name in ("srun", "python"):
         (workdir / name).chmod(0o755)
@@ -133,7 +133,7 @@ def test_what_a_stage_ends_with_decides_what_the_job_does(
 ) -> None:
     programs = {
         "srun": f"{'kill -USR1 $PPID; sleep 0.2; ' if heard else ''}exit {exit_code}",
-        "python": 'case "$*" in *meet*) echo 127.0.0.1 29400;; *) echo todo;; esac',
+        "python": 'case "$*" in *rendezvous*) echo 127.0.0.1 29400;; *) echo todo;; esac',
         "squeue": f"echo {state}",
         "scontrol": "echo $* >> scontrol.log",
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.supervise.progress import TAIL_BYTES, Figures, PlainView, Tail, clock, view
+from launch.supervise.progress import TAIL_BYTES, Metrics, PlainView, Tail, clock, view
 
 
 def row(step: int, **more: object) -> str:
@@ -40,7 +40,7 @@ def test_tail_starts_near_the_end_of_a_long_file(tmp_path: Path) -> None:
 
 
 def test_figures_of_a_steady_run() -> None:
-    figures = Figures(total=100)
+    figures = Metrics(total=100)
     assert figures.text() == ""
     for step in range(1, 11):
         figures.add(

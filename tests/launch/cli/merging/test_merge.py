@@ -38,7 +38,7 @@ def test_merge(pair: tuple[str, str], tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, (0.4 * a + 0.6 * b).astype(np.float32))
     again = dromos("merge", *pair, "--beta", "0.4", "--out", "mix")
     assert again.exit_code == 0
-    assert "done before" in again.output
+    assert "already complete" in again.output
     other = dromos("merge", *pair, "--beta", "0.5", "--out", "mix")
     assert other.exit_code == 2
     assert "another merge" in other.output

@@ -40,7 +40,7 @@ def test_outputs(pair: tuple[str, str]) -> None:
     for beta, parent in (("0.00", "b"), ("1.00", "a")):
         got, want = load_file(f"s/beta-{beta}/model.safetensors"), load_file(f"{parent}/model.safetensors")
         assert all(got[n].tobytes() == want[n].tobytes() for n in want)
-    assert "done before" in dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s").output
+    assert "already complete" in dromos("sweep", *pair, "--betas", "0:1:0.5", "--out", "s").output
 
 
 def test_inputs_that_were_swapped_are_told(pair: tuple[str, str]) -> None:
@@ -95,7 +95,7 @@ def test_a_command_that_fails_is_one_message(pair: tuple[str, str]) -> None:
 def test_a_dry_run_writes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
     result = dromos("sweep", *pair, "--dry-run", "--out", "s")
     assert result.exit_code == 0
-    assert "so for beta 0.5, and for 11 betas: beta-0.00" in result.output
+    assert "This is the plan for beta 0.5. The 11 betas are written to: beta-0.00" in result.output
     assert result.output.endswith(f"writes {11 * Path('a/model.safetensors').stat().st_size:,} bytes\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 

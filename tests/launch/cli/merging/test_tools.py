@@ -36,7 +36,7 @@ def test_soup(models: Path) -> None:
     assert Path("s/model.safetensors").is_file()
     again = dromos("soup", "./a", "./b", "./c", "--score-cmd", command, "--out", "s")
     assert again.exit_code == 0
-    assert "done before" in again.output
+    assert "already complete" in again.output
 
 
 @pytest.mark.parametrize("out", ["", ".", ".."])
@@ -63,7 +63,7 @@ def test_a_folder_whose_weights_are_gone_is_not_done(models: Path) -> None:
         assert again.exit_code == 2
         assert "m/model.safetensors: is missing or has another size" in again.output
     weights.write_bytes(whole)
-    assert "done before" in dromos(*words).output
+    assert "already complete" in dromos(*words).output
 
 
 def test_an_input_that_changed_is_named_as_a_reason(models: Path) -> None:
