@@ -110,7 +110,9 @@ def likely_cause(url: str, lines: list[Line]) -> str:
     """The most frequent reason among a shard's unusable samples, with the members or the sample to look at."""
     if not lines:
         return "bad_samples.jsonl has the reasons"
-    (reason, count), *_ = Counter(line["reason"] for line in lines).most_common()
+    # A sample has a line for every try, also as a replacement: count each sample once per reason.
+    samples = dict.fromkeys((line["reason"], line["key"]) for line in lines)
+    (reason, count), *_ = Counter(reason for reason, _ in samples).most_common()
     details = [line["detail"] for line in lines if line["reason"] == reason]
     members = sorted({name for detail in details for name in _members(detail)})
     listed = f"members are {', '.join(f'.{name}' for name in members)}" if members else "there are no members"
@@ -120,8 +122,8 @@ def likely_cause(url: str, lines: list[Line]) -> str:
         return f"no member txt and no caption in json in {count} samples of {url}: {listed}"
     first = next(line for line in lines if line["reason"] == reason)
     detail = f": {first['detail']}" if first["detail"] else ""
-    samples = "1 sample" if count == 1 else f"{count} samples"
-    return f"the most frequent reason is {reason} ({samples}), for example {first['key']!r}{detail}"
+    number = "1 sample" if count == 1 else f"{count} samples"
+    return f"the most frequent reason is {reason} ({number}), for example {first['key']!r}{detail}"
 
 
 def _members(detail: str) -> list[str]:
