@@ -1,7 +1,7 @@
-"""Status memory of a process: the URL it reads, the sample it decodes and since when, readable from its parent.
+"""Status memory of a process: the URL it reads, the sample it decodes, and the start time of each, for its parent.
 
 The watchdog uses it to name a stalled read, and the pool to attribute a crash to the sample that was being decoded.
-Writes are lock-free for the reader: a sequence counter (seqlock) tells it to read again.
+The reader needs no lock: a sequence counter (seqlock) shows it a write in progress, and it reads again.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def write_status_to(memory: mmap | bytearray) -> None:
     _status = _Status(memory)
 
 
-def own_memory() -> mmap | bytearray:
+def status_memory() -> mmap | bytearray:
     """The status memory of this process; private memory is created if `write_status_to` was never called."""
     if _status is None:
         write_status_to(bytearray(STATUS_BYTES))
@@ -124,7 +124,7 @@ def reading(url: str) -> AbstractContextManager[None]:
 
 
 def decoding(source: str, shard: int, index: int) -> AbstractContextManager[None]:
-    """Context of decoding a sample whose bytes are complete; published from the call on, before `with` is entered."""
+    """Context of decoding a sample whose bytes are complete; visible to the parent from this call on."""
     if _status is None:
         return _IDLE
     _status.set_sample((time.monotonic(), source.encode(errors="replace")[: _URL - _SOURCE], shard, index))

@@ -1,4 +1,4 @@
-"""Child processes that die with their parent (PR_SET_PDEATHSIG), for workers, prefetchers and ranks."""
+"""Child processes that end with their parent, for workers, prefetchers, ranks and index processes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,41 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 PR_SET_PDEATHSIG = 1
+
+
+def start_module(
+    module: str, descriptors: Sequence[int], variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `python -m MODULE DESCRIPTORS... PARENT`; PARENT, this process's id, is for `die_with` in the child.
+
+    The child inherits these file descriptors (not those below 0, which mean "none"), reads nothing from stdin, imports
+    the same dromos as this process, and gets the environment `variables` in addition.
+    """
+    import subprocess
+
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    return subprocess.Popen(
+        # -P: a file in the working directory cannot shadow a module.
+        [sys.executable, "-P", "-m", module, *map(str, descriptors), str(os.getpid())],
+        pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | dict(variables or {}) | {"PYTHONPATH": path},
+    )
 
 
 def die_with(parent: int, signal_number: int = signal.SIGKILL) -> None:
     """Make the kernel send `signal_number` to this process when process `parent` ends. The setting survives exec.
 
-    The kernel watches the thread that started this process, not the whole parent: start such processes from a thread
-    that lives as long as its process. Exits at once, with 128 + `signal_number`, if the parent has ended already.
+    PR_SET_PDEATHSIG watches the thread that started this process, not the whole parent: start such processes from a
+    thread that lives as long as the parent. Exits at once, with 128 + `signal_number`, if the parent has ended already.
     Outside Linux only that check is made. Raises OSError if the kernel refuses the signal number.
     """
     if sys.platform == "linux":
@@ -24,3 +50,24 @@ def die_with(parent: int, signal_number: int = signal.SIGKILL) -> None:
     # Checked after prctl: the kernel sends nothing for a parent that ended before.
     if os.getppid() != parent:
         os._exit(128 + int(signal_number))
+
+
+def exit_with_multiprocessing_parent() -> None:
+    """Start a thread that ends this process, a child of multiprocessing, when its parent ends.
+
+    Unlike `die_with` it works when any thread of the parent started the process, as an executor does, and on every
+    system.
+    """
+    import multiprocessing
+    import threading
+
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    join = parent.join
+
+    def wait() -> None:
+        join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

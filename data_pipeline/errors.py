@@ -1,14 +1,13 @@
 """The errors of this package, one per cause: user input, sample content, storage, worker processes.
 
-UserError and ContentError are final: repeating the same work fails again. After a ReadError or a WorkerError the same
-work can be repeated.
+A retry after a UserError or a ContentError fails again. A retry after a ReadError or a WorkerError may succeed.
 """
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The user's input is wrong. The message says what, where and what to do; the command line exits with code 2."""
+    """The user's input is invalid. The message says what, where and what to do; the command line exits with code 2."""
 
 
 class ContentError(Exception):

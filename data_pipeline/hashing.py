@@ -25,10 +25,10 @@ class Purpose(IntEnum):
     CROP = 1
     FLIP = 2
     IMAGE_MASK = 3
-    TEXT_MASK = 4
+    TEXT_MASK = 4  # reserved: golden values fix the numbers
     CAPTION = 5
-    REPLACE = 6
-    DROPOUT = 7
+    REPLACE = 6  # reserved
+    DROPOUT = 7  # reserved
 
 
 def uint64(x: Any) -> np.ndarray:
@@ -72,8 +72,9 @@ def permute(x: Any, n: Any, key: Any) -> np.ndarray:
 
     Requires 1 <= n < 2**52. Six rounds of multiply, add and xor-shift permute the smallest 2**k >= n. A result of n or
     above is permuted again until it falls below n (cycle walking): this keeps a bijection of [0, n) and takes fewer
-    than two passes on average for n > 16. k is at least 5, because six rounds do not mix fewer bits: with k = 3 some
-    of the 720 orders of six items were 4 times too uneven, with k = 5 none.
+    than two passes on average for n > 16. k is at least 5, because k < 5 gives visibly non-uniform permutations: over
+    144,000 keys, the counts of the 720 orders of six items had 2.3 times the variance of random ones with k = 3, and
+    1.03 times with k = 5.
     """
     x, n, key = uint64(x), uint64(n), uint64(key)
     shape = np.broadcast_shapes(x.shape, n.shape, key.shape)

@@ -1,4 +1,4 @@
-"""`Stream`: the exact loader for any training loop; its position is one small JSON object."""
+"""`Stream`: a deterministic, resumable loader for any training loop; its position is one small JSON object."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stream:
 
     The same arguments give the same global batches on any number of ranks and workers: rank r of W receives rows
     [r batch/W, (r+1) batch/W). Each epoch visits every sample exactly once. An unusable sample is replaced
-    deterministically and counted in `batch.skipped`.
+    deterministically, from its shard or, after 8 attempts, from its whole source, and counted in `batch.skipped`.
 
         stream = Stream("data/train", batch=256, image=ImageSpec(224), text=TextSpec("clip-bpe", 77))
         for batch in stream:                     # never ends, unless every source has max_epochs
@@ -37,11 +37,13 @@ class Stream:
     image, text: how pixels and captions are decoded. Without both, samples are packed sequences of `length` tokens
         (uint16 or uint32 in the tar member `npy`)
     seed, name: the order depends on both, so two streams of one run differ
-    lanes: parts of the global batch that read separate parts of each source; default: see order.choose_lanes
+    lanes: parts of the global batch that read separate parts of each source; default: the largest common divisor of
+        all batches up to 1024 (choose_lanes in data_pipeline/order/stream_order.py)
     share_by: "size" or "sqrt" (of the size): how sources without a weight share the rows
     workers: processes that decode; 0 decodes in one thread of this process
-    cache: folder and size of this node's cache of object-store data
-    limits: seconds after which the watchdog reports and kills a stalled read or decode
+    cache: folder and size of this node's cache of object-store data, filled ahead by a process beside this one
+    limits: seconds after which a stalled read or decode is logged, and after which its worker is killed and replaced;
+        with workers=0 it is only logged
 
     Use it as a context manager, or call close(). docs/stream.md lists the guarantees.
 
@@ -103,9 +105,8 @@ class Stream:
             batch = next(self._steps)[self.name][0]
         except StopIteration:
             raise
-        except (
-            BaseException
-        ):  # a generator that raised (also on Ctrl-C) is finished: the next call starts a new one
+        # A generator cannot continue after an exception (Ctrl-C included), so the next call starts a new one.
+        except BaseException:
             self._steps = None
             raise
         self._step += 1
@@ -118,9 +119,9 @@ class Stream:
     def resume(self, state: Mapping[str, Any], accept_change: bool = False) -> list[str]:
         """Continue from `state`. Raises UserError with old and new value if the data or the mixture changed.
 
-        With `accept_change` the stream continues with the present data instead, and returns one line for each change
-        and for each source with unvisited samples. Seed and lanes cannot change. A state taken afterwards includes the
-        change and resumes without `accept_change`.
+        With `accept_change` the stream continues with the current data instead, and returns one line for each change
+        and for each source with samples that will not be used. Seed and lanes cannot change. A state taken afterwards
+        includes the change and resumes without `accept_change`.
         """
         if state.get("stream") != self.name:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`BatchBuilder`: any rows of any step of a stream; unusable samples are replaced, counted and named."""
+"""`BatchBuilder`: builds any rows of any step of a stream; unusable samples are replaced, counted and named."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ class ServedRow:
 class BatchBuilder:
     """Builds batches of one stream; equal specifications give equal batches, in any process and in any order of calls.
 
+    The replacement of an unusable sample comes from its shard in the first 8 attempts, then from the whole source.
+
     manifests, tokenizer: opened from `spec` by default; with both given, a worker reads no file but the shards
     cache: of this node, for object-store data; None: nothing is cached
     known_bad: (source, shard, index) -> reason; these samples are replaced for that reason without being decoded
@@ -113,7 +115,7 @@ class BatchBuilder:
         order_digest covers the assignment, with attempt 0, crop () and caption -1, because it is known without reading
         samples. batch_digest covers the served samples. Raises UserError and ReadError.
         """
-        # 1. Assign: references in the view decide about replacements, positions in the tars identify samples.
+        # 1. Assign. Replacements are chosen by position in the view; a sample's identity is its position in the tar.
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
         batch = self._rows.empty_batch(step, start, stop, pixels)
@@ -176,7 +178,7 @@ class BatchBuilder:
         augmentation: Augmentation | None,
         out: np.ndarray | None,
     ) -> ServedRow:
-        """The sample assigned to row i, or its first usable replacement.
+        """Build row i from its assigned sample, or from the first usable replacement.
 
         `refs` has positions in the tars, `drawn` in the view. Raises UserError if all replacements are unusable.
         """

@@ -243,7 +243,9 @@ class RowBuilder:
         if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
             mistake = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
         elif len(tokens) != self.length:
-            mistake = f"{len(tokens)} tokens, data.{self.spec.name}.length is {self.length}; make them agree"
+            mistake = (
+                f"{len(tokens)} tokens, but data.{self.spec.name}.length is {self.length}; make them equal"
+            )
         else:
             return tokens.astype(np.int32)
         raise UserError(
@@ -260,9 +262,8 @@ def _array(npy: bytes) -> np.ndarray:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = read(file)
-    except (
-        Exception
-    ) as error:  # numpy evaluates the header as Python, which can fail in any way, MemoryError included
+    # numpy evaluates the header as Python, which can fail in any way, MemoryError included.
+    except Exception as error:
         raise ValueError(f"invalid header: {type(error).__name__}: {error}") from error
     claimed, available = prod(shape) * dtype.itemsize, len(npy) - file.tell()
     if claimed > available:  # checked here, because numpy allocates the claimed size before it reads

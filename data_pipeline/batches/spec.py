@@ -57,7 +57,7 @@ class StreamSpec:
     segments: of a run that continues with a changed mixture, see `StreamOrder.resume`
 
     With `image` or `text` a sample is an image, a caption or both. With neither it is a packed sequence of `length`
-    tokens, written offline by prepare/pack.py. Raises UserError for values that no data makes possible.
+    tokens, written offline by prepare/pack.py. Raises UserError for values that are invalid for any data.
     """
 
     name: str
@@ -73,9 +73,11 @@ class StreamSpec:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise UserError(f"data.{self.name}.sources: name at least one source")
+            raise UserError(f"data.{self.name}.sources: there are none; write at least one source")
         if self.packed and self.length is None:
-            raise UserError(f"data.{self.name}: write image and text, or the length of the packed sequences")
+            raise UserError(
+                f"data.{self.name}: write image, text or both, or the length of the packed sequences"
+            )
         mistake = next(self._mistakes(), None)
         if mistake is not None:
             raise UserError(f"data.{self.name}.{mistake}")

@@ -26,7 +26,7 @@ from data_pipeline.transforms.tokenizers import Tokenizer
 # than they save.
 MIN_IMAGE_ROWS = 8
 MIN_TEXT_ROWS = 256
-# Fields of a batch that are equal in all of its slices, or that describe the whole batch.
+# Fields taken from the first slice, not summed. (Arrays and lists are concatenated.)
 COMMON_FIELDS = ("stream", "step", "start", "stop", "pixels", "meta")
 
 
@@ -131,5 +131,5 @@ def _join_values(name: str, values: list[Any]) -> Any:
         return {key: _join_values(key, [value[key] for value in values if key in value]) for key in keys}
     if name.endswith("digest"):
         return reduce(digest.add, values)
-    # Other values inside dictionaries are counters; the other fields of a batch are equal in every slice.
+    # Every other number is a counter.
     return first if name in COMMON_FIELDS else sum(values)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from data_pipeline.child_process import exit_with_multiprocessing_parent
 
 Result = TypeVar("Result")
 # This many bytes are scanned in the time that a process needs to start.
@@ -25,7 +25,7 @@ def map_shards(
             yield function(*shard)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=exit_with_multiprocessing_parent) as pool:
         waiting: set[Future[Result]] = set()
         remaining = iter(shards)
         try:
@@ -41,15 +41,3 @@ def map_shards(
                     yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Start a thread that ends this process when its parent ends."""
-    parent = multiprocessing.parent_process()
-
-    def watch(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=watch, args=(parent,), daemon=True).start()

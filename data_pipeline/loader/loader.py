@@ -1,4 +1,7 @@
-"""A rank's micro-batches in order, built ahead of time: `LocalLoader` on this machine, `RayLoader` on a Ray cluster."""
+"""A rank's micro-batches in order, built ahead of time: `LocalLoader` on this machine, `RayLoader` on a Ray cluster.
+
+Only LocalLoader starts a prefetcher for remote sources.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,26 @@ from data_pipeline.batches.work_items import (
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetcher import Prefetcher
 from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.workers.pool import Pool
 from data_pipeline.workers.process_pool import ProcessPool
 from data_pipeline.workers.ray_pool import RayPool
-from data_pipeline.workers.thread_pool import Pool, ThreadPool
+from data_pipeline.workers.thread_pool import ThreadPool
 from data_pipeline.workers.watchdog import StallLimits
 
-# Most bytes that a rank submits ahead of the current step. One item may be submitted whatever its size.
+# Maximum bytes submitted ahead of the current step; a single item may exceed it.
 AHEAD_BYTES = 1 << 30
-# Slices per worker among all submitted items: two that it holds, and two more for whichever worker is free first.
+# Slices per worker among all submitted items: two in the worker and two in the queue.
 SLICES_AHEAD_PER_WORKER = 4
 
 
 class Loader:
     """Base of the local and the Ray loader. The batches of a step do not depend on the backend, nor on earlier steps.
 
-    The constructor reads one sample of every source, so that a source without images is a UserError before training.
+    The constructor reads up to 8 samples of every source, until one is usable, so that a source without images is a
+    UserError before training.
 
-    builders: stream name -> BatchBuilder; given builders count as checked, and no sample is read
-    cache: the node cache for remote sources; given builders keep their own
+    builders: stream name -> BatchBuilder, already checked: no sample is read; default: new ones
+    cache: the node cache for remote sources; builders that are passed in keep their own
     wait_seconds: seconds that the caller waited for the last step
     """
 
@@ -55,7 +60,9 @@ class Loader:
     ) -> None:
         check_ranks(specs, world_size)
         if workers < 0:
-            raise UserError(f"loader.workers is {workers}; set a number of processes, or 0 for a thread")
+            raise UserError(
+                f"loader.workers (in Python: workers) is {workers}; set 0 for a thread, or more for processes"
+            )
         self.specs = list(specs)
         self.rank = rank
         self.world_size = world_size
@@ -128,9 +135,9 @@ class Loader:
         for step in range(first, last):
             items = list(items_of(self.specs, step, self.rank, self.world_size, self.micro_batch))
             ahead = len(items) * (self._pool.ahead + 1)
-            pieces = self.workers if step == first else -(-SLICES_AHEAD_PER_WORKER * self.workers // ahead)
+            slices = self.workers if step == first else -(-SLICES_AHEAD_PER_WORKER * self.workers // ahead)
             for item in items:
-                yield item, max(1, pieces)
+                yield item, max(1, slices)
 
     def _may_submit(self, item: WorkItem, step: int, submitted_bytes: int) -> bool:
         """True if an item may be submitted during `step`, with `submitted_bytes` submitted and not yet served."""
@@ -171,7 +178,10 @@ class Loader:
 
 
 class LocalLoader(Loader):
-    """Builds batches on this machine: in `workers` processes two steps ahead, or with 0 in a thread one step ahead."""
+    """Builds batches on this machine: in `workers` processes two steps ahead, or with 0 in a thread one step ahead.
+
+    It starts a prefetcher if a source is remote and has an index.
+    """
 
     def _open_pool(self) -> Pool:
         self._prefetcher = Prefetcher.start_if_useful(self.setups, self.rank, self.world_size)
@@ -188,7 +198,8 @@ class LocalLoader(Loader):
 class RayLoader(Loader):
     """Builds the same batches as LocalLoader, bit for bit, in `workers` actors per rank on the cluster at RAY_ADDRESS.
 
-    Every node needs dromos and access to the shards; manifests and tokenizer are sent to the actors.
+    Every node needs dromos and access to the shards; manifests and tokenizer are sent to the actors. There is no
+    prefetcher: an actor downloads a range into its node's cache when it first needs it.
     """
 
     def _open_pool(self) -> Pool:

@@ -1,4 +1,4 @@
-"""Which byte ranges to download next for a rank, from the order alone, within a byte limit.
+"""Plans the byte ranges to download next for a rank, from the order alone, within a byte limit.
 
 Every source is planned one window ahead: as many steps as one window of its order lasts. Units are the groups of
 samples that are fetched and cached together (sources/fetch_units.py).
@@ -22,7 +22,7 @@ from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import ByteRange
 
 MIN_STEPS_AHEAD = 4  # the workers themselves are up to two steps ahead
-# While the first window is downloaded, one in so many samples of an epoch may be fetched alone.
+# While the first window is downloaded, 1 / this number of an epoch's samples may be fetched one by one.
 SAMPLES_PER_SINGLE_FETCH = 200
 
 
@@ -42,8 +42,8 @@ class SourceGroup:
 class PrefetchPlan:
     """Plans which units a rank's rows need from step `first` on, and which to fetch next.
 
-    It plans one window ahead, and so knows the last planned step that needs each unit. Fetched units that are still
-    needed take at most `limit_bytes` (`held_bytes`).
+    It plans one window ahead and records the last planned step that needs each unit. `held_bytes`, the size of the
+    fetched units that are still needed, is at most `limit_bytes`, or the size of a single unit.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class PrefetchPlan:
                 self.held_bytes += size
                 self._fetched.add(unit)
                 return self._queue.popleft()
-            self._queue.popleft()  # its last step passed before its turn
+            self._queue.popleft()  # already released: no later step needs it
         return None
 
     @property
     def is_waiting(self) -> bool:
-        """True if units are queued: after `next_fetch` returned None, the limit holds them back."""
+        """True if units are queued; if `next_fetch` has just returned None, the byte limit is reached."""
         return bool(self._queue)
 
     def release_before(self, step: int) -> list[ByteRange]:
-        """Forget the units that only steps before `step` need; returns those of them that were fetched."""
+        """Drop the units that only steps before `step` need; returns those of them that were fetched."""
         released = []
-        for past in [last for last in self._units_by_last_use if last < step]:
-            for unit in self._units_by_last_use.pop(past):
+        for last_use in [last for last in self._units_by_last_use if last < step]:
+            for unit in self._units_by_last_use.pop(last_use):
                 del self._last_use[unit]
                 if unit in self._fetched:
                     self._fetched.remove(unit)
@@ -157,7 +157,7 @@ def _unit_ranges(units: Units, shards: np.ndarray, indices: np.ndarray) -> Itera
     numbers = units.numbers(shards, indices)
     _, first = np.unique(np.stack([shards, numbers]), axis=1, return_index=True)
     first.sort()
-    first = first[[units.knows(int(shard)) for shard in shards[first]]]
+    first = first[[units.has_offsets(int(shard)) for shard in shards[first]]]
     starts, stops = units.ranges(shards[first], numbers[first])
     for shard, start, stop in zip(shards[first].tolist(), starts.tolist(), stops.tolist(), strict=True):
         yield units.byte_range(shard, start, stop)

@@ -1,8 +1,8 @@
-"""Process beside a rank's loader that downloads the next windows of remote sources into the node cache.
+"""Process beside a rank's local loader that downloads the next windows of remote sources into the node cache.
 
-It downloads as fast as the loader consumes. The order alone says which bytes are needed when, so mixtures, resumed runs
-and changed data need no special case. The prefetcher reports no read errors: a reader that misses a unit in the cache
-fetches it itself, and raises the error.
+It stays one window ahead of the loader. Only the order determines which bytes are needed at each step, so mixtures,
+resumed runs and changed data need no special case. The prefetcher reports no read errors: a reader that misses a unit
+in the cache fetches it itself, and raises the error. `loader.backend: ray` has no prefetcher.
 
 Started as `python -m data_pipeline.loader.prefetcher CHANNEL PARENT`, like a worker process.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -22,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from data_pipeline.batches.work_items import BuilderSetup
-from data_pipeline.child_process import die_with
+from data_pipeline.child_process import die_with, start_module
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetch_plan import PrefetchPlan, can_prefetch
 from data_pipeline.storage.cache import ByteRange, Cache
@@ -34,13 +32,13 @@ from data_pipeline.storage.object_store import CONNECTIONS
 from data_pipeline.workers.ipc import receive, send
 
 PARALLEL_FETCHES = CONNECTIONS // 2
-CACHE_SHARE = 0.75  # of the cache limit, that the prefetchers of a node fill together
+CACHE_SHARE = 0.75  # fraction of the cache limit that all prefetchers of a node may fill
 MAX_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Position:
-    """The loader serves steps first, ..., last - 1; `step` is the present one."""
+    """The loader serves steps first, ..., last - 1; `step` is the current one."""
 
     first: int
     last: int
@@ -48,7 +46,7 @@ class Position:
 
 
 class _Downloader:
-    """The work of the process: plan as the loader advances, and fetch what is planned."""
+    """Runs in the prefetcher process: plans as the loader advances, and fetches the planned units."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
         self._builders = [setup.builder() for setup in setups]
@@ -64,7 +62,7 @@ class _Downloader:
         self._warned = False
 
     def set_position(self, position: Position) -> None:
-        """Tell the planning thread the loader's new position."""
+        """Pass the loader's new position to the planning thread."""
         with self._changed:
             self._position = position
             self._changes += 1
@@ -91,7 +89,7 @@ class _Downloader:
             assert position is not None
             if (position.first, position.last) != (begun.first, begun.last):
                 return
-            # 1. Plan one step of one group, or release what the served steps no longer need.
+            # 1. Plan one step of one group, or release the units that no later step needs.
             group = plan.next_group(position.step, position.last)
             if group is not None:
                 plan.plan_step(group)
@@ -102,7 +100,7 @@ class _Downloader:
             units = list(islice(iter(plan.next_fetch, None), max(0, room)))
             for unit in units:
                 self._submit(pool, unit)
-            # 3. Readers fetch single samples while the cache is warming; end that when the first window is there.
+            # 3. Readers fetch single samples while the cache is warming; stop this once the first window is cached.
             if position.step >= warm_step or (group is None and not units and room == 2 * PARALLEL_FETCHES):
                 self._cache.set_warming(False)
             # 4. Nothing to do: wait for the loader to advance or for a fetch to end.
@@ -134,13 +132,14 @@ class _Downloader:
             self._warned = True
             warnings.warn(
                 f"the next window of samples is larger than the {self._limit} bytes of the cache that this rank may "
-                "fill ahead, so some of it may be fetched twice; raise loader.cache.gigabytes",
+                "fill ahead, so some of it may be fetched twice; raise loader.cache.gigabytes (in Python: gigabytes "
+                "of CacheSettings.of)",
                 stacklevel=2,
             )
 
 
 class Prefetcher:
-    """The process, seen from its loader: start it, send positions, restart it a few times, stop it."""
+    """Handle of the prefetcher process in the loader: starts it, sends positions, restarts it a few times, stops it."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
         self._arguments = (list(setups), rank, world_size)
@@ -173,7 +172,10 @@ class Prefetcher:
         self._send(Position(first, last, first))
 
     def advance(self, step: int) -> None:
-        """Announce that the loader serves `step`. Restart a dead prefetcher; after MAX_STARTS starts, do without."""
+        """Announce that the loader serves `step`, and restart a dead prefetcher.
+
+        After MAX_STARTS starts, continue without prefetching.
+        """
         assert self._position is not None
         if self._process.poll() is not None:
             if self._starts == MAX_STARTS:
@@ -201,22 +203,8 @@ class Prefetcher:
     def _start(self) -> None:
         self._starts += 1
         self._channel, child_channel = socket.socketpair()
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
         with child_channel:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "data_pipeline.loader.prefetcher",
-                    str(child_channel.fileno()),
-                    str(os.getpid()),
-                ],
-                pass_fds=[child_channel.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
-            )
+            self._process = start_module("data_pipeline.loader.prefetcher", [child_channel.fileno()])
         with suppress(OSError):
             send(self._channel, self._arguments)
 
@@ -233,7 +221,7 @@ def main(descriptor: int, parent: int) -> None:
             downloader = _Downloader(*arguments)
         except (OSError, UserError) as error:
             print(
-                f"the prefetcher cannot start, so nothing is fetched ahead: {error}",
+                f"the prefetcher cannot start, so no samples are fetched ahead: {error}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -246,7 +234,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _run(downloader: _Downloader) -> None:
-    """Run, and end the process after an error: else readers would wait for its first window, one sample at a time."""
+    """Run, and end the process after an error, so that the loader ends the warming, in which reads are slow."""
     try:
         downloader.run()
     finally:

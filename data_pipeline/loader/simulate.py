@@ -1,9 +1,9 @@
 """Predicts traffic, requests, cache size and shuffle quality of a stream from its real order.
 
-Only the manifests are read. If a node's epoch has at most 2 million rows, all of it is drawn and counted. Of a larger
-one, some lanes are drawn for about three windows around the end of the epoch, and the counts follow from the units of
-the source, each of which is fetched once per epoch. The bytes of a unit are its samples times the mean sample size of
-their shard.
+Only the manifests are read. Up to 2 million rows per node and epoch, every row is simulated. For more rows, some lanes
+are simulated for about three windows near the end of the epoch and the cache size is scaled up to all lanes; requests
+and bytes are estimated from the source's units, each fetched once per epoch. The bytes of a unit are its samples times
+the mean sample size of their shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 
 MAX_DRAWN_ROWS = 2_000_000
-SHUFFLE_BATCHES = 8  # batches that shuffle quality is measured on
+SHUFFLE_BATCHES = 8  # number of batches used to measure shuffle quality
 MAX_UNITS = 1 << 40  # more units than any source has
 REQUEST_SECONDS = 0.1  # assumed latency of an object store, for the first batch
 
@@ -32,10 +32,10 @@ class SourceLoad:
     """Predicted load of one source. `node_` figures are for one node and one epoch of the stream.
 
     samples, bytes, shards: size of the source
-    run, unit: samples that the order keeps together, and samples that are fetched together
+    run, unit: number of samples that the order keeps together, and number fetched together
     node_samples: samples that the node needs; node_gets, node_bytes: its requests and downloaded bytes
     node_shards: shards that it reads from
-    cache_bytes: most bytes that it keeps at once: the present window and the next
+    cache_bytes: maximum bytes in the cache: the current window and the next
     """
 
     name: str
@@ -75,7 +75,7 @@ class StreamLoad:
     variance: float
 
     @property
-    def gets_a_sample(self) -> float:
+    def gets_per_sample(self) -> float:
         return sum(s.node_gets for s in self.sources) / sum(s.node_samples for s in self.sources)
 
     @property
@@ -101,7 +101,7 @@ class StreamLoad:
         """Seconds until the first window and the next are in the cache."""
         return self.cache_bytes / bandwidth
 
-    def most_samples_a_second(self, bandwidth: float) -> float:
+    def max_samples_per_second(self, bandwidth: float) -> float:
         """Samples per second of all nodes together that `bandwidth` bytes per second and node allow."""
         return self.nodes * bandwidth / (self.sample_bytes * self.traffic)
 
@@ -165,7 +165,7 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Extent:
-    """The rows that are drawn: rows [start, stop) of each of `steps`, whose global batches have `batch` rows.
+    """The simulated rows: rows [start, stop) of each of `steps`, whose global batches have `batch` rows.
 
     exact: True if this is the node's whole epoch
     lane_factor: the node's lanes per lane drawn
@@ -188,7 +188,7 @@ def _choose_extent(
     lanes = max(1, (stop - start) * order.lanes // batch)
     drawn_lanes = max(1, min(lanes, max_rows * order.lanes // (batch * 3 * window)))
     stop = start + drawn_lanes * batch // order.lanes
-    # Around the end of the epoch, where windows last longest.
+    # Near the end of the epoch, where windows last longest.
     count = max(2, min(3 * window, max_rows // (stop - start)))
     first, last = max(0, epoch_steps - 2 * count // 3), epoch_steps - 2 * count // 3 + count
     steps = range(first, min(last, order.last_step or last))
@@ -234,7 +234,7 @@ def _source_load(
 class _UnitUse:
     """The units that the drawn rows need.
 
-    bytes: float [units]; shards: int [units]; peak_bytes: most bytes kept at once
+    bytes: float [units]; shards: int [units]; peak_bytes: maximum bytes in the cache
     """
 
     bytes: np.ndarray
@@ -283,27 +283,30 @@ def _unit_bytes(units: Units, shards: np.ndarray, numbers: np.ndarray) -> np.nda
 
 
 def _estimate(units: Units, interleaved: bool, node_samples: float, nodes: int) -> tuple[float, float, float]:
-    """Estimated (requests, bytes, shards) of a node's epoch. A run belongs to one lane; lanes share a larger unit."""
+    """Estimated (requests, bytes, shards) of a node's epoch.
+
+    One lane reads a whole run; a unit of several runs is read by several lanes.
+    """
     manifest, counts = units.manifest, units.manifest.counts
     filled = counts > 0
     first, last = units.first[:-1][filled], units.first[1:][filled] - 1
-    pieces = float((last // units.length - first // units.length + 1).sum())
+    unit_count = float((last // units.length - first // units.length + 1).sum())
     passes = node_samples * nodes / manifest.samples
     share = min(1.0, node_samples / manifest.samples)
     if units.length == units.run and not interleaved:
         drawn = counts[filled] / units.length
         shards = float((1 - (1 - share) ** np.maximum(drawn, 1)).sum())
-        return pieces * passes / nodes, float(manifest.sizes.sum()) * passes / nodes, shards
+        return unit_count * passes / nodes, float(manifest.sizes.sum()) * passes / nodes, shards
     needed = 1 - (1 - share) ** min(units.length, manifest.samples)
     shards = float((1 - (1 - share) ** counts[filled]).sum())
-    return pieces * needed, float(manifest.sizes.sum()) * needed, shards
+    return unit_count * needed, float(manifest.sizes.sum()) * needed, shards
 
 
 def _shuffle_quality(
     order: StreamOrder, manifests: Mapping[str, Manifest], steps: np.ndarray
 ) -> tuple[float, float]:
     """Same-shard pairs in the batches of `steps`, and variance of the rows per shard, relative to independent draws."""
-    pairs = chance = spread = even = 0.0
+    pairs = expected_pairs = squared_error = expected_squared_error = 0.0
     for step in np.unique(steps).tolist():
         refs = order.refs(step)
         for number, name in enumerate(source.name for source in order.sources):
@@ -311,7 +314,10 @@ def _shuffle_quality(
             counts, samples = manifests[name].counts, manifests[name].samples
             rows, part = np.bincount(shards, minlength=len(counts)), counts / samples
             pairs += float((rows * (rows - 1)).sum()) / 2
-            chance += len(shards) * (len(shards) - 1) / 2 * float((part**2).sum())
-            spread += float(((rows - len(shards) * part) ** 2).sum())
-            even += len(shards) * float((part * (1 - part)).sum())
-    return (pairs / chance if chance else 1.0), (spread / even if even else 1.0)
+            expected_pairs += len(shards) * (len(shards) - 1) / 2 * float((part**2).sum())
+            squared_error += float(((rows - len(shards) * part) ** 2).sum())
+            expected_squared_error += len(shards) * float((part * (1 - part)).sum())
+    return (
+        pairs / expected_pairs if expected_pairs else 1.0,
+        squared_error / expected_squared_error if expected_squared_error else 1.0,
+    )

@@ -1,7 +1,7 @@
-"""Deals the slots of a lane to sources: integer weights in golden-ratio stride order, in closed form.
+"""Assigns each row of a lane to a source so that every source gets its weight, without a loop over earlier rows.
 
-A slot is one row of one lane. The closed form counts the slots of any prefix without enumerating them, so a run can
-start at any step.
+A slot is one row of one lane. The slots of each source before any step are counted in closed form, so a run can start
+at any step.
 """
 
 from __future__ import annotations
@@ -68,12 +68,18 @@ def count_earlier_equal(groups: np.ndarray) -> np.ndarray:
 
 
 class Cycle:
-    """Assignment of slots: slot q of lane i belongs to the source whose interval holds (q g + i C / L) mod C.
+    """Assignment of slots to sources, repeated every C slots of a lane.
 
-    C is the sum of the integer weights and L the number of lanes. Each source owns an interval of [0, C) whose length
-    is its weight. The stride g is the first number from floor(C / golden ratio) on that is coprime to C. So any C
-    successive slots of a lane contain exactly `weight` slots of each source, spread evenly. The lanes start at
-    different phases, so each step comes close to the weights too.
+    C is the sum of the integer weights, L the number of lanes, i a lane, and q the number of a slot in its lane. The
+    stride g is the first number from floor(C / golden ratio) on that is coprime to C. Each source has an interval of
+    [0, C) whose length is its weight.
+
+    Slot q of lane i belongs to the source whose interval contains (q g + floor(i C / L)) mod C. Example: weights 3 and
+    1 for the sources a and b give C = 4, g = 3, a = [0, 3), b = [3, 4); lane 0 has the positions 0, 3, 2, 1, so its
+    slots belong to a, b, a, a.
+
+    Any C successive slots of a lane contain exactly `weight` slots of each source, spread evenly. The lanes start at
+    different positions, so each step is close to the weights too.
     """
 
     def __init__(self, weights: Sequence[int], lanes: int) -> None:

@@ -14,9 +14,8 @@ from data_pipeline.errors import UserError
 
 MAX_CYCLE_SLOTS = 2**31  # the product of two slot numbers stays below 2**63
 
-ShareBy = Literal[
-    "size", "sqrt"
-]  # sources without a weight share in proportion to their size, or its square root
+# Sources without a weight share in proportion to their size, or to its square root.
+ShareBy = Literal["size", "sqrt"]
 
 
 class ShareSettings(Protocol):
@@ -37,9 +36,8 @@ def exact_fraction(number: float) -> Fraction:
     fraction = Fraction(str(number))
     if fraction.denominator <= 10**9:
         return fraction
-    return (
-        fraction.limit_denominator(10**9) or fraction
-    )  # a number that would round to 0 keeps its exact value
+    # A number that would round to 0 keeps its exact value.
+    return fraction.limit_denominator(10**9) or fraction
 
 
 def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:
@@ -93,14 +91,14 @@ def rounded_sqrt(size: Fraction) -> Fraction:
 
 
 def source_shares(
-    sources: Mapping[str, ShareSettings], sizes: Sequence[Fraction], by: ShareBy = "size"
+    sources: Mapping[str, ShareSettings], sizes: Sequence[Fraction], share_by: ShareBy = "size"
 ) -> list[Fraction]:
     """Shares of the sources, in proportion to each other; see stream_order.SourceCounts.
 
-    `sizes` are those of `source_size`; `by` applies to sources without a weight. Raises UserError if the weights leave
-    nothing for these.
+    `sizes` are those of `source_size`; `share_by` applies to sources without a weight. Raises UserError if the weights
+    leave nothing for these.
     """
-    sizes = [rounded_sqrt(size) for size in sizes] if by == "sqrt" else sizes
+    sizes = [rounded_sqrt(size) for size in sizes] if share_by == "sqrt" else sizes
     weights = [
         None if source.weight is None else exact_fraction(source.weight) for source in sources.values()
     ]

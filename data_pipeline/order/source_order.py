@@ -1,8 +1,8 @@
 """One source: runs, windows and lanes; the n-th sample of a lane, and the replacement of a bad sample.
 
 Terms: a run is up to 64 neighbouring samples, read together. A window is 16 runs of the permuted epoch, shuffled
-sample by sample. A piece is the part of an epoch that one lane draws. A draw is the n-th sample of a lane. All of it is
-a pure function of (seed, source name, samples by shard, lanes).
+sample by sample. A piece is the part of an epoch that one lane serves. Draw n of a lane is the n-th sample that the
+lane serves from this source. The order is a pure function of (seed, source name, samples by shard, lanes).
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def run_length(samples: int) -> int:
 
 @dataclass(frozen=True)
 class LaneLayout:
-    """Division of a source into runs of `run` neighbours and into `pieces` pieces, which the lanes take in turn.
+    """Division of a source into runs of `run` neighbours and into `pieces` pieces, one per lane and epoch.
 
-    A source of fewer samples than `lanes` windows is interleaved: it has one piece, shared by the draws of all lanes.
+    A source of fewer samples than `lanes` windows is interleaved: all lanes take turns in one permutation of the whole
+    source, which is then a single piece.
     """
 
     samples: int
@@ -64,7 +65,7 @@ class LaneLayout:
         return 1 if self.interleaved else self.lanes
 
     def begun_epochs(self, drawn: np.ndarray) -> tuple[int, int]:
-        """Number of epochs begun after `drawn` draws, int64 [lanes], and of their samples that are not visited yet."""
+        """Number of epochs begun after `drawn` draws, int64 [lanes], and number of their samples not yet drawn."""
         total = int(drawn.sum())
         if not total:
             return 0, 0
@@ -79,7 +80,7 @@ class LaneLayout:
 def unroll(
     lane: np.ndarray, draw: np.ndarray, samples: np.ndarray | int, pieces: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw numbers as if each lane had started at piece 0, and the pieces they fall in, numbered over all epochs."""
+    """Returns (draw number counted from piece 0, piece number counted over all epochs)."""
     unrolled = draw + lane * samples // pieces
     return unrolled, -((-(unrolled + 1) * pieces) // samples) - 1
 
@@ -87,12 +88,11 @@ def unroll(
 class SourceOrder:
     """Order of one source of N samples over L lanes: runs permuted by (seed, epoch), divided into one piece per lane.
 
-    In epoch e, lane i draws piece (i + e) mod L of the permuted runs. Piece j ends at floor((j + 1) N / L), so an
+    In epoch e, lane i serves piece (i + e) mod L of the permuted runs. Piece j ends at floor((j + 1) N / L), so an
     epoch visits every sample exactly once. Inside a piece, windows of 16 runs are shuffled sample by sample; the grid
-    of windows starts at a different run in each piece. A piece of fewer than 4 windows is one window: with 2 million
-    samples in one-topic shards and batches of 65536, windows of 16 runs gave 4.1 times the topic variance of
-    independent draws, whole pieces 0.95 times. A source smaller than L windows is not divided: its draws, counted over
-    all lanes, follow one permutation of its samples.
+    of windows starts at a different run in each piece. A piece of fewer than 4 windows is shuffled as one window: small
+    sources of one-topic shards need that (docs/log.md). A source smaller than L windows is not divided: its draws,
+    counted over all lanes, follow one permutation of its samples.
 
     The runs are the same in every epoch, so that a cache can keep whole runs; the short run at the source's end takes
     any position in the permutation. `first_epoch` is above 0 if the source had other samples earlier in the training.
@@ -139,7 +139,7 @@ class SourceOrder:
             return shard, replacement + (replacement >= index)
         if self.samples == 1:
             raise UserError(
-                f"source {self.name!r}: its only sample is unusable and there is no other sample to replace it"
+                f"source {self.name!r}: its only sample is unusable, and no other sample can replace it"
             )
         key = hash64(self.key, epoch, SourcePurpose.REPLACE_IN_SOURCE, bad)
         replacement = int(permute(attempt % (self.samples - 1), self.samples - 1, key))
@@ -163,7 +163,7 @@ class RunGrid(NamedTuple):
 
     run, tail: samples of a full run, and of the short run at the source's end (0: there is none)
     full_runs: number of full runs
-    short: rank of the short run in the permutation; `full_runs` if there is none
+    short: position of the short run in the permutation of runs; `full_runs` if there is none
     windows: True if pieces are divided into windows
     """
 
@@ -173,20 +173,20 @@ class RunGrid(NamedTuple):
     short: Any
     windows: Any
 
-    def rank(self, position: np.ndarray) -> np.ndarray:
-        """Rank of the run at each position."""
+    def run_at(self, position: np.ndarray) -> np.ndarray:
+        """Position, in the permutation of runs, of the run that holds each sample position."""
         after = position >= self.short * self.run + self.tail
         return (position + np.where(after, self.run - self.tail, 0)) // self.run
 
-    def start(self, rank: np.ndarray) -> np.ndarray:
-        """First position of the run of each rank."""
-        return rank * self.run - np.where(rank > self.short, self.run - self.tail, 0)
+    def start(self, run_position: np.ndarray) -> np.ndarray:
+        """First sample position of the run at each position of the permutation."""
+        return run_position * self.run - np.where(run_position > self.short, self.run - self.tail, 0)
 
 
 class SampleLocator:
     """Maps draws to samples for all sources of a stream at once, in the order that SourceOrder defines.
 
-    With one source the tables are scalars, which spares numpy a lookup per row.
+    With one source the tables are scalars, so that numpy needs no lookup per row.
     """
 
     def __init__(self, sources: Sequence[SourceOrder]) -> None:
@@ -213,7 +213,7 @@ class SampleLocator:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and index of each draw, int64 [rows] each.
 
-        Draw n is the n-th of its lane, or the n-th over all lanes if its source is interleaved.
+        Draws are counted per lane, or over all lanes if the source is interleaved.
         """
         refs = np.empty((3, draw.size), np.int64)
         for at in range(0, draw.size, ROWS_PER_BLOCK):
@@ -263,8 +263,8 @@ class SampleLocator:
         if np.all(run == 1):
             return place.epoch, permute(place.position, n, runs_key)
         full_runs, tail = n // run, n % run
-        rank = (hash64(key, epoch, SourcePurpose.SHORT_RUN) % (full_runs + 1).astype(U64)).astype(np.int64)
-        grid = RunGrid(run, tail, full_runs, np.where(tail, rank, full_runs), self._windows[k])
+        short = (hash64(key, epoch, SourcePurpose.SHORT_RUN) % (full_runs + 1).astype(U64)).astype(np.int64)
+        grid = RunGrid(run, tail, full_runs, np.where(tail, short, full_runs), self._windows[k])
         low, high = self._window_bounds(place, grid)
         inside = permute(
             place.position - low, high - low, hash64(key, place.epoch, SourcePurpose.WINDOW, low)
@@ -278,9 +278,9 @@ class SampleLocator:
             return place.start, place.stop
         golden = place.piece.astype(U64) * U64(GOLDEN_RATIO_64)
         phase = (golden >> U64(60)).astype(np.int64)  # 0 to 15: golden-ratio steps over the 16 runs
-        first = (grid.rank(place.start) + phase) // RUNS_PER_WINDOW + 1
-        last = (grid.rank(place.stop - 1) + phase) // RUNS_PER_WINDOW - 1
-        window = np.clip((grid.rank(place.position) + phase) // RUNS_PER_WINDOW, first, last)
+        first = (grid.run_at(place.start) + phase) // RUNS_PER_WINDOW + 1
+        last = (grid.run_at(place.stop - 1) + phase) // RUNS_PER_WINDOW - 1
+        window = np.clip((grid.run_at(place.position) + phase) // RUNS_PER_WINDOW, first, last)
         from_start = (window == first) | ~grid.windows
         low = np.where(from_start, place.start, grid.start(window * RUNS_PER_WINDOW - phase))
         to_stop = (window == last) | ~grid.windows
@@ -289,8 +289,8 @@ class SampleLocator:
     @staticmethod
     def _sample_numbers(position: np.ndarray, grid: RunGrid, key: np.ndarray) -> np.ndarray:
         """Sample number at each position of its epoch, after the permutation of runs."""
-        rank = grid.rank(position)
+        at = grid.run_at(position)
         last = grid.full_runs - 1
-        number = permute(np.minimum(rank - (rank > grid.short), last), grid.full_runs, key)
-        number = np.where(rank == grid.short, grid.full_runs, number)
-        return number * grid.run + position - grid.start(rank)
+        number = permute(np.minimum(at - (at > grid.short), last), grid.full_runs, key)
+        number = np.where(at == grid.short, grid.full_runs, number)
+        return number * grid.run + position - grid.start(at)

@@ -1,8 +1,8 @@
 """Order state in a checkpoint, and how a run resumes from it, also with changed data.
 
-The state is a list of segments: one per mixture that the stream was drawn from. A run that continues with other data or
-weights opens a new segment. A source with unchanged samples continues its draws. A source with changed samples
-starts a new pass, with epoch numbers that it has not used before.
+The state is a list of segments, one for each mixture used so far. A run that continues with other data or weights opens
+a new segment. A source with unchanged samples continues its draws. A source with changed samples starts a new pass,
+with epoch numbers that it has not used before.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from data_pipeline.order.source_order import LaneLayout
 
 @dataclass(frozen=True)
 class SourceBase:
-    """Start of the present samples of a source.
+    """Where the current version of a source's samples starts.
 
     segment: number of the first segment with these samples
     first_epoch: epoch number of their first pass
-    passes: passes over earlier samples of the source, as the text of a fraction; they count towards max_epochs
+    passes: passes over earlier versions of the samples, as the text of a fraction; they count towards max_epochs
     """
 
     segment: int
@@ -40,9 +40,9 @@ class Segment:
 
     consumed_per_lane: samples that each lane had served before this segment
     sources: names in the order of the mixture; a list, because JSON objects have no order
-    fingerprints: of the sources' manifests; counts: hashes of their samples by shard
-    base: start of each source's present samples
-    unvisited: samples of begun epochs that are never visited, for sources that changed or were removed
+    fingerprints: of the sources' manifests; count_hashes (`counts` in JSON): hashes of their samples by shard
+    base: start of each source's current samples
+    unvisited: samples of unfinished epochs that will never be read, for sources that changed or were removed
     cycles: (first consumed_per_lane, weights in the order of `sources`); a new one starts when a source ends
     """
 
@@ -52,7 +52,7 @@ class Segment:
     sources: tuple[str, ...]
     fingerprints: dict[str, str]
     samples: dict[str, int]
-    counts: dict[str, str]
+    count_hashes: dict[str, str]
     weights: dict[str, int]
     max_epochs: dict[str, str]
     base: dict[str, SourceBase]
@@ -61,21 +61,22 @@ class Segment:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as a JSON object."""
-        return asdict(self)
+        return {"counts" if key == "count_hashes" else key: value for key, value in asdict(self).items()}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> Segment:
         """Inverse of `to_json`. Raises KeyError, TypeError or ValueError if `fields` is not a segment."""
         base = {name: SourceBase(**base_fields) for name, base_fields in fields["base"].items()}
         cycles = tuple((int(at), tuple(weights)) for at, weights in fields["cycles"])
-        lists = {"sources": tuple(fields["sources"]), "base": base, "cycles": cycles}
-        return Segment(**{**fields, **lists})
+        values = {key: value for key, value in fields.items() if key != "counts"}
+        values |= {"count_hashes": fields["counts"], "sources": tuple(fields["sources"])}
+        return Segment(**{**values, "base": base, "cycles": cycles})
 
     def same_samples(self, other: Segment, name: str) -> bool:
         """True if the source `name` has the same samples in both segments; both must contain it."""
         prints = [segment.fingerprints[name] for segment in (self, other) if name in segment.fingerprints]
         return len({*prints}) <= 1 and all(
-            getattr(self, key)[name] == getattr(other, key)[name] for key in ("samples", "counts")
+            getattr(self, key)[name] == getattr(other, key)[name] for key in ("samples", "count_hashes")
         )
 
     def drawn(self, end: int, lanes: int) -> dict[str, np.ndarray]:
@@ -137,17 +138,17 @@ def open_segment(history: History, now: Segment, lanes: int) -> Segment:
 
 
 def change_notes(segment: Segment) -> list[str]:
-    """One line for each source whose begun epochs stay unfinished after the change to `segment`."""
+    """One line for each source with unfinished epochs that the change to `segment` ends."""
     lines = []
     for name, left in segment.unvisited.items():
         if name in segment.sources:
             epoch = segment.base[name].first_epoch
             lines.append(
-                f"source {name!r}: {left} samples of its begun epochs stay unvisited; its new samples start with "
-                f"epoch {epoch}"
+                f"source {name!r}: {left} samples of unfinished epochs will not be used; the new data starts at epoch "
+                f"{epoch}"
             )
         else:
-            lines.append(f"source {name!r}: removed; {left} samples of its begun epochs stay unvisited")
+            lines.append(f"source {name!r}: removed; {left} samples of unfinished epochs will not be used")
     return lines
 
 
@@ -155,7 +156,7 @@ class ResumeResult(NamedTuple):
     """Result of a resume.
 
     segments: the segments of the resumed StreamOrder; empty if nothing changed since the start of the run
-    changes: one line for each accepted change and for each source with unvisited samples
+    changes: one line for each accepted change, and for each source with samples that will not be used
     """
 
     segments: tuple[Segment, ...]
@@ -177,7 +178,7 @@ def resume_segments(
             "damaged. Resume with that version or from another checkpoint, or start a new run from the weights alone"
         ) from error
     fixed_changes, free_changes = (
-        [f"{key} was {old}, is now {new}" for key, old, new in values if old != new]
+        [f"{key} changed from {old} to {new}" for key, old, new in values if old != new]
         for values in (fixed, free)
     )
     if fixed_changes and accept_change:
@@ -188,7 +189,7 @@ def resume_segments(
     if fixed_changes or (free_changes and not accept_change):
         raise UserError(
             f"the data differs from the data of the checkpoint: {'; '.join(fixed_changes + free_changes)}. Restore the "
-            "data and the mixture, or continue with the present data (run.accept_change=true; in Python, "
+            "data and the mixture, or continue with the current data (run.accept_change=true; in Python, "
             "resume(state, accept_change=True)), or start a new run folder"
         )
     if not free_changes:

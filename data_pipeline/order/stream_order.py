@@ -1,8 +1,9 @@
 """`StreamOrder`: the sample of every (step, row), as a pure function of recipe and seed.
 
-The rows of a global batch are divided into lanes. A cycle of slots (mixture.py) deals the rows of each lane to the
+The rows of a global batch are divided into lanes. A cycle of slots (mixture.py) assigns the rows of each lane to
 sources, and the order of the source (source_order.py) gives the sample. Nothing depends on ranks or workers, so any
-process can build any batch. Only changes of the mixture that the user accepted (state.py) depend on the past.
+process can build any batch. The one exception: after an accepted change of the mixture, the order also depends on the
+earlier mixture (state.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from data_pipeline.order.source_order import SampleLocator, SourceOrder
 from data_pipeline.order.state import History, ResumeResult, Segment, SourceBase, resume_segments
 
 MAX_LANES = 1024
-UNREACHABLE_DRAWS = 2**53  # no run draws so many samples of a source; sums of them do not overflow int64
+UNREACHABLE_DRAWS = (
+    2**53
+)  # more samples of one source than any run draws; sums of draws do not overflow int64
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class SampleRefs:
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps from `first_step` on whose slots `cycle` deals; a new phase starts when a source ends.
+    """Steps from `first_step` on, in which `cycle` assigns rows to sources; a new phase starts when a source ends.
 
     begin: samples that each lane has served before this phase
     drawn: draws of each source before this phase, int64 [sources, lanes]
@@ -86,7 +89,7 @@ class StreamOrder:
     """The order of one stream.
 
     seed: any integer below 2**64, see `stream_seed`
-    by: how sources without a weight share the stream
+    share_by: how sources without a weight share the stream
     segments: result of `resume` if the mixture changed during the run; the last one belongs to `sources`
 
     Raises UserError for invalid batches, lanes, names or shares.
@@ -98,7 +101,7 @@ class StreamOrder:
         batch: int | Mapping[int, int] | BatchSchedule,
         lanes: int | None,
         seed: int,
-        by: ShareBy = "size",
+        share_by: ShareBy = "size",
         segments: Sequence[Segment] = (),
     ) -> None:
         self.batches = BatchSchedule.of(batch)
@@ -117,7 +120,7 @@ class StreamOrder:
         ]
         named = {source.name: source for source in sources}
         sizes = [source_size(order.name, named[order.name], order.samples) for order in self.sources]
-        self.weights = integer_weights(source_shares(named, sizes, by), names)
+        self.weights = integer_weights(source_shares(named, sizes, share_by), names)
         self._epoch_samples = ceil(sum(sizes))
         self._limits = [
             None if source.max_epochs is None else exact_fraction(source.max_epochs) for source in sources
@@ -126,9 +129,8 @@ class StreamOrder:
         self._locator = SampleLocator(self.sources)
         self._interleaved = np.array([source.interleaved for source in self.sources])
         self.ends: dict[str, int] = {}  # source -> first step after its max_epochs
-        self.last_step: int | None = (
-            None  # first step after the max_epochs of all sources; None: the stream never ends
-        )
+        # First step after the max_epochs of all sources; None: the stream never ends.
+        self.last_step: int | None = None
         self.segment = segments[-1] if segments else self._segment({})
         self._phases: list[Phase] = []
         self._plan_phases()
@@ -147,13 +149,13 @@ class StreamOrder:
         if self.last_step is not None and step >= self.last_step:
             raise UserError(
                 f"the stream has ended: all its sources reach their max_epochs after {self.last_step} steps; "
-                "train for at most that many steps, or raise max_epochs"
+                f"train for at most {self.last_step} steps, or raise max_epochs"
             )
         rows = np.arange(start, stop)
         if not rows.size:
             return SampleRefs(*np.zeros((5, 0), np.int64))
         lane = rows // (batch // self.lanes)
-        source, draw = self._deal_rows(step, rows)
+        source, draw = self._assign_rows(step, rows)
         return SampleRefs(rows, source, *self._locator.refs(source, lane, draw))
 
     def replacement(self, source: int, shard: int, index: int, epoch: int, attempt: int) -> tuple[int, int]:
@@ -224,7 +226,7 @@ class StreamOrder:
             sources=tuple(names),
             fingerprints=fingerprints,
             samples={source.name: source.samples for source in self.sources},
-            counts={source.name: source.counts_hash for source in self.sources},
+            count_hashes={source.name: source.counts_hash for source in self.sources},
             weights=dict(zip(names, self.weights, strict=True)),
             max_epochs={name: str(limit) for name, limit in zip(names, self._limits, strict=True)},
             base={name: SourceBase(0) for name in names},
@@ -236,7 +238,7 @@ class StreamOrder:
         rows = self.batches.before(step) - self.batches.before(self.segment.first_step)
         return self.segment.consumed_per_lane + rows // self.lanes
 
-    def _deal_rows(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _assign_rows(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source number and draw number of each row.
 
         Draws count per lane, or over all lanes if the source is interleaved.
@@ -266,7 +268,7 @@ class StreamOrder:
         return phase.drawn + phase.cycle.consumed(np.arange(self.lanes), slots)
 
     def _drawn_before(self) -> np.ndarray:
-        """Draws of the sources' present samples before this segment, int64 [sources, lanes]."""
+        """Draws of the sources' current samples before this segment, int64 [sources, lanes]."""
         if self._history is None:
             return np.zeros((len(self.sources), self.lanes), np.int64)
         return np.stack(
@@ -293,19 +295,19 @@ class StreamOrder:
         self.last_step = step
 
     def _end_step(self, k: int, passes: Fraction) -> int:
-        """First step after all passes of source `k`; passes over earlier samples of the source count."""
+        """First step after all passes of source `k`; passes over earlier versions of its samples count too."""
         source, first = self.sources[k], self._phases[-1].first_step
         left = passes - Fraction(self._base[source.name].passes)
         goal = ceil(left * source.samples / source.pieces)
 
-        def over(step: int) -> bool:
+        def has_ended(step: int) -> bool:
             drawn = self._drawn(step)[k]
             return bool((drawn.sum() if source.interleaved else drawn.min()) >= goal)
 
         high = first + 1
-        while not over(high):
+        while not has_ended(high):
             high = first + 2 * (high - first)
-        return bisect_left(range(first, high), True, key=over) + first
+        return bisect_left(range(first, high), True, key=has_ended) + first
 
     def _mixture_hash(self) -> str:
         """Hash of lanes, sources, counts, weights and max_epochs: equal hashes mean the same order."""

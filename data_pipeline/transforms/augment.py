@@ -17,8 +17,9 @@ from data_pipeline.hashing import Purpose, hash64
 # Candidates per row; the first one that fits into the image is its crop. torchvision tries ten times too.
 CROP_CANDIDATES = 10
 RATIO_BITS = 24
-# (16/9)^(1/2), (16/9)^(1/4), ...: products of random subsets are log-uniform. exp() is avoided because its last bit
-# differs between C libraries, which would change a crop now and then; square roots and products are exact everywhere.
+# (16/9)^(1/2), (16/9)^(1/4), ...: multiplying a random subset of these factors gives a log-uniform ratio. exp() is not
+# used: its last bit differs between C libraries and would sometimes change a crop. Square roots and products are exact
+# everywhere.
 RATIO_ROOTS = tuple(accumulate(repeat(0, RATIO_BITS - 1), lambda root, _: math.sqrt(root), initial=4 / 3))
 # x, y, width, height in pixels.
 Box = tuple[int, int, int, int]

@@ -33,7 +33,8 @@ class CaptionSpec:
     def __post_init__(self) -> None:
         if not self.members or "json" in self.members:
             raise UserError(
-                "text.captions.from: name the members that contain captions, such as txt or json.caption"
+                "text.captions.from (in Python: CaptionSpec.members): write the members that contain captions, such as "
+                "txt or json.caption"
             )
         if self.scores and len(self.scores) != len(self.members):
             raise UserError(

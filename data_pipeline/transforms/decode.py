@@ -1,7 +1,7 @@
 """Image bytes to a cropped, resized uint8 array; decompression bombs are refused from the header.
 
 JPEGs take a fast path: simplejpeg (libjpeg-turbo) decodes at a reduced scale and the compiled kernel resizes. Pillow
-decodes everything else and decides about damaged files, so it sets what counts as decodable.
+decodes everything else, and JPEGs that simplejpeg refuses: an image is usable if Pillow can decode it.
 """
 
 from __future__ import annotations

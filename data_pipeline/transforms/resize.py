@@ -1,4 +1,4 @@
-"""Antialiased bicubic resize with Pillow's bits, by a compiled kernel.
+"""Antialiased bicubic resize by a compiled kernel, bit-identical to Pillow.
 
 The caller uses Pillow if the kernel was not built or the arrays do not have the layout it needs.
 """

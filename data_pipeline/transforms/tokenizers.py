@@ -176,10 +176,10 @@ def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"text.tokenizer: {file} is not valid JSON: {error}; fix or remove it") from None
+        raise UserError(f"text.tokenizer: {file} is not valid JSON: {error}; correct or remove it") from None
     if not isinstance(config, dict):
         raise UserError(
-            f"text.tokenizer: {file} contains a {type(config).__name__}, not a JSON object; fix or remove it"
+            f"text.tokenizer: {file} contains a {type(config).__name__}, not a JSON object; correct or remove it"
         )
     return config
 
@@ -207,10 +207,10 @@ def _clip_bpe(vocabulary_gz: bytes) -> Any:
         vocab={word: i for i, word in enumerate(words)}, merges=merges, end_of_word_suffix="</w>"
     )
     tokenizer = tokenizers.Tokenizer(model)
-    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    word_pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(pieces, behavior="removed", invert=True),
+            pre_tokenizers.Split(word_pattern, behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -3,8 +3,8 @@
 Wire format of a message: the number of parts and the byte size of each part as little-endian uint64, then the parts:
 the pickle (protocol 5) and its out-of-band buffers. File descriptors travel with the first bytes (SCM_RIGHTS).
 
-This is the only module of the data pipeline that reads pickles. They come from sockets and anonymous files that these
-processes made for each other, never from data.
+This is the only module of the data pipeline that reads pickles. They come only from our own processes, through sockets
+and anonymous files, never from user data.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def write_shared(message: Any) -> int:
 
 
 def read_shared(descriptor: int) -> Any:
-    """Read the message of a file that `write_shared` made."""
+    """Read the message of a file that `write_shared` wrote."""
     with mmap(descriptor, 0) as content:
         return pickle.loads(content)  # written by the process that started this one
 
 
 def survives_pickling(message: Any) -> bool:
-    """True if the receiver can unpickle the message: the error classes of some libraries fail when they are rebuilt."""
+    """True if the receiver can unpickle the message; the error classes of some libraries cannot be unpickled."""
     try:
         pickle.loads(pickle.dumps(message))  # bytes made in this line
     except Exception:  # the receiver would raise the same
@@ -84,7 +84,7 @@ def survives_pickling(message: Any) -> bool:
 
 
 def has_anonymous_memory() -> bool:
-    """True if the system has memfd: shared memory without a name, which no kill leaves behind."""
+    """True if the system has memfd: shared memory without a name, which the kernel frees even after a kill."""
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 

@@ -1,4 +1,4 @@
-"""Rebuilds rows that killed two workers, one by one, in throw-away processes, to find the bad sample.
+"""Rebuilds rows at which two workers died, one by one, in throw-away processes, to find the bad sample.
 
 Two crashes (SIGSEGV and the like) while decoding the same sample prove that the sample is bad: it is replaced like any
 unusable sample. A kill (SIGKILL: usually the kernel is out of memory), an exit or a stall proves nothing about the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import selectors
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,16 @@ from dataclasses import dataclass, field, replace
 from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join_batches
-from data_pipeline.errors import ReadError, WorkerError
+from data_pipeline.workers.failures import (
+    MAX_ROW_DEATHS,
+    MAX_ROW_STALLS,
+    MAX_SAMPLE_CRASHES,
+    POLL_SECONDS,
+    death_error,
+    describe_sample,
+    stall_error,
+    startup_activity,
+)
 from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch
 from data_pipeline.workers.worker import READY, WorkMessage
 from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, describe_exit
@@ -25,11 +33,7 @@ from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, descri
 CRASH_EXITS = {
     -number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 }
-CRASHED = "decoder crash"  # the reason under which such a sample is counted
-MAX_CRASHES = 2  # crashes at one sample, after which it is known to be bad
-MAX_STALLS = 2  # stalls at one row, after which the stall is an error
-MAX_DEATHS = 3  # other deaths at one row, after which they are an error
-POLL_SECONDS = 1.0  # between two checks of a process whose result is awaited
+CRASHED = "decoder crash"  # the reason under which a sample that crashes the decoder is counted
 
 
 class PoolClosed(Exception):
@@ -90,13 +94,13 @@ class Isolation:
                 and last.sample not in self.known_bad
             ):
                 self._crashes[last.sample] += 1
-                if self._crashes[last.sample] >= MAX_CRASHES:
+                if self._crashes[last.sample] >= MAX_SAMPLE_CRASHES:
                     self.known_bad[last.sample] = CRASHED
             else:
                 deaths.append(describe_exit(exit_code))
-            if len(stalls) >= MAX_STALLS:
+            if len(stalls) >= MAX_ROW_STALLS:
                 raise stall_error(item, stalls[-1])
-            if len(deaths) >= MAX_DEATHS:
+            if len(deaths) >= MAX_ROW_DEATHS:
                 raise death_error(item, deaths)
 
     def _await_result(self, process: WorkerProcess) -> Batch | Exception | Stall | None:
@@ -120,44 +124,3 @@ class Isolation:
                 if number != READY:
                     return result
                 self._startup = None
-
-
-def startup_activity() -> Activity:
-    """The activity of a process that is started now, until it reports that it is ready."""
-    return Activity("its program files and the source indexes at start-up", time.monotonic())
-
-
-def describe_sample(setups: list[BuilderSetup], sample: Sample) -> str:
-    """A sample's index and shard URL, as text."""
-    source, shard, index = sample
-    for setup in setups:
-        if source in setup.manifests:
-            return f"sample {index} of {setup.manifests[source].url(shard)}"
-    return f"sample {index} of shard {shard} of {source}"
-
-
-def stall_error(item: WorkItem, stall: Stall) -> OSError:
-    """The error for rows at which two processes in turn stalled: ReadError for a read, WorkerError for a decode."""
-    stalled = (
-        f"{_describe_rows(item)}: two loader workers in turn were stuck {stall} (limit: loader.stall_error)"
-    )
-    if stall.is_read:
-        return ReadError(f"{stalled}. No sample was replaced; run again once this can be read")
-    return WorkerError(
-        f"{stalled}. A time-out does not prove that a sample is bad, so no sample was replaced; inspect that sample, "
-        "or raise loader.stall_error"
-    )
-
-
-def death_error(item: WorkItem, deaths: list[str]) -> WorkerError:
-    """The error for a row whose processes died for another reason than a decoder crash."""
-    return WorkerError(
-        f"{_describe_rows(item)}: {len(deaths)} loader processes died while building it alone ({', '.join(deaths)}). "
-        "No sample was replaced. SIGKILL usually means out of memory: lower loader.workers, train.micro_batch or "
-        "data.STREAM.image.max_pixels, or request more memory"
-    )
-
-
-def _describe_rows(item: WorkItem) -> str:
-    rows = f"row {item.start}" if item.stop == item.start + 1 else f"rows {item.start} to {item.stop - 1}"
-    return f"step {item.step}, {rows} of stream {item.stream}"

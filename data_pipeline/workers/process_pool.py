@@ -1,8 +1,8 @@
 """Pool of worker processes; dead or stalled ones are replaced and their slices rebuilt. Pixels are in shared memory.
 
 An item is split into slices, so that several workers build one batch. Slices are handed out in the order in which they
-are needed. A slice whose worker died goes to another worker; a slice that killed two workers is rebuilt row by row in
-isolation (isolation.py).
+are needed. A slice whose worker died goes to another worker. After two workers died while they built a slice, it is
+rebuilt row by row in isolation (isolation.py).
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ from data_pipeline.activity import Activity, Sample
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem, join_batches, pixel_shape, split_item
 from data_pipeline.errors import WorkerError
-from data_pipeline.workers.isolation import (
+from data_pipeline.workers.failures import (
+    MAX_SLICE_DEATHS,
+    MAX_SLICE_STALLS,
     POLL_SECONDS,
-    Isolation,
-    PoolClosed,
     describe_sample,
     stall_error,
     startup_activity,
 )
+from data_pipeline.workers.isolation import Isolation, PoolClosed
 from data_pipeline.workers.shared_memory import SharedBuffer, SharedBufferPool
 from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch
 from data_pipeline.workers.worker import READY, WorkMessage
 from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, describe_exit
 
-# Slices that one worker holds: the one it builds, and the next, so that it never waits for this process.
+# Slices sent to one worker: the one it builds, and the next, so that it never waits for this process.
 SLICES_PER_WORKER = 2
-# Deaths of workers at one slice, after which it is rebuilt in isolation, and stalls, after which they are an error.
-# One death proves nothing: a worker may be killed from outside.
-MAX_FAILURES = 2
-# Failed starts per worker, after which they are an error: the installation is broken, or memory is too short.
+# Failed starts per worker before an error is raised: the installation is broken, or there is too little memory.
 MAX_FAILED_STARTS = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -120,13 +118,13 @@ class ProcessPool:
         """Number of shared buffers: those being filled, those that batches still use, and the free ones."""
         return len(self._buffers.alive)
 
-    def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        slices = split_item(item, self._specs[item.stream], pieces)
-        job = _Job(item, [None] * len(slices))
+    def submit(self, item: WorkItem, slices: int = 1) -> int:
+        items = split_item(item, self._specs[item.stream], slices)
+        job = _Job(item, [None] * len(items))
         with self._changed:
             ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
             self._jobs[ticket] = job
-            self._queue += [_Slice(job, position, each) for position, each in enumerate(slices)]
+            self._queue += [_Slice(job, position, each) for position, each in enumerate(items)]
         self._wake()
         return ticket
 
@@ -208,21 +206,23 @@ class ProcessPool:
             with self._changed:
                 if len(worker.slices) >= SLICES_PER_WORKER or not self._queue:
                     return
-                piece = self._queue.popleft()
-                self._acquire_buffer(piece.job)
+                job_slice = self._queue.popleft()
+                self._acquire_buffer(job_slice.job)
                 number, self._next_number = self._next_number, self._next_number + 1
-                worker.slices[number] = piece
-                piece.job.running += 1
+                worker.slices[number] = job_slice
+                job_slice.job.running += 1
                 known_bad = {stream: dict(samples) for stream, samples in self._known_bad.items()}
-            work = WorkMessage(number, piece.item, known_bad=known_bad)
-            buffer = piece.job.buffer
+            work = WorkMessage(number, job_slice.item, known_bad=known_bad)
+            buffer = job_slice.job.buffer
             if buffer is not None:
-                work = replace(work, buffer=buffer.number, offset=self._offset(piece), size=buffer.size)
+                work = replace(work, buffer=buffer.number, offset=self._offset(job_slice), size=buffer.size)
             worker.process.send(work, buffer, self._buffers.alive)
 
-    def _offset(self, piece: _Slice) -> int:
+    def _offset(self, job_slice: _Slice) -> int:
         """Byte offset of the slice's pixels in the item's pixels."""
-        return prod(pixel_shape(self._specs[piece.item.stream], piece.item.start - piece.job.item.start))
+        return prod(
+            pixel_shape(self._specs[job_slice.item.stream], job_slice.item.start - job_slice.job.item.start)
+        )
 
     def _acquire_buffer(self, job: _Job) -> None:
         """Give a job memory for its pixels when its first slice is handed out."""
@@ -255,11 +255,11 @@ class ProcessPool:
                 self._failed_starts = 0
                 self._store_result(worker.slices.pop(number), result)
 
-    def _store_result(self, piece: _Slice, result: Batch | Exception) -> None:
+    def _store_result(self, job_slice: _Slice, result: Batch | Exception) -> None:
         with self._changed:
-            job = piece.job
+            job = job_slice.job
             job.running -= 1
-            job.results[piece.position] = result
+            job.results[job_slice.position] = result
             if job.is_cancelled:
                 self._cancel_job(job)
             elif job.is_done:
@@ -273,8 +273,9 @@ class ProcessPool:
                     self._replace_worker(worker, stall)
 
     def _replace_worker(self, worker: _Worker, stall: Stall | None = None) -> None:
-        """Requeue the slices of a dead or stalled worker at the head of the queue; the slice it was building is charged
-        with the failure. `_start_workers` starts the new worker.
+        """Requeue the slices of a dead or stalled worker at the head of the queue.
+
+        The failure count of the slice it was building goes up by one. `_start_workers` starts the new worker.
         """
         self._workers.remove(worker)
         exit_code = worker.process.kill()
@@ -288,52 +289,52 @@ class ProcessPool:
             if self._failed_starts >= MAX_FAILED_STARTS * self._count:
                 raise WorkerError(
                     f"loader workers die while they start ({describe_exit(exit_code)}); after SIGKILL, which usually "
-                    "means out of memory, lower loader.workers"
+                    "means out of memory, lower loader.workers (in Python: workers)"
                 )
-        for piece in reversed(worker.slices.values()):
-            if piece.stalls >= MAX_FAILURES and stall is not None:
-                self._store_result(piece, stall_error(piece.item, stall))
-            elif piece.deaths >= MAX_FAILURES:
-                self._start_isolation(piece)
+        for job_slice in reversed(worker.slices.values()):
+            if job_slice.stalls >= MAX_SLICE_STALLS and stall is not None:
+                self._store_result(job_slice, stall_error(job_slice.item, stall))
+            elif job_slice.deaths >= MAX_SLICE_DEATHS:
+                self._start_isolation(job_slice)
             else:
-                self._requeue(piece)
+                self._requeue(job_slice)
 
-    def _requeue(self, piece: _Slice) -> None:
+    def _requeue(self, job_slice: _Slice) -> None:
         with self._changed:
-            piece.job.running -= 1
-            if piece.job.is_cancelled:
-                self._cancel_job(piece.job)
+            job_slice.job.running -= 1
+            if job_slice.job.is_cancelled:
+                self._cancel_job(job_slice.job)
             else:
-                self._queue.appendleft(piece)
+                self._queue.appendleft(job_slice)
 
-    def _start_isolation(self, piece: _Slice) -> None:
+    def _start_isolation(self, job_slice: _Slice) -> None:
         """Rebuild a slice row by row in a thread of its own, so that the other workers continue."""
         thread = threading.Thread(
-            target=self._make_isolated, args=(piece,), name="dromos-isolation", daemon=True
+            target=self._make_isolated, args=(job_slice,), name="dromos-isolation", daemon=True
         )
         self._isolation_threads.append(thread)
         thread.start()
 
-    def _make_isolated(self, piece: _Slice) -> None:
+    def _make_isolated(self, job_slice: _Slice) -> None:
         isolation = Isolation(self._setups, self._file, self._limits, lambda: self._closing)
         result: Batch | Exception
         try:
-            result = isolation.make(piece.item)
-            self._move_pixels(piece, result)
+            result = isolation.make(job_slice.item)
+            self._move_pixels(job_slice, result)
         except PoolClosed:
             return
         except Exception as error:
             result = error
         with self._changed:
             for sample, reason in isolation.known_bad.items():
-                self._known_bad.setdefault(piece.item.stream, {})[sample] = reason
-        self._store_result(piece, result)
+                self._known_bad.setdefault(job_slice.item.stream, {})[sample] = reason
+        self._store_result(job_slice, result)
 
-    def _move_pixels(self, piece: _Slice, batch: Batch) -> None:
+    def _move_pixels(self, job_slice: _Slice, batch: Batch) -> None:
         """Move pixels that came through a socket to the buffer of the item's other slices."""
-        job = piece.job
+        job = job_slice.job
         if job.buffer is not None and batch.pixels is not None:
-            begin, flat = self._offset(piece), batch.pixels.reshape(-1)
+            begin, flat = self._offset(job_slice), batch.pixels.reshape(-1)
             job.buffer.array(begin + flat.size)[begin:] = flat
             batch.pixels = None
 

@@ -20,36 +20,40 @@ from data_pipeline.activity import Sample
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import UserError, WorkerError
-from data_pipeline.workers.isolation import (
-    MAX_DEATHS,
+from data_pipeline.workers.failures import (
+    MAX_ROW_DEATHS,
+    MAX_SLICE_DEATHS,
+    MAX_SLICE_STALLS,
     POLL_SECONDS,
-    Isolation,
+    describe_rows,
     describe_sample,
     stall_error,
 )
-from data_pipeline.workers.process_pool import MAX_FAILURES
+from data_pipeline.workers.isolation import Isolation
 from data_pipeline.workers.watchdog import Stall, StallLimits, StallWatch, log
 from data_pipeline.workers.worker import Builders, KnownBad, picklable_error
 from data_pipeline.workers.worker_handle import SetupFile
 
 
 class BatchActor:
-    """The actor: builds batches as a worker process does. It returns errors, because Ray changes the type of raised
-    ones.
+    """The actor: builds batches as a worker process does.
+
+    It returns errors instead of raising them, because Ray changes the type of a raised error.
     """
 
     def __init__(
         self, setups: Sequence[BuilderSetup], folder: str, limits: StallLimits, known_bad: KnownBad
     ) -> None:
-        """`folder` is the working directory of the rank. Relative paths start there; Ray would start the actor in the
-        directory in which its node was started.
+        """`folder`: working directory of the rank, for relative paths; Ray starts actors in the directory in which the
+        node was started.
         """
-        with suppress(OSError):  # a node with other disks; URLs of an object store need no folder
+        # The folder may not exist on this node; URLs of an object store need none.
+        with suppress(OSError):
             os.chdir(folder)
         self._setups, self._limits = list(setups), limits
         self._builders = Builders(self._setups)
         self._builders.add_known_bad(known_bad)
-        self._status = activity.own_memory()
+        self._status = activity.status_memory()
         self._warnings: list[str] = []
         name = f"actor {os.getpid()} on {socket.gethostname()}"
         self._watch = StallWatch(limits, name, partial(describe_sample, self._setups), self._warnings.append)
@@ -89,7 +93,7 @@ class BatchActor:
 
 @dataclass
 class _Request:
-    """A submitted item: the number of its actor, the reference of its result, and the failures so far."""
+    """A submitted item: the number of its actor, the Ray reference of its result, and the failures so far."""
 
     item: WorkItem
     actor: int
@@ -100,7 +104,10 @@ class _Request:
 
 
 class RayPool:
-    """Items go to the actors in turn. A dead actor (or node) is replaced and its items are built again."""
+    """Items go to the actors round-robin. A dead actor (or node) is replaced and its items are built again.
+
+    There is no prefetcher: an actor downloads a range into its node's cache when it first needs it.
+    """
 
     ahead = 2
 
@@ -117,7 +124,7 @@ class RayPool:
         self._requests: dict[int, _Request] = {}
         self._next_ticket = 0
 
-    def submit(self, item: WorkItem, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, slices: int = 1) -> int:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         actor = ticket % len(self._actors)
         self._requests[ticket] = _Request(item, actor, self._actors[actor].make.remote(item))
@@ -132,18 +139,18 @@ class RayPool:
                     result = self._ray.get(request.reference)
                     break
                 request.stalls += 1
-                if request.stalls >= MAX_FAILURES:
+                if request.stalls >= MAX_SLICE_STALLS:
                     raise stall_error(request.item, stall)
             except self._ray.exceptions.RayTaskError:
                 raise
             except self._ray.exceptions.RayError as error:
                 request.deaths += 1
-                if request.deaths >= MAX_FAILURES + MAX_DEATHS:
+                if request.deaths >= MAX_SLICE_DEATHS + MAX_ROW_DEATHS:
                     raise WorkerError(
-                        f"{request.item} could not be built by {request.deaths} Ray actors in turn; no sample was "
-                        f"replaced. The last error: {error}"
+                        f"{describe_rows(request.item)}: {request.deaths} Ray actors, one after the other, failed to "
+                        f"build it. No sample was replaced. The last error: {error}"
                     ) from error
-                request.is_isolated = request.deaths >= MAX_FAILURES
+                request.is_isolated = request.deaths >= MAX_SLICE_DEATHS
             self._replace_actor(request.actor)
         del self._requests[ticket]
         if request.is_isolated:
@@ -193,9 +200,9 @@ class RayPool:
         return locations
 
     def _start_actor(self) -> Any:
-        # The actor asks for no CPU, so that it fits beside ranks that have taken all of them. Ray's SPREAD strategy,
-        # and sometimes a soft node affinity, put such actors on one node; hence hard affinity to each node in turn. If
-        # that node is gone, the actor dies before it starts, and its replacement goes to the next node.
+        # The actor reserves no CPU, because the ranks may have reserved all of them. Ray's SPREAD strategy, and
+        # sometimes a soft node affinity, put such actors on one node. So each actor gets a hard affinity to the next
+        # node. If that node is gone, the actor dies before it starts, and its replacement goes to the node after it.
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         alive = [node for node in self._ray.nodes() if node["Alive"]]

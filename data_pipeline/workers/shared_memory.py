@@ -1,7 +1,8 @@
-"""Shared memory for pixels: workers fill it, this process hands it out as arrays, and reuses it after the last reader.
+"""Shared memory for pixels: workers write them, this process reads them as arrays and reuses unreferenced buffers.
 
-The buffers are anonymous files (memfd), so no kill leaves memory behind. A worker receives a buffer's file with the
-first work item that uses it and maps it once; this process maps it once, too.
+A buffer is reused when no array references it. Buffers are anonymous files (memfd), so the kernel frees them even after
+a kill. A worker receives a buffer's file with the first work item that uses it and maps it once; this process maps it
+once, too.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SharedBufferPool:
         self._next_number = 0
 
     def acquire(self, size: int) -> SharedBuffer | None:
-        """A buffer of at least `size` bytes that no array uses; None if there can be no more buffers."""
+        """A buffer of at least `size` bytes that no array uses; None if no more buffers can be created."""
         while self._returned:
             self._free.append(self._returned.popleft())
         fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]

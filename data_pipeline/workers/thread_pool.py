@@ -1,47 +1,23 @@
-"""The `Pool` protocol, and `ThreadPool`, which builds batches in one thread of the training process."""
+"""`ThreadPool` builds batches in one thread of the training process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import Protocol
 
 from data_pipeline import activity
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
 from data_pipeline.batches.work_items import BuilderSetup, WorkItem
-from data_pipeline.workers.isolation import POLL_SECONDS, describe_sample
+from data_pipeline.workers.failures import POLL_SECONDS, describe_sample
 from data_pipeline.workers.watchdog import StallLimits, StallWatch
-
-
-class Pool(Protocol):
-    """Builds work items in the background. `ahead`: the number of steps that are worth submitting in advance."""
-
-    ahead: int
-
-    def submit(self, item: WorkItem, pieces: int = 1) -> int:
-        """Start to build an item, in at most `pieces` slices at once. Returns a ticket for its batch."""
-        ...
-
-    def result(self, ticket: int) -> Batch:
-        """Wait for a batch. Raises the error that building it raised."""
-        ...
-
-    def cancel(self) -> None:
-        """Drop all tickets."""
-        ...
-
-    def close(self) -> None:
-        """Cancel and stop all processes and threads."""
-        ...
 
 
 class ThreadPool:
     """Builds batches inside this process, one step ahead (`loader.workers: 0`).
 
-    This process is not protected: a decoder that crashes ends it, and a stalled read is named in the log but not
-    interrupted.
+    This process is not protected: a decoder crash ends it, and a stalled read is logged but not interrupted.
     """
 
     ahead = 1
@@ -52,11 +28,11 @@ class ThreadPool:
         self._thread = ThreadPoolExecutor(1, "dromos-loader")
         self._futures: dict[int, Future[Batch]] = {}
         self._next_ticket = 0
-        self._status = activity.own_memory()
+        self._status = activity.status_memory()
         setups = [BuilderSetup.of(builder) for builder in builders.values()]
         self._watch = StallWatch(self._limits, "the loader", lambda sample: describe_sample(setups, sample))
 
-    def submit(self, item: WorkItem, pieces: int = 1) -> int:
+    def submit(self, item: WorkItem, slices: int = 1) -> int:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         builder = self._builders[item.stream]
         self._futures[ticket] = self._thread.submit(builder.make, item.step, item.start, item.stop)

@@ -1,6 +1,7 @@
 """Watchdog for stalled reads and decodes: logs a warning after `warn` seconds, reports a stall after `error` seconds.
 
-The watchdog only judges the activity of a process (see activity.py); the pool that runs the process ends it.
+It only measures how long an activity lasts (see activity.py). ProcessPool kills the process and RayPool the actor; a
+thread is not interrupted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ log = logging.getLogger("dromos.loader")
 
 @dataclass(frozen=True)
 class StallLimits:
-    """Seconds that one read or decode may take: after `warn`, and after each doubling of it, the log names it; after
-    `error` its process is ended.
+    """Limits on the duration of one read or decode, in seconds.
+
+    A warning is logged after `warn` seconds and each time the duration doubles. After `error` seconds the pool kills
+    the process (ProcessPool._replace_worker).
     """
 
     warn: float = 30.0
@@ -38,9 +41,9 @@ class Stall:
 
 
 class StallWatch:
-    """Judges the activity of one process, from any process of the same machine.
+    """Measures the activity of one process, from any process of the same machine.
 
-    process_name: the subject of the warnings
+    process_name: name of the process in the warnings
     describe_sample: returns a sample's shard URL and index as text
     warn: receives each warning
     """
@@ -54,7 +57,7 @@ class StallWatch:
     ) -> None:
         self._limits, self._process_name = limits, process_name
         self._describe_sample, self._warn = describe_sample, warn
-        # Start of the activity that the last warning was about, and its duration at that warning.
+        # Start of the activity of the last warning, and its duration at that warning.
         self._last_warning: tuple[float, float] = (0.0, 0.0)
 
     def check(self, activity: Activity) -> Stall | None:

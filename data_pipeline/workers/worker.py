@@ -1,4 +1,4 @@
-"""Worker process of the loader, child side: builds the batches it is asked for over a socket until its parent is gone.
+"""Worker process of the loader, child side: builds the batches requested over a socket until its parent ends.
 
 Started as `python -m data_pipeline.workers.worker CHANNEL SETUPS STATUS PARENT`: three file descriptors (STATUS may be
 -1) and the parent's process id. multiprocessing is not used, because its spawn imports the parent's main module, and
@@ -82,7 +82,10 @@ class Builders:
             builder.known_bad.update(self._known_bad.get(stream, {}))
 
     def make_all(self) -> None:
-        """Make all builders before the first item arrives. An error is raised again, and reported, at the first use."""
+        """Make all builders before the first item arrives.
+
+        Errors are ignored here; the same error is raised at the first use of the builder.
+        """
         for stream in self._setups:
             with suppress(Exception):
                 self[stream]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from mmap import mmap
-from pathlib import Path
 from typing import Any
 
 from data_pipeline import activity
 from data_pipeline.activity import Activity
 from data_pipeline.batches.work_items import BuilderSetup
+from data_pipeline.child_process import start_module
 from data_pipeline.workers.ipc import anonymous_file, has_anonymous_memory, receive, send, write_shared
 from data_pipeline.workers.shared_memory import SharedBuffer
 from data_pipeline.workers.worker import WorkMessage
@@ -48,21 +46,9 @@ class WorkerProcess:
             status = anonymous_file(activity.STATUS_BYTES, "dromos-status")
             self._status = mmap(status, activity.STATUS_BYTES)
         descriptors = (child_channel.fileno(), setups.descriptor, status)
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
         try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "data_pipeline.workers.worker",
-                    *map(str, descriptors),
-                    str(os.getpid()),
-                ],
-                pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | dict.fromkeys(THREAD_VARIABLES, "1") | {"PYTHONPATH": path},
+            self._process = start_module(
+                "data_pipeline.workers.worker", descriptors, dict.fromkeys(THREAD_VARIABLES, "1")
             )
         finally:
             child_channel.close()
@@ -82,8 +68,8 @@ class WorkerProcess:
     ) -> None:
         """Send work, with the file of its buffer if the worker does not have it yet.
 
-        The worker forgets all buffers whose numbers are not in `alive` (None: it keeps all). A dead worker raises
-        nothing here; `receive` raises.
+        The worker drops all buffers whose numbers are not in `alive` (None: it keeps all). Does not raise for a dead
+        worker; `receive` does.
         """
         descriptors: list[int] = []
         if buffer is not None and buffer.number not in self._buffers:
@@ -91,7 +77,7 @@ class WorkerProcess:
             self._buffers.add(buffer.number)
         gone = {number for number in self._buffers if alive is not None and number not in alive}
         self._buffers -= gone
-        # Samples are only ever added, so that their number tells whether there are new ones.
+        # Samples are only ever added, so a larger number means that there are new ones.
         count = sum(map(len, work.known_bad.values()))
         known_bad = work.known_bad if count > self._known_bad_sent else {}
         self._known_bad_sent = count
@@ -104,7 +90,7 @@ class WorkerProcess:
         return answer
 
     def inspect(self) -> Activity:
-        """The worker's present activity, or its last one if it is dead."""
+        """The worker's current activity, or its last one if it is dead."""
         return activity.read_status(self._status) if self._status is not None else Activity()
 
     def kill(self) -> int:

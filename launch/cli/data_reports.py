@@ -82,10 +82,10 @@ def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
 
 def simulation_figures(load: StreamLoad, bandwidth: float, target_rate: float | None) -> dict[str, Any]:
     """All numbers of a stream's report. bandwidth: bytes/s per node; target_rate: samples/s of all nodes, or None."""
-    most = load.most_samples_a_second(bandwidth)
+    most = load.max_samples_per_second(bandwidth)
     return asdict(load) | {
-        "gets_a_sample": load.gets_a_sample,
-        "node_gets_a_second": (target_rate or most) / load.nodes * load.gets_a_sample,
+        "gets_a_sample": load.gets_per_sample,
+        "node_gets_a_second": (target_rate or most) / load.nodes * load.gets_per_sample,
         "fetched_over_needed": load.traffic,
         "node_bytes": load.node_bytes,
         "all_bytes": load.nodes * load.node_bytes,
@@ -111,7 +111,7 @@ def simulation_lines(
     share = f"{size(load.node_bytes)} per node, {size(figures['all_bytes'])} in all"
     yield f"  traffic   {share}, {load.traffic:.2f} times the bytes needed", False
     rate = "the target rate" if target_rate else "the rate that the bandwidth allows"
-    requests = f"{load.gets_a_sample:.4f} GETs per sample; {figures['node_gets_a_second']:,.1f}/s per node"
+    requests = f"{load.gets_per_sample:.4f} GETs per sample; {figures['node_gets_a_second']:,.1f}/s per node"
     yield f"  requests  {requests} at {rate}", False
     tight = load.cache_bytes > limit
     need = f"  cache     {size(load.cache_bytes)} per node for the windows, of {size(limit)} allowed"

@@ -53,7 +53,7 @@ def test_a_ramp_up_is_the_same_from_ranks_workers_and_resumes(tmp_path: Path) ->
     for step, batch in enumerate(whole):
         assert [row for part in parts for row in served(part[step])] == truth[step]
         assert sum(part[step].batch_digest for part in parts) % 2**64 == batch.batch_digest
-    with opened(path, 4) as stream, pytest.raises(UserError, match=r"batch was .*, is now 4"):
+    with opened(path, 4) as stream, pytest.raises(UserError, match=r"batch changed from .* to 4"):
         stream.resume(state)
     with pytest.raises(
         UserError, match="from step 3 on: a batch of 8 rows cannot be split evenly over 3 ranks"
@@ -71,10 +71,12 @@ def test_a_stream_goes_on_with_a_shard_more_and_other_weights(tmp_path: Path) ->
     write_packed(path, [20, 11, 5])
     after = {"a": SourceSpec(str(path), weight=0.75), "b": SourceSpec(other, weight=0.25)}
     with opened(after, 16, workers=1) as stream:
-        with pytest.raises(UserError, match="samples of source 'a' was 31, is now 36"):
+        with pytest.raises(UserError, match="samples of source 'a' changed from 31 to 36"):
             stream.resume(state)
         notes = " ".join(stream.resume(state, accept_change=True))
-        assert "source 'a': 11 samples of its begun epochs stay unvisited" in notes  # 20 of 31 were visited
+        assert (
+            "source 'a': 11 samples of unfinished epochs will not be used" in notes
+        )  # 20 of 31 were visited
         found += [served(next(stream)) for _ in range(3)]
         state = json.loads(json.dumps(stream.state(), sort_keys=True))
         assert stream.resume(state) == []

@@ -149,7 +149,7 @@ def test_an_isolated_process_whose_start_stalls_is_named_and_then_an_error(
     file = SetupFile(setups)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(
-        ReadError, match=r"row 3 of .* were stuck reading its program files and the source indexes"
+        ReadError, match=r"row 3 of .* stalled: reading its program files and the source indexes"
     ):
         Isolation(setups, file, StallLimits(0.1, 0.3)).make(WorkItem("pairs", 0, 3, 5))
     file.close()
@@ -163,7 +163,7 @@ def test_a_decode_that_hangs_is_named_and_then_an_error(
         caplog.at_level(logging.WARNING, "dromos.loader"),
         LocalLoader([spec], 0, 1, 2, limits=StallLimits(0.2, 2.5)) as loader,
         pytest.raises(
-            WorkerError, match=r"stuck decoding sample 5 of .*00001\.tar for \d+ s .*does not prove"
+            WorkerError, match=r"stalled: decoding sample 5 of .*00001\.tar for \d+ s .*does not prove"
         ),
     ):
         list(loader.steps(0, STEPS))

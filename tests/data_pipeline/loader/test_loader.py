@@ -26,6 +26,7 @@ from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader import loader as loader_module
 from data_pipeline.loader.loader import Loader, LocalLoader
 from data_pipeline.workers import process_pool, thread_pool
+from data_pipeline.workers.pool import Pool
 from data_pipeline.workers.process_pool import ProcessPool
 from data_pipeline.workers.watchdog import StallLimits
 from data_pipeline.workers.worker_handle import WorkerProcess
@@ -232,7 +233,7 @@ def test_workers_whose_start_stalls_are_named(
         LocalLoader(specs, 0, 1, 1, limits=StallLimits(0.1, 0.5)) as loader,
         pytest.raises(
             ReadError,
-            match=r"two loader workers in turn were stuck reading its program files and the source indexes",
+            match=r"two workers, one after the other, stalled: reading its program files and the source indexes",
         ),
     ):
         next(loader.steps(0, 1))
@@ -250,7 +251,7 @@ def test_look_ahead_is_bounded(specs: list[StreamSpec]) -> None:
             return super().submit(item, pieces)
 
     class Recorded(Loader):
-        def _open_pool(self) -> thread_pool.Pool:
+        def _open_pool(self) -> Pool:
             return Recording(self.builders)
 
     with Recorded(specs, 0, 1, 0) as loader:
@@ -296,7 +297,7 @@ def test_look_ahead_is_bounded_in_bytes(
     counting = Counting()
 
     class Counted(Loader):
-        def _open_pool(self) -> thread_pool.Pool:
+        def _open_pool(self) -> Pool:
             return counting
 
     monkeypatch.setattr(loader_module, "AHEAD_BYTES", rows_ahead * (SIZE * SIZE * 3 + 4 * LENGTH))

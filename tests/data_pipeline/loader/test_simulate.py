@@ -76,10 +76,10 @@ def test_an_epoch_of_a_small_mixture_is_counted(nodes: int, limit: int) -> None:
         if limit:
             assert found.node_bytes == sum(sizes.values())
             assert found.cache_bytes <= sum(sizes.values())
-    assert load.gets_a_sample == sum(s.node_gets for s in load.sources) / sum(
+    assert load.gets_per_sample == sum(s.node_gets for s in load.sources) / sum(
         s.node_samples for s in load.sources
     )
-    assert load.most_samples_a_second(1e6) == pytest.approx(nodes * 1e6 / (load.sample_bytes * load.traffic))
+    assert load.max_samples_per_second(1e6) == pytest.approx(nodes * 1e6 / (load.sample_bytes * load.traffic))
 
 
 def test_estimates_agree_with_a_whole_epoch() -> None:
@@ -91,7 +91,7 @@ def test_estimates_agree_with_a_whole_epoch() -> None:
         assert exact.exact
         assert not guess.exact
         # Runs that two lanes share, and those of the next epoch that the last step takes, are not in the estimate.
-        assert guess.gets_a_sample == pytest.approx(exact.gets_a_sample, rel=0.06)
+        assert guess.gets_per_sample == pytest.approx(exact.gets_per_sample, rel=0.06)
         assert guess.traffic == pytest.approx(exact.traffic, rel=0.06)
         assert guess.node_bytes == pytest.approx(exact.node_bytes, rel=0.06)
         assert guess.cache_bytes == pytest.approx(
@@ -101,7 +101,7 @@ def test_estimates_agree_with_a_whole_epoch() -> None:
         # Two windows of every lane, those at the end of an epoch up to twice as long.
         window = 16 * 64 * 2048 * 64 / nodes
         assert 2 * window < exact.cache_bytes < 4 * window
-        assert 1 / 64 <= exact.gets_a_sample < 0.017
+        assert 1 / 64 <= exact.gets_per_sample < 0.017
 
 
 def test_shuffle_quality_is_that_of_the_batches() -> None:

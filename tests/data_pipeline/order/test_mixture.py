@@ -50,7 +50,7 @@ def test_shares_close_to_nothing_are_shares() -> None:
     tiny = [source("a", 50, weight=1e-12), source("b", 50, weight=3e-12)]
     assert weights_of(*tiny) == (1, 3)
     assert weights_of(tiny[0]) == weights_of(source("a", 50, repeat=1e-15)) == (1,)
-    assert StreamOrder([source("a", 50, repeat=1e-30)], 8, None, 0, by="sqrt").weights == (1,)
+    assert StreamOrder([source("a", 50, repeat=1e-30)], 8, None, 0, share_by="sqrt").weights == (1,)
     with pytest.raises(UserError, match="'a': its share is below one slot"):
         weights_of(tiny[0], source("b", 50, weight=1))
 

@@ -129,7 +129,7 @@ def test_draws_equal_those_counted_one_by_one(
             want[lane * per_lane + slot % per_lane] = (k, draw)  # the last step overwrites
             by_lane[k, lane] += 1
             over_lanes[k] += 1
-    source, draw = order._deal_rows(step, np.arange(batch))
+    source, draw = order._assign_rows(step, np.arange(batch))
     assert list(zip(source.tolist(), draw.tolist(), strict=True)) == [want[row] for row in range(batch)]
     assert order.consumed(step + 1) == {s.name: over_lanes[k] for k, s in enumerate(sources)}
 

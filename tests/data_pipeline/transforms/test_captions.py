@@ -175,8 +175,8 @@ def test_a_recipe_says_it_in_three_fields() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((),), "from: name the members that contain captions"),
-        ((("txt", "json"),), "from: name the members that contain captions"),
+        (((),), "write the members that contain captions"),
+        ((("txt", "json"),), "write the members that contain captions"),
         ((("txt",), ("json.a", "json.b")), "2 entries for 1 members in `from`"),
         ((("txt",), ("a",)), r"scores: a: .* write json\.FIELD"),
         ((("txt",), (), 0), "top is 0; it must be at least 1"),

@@ -234,7 +234,7 @@ def test_a_crash_that_follows_its_sample_marks_it_as_bad(cluster: Any, tmp_path:
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("kill", r"signal SIGKILL.*memory"), ("hang", r"stuck decoding sample 3 of .*00000\.tar for \d+ s")],
+    [("kill", r"signal SIGKILL.*memory"), ("hang", r"stalled: decoding sample 3 of .*00000\.tar for \d+ s")],
 )
 def test_a_kill_or_a_stall_replaces_no_sample(
     cluster: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, message: str

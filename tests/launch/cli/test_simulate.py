@@ -39,12 +39,12 @@ def test_words_and_json_tell_the_same(recipe: str) -> None:
     for load in loads:
         figures = told["streams"][load.name]
         assert figures["node_bytes"] == load.node_bytes
-        assert figures["gets_a_sample"] == load.gets_a_sample
+        assert figures["gets_a_sample"] == load.gets_per_sample
         assert figures["first_window_seconds"] == load.cache_bytes / 1e9
-        assert figures["most_samples_a_second"] == load.most_samples_a_second(1e9) < 1e12
+        assert figures["most_samples_a_second"] == load.max_samples_per_second(1e9) < 1e12
         assert figures["sustained"] is False
         assert f"{load.name}: {load.batch} rows per step" in words
-        assert f"{load.gets_a_sample:.4f} GETs per sample" in words
+        assert f"{load.gets_per_sample:.4f} GETs per sample" in words
         assert "less than the target of 1,000,000,000,000" in words
         assert all(source.name in words for source in load.sources)
 

@@ -68,7 +68,11 @@ def test_a_shard_is_added_while_the_batch_ramps_up(data: Path) -> None:
     tiny.write_pairs(data / "pairs", shards=4)  # the same three shards, and one of 14 samples
     code, printed = rank.run(recipe(data, 9, sources, batch))
     assert code == 2
-    for words in ("samples of source 'pairs' was 48, is now 62", "fingerprints", "run.accept_change=true"):
+    for words in (
+        "samples of source 'pairs' changed from 48 to 62",
+        "fingerprints",
+        "run.accept_change=true",
+    ):
         assert words in printed
     assert len(logged(data)) == 5
 
@@ -81,8 +85,8 @@ def test_a_shard_is_added_while_the_batch_ramps_up(data: Path) -> None:
     assert [row["order_digest"] for row in logged(data)] == digests(plan, 9)
     assert [row["samples"] for row in logged(data)] == [{"pairs": n} for n in [8] * 3 + [12] * 6]
     # 3 x 8 + 2 x 12 rows were the whole epoch of 48 samples
-    assert "data.pairs: samples of source 'pairs' was 48, is now 62" in printed
-    assert "0 samples of its begun epochs stay unvisited" in printed
+    assert "data.pairs: samples of source 'pairs' changed from 48 to 62" in printed
+    assert "0 samples of unfinished epochs will not be used" in printed
     assert [one["first_step"] for one in segments(data, 9)] == [0, 5]
 
     code, printed = rank.run(recipe(data, 11, sources, batch))  # an accepted change is not accepted again
@@ -105,7 +109,7 @@ def test_weights_change_then_a_source_is_removed_and_the_batch_grows(data: Path)
     alone = {"pairs": other["pairs"]}
     code, printed = rank.run(recipe(data, 10, alone, 16), "run.accept_change=true")
     assert code == 0, printed
-    assert "source 'more': removed; 12 samples of its begun epochs stay unvisited" in printed
+    assert "source 'more': removed; 12 samples of unfinished epochs will not be used" in printed
     pairs, more = (17, 16, 15), (9, 8)
     plan = [
         Mixture(0, (Source("pairs", pairs, 0.5), Source("more", more, 0.5)), {0: 8}),
@@ -118,7 +122,7 @@ def test_weights_change_then_a_source_is_removed_and_the_batch_grows(data: Path)
     written = recipe(data, 12, alone, 16)
     code, printed = rank.run(written, "data.pairs.lanes=8", "run.accept_change=true")
     assert code == 2
-    assert "lanes was 4, is now 8" in printed
+    assert "lanes changed from 4 to 8" in printed
 
 
 def test_a_length_in_samples_counts_what_was_served_before_the_batch_grew(data: Path) -> None:
