@@ -1,4 +1,4 @@
-"""Public face of the dataset formats: `detect` tells the format of a path; each format has a module that streams it."""
+"""Dataset formats: `detect` returns the format of a path; each format has a module that streams its records."""
 
 from data_pipeline.formats.detection import Format, detect
 

@@ -1,4 +1,4 @@
-"""Which public format a path holds: by file names, then by columns or fields, else by the first bytes."""
+"""Detects the public format of a path: by file names, then by columns or fields, else by the first bytes."""
 
 from __future__ import annotations
 

@@ -201,15 +201,15 @@ def read_outcomes(path: str, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
 def outcomes_of(file: str, source: Any, rows: int = 1024) -> Iterator[Outcome | BadRecord]:
     """`read_outcomes` of one open parquet file."""
     schema = source.schema_arrow
-    wrong = type_problems(schema, COLUMNS)
+    problems = type_problems(schema, COLUMNS)
     fatal = missing_columns(schema.names, COLUMNS) + [
-        wrong[m] for m in ("key", "status", "reason") if m in wrong
+        problems[m] for m in ("key", "status", "reason") if m in problems
     ]
     if fatal:
         raise UserError(f"{file}: {fatal[0]}")
     meanings = ("key", "status", "reason", "url", "caption", "width", "height")
     found = match_columns(schema.names, COLUMNS)
-    taken = {meaning: found[meaning] for meaning in meanings if meaning in found and meaning not in wrong}
+    taken = {meaning: found[meaning] for meaning in meanings if meaning in found and meaning not in problems}
     number = 0
     for batch in source.iter_batches(batch_size=rows, columns=list(dict.fromkeys(taken.values()))):
         columns = [
@@ -242,5 +242,7 @@ def mismatched_key(stem: str, keys: Sequence[str]) -> str | None:
     """
     if not re.fullmatch(r"\d+", stem):
         return None
-    wrong = next((key for key in keys if not re.fullmatch(r"\d+", key) or not key.startswith(stem)), None)
-    return None if wrong is None else f"key {wrong} does not belong to shard {stem}"
+    mismatched = next(
+        (key for key in keys if not re.fullmatch(r"\d+", key) or not key.startswith(stem)), None
+    )
+    return None if mismatched is None else f"key {mismatched} does not belong to shard {stem}"

@@ -149,10 +149,11 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
     if any(turn.role == "system" for turn in turns[1:]):
         raise ContentError("wrong turn order", "a system turn that is not the first")
     expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
-    for number, (role, due) in enumerate(zip(spoken, expected, strict=False)):
-        if role != due:
+    for number, (role, expected_role) in enumerate(zip(spoken, expected, strict=False)):
+        if role != expected_role:
             raise ContentError(
-                "wrong turn order", f"turn {number} after the system turn is by the {role}, not the {due}"
+                "wrong turn order",
+                f"turn {number} after the system turn is by the {role}, not the {expected_role}",
             )
 
 

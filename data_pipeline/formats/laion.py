@@ -59,7 +59,7 @@ TITLES = {
 class Pair:
     """The URL of one image with its captions. Numbers are None if they are null, not finite, or a size below 1.
 
-    captions: the best first: LAION-COCO's generated ones by falling similarity, else the only one; () if it is blank
+    captions: of LAION-COCO the generated captions, highest similarity first; of other sets the one caption, () if blank
     scores: the similarity of each caption, None if it is unknown
     alt_text: the alt text of the web page, if `captions` are generated
     nsfw: LAION-400M's label (UNLIKELY, UNSURE, NSFW)
@@ -134,14 +134,14 @@ def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | BadRecord]:
 def pairs_of(file: str, source: Any, rows: int = 1024) -> Iterator[Pair | BadRecord]:
     """`read_pairs` of one open parquet file."""
     schema = source.schema_arrow
-    wrong = type_problems(schema, COLUMNS)
-    fatal = missing_pair_columns(schema.names) + [wrong[m] for m in ("url", "caption") if m in wrong]
+    problems = type_problems(schema, COLUMNS)
+    fatal = missing_pair_columns(schema.names) + [problems[m] for m in ("url", "caption") if m in problems]
     if fatal:
         raise UserError(f"{file}: {fatal[0]}")
     found = {
         meaning: name
         for meaning, name in match_columns(schema.names, COLUMNS).items()
-        if meaning not in wrong
+        if meaning not in problems
     }
     number = 0
     for batch in source.iter_batches(batch_size=rows, columns=list(dict.fromkeys(found.values()))):
@@ -185,7 +185,7 @@ def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | BadRecord:
 
 
 def _generated(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
-    """(captions, scores) of LAION-COCO: the top caption, then the others by falling similarity, without duplicates."""
+    """(captions, scores) of LAION-COCO: the top caption, then the others, highest similarity first; no duplicates."""
     texts = row.get("captions") or []
     numbers = [_number(score) for score in row.get("caption scores") or []]
     if len(numbers) != len(texts):

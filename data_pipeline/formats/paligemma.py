@@ -75,6 +75,7 @@ def _field_text(value: dict[str, Any], field: str) -> str | None:
         digits, bins = BINS[kind]
         if len(number) != digits or int(number) >= bins:
             raise ContentError(
-                "bad location token", f"<{kind}{number}> in {field}; there are {bins}, with {digits} digits"
+                "bad location token",
+                f"<{kind}{number}> in {field}; there are {bins} <{kind}> tokens, with {digits} digits",
             )
     return text

@@ -1,4 +1,4 @@
-"""Parquet in row batches, and columns under the many names that public files give them.
+"""Opens parquet files, and finds columns under the many names that public files give them.
 
 Damage becomes a UserError that names the file.
 """
@@ -64,15 +64,12 @@ def open_file(file: str) -> Iterator[parquet.ParquetFile]:
         yield parquet.ParquetFile(handle)
 
 
-def batches(file: str, columns: Sequence[str], rows: int = 1024) -> Iterator[pa.RecordBatch]:
-    """Yield record batches of at most `rows` rows of these columns; memory does not grow with the file."""
-    with open_file(file) as source:
-        yield from source.iter_batches(batch_size=rows, columns=list(columns))
-
-
 @dataclass(frozen=True)
 class Column:
-    """The meaning of a column and its names in public files, in lower case; the first name that a file has counts."""
+    """The meaning of a column, and its names in public files, in lower case.
+
+    The first of these names found in the file is used.
+    """
 
     meaning: str
     names: tuple[str, ...]
@@ -116,7 +113,9 @@ def missing_columns(names: Sequence[str], columns: Sequence[Column]) -> list[str
             continue
         near = nearest_name(column.names, [name for name in names if name not in found.values()])
         hint = (
-            f"is {near!r} the {column.meaning}? Rename it" if near else f"rename the {column.meaning} column"
+            f"perhaps {near!r} is the {column.meaning}; rename it"
+            if near
+            else f"rename the {column.meaning} column"
         )
         sentences.append(
             f"no column {' or '.join(column.names)}, only {', '.join(names)}; {hint} to {column.names[0]}"

@@ -108,8 +108,8 @@ def documents_of(file: str, source: Any, rows: int = 1024) -> Iterator[tuple[str
     absent = missing_columns(schema.names, COLUMNS)
     if absent:
         raise UserError(f"{file} has {absent[0]}")
-    wrong = type_problems(schema, COLUMNS)
-    fatal = [sentence for meaning, sentence in wrong.items() if meaning in ("text", "url")]
+    problems = type_problems(schema, COLUMNS)
+    fatal = [sentence for meaning, sentence in problems.items() if meaning in ("text", "url")]
     if fatal:
         raise UserError(f"{file}: {fatal[0]}")
     found = match_columns(schema.names, COLUMNS)

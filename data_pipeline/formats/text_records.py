@@ -16,7 +16,7 @@ from data_pipeline.formats.records import BadRecord
 MAX_RECORD_BYTES = 8 << 20  # default limit of a line, and in characters of an entry of a list
 CHUNK_BYTES = 1 << 18
 SKIP_BYTES = 1 << 16  # read at a time of a line beyond the limit
-# json reports a literal, number or escape that is cut by the end of the buffer at most so many characters before it.
+# json reports a literal, number or escape that the buffer's end cuts off at most this many characters before the end.
 CUT_CHARACTERS = 16
 WHITESPACE = " \t\r\n"
 Record = TypeVar("Record")
@@ -39,9 +39,9 @@ def parse_records(
 def records(path: str, file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[str, Any]]:
     """Yield (place, JSON value) per record: "entry 3" (from 0) of a list, or "line 4" (from 1) of lines.
 
-    The first character of the file tells a list from lines. An unreadable value is a BadRecord: `bad json`, `nested too
-    deeply`, `not UTF-8`, `record too long`. Reading continues after a bad line; a bad entry ends a list, because the
-    start of the next entry is unknown.
+    A list begins with "[", lines do not. An unreadable value is a BadRecord: `bad json`, `nested too deeply`,
+    `not UTF-8`, `record too long`. Reading continues after a bad line; a bad entry ends a list, because the start of
+    the next entry is unknown.
     """
     start = file.read(4096)
     file.seek(0)
@@ -101,7 +101,7 @@ def _entries(path: str, file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, A
             try:
                 value, end = decoder.raw_decode(text.buffer, text.position)
             except json.JSONDecodeError as error:
-                # Is the entry cut by the end of the buffer, or wrong? json has no field that says so.
+                # json has no field that tells an entry cut off by the end of the buffer from invalid JSON.
                 cut = (
                     error.msg.startswith("Unterminated string")
                     or error.pos >= len(text.buffer) - CUT_CHARACTERS
@@ -117,7 +117,7 @@ def _entries(path: str, file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, A
             except RecursionError:
                 yield place, BadRecord(path, place, "nested too deeply")
                 return
-            # A number that is cut by the end of the buffer is read as a shorter number.
+            # A number that is cut off by the end of the buffer is read as a shorter number.
             whole = text.buffer[end - 1] in '}]"' or end + CUT_CHARACTERS < len(text.buffer)
             length = end - text.position
             if whole or not text.grow():

@@ -42,8 +42,8 @@ from data_pipeline.sources.manifest import (
 
 PARTS_FOLDER = "parts"
 MAX_PART_BYTES = 16 << 20  # of offsets, after which a part is written
-COMPARED_PIECES = 3  # pieces of two shards with equal headers that are compared
-COMPARED_BYTES = 64 << 10  # per piece
+COMPARED_RANGES = 3  # byte ranges of two shards with equal headers that are compared
+COMPARED_BYTES = 64 << 10  # per range
 # Called with shards scanned, shards to scan, and the samples and bytes of those scanned.
 Progress = Callable[[int, int, int, int], None]
 
@@ -77,7 +77,7 @@ def build_index(
 
     Raises one UserError that lists all tars that are damaged or contradict their `_stats.json`; the others stay saved.
     """
-    # 1. Shards, and what is known about them.
+    # 1. List the shards, and load their records of earlier runs.
     urls = storage.list_shards(path)
     root = storage.root_of(path)
     folder = storage.join(root, INDEX_FOLDER)
@@ -91,7 +91,7 @@ def build_index(
     load_index(content, root)
     parts = load_parts(content, storage.join(folder, PARTS_FOLDER))
 
-    # 2. Scan the others.
+    # 2. Scan the shards without a valid record.
     todo = [
         (url, below, sizes[url], version)
         for url, below in zip(urls, paths, strict=True)
@@ -216,8 +216,8 @@ class Findings:
 def compare_shards(root: str, records: Sequence[ShardRecord]) -> Findings:
     """Find duplicate shards and split samples.
 
-    Equal headers do not prove that two shards are equal, because keys may count from 0 and members have one size, so
-    pieces of the content are compared too.
+    Equal headers do not prove that two shards are equal, because two shards can have the same keys and member sizes but
+    different content. So some byte ranges of the content are compared too.
     """
     same_headers: dict[tuple[str, int], list[ShardRecord]] = defaultdict(list)
     for record in records:
@@ -235,9 +235,9 @@ def compare_shards(root: str, records: Sequence[ShardRecord]) -> Findings:
 
 
 def _content_hash(url: str, size: int) -> int:
-    """Hash of a few pieces of a shard: the first, the last and those between."""
+    """Hash of COMPARED_RANGES byte ranges of a shard: the first, the last and those between."""
     state = xxhash.xxh64()
-    for piece in range(COMPARED_PIECES):
-        start = (size - min(size, COMPARED_BYTES)) * piece // (COMPARED_PIECES - 1)
+    for number in range(COMPARED_RANGES):
+        start = (size - min(size, COMPARED_BYTES)) * number // (COMPARED_RANGES - 1)
         state.update(storage.read_range(url, start, min(COMPARED_BYTES, size - start)))
     return state.intdigest()

@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.index.filter_expression import Filter, parse, resolve
 from data_pipeline.index.folder import check_writable, index_lock
 from data_pipeline.index.parallel import map_shards
-from data_pipeline.sources.manifest import Manifest, open_source, stats_url, wrong_count_error
+from data_pipeline.sources.manifest import Manifest, open_source, parquet_url, stats_url, wrong_count_error
 from data_pipeline.sources.tar import iter_members, open_tar, split_name
 from data_pipeline.sources.views import (
     NUMBER_COLUMNS,
@@ -66,7 +66,7 @@ class ViewResult:
 
     samples, kept: of the source and of the view
     matched: rows or ids that matched the rule; absent: those of them that are in no tar
-    rowless: samples without a row in SHARD.parquet
+    without_row: samples without a row in SHARD.parquet
     fingerprint: of the source with the view
     """
 
@@ -75,7 +75,7 @@ class ViewResult:
     kept: int
     matched: int
     absent: int
-    rowless: int
+    without_row: int
     fingerprint: str
 
 
@@ -84,7 +84,7 @@ class _ShardView:
     """Result of one shard.
 
     count, kept: samples of the tar and of the view; bits: packed bitmap
-    matched, absent, rowless: as in ViewResult
+    matched, absent, without_row: as in ViewResult
     found: positions in the id list of the ids that are in this shard, None for a filter
     """
 
@@ -94,7 +94,7 @@ class _ShardView:
     kept: int
     matched: int = 0
     absent: int = 0
-    rowless: int = 0
+    without_row: int = 0
     found: np.ndarray | None = None
 
 
@@ -143,7 +143,8 @@ def build_view(
     matched = len(seen) if ids is not None else sum(view.matched for view in views)
     if not total:
         raise UserError(
-            f"{rule} keeps none of the {manifest.samples} samples of {path} ({matched} matched); correct it"
+            f"{rule} keeps none of the {manifest.samples} samples of {path} ({matched} matched); "
+            "correct the filter or the ids"
         )
     return ViewResult(
         name,
@@ -151,7 +152,7 @@ def build_view(
         total,
         matched,
         absent=int((~seen).sum()) if ids is not None else sum(view.absent for view in views),
-        rowless=sum(view.rowless for view in views),
+        without_row=sum(view.without_row for view in views),
         fingerprint=_write(manifest, name, rule, views),
     )
 
@@ -168,7 +169,7 @@ def _check_rule(rule: Rule) -> np.ndarray | None:
 
 def _check_tables(urls: list[str]) -> None:
     """Raise UserError if a tar has no parquet file beside it."""
-    tables = [_table_url(url) for url in urls]
+    tables = [parquet_url(url) for url in urls]
     existing = storage.sizes(tables)
     missing = [table for table in tables if table not in existing]
     if missing:
@@ -178,17 +179,13 @@ def _check_tables(urls: list[str]) -> None:
         )
 
 
-def _table_url(url: str) -> str:
-    return url.removesuffix(".tar") + ".parquet"
-
-
 def _apply_rule(rule: Rule, url: str, _path: str, size: int, _version: str) -> _ShardView:
     """Apply the rule to one shard."""
     keys = _keys(url, size)
     if rule.ids is not None and rule.column is None:
         positions = _positions(_ids(rule.ids), keys)
         return _shard_view(url, positions >= 0, np.unique(positions[positions >= 0]))
-    table = _table(_table_url(url))
+    table = _table(parquet_url(url))
     names = resolve(table, "key").to_pylist()
     found: np.ndarray | None = None
     if rule.where is not None:
@@ -203,8 +200,8 @@ def _apply_rule(rule: Rule, url: str, _path: str, size: int, _version: str) -> _
     matched = {key for key, match in is_match.items() if match}
     kept = np.fromiter((is_match.get(key, False) for key in keys), bool, len(keys))
     absent = len(matched.difference(keys))
-    rowless = sum(key not in is_match for key in keys)
-    return _shard_view(url, kept, found, len(matched), absent, rowless)
+    without_row = sum(key not in is_match for key in keys)
+    return _shard_view(url, kept, found, len(matched), absent, without_row)
 
 
 def _row_mask(expression: Filter, table: pa.Table, url: str) -> list[bool]:
@@ -212,7 +209,7 @@ def _row_mask(expression: Filter, table: pa.Table, url: str) -> list[bool]:
     try:
         return expression.mask(table)
     except UserError as error:
-        raise UserError(f"{_table_url(url)}: {error}") from None
+        raise UserError(f"{parquet_url(url)}: {error}") from None
 
 
 def _shard_view(
@@ -221,10 +218,10 @@ def _shard_view(
     found: np.ndarray | None = None,
     matched: int = 0,
     absent: int = 0,
-    rowless: int = 0,
+    without_row: int = 0,
 ) -> _ShardView:
     return _ShardView(
-        url, len(kept), pack_bits(kept).tobytes(), int(kept.sum()), matched, absent, rowless, found
+        url, len(kept), pack_bits(kept).tobytes(), int(kept.sum()), matched, absent, without_row, found
     )
 
 

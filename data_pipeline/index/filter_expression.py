@@ -4,8 +4,8 @@ An example is `similarity > 0.3 and width >= 256`. The grammar:
 
     expression  := conjunction ("or" conjunction)*
     conjunction := test ("and" test)*       test := "not" test | comparison
-    comparison  := value (("=" | "==" | "!=" | "<" | "<=" | ">" | ">=") value | ["not"] "in" "[" constant, ... "]"
-                   | "is" ["not"] "null")? | "(" expression ")"
+    comparison  := value (("=" | "==" | "!=" | "<>" | "<" | "<=" | ">" | ">=") value
+                   | ["not"] "in" "[" constant, ... "]" | "is" ["not"] "null")? | "(" expression ")"
     value       := column | constant        column := a name, or `a name` in backticks
     constant    := number | 'text' | "text" | true | false
 
@@ -112,10 +112,10 @@ class _Parser:
         self._next()
 
     def syntax_error(self, expected: str) -> UserError:
-        found = repr(self.token[1]) if self.token is not None else "its end"
-        return UserError(
-            f"the filter {self._text!r} cannot be read at character {self._start + 1}, {found}: {expected} is expected"
-        )
+        """UserError for the current token; `expected` names the tokens that are valid here."""
+        position = f"at character {self._start + 1}"
+        defect = f"ends too early, {position}" if self.token is None else f"has {self.token[1]!r} {position}"
+        return UserError(f"the filter {self._text!r} {defect}; expected {expected}")
 
     def _next(self) -> None:
         """Advance to the next token; None at the end."""

@@ -157,4 +157,4 @@ def _compare_keys(
     stem = tar.rpartition("/")[2].removesuffix(".tar")
     odd = mismatched_key(stem, tar_keys)
     if odd is not None:
-        report.notes.append(f"{tar}: {odd}; was the tar renamed?")
+        report.notes.append(f"{tar}: {odd}; perhaps the tar was renamed")

@@ -1,4 +1,4 @@
-"""The report on a source as one self-contained HTML page: pictures with crops, captions, histograms, problems."""
+"""The report on a source as one self-contained HTML page: images with crops, captions, histograms, problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.show.terminal import facts, format_bytes, format_percent, sam
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MAX_DOCUMENT = 1600  # characters shown of a document
 SCORES = {
-    "similarity": "Similarity of picture and caption",
+    "similarity": "Similarity of image and caption",
     "punsafe": "punsafe: probability of unsafe content",
     "pwatermark": "pwatermark: probability of a watermark",
     "aesthetic": "Aesthetic score",
@@ -53,9 +53,9 @@ class Page:
 
 
 def write_page(path: str, out: str, show: int = 24, images: str | None = None) -> SourceReport:
-    """Write the page about the source `path` to the file `out`, with `show` pictures or records. Return the report.
+    """Write the page about the source `path` to the file `out`, with `show` images or records. Return the report.
 
-    `images` is the folder of the pictures that an instruction file names; the default is the folder of that file.
+    `images` is the folder of the images that an instruction file names; the default is the folder of that file.
     Raises UserError as `inspect_source` does, and if Pillow is not installed.
     """
     report = inspect_source(path, first=show, images=images)
@@ -81,7 +81,7 @@ def render_page(report: SourceReport, show: int, images: str | None = None) -> s
 
 
 def build_page(report: SourceReport, show: int, images: str | None = None) -> Page:
-    """Build the content of the page. Reads and decodes pictures, and adds unusable ones to the report's problems."""
+    """Build the content of the page. Reads and decodes images, and adds unusable ones to the report's problems."""
     about = report.about
     page = Page(
         title=about["path"].rstrip("/").rpartition("/")[2] or about["path"],
@@ -122,8 +122,8 @@ def _add_pictures(page: Page, report: SourceReport, show: int) -> None:
     page.pictures, page.size = decoded.pictures, spec.size
     page.pictures_text = (
         f"{len(decoded.pictures)} of {sample_count(report.about)} samples, evenly spaced over the examined shards and "
-        f"decoded as in training. The frame on the left picture is a random crop as training draws it: "
-        f"{spec.crop[0]:.0%} to {spec.crop[1]:.0%} of the area, with a random flip. The right picture is this crop at "
+        f"decoded as in training. The frame on the left image is a random crop as training draws it: "
+        f"{spec.crop[0]:.0%} to {spec.crop[1]:.0%} of the area, with a random flip. The right image is this crop at "
         f"{spec.size} × {spec.size} pixels."
     )
     for name in ("width", "height", "bytes", "words"):
@@ -152,9 +152,7 @@ def _add_conversations(page: Page, report: SourceReport, images: str | None) -> 
     page.conversations_title = "Conversations" if is_chat else "Prompts and answers"
     page.conversations, missing = conversation_cards(report.about["first"], images or _folder(report))
     if missing:
-        page.conversations_text = (
-            f"Pictures that could not be shown: {missing}. The reason is in their place."
-        )
+        page.conversations_text = f"Images that could not be shown: {missing}. The reason is in their place."
 
 
 def _folder(report: SourceReport) -> str:
@@ -182,7 +180,7 @@ def _figures(report: SourceReport) -> list[Figure]:
     }.get(family, "Words per caption")
     drawn = [
         scatter("Width and height", series["width"], series["height"]),
-        histogram("Bytes per picture", series["bytes"], "bytes", log=True),
+        histogram("Bytes per image", series["bytes"], "bytes", log=True),
         histogram(words, series["words"], "words", log=family == "documents"),
         histogram("CLIP tokens per caption", series["tokens"], "tokens"),
         histogram("Turns per conversation", series["turns"], "turns"),
@@ -214,7 +212,7 @@ def _tiles(report: SourceReport) -> list[tuple[str, str]]:
     width, height = report.series["width"], report.series["height"]
     if width:
         middle = len(width) // 2
-        tiles.append((f"{sorted(width)[middle]:.0f} × {sorted(height)[middle]:.0f}", "median picture"))
+        tiles.append((f"{sorted(width)[middle]:.0f} × {sorted(height)[middle]:.0f}", "median image"))
     words = sorted(report.series["words"])
     if words:
         tiles.append((f"{words[len(words) // 2]:,.0f}", "median words"))
@@ -241,7 +239,7 @@ def _rows(sums: dict[str, Any] | None) -> dict[str, Any] | None:
     if sums["other_failures"]:
         failures.append(("others", f"{sums['other_failures']:,}"))
     return {
-        "title": f"{sums['successes']:,} of {sums['rows']:,} rows have a picture ({share:.1f} %)",
+        "title": f"{sums['successes']:,} of {sums['rows']:,} rows have an image ({share:.1f} %)",
         "percent": share,
         "failures": failures,
     }

@@ -14,7 +14,7 @@ def describe(
     """Return a JSON-able dict about a source in any of the formats that `formats.detect` knows.
 
     Examines `examine` files, evenly spaced over the source, and lists the `first` records. `images` is the folder of
-    the pictures that an instruction file names; the default is the folder of that file. A damaged file becomes an
+    the images that an instruction file names; the default is the folder of that file. A damaged file becomes an
     entry of "problems". Raises UserError if the path does not exist or has no known format.
     """
     return inspect_source(path, examine, first, images).about

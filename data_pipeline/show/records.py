@@ -41,7 +41,7 @@ TABLE_READERS: dict[str, Callable[[str, Any], Iterator[Any]]] = {
     "outcomes": img2dataset.outcomes_of,
     "documents": refinedweb.documents_of,
 }
-# Family -> reader of an open text file; the last argument is the folder of the pictures.
+# Family -> reader of an open text file; the last argument is the folder of the images.
 TEXT_READERS: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = {
     "lines": lambda file, opened, _: cc3m.pairs_of(file, opened),
     "conversations": instructions.conversations_of,
@@ -52,7 +52,7 @@ TEXT_READERS: dict[str, Callable[[str, BinaryIO, str | None], Iterator[Any]]] = 
 def inspect_records(report: SourceReport, examine: int, first: int, images: str | None) -> None:
     """Fill in the report from the first records of `examine` files, and list the `first` records.
 
-    `images` is the folder of the pictures that records name. Raises UserError if none of the files exists.
+    `images` is the folder of the images that records name. Raises UserError if none of the files exists.
     """
     about, form = report.about, report.form
     sizes = storage.sizes(form.files)
@@ -173,12 +173,12 @@ def _add_records(records: Iterator[Any], statistics: RecordStatistics, bad: BadR
 
 
 def _check_pictures_exist(report: SourceReport, paths: list[str], images: str | None) -> None:
-    """Check that the pictures that the first records name exist."""
+    """Check that the images that the first records name exist."""
     root = images or report.form.files[0].rpartition("/")[0] or "."
     missing = [path for path in paths if not storage.exists(storage.join(root, path))]
     if not missing:
         return
-    message = f"{format_share(len(missing), len(paths))} pictures checked are not in {root}; the first is {missing[0]}"
+    message = f"{format_share(len(missing), len(paths))} images checked are not in {root}; the first is {missing[0]}"
     if images is None and len(missing) == len(paths):
         report.notes.append(f"{message}. Give their folder with --images")
     else:
@@ -223,7 +223,9 @@ def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
         keys = _json_keys(files[0])
         expected = (*instructions.TURNS, "prefix", "suffix")
         near = nearest_name(expected, keys)
-        hint = f"is {near!r} one of them?" if near else f"their fields are: {', '.join(keys) or 'none'}."
+        hint = (
+            f"perhaps {near!r} is one of them." if near else f"their fields are: {', '.join(keys) or 'none'}."
+        )
         report.problems.append(
             f"{files[0]}: no entry has any of the fields {', '.join(expected)}; {hint} Use the format of LLaVA "
             "(conversations), of messages, or of PaliGemma (image, prefix, suffix)"
@@ -238,7 +240,7 @@ def _inspect_unknown(report: SourceReport, sizes: dict[str, int]) -> None:
             continue
         reasons = laion.missing_pair_columns(schema.names)
         report.problems.append(
-            f"{file} is not a table of a known format: for pictures, {'; '.join(reasons)}; for documents, it has no "
+            f"{file} is not a table of a known format: for images, {'; '.join(reasons)}; for documents, it has no "
             "column content or text"
         )
         report.about["columns"] = [

@@ -1,4 +1,4 @@
-"""Decodes samples for the HTML page: pictures with their training crops, conversations with their boxes."""
+"""Decodes samples for the HTML page: images with their training crops, conversations with their boxes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.formats.records import BadRecord, image_url
-from data_pipeline.show.tars import caption, metadata, read_members
+from data_pipeline.show.tars import default_caption, json_fields, read_members
 from data_pipeline.sources.tar import Sample, image_member
 from data_pipeline.transforms.augment import draw_augmentations
+from data_pipeline.transforms.captions import pick_caption
 from data_pipeline.transforms.decode import FORMATS, ImageSpec, as_rgb, decode_image
 
 CROP_SCALE = (0.4, 1.0)  # share of the area
 CROP_SIZES = (224, 112, 64, 32)  # pixels
-MAX_SIDE = 420  # pixels of an uncropped picture on the page
-MAX_PNG_PIXELS = 64 * 64  # a picture of at most so many pixels is embedded without loss
+MAX_SIDE = 420  # pixels of an uncropped image on the page
+MAX_PNG_PIXELS = 64 * 64  # an image of at most this many pixels is embedded without loss
 DECODED_SAMPLES = 240
 MAX_CAPTION = 600  # characters shown of a caption
 MAX_URL = 300
@@ -49,7 +50,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture on the page.
+    """One image on the page.
 
     `whole` and `crop` are data URIs. `width` and `height` are pixels of the upright original. `box` is the crop as
     (left, top, width, height) in percent of the original, `box_pixels` its (width, height) in pixels.
@@ -72,7 +73,7 @@ class Picture:
 
 @dataclass
 class DecodedSamples:
-    """Result of `decode_samples`: `pictures` of some samples, measurements of all, and the unusable ones."""
+    """Result of `decode_samples`: `pictures` for some samples, measurements of all, and the unusable ones."""
 
     spec: ImageSpec
     examined: int = 0
@@ -86,7 +87,7 @@ class ConversationCard:
     """One conversation on the page.
 
     Each turn is (role, parts); a part is (plain text, the special token that follows it). `boxes` are (left, top,
-    width, height) in percent of the picture. `missing` holds one line per picture that could not be shown.
+    width, height) in percent of the image. `missing` holds one line per image that could not be shown.
     """
 
     key: str
@@ -97,10 +98,10 @@ class ConversationCard:
 
 
 def decode_samples(tables: Mapping[str, Sequence[Sample]], show: int) -> DecodedSamples:
-    """Decode up to DECODED_SAMPLES samples, evenly spaced over the tars, and keep pictures of `show` of them.
+    """Decode up to DECODED_SAMPLES samples, evenly spaced over the tars, and keep images of `show` of them.
 
-    `tables` maps a tar to its samples. Decoding is that of training; the random crops depend on the key of the
-    sample. Raises UserError if Pillow is not installed.
+    `tables` maps a tar to its samples. Images are decoded and captions chosen as in training; the random crops depend
+    on the key of the sample. Raises UserError if Pillow is not installed.
     """
     require_pillow()
     places = [(url, sample) for url, table in tables.items() for sample in table]
@@ -113,22 +114,19 @@ def decode_samples(tables: Mapping[str, Sequence[Sample]], show: int) -> Decoded
         members = read_members(url, sample)
         try:
             picture = _decode(url, sample, members, decoded, i in shown)
+            if picture is not None:
+                decoded.pictures.append(picture)
+            text, _ = pick_caption(members, None)
         except ContentError as error:
             decoded.bad.append(BadRecord(url, sample.key, error.reason, error.detail))
             continue
-        if picture is not None:
-            decoded.pictures.append(picture)
-        text = caption(members)
-        if text is not None and text.strip():
-            decoded.measurements.captions.append(text)
-            decoded.measurements.words.append(len(text.split()))
-        else:
-            decoded.bad.append(BadRecord(url, sample.key, "missing caption"))
+        decoded.measurements.captions.append(text)
+        decoded.measurements.words.append(len(text.split()))
     return decoded
 
 
 def conversation_cards(records: Sequence[Mapping[str, Any]], root: str) -> tuple[list[ConversationCard], int]:
-    """Return a card per record, with its pictures from the folder `root`, and the number of missing pictures.
+    """Return a card per record, with its images from the folder `root`, and the number of missing images.
 
     Raises UserError if Pillow is not installed.
     """
@@ -146,7 +144,7 @@ def require_pillow() -> None:
 
 
 def decode_picture(data: bytes, spec: ImageSpec, key: str, **about: Any) -> Picture:
-    """Decode an image file into a picture and the random crop that belongs to `key`.
+    """Decode an image file into a `Picture`, with the random crop that belongs to `key`.
 
     `about` sets further fields of `Picture`. Raises ContentError as `decode_image` does.
     """
@@ -163,7 +161,7 @@ def decode_picture(data: bytes, spec: ImageSpec, key: str, **about: Any) -> Pict
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """Encode uint8 [height, width, 3] as a `data:` URI: JPEG, or PNG if the picture is small."""
+    """Encode uint8 [height, width, 3] as a `data:` URI: JPEG, or PNG if the image is small."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
@@ -176,7 +174,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def location_boxes(text: str) -> list[tuple[float, float, float, float]]:
-    """Return the boxes in PaliGemma's <loc> tokens as (left, top, width, height) in percent of the picture."""
+    """Return the boxes in PaliGemma's <loc> tokens as (left, top, width, height) in percent of the image."""
     boxes = []
     for match in LOC_BOX.finditer(text):
         y0, x0, y1, x1 = (int(number) / 10.24 for number in match.groups())
@@ -187,7 +185,7 @@ def location_boxes(text: str) -> list[tuple[float, float, float, float]]:
 def _decode(
     url: str, sample: Sample, members: dict[str, bytes], decoded: DecodedSamples, show: bool
 ) -> Picture | None:
-    """Decode and measure one sample; return its picture if `show`. Raises ContentError for an unusable image."""
+    """Decode and measure one sample; return its image if `show`. Raises ContentError for an unusable image."""
     spec = decoded.spec
     extension = image_member(members)
     if extension is None:
@@ -200,8 +198,8 @@ def _decode(
             sample.key,
             member=extension,
             shard=url.rpartition("/")[2],
-            caption=(caption(members) or "")[:MAX_CAPTION],
-            url=str(metadata(members).get("url") or "")[:MAX_URL],
+            caption=default_caption(members)[:MAX_CAPTION],
+            url=str(json_fields(members).get("url") or "")[:MAX_URL],
         )
         width, height = picture.width, picture.height
     else:
@@ -226,7 +224,7 @@ def _upright_size(data: bytes) -> tuple[int, int]:
 
 
 def _thumbnail(data: bytes) -> tuple[str, tuple[int, int]]:
-    """Return the upright picture scaled down to MAX_SIDE, as a data URI, and its original (width, height)."""
+    """Return the upright image scaled down to MAX_SIDE, as a data URI, and its original (width, height)."""
     from PIL import ImageOps
 
     size = _upright_size(data)
@@ -242,7 +240,7 @@ def _thumbnail(data: bytes) -> tuple[str, tuple[int, int]]:
 
 
 def _crop_size(chosen: Sequence[tuple[str, Sample]]) -> int:
-    """Return the largest of CROP_SIZES that is at most the median shorter side of about nine pictures."""
+    """Return the largest of CROP_SIZES that is at most the median shorter side of about nine images."""
     sides = sorted(_shorter_sides(chosen[:: max(1, len(chosen) // 9)]))
     median = sides[len(sides) // 2] if sides else CROP_SIZES[0]
     return next((size for size in CROP_SIZES if size <= median), CROP_SIZES[-1])
@@ -254,7 +252,7 @@ def _shorter_sides(chosen: Sequence[tuple[str, Sample]]) -> Iterator[int]:
         extension = image_member(members)
         try:
             yield min(_upright_size(members[extension])) if extension else 0
-        except Exception:  # `_decode` reports unusable pictures
+        except Exception:  # `_decode` reports unusable images
             continue
 
 

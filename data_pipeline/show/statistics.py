@@ -199,7 +199,7 @@ class PictureStatistics(RecordStatistics):
 
 
 class ConversationStatistics(PictureStatistics):
-    """Conversations (place, record), with or without pictures."""
+    """Conversations (place, record), with or without images."""
 
     def add(self, entry: tuple[str, Conversation]) -> None:
         place, record = entry

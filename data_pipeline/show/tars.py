@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ContentError, UserError
 from data_pipeline.show import beside_tars
 from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share, shorten
 from data_pipeline.sources.manifest import (
     Manifest,
     SourceError,
     open_source,
+    parquet_url,
     read_stats,
     stats_url,
     wrong_count_error,
 )
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
+from data_pipeline.transforms.captions import json_member, pick_caption
 
 # Examining a tar in an object store downloads all of it.
 EXAMINED_REMOTE_TARS = 2
@@ -73,11 +75,6 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
     ]
 
 
-def parquet_url(tar: str) -> str:
-    """URL of the parquet file that img2dataset writes beside a tar: one row per URL it tried to download."""
-    return tar.removesuffix(".tar") + ".parquet"
-
-
 def read_members(url: str, sample: Sample) -> dict[str, bytes]:
     """Read one sample as {extension: content}. Its members are adjacent in the tar, so one read is enough."""
     if not sample.members:
@@ -99,31 +96,26 @@ def summarize(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     }
     if "npy" in members:
         summary["tokens"] = _array_shape(members["npy"])
-        documents = metadata(members).get("documents")
+        documents = json_fields(members).get("documents")
         listed = documents if isinstance(documents, list) else []
         summary["caption"] = ", ".join(str(d.get("url", "")) for d in listed if isinstance(d, dict))
     else:
-        summary["caption"] = shorten(caption(members) or "")
+        summary["caption"] = shorten(default_caption(members))
     return summary
 
 
-def caption(members: dict[str, bytes]) -> str | None:
-    """Return the txt member, else "caption" of the json member (its first string if it is a list), else None."""
-    if "txt" in members:
-        return members["txt"].decode("utf-8", "replace")
-    value = metadata(members).get("caption")
-    if isinstance(value, list):
-        value = next((item for item in value if isinstance(item, str)), None)
-    return value if isinstance(value, str) else None
+def default_caption(members: dict[str, bytes]) -> str:
+    """Return the first caption of those that training draws from by default; "" if there is none."""
+    with suppress(ContentError):
+        return pick_caption(members, None)[0]
+    return ""
 
 
-def metadata(members: dict[str, bytes]) -> dict[str, Any]:
+def json_fields(members: dict[str, bytes]) -> dict[str, Any]:
     """Return the json member; an empty dict if it is absent, malformed or not an object."""
-    try:
-        value = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(ContentError):
+        return json_member(members)
+    return {}
 
 
 def _open(path: str, report: SourceReport) -> Manifest | None:
@@ -152,7 +144,7 @@ def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sa
         try:
             tables[url] = member_table(url)
         except UserError as error:
-            # `_open` may have listed this error already, with the number of whole samples at its end.
+            # `_open` may have listed this error already, with the number of complete samples at its end.
             if not any(problem.startswith(str(error)) for problem in problems):
                 problems.append(str(error))
             continue
@@ -163,7 +155,7 @@ def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sa
         if stats and url not in stats:
             problems.append(
                 f"{url} has no {stats_url(url).rpartition('/')[2]}, but other tars have one: "
-                "was the program that wrote this shard interrupted?"
+                "perhaps the program that wrote this shard was interrupted"
             )
         if not tables[url]:
             problems.append(f"{url} holds no samples")
@@ -182,7 +174,7 @@ def _missing_members(samples: Sequence[Sample], members: Counter[str]) -> list[s
         problems.append(_missing_member(without_image, samples, f"no image member ({names})"))
     without_caption = [sample for sample in samples if not sample.members.keys() & {"txt", "json"}]
     if without_caption:
-        problems.append(_missing_member(without_caption, samples, "no caption (txt, or caption in json)"))
+        problems.append(_missing_member(without_caption, samples, "no member for a caption (txt or json)"))
     return problems
 
 

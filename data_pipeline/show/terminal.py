@@ -16,7 +16,7 @@ COUNTED_BY = {
 
 
 def render(about: dict[str, Any], width: int = 100) -> list[tuple[str, str]]:
-    """Return the dict of `describe` as (kind, line); kind is "title", "plain", "note" or "wrong".
+    """Return the dict of `describe` as (kind, line); kind is "title", "plain", "note" or "problem".
 
     Facts and samples are wrapped at `width` characters.
     """
@@ -36,10 +36,10 @@ def render(about: dict[str, Any], width: int = 100) -> list[tuple[str, str]]:
         for sample in about["first"]:
             lines += [("plain", line) for line in _hanging(sample["key"], sample["caption"], column, width)]
     lines += [("note", f"note: {printable(note)}") for note in about["notes"]]
-    lines += [("wrong", f"wrong: {printable(problem)}") for problem in about["problems"]]
+    lines += [("problem", f"problem: {printable(problem)}") for problem in about["problems"]]
     for bad in about.get("bad", []):
         line = f"  {printable(bad['place'])}: {bad['reason']} {printable(bad['detail'])}"
-        lines.append(("wrong", line.rstrip()))
+        lines.append(("problem", line.rstrip()))
     return lines
 
 
@@ -65,7 +65,7 @@ def facts(about: dict[str, Any]) -> list[tuple[str, str]]:
     if about.get("rows"):
         named += _row_facts(about["rows"])
     if about.get("without_pictures"):
-        named.append(("text only", f"{about['without_pictures']:,} records have no picture"))
+        named.append(("text only", f"{about['without_pictures']:,} records have no image"))
     named += _facts_beside_tars(about)
     return named + [(name, about[name]) for name in ("tokenizer", "fingerprint") if about.get(name)]
 

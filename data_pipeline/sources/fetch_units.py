@@ -13,17 +13,17 @@ from data_pipeline.sources.offsets import Offsets
 from data_pipeline.storage.cache import ByteRange
 
 UNIT_BYTES = 8 << 20  # target size of a unit of several runs
-MIN_CACHE_RATIO = (
-    4  # units hold several runs only if the cache's limit is at least this many times the source's size
-)
+# Units hold several runs only if the cache's limit is at least this many times the source's size.
+MIN_CACHE_RATIO = 4
 
 
 class Units:
     """Fetch units of a source: one whole run, or several, cut at shard boundaries.
 
-    A small source has short runs, which would cost about one GET per sample. If the source fits into the cache easily,
-    a unit is therefore as many neighbouring runs as make about 8 MiB. `run` and `length` are the samples per run and
-    per unit; `first` is the number of samples before each shard.
+    A small source has short runs, which would cost about one GET per sample. If its size is at most a quarter
+    of the cache's limit, a unit is therefore as many neighbouring runs as make about 8 MiB.
+
+    `run` and `length` are the samples per run and per unit; `first` is the number of samples before each shard.
     """
 
     def __init__(self, manifest: Manifest, offsets: Offsets | None, limit_bytes: int) -> None:
@@ -48,9 +48,9 @@ class Units:
         _, stop = self.offsets.ranges(shards, self.manifest.tar_positions(shards, high - 1))
         return start, stop
 
-    def knows(self, shard: int) -> bool:
-        """True if the byte ranges of the shard's samples are known."""
-        return self.offsets is not None and self.offsets.knows(shard)
+    def has_offsets(self, shard: int) -> bool:
+        """True if the byte ranges of the shard's samples are available."""
+        return self.offsets is not None and self.offsets.has(shard)
 
     def samples(self, shards: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Manifest indices [low, high) of the part of each unit that is in its shard."""

@@ -28,8 +28,8 @@ INDEX_FOLDER = "_index"
 INDEX_FORMAT = "3"
 OFFSETS_NAME = r"offsets-[0-9a-f]{16}\.bin"  # pattern of an offset file's name
 PREPARE_HINT = (
-    "correct the path, or run `dromos data prepare RECIPE` if the recipe prepares its own data "
-    "(the demo's: dromos data prepare configs/demo/flip.yaml)"
+    "correct the path; if a recipe prepares this data, run: dromos data prepare RECIPE "
+    "(for the demo: dromos data prepare configs/demo/flip.yaml)"
 )
 
 
@@ -214,7 +214,7 @@ def count_shards(
 ) -> tuple[list[int], CountedBy, str | None]:
     """Return the counts of the shards, their origin, and the tokenizer of packed text.
 
-    Of several origins, the slowest one needed is returned: the tars before sidecars before statistics.
+    If the counts come from several origins, the slowest one used is returned: tar, then sidecar, then stats.
     """
     stats = read_stats(urls)
     counted = {url: shard_stats["successes"] for url, shard_stats in stats.items()}
@@ -246,6 +246,11 @@ def stats_url(shard: str) -> str:
     return re.sub(r"\.tar$", "", shard) + "_stats.json"
 
 
+def parquet_url(shard: str) -> str:
+    """URL of the parquet file that img2dataset writes beside a tar: one row per URL that it tried to download."""
+    return shard.removesuffix(".tar") + ".parquet"
+
+
 def read_stats(urls: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Shard URL -> content of its `_stats.json`, for the shards that have one.
 
@@ -262,7 +267,7 @@ def read_stats(urls: Sequence[str]) -> dict[str, dict[str, Any]]:
             successes = stats["successes"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{where} holds no statistics ({error!r}); remove it to count the samples from the tar"
+                f"{where} does not contain valid statistics ({error!r}); remove it to count the samples from the tar"
             ) from None
         if isinstance(successes, bool) or not isinstance(successes, int) or successes < 0:
             raise UserError(
@@ -311,14 +316,17 @@ def _from_index(
         rows = np.array([row_of.get(path, -1) for path in paths], np.int64)
         if (rows < 0).any():
             raise UserError(
-                f"{urls[int(np.argmin(rows))]} is not in the index in {root}/{INDEX_FOLDER}, so it is newer; {advice}"
+                f"{urls[int(np.argmin(rows))]} is not in the index {root}/{INDEX_FOLDER}: the shard was added after "
+                f"indexing; {advice}"
             )
     counts, sizes, blocks = (column(table, key)[rows].astype(np.int64) for key in ("count", "size", "block"))
     widths, checks = column(table, "width")[rows], column(table, "check")[rows]
     changed = np.flatnonzero(sizes != np.array([lengths[url] for url in urls], np.int64))
     if len(changed):
         url = urls[int(changed[0])]
-        raise UserError(f"{url} has {lengths[url]} bytes, {sizes[changed[0]]} when it was indexed; {advice}")
+        raise UserError(
+            f"{url} has {lengths[url]} bytes now, but had {sizes[changed[0]]} when it was indexed; {advice}"
+        )
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
     offset_file = OffsetFile(offsets, blocks, widths, checks)
     return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)

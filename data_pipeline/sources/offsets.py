@@ -1,4 +1,4 @@
-"""Byte range of every sample: memory-mapped from the index, or learned from tars with an LRU bound."""
+"""Byte range of every sample: memory-mapped from the index, or found by scanning tars and kept in an LRU cache."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _map_remote(url: str, cache: CacheSettings) -> Any:
 
 
 class Offsets:
-    """Byte ranges of a source's samples, from its index or learned shard by shard with `learn`.
+    """Byte ranges of a source's samples, from its index, or added shard by shard with `add` after a scan.
 
     The index is memory-mapped: its pages belong to the kernel's page cache, and a process holds only a few numbers per
-    shard. Learned offsets take 4 bytes per sample, at most `limit_bytes`; the least recently used shards are evicted,
+    shard. Added offsets take 4 bytes per sample, at most `limit_bytes`; the least recently used shards are evicted,
     and `evicted` is True from then on.
     """
 
@@ -54,7 +54,7 @@ class Offsets:
         self, manifest: Manifest, limit_bytes: int = 1 << 30, cache: CacheSettings | None = None
     ) -> None:
         self._counts = manifest.tar_counts
-        self._learned: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._added: OrderedDict[int, np.ndarray] = OrderedDict()
         self._limit, self._bytes = limit_bytes, 0
         self.evicted = False
         file = manifest.offsets
@@ -62,7 +62,7 @@ class Offsets:
         self._widths = np.zeros(len(self._counts), np.uint8) if file is None else file.widths
         self._checks = None if file is None else file.checks
         self._checked = np.zeros(len(self._counts), bool)
-        self._all_known = bool((self._blocks != NO_BLOCK).all())
+        self._all_indexed = bool((self._blocks != NO_BLOCK).all())
         self._any_wide = bool((self._widths == 4).any())
         if file is not None:
             self._open(file, cache)
@@ -84,31 +84,31 @@ class Offsets:
         self._narrow, self._wide = np.frombuffer(data, "<u2"), np.frombuffer(data, "<u4")
         self._narrow_at, self._wide_at = memoryview(data).cast("H"), memoryview(data).cast("I")
 
-    def knows(self, shard: int) -> bool:
-        """True if the ranges of the shard's samples are known."""
-        return shard in self._learned or bool(self._blocks[shard] != NO_BLOCK)
+    def has(self, shard: int) -> bool:
+        """True if the ranges of the shard's samples are available."""
+        return shard in self._added or bool(self._blocks[shard] != NO_BLOCK)
 
-    def learn(self, shard: int, starts: np.ndarray) -> None:
+    def add(self, shard: int, starts: np.ndarray) -> None:
         """Keep a shard's offsets in memory; `starts` as in `offset_file.pack_starts`."""
-        if shard in self._learned:
-            self._bytes -= self._learned.pop(shard).nbytes
-        self._learned[shard] = (starts // TAR_BLOCK_BYTES).astype(np.uint32)
-        self._bytes += self._learned[shard].nbytes
-        while self._bytes > self._limit and len(self._learned) > 1:
-            self._bytes -= self._learned.popitem(last=False)[1].nbytes
+        if shard in self._added:
+            self._bytes -= self._added.pop(shard).nbytes
+        self._added[shard] = (starts // TAR_BLOCK_BYTES).astype(np.uint32)
+        self._bytes += self._added[shard].nbytes
+        while self._bytes > self._limit and len(self._added) > 1:
+            self._bytes -= self._added.popitem(last=False)[1].nbytes
             self.evicted = True
 
     def range(self, shard: int, index: int) -> tuple[int, int]:
         """(start, stop) of one sample in bytes; faster than `ranges`. Raises as `ranges` does."""
         if not 0 <= index < self._counts[shard]:
             raise IndexError(f"sample {index} of {self._counts[shard]} in shard {shard}")
-        if shard in self._learned:
-            self._learned.move_to_end(shard)
-            starts = self._learned[shard]
+        if shard in self._added:
+            self._added.move_to_end(shard)
+            starts = self._added[shard]
             return int(starts[index]) * TAR_BLOCK_BYTES, int(starts[index + 1]) * TAR_BLOCK_BYTES
         block, stop = int(self._blocks[shard]), index + 1
         if block == NO_BLOCK:
-            raise KeyError(f"the offsets of shard {shard} are not known yet")
+            raise KeyError(f"no offsets of shard {shard}: it has not been scanned yet")
         if not self._checked[shard]:
             self._check(shard)
         if self._widths[shard] == 4:
@@ -133,21 +133,21 @@ class Offsets:
     def ranges(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(start, stop) in bytes, int64 arrays; `indices` are positions in the tars, and the arguments broadcast.
 
-        Raises IndexError if a shard has no such sample, KeyError if a shard's offsets are not known yet.
+        Raises IndexError if a shard has no such sample, KeyError if `has` is False for a shard.
         """
         shards, indices = np.broadcast_arrays(np.asarray(shards, np.int64), np.asarray(indices, np.int64))
         if ((indices < 0) | (indices >= self._counts[shards])).any():
             raise IndexError("a shard has no sample with this index")
-        if not self._learned and self._all_known:
+        if not self._added and self._all_indexed:
             return self._mapped_in_shard_order(shards, indices)
         start, stop = np.empty(shards.shape, np.int64), np.empty(shards.shape, np.int64)
         mapped = self._blocks[shards] != NO_BLOCK
         start[mapped], stop[mapped] = self._mapped(shards[mapped], indices[mapped])
         for shard in np.unique(shards[~mapped]):
             rows = ~mapped & (shards == shard)
-            if int(shard) not in self._learned:
-                raise KeyError(f"the offsets of shard {shard} are not known yet")
-            starts = self._learned[int(shard)].astype(np.int64) * TAR_BLOCK_BYTES
+            if int(shard) not in self._added:
+                raise KeyError(f"no offsets of shard {shard}: it has not been scanned yet")
+            starts = self._added[int(shard)].astype(np.int64) * TAR_BLOCK_BYTES
             start[rows], stop[rows] = starts[indices[rows]], starts[indices[rows] + 1]
         return start, stop
 

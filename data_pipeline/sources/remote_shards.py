@@ -1,6 +1,7 @@
-"""Reads samples of tars in an object store, from the node cache or one at a time ahead of use.
+"""Reads samples of tars in an object store: from the node cache, or with one request per sample, sent ahead of use.
 
-With a cache, whole fetch units are downloaded. While the cache is still cold, single samples are faster.
+With a cache, whole fetch units are downloaded. Until the prefetcher has downloaded its first window (the cache is
+warming), single samples are faster.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data_pipeline.sources.scan import sample_starts
 from data_pipeline.sources.tar import TAR_BLOCK_BYTES
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.storage.cache_cleanup import OFFSETS_PREFIX
-from data_pipeline.storage.cached_ranges import fetch, read_direct, read_pieces
+from data_pipeline.storage.cached_ranges import fetch, read_chunks, read_direct
 
 MAX_KNOWN_UNITS = 1 << 16  # units whose byte range is kept in memory
 MAX_TARS_IN_MEMORY = 2  # whole tars kept in memory when there is no cache
@@ -74,7 +75,7 @@ class RemoteShards:
         if self.cache is not None and not self.cache.off:
             return self._cached_starts(self.cache, shard)
         if shard not in self._tars:
-            self._tars[shard] = b"".join(self._pieces(shard, 0, int(self.manifest.sizes[shard])))
+            self._tars[shard] = b"".join(self._chunks(shard, 0, int(self.manifest.sizes[shard])))
             if len(self._tars) > MAX_TARS_IN_MEMORY:
                 self._tars.popitem(last=False)
         return sample_starts(self._tars[shard], self.manifest.url(shard))
@@ -88,7 +89,7 @@ class RemoteShards:
 
     def _is_uncached(self, shard: int, index: int) -> bool:
         """True if the sample needs a GET of its own."""
-        if shard in self._tars or not self.units.knows(shard):
+        if shard in self._tars or not self.units.has_offsets(shard):
             return False
         return self.cache is None or not self.cache.has(self._unit(shard, index))
 
@@ -137,11 +138,11 @@ class RemoteShards:
             return starts
         self._warn_if_too_large(cache)
         starts = None
-        if cache.ensure(whole, partial(self._pieces, shard, 0, whole.stop)):
+        if cache.ensure(whole, partial(self._chunks, shard, 0, whole.stop)):
             with suppress(FileNotFoundError):  # the cache may have evicted it meanwhile
                 starts = sample_starts(cache.path(whole), whole.url)
         if starts is None:
-            starts = sample_starts(b"".join(self._pieces(shard, 0, whole.stop)), whole.url)
+            starts = sample_starts(b"".join(self._chunks(shard, 0, whole.stop)), whole.url)
         with suppress(OSError):
             _write_starts(offsets_path, starts)
         return starts
@@ -156,8 +157,8 @@ class RemoteShards:
                 stacklevel=4,
             )
 
-    def _pieces(self, shard: int, start: int, stop: int) -> Iterator[bytes]:
-        return read_pieces(self.units.byte_range(shard, start, stop))
+    def _chunks(self, shard: int, start: int, stop: int) -> Iterator[bytes]:
+        return read_chunks(self.units.byte_range(shard, start, stop))
 
     def _get(self, shard: int, start: int, stop: int) -> bytes:
         return read_direct(self.units.byte_range(shard, start, stop))

@@ -47,13 +47,13 @@ class Scan:
 
 
 def scan(data: SliceableBytes, where: str) -> Scan:
-    """Scan a tar's headers. Raises as `iter_members` does; a TruncatedTarError says how many samples are whole."""
+    """Scan a tar's headers. Raises as `iter_members` does; a TruncatedTarError has the number of complete samples."""
     starts: list[int] = []
     try:
         return _scan(iter_members(data, where), where, starts)
     except TruncatedTarError as error:
         raise TruncatedTarError(
-            f"{error}; it holds {max(len(starts) - 1, 0)} whole samples before the cut"
+            f"{error}; it holds {max(len(starts) - 1, 0)} complete samples before the cut"
         ) from None
 
 
@@ -69,7 +69,7 @@ def sample_starts(source: str | bytes, where: str) -> np.ndarray:
 
 
 def _scan(members: Iterator[Member], where: str, starts: list[int]) -> Scan:
-    """Build a Scan. `starts` is filled on the way, so that it tells how far a truncated tar was read."""
+    """Build a Scan. `starts` is filled on the way: after an error, the caller reads it to count complete samples."""
     names: list[str] = []
     contents: list[tuple[int, int]] = []  # (offset, size) of each member
     extension_sets: Counter[tuple[str, ...]] = Counter()  # extensions of a sample -> samples

@@ -26,20 +26,20 @@ class ShardReader:
     """Reads samples of a source by (shard, position in the tar). One per process, because it keeps files open.
 
     Byte ranges come from the index, else from the shard's headers at its first use: the tar is scanned on disk, or
-    fetched whole from an object store. Training visits every shard many times, so learned ranges stay in memory,
-    4 bytes per sample and at most `learned_bytes`. `files` is the maximum number of open tars.
+    fetched whole from an object store. Training visits every shard many times, so the ranges found stay in memory,
+    4 bytes per sample and at most `scanned_bytes`. `files` is the maximum number of open tars.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         cache: CacheSettings | None = None,
-        learned_bytes: int = 1 << 30,
+        scanned_bytes: int = 1 << 30,
         files: int = 64,
     ) -> None:
         self.manifest = manifest
-        self.offsets = Offsets(manifest, learned_bytes, cache)
-        self._learned_bytes = learned_bytes
+        self.offsets = Offsets(manifest, scanned_bytes, cache)
+        self._scanned_bytes = scanned_bytes
         self._warned = False
         self._files: OrderedDict[int, int] = OrderedDict()
         self._max_files = files
@@ -77,7 +77,7 @@ class ShardReader:
         return self._parse(shard, index)[0].key
 
     def reopen(self) -> None:
-        """Close files and drop fetched bytes, which may be stale; learned byte ranges stay."""
+        """Close files and drop fetched bytes, which may be stale; byte ranges from scans stay."""
         while self._files:
             os.close(self._files.popitem()[1])
         if self._remote is not None:
@@ -88,8 +88,8 @@ class ShardReader:
 
     def _parse(self, shard: int, index: int) -> tuple[Sample, bytes]:
         """The sample at position `index` of the tar, and the bytes to which its offsets refer."""
-        if not self.offsets.knows(shard):
-            self._learn(shard)
+        if not self.offsets.has(shard):
+            self._scan(shard)
         start, stop = self.offsets.range(shard, index)
         span = self._span(shard, index, start, stop)
         try:
@@ -97,23 +97,23 @@ class ShardReader:
         except UserError as error:
             url = self.manifest.url(shard)
             raise UserError(
-                f"{url}: sample {index} should fill bytes {start} to {stop}, but {error}. The tar was changed or "
-                f"damaged since it was indexed or scanned; make it again, then run: "
+                f"{url}: no sample at bytes {start} to {stop}, where sample {index} was when the tar was indexed or "
+                "scanned, so it was changed or damaged since; make it again, then run: "
                 f"dromos data index {self.manifest.root}"
-            ) from None
+            ) from error
 
-    def _learn(self, shard: int) -> None:
+    def _scan(self, shard: int) -> None:
         """Find the byte ranges of a shard's samples. Raises UserError if their number is not the manifest's count."""
         url = self.manifest.url(shard)
         starts = sample_starts(url, url) if self._remote is None else self._remote.sample_starts(shard)
         expected = int(self.manifest.tar_counts[shard])
         if len(starts) - 1 != expected:
             raise wrong_count_error(url, expected, len(starts) - 1, self._counted_in(url))
-        self.offsets.learn(shard, starts)
+        self.offsets.add(shard, starts)
         if self.offsets.evicted and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the byte ranges of the samples of {self.manifest.root} take more than {self._learned_bytes} bytes of "
+                f"the byte ranges of the samples of {self.manifest.root} take more than {self._scanned_bytes} bytes of "
                 "memory per process, so tars are scanned repeatedly; "
                 f"run: dromos data index {self.manifest.root}",
                 stacklevel=2,

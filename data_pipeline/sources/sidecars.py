@@ -1,8 +1,8 @@
-"""Sample counts from the index files of DALI, Megatron-Energon and wids, so that training need not scan the tars first.
+"""Sample counts from the index files of other tools, so that training can start without scanning the tars.
 
 Supported: `.idx` of DALI's wds2idx, `.tar.idx` and `.nv-meta/.info.json` of Megatron-Energon, the JSON index of wids.
 Only counts are used, and each is compared with the tar when the tar is first read. Offsets are ignored: a wrong offset
-can point to another sample, and to verify offsets needs the scan of the headers that they would save.
+can point to another sample, and verifying offsets needs the scan of the headers that they would save.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def count_samples(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict
         read = pool.map(lambda item: _count_in(*item), index_files.values())
         counts |= {url: count for url, count in zip(index_files, read, strict=True) if count is not None}
     for url in [url for url, count in counts.items() if count > sizes[url] // TAR_BLOCK_BYTES]:
-        _warn(url, f"an index file says {counts.pop(url)} samples, but the tar has {sizes[url]} bytes")
+        _warn(
+            url,
+            f"an index file says {counts.pop(url)} samples, more than fit into the {sizes[url]} bytes of the tar",
+        )
     return counts
 
 
@@ -117,7 +120,7 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
             if url is None or not _is_count(shard.get("nsamples")):
                 continue
             if shard.get("filesize", sizes[url]) != sizes[url]:
-                _warn(where, f"{url} has {sizes[url]} bytes, not {shard['filesize']}")
+                _warn(where, f"it says that {url} has {shard['filesize']} bytes, but it has {sizes[url]}")
                 continue
             found[url] = shard["nsamples"]
         if found:

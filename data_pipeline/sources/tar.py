@@ -265,8 +265,8 @@ def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Ite
         if kind in b"123456":
             size = 0
         if content + size > end:
-            due = f"the member at byte {position} should end at byte {content + size}"
-            raise _truncated(where, f"{due}, the file at byte {end}")
+            expected = f"the member at byte {position} should end at byte {content + size}"
+            raise _truncated(where, f"{expected}, but the file ends at byte {end}")
         position = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if kind in b"07\0":
             name = pax.get("path") or long_name or _name(raw_name, magic, prefix)

@@ -1,4 +1,4 @@
-"""Manifest views: a bitmap of the samples a filter keeps, with rank/select lookup.
+"""Manifest views: a bitmap of the samples that a filter keeps, with a fast lookup of the n-th kept sample.
 
 A bitmap file holds 64 bytes of bits per block of 512 samples, for all blocks, then one uint32 rank per block: the
 samples kept before the block in its shard. Each shard starts at a new block. The n-th kept sample of a shard is found

@@ -60,9 +60,8 @@ def locked_partial(out: Path) -> Iterator[Path]:
         message = f"{out}: cannot be written: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             message += "; make room and run it again"
-        if os.path.exists(
-            partial
-        ):  # os.path.exists returns False for a name that is too long; Path.exists raises
+        # Not Path.exists, which raises for a name that is too long; os.path.exists returns False.
+        if os.path.exists(partial):
             message += f"; the files written so far are kept in {partial}"
         raise UserError(message) from error
 

@@ -1,6 +1,6 @@
 """Node-local cache of byte ranges, shared by all processes of a node, bounded in bytes.
 
-A damaged or full cache costs speed, never correctness. A range is one file and is published by a rename, so every
+A damaged or full cache makes reads slower but never wrong. A range is one file and is published by a rename, so every
 file under its final name is whole. A process that downloads a range holds an flock on the unfinished file; the kernel
 releases the lock when the process ends, however it ends. Files of an earlier boot are never read: they are not synced,
 so a power failure may have destroyed their content.
@@ -94,7 +94,7 @@ class ByteRange:
 
 
 class Cache:
-    """Handle of one process on the cache. If the folder is unusable, it warns once and turns itself `off`."""
+    """One process's access to the cache. If the folder is unusable, it warns once and turns itself `off`."""
 
     def __init__(self, settings: CacheSettings) -> None:
         self.settings = settings
@@ -159,9 +159,9 @@ class Cache:
             os.utime(self.path(byte_range), (aged, aged))
 
     def ensure(
-        self, byte_range: ByteRange, pieces: Callable[[], Iterable[bytes]], timeout: float = DOWNLOAD_TIMEOUT
+        self, byte_range: ByteRange, chunks: Callable[[], Iterable[bytes]], timeout: float = DOWNLOAD_TIMEOUT
     ) -> bool:
-        """Make a range available: download it from `pieces`, or wait for a process that downloads it already.
+        """Make a range available: download it in `chunks`, or wait for a process that downloads it already.
 
         Returns False if the cache is off, the range exceeds its limit, or the other process takes longer than `timeout`
         seconds. Exceptions of the download pass through.
@@ -174,7 +174,7 @@ class Cache:
                 if descriptor is None:
                     return False
                 if not os.path.exists(self.path(byte_range)):
-                    self._download(descriptor, byte_range, pieces())
+                    self._download(descriptor, byte_range, chunks())
                 return True
         return False
 
@@ -221,7 +221,8 @@ class Cache:
             self.off = True
             warnings.warn(
                 f"the cache {self.settings.folder} cannot be used ({error}): samples are read one by one from the "
-                "object store, which is slow; fix it, or set loader.cache.folder or DROMOS_CACHE to another folder",
+                "object store, which is slow; fix it, or choose another folder: loader.cache.folder in a recipe, "
+                "DROMOS_CACHE, or the argument `cache` of Stream",
                 stacklevel=4,
             )
 
@@ -247,20 +248,20 @@ class Cache:
             finally:
                 os.close(descriptor)
 
-    def _download(self, descriptor: int, byte_range: ByteRange, pieces: Iterable[bytes]) -> None:
-        """Write the pieces to the unfinished file and publish it."""
+    def _download(self, descriptor: int, byte_range: ByteRange, chunks: Iterable[bytes]) -> None:
+        """Write the chunks to the unfinished file and publish it."""
         unfinished = self.path(byte_range) + UNFINISHED_SUFFIX
-        source = iter(pieces)
+        source = iter(chunks)
         os.ftruncate(descriptor, 0)
         try:
             while True:
                 try:
-                    piece = next(source)
+                    chunk = next(source)
                 except StopIteration:
                     break
                 except Exception as error:
                     raise _DownloadError(error) from error
-                _write(descriptor, piece)
+                _write(descriptor, chunk)
             if os.fstat(descriptor).st_size != byte_range.stop - byte_range.start:
                 raise _DownloadError(
                     OSError(

@@ -1,4 +1,4 @@
-"""Removes what killed processes and earlier boots left in a cache folder."""
+"""Removes the files that killed processes and earlier boots left in a cache folder."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ def local_copy(settings: CacheSettings, url: str) -> str | None:
 
 def fetch(cache: Cache, byte_range: ByteRange) -> bool:
     """Download a range into the cache unless it is there; returns and raises as Cache.ensure does."""
-    return cache.ensure(byte_range, partial(read_pieces, byte_range))
+    return cache.ensure(byte_range, partial(read_chunks, byte_range))
 
 
-def read_pieces(byte_range: ByteRange) -> Iterator[bytes]:
-    """Read a range from the object store, bypassing the cache; a large one in pieces of 8 to 16 MiB, in order."""
+def read_chunks(byte_range: ByteRange) -> Iterator[bytes]:
+    """Read a range from the object store, bypassing the cache; a large one in chunks of 8 to 16 MiB, in order."""
     count = max(1, -(-(byte_range.stop - byte_range.start) // RANGE_BYTES))
     cuts = [byte_range.start + (byte_range.stop - byte_range.start) * i // count for i in range(count + 1)]
     if count == 1:
@@ -36,11 +36,11 @@ def read_pieces(byte_range: ByteRange) -> Iterator[bytes]:
         return
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         for low in range(0, count, PARALLEL_REQUESTS):
-            pieces = [
+            chunks = [
                 replace(byte_range, start=start, stop=stop)
                 for start, stop in zip(cuts[low:-1], cuts[low + 1 :], strict=True)
             ]
-            yield from pool.map(read_direct, pieces[:PARALLEL_REQUESTS])
+            yield from pool.map(read_direct, chunks[:PARALLEL_REQUESTS])
 
 
 def read_direct(byte_range: ByteRange) -> bytes:

@@ -136,7 +136,7 @@ def _read_if_exists(url: str) -> tuple[str, bytes | None]:
 def read_range(url: str, offset: int, length: int, size: int | None = None, version: int = 0) -> bytes:
     """Read `length` bytes from `offset`. Raises OSError with the file's name if the file ends earlier.
 
-    A remote file is read in pieces of at most 16 MiB; an interrupted piece resumes at the failed byte. The object must
+    A remote file is read in requests of at most 16 MiB; an interrupted one resumes at the failed byte. The object must
     match `size` and `version` if they are given. Raises UserError if a remote file has changed, is gone or may not be
     read, ReadError when all retries fail.
     """
@@ -153,7 +153,9 @@ def read_range(url: str, offset: int, length: int, size: int | None = None, vers
             finally:
                 os.close(descriptor)
     if len(data) != length:
-        raise OSError(errno.EIO, f"asked for bytes {offset}..{offset + length}, got {len(data)}", url)
+        raise OSError(
+            errno.EIO, f"requested bytes {offset} to {offset + length}, received {len(data)} bytes", url
+        )
     return data
 
 
@@ -277,10 +279,10 @@ def _advice(path: str, names: list[str], suffix: str) -> str:
         patterns = {name: glob.escape(join(local_path(path), name)) for name in names}
         subfolders = sorted(n for n, folder in patterns.items() if glob.glob(join(folder, f"*{suffix}")))
         if subfolders:
-            return f"; its subfolders {', '.join(subfolders[:5])} do: name one of them"
+            return f"; {suffix} files are in the subfolders {', '.join(subfolders[:5])}; choose one of them"
     if suffix == SHARD_SUFFIX:
         return "; name a folder of tars or a pattern such as data/{00000..00031}.tar"
-    return "; name a folder that does"
+    return f"; choose a folder that contains {suffix} files"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import xxhash
 from data_pipeline import activity
 from data_pipeline.errors import ReadError, UserError
 
-RANGE_BYTES = 16 << 20  # largest range per request; a larger read is split into equal pieces
+RANGE_BYTES = 16 << 20  # largest range per request; a larger read is split into equal ranges
 EXTRAS = {"s3": "dromos[s3]", "s3a": "dromos[s3]"}
 # Packages whose errors mean that a request to an object store failed; few of these errors are OSErrors.
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "http", "s3fs", "urllib3"}
@@ -148,7 +148,7 @@ def store_errors(url: str) -> Iterator[None]:
 
 
 def with_retries(url: str, call: Callable[[Any], Result], *, to: str = "read") -> Result:
-    """Return call(file system), retried while the store is at fault.
+    """Return call(file system), retried after server errors and timeouts.
 
     to: "read" or "write", for messages; a write must be idempotent.
     Raises FileNotFoundError, UserError if the request is refused or misconfigured, ReadError after the last try.
@@ -199,12 +199,12 @@ def read(
     """Bytes [start, stop) of an object, the whole object by default; fewer if it ends before `stop`.
 
     Raises as `with_retries` does, and UserError if the object does not match `size` or `version`, or if it changes
-    between two pieces.
+    between two requests.
     """
     if stop is None:
         return bytes(_read_with_retries(_PartialRead(url, start, None, size, version=version)).data)
-    pieces = max(1, -(-(stop - start) // RANGE_BYTES))
-    cuts = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
+    requests_needed = max(1, -(-(stop - start) // RANGE_BYTES))
+    cuts = [start + (stop - start) * i // requests_needed for i in range(requests_needed + 1)]
     parts: list[bytes] = []
     etag = None
     for low, high in itertools.pairwise(cuts):
@@ -284,10 +284,10 @@ def _check_response(partial: _PartialRead, response: dict[str, Any]) -> None:
             f"{partial.url}: requested bytes from {partial.position}, received bytes from {first}"
         )
     if partial.size is not None and size != partial.size:
-        raise changed_error(partial.url, f"{size} bytes, it had {partial.size}")
+        raise changed_error(partial.url, f"it has {size} bytes now, {partial.size} before")
     if partial.version and "ETag" in response and version_of(str(response["ETag"])) != partial.version:
         raise changed_error(
-            partial.url, f"its ETag is {response['ETag']}, it was different when the source was opened"
+            partial.url, f"its ETag is {response['ETag']} now, different from when the source was opened"
         )
     partial.size, partial.etag = size, response.get("ETag") or partial.etag
 

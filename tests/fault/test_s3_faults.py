@@ -139,7 +139,7 @@ def test_a_shard_that_was_changed_stops_the_run_in_words(source: Source, tmp_pat
         for shard, count in enumerate(COUNTS):
             if count > 1:
                 storage.publish(f"{root}/{shard:05d}.tar", bytes(10_000_000))
-        with pytest.raises(UserError, match=r"\.tar was changed: 10000000 bytes, it had \d+"):
+        with pytest.raises(UserError, match=r"\.tar was changed: it has 10000000 bytes now, \d+ before"):
             list(remote)
 
 

@@ -209,11 +209,11 @@ def test_text_that_is_not_utf8_is_a_bad_record(tmp_path: Path) -> None:
         ),
         (
             {"URLS": (pa.string(), ["a"]), "TEXT": (pa.string(), ["t"])},
-            r"is 'URLS' the url\? Rename it to url",
+            r"perhaps 'URLS' is the url; rename it to url",
         ),
         (
             {"URL": (pa.string(), ["a"]), "txt": (pa.string(), ["t"])},
-            r"is 'txt' the caption\? Rename it to text",
+            r"perhaps 'txt' is the caption; rename it to text",
         ),
         (
             {"URL": (pa.int64(), [1]), "TEXT": (pa.string(), ["t"])},

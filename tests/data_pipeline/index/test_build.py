@@ -168,7 +168,7 @@ def test_all_damaged_tars_are_named_and_the_others_are_saved(root: str, scans: C
     assert f"3 of the {SHARDS} tars" in message
     for name in ("00001.tar is cut off", "00004.tar", "00006.tar is cut off", f"dromos data index {root}"):
         assert name in message
-    assert "it holds 3 whole samples before the cut" in message  # 00001.tar had 4
+    assert "it holds 3 complete samples before the cut" in message  # 00001.tar had 4
     assert not os.path.exists(f"{root}/_index/shards.parquet")
     for shard in (1, 4, 6):
         write_shard(f"{root}/{shard:05d}.tar", shard, 4)

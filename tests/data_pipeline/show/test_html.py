@@ -181,12 +181,33 @@ def test_unusable_samples_are_on_the_page(tmp_path: Path) -> None:
     assert "too many pixels" in text
 
 
+def test_captions_are_those_of_training(tmp_path: Path) -> None:
+    """Captions come from all json fields that training reads, and broken JSON has the reason that training counts."""
+    png = encode(pixels(0, 0))
+    members = {
+        "top": {"png": png, "json": json.dumps({"top_caption": "a red fox", "url": "http://x"}).encode()},
+        "all": {"png": png, "json": json.dumps({"captions": ["", " two words "]}).encode()},
+        "broken": {"png": png, "json": b"{"},
+    }
+    with TarWriter(tmp_path / "0.tar") as tar:
+        for key, content in members.items():
+            tar.write(key, content)
+    report = inspect_source(str(tmp_path))
+    assert {sample["key"]: sample["caption"] for sample in report.about["first"]} == {
+        "top": "a red fox", "all": "two words", "broken": "",
+    }  # fmt: skip
+    page = build_page(report, 3)
+    assert {picture.caption for picture in page.pictures} == {"a red fox", "two words", ""}
+    assert [(bad["place"], bad["reason"]) for bad in page.bad] == [("broken", "bad json")]
+    assert report.series["words"] == [3, 2]
+
+
 def test_failures_by_reason(tmp_path: Path) -> None:
     rows = [img2dataset.Row(f"u{n}", "c", encode(pixels(0, n)), 24, 20, extension="png") for n in range(3)]
     rows += [img2dataset.Row("f", "c", None, status="failed_to_resize", error_message="image too small")] * 5
     img2dataset.write_shard(str(tmp_path / "s"), 0, rows)
     text = page_of(tmp_path / "s", tmp_path / "a.html").visible_text
-    assert "3 of 8 rows have a picture (37.5 %)" in text
+    assert "3 of 8 rows have an image (37.5 %)" in text
     assert "failed_to_resize: image too small 5" in text
 
 

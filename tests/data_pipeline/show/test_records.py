@@ -122,7 +122,7 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
     (problem,) = describe(
         write(tmp_path / "a.parquet", {"URL": LAION_2B["URL"], "CAPTIONS": LAION_2B["TEXT"]})
     )["problems"]
-    assert "is 'CAPTIONS' the caption? Rename it to text" in problem
+    assert "perhaps 'CAPTIONS' is the caption; rename it to text" in problem
     about = describe(write(tmp_path / "b.parquet", {"IMAGE_LINK": LAION_2B["URL"], "x": LAION_2B["hash"]}))
     assert about["format"] == "unknown-table"
     assert "not a table of a known format" in about["problems"][0]
@@ -130,7 +130,7 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
     assert [column["name"] for column in about["columns"]] == ["IMAGE_LINK", "x"]
     (tmp_path / "c.json").write_text('[{"conversation": []}]')
     about = describe(str(tmp_path / "c.json"))
-    assert "is 'conversation' one of them?" in about["problems"][0]
+    assert "perhaps 'conversation' is one of them" in about["problems"][0]
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_conversations(tmp_path: Path) -> None:
         {"role": "assistant", "text": "ho"},
     ]
     (tmp_path / "2.jpg").unlink()
-    assert "1 of 4 (25.0 %) pictures checked are not in" in describe(str(tmp_path / "a.json"))["problems"][0]
+    assert "1 of 4 (25.0 %) images checked are not in" in describe(str(tmp_path / "a.json"))["problems"][0]
     (tmp_path / "images").mkdir()
     about = describe(str(tmp_path / "a.json"), images=str(tmp_path / "images"))
-    assert "4 of 4 (100 %) pictures checked are not in" in about["problems"][0]
+    assert "4 of 4 (100 %) images checked are not in" in about["problems"][0]
     (tmp_path / "a.json").write_text(
         json.dumps([*records, talk("human: hi"), talk("human: x", "gpt: y", image="/x")])
     )
@@ -261,7 +261,8 @@ def test_a_second_run_beside_the_first_repeats_its_keys(tmp_path: Path) -> None:
     assert about["problems"] == []
     assert any("3 of 6 (50.0 %) samples examined repeat a key: 000000000" in n for n in about["notes"])
     assert any(
-        "key 000000000 does not belong to shard 10000; was the tar renamed?" in n for n in about["notes"]
+        "key 000000000 does not belong to shard 10000; perhaps the tar was renamed" in n
+        for n in about["notes"]
     )
 
 

@@ -54,7 +54,7 @@ def test_a_good_source(folder: str) -> None:
     ]
     text = shown(about)
     assert "caption [bold]0" in text  # captions are not markup
-    assert "wrong" not in text
+    assert "problem: " not in text
     assert "_stats.json" in text
     build_index(folder)
     assert describe(folder)["counted_by"] == "manifest"
@@ -76,7 +76,7 @@ def test_problems_are_reported(folder: str) -> None:
     (problem,) = describe(folder)["problems"]
     assert "00001.tar holds 4 samples" in problem
     assert "says 9" in problem
-    assert "wrong: " in shown(describe(folder))
+    assert "problem: " in shown(describe(folder))
     Path(stats).unlink()
     assert any("has no 00001_stats.json" in problem for problem in describe(folder)["problems"])
     tar = Path(folder) / "00001.tar"
@@ -96,7 +96,7 @@ def test_samples_without_image_or_caption(tmp_path: Path) -> None:
     assert about["kind"] == "webdataset tars"
     assert about["problems"] == [
         "1 of 3 samples examined have no image member (jpg/jpeg/png/webp/gif/bmp); the first is b",
-        "1 of 3 samples examined have no caption (txt, or caption in json); the first is c",
+        "1 of 3 samples examined have no member for a caption (txt or json); the first is c",
     ]
 
 

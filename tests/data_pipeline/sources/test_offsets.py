@@ -1,4 +1,4 @@
-"""Byte ranges of samples against tarfile's offsets: from the index and learned, both widths, single and vectorised."""
+"""Byte ranges of samples against tarfile's offsets: from the index and added, both widths, single and vectorised."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def offsets_of(folder: Path, shards: list[np.ndarray]) -> Offsets:
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_lookups_return_the_packed_starts(data: st.DataObject) -> None:
-    """Random gaps, so that some shards need wide entries; single, vectorised and learned lookups agree."""
+    """Random gaps, so that some shards need wide entries; single, vectorised and added lookups agree."""
     gap = st.sampled_from([1, 2, 3, 1000, 65535, 65536, 2**26])
     shards = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -105,7 +105,7 @@ def test_lookups_return_the_packed_starts(data: st.DataObject) -> None:
             assert square is None or (square == start).all()
             for shard, starts in enumerate(shards):
                 if data.draw(st.booleans()):
-                    offsets.learn(shard, starts)
+                    offsets.add(shard, starts)
 
 
 def test_width_is_chosen_by_the_widest_group() -> None:
@@ -153,12 +153,12 @@ def test_missing_samples_and_unknown_shards_raise(tmp_path: Path) -> None:
             offsets.ranges(np.array([0, shard]), np.array([0, index]))
     counts = np.array([3, 3], np.int64)
     bare = Offsets(Manifest("a", str(tmp_path), ["0.tar", "1.tar"], counts, counts, "tar", ""))
-    assert not bare.knows(0)
-    bare.learn(1, np.arange(4) * 512)
-    assert [bare.knows(0), bare.knows(1)] == [False, True]
+    assert not bare.has(0)
+    bare.add(1, np.arange(4) * 512)
+    assert [bare.has(0), bare.has(1)] == [False, True]
     assert bare.ranges(np.array([1]), np.array([2]))[1].tolist() == [1536]
     for call in (lambda: bare.range(0, 0), lambda: bare.ranges(np.array([1, 0]), np.array([0, 0]))):
-        with pytest.raises(KeyError, match="not known yet"):
+        with pytest.raises(KeyError, match="has not been scanned yet"):
             call()
 
 

@@ -158,7 +158,7 @@ def test_learned_ranges_stay_within_their_limit_and_warn(root: str, monkeypatch:
     scans = count_scans(monkeypatch)
     whole = by_webdataset(root)
     starts = np.concatenate([[0], np.cumsum(COUNTS)])
-    reader = ShardReader(manifest, learned_bytes=4 * 8, files=1)
+    reader = ShardReader(manifest, scanned_bytes=4 * 8, files=1)
     places = [(0, 4), (3, 6), (0, 0), (2, 2), (3, 0)]
     with pytest.warns(UserWarning, match=f"run: dromos data index {root}"):
         found = [reader.read(shard, index) for shard, index in places]
@@ -169,7 +169,7 @@ def test_learned_ranges_stay_within_their_limit_and_warn(root: str, monkeypatch:
     build_index(root)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        indexed = ShardReader(open_source("a", root), learned_bytes=1)
+        indexed = ShardReader(open_source("a", root), scanned_bytes=1)
         assert [indexed.read(3, i) for i in range(7)] == whole[8:]
         assert indexed.read(0, 1) == whole[1]
 
@@ -225,7 +225,8 @@ def test_an_index_older_than_the_shards_is_refused(root: str) -> None:
     build_index(root)
     fill(root, [5, 0, 3, 6])
     with pytest.raises(
-        UserError, match=r"00003\.tar has \d+ bytes, \d+ when it was indexed; run: dromos data index"
+        UserError,
+        match=r"00003\.tar has \d+ bytes now, but had \d+ when it was indexed; run: dromos data index",
     ):
         open_source("a", root)
     assert build_index(root).manifest.samples == 14

@@ -140,7 +140,7 @@ def test_a_file_over_8_gib_has_its_size_in_base_256() -> None:
     info.size = 9 << 30
     header = info.tobuf(tarfile.GNU_FORMAT)
     with pytest.raises(
-        UserError, match=f"should end at byte {(9 << 30) + TAR_BLOCK_BYTES}, the file at byte 512"
+        UserError, match=f"should end at byte {(9 << 30) + TAR_BLOCK_BYTES}, but the file ends at byte 512"
     ):
         member_table(header)
 

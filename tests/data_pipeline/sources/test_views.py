@@ -124,7 +124,7 @@ def test_a_filter_keeps_the_matching_samples(root: str, indexed: bool) -> None:
     matching = [row for shard in range(len(COUNTS)) for row in rows_of(shard) if is_kept(row)]
     absent = sum(row["status"] != "success" for row in matching)
     assert absent
-    assert (built.samples, built.kept, built.matched, built.absent, built.rowless) == (
+    assert (built.samples, built.kept, built.matched, built.absent, built.without_row) == (
         sum(COUNTS), len(places), len(matching), absent, 0,
     )  # fmt: skip
     whole, view = open_source("a", root), open_source("a", root, "good")

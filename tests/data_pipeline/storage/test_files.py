@@ -90,7 +90,7 @@ def test_a_folder_without_tars_says_what_to_do(root: str, files: list[str], mess
 
 def test_a_folder_above_the_tars_names_those_below(tmp_path: Path) -> None:
     fill(str(tmp_path), "train/0.tar", "test/0.tar", "notes/a.txt")
-    with pytest.raises(UserError, match="its subfolders test, train do"):
+    with pytest.raises(UserError, match="files are in the subfolders test, train"):
         storage.list_shards(str(tmp_path))
 
 
@@ -124,7 +124,7 @@ def test_ranges(root: str) -> None:
     assert storage.read_many([url, url + "x"]) == {url: data}
     for offset, length in [(0, 1), (100, 5000), (len(data) - 1, 1), (7, 0), (0, len(data))]:
         assert storage.read_range(url, offset, length) == data[offset : offset + length]
-    with pytest.raises(OSError, match=r"asked for bytes 10000\.\.11000, got 240"):
+    with pytest.raises(OSError, match=r"requested bytes 10000 to 11000, received 240"):
         storage.read_range(url, 10_000, 1000)
     with storage.open_bytes(url) as file:
         assert file.read(3) == data[:3]

@@ -128,7 +128,9 @@ def test_an_object_that_was_changed_is_named(store: Store, monkeypatch: pytest.M
     storage.publish(url, b"old" * 100)
     assert storage.read_range(url, 3, 3, 300) == b"old"
     storage.publish(url, b"newer" * 100)
-    with pytest.raises(UserError, match=rf"{url} was changed: 500 bytes, it had 300; .*dromos data index"):
+    with pytest.raises(
+        UserError, match=rf"{url} was changed: it has 500 bytes now, 300 before; .*dromos data index"
+    ):
         storage.read_range(url, 3, 3, 300)
     with pytest.raises(UserError, match=r"was changed: it ends before"):
         storage.read_range(url, 600, 3)
