@@ -20,7 +20,7 @@ from pretrain.merge.output.record import RECORD
 from pretrain.merge.output.writer import Progress
 from pretrain.merge.planning.inputs import open_inputs
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import request
+from pretrain.merge.planning.request import make_request
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
 from pretrain.run.identity import ABSENT, check_run_folder
@@ -47,7 +47,7 @@ def run_merge_stage(
     if is_finished(stage, folder):
         return json.loads((folder / "result.json").read_text())
     began = time.monotonic()
-    merge_request = request(
+    merge_request = make_request(
         list(stage.inputs), weights=list(stage.inputs.values()), only=stage.only, copy_rest=stage.copy_rest
     )
     (plan,), opened = prepare(merge_request, run_dir=run_dir)  # raises before the folder is created

@@ -11,8 +11,8 @@ theta = sum of weight x input; for two inputs theta = beta * A + (1 - beta) * B:
 (in other tools, of the second). Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit
 inputs, fp64 for wider ones); each product is rounded, then added in the order given, without FMA; one rounding to
 nearest even at the end. Inputs of weight 0 are not read; a single input of weight 1 is copied byte for byte.
-pretrain.merge.planning.request documents the other methods (method="ties", base=...) and all options;
-pretrain.merge.spec reads them from a file, also from mergekit's.
+Other methods (method="ties", base=...) and all options: pretrain.merge.planning.request. YAML files, including
+mergekit's: pretrain.merge.spec.
 """
 
 from pretrain.merge.execute import merge, plan

@@ -31,7 +31,7 @@ from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.lineage import ancestors
 from pretrain.merge.planning.output_layout import INDEX
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import request
+from pretrain.merge.planning.request import make_request
 from pretrain.run.address import model_stage
 from pretrain.weights import digests
 from pretrain.weights.companions import read_companion
@@ -43,7 +43,7 @@ OTHER_OPEN_FILES = 200  # allowance for open files that are not outputs
 
 def plan(inputs: Sequence[str], *, run_dir: Path | None = None, **options: Any) -> Plan:
     """The plan that `merge` would execute with the same arguments; writes nothing."""
-    return prepare(request(inputs, **options), run_dir=run_dir)[0][0]
+    return prepare(make_request(inputs, **options), run_dir=run_dir)[0][0]
 
 
 def merge(
@@ -64,13 +64,13 @@ def merge(
     chunk:    elements per block.
     progress: called with the number of output bytes that were just completed.
     durable:  fsync the weights before `out` appears, see `execute`.
-    options:  of `pretrain.merge.planning.request.request`: method, beta or weights, base, only, rules, copy_rest,
+    options:  of `pretrain.merge.planning.request.make_request`: method, beta or weights, base, only, rules, copy_rest,
               dtype, ... For two inputs, beta is the weight of the first: theta = beta * A + (1 - beta) * B.
 
     Returns the content of `out/merge.json`. Does nothing if `out` is already complete for the same plan; raises
-    UserError if it has anything else.
+    UserError if it holds anything else.
     """
-    plans, opened = prepare(request(inputs, **options), run_dir=run_dir)
+    plans, opened = prepare(make_request(inputs, **options), run_dir=run_dir)
     return execute(plans, opened, [out], chunk, threads, progress, durable=durable)[0]
 
 
@@ -121,8 +121,12 @@ def execute(
             _check_unchanged(opened)
         for i, output in outputs.items():
             files = _companion_files(plans[i])
-            beside = {n: xxhash.xxh64_hexdigest(c) for n, c in files.items() if isinstance(c, bytes)}
-            records[i] = record = sealed(_record(output, opened, hashes, keys[i]) | {"beside": beside})
+            companion_digests = {
+                n: xxhash.xxh64_hexdigest(c) for n, c in files.items() if isinstance(c, bytes)
+            }
+            records[i] = record = sealed(
+                _record(output, opened, hashes, keys[i]) | {"beside": companion_digests}
+            )
             files |= {model_card.NAME: model_card.card(plans[i], opened.sources, record)}
             # merge.json comes last: in an object store it marks a complete output.
             _add_files(output, files | {RECORD: (json.dumps(record, indent=1) + "\n").encode()})
@@ -137,7 +141,7 @@ def _check_unchanged(opened: OpenedInputs) -> None:
 
 
 def _raise_open_file_limit(files: int) -> None:
-    """Raise the process's limit of open files for a sweep over many betas. UserError if it exceeds the hard limit."""
+    """Raise the process's limit of open files for a sweep over many betas. Raises UserError above the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or files <= soft:
         return
@@ -170,9 +174,9 @@ def check_outside_inputs(folder: str, opened: OpenedInputs) -> None:
     if is_remote(folder):
         return
     for source in opened.sources:
-        place = source.located.path
-        inside = source.located.kind in ("folder", "checkpoint") and not is_remote(place)
-        if inside and Path(place).resolve() in Path(folder).resolve().parents:
+        path = source.located.path
+        inside = source.located.kind in ("folder", "checkpoint") and not is_remote(path)
+        if inside and Path(path).resolve() in Path(folder).resolve().parents:
             raise UserError(
                 f"--out {folder}: is inside the input {source.address}; choose a folder outside it"
             )
@@ -181,7 +185,7 @@ def check_outside_inputs(folder: str, opened: OpenedInputs) -> None:
 def existing_record(folder: str, key: str, requested: Mapping[str, Any]) -> dict[str, Any] | None:
     """The merge.json of a complete output of the same plan; None if there is no output yet.
 
-    Raises UserError if `folder` has anything else, or if the output lost files.
+    Raises UserError if `folder` holds anything else, or if weight files of the output are missing.
     """
     if not is_remote(folder) and Path(folder).name in ("", ".."):
         raise UserError(f"--out {folder!r}: give the name of a folder to create")
@@ -209,7 +213,7 @@ def existing_record(folder: str, key: str, requested: Mapping[str, Any]) -> dict
             f"{folder} has another merge{_difference(content.get('asked'), requested)} (see {record}); choose another "
             "--out, or remove it"
         )
-    _check_whole(folder, content)
+    _check_weight_files(folder, content)
     if is_remote(folder):
         remove([join(folder, MARK)])
     else:
@@ -218,7 +222,7 @@ def existing_record(folder: str, key: str, requested: Mapping[str, Any]) -> dict
 
 
 def _difference(recorded: Any, requested: Mapping[str, Any]) -> str:
-    """Up to three differences between the recorded and the requested options; without any, the inputs differ."""
+    """Describe up to three options that differ from the recorded ones; if none differs, the inputs changed."""
     recorded = recorded if isinstance(recorded, dict) else {}
     values = {
         key: [json.dumps(options.get(key), default=str) for options in (recorded, requested)]
@@ -229,12 +233,12 @@ def _difference(recorded: Any, requested: Mapping[str, Any]) -> str:
     return f" with {'; '.join(short[:3])}" if short else ", or the inputs changed since"
 
 
-def _check_whole(folder: str, record: Mapping[str, Any]) -> None:
+def _check_weight_files(folder: str, record: Mapping[str, Any]) -> None:
     """Raises UserError if a weight file is missing or has another size than merge.json says."""
     files = {join(folder, name): entry for name, entry in record.get("output", {}).items()}
-    found = sizes(list(files))
+    present = sizes(list(files))
     for url, entry in files.items():
-        if url not in found or not isinstance(entry, dict) or entry.get("size") != found[url]:
+        if url not in present or not isinstance(entry, dict) or entry.get("size") != present[url]:
             raise UserError(
                 f"{url}: is missing or has another size than this merge wrote (see dromos verify); remove {folder} "
                 "to merge again"
@@ -261,8 +265,8 @@ def _record(output: Output, opened: OpenedInputs, hashes: list[dict[str, str]], 
         "theta": f"{THETA[plan.method]}; {ROUNDING}",
         "inputs": inputs,
         "asked": plan.request,
-        "mixed": sum(job.why == "mixed" for job in plan.jobs),
-        "copied": {job.name: job.why for job in plan.jobs if job.why != "mixed"},
+        "mixed": sum(job.treatment == "mixed" for job in plan.jobs),
+        "copied": {job.name: job.treatment for job in plan.jobs if job.treatment != "mixed"},
         "left_out": list(plan.left_out),
         "tied": plan.tied,
         "frozen": FROZEN if plan.frozen else None,

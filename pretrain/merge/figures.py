@@ -1,6 +1,6 @@
 """SVG drawing for the charts of the merge tool: shapes, round axis ticks, a colour ramp; and a plain-text table.
 
-An SVG needs no other file, script or font. Every text and attribute in it is escaped.
+An SVG loads no other file, script or font. All text and attributes are escaped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 FONT = "ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 INK, FAINT, RULE, PAPER = "#1b1f24", "#66707b", "#e3e7ec", "#ffffff"
 BLUE, ORANGE = "#2463a6", "#c8541a"
-# From light to dark in steps that look even on a screen and in grey print; after ColorBrewer's YlGnBu.
+# Light to dark in visually equal steps, also in grey print; after ColorBrewer's YlGnBu.
 RAMP = ("#f7fbf0", "#d9f0c9", "#a6dbb9", "#63c0c1", "#3199be", "#2467a8", "#1c3c7d", "#0b1f4f")
 
 

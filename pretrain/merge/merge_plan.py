@@ -19,11 +19,12 @@ Method = Literal[
     "copy", "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
     "nuslerp", "multislerp", "karcher", "model_stock", "sce",
 ]  # fmt: skip
-# Methods of dromos specs and flags; the rest of `Method` is only available in mergekit files.
+# Methods of dromos specs and flags; the other values of `Method` are only available in mergekit files.
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-BASED = ("task_arithmetic", "ties", "dare_linear", "dare_ties")  # methods that add differences to a base
+# Those that add differences to a base.
+NATIVE_BASE_METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 
-Why = Literal["mixed", "rest", "frozen", "integer", "excluded", "rule", "layer"]
+Treatment = Literal["mixed", "rest", "frozen", "integer", "excluded", "rule", "layer"]
 Option = float | bool | int | str
 Options = tuple[tuple[str, Option], ...]
 
@@ -55,7 +56,7 @@ class TensorJob:
     base:    the tensor to which TIES, DARE and task arithmetic add differences.
     options: sorted by name: `t` (slerp: weight of the second term), `lambda`, `normalize` (TIES and DARE-TIES divide
              each entry by the sum of the weights that agree in sign), `rescale`, `seed`, ...
-    why:     "mixed", or why it is copied: rest, frozen, integer, excluded, rule, layer (of a passthrough).
+    treatment: "mixed", or the reason for a copy: rest, frozen, integer, excluded, rule, layer (of a passthrough).
     file:    index into the plan's files.
     offset:  in bytes from the start of that file.
     """
@@ -67,7 +68,7 @@ class TensorJob:
     terms: tuple[Term, ...]
     base: Term | None
     options: Options
-    why: Why
+    treatment: Treatment
     file: int
     offset: int
 
@@ -102,7 +103,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A complete merge. The writer carries it out and decides nothing.
+    """A complete merge. The writer executes it without further decisions.
 
     addresses:    of all sources: first the `inputs` that are merged, then the base and the sources of copies.
     inputs:       number of inputs.
@@ -115,7 +116,7 @@ class Plan:
     tied:         name -> stored name of the same weight.
     companions:   file name -> file to copy, or its content.
     stage_dir:    stage folder whose resolved.yaml describes the model.
-    notes:        for the user to read before the merge starts.
+    notes:        shown to the user before the merge starts.
     rows_digests: per source, the digest of its embeddings' row maps; empty if the rows are read as stored.
     """
 

@@ -19,7 +19,7 @@ from pretrain.merge.planning import checkpoint_windows
 from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.output_layout import SHARD_SIZE, parse_size
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import Request, Rule, request
+from pretrain.merge.planning.request import Request, Rule, make_request
 from pretrain.recipe.fields import Strict
 from pretrain.recipe.schema_errors import describe
 from pretrain.recipe.yaml_file import load_yaml
@@ -74,7 +74,7 @@ class RuleSpec(Strict):
         None, description="Copied from an input (A, B, ... or its address) or from another address."
     )
 
-    def rule(self) -> Rule:
+    def to_rule(self) -> Rule:
         """As plain data; raises UserError if both beta and weights are set."""
         weights = tuple(self.weights) if self.weights is not None else None
         if self.beta is not None:
@@ -147,10 +147,10 @@ class MergeSpec(Strict):
     )
     vocabulary: Vocabulary | None = Field(None, description="Rule for inputs of different vocabularies.")
 
-    def request(self) -> Request:
+    def to_request(self) -> Request:
         """As plain data, with windows expanded. Raises UserError for contradictory options."""
         addresses, weights = self._inputs()
-        return request(
+        return make_request(
             addresses,
             beta=self.beta,
             weights=weights,
@@ -162,7 +162,7 @@ class MergeSpec(Strict):
             normalize=self.normalize,
             rescale=self.rescale,
             seed=self.seed,
-            rules=[rule.rule() for rule in self.rules],
+            rules=[rule.to_rule() for rule in self.rules],
             only=self.only,
             exclude=self.exclude,
             copy_rest=self.copy_rest,
@@ -174,8 +174,8 @@ class MergeSpec(Strict):
 
     def _inputs(self) -> tuple[list[str], list[float] | None]:
         if self.window is None:
-            own = [entry.weight for entry in self.inputs if isinstance(entry, InputSpec)]
-            return [_path(entry) for entry in self.inputs], self._per_input("weight", own, self.weights)
+            weights = [entry.weight for entry in self.inputs if isinstance(entry, InputSpec)]
+            return [_path(entry) for entry in self.inputs], self._per_input("weight", weights, self.weights)
         given = [name for name in ("inputs", "beta", "weights", "t") if getattr(self, name) not in (None, [])]
         if given:
             raise UserError(f"a window sets inputs and weights itself; leave out {' and '.join(given)}")
@@ -184,21 +184,23 @@ class MergeSpec(Strict):
         return checkpoint_windows.expand(checkpoint_windows.Window(**dict(self.window)))
 
     def _densities(self) -> list[float] | None:
-        own = [entry.density for entry in self.inputs if isinstance(entry, InputSpec)]
-        return self._per_input("density", own, self.density)
+        densities = [entry.density for entry in self.inputs if isinstance(entry, InputSpec)]
+        return self._per_input("density", densities, self.density)
 
-    def _per_input(self, name: str, own: list[float | None], given: list[float] | None) -> list[float] | None:
+    def _per_input(
+        self, name: str, at_inputs: list[float | None], for_merge: list[float] | None
+    ) -> list[float] | None:
         """The values set at each input, else the list of the spec."""
-        found = [value for value in own if value is not None]
-        if not found:
-            return given
-        if given is not None:
+        values = [value for value in at_inputs if value is not None]
+        if not values:
+            return for_merge
+        if for_merge is not None:
             raise UserError(f"{name} is set both at the inputs and for the merge; set it in one place")
-        if len(found) != len(self.inputs):
+        if len(values) != len(self.inputs):
             raise UserError(
-                f"{name} is set at {len(found)} of {len(self.inputs)} inputs; set it at every input"
+                f"{name} is set at {len(values)} of {len(self.inputs)} inputs; set it at every input"
             )
-        return found
+        return values
 
 
 def _path(entry: str | InputSpec) -> str:
@@ -242,11 +244,11 @@ def prepare_spec(
     if isinstance(spec, MergekitFile):
         opened = open_mergekit(spec)
         return plan_mergekit(spec, opened, max_shard_size or SHARD_SIZE, seed or 0), opened
-    more = {"max_shard_size": max_shard_size, "seed": seed}
-    given = {name: value for name, value in more.items() if value is not None}
-    if (twice := sorted(given.keys() & spec.model_fields_set)) and given:
+    flags = {"max_shard_size": max_shard_size, "seed": seed}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if twice := sorted(flags.keys() & spec.model_fields_set):
         raise UserError(f"{', '.join(twice)}: also set in the spec; set it in one place")
-    (plan,), opened = prepare(spec.model_copy(update=given).request())
+    (plan,), opened = prepare(spec.model_copy(update=flags).to_request())
     return plan, opened
 
 

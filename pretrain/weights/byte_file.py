@@ -18,8 +18,8 @@ from data_pipeline.storage import object_store
 from data_pipeline.storage.files import is_remote, local_path, read_descriptor
 
 MAX_BLOCK_BYTES, MIN_BLOCK_BYTES = 8 << 20, 1 << 20
-# Bytes of cached blocks per source, for any number of files. The cache keeps at least three blocks per file, so a
-# source of 22 files or more exceeds this limit (its blocks have the smallest size, 1 MiB).
+# Target size of a source's cache in bytes. From 22 files on the cache is larger, because it holds at least three blocks
+# of 1 MiB per file.
 CACHE_BYTES = 64 << 20
 PARALLEL_FETCHES = 4  # concurrent block requests per source
 
@@ -104,33 +104,33 @@ class BlockCache:
         self.size = max(MIN_BLOCK_BYTES, min(MAX_BLOCK_BYTES, share))
         self._keep = max(3 * files, CACHE_BYTES // self.size)
         self._pool = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="weights")
-        self._held: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._cached: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, file: RemoteFile, number: int) -> bytes:
         """Return block `number` of `file`; prefetch the next one if the previous one is cached (sequential reads)."""
         with self._lock:
             block = self._fetch(file, number)
-            if (file.name, number - 1) in self._held and (number + 1) * self.size < file.size:
+            if (file.name, number - 1) in self._cached and (number + 1) * self.size < file.size:
                 self._fetch(file, number + 1)
-            while len(self._held) > self._keep:
-                self._held.popitem(last=False)  # a fetch in flight still completes for its waiters
+            while len(self._cached) > self._keep:
+                self._cached.popitem(last=False)  # a fetch in flight still completes for its waiters
         try:
             return block.result()
         except BaseException:
             with self._lock:
-                if self._held.get((file.name, number)) is block:
-                    del self._held[file.name, number]
+                if self._cached.get((file.name, number)) is block:
+                    del self._cached[file.name, number]
             raise
 
     def _fetch(self, file: RemoteFile, number: int) -> Future[bytes]:
         key = file.name, number
-        if key not in self._held:
+        if key not in self._cached:
             start = number * self.size
             stop = min(start + self.size, file.size)
-            self._held[key] = self._pool.submit(file.peek, start, stop)
-        self._held.move_to_end(key)
-        return self._held[key]
+            self._cached[key] = self._pool.submit(file.peek, start, stop)
+        self._cached.move_to_end(key)
+        return self._cached[key]
 
 
 class RemoteFile:
@@ -196,12 +196,12 @@ def _size_and_etag(url: str) -> tuple[int, str]:
         return store.info(url)
 
     try:
-        found = object_store.with_retries(url, call)
+        info = object_store.with_retries(url, call)
     except FileNotFoundError:
         raise UserError(f"{url}: not found") from None
-    if found.get("type") == "directory":
+    if info.get("type") == "directory":
         raise UserError(f"{url}: is a folder; name a weight file")
-    return int(found["size"] or 0), str(found.get("ETag", ""))
+    return int(info["size"] or 0), str(info.get("ETag", ""))
 
 
 def open_file(url: str | os.PathLike[str], blocks: BlockCache | None = None) -> ByteFile:

@@ -1,4 +1,4 @@
-"""Companion files of weights (config, tokenizer, chat template): what an output copies and what it changes in them."""
+"""Companion files of weights (config, tokenizer, chat template): selects those that an output gets; edits configs."""
 
 from __future__ import annotations
 

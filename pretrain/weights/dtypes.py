@@ -29,16 +29,16 @@ class Scratch:
     """Preallocated arrays of one thread, reused for every block."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, str], np.ndarray] = {}
+        self._arrays: dict[tuple[str, str], np.ndarray] = {}
 
     def take(self, use: str, dtype: type | np.dtype | str, count: int) -> np.ndarray:
         """`count` uninitialised elements; the same `use` and dtype return the same memory."""
         kind = np.dtype(dtype)
         key = (use, kind.str)
-        held = self._held.get(key)
-        if held is None or len(held) < count:
-            held = self._held[key] = np.empty(count, kind)
-        return held[:count]
+        array = self._arrays.get(key)
+        if array is None or len(array) < count:
+            array = self._arrays[key] = np.empty(count, kind)
+        return array[:count]
 
 
 def accumulator(dtypes: Sequence[str]) -> Accumulator:
@@ -102,13 +102,13 @@ def _narrow_bf16(out: np.ndarray, total: np.ndarray, scratch: Scratch) -> None:
 
 
 def _narrow_small(out: np.ndarray, total: np.ndarray, mantissa: int, bias: int, scratch: Scratch) -> None:
-    """Let the adder round: add to |x| the power of two at which one ulp of the sum is one ulp of the result.
+    """Round |x| with one float addition: add a power of two so that the sum's last bit is the result's last bit.
 
-    The low bits of the sum then count the result's ulps within its binade; the result's exponent comes from the
-    power's exponent. Subnormals use the power of the smallest normal number, overflows the power of infinity.
+    The low bits of the sum are then the result's mantissa; the result's exponent comes from the power's exponent.
+    Subnormals use the power of the smallest normal number, overflows the power of infinity.
     """
-    wide, places = BITS[total.dtype], MANTISSA[total.dtype]
-    width, shift, own = wide.itemsize * 8, places - mantissa, BIAS[total.dtype]
+    wide, wide_mantissa = BITS[total.dtype], MANTISSA[total.dtype]
+    width, shift, wide_bias = wide.itemsize * 8, wide_mantissa - mantissa, BIAS[total.dtype]
     bits = total.view(wide)
     power = scratch.take("power", wide, len(total))
     sign = scratch.take("sign", np.uint16, len(total))
@@ -116,15 +116,15 @@ def _narrow_small(out: np.ndarray, total: np.ndarray, mantissa: int, bias: int, 
     np.copyto(sign, power, casting="same_kind")
     np.bitwise_and(sign, 0x8000, out=sign)
     np.bitwise_and(bits, (1 << (width - 1)) - 1, out=bits)
-    np.minimum(bits, wide.type((own + bias + 1) << places), out=bits)
-    np.bitwise_and(bits, wide.type(((1 << (width - 1 - places)) - 1) << places), out=power)
-    np.maximum(power, wide.type((own + 1 - bias) << places), out=power)
-    np.add(power, wide.type(shift << places), out=power)
+    np.minimum(bits, wide.type((wide_bias + bias + 1) << wide_mantissa), out=bits)
+    np.bitwise_and(bits, wide.type(((1 << (width - 1 - wide_mantissa)) - 1) << wide_mantissa), out=power)
+    np.maximum(power, wide.type((wide_bias + 1 - bias) << wide_mantissa), out=power)
+    np.add(power, wide.type(shift << wide_mantissa), out=power)
     np.add(total, power.view(total.dtype), out=total)
     np.right_shift(power, shift, out=power)
     np.add(bits, power, out=bits)
     np.copyto(out, bits, casting="same_kind")
-    np.add(out, np.uint16(-((shift + own + 1 - bias) << mantissa) & 0xFFFF), out=out)
+    np.add(out, np.uint16(-((shift + wide_bias + 1 - bias) << mantissa) & 0xFFFF), out=out)
     np.bitwise_or(out, sign, out=out)
 
 
@@ -138,14 +138,14 @@ def narrow(total: np.ndarray, dtype: str) -> np.ndarray:
 
 def exact_sum(values: Iterable[float]) -> float:
     """The sum of `values`, rounded once. Falls back to plain addition for infinities and overflows."""
-    held = list(values)
+    listed = list(values)
     try:
-        return math.fsum(held)
+        return math.fsum(listed)
     except (ValueError, OverflowError):
-        return sum(held)
+        return sum(listed)
 
 
-# dtype -> numpy storage type, in the sort order of the reference writer (reversed: it writes the last one first).
+# dtype -> numpy storage type, in reverse order of the reference writer, which writes U64 first.
 # BF16 and the 8-bit floats have no numpy type and are stored as their bits.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),

@@ -3,8 +3,8 @@
 Security of symbolic links: a link to a weight file is followed anywhere, because only numbers come out of it
 (safetensors, or pickles that run no code). Companion files, however, are copied into outputs, which people publish; a
 link in a downloaded folder (config.json -> ~/.docker/config.json) must not copy a private file. A link to a companion
-may therefore leave the folder only for a folder that links to opened weights lead to, or for a content store of the
-repository that holds the folder (git-annex, DVC, the Hugging Face cache).
+may therefore point outside the folder only into (a) a folder from which a linked weight file was opened, or (b) a
+content store of the repository that holds the folder (git-annex, DVC, the Hugging Face cache).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOT_MODEL_WEIGHTS = (
 )
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)")
-SCANNED, SHOWN = 100, 3  # subfolders searched for weights, and suggested in an error
+MAX_FOLDERS_SCANNED, MAX_FOLDERS_SUGGESTED = 100, 3  # when a folder without weights is named
 # File pattern of an unsupported format -> error text.
 UNSUPPORTED = {
     "*.gguf": "GGUF, which llama.cpp uses for quantised weights; name the safetensors files it was converted from",
@@ -84,8 +84,8 @@ class Folder:
         return [n for n in self.names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
 
     def path(self, name: str) -> str:
-        """Path or URL of a companion file. Raises UserError for a broken link and for a link that leaves the folder
-        for a place that the module docstring does not allow."""
+        """Path or URL of a companion file. Raises UserError for a broken link and for a link to a place outside
+        the folder that the module docstring does not allow."""
         url = join(self.url, name)
         if self._is_link(name):
             link = Path(local_path(url))
@@ -102,12 +102,12 @@ class Folder:
         if self.remote and self._blocks is None:
             self._blocks = BlockCache(len(self.matching(*WEIGHT_PATTERNS)))
         url = join(self.url, name)
-        file = refuse_pointer(self._checked(name, self._blocks))
+        file = refuse_pointer(self._open_checked(name, self._blocks))
         if self._is_link(name):
             self._linked.add(Path(local_path(url)).resolve().parent)
         return file
 
-    def _checked(self, name: str, blocks: BlockCache | None = None) -> ByteFile:
+    def _open_checked(self, name: str, blocks: BlockCache | None = None) -> ByteFile:
         url = join(self.url, name)
         if self._is_link(name):
             _check_target_exists(Path(local_path(url)))
@@ -143,14 +143,14 @@ class Folder:
         return Folder(join(self.url, name))
 
     def bytes(self, name: str, limit: int = MAX_JSON, follow: bool = False) -> bytes:
-        """Content of a small file. `follow`: follow a link out of the folder too, for files that are never copied."""
+        """Content of a small file. `follow`: also follow links out of the folder; for files that are never copied."""
         if self.remote:
             file: ByteFile = RemoteFile(self.path(name), BlockCache(1))
         else:
-            file = self._checked(name) if follow else open_file(self.path(name))
+            file = self._open_checked(name) if follow else open_file(self.path(name))
         if file.size > limit:
             raise UserError(
-                f"{file.name}: {file.size:,} bytes, more than the limit of {limit:,}; its content does not fit its name"
+                f"{file.name}: has {file.size:,} bytes, too large for a file of this kind (at most {limit:,})"
             )
         return refuse_pointer(file).peek(0, file.size)
 
@@ -229,9 +229,9 @@ def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], lis
         indexes = folder.matching(f"*{suffix}{INDEX}")
         if len(indexes) == 1:
             return _by_index(folder, indexes[0]), []
-    aside = {*folder.matching(*NOT_MODEL_WEIGHTS), *ADAPTERS}
+    not_weights = {*folder.matching(*NOT_MODEL_WEIGHTS), *ADAPTERS}
     for pattern in WEIGHT_PATTERNS:
-        found = [name for name in folder.matching(pattern) if name not in aside]
+        found = [name for name in folder.matching(pattern) if name not in not_weights]
         if len(found) == 1 and SHARD_NAME.fullmatch(found[0]) is None:
             return {found[0]: set()}, []
         if found and not folder.matching("consolidated.*.pth"):
@@ -248,9 +248,9 @@ def _parts(folder: Folder, address: str, found: list[str]) -> dict[str, set[str]
             f"{address}: {folder.url} holds {len(found)} {found[0][found[0].rfind('.') :]} files and no index; "
             "name one file, or RUN/STAGE"
         )
-    there = {int(part["number"]) for part in parts if part}
+    numbers = {int(part["number"]) for part in parts if part}
     count = int(parts[0]["count"]) if parts[0] else 0
-    missing = sorted(set(range(1, count + 1)) - there) if count < 1 << 16 else [0]
+    missing = sorted(set(range(1, count + 1)) - numbers) if count < 1 << 16 else [0]
     if missing:
         raise UserError(
             f"{address}: {folder.url} holds {len(found)} of {count} shards; number {missing[0]} is missing; "
@@ -271,27 +271,27 @@ def _no_weights_message(folder: Folder, address: str) -> str:
         if found := folder.matching(pattern):
             return f"{address}: no safetensors file and no checkpoint in {folder.url}; {found[0]}: {what}"
     near = ", ".join(_weight_folders_below(folder))
-    advice = f"found some in {near}" if near else "name one file, or RUN/STAGE"
+    advice = f"weights were found in {near}" if near else "name one file, or RUN/STAGE"
     return f"{address}: no safetensors file and no checkpoint in {folder.url}; {advice}"
 
 
 def _weight_folders_below(folder: Folder) -> list[str]:
-    """Up to SHOWN subfolders that hold weights: checkpoints of a Trainer, or a snapshot in the Hub's cache."""
+    """Some subfolders that hold weights: checkpoints of a Trainer, or snapshots in the Hub's cache."""
     if folder.remote:
         return []
     found = []
-    for name in folder.folders[:SCANNED]:
+    for name in folder.folders[:MAX_FOLDERS_SCANNED]:
         try:
             inner = folder.subfolder(name)
             deeper = (
-                [inner.subfolder(subfolder) for subfolder in inner.folders[:SCANNED]]
+                [inner.subfolder(subfolder) for subfolder in inner.folders[:MAX_FOLDERS_SCANNED]]
                 if name == "snapshots"
                 else [inner]
             )
         except UserError:  # unreadable folder
             continue
         found += [subfolder.url for subfolder in deeper if subfolder.matching(*WEIGHT_PATTERNS)]
-    return found[-SHOWN:]
+    return found[-MAX_FOLDERS_SUGGESTED:]
 
 
 def _by_index(folder: Folder, index: str) -> dict[str, set[str]]:

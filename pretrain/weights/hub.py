@@ -45,8 +45,8 @@ class RepositoryListing(Folder):
 def fetch(address: str, name: str) -> str:
     """Download the weights and companions of `org/name[@revision]`; return the local folder.
 
-    Of several copies of the weights it downloads the one that `weight_files` chooses. Without a network it returns the
-    cached snapshot. Raises UserError with a one-line reason.
+    If there are several copies of the weights, downloads the one that `weight_files` chooses. Without a network,
+    returns the cached snapshot. Raises UserError with a one-line reason.
     """
     repository, _, revision = name.partition("@")
     try:
@@ -72,10 +72,10 @@ def fetch(address: str, name: str) -> str:
 def files_to_fetch(folder: Folder) -> list[str]:
     """Names of the files a merge reads: one copy of the weights with its index, and the companions."""
     weights, _ = weight_files(folder, folder.url)
-    beside = [name for name in folder.matching(*COMPANIONS) if name.endswith(COPIED_SUFFIXES)]
+    companions = [name for name in folder.matching(*COMPANIONS) if name.endswith(COPIED_SUFFIXES)]
     through_index = any(weights.values())
     indexes = folder.matching(f"*{Path(min(weights)).suffix}.index.json") if through_index else []
-    return sorted({*weights, *indexes, *folder.matching(*OTHER_FILES), *beside})
+    return sorted({*weights, *indexes, *folder.matching(*OTHER_FILES), *companions})
 
 
 @contextmanager

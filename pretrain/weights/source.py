@@ -48,8 +48,9 @@ class WeightSource:
     frozen:       names of parameters that did not train (from frozen.safetensors or the checkpoint itself).
     tied:         name -> stored name of the same weight; tied names are not in `names()`.
     files:        every file that holds tensors.
-    folder:       the folder of config, tokenizer and other companions; None for a lone file and for a checkpoint.
-    config_error: why an output cannot use this source's config; None if it can.
+    folder:       the folder of config, tokenizer and other companions; None for a checkpoint, and for a
+                  single file whose folder is not used.
+    config_error: the reason why an output cannot use this source's config; None if it can use it.
     rows_digest:  digest of the row maps of its embeddings; empty if the rows are read as stored.
     folder_notes: notes about the choice of weight files.
     """
@@ -70,42 +71,42 @@ class WeightSource:
     ) -> None:
         self.address, self.located = address, located
         self.frozen, self.files, self.folder = frozen, list(files), folder
-        self._holder: dict[str, Reader] = {}
+        self._reader_by_name: dict[str, Reader] = {}
         for file, reader in readers.items():
             for name in reader.names():
-                if name in self._holder:
+                if name in self._reader_by_name:
                     raise UserError(f"{address}: {name} is stored in two files, one of them {file}")
-                self._holder.setdefault(name, reader)
+                self._reader_by_name.setdefault(name, reader)
         self.tied: dict[str, str] = {}
         self._tie(tied or {})
 
     def _tie(self, tied: Mapping[str, str]) -> None:
-        self.tied |= {alias: name for alias, name in tied.items() if name in self._holder}
+        self.tied |= {alias: name for alias, name in tied.items() if name in self._reader_by_name}
         for alias in self.tied:
-            self._holder.pop(alias, None)
+            self._reader_by_name.pop(alias, None)
 
     def _add_frozen(self, file: ByteFile) -> None:
-        """Add the frozen tensors that a stage stores beside its checkpoints; the checkpoint's own tensors win."""
+        """Add the frozen tensors that a stage stores beside its checkpoints; the checkpoint takes precedence."""
         reader = SafetensorsFile(file)
         self.files.append(file)
         self.frozen |= frozenset(reader.names())
         for name in reader.names():
-            self._holder.setdefault(name, reader)
+            self._reader_by_name.setdefault(name, reader)
 
     def names(self) -> list[str]:
         """Names of all stored tensors, including frozen ones."""
-        return list(self._holder)
+        return list(self._reader_by_name)
 
     def info(self, name: str) -> TensorInfo:
         """dtype in safetensors spelling (F32, BF16, ...) and shape."""
-        return self._holder[name].info(name)
+        return self._reader_by_name[name].info(name)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flat tensor, read-only, in the storage type (BF16: its bits as uint16).
 
         Raises UserError if the file changed since it was opened, ReadError if the object store does not answer.
         """
-        return self._holder[name].read(name, start, stop)
+        return self._reader_by_name[name].read(name, start, stop)
 
     def array(self, name: str) -> np.ndarray:
         """A whole tensor in its shape; BF16 is widened to float32, which is exact."""
@@ -120,18 +121,18 @@ class WeightSource:
         return same_tensor(self, name, other, name)
 
     @cached_property
-    def _beside(self) -> tuple[dict[str, Path | bytes], list[str]]:
+    def _companions_and_notes(self) -> tuple[dict[str, Path | bytes], list[str]]:
         return companions.companions_of(self.folder) if self.folder is not None else ({}, [])
 
     @property
     def companions(self) -> dict[str, Path | bytes]:
         """File name -> path or content of the config, tokenizer and other companions."""
-        return self._beside[0]
+        return self._companions_and_notes[0]
 
     @property
     def notes(self) -> list[str]:
         """Notes for the user about files that are used or left out."""
-        return [*self.folder_notes, *self._beside[1]]
+        return [*self.folder_notes, *self._companions_and_notes[1]]
 
     @cached_property
     def lineage(self) -> frozenset[str]:
@@ -170,9 +171,9 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
         source = _open_file(address, located)
     else:
         source = _open_folder(address, *_resolve_folder(located, address))
-    aside = located.stage_dir / FROZEN if located.stage_dir is not None else None
-    if aside is not None and aside.is_file():
-        source._add_frozen(LocalFile(aside))
+    frozen_file = located.stage_dir / FROZEN if located.stage_dir is not None else None
+    if frozen_file is not None and frozen_file.is_file():
+        source._add_frozen(LocalFile(frozen_file))
     return source
 
 
@@ -211,8 +212,8 @@ def _enclosing_folder(path: str) -> tuple[Folder | None, str | None]:
 
 def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
     """The folder of the weights: the folder itself, the one that its `latest` file names, or a step of a stage."""
-    if is_remote(located.path) and (found := AT_STEP.match(located.path)):
-        return _remote_step(found["base"], found["at"], address)
+    if is_remote(located.path) and (match := AT_STEP.match(located.path)):
+        return _remote_step(match["base"], match["at"], address)
     folder = Folder(located.path)
     if is_universal(folder):
         return replace(located, kind="folder"), folder
@@ -228,16 +229,16 @@ def _resolve_folder(located: Located, address: str) -> tuple[Located, Folder]:
 
 
 def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]:
-    above = Folder(f"{stage}/checkpoints")
-    steps = {step: name for name in above.folders if (step := step_of(name)) is not None}
-    complete = {step: name for step, name in steps.items() if "COMPLETE" in above.subfolder(name)}
+    checkpoints = Folder(f"{stage}/checkpoints")
+    steps = {step: name for name in checkpoints.folders if (step := step_of(name)) is not None}
+    complete = {step: name for step, name in steps.items() if "COMPLETE" in checkpoints.subfolder(name)}
     if which == "best" or not complete or (which.isdigit() and int(which) not in complete):
         have = ", ".join(map(str, sorted(complete))) or "none"
         raise UserError(
             f"{address}: name a complete checkpoint of a remote stage by step or @latest; complete steps: {have}"
         )
     step = max(complete) if which == "latest" else int(which)
-    folder = above.subfolder(complete[step])
+    folder = checkpoints.subfolder(complete[step])
     return Located("checkpoint", folder.url, None, step), folder
 
 
@@ -284,15 +285,15 @@ def _recorded_ties(source: WeightSource) -> dict[str, str]:
     return tied_names(source.names(), config, equal if tie_setting(config) else None)
 
 
-def same_tensor(a: WeightSource, name: str, b: WeightSource, other: str) -> bool:
+def same_tensor(a: WeightSource, name_a: str, b: WeightSource, name_b: str) -> bool:
     """True if both tensors have the same bytes, shape and dtype."""
-    if a.info(name) != b.info(other):
+    if a.info(name_a) != b.info(name_b):
         return False
-    count = elements(a.info(name)[1])
+    count = elements(a.info(name_a)[1])
     return all(
         np.array_equal(
-            a.read(name, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
-            b.read(other, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
+            a.read(name_a, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
+            b.read(name_b, at, min(at + ELEMENTS_PER_COMPARISON, count)).view(np.uint8),
         )
         for at in range(0, count, ELEMENTS_PER_COMPARISON)
     )

@@ -41,7 +41,7 @@ def tied_names(
     """Map each tied name to the stored name of the same weight.
 
     If the config sets `tie_word_embeddings`, or does not mention it and its model class has a head, the names of TIES
-    that are not stored count as tied. If the config ties a name that is stored too, it is tied if
+    that are not stored count as tied. If the config sets it, a name that is stored too counts as tied if
     `equal(name, stored)`.
     """
     tied = tie_setting(config)
@@ -49,7 +49,7 @@ def tied_names(
     headed = isinstance(classes, list) and any(isinstance(cls, str) and HEADED.search(cls) for cls in classes)
     if tied is False or (tied is None and not headed):
         return {}
-    held = set(names)
+    stored = set(names)
     found: dict[str, str] = {}
     for name in names:
         for pattern, others in TIES:
@@ -57,6 +57,6 @@ def tied_names(
             for other in [match.expand(other) for other in others] if match else ():
                 if other == name or other in found or name in found:
                     continue
-                if other not in held or (tied and equal is not None and equal(other, name)):
+                if other not in stored or (tied and equal is not None and equal(other, name)):
                     found[other] = name
     return found

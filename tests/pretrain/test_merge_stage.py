@@ -166,7 +166,7 @@ def test_parents_that_do_not_fit_write_nothing(run: tuple[Recipe, Path]) -> None
     with pytest.raises(UserError, match="3 mismatches") as error:
         run_merge_stage(made, "mix", run_dir)
     assert "llm.w: shape" in str(error.value)
-    assert "vision.0.w: frozen, and differs" in str(error.value)
+    assert "vision.0.w: is frozen, but differs" in str(error.value)
     assert not (run_dir / "mix").exists()
 
 

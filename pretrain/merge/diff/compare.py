@@ -1,6 +1,7 @@
 """`dromos diff`: distances of two models by tensor, module and layer; as table, CSV and JSON data.
 
-Tensors are paired by name. Names of one model only and different shapes are reported, not refused.
+Tensors are paired by name. Tensors that only one model has, and tensors of different shapes, are listed;
+they are no error.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MEASURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "e
 class Place:
     """Position of a tensor in a model: model.layers.7.mlp.up.weight is `mlp.up` of layer 7 in `model.layers`.
 
-    stack, layer: empty and None for tensors outside of layers.
+    stack, layer: "" and None for tensors outside of layers.
     part:         module within the layer, without the name of the parameter.
     """
 
@@ -69,9 +70,9 @@ class Diff:
 
     @cached_property
     def numbers(self) -> tuple[Row, ...]:
-        """The rows that enter sums: floats. Integer counters and position buffers would outweigh every weight.
+        """The rows that are summed: floats, or all rows if there are no floats.
 
-        All rows if there are no floats.
+        Integer counters and position buffers have values so large that they would dominate every sum.
         """
         floats = tuple(row for row in self.rows if set(row.dtypes) <= set(FLOATS))
         return floats or self.rows
@@ -272,7 +273,7 @@ def _cells(name: str, measured: Distance) -> tuple[str, ...]:
 
 def _remarks(result: Diff) -> list[str]:
     """Tensors that were not compared or not summed, and numbers of elements that are not finite."""
-    rows = _alike("only in A", result.only_a) + _alike("only in B", result.only_b)
+    rows = _grouped_names("only in A", result.only_a) + _grouped_names("only in B", result.only_b)
     rows += [
         f"shape: {n}  {list(shape_a)} in A, {list(shape_b)} in B"
         for n, (shape_a, shape_b) in result.reshaped.items()
@@ -285,7 +286,7 @@ def _remarks(result: Diff) -> list[str]:
     ]
     not_finite = [(r.name, r.distance.count - r.distance.compared) for r in result.rows]
     rows += [
-        f"not finite: {name}  {count:,} elements, left out of the figures"
+        f"not finite: {name}  {count:,} elements, left out of the measures"
         for name, count in not_finite
         if count
     ]
@@ -294,11 +295,11 @@ def _remarks(result: Diff) -> list[str]:
 
 def _unequal(measured: Distance) -> str:
     if measured.equal == measured.count:
-        return f"{measured.count:,} elements, all equal; in no sum"
-    return f"{measured.count - measured.equal:,} of {measured.count:,} elements differ; in no sum"
+        return f"{measured.count:,} elements, all equal; not in the sums"
+    return f"{measured.count - measured.equal:,} of {measured.count:,} elements differ; not in the sums"
 
 
-def _alike(label: str, names: Sequence[str]) -> list[str]:
+def _grouped_names(label: str, names: Sequence[str]) -> list[str]:
     """One line per group of names that differ only in their numbers."""
     counts = Counter(_starred(name.split(".")) for name in names)
     examples = {_starred(name.split(".")): name for name in names}

@@ -158,10 +158,10 @@ def _stack(
 def _profile(
     rows: Sequence[tuple[Place, Row]], layers: Sequence[int], step: float, gap: float, y: float
 ) -> list[str]:
-    """The headings of a stack, and above its map a bar per layer: the distance over all modules of the layer."""
+    """The headings of a stack, and one bar per layer above its map: the distance over all modules of the layer."""
     by_layer = _grouped(rows, lambda place: place.layer)
     highest = max((r for distance in by_layer.values() if math.isfinite(r := distance.relative)), default=0.0)
-    heading = f"layer by layer, {len(layers)} of them, up to {figures.short(highest)}"
+    heading = f"per layer ({len(layers)} layers), at most {figures.short(highest)}"
     parts = [
         figures.text(MAP_LEFT, y + 12, heading, font_size=11, fill=figures.FAINT),
         figures.text(BARS_LEFT, y + 12, "over all layers", font_size=11, fill=figures.FAINT),

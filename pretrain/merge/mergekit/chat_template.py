@@ -47,12 +47,14 @@ def chosen_template(sources: Sequence[WeightSource], setting: str | None) -> tup
 
 def template_of(source: WeightSource) -> str | None:
     """The chat template of a source, from any of its companions; the default one if there are several."""
-    beside = source.companions
-    if NAME in beside:
-        return read_companion(beside[NAME]).decode("utf-8", "replace")
+    companions = source.companions
+    if NAME in companions:
+        return read_companion(companions[NAME]).decode("utf-8", "replace")
     for name in ELSEWHERE:
         content = (
-            parse_json(read_companion(beside[name]), f"{source.address}: {name}") if name in beside else None
+            parse_json(read_companion(companions[name]), f"{source.address}: {name}")
+            if name in companions
+            else None
         )
         found = content.get("chat_template") if isinstance(content, dict) else None
         if isinstance(found, list):
@@ -71,13 +73,13 @@ def template_of(source: WeightSource) -> str | None:
 
 def with_template(source: WeightSource, text: str) -> WeightSource:
     """`source` with `text` as its only chat template."""
-    beside: dict[str, Path | bytes] = {
+    companions: dict[str, Path | bytes] = {
         name: c for name, c in source.companions.items() if not name.startswith("chat_template")
     }
-    config = beside.get("tokenizer_config.json")
+    config = companions.get("tokenizer_config.json")
     if config is not None:
         content = parse_json(read_companion(config), f"{source.address}: tokenizer_config.json")
         if isinstance(content, dict) and content.pop("chat_template", None) is not None:
-            beside["tokenizer_config.json"] = as_json(content)
-    beside[NAME] = text.encode("utf-8")
-    return RemappedSource.beside(source, beside)
+            companions["tokenizer_config.json"] = as_json(content)
+    companions[NAME] = text.encode("utf-8")
+    return RemappedSource.with_companions(source, companions)

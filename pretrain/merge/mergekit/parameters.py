@@ -17,8 +17,8 @@ def evaluate(setting: Any, name: str, at: float) -> Scalar | None:
     """The value of a setting for tensor `name`; None if no filter matches.
 
     setting: a number or boolean; a list of numbers at equal distances over the layers of the slice, interpolated
-             linearly (booleans: the nearest one below); or `{filter, value}` or a list of these: the first one applies
-             whose filter is absent, `*`, or a substring of the name.
+             linearly (booleans: the nearest one below); or `{filter, value}` or a list of these: the first
+             entry applies whose filter is missing, is `*`, or is part of the name.
     at:      position of the layer in its slice, from 0 to 1.
     """
     if isinstance(setting, dict):

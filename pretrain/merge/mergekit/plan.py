@@ -12,7 +12,7 @@ from pretrain.merge.mergekit.chat_template import chosen_template, with_template
 from pretrain.merge.mergekit.tensor_recipe import OutputTensor, TensorResolver
 from pretrain.merge.mergekit.vocabulary import remap_to_tokenizer
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
-from pretrain.merge.planning.assemble import assemble, refusal
+from pretrain.merge.planning.assemble import assemble, mismatch_error
 from pretrain.merge.planning.inputs import OpenedInputs, quantised_inputs
 from pretrain.merge.planning.lineage import lineage_notes
 from pretrain.merge.planning.rules import split_layer
@@ -20,8 +20,8 @@ from pretrain.merge.vocabulary.align import VocabularyMismatch, aligned
 from pretrain.weights.companions import with_layers
 from pretrain.weights.source import WeightSource, open_weights
 
-# Substrings of the names of tensors before the first layer. All other tensors outside layers come after the last one,
-# also `embed_out`, the head of GPT-NeoX.
+# Substrings of the names of tensors before the first layer. All other tensors outside layers come after the last layer,
+# including `embed_out`, the head of GPT-NeoX.
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
 
 
@@ -48,7 +48,7 @@ def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int,
     planned = [found for tensor in tensors if (found := resolver.resolve(tensor)) is not None]
     if resolver.problems:
         names = " and ".join(f"{letter(i)} ({source.address})" for i, source in enumerate(sources))
-        raise refusal(names, resolver.problems, f"the merge is defined in {file.path}")
+        raise mismatch_error(names, resolver.problems, f"the merge is defined in {file.path}")
     ties = [
         f"the output has {tensor.name}, but its config (from {sources[main].address}) ties this tensor to {to}: a "
         "library may load that tensor instead"
@@ -93,28 +93,30 @@ def _output_tensors(
 ) -> tuple[list[OutputTensor], list[int] | None]:
     """Return all output tensors in order and, for slices, the layer of the first source behind each output layer.
 
-    main: the source of the output's config. If it stores a head that another model ties, that model contributes its
-          embedding.
+    main: the source of the output's config. If `main` stores a head and another model ties it, that model's embedding
+          is used as its head.
     """
     layers = [_layers(source) for source in sources]
     first, last = file.slices[0], file.slices[-1]
     ends = [[sources[index[model_input.model]] for model_input in part.inputs] for part in (first, last)]
-    tensors = [_outside_layers(name, first, ends[0]) for name in _plain_names(ends[0]) if _is_first(name)]
+    tensors = [
+        _outside_layers(name, first, ends[0]) for name in _names_outside_layers(ends[0]) if _is_first(name)
+    ]
     taken: list[int] = []
     for stack in _stacks(file, layers, index, sources):
         number = 0
         for part in file.slices:
             inputs = [layers[index[model_input.model]].get(stack, {}) for model_input in part.inputs]
             ranges = [
-                model_input.layers or (0, len(held))
-                for model_input, held in zip(part.inputs, inputs, strict=True)
+                model_input.layers or (0, len(own_layers))
+                for model_input, own_layers in zip(part.inputs, inputs, strict=True)
             ]
             count = _count(file, stack, part, ranges, inputs)
             for place in range(count):
                 at = place / (count - 1) if count > 1 else 1.0
                 places = [start + place for start, _ in ranges]
-                held = zip(inputs, places, strict=True)
-                suffixes = dict.fromkeys(suffix for names, here in held for suffix in names.get(here, ()))
+                pairs = zip(inputs, places, strict=True)
+                suffixes = dict.fromkeys(suffix for names, here in pairs for suffix in names.get(here, ()))
                 for suffix in suffixes:
                     names = tuple(f"{stack}.{here}.{suffix}" for here in places)
                     tensors.append(OutputTensor(f"{stack}.{number}.{suffix}", part, names, at))
@@ -122,7 +124,7 @@ def _output_tensors(
                 number += 1
     stored = set(main.names())
     heads = [name for source in ends[1] for name in source.tied if name in stored]
-    for name in dict.fromkeys([*_plain_names(ends[1]), *heads]):
+    for name in dict.fromkeys([*_names_outside_layers(ends[1]), *heads]):
         if not _is_first(name):
             tensors.append(_outside_layers(name, last, ends[1], name in stored))
     return tensors, None if file.whole else taken
@@ -139,10 +141,10 @@ def _is_first(name: str) -> bool:
     return any(word in name for word in FIRST) and LAST not in name
 
 
-def _plain_names(inputs: Sequence[WeightSource]) -> list[str]:
+def _names_outside_layers(inputs: Sequence[WeightSource]) -> list[str]:
     """Names of tensors outside layers, over all inputs of a slice."""
-    held = (name for source in inputs for name in source.names())
-    return list(dict.fromkeys(name for name in held if split_layer(name) is None))
+    names = (name for source in inputs for name in source.names())
+    return list(dict.fromkeys(name for name in names if split_layer(name) is None))
 
 
 def _layers(source: WeightSource) -> dict[str, dict[int, list[str]]]:

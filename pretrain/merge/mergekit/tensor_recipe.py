@@ -9,7 +9,13 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Term, letter
 from pretrain.merge.mergekit.parameters import parameter
-from pretrain.merge.mergekit.yaml_file import BASED, SPANNED, Input, MergekitFile, Slice
+from pretrain.merge.mergekit.yaml_file import (
+    GEOMETRIC_METHODS,
+    MERGEKIT_BASE_METHODS,
+    Input,
+    MergekitFile,
+    Slice,
+)
 from pretrain.merge.planning.assemble import Blend, PlannedTensor
 from pretrain.merge.planning.request import normalized
 from pretrain.merge.vocabulary.align import is_vocabulary
@@ -36,14 +42,16 @@ class TensorResolver:
         self, file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], seed: int
     ) -> None:
         self._problems: list[str] = []
-        self._unset: dict[str, list[str]] = {}  # error of a parameter -> tensors
+        self._wrong_parameters: dict[str, list[str]] = {}  # error -> tensors
         self._file, self._sources, self._index, self._seed = file, sources, index, seed
-        self._held = [set(source.names()) for source in sources]
+        self._names_by_source = [set(source.names()) for source in sources]
 
     @property
     def problems(self) -> list[str]:
         """All mismatches; the same wrong parameter of many tensors is listed once."""
-        return self._problems + [f"{_several(names)}: {why}" for why, names in self._unset.items()]
+        return self._problems + [
+            f"{_name_and_count(names)}: {why}" for why, names in self._wrong_parameters.items()
+        ]
 
     def resolve(self, tensor: OutputTensor) -> PlannedTensor | None:
         """The planned tensor; None if it has a mismatch, which is added to `problems`."""
@@ -51,7 +59,7 @@ class TensorResolver:
             (model_input, Term(self._index[model_input.model], name))
             for model_input, name in zip(tensor.part.inputs, tensor.names, strict=True)
         ]
-        absent = [term for _, term in inputs if term.name not in self._held[term.source]]
+        absent = [term for _, term in inputs if term.name not in self._names_by_source[term.source]]
         if absent:
             where = ", ".join(f"{letter(t.source)} ({self._sources[t.source].address})" for t in absent)
             tie = self._sources[absent[0].source].tied.get(absent[0].name)
@@ -68,17 +76,19 @@ class TensorResolver:
             self._problems.append(f"{tensor.name}: shapes {shapes}{advice}")
             return None
         if not all(dtype in FLOATS for dtype, _ in infos):
-            return self._same(tensor, [term for _, term in inputs], infos)
+            return self._copy_if_equal(tensor, [term for _, term in inputs], infos)
         try:
             blend = self._blend(tensor, inputs)
         except UserError as error:
-            self._unset.setdefault(str(error), []).append(tensor.name)
+            self._wrong_parameters.setdefault(str(error), []).append(tensor.name)
             return None
         dtype = self._file.dtype or _promoted([dtype for dtype, _ in infos])
         kept = self._file.method == "passthrough" and blend.terms[0].weight == 1
         return PlannedTensor(tensor.name, (dtype, infos[0][1]), "layer" if kept else "mixed", blend)
 
-    def _same(self, tensor: OutputTensor, terms: list[Term], infos: list[TensorInfo]) -> PlannedTensor | None:
+    def _copy_if_equal(
+        self, tensor: OutputTensor, terms: list[Term], infos: list[TensorInfo]
+    ) -> PlannedTensor | None:
         """Copy a tensor that is not floating point; it must be equal in every input."""
         if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
             advice = "8-bit floats cannot be mixed; convert them to 16 bits first"
@@ -112,11 +122,13 @@ class TensorResolver:
             return Blend(
                 "linear", tuple(replace(t, weight=w) for (_, t), w in zip(inputs, weights, strict=True))
             )
-        if method in (*SPANNED, "sce"):
-            return self._spanned(tensor, inputs, base)
-        return self._differences(tensor, inputs, base)
+        if method in (*GEOMETRIC_METHODS, "sce"):
+            return self._geometric_or_sce(tensor, inputs, base)
+        return self._base_plus_differences(tensor, inputs, base)
 
-    def _spanned(self, tensor: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None) -> Blend:
+    def _geometric_or_sce(
+        self, tensor: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None
+    ) -> Blend:
         """Methods that combine models by norms and angles, and SCE."""
         method: Method = self._file.method  # type: ignore[assignment]
         if method == "karcher":
@@ -154,12 +166,12 @@ class TensorResolver:
                 f"{key}: {str(not default).lower()} (row by row) is not supported; leave {key} out"
             )
 
-    def _differences(
+    def _base_plus_differences(
         self, tensor: OutputTensor, inputs: list[tuple[Input, Term]], base: Term | None
     ) -> Blend:
         assert base is not None
         method = self._file.method
-        assert method in BASED
+        assert method in MERGEKIT_BASE_METHODS
         normalize = bool(self._shared("normalize", tensor, float(method == "ties")))
         sparse, dare = method != "task_arithmetic", method.startswith("dare")
         rescale = bool(self._shared("rescale", tensor, float(dare)))
@@ -211,7 +223,7 @@ class TensorResolver:
         return default if found is None else float(found)
 
 
-def _several(names: Sequence[str]) -> str:
+def _name_and_count(names: Sequence[str]) -> str:
     more = len(names) - 1
     return names[0] + (f" and {more} more tensor{'s' if more > 1 else ''}" if more else "")
 

@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Origin of a token's row in models that lack the token; with `force`, in all models.
+    """Where a token's row comes from if a model lacks the token; with `force`, always.
 
     model: address; None gives zeros.
     row:   token or row index in that model; None is the row of the token itself.
@@ -47,7 +47,7 @@ def parse_tokenizer_rule(
         return TokenizerRule(_source(short, model)) if short else None
     if not isinstance(block, dict):
         raise UserError(f"{where}: tokenizer must be a map with source, tokens, pad_to_multiple_of")
-    _check_keys(f"{where}: tokenizer", block, ("source", "tokens", "pad_to_multiple_of"))
+    refuse_unknown_keys(f"{where}: tokenizer", block, ("source", "tokens", "pad_to_multiple_of"))
     multiple = block.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or not 0 < multiple <= 1 << 20):
         raise UserError(
@@ -70,7 +70,7 @@ def _source(value: Any, model: Callable[[Any], str]) -> Literal["union", "base"]
 def _row(where: str, value: Any, model: Callable[[Any], str]) -> TokenRow:
     if not isinstance(value, dict) or value.get("source") is None:
         raise UserError(f"{where}: needs a source: a model, or a map with kind")
-    _check_keys(where, value, ("source", "force"))
+    refuse_unknown_keys(where, value, ("source", "force"))
     source, force = value["source"], value.get("force", False)
     if not isinstance(force, bool):
         raise UserError(f"{where}: force {force!r}: must be true or false")
@@ -81,7 +81,7 @@ def _row(where: str, value: Any, model: Callable[[Any], str]) -> TokenRow:
         return TokenRow(None, None, force)
     if kind != "model_token":
         raise UserError(f"{where}: kind {kind!r}: must be zero or model_token")
-    _check_keys(where, source, ("kind", "model", "token", "token_id"))
+    refuse_unknown_keys(where, source, ("kind", "model", "token", "token_id"))
     token, number = source.get("token"), source.get("token_id")
     if (token is None) == (number is None) or not isinstance(token, str | None) or type(number) is bool:
         raise UserError(f"{where}: write either token (a string) or token_id (a number)")
@@ -90,6 +90,7 @@ def _row(where: str, value: Any, model: Callable[[Any], str]) -> TokenRow:
     return TokenRow(model(source["model"]), token if token is not None else number, force)
 
 
-def _check_keys(where: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def refuse_unknown_keys(where: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises UserError that lists the keys of `value` that are not in `known`."""
     if unknown := [str(key) for key in value if key not in known]:
         raise UserError(f"{where}: {', '.join(unknown)} not supported; supported: {', '.join(known)}")

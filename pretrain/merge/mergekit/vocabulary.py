@@ -33,32 +33,35 @@ def remap_to_tokenizer(
     addresses: Sequence[str],
     base: str | None,
     tokens: TokenizerRule,
-    ends: tuple[Collection[str], Collection[str]],
+    first_and_last_models: tuple[Collection[str], Collection[str]],
 ) -> tuple[list[WeightSource], list[str]]:
     """The sources, their embeddings and heads remapped to the rows of one tokenizer; and notes.
 
-    addresses: of the sources: the base first, if there is one; a model that only gives its tokenizer last.
+    addresses: of the sources: first the base, if there is one; last, a model that only provides the tokenizer.
     base:      the file's base_model.
-    ends:      addresses of the models whose embeddings are merged, and of those whose heads are merged.
+    first_and_last_models: addresses of the models whose embeddings are merged, and of those whose heads are merged.
     Raises UserError if a tokenizer cannot be read, or if a rule uses a row that does not exist.
     """
     # 1. The sources that take part: those with a vocabulary among the merged models.
     names = [vocabulary_names(source) for source in sources]
-    merged = {*ends[0], *ends[1]}
+    merged = {*first_and_last_models[0], *first_and_last_models[1]}
     used = [i for i, found in enumerate(names) if found and addresses[i] in merged]
     if not used:
         return list(sources), []
     # 2. Their tokenizers, and the tokens of the output.
     tokenizers, notes = _read_tokenizers(sources, tokens)
-    donor = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
+    tokenizer_source = 0 if tokens.source in ("base", "union") else addresses.index(tokens.source)
     stored = [_rows(source, held) if held else math.inf for source, held in zip(sources, names, strict=True)]
     if tokens.source not in ("base", "union"):
-        count = max(len(tokenizers[donor].ids), stored[donor] if names[donor] else 0)
-        _check_ids(sources[donor], tokenizers[donor], count)
-    ids, joined = _vocabulary(tokens, tokenizers, donor, stored)
+        count = max(
+            len(tokenizers[tokenizer_source].ids), stored[tokenizer_source] if names[tokenizer_source] else 0
+        )
+        _check_ids(sources[tokenizer_source], tokenizers[tokenizer_source], count)
+    ids, joined = _vocabulary(tokens, tokenizers, tokenizer_source, stored)
     total = max(len(ids), max(ids.values(), default=-1) + 1)
     total += -total % tokens.multiple
-    # 3. The row maps of the embeddings and of the heads, which differ if other models are merged at the two ends.
+    # 3. The row maps of the embeddings and of the heads; they differ if the first and last slice merge other
+    #    models.
     check_row_types([sources[i] for i in used], [names[i] for i in used])
     counts = [int(stored[i]) for i in used]
     builders = [
@@ -68,19 +71,20 @@ def remap_to_tokenizer(
             [addresses[i] for i in used],
             base,
             tokens.rows,
-            {place for place, i in enumerate(used) if addresses[i] in end},
+            {place for place, i in enumerate(used) if addresses[i] in models},
         )
-        for end in ends
+        for models in first_and_last_models
     ]
-    # 4. The remapped sources, with the companions of the donor's tokenizer.
+    # 4. The remapped sources, with the companions of the tokenizer's source.
     remapped = list(sources)
     owners = [sources[i] for i in used]
+    differ = set(first_and_last_models[0]) != set(first_and_last_models[1])
     for place, i in enumerate(used):
         embedding = builders[0].row_map(place, ids, total)
-        head = builders[1].row_map(place, ids, total) if set(ends[0]) != set(ends[1]) else embedding
+        head = builders[1].row_map(place, ids, total) if differ else embedding
         rows = {name: embedding if is_embedding(name) else head for name in names[i]}
         companions = with_tokenizer(
-            sources[i].companions, sources[donor].companions, joined, total, sources[i].address
+            sources[i].companions, sources[tokenizer_source].companions, joined, total, sources[i].address
         )
         remapped[i] = RemappedSource(sources[i], owners, rows, companions, [], None)
     if any(count > total for count in counts):
@@ -92,22 +96,22 @@ def _read_tokenizers(
     sources: Sequence[WeightSource], tokens: TokenizerRule
 ) -> tuple[list[Tokenizer], list[str]]:
     """The tokenizer of every source, that of the first source for those without one; and notes."""
-    found = [read_tokenizer(source.companions, source.address) for source in sources]
-    first = found[0]
+    optional = [read_tokenizer(source.companions, source.address) for source in sources]
+    first = optional[0]
     if first is None:
         raise UserError(
             f"{sources[0].address}: tokenizer_source: {tokens.source} needs a {FILE} beside the weights"
         )
     notes = [
         f"{source.address}: has no tokenizer; uses that of {sources[0].address}, as in mergekit"
-        for source, tokenizer in zip(sources, found, strict=True)
+        for source, tokenizer in zip(sources, optional, strict=True)
         if tokenizer is None
     ]
-    return [tokenizer or first for tokenizer in found], notes
+    return [tokenizer or first for tokenizer in optional], notes
 
 
 def _check_ids(source: WeightSource, tokenizer: Tokenizer, rows: float) -> None:
-    """Raises UserError if an id of the donor's tokenizer is beyond its rows."""
+    """Raises UserError if an id of the source's tokenizer is beyond its rows."""
     largest = max(tokenizer.ids.values(), default=0)
     if largest >= rows:
         raise UserError(
@@ -117,9 +121,9 @@ def _check_ids(source: WeightSource, tokenizer: Tokenizer, rows: float) -> None:
 
 
 def _vocabulary(
-    tokens: TokenizerRule, tokenizers: Sequence[Tokenizer], donor: int, rows: Sequence[float]
+    tokens: TokenizerRule, tokenizers: Sequence[Tokenizer], tokenizer_source: int, rows: Sequence[float]
 ) -> tuple[dict[str, int], bytes | None]:
-    """Return token -> row of the output, and its tokenizer.json (None if it is the donor's, unchanged).
+    """Return token -> row of the output, and its tokenizer.json (None: that of the source, unchanged).
 
     rows: embedding rows of every model. For `base` and `union`, mergekit drops tokens beyond these rows.
     """
@@ -128,17 +132,17 @@ def _vocabulary(
         {token: row for token, row in tokenizer.ids.items() if row < count or not joint}
         for tokenizer, count in zip(tokenizers, rows, strict=True)
     ]
-    ids = dict(known[donor])
+    ids = dict(known[tokenizer_source])
     free = max(ids.values(), default=-1) + 1
-    order = [tokenizers[donor]]
+    order = [tokenizers[tokenizer_source]]
     if tokens.source == "union":
         for tokenizer, theirs in zip(tokenizers[1:], known[1:], strict=True):
-            more = sorted(theirs.keys() - ids.keys(), key=lambda token: theirs[token])
-            order += [tokenizer] if more else []
-            ids |= {token: free + place for place, token in enumerate(more)}
-            free += len(more)
+            additional = sorted(theirs.keys() - ids.keys(), key=lambda token: theirs[token])
+            order += [tokenizer] if additional else []
+            ids |= {token: free + place for place, token in enumerate(additional)}
+            free += len(additional)
     fresh = [token for token in tokens.rows if token not in ids]
-    if len(order) == 1 and not fresh and len(ids) == len(tokenizers[donor].ids):
+    if len(order) == 1 and not fresh and len(ids) == len(tokenizers[tokenizer_source].ids):
         return ids, None
     content = json.loads(joint_tokenizer_json(order, ids))
     for number, token in enumerate(fresh, free):

@@ -12,21 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.mergekit.tokens import TokenizerRule, parse_tokenizer_rule
+from pretrain.merge.mergekit.tokens import TokenizerRule, parse_tokenizer_rule, refuse_unknown_keys
 from pretrain.merge.planning.request import check_dtype
 
 Settings = Mapping[str, Any]
-BASED = ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs", "breadcrumbs_ties")
-SPANNED = ("nuslerp", "multislerp", "karcher", "model_stock")
-METHODS = ("linear", "slerp", *BASED, *SPANNED, "sce", "passthrough")
+MERGEKIT_BASE_METHODS = (
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "task_arithmetic",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+)
+GEOMETRIC_METHODS = ("nuslerp", "multislerp", "karcher", "model_stock")
+METHODS = ("linear", "slerp", *MERGEKIT_BASE_METHODS, *GEOMETRIC_METHODS, "sce", "passthrough")
 # Method -> its parameters. Other parameters have no effect; a note lists them.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("weight", "normalize"),
     "slerp": ("t",),
     "passthrough": ("scale",),
-    **dict.fromkeys(BASED, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")),
     **dict.fromkeys(
-        BASED[-2:], ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask")
+        MERGEKIT_BASE_METHODS, ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")
+    ),
+    **dict.fromkeys(
+        MERGEKIT_BASE_METHODS[-2:],
+        ("weight", "density", "gamma", "normalize", "rescale", "lambda", "int8_mask"),
     ),
     "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
     "multislerp": ("weight", "normalize_weights", "eps"),
@@ -101,7 +111,7 @@ def parse(path: str, values: Mapping[str, Any]) -> MergekitFile:
     """
     where = f"{path} (mergekit)"
     notes: list[str] = []
-    _unknown(notes, "", values, TOP)
+    _note_unknown_keys(notes, "", values, TOP)
     method = values.get("merge_method")
     if method not in METHODS:
         raise UserError(f"{where}: merge_method {method!r} is not supported; supported: {', '.join(METHODS)}")
@@ -164,39 +174,39 @@ def _body(where: str, values: Mapping[str, Any], notes: list[str]) -> tuple[Mapp
     (inner,) = modules.values()
     if (inner.get("models") is None) == (inner.get("slices") is None):
         raise UserError(f"{where}: modules: write exactly one of models and slices")
-    _unknown(notes, "modules: ", inner, ("models", "slices", "parameters"))
+    _note_unknown_keys(notes, "modules: ", inner, ("models", "slices", "parameters"))
     return inner, inner.get("parameters")
 
 
 def _dtype(where: str, values: Mapping[str, Any]) -> str | None:
     """Dtype of the output: out_dtype, else dtype. mergekit also computes in `dtype`; this tool computes exact sums."""
-    found = None
+    dtype = None
     for key in ("dtype", "out_dtype"):
         if values.get(key) is not None:
             try:
-                found = check_dtype(str(values[key]))
+                dtype = check_dtype(str(values[key]))
             except UserError:
                 raise UserError(f"{where}: {key} {values[key]!r} is not supported") from None
-    return found
+    return dtype
 
 
 def _whole_slice(where: str, models: Any, base: str | None, notes: list[str]) -> Slice:
     inputs = []
     for entry in _list(where, "models", models):
-        _unknown(notes, "models: ", entry, ("model", "parameters"))
-        _no_revision(where, entry)
-        inputs.append(Input(_required(where, entry), None, _parameters(where, entry.get("parameters"))))
+        _note_unknown_keys(notes, "models: ", entry, ("model", "parameters"))
+        _refuse_revision(where, entry)
+        inputs.append(Input(_model_of_entry(where, entry), None, _parameters(where, entry.get("parameters"))))
     if base is not None and base not in [model_input.model for model_input in inputs]:
         inputs.append(Input(base, None, {}))  # mergekit does this for every method
     return Slice(tuple(inputs), base, {})
 
 
 def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
-    _unknown(notes, "slices: ", entry, ("sources", "base_model", "parameters"))
+    _note_unknown_keys(notes, "slices: ", entry, ("sources", "base_model", "parameters"))
     inputs = []
     for source in _list(where, "sources", entry.get("sources")):
-        _unknown(notes, "sources: ", source, ("model", "layer_range", "parameters"))
-        _no_revision(where, source)
+        _note_unknown_keys(notes, "sources: ", source, ("model", "layer_range", "parameters"))
+        _refuse_revision(where, source)
         layers = source.get("layer_range")
         if not (
             isinstance(layers, list)
@@ -208,7 +218,7 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
                 f"{where}: layer_range {layers!r}: must be two numbers, the first layer and the one after the last"
             )
         settings = _parameters(where, source.get("parameters"))
-        inputs.append(Input(_required(where, source), (layers[0], layers[1]), settings))
+        inputs.append(Input(_model_of_entry(where, source), (layers[0], layers[1]), settings))
     lengths = {
         model_input.layers[1] - model_input.layers[0]
         for model_input in inputs
@@ -218,10 +228,10 @@ def _slice(where: str, entry: Any, base: str | None, notes: list[str]) -> Slice:
         raise UserError(
             f"{where}: the sources of a slice have different numbers of layers: {sorted(lengths)}"
         )
-    own = entry.get("base_model")
+    slice_base = entry.get("base_model")
     return Slice(
         tuple(inputs),
-        _model(where, own) if own is not None else base,
+        _model(where, slice_base) if slice_base is not None else base,
         _parameters(where, entry.get("parameters")),
     )
 
@@ -230,7 +240,7 @@ def _check_slice(where: str, part: Slice, method: str) -> None:
     models = [model_input.model for model_input in part.inputs]
     if len(set(models)) != len(models):
         raise UserError(f"{where}: a model occurs twice among the inputs of a slice")
-    if method in (*BASED, "slerp", "model_stock", "sce"):
+    if method in (*MERGEKIT_BASE_METHODS, "slerp", "model_stock", "sce"):
         if part.base is None:
             raise UserError(f"{where}: {method} needs base_model")
         if part.base not in models:
@@ -258,7 +268,7 @@ def _parameters(where: str, value: Any) -> Settings:
     return value
 
 
-def _required(where: str, entry: Mapping[str, Any]) -> str:
+def _model_of_entry(where: str, entry: Mapping[str, Any]) -> str:
     if "model" not in entry:
         raise UserError(f"{where}: an input has no model")
     return _model(where, entry["model"])
@@ -267,10 +277,10 @@ def _required(where: str, entry: Mapping[str, Any]) -> str:
 def _model(where: str, value: Any) -> str:
     """Turn a model reference of mergekit into an address: an existing path, else a hub repository."""
     if isinstance(value, dict):
-        _known_keys(f"{where}: model", value, ("model", "path", "revision"))
+        refuse_unknown_keys(f"{where}: model", value, ("model", "path", "revision"))
         inner = value.get("model", value)
         if isinstance(inner, dict):
-            _known_keys(f"{where}: model", inner, ("path", "revision"))
+            refuse_unknown_keys(f"{where}: model", inner, ("path", "revision"))
             path, revision = inner.get("path"), f"@{inner['revision']}" if inner.get("revision") else ""
             return _model(where, f"{path}{revision}" if isinstance(path, str) else path)
         return _model(where, inner)
@@ -287,7 +297,7 @@ def _model(where: str, value: Any) -> str:
     return value
 
 
-def _unknown(notes: list[str], at: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _note_unknown_keys(notes: list[str], at: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
     notes += [
         note
         for key in value
@@ -296,7 +306,7 @@ def _unknown(notes: list[str], at: str, value: Mapping[str, Any], known: tuple[s
     ]
 
 
-def _no_revision(where: str, entry: Mapping[str, Any]) -> None:
+def _refuse_revision(where: str, entry: Mapping[str, Any]) -> None:
     """Raises UserError for a `revision` beside `model`: mergekit ignores it and would load another model."""
     if "revision" in entry:
         named = f"{entry.get('model')}@{entry['revision']}"
@@ -309,9 +319,3 @@ def _list(where: str, key: str, value: Any) -> list[Any]:
     if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
         raise UserError(f"{where}: {key} must be a list of maps")
     return value
-
-
-def _known_keys(where: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unknown = [str(key) for key in value if key not in known]
-    if unknown:
-        raise UserError(f"{where}: {', '.join(unknown)} not supported; supported: {', '.join(known)}")

@@ -89,7 +89,7 @@ class Workers:
 
     plans: number of plans that share the inputs.
     block: elements per block.
-    ahead: items per thread that `map` submits before it waits for a result.
+    ahead: number of items per thread that `map` submits before it waits for a result.
     """
 
     def __init__(

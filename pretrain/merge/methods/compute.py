@@ -171,13 +171,13 @@ def _task_vectors(job: TensorJob, kind: Accumulator, workers: Workers) -> list[S
         return [SparseTaskVector(term, dare=_dare_key(job, term)) for term in terms]
     if job.method == "ties":
         sizes = [(term, max(1, int(term.density * count))) for term in terms]  # at least one, as in mergekit
-        find = partial(sparsify.magnitude_thresholds, sizes, base, kind, count, workers)
-        thresholds = workers.cached(cache_key, find)
+        compute = partial(sparsify.trim_thresholds, sizes, base, kind, count, workers)
+        thresholds = workers.cached(cache_key, compute)
         return [SparseTaskVector(term, kept=kept) for term, kept in zip(terms, thresholds, strict=True)]
     if job.method.startswith("breadcrumbs"):
         gamma = float(job.option("gamma", 0.01))
-        search = partial(sparsify.breadcrumbs_thresholds, terms, base, gamma, kind, count, workers)
-        bands = workers.cached((*cache_key, gamma), search)
+        compute_bands = partial(sparsify.breadcrumbs_thresholds, terms, base, gamma, kind, count, workers)
+        bands = workers.cached((*cache_key, gamma), compute_bands)
         return [
             SparseTaskVector(term, kept=kept, outliers=outliers)
             for term, (kept, outliers) in zip(terms, bands, strict=True)
@@ -206,8 +206,8 @@ def _rescaled_weight(job: TensorJob, vector: SparseTaskVector, kind: Accumulator
     if term.density >= 1:
         return term.weight
     base, count = _base(job), elements(job.shape)
-    find = partial(sparsify.l1_ratio, vector, base, _sparse_difference, kind, count, workers)
-    return term.weight * workers.cached(("l1", replace(term, weight=0.0), base), find)
+    compute = partial(sparsify.l1_ratio, vector, base, _sparse_difference, kind, count, workers)
+    return term.weight * workers.cached(("l1", replace(term, weight=0.0), base), compute)
 
 
 def _base(job: TensorJob) -> Term:

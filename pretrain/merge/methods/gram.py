@@ -19,11 +19,11 @@ from pretrain.merge.methods import native
 from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements, exact_sum
 
-# Bounds of mergekit, so that its files give its results.
+# mergekit's bounds, so that its files give the same results.
 NUSLERP_MIN_NORM = 1e-7  # nuslerp: smaller norms count as this one
 MODEL_STOCK_MIN = 1e-6  # model_stock: a smaller denominator gives no estimate
 SLERP_COLINEAR = 0.9995  # slerp: a larger absolute cosine is interpolated linearly
-SLERP_MIN_NORM = 1e-8  # slerp: a norm up to it counts as 1
+SLERP_MIN_NORM = 1e-8  # slerp: a norm that is not larger counts as 1
 
 
 def gram_factors(job: TensorJob, workers: Workers) -> list[float]:
@@ -163,7 +163,7 @@ def karcher(products: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
 def model_stock(products: np.ndarray) -> list[float]:
     """The factor t / N for each of N differences, where t = N cos / (1 + (N - 1) cos) and cos is the mean pair cosine.
 
-    t is the share of the way from the base to the mean of the models.
+    The result is then base + t * (mean of the models - base).
     """
     count = len(products)
     norms = np.sqrt(np.diag(products))

@@ -21,8 +21,8 @@ from pretrain.merge.methods.blocks import Block
 from pretrain.merge.methods.task_vectors import SparseTaskVector
 from pretrain.weights.dtypes import FLOATS, Accumulator
 
-# A compiled pass takes so many of numpy's blocks at once: it holds only the result, and writing costs more than the
-# arithmetic (blocks of 128 KiB: 0.85 s; four times that: 0.5 s; sixteen times: 1.5 s).
+# A compiled pass processes this many of numpy's blocks at once: it stores only the result, and writing costs more time
+# than the arithmetic (measured with blocks of 128 KiB: 0.85 s; four times that: 0.5 s; sixteen times: 1.5 s).
 BLOCKS_PER_PASS = 4
 ELEMENTS_PER_TILE = 512  # TILE in numbers.h
 MAX_VECTORS = 16  # of `products`; MOST in products.c
@@ -33,21 +33,21 @@ FusedPass = Callable[[Block, np.ndarray], bool]
 _POINTER, _INT, _SIZE, _REAL, _U64 = (
     ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_double, ctypes.c_uint64,
 )  # fmt: skip
-_PAIR = (_POINTER, _INT, _POINTER, _INT)
-_BASED = (_POINTER, _INT, _POINTER, _INT, _U64, _SIZE, _POINTER, _INT)
+_TENSOR_AND_BASE = (_POINTER, _INT, _POINTER, _INT)
+_BASE_AND_VECTORS = (_POINTER, _INT, _POINTER, _INT, _U64, _SIZE, _POINTER, _INT)
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linear": (_INT, (_POINTER, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT)),
-    "arithmetic": (_INT, _BASED),
-    "consensus": (_INT, (*_BASED, _REAL, _INT, _POINTER)),
+    "arithmetic": (_INT, _BASE_AND_VECTORS),
+    "consensus": (_INT, (*_BASE_AND_VECTORS, _REAL, _INT, _POINTER)),
     "norms": (None, (_POINTER, _POINTER, _INT, _U64, _SIZE, _SIZE, _POINTER)),
-    "histogram": (None, (*_PAIR, _SIZE, _INT, _POINTER)),
-    "place": (_SIZE, (*_PAIR, _SIZE, ctypes.c_uint32, _U64, _POINTER)),
+    "histogram": (None, (*_TENSOR_AND_BASE, _SIZE, _INT, _POINTER)),
+    "place": (_SIZE, (*_TENSOR_AND_BASE, _SIZE, ctypes.c_uint32, _U64, _POINTER)),
     "products": (None, (_POINTER, _POINTER, _INT, _POINTER, _INT, _SIZE, _SIZE, _POINTER)),
 }
 
 
 class Difference(ctypes.Structure):
-    """One sparse task vector, as the struct `Term` of difference.c lays it out."""
+    """One sparse task vector, in the layout of the struct `Term` in difference.c."""
 
     _fields_ = (
         ("stored", _POINTER), ("keys", _POINTER), ("factor", _REAL), ("weight", _REAL), ("cut", ctypes.c_int64),

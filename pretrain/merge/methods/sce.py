@@ -17,7 +17,7 @@ from pretrain.merge.methods.sparsify import BINS, bin_of_rank
 from pretrain.merge.methods.task_vectors import Threshold
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, Accumulator, elements, exact_sum
 
-# mergekit's bound: below this sum of weights all models have the same weight, and no divisor is smaller.
+# mergekit's bound: if the mean squares sum to less, all models have the same weight; divisors are at least this large.
 MIN_WEIGHT_SUM = 1e-6
 
 
@@ -82,9 +82,9 @@ def _above(keys: np.ndarray, threshold: Threshold, block: Block) -> np.ndarray:
 def _variance_threshold(
     terms: Sequence[Term], base: Term, share: float, kind: Accumulator, count: int, workers: Workers
 ) -> Threshold | None:
-    """The threshold that selects the int(share * n) entries of largest variance, of the n with any; None selects none.
+    """The threshold of the int(share * n) entries of largest variance, where n entries have a variance above 0.
 
-    Among equal variances the first entries are selected.
+    Among equal variances the first entries are selected. None selects no entry.
     """
 
     def keys(start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:

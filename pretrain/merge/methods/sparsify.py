@@ -1,7 +1,8 @@
 """Selects entries of differences by magnitude and combines them by sign.
 
-TIES (arXiv 2306.01708) keeps the largest entries of each difference and elects one sign per entry. Breadcrumbs also
-removes the very largest entries. `l1_ratio` gives the factor that restores a difference's L1 norm.
+TIES (arXiv 2306.01708) trims: it keeps only the largest entries of each difference (`trim_thresholds`). Then it elects
+one sign per entry (`elected_sum`). Breadcrumbs also removes the very largest entries. `l1_ratio` is the factor that
+restores a difference's L1 norm.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from pretrain.merge.methods.task_vectors import NO_ENTRIES, SparseTaskVector, Th
 from pretrain.weights.dtypes import BITS, ELEMENTS_PER_BLOCK, Accumulator, exact_sum
 
 BINS = 1 << 16  # of a histogram over one half (16 bits) of the magnitude keys
-MAX_BINS_PER_SPAN = 1 << 14  # a span's histogram is kept if it has at most so many non-empty bins
+MAX_BINS_PER_SPAN = 1 << 14  # a span's histogram is kept if it has at most this many non-empty bins
 # Kept bins of all spans (24 MiB). Beyond it, spans in which a threshold may end are counted again.
 MAX_BINS = 1 << 22
 # Key of every NaN, because the NaN payload that a subtraction returns differs between processors.
 NAN_KEY = 0x7F800001
-MIN_NORM = 1e-7  # below it nothing is rescaled; mergekit's number, so that its files give its results
+MIN_NORM = (
+    1e-7  # smaller L1 norms are not rescaled; mergekit's bound, so that its files give the same results
+)
 NonEmptyBins = tuple[np.ndarray, np.ndarray]  # numbers of the non-empty bins of a histogram, and their counts
 # Writes a block's elements of a sparse task vector to an array.
 WriteDifference = Callable[[SparseTaskVector, Term, Block, np.ndarray], None]
 
 
-def magnitude_thresholds(
+def trim_thresholds(
     sizes: Sequence[tuple[Term, int]], base: Term, kind: Accumulator, count: int, workers: Workers
 ) -> list[Threshold | None]:
-    """Per (term, size) the threshold that selects exactly the `size` largest of the `count` entries of x - base.
+    """TIES' trim: per (term, size) the threshold that selects the `size` largest of the `count` entries of x - base.
 
     Among equal magnitudes the first entries are selected. None selects all entries (size >= count).
     """
-    tiles = list(spans(count))
+    span_list = list(spans(count))
     keys_of = {
         number: DifferenceKeys(term, base, kind, workers)
         for number, (term, size) in enumerate(sizes)
@@ -47,7 +50,7 @@ def magnitude_thresholds(
 
     # 1. A histogram of the keys' upper halves finds the bin that contains the threshold.
     upper = {tensor: np.zeros(BINS, np.int64) for tensor in tensors}
-    work = product(tiles, tensors)
+    work = product(span_list, tensors)
     for tensor, histogram in workers.map(
         lambda task: (task[1], tensors[task[1]].histogram(*task[0], -1)), work
     ):
@@ -57,10 +60,10 @@ def magnitude_thresholds(
         for number, keys in keys_of.items()
     }
 
-    # 2. A histogram of the lower halves within that bin finds the key. Spans with few bins keep their histogram.
+    # 2. A histogram of the lower halves within that bin finds the key. The histogram of a span with few bins is kept.
     lower = {number: np.zeros(BINS, np.int64) for number in keys_of}
     by_span: dict[int, list[NonEmptyBins | None]] = {number: [] for number in keys_of}
-    lower_work, bins_left = product(tiles, keys_of), MAX_BINS
+    lower_work, bins_left = product(span_list, keys_of), MAX_BINS
     for number, filled in workers.map(
         lambda task: (task[1], keys_of[task[1]].non_empty_bins(*task[0], bins[task[1]][0])), lower_work
     ):
@@ -74,13 +77,13 @@ def magnitude_thresholds(
     for number, keys in keys_of.items():
         high, rank = bins[number]
         low, rank = bin_of_rank(lower[number], rank)
-        thresholds[number] = _threshold_at(keys, tiles, by_span[number], high * BINS + low, rank)
+        thresholds[number] = _threshold_at(keys, span_list, by_span[number], high * BINS + low, rank)
     return thresholds
 
 
 def _threshold_at(
     keys: DifferenceKeys,
-    tiles: Sequence[tuple[int, int]],
+    span_list: Sequence[tuple[int, int]],
     by_span: Sequence[NonEmptyBins | None],
     key: int,
     rank: int,
@@ -89,7 +92,7 @@ def _threshold_at(
 
     by_span: lower histogram of every span; None if it was not kept.
     """
-    for (start, stop), filled in zip(tiles, by_span, strict=True):
+    for (start, stop), filled in zip(span_list, by_span, strict=True):
         if filled is None:
             equal = keys.nth_equal(start, stop, key, BINS * BINS)[1]
         else:
@@ -129,20 +132,20 @@ class DifferenceKeys:
         return numbers, counts[numbers]
 
     def nth_equal(self, start: int, stop: int, key: int, rank: int) -> tuple[int, int]:
-        """The element after the `rank`-th one whose key is `key`, or `stop`; and the number of such keys before it."""
-        seen = 0
+        """The element after the `rank`-th one whose key is `key`, else `stop`; and the number of such keys before."""
+        counted = 0
         for block in self._blocks(start, stop):
             if _compiled():
-                end, equal = native.nth_equal(self.term, self.base, self.kind, key, rank - seen, block)
-                if seen + equal == rank:
+                end, equal = native.nth_equal(self.term, self.base, self.kind, key, rank - counted, block)
+                if counted + equal == rank:
                     return end, rank
             else:
                 positions = np.flatnonzero(self._keys(block) == key)
                 equal = len(positions)
-                if seen + equal >= rank:
-                    return block.start + int(positions[rank - seen - 1]) + 1, rank
-            seen += equal
-        return stop, seen
+                if counted + equal >= rank:
+                    return block.start + int(positions[rank - counted - 1]) + 1, rank
+            counted += equal
+        return stop, counted
 
     def _blocks(self, start: int, stop: int) -> Iterator[Block]:
         return self.workers.blocks(
@@ -186,7 +189,7 @@ def selected(difference: np.ndarray, threshold: Threshold, block: Block) -> np.n
 
 
 def zero_unless(values: np.ndarray, condition: np.ndarray, block: Block) -> None:
-    """Set `values` to zero in place where `condition` is False. Works on bits, since 0 times infinity is NaN."""
+    """Set `values` to zero in place where `condition` is False. Masks bits, because 0 times infinity is NaN."""
     bits = BITS[values.dtype]
     mask = block.array("mask", bits)
     np.copyto(mask, condition)
@@ -245,7 +248,7 @@ def breadcrumbs_thresholds(
         for size in (outer, outer - kept)
         if size > 0
     ]
-    thresholds = dict(zip(requests, magnitude_thresholds(requests, base, kind, count, workers), strict=True))
+    thresholds = dict(zip(requests, trim_thresholds(requests, base, kind, count, workers), strict=True))
     return [
         (thresholds.get((term, outer)), thresholds.get((term, outer - kept))) if kept else (NO_ENTRIES, None)
         for term, (kept, outer) in zip(terms, sizes, strict=True)

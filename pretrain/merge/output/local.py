@@ -35,7 +35,7 @@ class LocalOutput:
         return self.journal.done
 
     def open(self, stack: ExitStack, workers: Workers) -> int:
-        """Create the files at full size, so that a full disk is found before the work starts; write their headers."""
+        """Create the files at full size, so that a full disk is an error before the work starts; write headers."""
         for file in self.plan.files:
             opened = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, opened)

@@ -40,7 +40,7 @@ weights = load_file("PATH/FILE")""",
 
 def card(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, Any]) -> bytes:
     """README.md of the output that `record` (merge.json) describes; the same merge has the same card."""
-    mixed = sum(job.why == "mixed" for job in plan.jobs)
+    mixed = sum(job.treatment == "mixed" for job in plan.jobs)
     parts = [
         f"---\n{yaml.safe_dump(front_matter(plan, sources), sort_keys=False, allow_unicode=True)}---",
         f"# {_title(plan, sources)}",
@@ -159,16 +159,16 @@ def _inputs(plan: Plan, sources: Sequence[WeightSource], record: Mapping[str, An
 
 def _weight(plan: Plan, number: int) -> str:
     """The weight of a source, and its range over the tensors if rules change it."""
-    mixing = [job for job in plan.jobs if job.why == "mixed"]
+    mixing = [job for job in plan.jobs if job.treatment == "mixed"]
     if any(job.base is not None and job.base.source == number for job in mixing):
         return "base"
-    own = [[term.weight for term in job.terms if term.source == number] for job in mixing]
-    seen = {weight for weights in own for weight in weights or [0.0]}
+    per_job = [[term.weight for term in job.terms if term.source == number] for job in mixing]
+    seen = {weight for weights in per_job for weight in weights or [0.0]}
     if number < len(plan.weights):
         weight = plan.weights[number]
         others = f", {min(seen):.4g} to {max(seen):.4g} by rule" if seen - {weight} else ""
         return f"{weight:.10g}{others}"
-    if not any(own):
+    if not any(per_job):
         return "copied from"
     return f"{min(seen):.10g}" + (f" to {max(seen):.10g} by tensor" if len(seen) > 1 else "")
 

@@ -46,9 +46,8 @@ def abort(folder: str, uploads: list[IncompleteUpload]) -> None:
     store = filesystem(folder)
     bucket = store.split_path(folder)[0]
     for upload in uploads:
-        with suppress(
-            Exception
-        ):  # the store may be down; the error that caused the abort is the one to report
+        # The store may be down; the error that caused the abort is the one to report.
+        with suppress(Exception):
             store.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload.key, UploadId=upload.upload)
 
 
@@ -97,13 +96,8 @@ class MultipartUpload:
         ahead: int,
         earlier: IncompleteUpload | None = None,
     ) -> None:
-        self.url, self._small, self._part, self._pool, self._ahead = (
-            url,
-            size <= SMALL_OBJECT_BYTES,
-            part,
-            pool,
-            ahead,
-        )
+        self.url, self._small = url, size <= SMALL_OBJECT_BYTES
+        self._part, self._pool, self._ahead = part, pool, ahead
         self._buffer = bytearray()
         self._sent: dict[int, str] = {}
         self._in_flight: deque[Future[None]] = deque()
@@ -191,7 +185,7 @@ class MultipartUpload:
             raise
 
     def _is_complete(self, store: Any, parts: int) -> bool:
-        """True if the object exists with so many parts: the ETag of a multipart object ends in their number."""
+        """True if the object exists with this number of parts: the ETag of a multipart object ends in their number."""
         head = store.call_s3("head_object", Bucket=self._address["Bucket"], Key=self._address["Key"])
         return str(head["ETag"]).strip('"').endswith(f"-{parts}")
 

@@ -30,8 +30,8 @@ def jobs_of(record: Mapping[str, Any]) -> list[tuple[str, TensorJob]]:
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with a `seal`: the digest of its other keys."""
-    rest = {key: value for key, value in record.items() if key != SEAL}
-    return {**rest, SEAL: _digest(rest)}
+    content = {key: value for key, value in record.items() if key != SEAL}
+    return {**content, SEAL: _digest(content)}
 
 
 def is_sealed(record: Mapping[str, Any]) -> bool:
@@ -57,7 +57,7 @@ def _plain(plan: Plan, job: TensorJob) -> dict[str, Any]:
         plain["base"] = _plain_term(job, job.base)
     if job.options:
         plain["options"] = dict(job.options)
-    return {**plain, "why": job.why, "file": plan.files[job.file].name, "offset": job.offset}
+    return {**plain, "why": job.treatment, "file": plan.files[job.file].name, "offset": job.offset}
 
 
 def _plain_term(job: TensorJob, term: Term) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _job(entry: Mapping[str, Any]) -> TensorJob:
         terms=tuple(term(plain) for plain in entry["terms"]),
         base=term(entry["base"]) if "base" in entry else None,
         options=tuple(sorted(entry.get("options", {}).items())),
-        why=entry["why"],
+        treatment=entry["why"],
         file=0,
         offset=int(entry["offset"]),
     )

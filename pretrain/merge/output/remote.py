@@ -21,11 +21,8 @@ from pretrain.merge.output.journal import SpanRecord
 from pretrain.merge.output.multipart import IncompleteUpload, MultipartUpload, abort, incomplete_uploads
 from pretrain.merge.output.writer import SpanKey
 
-PART, SMALLEST_PART, MAX_PARTS = (
-    16 << 20,
-    5 << 20,
-    10_000,
-)  # bytes per part, S3's minimum, S3's maximum per object
+PART = 16 << 20  # bytes
+SMALLEST_PART, MAX_PARTS = 5 << 20, 10_000  # S3's limits: bytes per part, parts per object
 BUFFER_BYTES = 32 << 20  # of the parts that are being filled, over all outputs
 SENDERS = 4  # parts in flight over all outputs; at least one per output
 MEBIBYTE = 1 << 20
@@ -122,9 +119,8 @@ class Uploads:
         self._pool.shutdown(cancel_futures=True)
         for file in self._files:
             if abort_uploads or not self._is_s3:
-                with suppress(
-                    Exception
-                ):  # the store may be down; the error that stopped the merge is the one to report
+                # The store may be down; the error that stopped the merge is the one to report.
+                with suppress(Exception):
                     file.discard()
             file.closed = True  # otherwise the garbage collector closes it, which would send the rest
         if self._is_s3 and abort_uploads:
@@ -169,7 +165,7 @@ class RemoteOutput:
         self.done[key] = record
 
     def finish(self) -> None:
-        """Also start the remaining files, which have no elements."""
+        """Start the remaining files, which contain no elements, and end the last one."""
         self._begin_up_to(len(self.plan.files) - 1)
         self.uploads.end()
 

@@ -115,9 +115,8 @@ def write_tensors(
     The bytes depend neither on `block` (elements) nor on `threads`.
     """
     report = progress or (lambda _: None)
-    sequential = sum(
-        output.sequential for output in outputs
-    )  # these hold every span computed ahead in memory
+    # Sequential outputs keep every span that is computed ahead in memory.
+    sequential = sum(output.sequential for output in outputs)
     ahead = 2 if not sequential else 1 if sequential <= MAX_BUFFERED_OUTPUTS else 0
     with ExitStack() as stack, Workers(sources, len(outputs), threads, block, ahead) as workers:
         for output in outputs:

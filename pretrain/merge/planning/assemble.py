@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Why
+from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Treatment
 from pretrain.merge.planning.output_layout import Layout, lay_out
 from pretrain.weights.companions import with_dtype
 from pretrain.weights.dtypes import TensorInfo
@@ -30,11 +30,11 @@ class Blend:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output. `info`: its dtype and shape in the output; `why`: see TensorJob."""
+    """One tensor of the output. `info`: its dtype and shape in the output; `treatment`: see TensorJob."""
 
     name: str
     info: TensorInfo
-    why: Why
+    treatment: Treatment
     blend: Blend
 
 
@@ -96,7 +96,7 @@ def _jobs(
         dtypes = [sources[term.source].info(term.name)[0] for term in tensor.blend.terms]
         base = tensor.blend.base
         base_dtype = sources[base.source].info(base.name)[0] if base is not None else None
-        blend = resolve(tensor.blend, dtypes, base_dtype, tensor.info[0])
+        blend = simplify(tensor.blend, dtypes, base_dtype, tensor.info[0])
         jobs.append(
             TensorJob(
                 name,
@@ -105,7 +105,7 @@ def _jobs(
                 blend.terms,
                 blend.base,
                 blend.options,
-                tensor.why,
+                tensor.treatment,
                 file,
                 offset,
             )
@@ -113,23 +113,23 @@ def _jobs(
     return tuple(jobs)
 
 
-def refusal(names: str, problems: Sequence[str], advice: str) -> UserError:
+def mismatch_error(names: str, problems: Sequence[str], advice: str) -> UserError:
     """The UserError that lists the mismatches of the inputs `names`, at most MAX_LISTED of them."""
     listed = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
-    more = len(problems) - MAX_LISTED
+    unlisted = len(problems) - MAX_LISTED
     return UserError(
         f"cannot merge {names}, {len(problems)} mismatch{'es' if len(problems) > 1 else ''}:{listed}"
-        + (f"\n  ... and {more} more" if more > 0 else "")
+        + (f"\n  ... and {unlisted} more" if unlisted > 0 else "")
         + f"\n{advice}"
     )
 
 
-def resolve(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> Blend:
+def simplify(blend: Blend, dtypes: Sequence[str], base: str | None, out: str) -> Blend:
     """Simplify a blend to one with the same result and fewer reads.
 
-    Terms of weight 0 are dropped, so that their infinities and NaNs do not reach the result. A blend that is then one
-    whole tensor becomes a copy if the dtypes agree, else a conversion (linear, weight 1). For methods that compare no
-    signs, `normalize` divides the weights by their sum here.
+    Terms of weight 0 are dropped, so that their infinities and NaNs do not reach the result. One tensor with weight 1,
+    and a base without terms, become a copy if the dtypes agree, else a conversion (linear, weight 1). For methods
+    without sign election, `normalize` divides the weights by their sum here.
 
     dtypes: of the terms.
     base:   dtype of the base.

@@ -1,7 +1,7 @@
 """Averages over checkpoints of one run: selects the checkpoints and their weights.
 
-Averaging checkpoints of a constant learning rate replaces a learning rate decay. LAWA (arXiv 2306.03241) averages the
-latest few with equal weights; PMA (2505.12082) compares equal, linearly growing and exponential weights; WSM
+With a constant learning rate, averaging checkpoints works like a learning rate decay. LAWA (arXiv 2306.03241) averages
+the latest few with equal weights; PMA (2505.12082) compares equal, linearly growing and exponential weights; WSM
 (2507.17634) derives the weights from the decay that they replace.
 """
 
@@ -23,7 +23,7 @@ from pretrain.run.folder import complete_steps, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
 SCHEDULES = ("uniform", "linear", "1-sqrt", "ema")
-DECAY = 0.8  # default of schedule ema
+DECAY = 0.8  # default for schedule ema
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Window:
 
     every:    keep only checkpoints whose step is a multiple of it.
     schedule: weights from the oldest to the newest checkpoint (`schedule_weights`).
-    decay:    of schedule ema: factor of the weight from one checkpoint to the next older one.
+    decay:    for schedule ema: weight of a checkpoint divided by that of the next newer one (not for the oldest one).
     """
 
     run: str
@@ -152,9 +152,9 @@ def _lengths(stage: Path) -> dict[str, int]:
     """Tokens per row, padding included, of each stream with text; read from the stage's resolved.yaml."""
     path = stage / "resolved.yaml"
     content = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    found = {}
+    lengths = {}
     for stream, data in (content.get("stage", {}).get("data") or {}).items():
         text = data.get("text") if isinstance(data.get("text"), dict) else data
         if isinstance(text.get("length"), int):
-            found[stream] = text["length"]
-    return found
+            lengths[stream] = text["length"]
+    return lengths

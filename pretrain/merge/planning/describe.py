@@ -16,7 +16,7 @@ from pretrain.weights.source import WeightSource
 # Method -> formula of the output.
 THETA = {
     "linear": "sum of weight x input",
-    "slerp": "sum of factor x input, the factors spherical ones of share t (pretrain.merge.methods.gram)",
+    "slerp": "sum of factor x input: spherical interpolation, t is the weight of the second input",
     "passthrough": "input, times its scale",
     "task_arithmetic": "base + lambda x sum of weight x (input - base)",
     "ties": "base + lambda x elected sum of weight x trimmed (input - base) (arXiv 2306.01708)",
@@ -24,18 +24,19 @@ THETA = {
     "dare_ties": "base + lambda x elected sum of weight x dropped (input - base) (arXiv 2311.03099)",
     "breadcrumbs": "base + lambda x sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
     "breadcrumbs_ties": "base + lambda x elected sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
-    "nuslerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.methods.gram",
-    "multislerp": "sum of factor x input, or x (input - base) onto the base, as in pretrain.merge.methods.gram",
-    "karcher": "sum of factor x input, as in pretrain.merge.methods.gram (arXiv 2603.04972)",
+    "nuslerp": "sum of factor x input; with a base: base + sum of factor x (input - base)",
+    "multislerp": "sum of factor x input; with a base: base + sum of factor x (input - base)",
+    "karcher": "sum of factor x input: Karcher mean (arXiv 2603.04972)",
     "sce": "base + elected mean of selected (input - base), by their mean squares (arXiv 2408.07990)",
     "model_stock": "base + t x mean of (input - base), t by their angles (arXiv 2403.19522)",
 }
 ROUNDING = "each product rounded, added in this order, rounded once to the output type"
 BYTES_PER_SECOND = 1e9  # assumed by the estimate of the time: bytes read, combined and written per second
 BASE_MEMORY = 32e6  # bytes of the process with numpy before it merges, measured
-SPANNED = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+# Methods of pretrain.merge.methods.gram, which first compute norms and angles.
+GRAM_METHODS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 # Passes of a method over its inputs, if more than one.
-PASSES = {**dict.fromkeys(SPANNED, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
+PASSES = {**dict.fromkeys(GRAM_METHODS, 2), "ties": 3, "breadcrumbs": 4, "breadcrumbs_ties": 4, "sce": 6}
 
 
 def lines(plan: Plan) -> list[str]:
@@ -58,13 +59,17 @@ def lines(plan: Plan) -> list[str]:
 
 def summary(plan: Plan) -> str:
     """Counts of mixed, copied (by reason) and left-out tensors, and the bytes written."""
-    whys = Counter(job.why for job in plan.jobs)
-    mixed = whys.pop("mixed", 0)
-    listed = [*whys] if len(whys) == 1 else [f"{count} {why}" for why, count in whys.items()]
-    reasons = f" ({', '.join(listed)})" if whys else ""
+    treatments = Counter(job.treatment for job in plan.jobs)
+    mixed = treatments.pop("mixed", 0)
+    listed = (
+        [*treatments]
+        if len(treatments) == 1
+        else [f"{count} {reason}" for reason, count in treatments.items()]
+    )
+    reasons = f" ({', '.join(listed)})" if treatments else ""
     left = f", {len(plan.left_out)} left out" if plan.left_out else ""
     name = plan.files[0].name if len(plan.files) == 1 else f"{len(plan.files)} files"
-    return f"{mixed} tensors mixed, {whys.total()} copied{reasons}{left}, {plan.size:,} bytes in {name}"
+    return f"{mixed} tensors mixed, {treatments.total()} copied{reasons}{left}, {plan.size:,} bytes in {name}"
 
 
 def formula(plan: Plan, addresses: bool = False) -> str:
@@ -81,7 +86,11 @@ def blend_text(plan: Plan, job: TensorJob) -> str:
     marks = [letter(term.source) for term in job.terms]
     renamed = f" {job.terms[0].name}" if job.terms[0].name != job.name else ""
     if job.copy:
-        return f"copy of {marks[0]}{renamed} ({job.why})" if job.why != "mixed" else f"1 {marks[0]}{renamed}"
+        return (
+            f"copy of {marks[0]}{renamed} ({job.treatment})"
+            if job.treatment != "mixed"
+            else f"1 {marks[0]}{renamed}"
+        )
     terms = [
         f"{term.weight:g} {m}" + (f" (density {term.density:g})" if term.density != 1 else "")
         for m, term in zip(marks, job.terms, strict=True)
@@ -117,7 +126,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "terms": [[t.source, t.name, t.weight, t.density] for t in job.terms],
                 "base": [job.base.source, job.base.name] if job.base is not None else None,
                 "options": dict(job.options),
-                "why": job.why,
+                "why": job.treatment,
                 "file": plan.files[job.file].name,
             }
             for job in plan.jobs

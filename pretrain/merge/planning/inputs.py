@@ -11,12 +11,8 @@ from pretrain.merge.merge_plan import letter
 from pretrain.weights.companions import read_config
 from pretrain.weights.source import WeightSource, open_weights
 
-CODES = (
-    "U8",
-    "I8",
-    "I16",
-    "I32",
-)  # dtypes of packed quantisation codes; positions and other counters are I64
+# Dtypes of packed quantisation codes. Positions and other counters are I64.
+CODE_DTYPES = ("U8", "I8", "I16", "I32")
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def quantised(source: WeightSource) -> str | None:
         return None
     for name in source.names():
         dtype = source.info(name)[0]
-        if dtype in CODES or dtype.startswith(("F8", "F6", "F4")):
+        if dtype in CODE_DTYPES or dtype.startswith(("F8", "F6", "F4")):
             return f"{source.address}: quantised ({settings.get('quant_method', 'by its config')}): {name} is {dtype}"
     return None
 
@@ -75,4 +71,6 @@ def quantised(source: WeightSource) -> str | None:
 def quantised_inputs(sources: Sequence[WeightSource]) -> list[str]:
     """One error line per quantised source; quantised weights cannot be mixed."""
     advice = "quantisation codes cannot be averaged; name the weights before quantisation, or convert them to 16 bits"
-    return [f"{found}; {advice}" for source in sources if (found := quantised(source)) is not None]
+    return [
+        f"{description}; {advice}" for source in sources if (description := quantised(source)) is not None
+    ]

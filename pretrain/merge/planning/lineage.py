@@ -28,7 +28,7 @@ def duplicate_notes(sources: Sequence[WeightSource]) -> list[str]:
 
 
 def lineage_notes(sources: Sequence[WeightSource]) -> list[str]:
-    """A note for every two inputs with recorded ancestors and no common one: their mean is rarely a good model."""
+    """A note for each pair of inputs that have recorded ancestors but no common one: their mean is rarely good."""
     known = [(source.address, ancestors(source)) for source in sources]
     recorded = [(address, found) for address, found in known if found]
     notes = []
@@ -56,20 +56,20 @@ def _ancestors(folder: Path, depth: int) -> set[str]:
     parents: list[str] = []
     if (content := _read(folder / "resolved.yaml")) is not None:
         stage = content.get("stage", {})
-        found.add(_mark(folder))
-        parents += list(_starts(stage))
+        found.add(_stage_id(folder))
+        parents += list(_parent_addresses(stage))
     if (record := _read(folder / "merge.json")) is not None:
         inputs = record.get("inputs")
         listed = inputs if isinstance(inputs, list) else []
-        made_of = [entry.get("path") for entry in listed if isinstance(entry, dict)]
-        parents += [path for path in made_of if isinstance(path, str)]
-        found |= {_mark(folder)} if parents else set()
+        paths = [entry.get("path") for entry in listed if isinstance(entry, dict)]
+        parents += [path for path in paths if isinstance(path, str)]
+        found |= {_stage_id(folder)} if parents else set()
     for parent in parents:
-        found |= _of(parent, folder, depth)
+        found |= _ancestors_of_parent(parent, folder, depth)
     return found
 
 
-def _of(parent: str, folder: Path, depth: int) -> set[str]:
+def _ancestors_of_parent(parent: str, folder: Path, depth: int) -> set[str]:
     """A parent and its ancestors; the parent is a stage of the same run, a stage elsewhere, or an outside address."""
     name = parent.partition("@")[0]
     if "://" in name:
@@ -78,17 +78,17 @@ def _of(parent: str, folder: Path, depth: int) -> set[str]:
     for candidate in candidates:
         place = candidate.parent.parent if candidate.parent.name == "checkpoints" else candidate
         if depth and place.is_dir() and place.resolve() != folder.resolve():
-            return {_mark(place)} | _ancestors(place, depth - 1)
+            return {_stage_id(place)} | _ancestors(place, depth - 1)
     return {name}
 
 
-def _mark(folder: Path) -> str:
+def _stage_id(folder: Path) -> str:
     """RUN/STAGE and a hash of the full path. Records are published, so they must not contain a user's home folder."""
     place = folder.resolve()
     return f"{place.parent.name}/{place.name}#{xxhash.xxh64_hexdigest(os.fsencode(place))[:8]}"
 
 
-def _starts(value: Any) -> list[str]:
+def _parent_addresses(value: Any) -> list[str]:
     """All addresses under `init`, `continue` or `inputs` of a stage."""
     if not isinstance(value, dict):
         return []
@@ -99,7 +99,7 @@ def _starts(value: Any) -> list[str]:
         elif key == "inputs" and isinstance(inner, dict):
             found += [name for name in inner if isinstance(name, str)]
         elif isinstance(inner, dict):
-            found += _starts(inner)
+            found += _parent_addresses(inner)
     return found
 
 

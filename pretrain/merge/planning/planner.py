@@ -1,4 +1,4 @@
-"""Decides which tensors are mixed, copied, left out or refused, then plans any weights of the same inputs."""
+"""Decides which tensors are mixed, copied, left out or refused, then makes one plan for each set of weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from pretrain.merge.merge_plan import BASED, Method, Options, Plan, Term, Why, letter
-from pretrain.merge.planning.assemble import Blend, PlannedTensor, assemble, refusal
+from pretrain.merge.merge_plan import NATIVE_BASE_METHODS, Method, Options, Plan, Term, Treatment, letter
+from pretrain.merge.planning.assemble import Blend, PlannedTensor, assemble, mismatch_error
 from pretrain.merge.planning.inputs import OpenedInputs, open_inputs, quantised_inputs
 from pretrain.merge.planning.lineage import duplicate_notes, lineage_notes
 from pretrain.merge.planning.request import Request
@@ -31,16 +31,18 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the output before its weights are known. `origin`: the source it is copied from; None if any."""
+    """A tensor of the output before its weights are known. `origin`: the source to copy it from; None: any."""
 
     name: str
     info: TensorInfo
-    why: Why
+    treatment: Treatment
     origin: int | None
 
 
 class Planner:
-    """Decides about every tensor once; then plans any weights. All plans have the same tensors at the same offsets.
+    """Decides about every tensor once; then makes one plan for each set of weights.
+
+    All plans have the same tensors at the same offsets.
 
     sources: the inputs, then the other models that the request names.
     named:   address or letter in the request -> index into `sources`, for base, copy_rest and copy_from.
@@ -62,7 +64,7 @@ class Planner:
         self.base = named[request.base] if request.base is not None else None
         self._active = list(active) if active else list(range(self.inputs))
         self._rules = Rules(request)
-        self._held = [set(source.names()) for source in sources]
+        self._names_of = [set(source.names()) for source in sources]
         self._problems: list[tuple[str, str]] = []  # (key of ADVICE, description)
         self._left_out: list[str] = []
         self._slots: list[Slot] = []
@@ -72,20 +74,20 @@ class Planner:
             self._decide(name)
         self._refuse_quantised()
         self._problems += [("rule", problem) for problem in self._rules.unmatched(every)]
-        if not any(slot.why == "mixed" for slot in self._slots) and not self._problems:
-            found = f"matches '{request.only}'" if request.only is not None else "could be mixed"
-            self._problems.append(("none", f"no tensor {found}"))
+        if not any(slot.treatment == "mixed" for slot in self._slots) and not self._problems:
+            selection = f"matches '{request.only}'" if request.only is not None else "could be mixed"
+            self._problems.append(("none", f"no tensor {selection}"))
         if self._problems:
             names = " and ".join(self._name(i) for i in range(self.inputs))
             advice = dict.fromkeys(ADVICE[kind] for kind, _ in self._problems)
-            raise refusal(names, [problem for _, problem in self._problems], "\n".join(advice))
+            raise mismatch_error(names, [problem for _, problem in self._problems], "\n".join(advice))
         self._frozen = self._shared_frozen()
 
     def _refuse_quantised(self) -> None:
         used = self._inputs_and_base()
-        mixing = any(slot.why == "mixed" for slot in self._slots) or self._problems
-        if mixing and (found := quantised_inputs([self.sources[i] for i in used])):
-            raise UserError("\n".join(found))
+        mixing = any(slot.treatment == "mixed" for slot in self._slots) or self._problems
+        if mixing and (errors := quantised_inputs([self.sources[i] for i in used])):
+            raise UserError("\n".join(errors))
 
     def _inputs_and_base(self) -> list[int]:
         return [*range(self.inputs), *([self.base] if self.base is not None else [])]
@@ -101,7 +103,7 @@ class Planner:
             PlannedTensor(
                 slot.name,
                 self._output_info(slot),
-                slot.why,
+                slot.treatment,
                 self._blend(slot, weights, nonzero[0] if nonzero else 0),
             )
             for slot in slots
@@ -122,63 +124,65 @@ class Planner:
         )
 
     def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:
-        if slot.why != "mixed":
+        if slot.treatment != "mixed":
             return Blend("copy", (Term(slot.origin if slot.origin is not None else first, slot.name),))
-        own = self._rules.weights(slot.name, weights)
+        tensor_weights = self._rules.weights(slot.name, weights)
         terms = tuple(
-            Term(i, slot.name, float(own[i]), self.request.densities[i]) for i in range(self.inputs)
+            Term(i, slot.name, float(tensor_weights[i]), self.request.densities[i])
+            for i in range(self.inputs)
         )
         base = Term(self.base, slot.name) if self.base is not None else None
         method: Method = self.request.method  # type: ignore[assignment]
-        return Blend(method, terms, base, self._options(own))
+        return Blend(method, terms, base, self._options(tensor_weights))
 
     def _options(self, weights: Sequence[float]) -> Options:
         request, method = self.request, self.request.method
         options: dict[str, float | bool | int] = {}
         if method == "slerp":
             options["t"] = float(weights[1])
-        if method in BASED:
+        if method in NATIVE_BASE_METHODS:
             options |= {"lambda": request.scale, "normalize": request.normalize}
         if method.startswith("dare"):
             options |= {"rescale": request.rescale, "seed": request.seed}
         return tuple(sorted(options.items()))
 
     def _output_info(self, slot: Slot) -> TensorInfo:
-        return (self.dtype or slot.info[0], slot.info[1]) if slot.why == "mixed" else slot.info
+        return (self.dtype or slot.info[0], slot.info[1]) if slot.treatment == "mixed" else slot.info
 
     def _decide(self, name: str) -> None:
         rule = self._rules.first_match(name)
         if rule is not None and rule.copy_from is not None:
             self._copy(name, rule.copy_from)
             return
-        holders = [i for i in range(self.inputs) if name in self._held[i]]
+        holders = [i for i in range(self.inputs) if name in self._names_of[i]]
         if not self._rules.mixes(name):
-            outside = self._rules.outside_only(name)
-            why: Why = "rest" if outside else "excluded"
-            self._unmixed(name, holders, why, "outside only" if outside else "excluded")
-        elif len(holders) < self.inputs or (self.base is not None and name not in self._held[self.base]):
+            outside = self._rules.not_matched_by_only(name)
+            treatment: Treatment = "rest" if outside else "excluded"
+            reason = "does not match --only" if outside else "is excluded"
+            self._unmixed(name, holders, treatment, reason)
+        elif len(holders) < self.inputs or (self.base is not None and name not in self._names_of[self.base]):
             if self.rest is not None:
                 self._from_rest(name, "rest")
             else:
                 self._missing(name)
         elif all(name in source.frozen for source in self.sources[: self.inputs]):
-            self._unmixed(name, holders, "frozen", "frozen")
+            self._unmixed(name, holders, "frozen", "is frozen")
         else:
             self._mix(name)
 
     def _copy(self, name: str, model: str) -> None:
         origin = self._named[model]
-        if name in self._held[origin]:
+        if name in self._names_of[origin]:
             self._slots.append(Slot(name, self.sources[origin].info(name), "rule", origin))
         else:
             problem = f"{name}: a rule copies it from {self._name(origin)}, which does not have it"
             self._problems.append(("rule", problem))
 
-    def _unmixed(self, name: str, holders: Sequence[int], why: Why, what: str) -> None:
+    def _unmixed(self, name: str, holders: Sequence[int], treatment: Treatment, reason: str) -> None:
         if self.rest is not None:
-            self._from_rest(name, why)
+            self._from_rest(name, treatment)
         else:
-            self._same_everywhere(name, holders, why, what)
+            self._same_everywhere(name, holders, treatment, reason)
 
     def _mix(self, name: str) -> None:
         used = self._inputs_and_base()
@@ -201,28 +205,28 @@ class Planner:
         else:
             self._slots.append(Slot(name, infos[0], "integer", None))
 
-    def _from_rest(self, name: str, why: Why) -> None:
+    def _from_rest(self, name: str, treatment: Treatment) -> None:
         assert self.rest is not None
-        if name in self._held[self.rest]:
-            self._slots.append(Slot(name, self.sources[self.rest].info(name), why, self.rest))
+        if name in self._names_of[self.rest]:
+            self._slots.append(Slot(name, self.sources[self.rest].info(name), treatment, self.rest))
         else:
             self._left_out.append(name)
 
-    def _same_everywhere(self, name: str, holders: Sequence[int], why: Why, what: str) -> None:
+    def _same_everywhere(self, name: str, holders: Sequence[int], treatment: Treatment, reason: str) -> None:
         if len(holders) < self.inputs:
             self._missing(name)
             return
         first = self._active[0]
         for other in self._active[1:]:
             if not self.sources[first].equal(name, self.sources[other]):
-                differs = f"{name}: {what}, and differs between {self._name(first)} and {self._name(other)}"
+                differs = f"{name}: {reason}, but differs between {self._name(first)} and {self._name(other)}"
                 self._problems.append(("differ", differs))
                 return
-        self._slots.append(Slot(name, self.sources[first].info(name), why, first))
+        self._slots.append(Slot(name, self.sources[first].info(name), treatment, first))
 
     def _missing(self, name: str) -> None:
         used = self._inputs_and_base()
-        holders = [i for i in used if name in self._held[i]]
+        holders = [i for i in used if name in self._names_of[i]]
         absent = [i for i in used if i not in holders]
         where = ", ".join(self._name(i) for i in absent)
         tie = next((self.sources[i].tied[name] for i in absent if name in self.sources[i].tied), None)

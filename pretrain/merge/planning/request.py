@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.merge.merge_plan import BASED, METHODS, letter
+from pretrain.merge.merge_plan import METHODS, NATIVE_BASE_METHODS, letter
 from pretrain.merge.planning.output_layout import SHARD_SIZE
 from pretrain.weights.dtypes import FLOATS
 
-# Methods with a base whose weights --normalize divides by their sum; the others divide entry by entry.
-SUMMED = ("task_arithmetic", "dare_linear")
-SPARSE = tuple(name for name in BASED if name != "task_arithmetic")
-DARE = ("dare_linear", "dare_ties")
+# Methods with a base for which --normalize divides the weights by their sum; the others divide entry by entry.
+NORMALIZED_BY_SUM = ("task_arithmetic", "dare_linear")
+SPARSE_METHODS = tuple(name for name in NATIVE_BASE_METHODS if name != "task_arithmetic")
+DARE_METHODS = ("dare_linear", "dare_ties")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _plain(record: Request | Rule) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 
-def request(
+def make_request(
     inputs: Sequence[str],
     *,
     beta: float | None = None,
@@ -138,10 +138,10 @@ def request(
     # 1. Options that contradict the method.
     count = len(inputs)
     _check_method(inputs, method, base)
-    _check_flag("--lambda", scale, BASED, method)
-    _check_flag("--density", density, SPARSE, method)
-    _check_flag("--seed", seed, DARE, method)
-    _check_flag("--rescale", rescale, DARE, method)
+    _check_flag("--lambda", scale, NATIVE_BASE_METHODS, method)
+    _check_flag("--density", density, SPARSE_METHODS, method)
+    _check_flag("--seed", seed, DARE_METHODS, method)
+    _check_flag("--rescale", rescale, DARE_METHODS, method)
     _check_flag("--t", t, ("slerp",), method)
     if method == "slerp" and count != 2:
         raise UserError(f"--method slerp merges two inputs, but {count} are given")
@@ -177,13 +177,13 @@ def _check_method(inputs: Sequence[str], method: str, base: str | None) -> None:
     count = len(inputs)
     if method not in (*METHODS, "soup"):
         raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}, soup")
-    based = method in BASED
+    based = method in NATIVE_BASE_METHODS
     if count < (1 if based else 2):
         raise UserError(f"a merge needs two inputs or more, but {count} is given")
     if based and base is None:
         raise UserError(f"--method {method} adds differences to a base; name it with --base")
     if base is not None and not based:
-        raise UserError(f"--base is for {', '.join(BASED)}; --method {method} has no base")
+        raise UserError(f"--base is for {', '.join(NATIVE_BASE_METHODS)}; --method {method} has no base")
     if base is not None and (base in inputs or base in {letter(i) for i in range(count)}):
         raise UserError(
             f"--base {base} is also an input; its difference to itself is 0, so leave it out of the inputs"
@@ -278,11 +278,11 @@ def input_weights(
                 f"--method soup weighs all inputs equally; leave out {given[0]}, or use --method linear"
             )
         return (1.0 / count,) * count
-    if method in BASED:
+    if method in NATIVE_BASE_METHODS:
         if beta is not None:
             raise UserError("--beta is for linear and slerp; write --weights with one factor per input")
         factors = finite_weights(count, weights) if weights is not None else (1.0,) * count
-        if normalize and method in SUMMED and abs(math.fsum(factors)) < 1e-8:
+        if normalize and method in NORMALIZED_BY_SUM and abs(math.fsum(factors)) < 1e-8:
             raise UserError(
                 f"--normalize divides by the sum of the weights, which is 0 for "
                 f"{', '.join(f'{w:g}' for w in factors)}; leave it out, or change --weights"

@@ -46,9 +46,9 @@ class Rules:
         rule = self.first_match(name)
         excluded = rule is not None and (rule.exclude or rule.copy_from is not None)
         excluded = excluded or (self._exclude is not None and self._exclude.search(name) is not None)
-        return not excluded and not self.outside_only(name)
+        return not excluded and not self.not_matched_by_only(name)
 
-    def outside_only(self, name: str) -> bool:
+    def not_matched_by_only(self, name: str) -> bool:
         """True if `only` is set and does not match the name."""
         return self._only is not None and not self._only.search(name)
 

@@ -18,7 +18,7 @@ Projection = Callable[[float, float], Point]
 
 
 def picture(sweep: Sweep) -> str:
-    """One panel per metric: the metric that decides in a large panel, the others below it in two columns."""
+    """One panel per metric: the deciding metric in a large panel, the others below it in two columns."""
     names = sweep.names
     parts = _header(sweep)
     if not names:
@@ -30,7 +30,9 @@ def picture(sweep: Sweep) -> str:
     for number, name in enumerate(names[1:]):
         last = number == len(names) - 2
         left = MARGIN + (number % 2) * (half + MARGIN)
-        width = WIDTH - 2 * MARGIN if last and number % 2 == 0 else half  # the last one may fill its row
+        width = (
+            WIDTH - 2 * MARGIN if last and number % 2 == 0 else half
+        )  # a last panel without a neighbour fills its row
         parts += _panel(sweep, name, (left, y), (width, SMALL_HEIGHT), False)
         if number % 2 or last:
             y += SMALL_HEIGHT + 56
@@ -67,7 +69,7 @@ def _panel(sweep: Sweep, name: str, corner: Point, size: Point, large: bool) -> 
     width, height = size[0] - 58 - 14, size[1] - 24
     parts = [figures.text(corner[0], corner[1] + 8, name, font_weight=650, font_size=13 if large else 12)]
     if not values:
-        return [*parts, figures.text(left, top + 20, "nothing finite", fill=figures.FAINT)]
+        return [*parts, figures.text(left, top + 20, "no finite values", fill=figures.FAINT)]
     ticks = figures.ticks(min(values.values()), max(values.values()), 6 if large else 3)
     low, high = ticks[0], ticks[-1]
 

@@ -1,4 +1,4 @@
-"""`Sweep`: betas, folders, scores; sweep.json, CSV, table. Also parses --betas and names the output folders."""
+"""`Sweep`: betas, folders and scores, as sweep.json, CSV and table; parses --betas and names the output folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SweepPoint:
 
 @dataclass
 class Sweep:
-    """The outputs and scores of a sweep, theta = beta * A + (1 - beta) * B.
+    """The outputs and scores of a sweep over theta = beta * A + (1 - beta) * B.
 
     a, b:    addresses of the inputs.
     command: words of the scoring command; empty for a sweep without scores.

@@ -57,7 +57,7 @@ def run_sweep(
     check_outside_inputs(str(out), opened)
     report = score_reporter(print_line)
     with Workspace(str(out), "\n".join(keys)) as workspace:
-        # 1. Resume from sweep.json. An output that the user has removed has no folder.
+        # 1. Resume from sweep.json. The folder of an output that the user removed becomes None.
         sweep = _resume(plans, keys, betas, workspace, command, metric, lower)
         points = [next(point for point in sweep.points if point.beta == beta) for beta in betas]
         for point in points:
@@ -75,7 +75,7 @@ def run_sweep(
         if keep or workspace.remote:  # a store that refuses writes fails here, before hours of scoring
             _save(sweep, workspace)
 
-        # 3. Score each output, in a temporary merge where there is no local one.
+        # 3. Score each output. If there is no local copy, merge it once more into a temporary folder.
         for plan, point, name in zip(plans, points, names, strict=True):
             temporary = workspace.remote or point.folder is None
             trial = workspace.folder / (name if temporary else point.folder or name)
@@ -106,7 +106,7 @@ def _resume(
     metric: str | None,
     lower: bool | None,
 ) -> Sweep:
-    """The sweep of sweep.json, with a point for each of `betas`. Raises UserError if it is another sweep."""
+    """The sweep in sweep.json, with a point for each of `betas`. Raises UserError if it is another sweep."""
     words = command.words if command is not None else ()
     a, b = plans[0].addresses[:2]
     sweep = Sweep(a, b, words, metric, bool(lower))
@@ -115,7 +115,7 @@ def _resume(
         earlier.command = ()  # a command that never gave a score, such as one with a typo, may be replaced
     if earlier.command and words and earlier.command != words:
         raise UserError(
-            f"{join(workspace.url, RESULTS)}: scored by another command, {' '.join(earlier.command)}; "
+            f"{join(workspace.url, RESULTS)}: was scored by another command, {' '.join(earlier.command)}; "
             "choose another --out, or delete that file to score again"
         )
     if not words:
@@ -124,7 +124,7 @@ def _resume(
         sweep.metric, sweep.lower = earlier.metric, earlier.lower if lower is None else lower
     scored = [point.metrics for point in earlier.points if point.metrics]
     if metric is not None and scored and not any(metric in metrics for metrics in scored):
-        choose_metric(scored[0], metric)  # raises
+        choose_metric(scored[0], metric)  # raises UserError
     known = {point.beta: point for point in earlier.points}
     for key, beta in zip(keys, betas, strict=True):
         point = known.setdefault(beta, SweepPoint(beta, None, key))

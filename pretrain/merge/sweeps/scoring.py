@@ -44,7 +44,7 @@ class Command:
     seconds: float | None = None
     wrapped: Callable[[list[str]], list[str]] = list
 
-    def on(self, folder: Path) -> list[str]:
+    def words_for(self, folder: Path) -> list[str]:
         """The words for one folder. Its path stays within one argument, whatever characters it has."""
         return [word.replace(PLACEHOLDER, str(folder)) for word in self.words]
 
@@ -88,7 +88,7 @@ def score(command: Command, folder: Path, log: Path) -> Metrics:
     """
     out, err = log.with_name(f"{log.name}.out"), log.with_name(f"{log.name}.err")
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = command.on(folder)
+    words = command.words_for(folder)
     code = _run(command, words, out, err)
     command_line = shlex.join(words)
     if code is None:

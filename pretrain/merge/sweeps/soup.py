@@ -1,8 +1,8 @@
 """Greedy and uniform soups: the mean of the models whose mean scores best (arXiv 2203.05482, recipe 1).
 
 The greedy recipe scores every model; then, from the best one downwards, it adds each model if the score of the mean
-does not drop. Every mean is computed from the inputs and rounded once, never from another mean. Resumable: soup.json
-is published after every score.
+does not get worse. Every mean is computed from the inputs and rounded once, never from another mean. Resumable:
+soup.json is published after every score.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Trial:
 
     members: numbers of the inputs in the mean, ascending; a single one is that model itself.
     plan:    key of its merge plan.
-    kept:    the recipe continued from this mean; None if that was not decided.
+    kept:    True if the recipe continued from this mean; None if it did not decide.
     """
 
     members: tuple[int, ...]
@@ -61,7 +61,7 @@ class Soup:
     command: words of the scoring command; empty for a soup without scores.
     metric:  the metric that decides; None before the first score.
     lower:   lower values of that metric are better.
-    uniform: the mean of all inputs, not the greedy recipe.
+    uniform: True for the mean of all inputs, False for the greedy recipe.
     chosen:  inputs in the soup, in the order in which they were added; empty during the search.
     trials:  every scored mean in order; first each input alone.
     record:  merge.json of the finished soup; not in soup.json.
@@ -156,9 +156,8 @@ def run_soup(
         soup.chosen = tuple(range(opened.inputs)) if uniform else search.greedy(soup)
         if uniform and command is not None:
             search.score(soup, soup.chosen)
-        search.save(
-            soup
-        )  # after a kill before `publish`, soup.json tells the next call that `out` is its own
+        # If this process is killed before `publish`, soup.json shows the next call that `out` belongs to this search.
+        search.save(soup)
         records = execute([search.plan(soup.chosen)], opened, [out], threads=threads, progress=progress)
         soup.record = records[0]
         search.publish(soup)
@@ -198,7 +197,7 @@ class _Search:
         return self.plan(members).key(self._fingerprints)
 
     def check_out(self) -> None:
-        """UserError if `out` holds anything but a soup; checked before anything is written."""
+        """Raises UserError if `out` holds anything but a soup; checked before anything is written."""
         if any(self._saved()) or not exists(self.out):
             return
         if is_remote(self.out) or not Path(self.out).is_dir() or any(Path(self.out).iterdir()):
@@ -207,7 +206,7 @@ class _Search:
             )
 
     def _saved(self) -> Iterator[tuple[str, bytes]]:
-        """Address and content of soup.json, of the unfinished search first, then of the finished soup."""
+        """URL and content of each existing soup.json: first of the unfinished search, then of the finished soup."""
         for workspace in (self.workspace, self.finished):
             if (content := workspace.read(RESULTS)) is not None:
                 yield join(workspace.url, RESULTS), content
@@ -223,7 +222,7 @@ class _Search:
         return soup
 
     def _load(self, soup: Soup, url: str, raw: bytes, metric: str | None, lower: bool | None) -> None:
-        """Fill in the trials and the metric of soup.json. Raises UserError if they are of another soup."""
+        """Take trials and metric from soup.json. Raises UserError if it belongs to another soup."""
         try:
             content = json.loads(raw)
             words, known, known_lower = (
@@ -238,12 +237,14 @@ class _Search:
             ) from None
         if trials and words != soup.command:
             raise UserError(
-                f"{url}: scored by another command, {' '.join(words)}; choose another --out, or delete that "
+                f"{url}: was scored by another command, {' '.join(words)}; choose another --out, or delete that "
                 "file to score again"
             )
         for trial in trials:
             if max(trial.members) >= self.opened.inputs or trial.plan != self.key(trial.members):
-                raise UserError(f"{url}: of other models or options; choose another --out, or remove it")
+                raise UserError(
+                    f"{url}: is a soup of other models or options; choose another --out, or remove it"
+                )
         soup.trials, soup.metric = trials, metric or known
         if lower is None and metric in (None, known):
             soup.lower = bool(known_lower)
@@ -268,7 +269,7 @@ class _Search:
         return chosen
 
     def score(self, soup: Soup, members: Sequence[int]) -> Trial:
-        """The trial of a mean; merged, scored and removed unless an earlier call has scored it."""
+        """The trial of a mean; merges, scores and removes the mean unless an earlier call scored it."""
         trial = soup.trial(members)
         if trial is None:
             assert self.command is not None

@@ -18,7 +18,7 @@ from pretrain.merge.merge_plan import Plan
 from pretrain.merge.output.writer import Progress, combine_range
 from pretrain.merge.planning.inputs import OpenedInputs
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import request, resolve_weights
+from pretrain.merge.planning.request import make_request, resolve_weights
 from pretrain.merge.sweeps.scored_sweep import run_sweep
 from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.source import WeightSource, open_weights
@@ -59,7 +59,7 @@ def plan_sweep(
     if not betas:
         raise UserError("a sweep needs at least one beta")
     weights = [resolve_weights(2, beta, None) for beta in betas]
-    return prepare(request([a, b], beta=betas[0], **options), weights, run_dir)
+    return prepare(make_request([a, b], beta=betas[0], **options), weights, run_dir)
 
 
 class Interpolated(Mapping[str, np.ndarray]):

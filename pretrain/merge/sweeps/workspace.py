@@ -106,7 +106,7 @@ def _remove_all(store: Any, url: str) -> None:
 
 
 def _private_folder(key: str) -> Path:
-    """The path of a folder for `key`, in a folder below TMPDIR that only this user can access."""
+    """Path of the folder for `key`, inside a folder below TMPDIR that only this user can access."""
     base = Path(tempfile.gettempdir()) / f"dromos-{os.getuid()}"
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = base.lstat()

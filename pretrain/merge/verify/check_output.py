@@ -1,4 +1,4 @@
-"""`dromos verify`: checks that an output is complete and unchanged, and that its inputs give it.
+"""`dromos verify`: checks that an output is complete and unchanged, and that its inputs reproduce it.
 
 Everything is compared with merge.json: sizes and digests of files, tensors and their places, config.json, the state of
 the inputs, and random chunks that are recomputed from the inputs. Nothing is written.
@@ -132,7 +132,7 @@ def _check_all(
         changed = _check_other_files(report, folder, record)
         _check_config(report, folder, tensors, "config.json" in changed)
 
-        # 4. The inputs, and what they give.
+        # 4. The inputs, and chunks that are recomputed from them.
         _check_inputs(report, record, jobs, intact, count, seed, workers, threads, progress)
 
 
@@ -141,7 +141,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _check_finite(report: Report, jobs: Mapping[str, TensorJob], overflow: Mapping[str, int]) -> None:
-    """NaN and infinities are wrong, unless they were copied from an input."""
+    """Report NaN and infinities: as wrong, or as a note if they were copied from an input."""
     for name, (nan, inf) in report.not_finite.items():
         copied = name in jobs and jobs[name].copy
         text = f"{name}: {nan:,} NaN, {inf:,} infinite" + (", copied from its input" if copied else "")
@@ -160,16 +160,16 @@ def _check_places(
     tensors: Mapping[str, TensorInfo],
     files: Mapping[str, str],
 ) -> None:
-    """Every tensor is in its file with its dtype and shape, the index lists it there, and tied names have a target."""
+    """Check that every tensor is in its file with its dtype and shape, the index, and the targets of tied names."""
     for file, job in jobs:
         if job.name not in tensors:
-            report.add("wrong", f"{job.name}: missing; it was written to {file}")
+            report.add("wrong", f"{job.name}: missing; the merge wrote it to {file}")
         elif tensors[job.name] != (job.dtype, job.shape) or files[job.name] != file:
             dtype, shape = tensors[job.name]
             report.add(
                 "wrong",
                 f"{job.name}: {dtype} {list(shape)} in {files[job.name]}, "
-                f"but {job.dtype} {list(job.shape)} was written to {file}",
+                f"but the merge wrote {job.dtype} {list(job.shape)} to {file}",
             )
     if len(record["output"]) > 1 or INDEX in folder:
         index = _json(folder, INDEX)
@@ -220,8 +220,8 @@ def _digest_of(folder: Folder, name: str) -> str | None:
 def _check_config(report: Report, folder: Folder, tensors: Mapping[str, TensorInfo], changed: bool) -> None:
     """Compare sizes in config.json with the tensors, by keys that mean the same in all models.
 
-    These are the vocabulary, the width and the number of layers. `changed`: the file has a finding already, so a match
-    is not reported as good.
+    These are the vocabulary, the width and the number of layers. `changed`: the file is already reported as changed,
+    so a match is not reported as good.
     """
     try:
         config: Any = folder.json("config.json") if "config.json" in folder else {}
@@ -287,7 +287,7 @@ def _check_inputs(
     threads: int | None,
     progress: Progress | None,
 ) -> None:
-    """Check that the inputs are unchanged, and that they give the bytes of the intact files."""
+    """Check that the inputs are unchanged, and that they reproduce the bytes of the intact files."""
     sources, states = open_inputs_of(record)
     all_jobs = [job for _, job in jobs]
     for number, (entry, (state, reason)) in enumerate(zip(record["inputs"], states, strict=True)):

@@ -1,6 +1,6 @@
-"""One weight file: digests, non-finite elements; the report.
+"""Checks one weight file against the digests and sizes in merge.json, and counts NaN and infinities.
 
-A file is checked against the digests and sizes in merge.json.
+`Report` collects the findings of all checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pretrain.weights.dtypes import ELEMENTS_PER_BLOCK, elements
 from pretrain.weights.folder import Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 
-# dtype -> unsigned integer type of its size, mask of all bits but the sign, bits of infinity. Larger bits are NaN.
+# dtype -> unsigned integer type of the same size, mask of all bits but the sign, bits of infinity; larger ones are NaN.
 INFINITY = {
     "F64": ("<u8", (1 << 63) - 1, 0x7FF << 52), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
     "F16": ("<u2", 0x7FFF, 0x7C00), "BF16": ("<u2", 0x7FFF, 0x7F80),
@@ -41,7 +41,7 @@ class Report:
     """The findings of `verify`.
 
     not_finite: name -> (NaNs, infinities) of the tensors that have any.
-    inputs:     (address, state) of each input: unchanged, changed, gone or not reached.
+    inputs:     (address, state) of each input; states: unchanged, changed, gone, not reached.
     recomputed: number of chunks that were recomputed from the inputs.
     """
 
@@ -86,7 +86,7 @@ def open_file(report: Report, folder: Folder, name: str, entry: Mapping[str, Any
     try:
         file = folder.open(name)
         if file.size != entry["size"]:
-            report.add("wrong", f"{name}: {file.size:,} bytes, but {entry['size']:,} were written")
+            report.add("wrong", f"{name}: {file.size:,} bytes, but the merge wrote {entry['size']:,}")
         return SafetensorsFile(file)
     except UserError as error:
         report.add("wrong", str(error))

@@ -1,7 +1,4 @@
-"""Recomputes random parts from merge.json.
-
-Opens the inputs that merge.json names, computes chunks of the output again, and compares them bit by bit.
-"""
+"""Recomputes random chunks of an output from the inputs that merge.json names, and compares them bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from pretrain.weights.source import WeightSource, open_weights
 UNCHANGED, CHANGED, GONE, UNREACHED = "unchanged", "changed", "gone", "not reached"
 RELATIVE_PATH = " (its path is relative: run verify in the folder in which the merge ran)"
 Progress = Callable[[int], None]
-# Number of the job, first element, element after the last one, and the computation; None for a copied tensor.
+# Index of the job, elements [start, stop), and the computation (None for a copied tensor).
 Chunk = tuple[int, int, int, Compute | None]
 
 
@@ -43,7 +40,7 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
         try:
             source = open_weights(str(entry["path"]))
             now, then = source.hashes(), dict(entry["files"])
-        except ReadError as error:  # no verdict on the input; the output itself can still be checked
+        except ReadError as error:  # the input stays unchecked; the output itself can still be checked
             sources.append(None)
             states.append((UNREACHED, str(error)))
             continue
@@ -76,7 +73,7 @@ def _with_joint_vocabulary(
 
 
 def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], workers: Workers) -> str:
-    """Read again every tensor that the jobs use of source `number`; returns the digest that merge.json records."""
+    """Digest of all tensors that the jobs read from source `number`, read again; merge.json records the same digest."""
     names = {term.name for job in jobs for term in job.reads if term.source == number}
 
     def digest(name: str) -> str:
@@ -92,7 +89,7 @@ def read_digest(number: int, source: WeightSource, jobs: Sequence[TensorJob], wo
 
 
 def chunks(jobs: Sequence[TensorJob], count: int | None, seed: int) -> Iterator[tuple[int, int, int]]:
-    """(number of the job, start, stop) of `count` random ranges, of ELEMENTS_PER_BLOCK elements or less; None: all.
+    """(index of the job, start, stop) of `count` random ranges of at most ELEMENTS_PER_BLOCK elements; None: all spans.
 
     A tensor is drawn with a probability proportional to its size.
     """
@@ -158,7 +155,7 @@ def differing(
 def _prepared(
     jobs: Sequence[TensorJob], ranges: Iterable[tuple[int, int, int]], workers: Workers
 ) -> Iterator[Chunk]:
-    """Adds the computation of its job to each range; a method's first pass over a tensor runs at its first range."""
+    """Add the computation of its job to each range. A method's first pass over a tensor runs at its first range."""
     last, compute = -1, None
     for number, start, stop in ranges:
         if number != last:

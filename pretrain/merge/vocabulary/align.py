@@ -37,10 +37,10 @@ HEAD = re.compile(
     r"\.(weight|bias)$"
 )
 ADVICE = (
-    "choose a rule with --vocabulary (in a spec, vocabulary): first (the tokens of the first input; another input that "
-    "lacks a token takes the first's row), intersect (tokens that all inputs have), union (tokens of any input; an "
-    "input that lacks a token takes the row of one that has it) or pad (row by row; shorter embeddings take the "
-    "missing rows from the longest)"
+    "choose a rule with --vocabulary (in a spec, vocabulary): first (the tokens of the first input; other inputs use "
+    "the first input's row for tokens that they lack), intersect (tokens that all inputs have), union (tokens of any "
+    "input; an input that lacks a token uses the row of one that has it) or pad (row by row; shorter embeddings use "
+    "the missing rows of the longest)"
 )
 
 
@@ -61,8 +61,8 @@ def aligned(
     (the tokens of the first source, then the additional ones of each other source in its order) work token by token
     and need a tokenizer beside every source. `pad` works row by row. Sources without embeddings are returned unchanged.
 
-    Raises VocabularyMismatch if there is no rule, rows or tokenizers differ, and one of these tensors is `mixed`;
-    UserError if the rule cannot be applied.
+    Raises VocabularyMismatch if there is no rule, numbers of rows or tokenizers differ, and one of these tensors is
+    `mixed`; UserError if the rule cannot be applied.
     """
     if rule is not None and rule not in RULES:
         raise UserError(f"vocabulary: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
@@ -72,7 +72,7 @@ def aligned(
         return list(sources)
     chosen = [sources[i] for i in with_vocabulary]
     rows = [_rows_of(source, names[i], rule) for i, source in zip(with_vocabulary, chosen, strict=True)]
-    files = {_raw(source) for source in chosen}
+    files = {_tokenizer_bytes(source) for source in chosen}
     if len(set(rows)) == len(files) == 1 and None not in files:
         return list(sources)
     tokenizers = [read_tokenizer(source.companions, source.address) for source in chosen]
@@ -89,45 +89,51 @@ def aligned(
             if i < j
             for name in {*names[i]} & {*names[j]}
         }
-        if not any(
-            map(mixed, shared)
-        ):  # tensors of different names are never mixed; the planner reports them
+        # Tensors of different names are never mixed; the planner reports them.
+        if not any(map(mixed, shared)):
             return list(sources)
         raise VocabularyMismatch(_difference(with_vocabulary, chosen, rows, tokenizers))
     check_row_types(chosen, [names[i] for i in with_vocabulary])
     remappings = (
         _pad(chosen, rows, tokenizers) if rule == "pad" else _by_token(chosen, rows, tokenizers, rule)
     )
-    unknown = _unknown(chosen, rows, {name for found in names for name in found})
-    views = list(sources)
+    unrecognised = _note_unrecognised_tensors(chosen, rows, {name for found in names for name in found})
+    remapped = list(sources)
     for place, i in enumerate(with_vocabulary):
-        moved, companions, notes, config_error = remappings[place]
-        notes = [*notes, *unknown]
-        views[i] = RemappedSource(
-            sources[i], chosen, dict.fromkeys(names[i], moved), companions, notes, config_error
+        row_map, companions, notes, config_error = remappings[place]
+        notes = [*notes, *unrecognised]
+        remapped[i] = RemappedSource(
+            sources[i], chosen, dict.fromkeys(names[i], row_map), companions, notes, config_error
         )
-    return views
+    return remapped
 
 
-def _unknown(sources: Sequence[WeightSource], rows: Sequence[int], known: set[str]) -> list[str]:
+def _note_unrecognised_tensors(
+    sources: Sequence[WeightSource], rows: Sequence[int], known: set[str]
+) -> list[str]:
     """A note about tensors that are as long as the vocabulary in every source but have no known embedding name.
 
     No note if embeddings are as wide as they are long, because then too many tensors match.
     """
     shapes = [{name: source.info(name)[1] for name in source.names()} for source in sources]
-    if any(n in held[name][1:] for held, n in zip(shapes, rows, strict=True) for name in known & held.keys()):
+    if any(
+        n in by_name[name][1:]
+        for by_name, n in zip(shapes, rows, strict=True)
+        for name in known & by_name.keys()
+    ):
         return []
-    found = [
+    unrecognised = [
         name
         for name in shapes[0]
-        if name not in known and all(n in held.get(name, ()) for held, n in zip(shapes, rows, strict=True))
+        if name not in known
+        and all(n in by_name.get(name, ()) for by_name, n in zip(shapes, rows, strict=True))
     ]
-    if not found:
+    if not unrecognised:
         return []
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    more = f" and {len(unrecognised) - 3} more" if len(unrecognised) > 3 else ""
     return [
-        f"{', '.join(found[:3])}{more}: as long as the vocabulary, but not a known name of an embedding or head: rows "
-        "keep their order"
+        f"{', '.join(unrecognised[:3])}{more}: as long as the vocabulary, but not a known name of an embedding or "
+        "head; its rows are not remapped"
     ]
 
 
@@ -143,10 +149,10 @@ def is_vocabulary(name: str) -> bool:
 
 def vocabulary_names(source: WeightSource) -> list[str]:
     """Names of the tensors with one row per token: embeddings, and heads with as many rows."""
-    held = source.names()
-    embeddings = [name for name in held if is_embedding(name) and len(source.info(name)[1]) == 2]
+    stored = source.names()
+    embeddings = [name for name in stored if is_embedding(name) and len(source.info(name)[1]) == 2]
     rows = {source.info(name)[1][0] for name in embeddings}
-    heads = [n for n in held if HEAD.search(n) and source.info(n)[1][:1] and source.info(n)[1][0] in rows]
+    heads = [n for n in stored if HEAD.search(n) and source.info(n)[1][:1] and source.info(n)[1][0] in rows]
     return embeddings + [name for name in heads if name not in embeddings]
 
 
@@ -162,7 +168,7 @@ def _rows_of(source: WeightSource, names: Sequence[str], rule: str | None) -> in
     return counts[0]
 
 
-def _raw(source: WeightSource) -> bytes | None:
+def _tokenizer_bytes(source: WeightSource) -> bytes | None:
     companion = source.companions.get(FILE)
     return None if companion is None else read_companion(companion)
 
@@ -203,7 +209,7 @@ def check_row_types(sources: Sequence[WeightSource], names: Sequence[Sequence[st
             raise UserError(f"{name}: a vocabulary rule needs rows of one width and dtype: {listed}")
 
 
-# Row map, companions, notes, and why an output cannot use the companions (None if it can).
+# Row map, companions, notes, and the reason why an output cannot use the companions (None if it can).
 Remapping = tuple[RowMap, dict[str, Path | bytes], list[str], str | None]
 
 
@@ -242,9 +248,9 @@ def _pad(
 
 
 def _by_token(
-    sources: Sequence[WeightSource], rows: Sequence[int], found: Sequence[Tokenizer | None], rule: str
+    sources: Sequence[WeightSource], rows: Sequence[int], optional: Sequence[Tokenizer | None], rule: str
 ) -> list[Remapping]:
-    tokenizers = [_required(t, source, rule) for t, source in zip(found, sources, strict=True)]
+    tokenizers = [_required(t, source, rule) for t, source in zip(optional, sources, strict=True)]
     for tokenizer, count in zip(tokenizers, rows, strict=True):
         if max(tokenizer.ids.values(), default=-1) >= count:
             raise UserError(f"{tokenizer.where}: has token ids beyond the {count} rows of its embeddings")

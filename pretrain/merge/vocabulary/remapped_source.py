@@ -22,7 +22,7 @@ class RowMap:
 
     starts: first output rows of the runs that are contiguous in one source.
     means:  output row whose owner is MEAN -> the (owner, row) pairs that it averages. An empty tuple gives zeros; None
-            gives the mean of all rows of this tensor that are not such a mean themselves.
+            gives the mean of all rows of this tensor except those with None.
     """
 
     owner: np.ndarray  # int64[rows]
@@ -56,7 +56,7 @@ class RemappedSource(WeightSource):
     rows:         tensor name -> row map; other tensors are read unchanged.
     companions:   replace those of `source`.
     notes:        added to those of `source`.
-    config_error: why an output cannot use these companions; None if it can.
+    config_error: the reason why an output cannot use these companions; None if it can use them.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RemappedSource(WeightSource):
     ) -> None:
         self.__dict__.update(source.__dict__)
         self.config_error = config_error or source.config_error
-        self.__dict__["_beside"] = dict(companions), [*source.notes, *notes]
+        self.__dict__["_companions_and_notes"] = dict(companions), [*source.notes, *notes]
         self._source, self._sources, self._rows = source, sources, dict(rows)
         self.rows_digest = " ".join(
             [source.rows_digest, *(f"{name} {row_map.digest}" for name, row_map in rows.items())]
@@ -78,7 +78,7 @@ class RemappedSource(WeightSource):
         self._means: dict[str, np.ndarray] = {}
 
     @classmethod
-    def beside(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> RemappedSource:
+    def with_companions(cls, source: WeightSource, companions: Mapping[str, Path | bytes]) -> RemappedSource:
         """The same weights with other companions."""
         return cls(source, [], {}, companions, [], None)
 
@@ -125,7 +125,7 @@ class RemappedSource(WeightSource):
         return narrow(total / max(1, len(places)), dtype)
 
     def _mean_of_all(self, name: str, width: int) -> np.ndarray:
-        """The fp64 mean of all rows that are not such a mean themselves."""
+        """The fp64 mean of all rows except those with None in `means`."""
         rows = self._rows[name]
         means = {number for number, places in rows.means.items() if places is None}
         count = len(rows.row) - len(means)

@@ -16,7 +16,7 @@ from pretrain.weights.companions import adapted_config, as_json, read_companion
 from pretrain.weights.folder import parse_json
 
 FILE = "tokenizer.json"
-KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+MODEL_TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram")
 TOKEN_ID_KEY = re.compile(r"_token_(id|ids|index)$")
 # Older forms of the same tokenizer, with its original ids: outdated once tokenizer.json changes.
 STALE = ("added_tokens.json", "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
@@ -47,7 +47,10 @@ class Tokenizer:
     ids: dict[str, int]
 
     def contradicts(self, other: Tokenizer) -> bool:
-        """True if a token has different ids, or an id different tokens; for two complete tokenizers, if ids differ."""
+        """True if a token has different ids, or an id has different tokens.
+
+        If both tokenizers are complete: True if their ids differ at all.
+        """
         if self.content and other.content:
             return self.ids != other.ids
         tokens = {number: token for token, number in other.ids.items()}
@@ -146,7 +149,7 @@ def _check_content(tokenizer: Tokenizer) -> None:
 
 
 def _check_compatible(first: Tokenizer, other: Tokenizer) -> None:
-    if first.kind not in KINDS or first.kind != other.kind:
+    if first.kind not in MODEL_TYPES or first.kind != other.kind:
         raise UserError(
             f"{first.where} is {first.kind}, {other.where} is {other.kind}: these cannot be joined into one "
             "tokenizer; write vocabulary: intersect or pad"
@@ -175,16 +178,19 @@ def _model(tokenizers: Sequence[Tokenizer], ids: Mapping[str, int]) -> dict[str,
             unknown = tokenizers[0].content["model"]["vocab"][model["unk_id"]][0]
             model["unk_id"] = _id(unknown, ids, tokenizers[0].where)
         return model
-    own = set(model["vocab"])
-    held = {token for t in tokenizers for token in t.content["model"]["vocab"] if token in ids}
-    model["vocab"] = {token: ids[token] for token in sorted(held, key=lambda token: ids[token])}
+    first_tokens = set(model["vocab"])
+    tokens = {token for t in tokenizers for token in t.content["model"]["vocab"] if token in ids}
+    model["vocab"] = {token: ids[token] for token in sorted(tokens, key=lambda token: ids[token])}
     if "merges" in model:
         merges: dict[tuple[str, str], Any] = {}
         for t in tokenizers:
             for merge in t.content["model"]["merges"]:
                 left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-                # No merge of another tokenizer may produce a token of the first: its text is tokenised as before.
-                if {left, right, left + right} <= held and (t is tokenizers[0] or left + right not in own):
+                # Skip merges of other tokenizers that produce a token of the first one: otherwise they would change
+                # how the first one tokenizes text.
+                if {left, right, left + right} <= tokens and (
+                    t is tokenizers[0] or left + right not in first_tokens
+                ):
                     merges.setdefault((left, right), merge)
         model["merges"] = list(merges.values())
     return model
@@ -270,34 +276,35 @@ def with_tokenizer(
     joined: bytes | None,
     rows: int,
     where: str,
-    moved: tuple[Tokenizer, Mapping[str, int]] | None = None,
+    new_ids: tuple[Tokenizer, Mapping[str, int]] | None = None,
 ) -> dict[str, Path | bytes]:
     """Companions with the tokenizer of `donor`, its ids of special tokens, and `rows` as vocab_size in config.json.
 
-    joined: replaces the donor's tokenizer.json, if given.
-    moved:  own tokenizer, and token -> id in the output. Ids that the donor's settings do not set follow their tokens;
-            without `moved` they stay unchanged. Raises UserError for a token that the output does not have.
+    joined:  replaces the donor's tokenizer.json, if given.
+    new_ids: the tokenizer of `companions`, and token -> id in the output. An id that the donor's settings do not set is
+             replaced by the new id of the same token; without `new_ids` it stays unchanged. Raises UserError for a
+             token that the output does not have.
     """
     out = {name: content for name, content in companions.items() if not is_tokenizer_file(name)}
     theirs = {name: content for name, content in donor.items() if is_tokenizer_file(name)}
     if joined is not None:
         theirs = {name: c for name, c in theirs.items() if name.startswith(("tokenizer_config", "special"))}
         theirs = _with_added_tokens(theirs, joined, where) | {FILE: joined}
-    found: dict[str, Path | bytes] = {**out, **theirs}
+    adapted: dict[str, Path | bytes] = {**out, **theirs}
     for name in ("config.json", "generation_config.json"):
-        content = parse_json(read_companion(found[name]), f"{where}: {name}") if name in found else None
+        content = parse_json(read_companion(adapted[name]), f"{where}: {name}") if name in adapted else None
         if not isinstance(content, dict):
             continue
         if donor is not companions:
             settings = parse_json(read_companion(donor[name]), name) if name in donor else {}
-            if moved is not None:
-                own = {number: token for token, number in moved[0].ids.items()}
-                _renumber_settings(content, own, moved[1], f"{where}: {name}", settings)
+            if new_ids is not None:
+                tokens = {number: token for token, number in new_ids[0].ids.items()}
+                _renumber_settings(content, tokens, new_ids[1], f"{where}: {name}", settings)
             content = _with_donor_ids(content, settings)
-        found[name] = as_json(
+        adapted[name] = as_json(
             adapted_config(content, {"vocab_size": rows}) if name == "config.json" else content
         )
-    return found
+    return adapted
 
 
 def _with_donor_ids(content: dict[str, Any], donor: Any) -> dict[str, Any]:

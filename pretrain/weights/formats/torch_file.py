@@ -32,7 +32,7 @@ class TorchFile:
         self.file = open_file(file) if isinstance(file, Path | str) else file
         self.name = self.file.name
         self._lock = threading.Lock()
-        self._gathered: tuple[Tensor, np.ndarray] | None = None
+        self._last_strided: tuple[Tensor, np.ndarray] | None = None
         try:
             self.directory = self._archive()
             entries = self.directory.entries
@@ -56,12 +56,12 @@ class TorchFile:
         why = short(str(error) or type(error).__name__)
         return UserError(f"{self.name}: refused: {why}; only files written by torch.save can be read")
 
-    def gathered(self, tensor: Tensor) -> np.ndarray:
-        """All elements of a strided remote tensor, flat. Caches the last tensor, because reads come in chunks."""
+    def read_strided_cached(self, tensor: Tensor) -> np.ndarray:
+        """All elements of a strided remote tensor, flat. Caches the last tensor, because a tensor is read in chunks."""
         with self._lock:
-            if self._gathered is None or self._gathered[0] is not tensor:
-                self._gathered = tensor, tensor.strided().reshape(-1)
-            return self._gathered[1]
+            if self._last_strided is None or self._last_strided[0] is not tensor:
+                self._last_strided = tensor, tensor.strided().reshape(-1)
+            return self._last_strided[1]
 
     def _archive(self) -> ZipDirectory:
         if self.file.peek(0, min(2, self.file.size))[:1] == b"\x80":
@@ -124,7 +124,7 @@ class StateDict:
         self._tensors: dict[str, Tensor] = {}
         first: dict[object, str] = {}
         for name, tensor in found.items():
-            if tensor.numel and (same := first.setdefault(tensor.place, name)) != name:
+            if tensor.numel and (same := first.setdefault(tensor.memory_key, name)) != name:
                 self.tied[name] = same
             else:
                 self._tensors[name] = tensor

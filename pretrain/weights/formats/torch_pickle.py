@@ -68,12 +68,12 @@ class Function:
         return self._run(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a function with its own state")
+        raise pickle.UnpicklingError("it sets attributes on a function")
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
     if not isinstance(storage, Storage):
-        raise pickle.UnpicklingError("a tensor without storage")
+        raise pickle.UnpicklingError("it contains a tensor without storage")
     return checked_tensor(storage, storage.dtype, offset, shape, stride)
 
 
@@ -81,13 +81,13 @@ def _rebuild_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
-        raise pickle.UnpicklingError("a tensor without storage or of an unknown dtype")
+        raise pickle.UnpicklingError("it contains a tensor without storage or of an unknown dtype")
     return checked_tensor(storage, dtype, offset, shape, stride)
 
 
 def _from_type(rebuild: Any, _type: Any, args: Any, _state: Any) -> Any:
     if not isinstance(rebuild, Function):
-        raise pickle.UnpicklingError("a tensor rebuilt by an unknown function")
+        raise pickle.UnpicklingError("it rebuilds a tensor by an unknown function")
     return rebuild(*args)
 
 
@@ -99,19 +99,19 @@ def _size(*sides: Any) -> tuple[Any, ...]:
     if len(sides) == 1 and isinstance(sides[0], list | tuple):
         sides = tuple(sides[0][: MAX_DIMENSIONS + 1])
     if len(sides) > MAX_DIMENSIONS or not all(type(side) is int for side in sides):
-        raise pickle.UnpicklingError("a size that is not a short list of integers")
+        raise pickle.UnpicklingError("it contains a size that is not a short list of integers")
     return sides
 
 
 def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("bytes that are not latin1")
+        raise pickle.UnpicklingError("it contains bytes that are not latin1")
     return text.encode("latin1")
 
 
 def _set(items: Any = ()) -> set[Any]:
     if not isinstance(items, list | tuple):
-        raise pickle.UnpicklingError("a set that is not built from a list")
+        raise pickle.UnpicklingError("it contains a set that is not built from a list")
     _check_keys(items)
     return set(items)
 
@@ -160,7 +160,7 @@ def _check_keys(keys: Any) -> None:
         if not isinstance(key, PLAIN) and not (
             isinstance(key, tuple) and all(isinstance(k, PLAIN) for k in key)
         ):
-            raise pickle.UnpicklingError("a key that is not text or a number")
+            raise pickle.UnpicklingError("it contains a key that is not text or a number")
 
 
 # The Python implementation, because the C one allocates its memo for any index that a file claims.
@@ -193,7 +193,7 @@ class Unpickler(_PythonUnpickler):
             or type(count) is not int
             or not isinstance(key, str | int)
         ):
-            raise pickle.UnpicklingError("a persistent object that is not a storage")
+            raise pickle.UnpicklingError("it contains a persistent object that is not a storage")
         return self._storage(str(key), dtype, count if untyped else count * DTYPES[dtype].itemsize)
 
     def load_reduce(self) -> None:
@@ -203,19 +203,19 @@ class Unpickler(_PythonUnpickler):
         if self._left < 0:
             raise pickle.UnpicklingError("its calls copy more data than the file holds")
         if not isinstance(function, Function | type):
-            raise pickle.UnpicklingError(f"{type(function).__name__} is not callable")
+            raise pickle.UnpicklingError(f"it calls a {type(function).__name__}, which is not a function")
         super().load_reduce()
 
     def load_newobj(self) -> None:
         cls = self.stack[-2]
         if not (isinstance(cls, type) and issubclass(cls, Stub | Dict)):
-            raise pickle.UnpicklingError("an object of what is no class")
+            raise pickle.UnpicklingError("it builds an object whose type is not an allowed class")
         super().load_newobj()
 
     def load_newobj_ex(self) -> None:
         cls = self.stack[-3]
         if not (isinstance(cls, type) and issubclass(cls, Stub | Dict)):
-            raise pickle.UnpicklingError("an object of what is no class")
+            raise pickle.UnpicklingError("it builds an object whose type is not an allowed class")
         super().load_newobj_ex()
 
     def load_setitem(self) -> None:
@@ -246,7 +246,7 @@ def _counted(action: Action) -> Action:
     def run(machine: Unpickler) -> None:
         machine._operations += 1
         if machine._operations > MAX_OPERATIONS:
-            raise pickle.UnpicklingError(f"more than {MAX_OPERATIONS:,} operations")
+            raise pickle.UnpicklingError(f"it has more than {MAX_OPERATIONS:,} operations")
         action(machine)
 
     return run
@@ -260,14 +260,14 @@ def _refused(what: str) -> Action:
 
 
 def _dispatch() -> dict[int, Action]:
-    own = {
+    overridden = {
         pickle.REDUCE: Unpickler.load_reduce, pickle.NEWOBJ: Unpickler.load_newobj,
         pickle.NEWOBJ_EX: Unpickler.load_newobj_ex, pickle.SETITEM: Unpickler.load_setitem,
         pickle.SETITEMS: Unpickler.load_setitems, pickle.DICT: Unpickler.load_dict,
         pickle.FROZENSET: Unpickler.load_frozenset, pickle.ADDITEMS: Unpickler.load_additems,
     }  # fmt: skip
     table = {code: _counted(action) for code, action in _PythonUnpickler.dispatch.items()}
-    table |= {code[0]: _counted(action) for code, action in own.items()}
+    table |= {code[0]: _counted(action) for code, action in overridden.items()}
     return table | {code[0]: _refused(what) for code, what in FORBIDDEN_CODES.items()}
 
 

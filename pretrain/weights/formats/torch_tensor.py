@@ -16,7 +16,7 @@ MAX_EXPANDED_BYTES = 64 << 20  # limit of a tensor that is larger than its stora
 
 
 class TensorFile(Protocol):
-    """The parts of its file that a tensor needs; implemented by `torch_file.TorchFile`."""
+    """The part of a file's interface that its tensors use; implemented by `torch_file.TorchFile`."""
 
     name: str
     file: ByteFile
@@ -25,7 +25,7 @@ class TensorFile(Protocol):
     def refused(self, error: Exception) -> UserError:
         """The UserError for a file that is not what torch.save writes."""
 
-    def gathered(self, tensor: Tensor) -> np.ndarray:
+    def read_strided_cached(self, tensor: Tensor) -> np.ndarray:
         """All elements of a strided tensor of a remote file, flat."""
 
 
@@ -50,7 +50,7 @@ class Storage:
         return self.file.file.read(self.offset + start, self.offset + stop)
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a storage with its own state")
+        raise ValueError("it sets attributes on a storage")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +64,14 @@ class Tensor:
     stride: tuple[int, ...]
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError("a tensor with its own state")
+        raise ValueError("it sets attributes on a tensor")
 
     @property
     def numel(self) -> int:
         return elements(self.shape)
 
     @property
-    def place(self) -> tuple[str, int, int, tuple[int, ...], tuple[int, ...]]:
+    def memory_key(self) -> tuple[str, int, int, tuple[int, ...], tuple[int, ...]]:
         """A key that is equal for tensors over the same memory."""
         return self.storage.file.name, self.storage.entry.header, self.offset, self.shape, self.stride
 
@@ -82,7 +82,7 @@ class Tensor:
             low, high = ((self.offset + n) * kind.itemsize for n in (start, stop))
             return np.frombuffer(self.storage.bytes(low, high), kind)
         if self.storage.file.file.remote:
-            return self.storage.file.gathered(self)[start:stop]
+            return self.storage.file.read_strided_cached(self)[start:stop]
         row = elements(self.shape[1:])
         first = start // row
         return self.strided()[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
@@ -110,16 +110,18 @@ class Tensor:
 def checked_tensor(storage: Storage, dtype: str, offset: Any, shape: Any, stride: Any) -> Tensor:
     """Build a Tensor from values of a pickle; raises ValueError if they are malformed or exceed the storage."""
     if not (isinstance(shape, tuple | list) and isinstance(stride, tuple | list)):
-        raise ValueError("a tensor whose shape or stride is not a list of numbers")
+        raise ValueError("it contains a tensor whose shape or stride is not a list of numbers")
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"a tensor of {len(shape)} dimensions and {len(stride)} strides")
+        raise ValueError(f"it contains a tensor of {len(shape)} dimensions and {len(stride)} strides")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *stride)):
-        raise ValueError("a tensor whose shape, stride or offset is not an integer of at least 0")
+        raise ValueError("it contains a tensor whose shape, stride or offset is not an integer of at least 0")
     taken = elements(tuple(shape)) * DTYPES[dtype].itemsize
     if taken and (offset + _span(shape, stride) + 1) * DTYPES[dtype].itemsize > storage.nbytes:
-        raise ValueError(f"a tensor of shape {tuple(shape)} that exceeds its storage")
+        raise ValueError(f"it contains a tensor of shape {tuple(shape)} that exceeds its storage")
     if taken > max(storage.nbytes, MAX_EXPANDED_BYTES):
-        raise ValueError(f"a tensor of shape {tuple(shape)} over a storage of {storage.nbytes} bytes")
+        raise ValueError(
+            f"it contains a tensor of shape {tuple(shape)}, too large for its storage of {storage.nbytes} bytes"
+        )
     return Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
 
 

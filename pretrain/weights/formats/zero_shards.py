@@ -92,9 +92,9 @@ class ZeroShards:
                 raise UserError(f"{model.name}: the tensor name {ascii(name)[:80]} is not printable text")
         shapes = state.get("param_shapes")
         if optimizers and shapes:
-            self._sharded(optimizers, [_shapes(group, model.name) for group in shapes], state)
+            self._read_sharded(optimizers, [_shapes(group, model.name) for group in shapes], state)
         else:
-            self._plain(state)
+            self._read_unsharded(state)
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -161,8 +161,8 @@ class ZeroShards:
             )
         return [found[rank] for rank in sorted(found)]
 
-    def _plain(self, state: dict[str, Any]) -> None:
-        """Without ZeRO: the module's tensors, replaced by the fp32 masters of DeepSpeed's 16-bit wrapper."""
+    def _read_unsharded(self, state: dict[str, Any]) -> None:
+        """Without ZeRO: the module's tensors; DeepSpeed's 16-bit wrapper adds fp32 masters, which replace them."""
         for name, tensor in state["module"].items():
             if isinstance(tensor, Tensor):
                 self._add(name, tensor)
@@ -178,7 +178,7 @@ class ZeroShards:
             shard = entry.pieces[0].shard
             if shard.numel == 0:
                 continue
-            first = seen.setdefault(shard.place, name)
+            first = seen.setdefault(shard.memory_key, name)
             if first != name:
                 self.tied[name] = first
                 del self._entries[name]
@@ -186,8 +186,8 @@ class ZeroShards:
     def _take_masters(self, masters: Sequence[Tensor]) -> None:
         """Assign each master to the first name, in the module's order, whose tensor equals the rounded master.
 
-        The wrapper stores masters without names. A wrong assignment needs two tensors that are bit-equal after
-        rounding; its error is then smaller than that rounding.
+        The wrapper stores masters without names. Two masters can be swapped only if they round to equal tensors; the
+        error is then below the rounding.
         """
         for master in masters:
             for name, entry in self._entries.items():
@@ -206,7 +206,7 @@ class ZeroShards:
                 return False
         return True
 
-    def _sharded(
+    def _read_sharded(
         self, optimizers: list[str], groups: list[dict[str, tuple[int, ...]]], state: dict[str, Any]
     ) -> None:
         opened = self._open(optimizers)
@@ -214,7 +214,8 @@ class ZeroShards:
         world = _world_size(states[0])
         if world is not None and world != len(optimizers):
             raise UserError(
-                f"{self.url}: {world} ranks wrote this checkpoint, but it has optimizer files of {len(optimizers)}"
+                f"{self.url}: {world} ranks wrote this checkpoint, but it has the optimizer files of "
+                f"{len(optimizers)} ranks"
             )
         if "fp32_flat_groups" in states[0]:
             self._stage_3(
@@ -232,12 +233,15 @@ class ZeroShards:
     ) -> None:
         """ZeRO 1 and 2: a parameter group is one flat vector, split over the ranks, in the order of `param_shapes`."""
         if any(len(rank) != len(groups) for rank in partitions):
-            raise UserError(f"{self.url}: {len(groups)} parameter groups, {len(partitions[0])} flat vectors")
+            raise UserError(
+                f"{self.url}: the model file has {len(groups)} parameter groups, but the first optimizer file has "
+                f"{len(partitions[0])} flat vectors"
+            )
         for number, group in enumerate(groups):
             vector = [rank[number] for rank in partitions]
             at = 0
             for place, (name, shape) in enumerate(group.items()):
-                self._put(name, ("F32", shape), _cut(vector, at, elements(shape)))
+                self._set_entry(name, ("F32", shape), _pieces_of_range(vector, at, elements(shape)))
                 at += elements(shape) + (_size(paddings[number][place]) if paddings else 0)
             self._check_length(at, sum(shard.numel for shard in vector), slack=2 * len(partitions))
 
@@ -253,9 +257,9 @@ class ZeroShards:
                 length = max(0, min(part, count - start))
                 pieces += [
                     Piece(start + p.start, start + p.stop, p.shard, p.offset)
-                    for p in _cut(vectors, at, length)
+                    for p in _pieces_of_range(vectors, at, length)
                 ]
-            self._put(name, ("F32", shape), pieces)
+            self._set_entry(name, ("F32", shape), pieces)
             at += part
         self._check_length(at, sum(shard.numel for shard in flat[0]), slack=0)
 
@@ -267,7 +271,7 @@ class ZeroShards:
             )
 
     def _add_module(self, state: dict[str, Any]) -> None:
-        """Add what the shards do not hold: buffers, frozen parameters and tied names."""
+        """Add the tensors that are not in the shards (buffers, frozen parameters), and the tied names."""
         shared = state.get("shared_params") or {}
         self.tied = {alias: name for alias, name in shared.items() if name in self._entries}
         buffers = set(state.get("buffer_names") or ())
@@ -281,7 +285,7 @@ class ZeroShards:
             shape = _shape(sides)
             parts = [rank[name] for rank in fragments if isinstance(rank.get(name), Tensor)]
             if parts:
-                self._put(name, (parts[0].dtype, shape), _cut(parts, 0, elements(shape)))
+                self._set_entry(name, (parts[0].dtype, shape), _pieces_of_range(parts, 0, elements(shape)))
         for name, tensor in state["module"].items():
             if (
                 isinstance(tensor, Tensor)
@@ -295,14 +299,14 @@ class ZeroShards:
         self.frozen = frozenset((set(frozen_shapes) | (owned - masters)) & set(self._entries))
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        self._put(name, (tensor.dtype, tensor.shape), [Piece(0, tensor.numel, tensor, 0)])
+        self._set_entry(name, (tensor.dtype, tensor.shape), [Piece(0, tensor.numel, tensor, 0)])
 
-    def _put(self, name: str, info: TensorInfo, pieces: Iterable[Piece]) -> None:
+    def _set_entry(self, name: str, info: TensorInfo, pieces: Iterable[Piece]) -> None:
         pieces = tuple(pieces)
         self._entries[name] = Entry(info, pieces, tuple(piece.stop for piece in pieces))
 
 
-def _cut(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
+def _pieces_of_range(vectors: Sequence[Tensor], at: int, count: int) -> Iterator[Piece]:
     """Pieces of elements [at, at + count) of the concatenated vectors."""
     base = 0
     for vector in vectors:
@@ -324,13 +328,13 @@ def _shapes(group: Any, file: str) -> dict[str, tuple[int, ...]]:
 
 def _shape(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, tuple | list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError("a shape that is not a short list of integers")
+        raise ValueError("it contains a shape that is not a short list of integers")
     return tuple(_size(side) for side in shape)
 
 
 def _size(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 1 << 63:
-        raise ValueError("a size that is not an integer of at least 0")
+        raise ValueError("it contains a size that is not an integer of at least 0")
     return number
 
 

@@ -98,5 +98,5 @@ class _Model:
         self.shared = {a: n for a, n in pairs if isinstance(a, str) and isinstance(n, str)}
         names = state.get("buffer_names")
         kept = [n for n in names if is_name(n)] if isinstance(names, list) else []
-        held = module if isinstance(module, dict) else {}
-        self.buffers = {name: held[name] for name in kept if isinstance(held.get(name), Tensor)}
+        tensors = module if isinstance(module, dict) else {}
+        self.buffers = {name: tensors[name] for name in kept if isinstance(tensors.get(name), Tensor)}

@@ -11,7 +11,7 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.merge.mergekit.yaml_file import MergekitFile
 from pretrain.merge.planning.output_layout import parse_size
-from pretrain.merge.planning.request import Request, Rule, request
+from pretrain.merge.planning.request import Request, Rule, make_request
 from pretrain.merge.spec import MergeSpec, load_spec, prepare_spec
 from tests.support.merge_inputs import floats, write
 
@@ -20,7 +20,7 @@ def asked(text: str, folder: Path) -> Request:
     (folder / "spec.yaml").write_text(text)
     spec = load_spec(folder / "spec.yaml")
     assert isinstance(spec, MergeSpec)
-    return spec.request()
+    return spec.to_request()
 
 
 FULL = r"""
@@ -66,26 +66,26 @@ def test_every_key_of_a_spec(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "same"),
     [
-        ("{inputs: [a, b], beta: 0.4}", request(["a", "b"], beta=0.4)),
-        ("{inputs: [{path: a, weight: 1}, {path: b, weight: 3}]}", request(["a", "b"], weights=[1, 3])),
-        ("{inputs: [a, b, c], weights: [1, 2, 1]}", request(["a", "b", "c"], weights=[1, 2, 1])),
-        ("{inputs: [a, b, c], method: soup}", request(["a", "b", "c"], weights=[1, 1, 1])),
-        ("{inputs: [a, b], method: slerp, t: 0.25}", request(["a", "b"], method="slerp", beta=0.75)),
+        ("{inputs: [a, b], beta: 0.4}", make_request(["a", "b"], beta=0.4)),
+        ("{inputs: [{path: a, weight: 1}, {path: b, weight: 3}]}", make_request(["a", "b"], weights=[1, 3])),
+        ("{inputs: [a, b, c], weights: [1, 2, 1]}", make_request(["a", "b", "c"], weights=[1, 2, 1])),
+        ("{inputs: [a, b, c], method: soup}", make_request(["a", "b", "c"], weights=[1, 1, 1])),
+        ("{inputs: [a, b], method: slerp, t: 0.25}", make_request(["a", "b"], method="slerp", beta=0.75)),
         (
             "{inputs: [a, b], base: c, method: task_arithmetic}",
-            request(["a", "b"], base="c", method="task_arithmetic", weights=[1, 1]),
+            make_request(["a", "b"], base="c", method="task_arithmetic", weights=[1, 1]),
         ),
         (
             "{inputs: [a], base: c, method: dare_linear, density: 1e-1, seed: 7, rescale: false}",
-            request(["a"], base="c", method="dare_linear", density=0.1, seed=7, rescale=False),
+            make_request(["a"], base="c", method="dare_linear", density=0.1, seed=7, rescale=False),
         ),
         (
             "{inputs: [a, b], beta: 0.5, rules: [{layers: '0:4', curve: [0.2, 0.8]}]}",
-            request(["a", "b"], beta=0.5, rules=[Rule("", layers=(0, 4), curve=(0.2, 0.8))]),
+            make_request(["a", "b"], beta=0.5, rules=[Rule("", layers=(0, 4), curve=(0.2, 0.8))]),
         ),
         (
             "{inputs: [a, b], beta: 0.5, rules: [{match: mlp, beta: 0.3}]}",
-            request(["a", "b"], beta=0.5, rules=[Rule("mlp", weights=(0.3, 0.7))]),
+            make_request(["a", "b"], beta=0.5, rules=[Rule("mlp", weights=(0.3, 0.7))]),
         ),
     ],
 )

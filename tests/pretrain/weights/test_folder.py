@@ -255,13 +255,13 @@ def test_a_folder_above_names_those_with_weights(tmp_path: Path) -> None:
         model(tmp_path / f"trainer/checkpoint-{step}")
     (tmp_path / "trainer/runs").mkdir()
     with pytest.raises(
-        UserError, match=r"found some in .*checkpoint-1000, .*checkpoint-1500, .*checkpoint-500$"
+        UserError, match=r"weights were found in .*checkpoint-1000, .*checkpoint-1500, .*checkpoint-500$"
     ):
         open_weights(str(tmp_path / "trainer"))
     snapshot = tmp_path / "models--org--name/snapshots/0123"
     model(snapshot)
     (tmp_path / "models--org--name/refs").mkdir()
-    with pytest.raises(UserError, match=f"found some in {snapshot}$"):
+    with pytest.raises(UserError, match=f"weights were found in {snapshot}$"):
         open_weights(str(tmp_path / "models--org--name"))
 
 

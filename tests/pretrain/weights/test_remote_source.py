@@ -214,7 +214,7 @@ def test_blocks_are_bounded_however_much_is_read(bucket: str, monkeypatch: pytes
     for start in [*range(0, 1 << 20, 50_000), 7, 1_000_000]:
         stop = min(start + 60_000, 1 << 20)
         assert file.read(start, stop) == data[start:stop]
-        assert len(blocks._held) * blocks.size <= 1 << 16
+        assert len(blocks._cached) * blocks.size <= 1 << 16
     assert file.read(0, 1 << 20) == data
     assert file.read(10, 10) == b""
     assert BlockCache(1000).size == 1 << 14

@@ -23,7 +23,7 @@ typedef struct {
 } Term;
 
 /* True if DARE keeps an element: a keyed integer hash, lowbias32 of hash-prospector. */
-INLINE int chosen(uint32_t number, uint64_t key, uint32_t below) {
+INLINE int dare_keeps(uint32_t number, uint64_t key, uint32_t below) {
     uint32_t mixed = number ^ (uint32_t)key;
     mixed = (mixed ^ mixed >> 16) * 0x7FEB352D;
     mixed = (mixed ^ mixed >> 15) * 0x846CA68B;
@@ -62,7 +62,7 @@ INLINE void OF(difference)(
     if (term->keys) {
         uint64_t key = term->keys[start / LATTICE - first / LATTICE];
         uint32_t number = (uint32_t)(start % LATTICE), below = term->below;
-        for (size_t i = 0; i < length; i++) out[i] = chosen(number + (uint32_t)i, key, below) ? out[i] : (REAL)0;
+        for (size_t i = 0; i < length; i++) out[i] = dare_keeps(number + (uint32_t)i, key, below) ? out[i] : (REAL)0;
     }
     if (term->cut >= 0) {
         int32_t above = (int32_t)term->cut;
@@ -88,23 +88,23 @@ INLINE size_t OF(tile)(uint64_t first, size_t at, size_t count) {
 CLONES int OF(dromos_arithmetic)(
     const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
     int dtype) {
-    REAL base[TILE], total[TILE], one[TILE];
-    int strange = 0;
+    REAL base[TILE], total[TILE], entries[TILE];
+    int not_finite = 0;
     for (size_t at = 0, length; at < count; at += length) {
         length = OF(tile)(first, at, count);
         widen(base, stored, stored_dtype, at, length);
         for (int term = 0; term < number; term++) {
             REAL factor = (REAL)terms[term].factor;
-            OF(difference)(terms + term, base, first, at, length, one);
+            OF(difference)(terms + term, base, first, at, length, entries);
             if (term == 0)
-                for (size_t i = 0; i < length; i++) total[i] = one[i] * factor;
+                for (size_t i = 0; i < length; i++) total[i] = entries[i] * factor;
             else
-                for (size_t i = 0; i < length; i++) total[i] = total[i] + one[i] * factor;
+                for (size_t i = 0; i < length; i++) total[i] = total[i] + entries[i] * factor;
         }
         for (size_t i = 0; i < length; i++) total[i] = base[i] + total[i];
-        strange |= narrow(total, out, dtype, at, length);
+        not_finite |= narrow(total, out, dtype, at, length);
     }
-    return strange;
+    return not_finite;
 }
 
 /* base + scale * elected sum of f_i d_i (sparsify.elected_sum); `divided`: by the weights that agree in sign.
@@ -115,29 +115,29 @@ CLONES int OF(dromos_consensus)(
     const Term *terms, int number, const void *stored, int stored_dtype, uint64_t first, size_t count, void *out,
     int dtype, double scale, int divided, REAL *work) {
     REAL base[TILE], total[TILE], sign[TILE], share[TILE], factor, scaled = (REAL)scale;
-    int strange = 0;
+    int not_finite = 0;
     for (size_t at = 0, length; at < count; at += length) {
         length = OF(tile)(first, at, count);
         widen(base, stored, stored_dtype, at, length);
         for (int term = 0; term < number; term++) {
-            REAL *one = work + (size_t)term * TILE;
-            OF(difference)(terms + term, base, first, at, length, one);
+            REAL *entries = work + (size_t)term * TILE;
+            OF(difference)(terms + term, base, first, at, length, entries);
             factor = (REAL)terms[term].factor;
-            for (size_t i = 0; i < length; i++) one[i] = one[i] * factor;
+            for (size_t i = 0; i < length; i++) entries[i] = entries[i] * factor;
             if (term == 0)
-                for (size_t i = 0; i < length; i++) total[i] = one[i];
+                for (size_t i = 0; i < length; i++) total[i] = entries[i];
             else
-                for (size_t i = 0; i < length; i++) total[i] = total[i] + one[i];
+                for (size_t i = 0; i < length; i++) total[i] = total[i] + entries[i];
         }
         for (size_t i = 0; i < length; i++) {
             sign[i] = total[i] >= 0 ? (REAL)1 : (REAL)-1;
             total[i] = share[i] = 0;
         }
         for (int term = 0; term < number; term++) {
-            const REAL *one = work + (size_t)term * TILE;
+            const REAL *entries = work + (size_t)term * TILE;
             REAL weight = (REAL)terms[term].weight;
             for (size_t i = 0; i < length; i++) {
-                REAL agreed = one[i] * sign[i];
+                REAL agreed = entries[i] * sign[i];
                 total[i] = total[i] + (agreed <= 0 ? (REAL)0 : agreed); /* keeps NaN */
                 share[i] = share[i] + (agreed > 0 ? weight : (REAL)0);
             }
@@ -145,15 +145,15 @@ CLONES int OF(dromos_consensus)(
         if (divided)
             for (size_t i = 0; i < length; i++) total[i] = total[i] / (share[i] == 0 ? (REAL)1 : share[i]);
         for (size_t i = 0; i < length; i++) total[i] = base[i] + total[i] * sign[i] * scaled;
-        strange |= narrow(total, out, dtype, at, length);
+        not_finite |= narrow(total, out, dtype, at, length);
     }
-    return strange;
+    return not_finite;
 }
 
 /* fp64 L1 norms of the full difference and of the sparse task vector, over `count` <= LEAF elements from `from` on. */
 CLONES void OF(dromos_leaf_norms)(
     const Term *term, const void *stored, int stored_dtype, uint64_t first, size_t from, size_t count, double *sums) {
-    REAL base[LEAF], one[LEAF];
+    REAL base[LEAF], entries[LEAF];
     double size[LEAF];
     Term whole = *term;
     const Term *both[2] = {&whole, term};
@@ -163,9 +163,9 @@ CLONES void OF(dromos_leaf_norms)(
     for (int k = 0; k < 2; k++) {
         for (size_t at = 0, length; at < count; at += length) {
             length = OF(tile)(first, from + at, from + count);
-            OF(difference)(both[k], base + at, first, from + at, length, one + at);
+            OF(difference)(both[k], base + at, first, from + at, length, entries + at);
         }
-        for (size_t i = 0; i < count; i++) size[i] = __builtin_fabs((double)one[i]);
+        for (size_t i = 0; i < count; i++) size[i] = __builtin_fabs((double)entries[i]);
         sums[k] = added(size, count);
     }
 }
@@ -177,10 +177,10 @@ void OF(dromos_norms)(
         OF(dromos_leaf_norms)(term, stored, stored_dtype, first, from, count, sums);
         return;
     }
-    size_t some = half(count);
+    size_t first_half = half(count);
     double other[2];
-    OF(dromos_norms)(term, stored, stored_dtype, first, from, some, sums);
-    OF(dromos_norms)(term, stored, stored_dtype, first, from + some, count - some, other);
+    OF(dromos_norms)(term, stored, stored_dtype, first, from, first_half, sums);
+    OF(dromos_norms)(term, stored, stored_dtype, first, from + first_half, count - first_half, other);
     sums[0] = sums[0] + other[0];
     sums[1] = sums[1] + other[1];
 }

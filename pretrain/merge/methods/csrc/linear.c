@@ -17,7 +17,7 @@
 CLONES int LINEAR(
     const void *const *inputs, const int *dtypes, const double *factors, int terms, size_t count, void *out, int dtype) {
     REAL total[TILE], wide[TILE];
-    int strange = 0;
+    int not_finite = 0;
     for (size_t at = 0; at < count; at += TILE) {
         size_t length = count - at < TILE ? count - at : TILE;
         for (int term = 0; term < terms; term++) {
@@ -28,8 +28,8 @@ CLONES int LINEAR(
             else
                 for (size_t i = 0; i < length; i++) total[i] = total[i] + wide[i] * factor;
         }
-        strange |= narrow(total, out, dtype, at, length);
+        not_finite |= narrow(total, out, dtype, at, length);
     }
-    return strange;
+    return not_finite;
 }
 #endif

@@ -94,7 +94,7 @@ INLINE uint16_t bf16_of_float(float x) {
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-/* The adder rounds; dtypes._narrow_small explains the method. */
+/* One addition rounds; dtypes._narrow_small explains the method. */
 INLINE uint16_t f16_of_float(float x) {
     uint32_t bits = bits32(x), size = bits & 0x7FFFFFFF;
     uint32_t bounded = size < 143u << 23 ? size : 143u << 23, power = bounded & 0x7F800000;
@@ -105,11 +105,11 @@ INLINE uint16_t f16_of_float(float x) {
 
 INLINE uint16_t small_of_double(double x, int mantissa, int bias, uint16_t nan) {
     int shift = 52 - mantissa;
-    uint64_t bits = bits64(x), size = bits & (UINT64_MAX >> 1), own = 1023;
-    uint64_t most = (own + bias + 1) << 52, least = (own + 1 - bias) << 52;
+    uint64_t bits = bits64(x), size = bits & (UINT64_MAX >> 1), bias64 = 1023;
+    uint64_t most = (bias64 + bias + 1) << 52, least = (bias64 + 1 - bias) << 52;
     uint64_t bounded = size < most ? size : most, power = bounded & (uint64_t)0x7FF << 52;
     power = (power > least ? power : least) + ((uint64_t)shift << 52);
-    uint64_t sum = bits64(double_of(bounded) + double_of(power)) + (power >> shift) - ((shift + own + 1 - bias) << mantissa);
+    uint64_t sum = bits64(double_of(bounded) + double_of(power)) + (power >> shift) - ((shift + bias64 + 1 - bias) << mantissa);
     return (uint16_t)(size > (uint64_t)0x7FF << 52 ? nan : (sum & 0x7FFF) | (bits >> 48 & 0x8000));
 }
 
@@ -121,18 +121,18 @@ INLINE int narrow_float(const float *restrict total, void *out, int dtype, size_
     if (dtype == BF16) {
         any16 *to = (any16 *)out + at;
         for (size_t i = 0; i < length; i++) {
-            uint16_t made = bf16_of_float(total[i]);
-            to[i] = made;
-            seen |= (made & 0x7F80u) + 0x80u;
+            uint16_t rounded = bf16_of_float(total[i]);
+            to[i] = rounded;
+            seen |= (rounded & 0x7F80u) + 0x80u;
         }
         return (seen & 0x8000) != 0;
     }
     if (dtype == F16) {
         any16 *to = (any16 *)out + at;
         for (size_t i = 0; i < length; i++) {
-            uint16_t made = f16_of_float(total[i]);
-            to[i] = made;
-            seen |= (made & 0x7C00u) + 0x400u;
+            uint16_t rounded = f16_of_float(total[i]);
+            to[i] = rounded;
+            seen |= (rounded & 0x7C00u) + 0x400u;
         }
         return (seen & 0x8000) != 0;
     }
@@ -172,9 +172,9 @@ INLINE int narrow_double(const double *restrict total, void *out, int dtype, siz
     uint16_t nan = dtype == F16 ? 0x7E00 : 0x7FC0, ones = dtype == F16 ? 0x7C00 : 0x7F80;
     any16 *to = (any16 *)out + at;
     for (size_t i = 0; i < length; i++) {
-        uint16_t made = small_of_double(total[i], mantissa, bias, nan);
-        to[i] = made;
-        seen |= (uint32_t)(made & ones) + (1u << mantissa);
+        uint16_t rounded = small_of_double(total[i], mantissa, bias, nan);
+        to[i] = rounded;
+        seen |= (uint32_t)(rounded & ones) + (1u << mantissa);
     }
     return (seen & 0x8000) != 0;
 }

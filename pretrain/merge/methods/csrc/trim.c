@@ -26,7 +26,7 @@ INLINE void OF(keys)(
     for (size_t i = 0; i < length; i++) out[i] = key_of((float)(wide[i] - other[i]));
 }
 
-/* Few keys are in the bin, so eight keys are skipped at once. */
+/* Count keys whose upper half is `high`. Few keys have it, so eight keys are tested at once. */
 INLINE void OF(within)(const uint32_t *restrict keys, size_t length, uint32_t high, uint32_t *histogram) {
     uint8_t in[TILE];
     uint64_t eight;
@@ -55,23 +55,23 @@ CLONES void OF(dromos_histogram)(
     }
 }
 
-/* The index after the `wanted`-th key equal to `key`; `found` gets the number of such keys before that index. */
+/* The index after the `rank`-th key equal to `key`, else `count`; `counted`: number of such keys before that index. */
 CLONES size_t OF(dromos_place)(
-    const void *x, int x_dtype, const void *base, int base_dtype, size_t count, uint32_t key, uint64_t wanted,
-    uint64_t *found) {
+    const void *x, int x_dtype, const void *base, int base_dtype, size_t count, uint32_t key, uint64_t rank,
+    uint64_t *counted) {
     uint32_t keys[TILE];
-    *found = 0;
+    *counted = 0;
     for (size_t at = 0; at < count; at += TILE) {
         size_t length = count - at < TILE ? count - at : TILE;
         uint32_t equal = 0;
         OF(keys)(x, x_dtype, base, base_dtype, at, length, keys);
         for (size_t i = 0; i < length; i++) equal += keys[i] == key;
-        if (*found + equal < wanted) {
-            *found += equal;
+        if (*counted + equal < rank) {
+            *counted += equal;
             continue;
         }
         for (size_t i = 0; i < length; i++)
-            if (keys[i] == key && ++*found == wanted) return at + i + 1;
+            if (keys[i] == key && ++*counted == rank) return at + i + 1;
     }
     return count;
 }

@@ -189,8 +189,8 @@ def test_counters_and_positions_are_in_no_sum(tmp_path: Path) -> None:
     assert found.modules(3) == {"norm": found.rows[[r.name for r in found.rows].index("norm.w")].distance}
     assert [row.name for row in found.farthest(5)] == ["norm.w"]
     shown = "\n".join(lines(found, 3, 5))
-    assert "integer: norm.batches  1 of 1 elements differ; in no sum" in shown
-    assert "integer: positions.ids  6 elements, all equal; in no sum" in shown
+    assert "integer: norm.batches  1 of 1 elements differ; not in the sums" in shown
+    assert "integer: positions.ids  6 elements, all equal; not in the sums" in shown
     assert ">positions" not in picture(found)
     assert {"norm.batches", "positions.ids"} <= {t["name"] for t in found.plain(3)["tensors"]}
 

@@ -17,7 +17,7 @@ from pretrain.merge.execute import execute
 from pretrain.merge.merge_plan import Plan, TensorJob
 from pretrain.merge.mergekit.parameters import evaluate
 from pretrain.merge.mergekit.plan import open_mergekit, plan_mergekit
-from pretrain.merge.mergekit.yaml_file import BASED, is_mergekit, parse
+from pretrain.merge.mergekit.yaml_file import MERGEKIT_BASE_METHODS, is_mergekit, parse
 from pretrain.merge.planning import describe
 from pretrain.merge.spec import load_spec
 from pretrain.merge.verify.check_output import verify
@@ -82,7 +82,7 @@ def test_every_tensor_resolves_to_what_mergekit_resolves(case: str) -> None:
     for name, (base, shared, inputs) in truth["tensors"].items():
         job = jobs[name]
         want, shared = expected(made.method, base, shared, [(m, n or name, own) for m, n, own in inputs])
-        if made.method in BASED and want:
+        if made.method in MERGEKIT_BASE_METHODS and want:
             assert job.base is not None
             assert (models[job.base.source], job.base.name) == (
                 base, next(n or name for m, n, _ in inputs if m == base),

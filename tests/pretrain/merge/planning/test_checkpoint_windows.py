@@ -141,12 +141,12 @@ def test_checkpoints_that_are_not_equally_far_apart_are_noted() -> None:
 def test_a_spec_of_a_window_is_a_request_of_its_checkpoints(tmp_path: Path) -> None:
     run = str(stage(tmp_path / "run/real", [10, 20, 40]))
     spec = MergeSpec.model_validate({"window": {"run": run, "steps": "0:40", "schedule": "1-sqrt"}})
-    asked = spec.request()
+    asked = spec.to_request()
     assert asked.inputs == (f"{run}@10", f"{run}@20", f"{run}@40")
     assert asked.weights == tuple(schedule_weights("1-sqrt", 3))
     assert "10 to 20 steps apart" in asked.notes[0]
     for extra in ({"beta": 0.0}, {"weights": [1, 2, 3]}, {"inputs": ["a"]}):
         with pytest.raises(UserError, match="a window sets inputs and weights itself"):
-            MergeSpec.model_validate({"window": {"run": run, "last": 2}} | extra).request()
+            MergeSpec.model_validate({"window": {"run": run, "last": 2}} | extra).to_request()
     with pytest.raises(UserError, match="cannot use method slerp"):
-        MergeSpec.model_validate({"method": "slerp", "window": {"run": run, "last": 2}}).request()
+        MergeSpec.model_validate({"method": "slerp", "window": {"run": run, "last": 2}}).to_request()

@@ -15,7 +15,7 @@ from tests.support.merge_inputs import floats, read_bytes, write
 
 
 def whys(made: object) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {job.name: (job.why, tuple(t.source for t in job.terms)) for job in made.jobs}  # type: ignore[attr-defined]
+    return {job.name: (job.treatment, tuple(t.source for t in job.terms)) for job in made.jobs}  # type: ignore[attr-defined]
 
 
 def stage_output(folder: Path, tensors: dict[str, np.ndarray], frozen: dict[str, np.ndarray]) -> str:
@@ -52,7 +52,7 @@ def test_only_narrows_and_copy_rest_says_from_whom(tmp_path: Path) -> None:
     a = {"llm.w": floats(0, 4), "vision.w": floats(1, 4), "only_a": floats(2, 4)}
     b = {"llm.w": floats(3, 4), "vision.w": floats(4, 4), "only_b": floats(5, 4)}
     inputs = [str(write(tmp_path / "a", a)), str(write(tmp_path / "b", b))]
-    with pytest.raises(UserError, match=r"vision\.w: outside only, and differs between A .* and B"):
+    with pytest.raises(UserError, match=r"vision\.w: does not match --only, but differs between A .* and B"):
         plan(inputs, beta=0.5, only=r"^llm\.")
     for named in ("B", inputs[1]):
         made = plan(inputs, beta=0.5, only=r"^llm\.", copy_rest=named)
@@ -115,7 +115,7 @@ def test_frozen_tensors_that_differ_need_a_name(tmp_path: Path) -> None:
         stage_output(tmp_path / x, {"llm.w": floats(i, 4)}, {"vision.0.w": floats(i + 5, 5)})
         for i, x in enumerate("ab")
     ]
-    with pytest.raises(UserError, match=r"vision\.0\.w: frozen, and differs between A"):
+    with pytest.raises(UserError, match=r"vision\.0\.w: is frozen, but differs between A"):
         plan(inputs, beta=0.5)
     merge(inputs, tmp_path / "out", beta=0.5, copy_rest="B")
     assert (tmp_path / "out/frozen.safetensors").samefile(tmp_path / "b/frozen.safetensors")

@@ -14,7 +14,7 @@ from pretrain.merge import merge, plan
 from pretrain.merge.merge_plan import TensorJob
 from pretrain.merge.planning.describe import cost
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import Rule, request
+from pretrain.merge.planning.request import Rule, make_request
 from pretrain.merge.planning.rules import interpolate, split_layer
 from pretrain.merge.spec import replan
 from tests.support.merge_inputs import floats, read_bytes, write, write_bf16
@@ -58,8 +58,8 @@ def test_the_first_rule_that_matches_wins(models: list[str]) -> None:
     assert weights(made["m.layers.4.mlp.up"]) == (0.25, 0.75)
     assert weights(made["m.layers.1.attn.q"]) == (0.5, 0.5)
     last = made["m.layers.4.attn.q"]
-    assert (last.method, [t.source for t in last.terms], last.why) == ("copy", [0], "mixed")
-    assert [(made[n].method, made[n].terms[0].source, made[n].why) for n in ("m.embed", "m.norm")] == [
+    assert (last.method, [t.source for t in last.terms], last.treatment) == ("copy", [0], "mixed")
+    assert [(made[n].method, made[n].terms[0].source, made[n].treatment) for n in ("m.embed", "m.norm")] == [
         ("copy", 1, "rule"),
         ("copy", 2, "rule"),
     ]
@@ -128,10 +128,10 @@ def test_layers_of_names(name: str, parts: tuple[str, int, str] | None) -> None:
 
 def test_excluded_tensors_need_a_name_or_to_be_the_same(models: list[str]) -> None:
     for asked in ({"exclude": "norm"}, {"rules": [Rule("norm", exclude=True)]}):
-        with pytest.raises(UserError, match=r"m\.norm: excluded, and differs between A .* and B"):
+        with pytest.raises(UserError, match=r"m\.norm: is excluded, but differs between A .* and B"):
             plan(models[:2], beta=0.5, **asked)
         job = jobs(models[:2], beta=0.5, copy_rest="B", **asked)["m.norm"]
-        assert (job.method, job.terms[0].source, job.why) == ("copy", 1, "excluded")
+        assert (job.method, job.terms[0].source, job.treatment) == ("copy", 1, "excluded")
 
 
 def test_what_a_rule_copies_must_be_there(models: list[str], tmp_path: Path) -> None:
@@ -231,10 +231,10 @@ def test_a_plan_comes_back_from_what_it_says(models: list[str]) -> None:
 
 
 def test_cost_is_counted_from_sizes(models: list[str]) -> None:
-    (made,), opened = prepare(request(models[:2], beta=0.5, rules=[Rule("norm", weights=(1, 0))]))
+    (made,), opened = prepare(make_request(models[:2], beta=0.5, rules=[Rule("norm", weights=(1, 0))]))
     tensors = 24 * len(names())  # bytes of a model
     found = cost(made, opened.sources)
     assert found.read == 2 * tensors - 24
     assert found.written == made.size > tensors
-    (based,), opened = prepare(request(models[:2], method="ties", base=models[2]))
+    (based,), opened = prepare(make_request(models[:2], method="ties", base=models[2]))
     assert cost(based, opened.sources).read == 3 * tensors

@@ -18,7 +18,7 @@ from launch.cli.app import app
 from pretrain.merge import open_weights, sweep
 from pretrain.merge.output import remote as remote_output
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import request
+from pretrain.merge.planning.request import make_request
 from pretrain.merge.sweeps import scored_sweep, workspace
 from pretrain.merge.sweeps.results import Sweep
 from pretrain.merge.sweeps.scored_sweep import run_sweep
@@ -211,7 +211,7 @@ def test_a_temporary_folder_of_another_user_is_refused(pair: tuple[str, str], st
 
 
 def soup(pair: list[str], out: str, body: str | None, **options: Any) -> Soup:
-    merge_request = request(pair, method="soup")
+    merge_request = make_request(pair, method="soup")
     _, opened = prepare(merge_request)
     command = parse_command(scorer(Path(), body), "--score-cmd") if body is not None else None
     return run_soup(merge_request, opened, out, command, **options)
@@ -306,7 +306,7 @@ def test_the_commands(three: list[str], store: str) -> None:
     cooked = CliRunner().invoke(app, ["soup", *three, *scored])
     assert cooked.exit_code == 0, cooked.output
     assert f"written: {store}/soup" in cooked.stdout
-    assert "done before" in CliRunner().invoke(app, ["soup", *three, *scored]).stdout
+    assert "already complete" in CliRunner().invoke(app, ["soup", *three, *scored]).stdout
     typo = CliRunner().invoke(app, ["soup", *three, "--uniform", "--out", store.replace("//", "/")])
     assert typo.exit_code == 2
     assert "write s3://BUCKET/FOLDER" in typo.output

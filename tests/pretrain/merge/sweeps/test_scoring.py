@@ -42,7 +42,7 @@ def test_the_folder_is_one_argument_and_no_shell_runs(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "figure").write_text("loading\n0.25\n\n")
     command = parse_command("cat {}/figure", "--eval-cmd")
-    assert command.on(folder) == ["cat", f"{folder}/figure"]
+    assert command.words_for(folder) == ["cat", f"{folder}/figure"]
     assert score(command, folder, tmp_path / "logs/one") == {"score": 0.25}
     assert (tmp_path / "logs/one.out").read_text() == "loading\n0.25\n\n"
     assert not (tmp_path / "nasty").exists()

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from data_pipeline.errors import UserError
 from pretrain.merge import merge
 from pretrain.merge.planning.planner import prepare
-from pretrain.merge.planning.request import request
+from pretrain.merge.planning.request import make_request
 from pretrain.merge.sweeps.scoring import parse_command
 from pretrain.merge.sweeps.soup import Soup, run_soup
 from pretrain.merge.verify.check_output import verify
@@ -53,7 +53,7 @@ def greedy() -> tuple[list[int], list[tuple[int, ...]]]:
 
 
 def run(inputs: list[str], body: str = SCORE, out: str = "soup", **options: Any) -> Soup:
-    merge_request = request(inputs, method="soup")
+    merge_request = make_request(inputs, method="soup")
     _, opened = prepare(merge_request)
     command = parse_command(scorer(Path(), body), "--score-cmd")
     return run_soup(merge_request, opened, Path(out), command, **options)
@@ -122,7 +122,7 @@ def test_the_best_alone_is_that_model(inputs: list[str]) -> None:
 
 
 def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
-    merge_request = request(inputs, method="soup")
+    merge_request = make_request(inputs, method="soup")
     _, opened = prepare(merge_request)
     with pytest.raises(UserError, match="--score-cmd"):
         run_soup(merge_request, opened, Path("soup"))
@@ -140,7 +140,7 @@ def test_uniform_needs_no_score_and_takes_one(inputs: list[str]) -> None:
 def test_a_kill_before_the_results_are_beside_a_uniform_soup(
     inputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge_request = request(inputs, method="soup")
+    merge_request = make_request(inputs, method="soup")
     _, opened = prepare(merge_request)
 
     def killed(*_: object) -> None:
@@ -160,7 +160,7 @@ def test_other_models_commands_and_folders_are_refused(inputs: list[str]) -> Non
     run(inputs)
     with pytest.raises(UserError, match="of other models"):
         run(list(reversed(inputs)))
-    merge_request = request(inputs, method="soup")
+    merge_request = make_request(inputs, method="soup")
     _, opened = prepare(merge_request)
     with pytest.raises(UserError, match="scored by another command"):
         run_soup(merge_request, opened, Path("soup"), parse_command("cat {}/x", "--score-cmd"))

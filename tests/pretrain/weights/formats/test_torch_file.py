@@ -162,10 +162,13 @@ def test_the_witness_would_have_been_written(tmp_path: Path) -> None:
     ("code", "why"),
     [
         # BUILD on an allowed function would set attributes of the interpreter's own objects.
-        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x03\x00\x00\x00abcK\x01ub.", "its own state"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x03\x00\x00\x00abcK\x01ub.",
+            "sets attributes on a",
+        ),
         (b"\x80\x02cdeepspeed.os\nsystem\nX\x02\x00\x00\x00ls\x85R.", None),  # a stub, not a module
         (b"\x80\x04\x8c\x0bcollections\x94\x8c\x14OrderedDict.fromkeys\x94\x93.", "OrderedDict.fromkeys"),
-        (b"\x80\x02ctorch\nFloatStorage\n)R.", "not callable"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "which is not a function"),
         (b"\x80\x02X\x03\x00\x00\x00abcQ.", "refused"),
         (b"\x80\x02\x82\x01.", "extension"),
         (b"\x80\x02cbuiltins\nset\n(K\x01K\x02K\x03tR.", "refused"),
