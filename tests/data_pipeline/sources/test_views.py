@@ -301,7 +301,7 @@ def test_a_damaged_view_is_refused(root: str, victim: str, damage: str) -> None:
         ({"where": "similarity > 5"}, r"similarity > 5 keeps none of the 38 samples .*\(0 matched\)"),
         ({"where": "similarty > 5"}, r"00000\.parquet: there is no column 'similarty'.*similarity"),
         ({"where": "key > 5"}, r"00000\.parquet: .*key is string"),
-        ({"where": "similarity >"}, "cannot be read"),
+        ({"where": "similarity >"}, "ends too early"),
         ({}, "either a filter"),
         ({"where": "true", "column": "uid"}, "needs --ids"),
     ],

@@ -171,7 +171,7 @@ def test_a_view_is_made_and_a_recipe_uses_it(root: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--where", "width >"], "cannot be read at character 8"),
+        (["--where", "width >"], "ends too early, at character 8"),
         (["--where", "wide > 3"], "no column 'wide', did you mean width"),
         ([], "either a filter"),
         (["--ids", "nowhere.txt"], "nowhere.txt does not exist"),
