@@ -57,7 +57,9 @@ def test_the_architecture_page_has_the_import_tables() -> None:
 
 
 def test_the_picture_is_of_the_import_tables() -> None:
-    assert draw_architecture.OUT.read_text() == draw_architecture.draw(), "run: python -m docs.draw_architecture"
+    assert draw_architecture.OUT.read_text() == draw_architecture.draw(), (
+        "run: python -m docs.draw_architecture"
+    )
 
 
 def test_the_walk_names_functions_that_are_there() -> None:

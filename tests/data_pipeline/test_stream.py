@@ -61,7 +61,7 @@ def test_stream_refuses_a_state_of_other_data(tmp_path: Path) -> None:
         saved = stream.state()
         with pytest.raises(UserError, match="'other'"):
             stream.resume({**saved, "stream": "other"})
-    with open_stream(tmp_path, seed=10) as stream, pytest.raises(UserError, match="seed was"):
+    with open_stream(tmp_path, seed=10) as stream, pytest.raises(UserError, match="seed changed from"):
         stream.resume(saved)
     write_source(tmp_path / "a", [5, 7])
     with open_stream(tmp_path) as stream, pytest.raises(UserError, match="fingerprint"):
