@@ -190,7 +190,7 @@ def test_packed_text(tmp_path: Path, dtype: type) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"length": LENGTH + 1}, rf"00000\.tar.*9 tokens, data\.text\.length is {LENGTH}"),
+        ({"length": LENGTH + 1}, rf"00000\.tar.*9 tokens, but data\.text\.length is {LENGTH}"),
         ({"dtype": np.int64}, r"00000\.tar.*int64 \[8\]; packed text is uint16 or uint32"),
     ],
 )

@@ -250,6 +250,6 @@ def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
     finally:
         begun.close()
     said = capfd.readouterr().err
-    assert "nothing is fetched ahead: " in said
+    assert "no samples are fetched ahead: " in said
     assert ".gone is gone" in said
     assert "Traceback" not in said
