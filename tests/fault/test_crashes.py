@@ -190,7 +190,7 @@ def test_a_read_that_stalls_is_named_retried_and_then_an_error(
         monkeypatch.setenv("STALLS", "9")
         with (
             LocalLoader([spec], 0, 1, 2, limits=limits) as loader,
-            pytest.raises(ReadError, match=r"two workers .* stalled: reading s3://far/away\.tar for \d+ s"),
+            pytest.raises(ReadError, match=r"two workers, .* stalled: reading s3://far/away\.tar for \d+ s"),
         ):
             list(loader.steps(0, STEPS))
 
