@@ -33,6 +33,7 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests by file, or by the costly fixture that files share (`--dist loadgroup`), slow groups first."""
     groups: dict[str, str] = {}
