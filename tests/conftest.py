@@ -14,6 +14,8 @@ WITHOUT_SHARED = "needs ../shared"
 MISSING = "in CI an integration test must run, and this one was skipped"
 # Session fixtures that take seconds: all files that use one are a group, so that one worker builds it once.
 COSTLY_FIXTURES = ("demo", "tiny_runs")
+# One worker runs all tests that start a Ray cluster: two at once starve each other on two cores.
+RAY_FILES = ("tests/data_pipeline/workers/test_ray_pool.py", "tests/launch/ray/test_local_head.py")
 # Folders and files whose tests take longest start first, so that no worker is left with one of them at the end.
 SLOW_FIRST = (
     "tests/integration",
@@ -40,7 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = item.nodeid.partition("::")[0]
         costly = (name for name in COSTLY_FIXTURES if name in getattr(item, "fixturenames", ()))
-        groups[path] = next(costly, groups.get(path, path))
+        own = COSTLY_FIXTURES[0] if path in RAY_FILES else path
+        groups[path] = next(costly, groups.get(path, own))
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups[item.nodeid.partition("::")[0]]))
 
