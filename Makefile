@@ -6,8 +6,8 @@ MADE := $(VENV)/made
 # MADE is written last: an environment without it is incomplete.
 RUN := $(VENV)/bin/python
 PYTEST ?= $(RUN) -m pytest
-# Two to four workers; a test group (tests/conftest.py) stays on one of them. `make test PARALLEL=` runs in one process.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Up to four workers, each takes whole groups (tests/conftest.py). `make test PARALLEL=` runs in one process.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 export HF_HUB_OFFLINE ?= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
 MISSING = "in CI an integration test must run, and this one was skipped"
-# Session fixtures that take seconds: all files that use one are a group, so that one worker builds it once.
-COSTLY_FIXTURES = ("demo", "tiny_runs")
-# One worker runs all tests that start a Ray cluster: two at once starve each other on two cores.
-RAY_FILES = ("tests/data_pipeline/workers/test_ray_pool.py", "tests/launch/ray/test_local_head.py")
+# Files that share a costly session fixture (trained runs), or that start a Ray or Slurm cluster: one parallel worker
+# runs all files of a group. A fixture is then built once, and two clusters do not starve each other on two cores.
+GROUPS = {
+    "tests/integration": "clusters",
+    "tests/data_pipeline/workers/test_ray_pool.py": "clusters",
+    "tests/launch/ray": "clusters",
+    "tests/pretrain/evaluate": "tiny_runs",
+    "tests/pretrain/export": "tiny_runs",
+    "tests/pretrain/train/test_session.py": "tiny_runs",
+}
 # Folders and files whose tests take longest start first, so that no worker is left with one of them at the end.
 SLOW_FIRST = (
     "tests/integration",
@@ -35,17 +42,25 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def group_of(path: str) -> str:
+    """The group of a test file: its entry in GROUPS, else the file itself."""
+    return next((group for start, group in GROUPS.items() if path.startswith(start)), path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes whole groups. (pytest-xdist 3.8's own `--dist loadgroup` has no effect under pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return GroupScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by file, or by the costly fixture that files share (`--dist loadgroup`), slow groups first."""
-    groups: dict[str, str] = {}
-    for item in items:
-        path = item.nodeid.partition("::")[0]
-        costly = (name for name in COSTLY_FIXTURES if name in getattr(item, "fixturenames", ()))
-        own = COSTLY_FIXTURES[0] if path in RAY_FILES else path
-        groups[path] = next(costly, groups.get(path, own))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.nodeid.partition("::")[0]]))
+    """Slow folders first, so that no worker is left with one of them at the end."""
 
     def place(item: pytest.Item) -> int:
         return next(

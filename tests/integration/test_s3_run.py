@@ -13,24 +13,25 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.index.build import build_index
 from pretrain.run import metrics_log
-from tests.conftest import ROOT
+from tests.integration.conftest import RECIPE, Demo
 from tests.support.s3_server import faulty_s3
 
-DEMO = ROOT / "data" / "demo"
 FLIP = {name: f"{name}/train" for name in ("digits", "scenes_real", "scenes_synthetic")}
 
 
-def upload(folder: Path, root: str) -> None:
-    for path in sorted(folder.rglob("*")):
+def upload(data: Path, source: str, root: str) -> None:
+    for path in sorted((data / source).rglob("*")):
         if path.is_file():
-            storage.publish(f"{root}/{path.relative_to(DEMO)}", path.read_bytes())
+            storage.publish(f"{root}/{path.relative_to(data)}", path.read_bytes())
 
 
-def run(folder: Path, *changes: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "launch.cli", "run", "configs/demo/flip.yaml", "--stage", "masked"]
+def run(demo: Demo, folder: Path, *changes: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "launch.cli", "run", str(RECIPE), "--stage", "masked"]
     given = ["train.steps=6", "eval=null", "loader.workers=2", f"run.dir={folder}", *changes]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *given], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, *given], cwd=demo.folder, env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return metrics_log.read(folder / "masked" / "metrics.jsonl")
 
@@ -40,23 +41,23 @@ def results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not (DEMO / "prepared.json").exists():
-        pytest.skip("needs the demo's data: dromos data prepare configs/demo/flip.yaml")
-    return run(tmp_path_factory.mktemp("local"))
+def local(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(demo, tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("indexed", [True, False])
-def test_the_demo_over_s3_equals_the_demo(local: list[dict[str, Any]], tmp_path: Path, indexed: bool) -> None:
+def test_the_demo_over_s3_equals_the_demo(
+    demo: Demo, local: list[dict[str, Any]], tmp_path: Path, indexed: bool
+) -> None:
     with faulty_s3(rate=0.0) as (root, proxy):
         for path in FLIP.values():
-            upload(DEMO / path, root)
+            upload(demo.folder / "data" / "demo", path, root)
             if indexed:
                 build_index(f"{root}/{path}")
         proxy.rate = 0.1
         moved = [f"data.pairs.sources.{name}.path={root}/{path}" for name, path in FLIP.items()]
-        remote = run(tmp_path / "remote", f"loader.cache.folder={tmp_path / 'cache'}", *moved)
+        remote = run(demo, tmp_path / "remote", f"loader.cache.folder={tmp_path / 'cache'}", *moved)
         assert proxy.faults.total() > 0
     assert results(remote) == results(local)
     assert len({row["batch_digest"] for row in local}) == len(local) == 6
