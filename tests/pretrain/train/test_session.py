@@ -267,7 +267,7 @@ def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Pat
     assert 3 <= done < 60
     printed = running.log.read_text()
     assert f"step {done + 1}: " in printed
-    assert "00000.tar is shorter than it was" in printed
+    assert "00000.tar is shorter than before" in printed
     assert f"The run is saved at step {done}; run it again to resume" in printed
     assert complete_steps(stage / "checkpoints") == [done]
     shard.write_bytes(whole)
