@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ SLOW_FIRST = (
     "tests/pretrain/train",
     "tests/pretrain/merge",
 )
+
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would then fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
