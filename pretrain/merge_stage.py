@@ -122,7 +122,8 @@ def _metrics(folder: Path, evaluation: Evaluation) -> dict[str, float]:
     """Held-out metrics of the merged weights, under the same names as in a training stage's result.json."""
     if not evaluation.zero_shot and not evaluation.perplexity:
         return {}
-    from pretrain.build.objective import load_trained, stage_tokenizer
+    from pretrain.build.objective import load_trained
+    from pretrain.build.tokenizer import stage_tokenizer
     from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate, flat_scalars
 
     objective, trained = load_trained(str(folder / "weights"))

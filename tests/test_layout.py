@@ -44,7 +44,7 @@ MAY_IMPORT = {
         "merge_stage": "merge evaluate build weights run recipe",
         "train": "evaluate build objectives distributed run recipe",
         "export": "build objectives models recipe",
-        "evaluate": "build objectives distributed recipe",
+        "evaluate": "build objectives losses distributed recipe",
         "build": "objectives models weights run recipe",
         "objectives": "models losses recipe",
         "merge": "weights run recipe",

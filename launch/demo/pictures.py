@@ -162,7 +162,7 @@ def write_captions(objective: Any, stage: TrainStage, batch: Batch, stream: str)
     """Generate a caption for each image of the batch by greedy decoding, on the CPU."""
     import torch
 
-    from pretrain.build.objective import stage_tokenizer
+    from pretrain.build.tokenizer import stage_tokenizer
     from pretrain.models.multimodal import greedy_captions
     from pretrain.objectives.device_batch import to_device
 

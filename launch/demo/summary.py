@@ -14,8 +14,9 @@ from rich.console import Console
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from pretrain.build.module_weights import load_into
-from pretrain.build.objective import load_trained, stage_tokenizer
+from pretrain.build.objective import load_trained
 from pretrain.build.streams import stage_specs
+from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.engine import decay_groups
 from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate
 from pretrain.merge.sweeps.sweep import interpolated

@@ -6,28 +6,28 @@ of (run seed, stage name, model) alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
-from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
-from pretrain.build.module_weights import load_into, read_frozen, read_state
-from pretrain.models.clip import Clip, clip_config
+from data_pipeline.transforms.tokenizers import Tokenizer
+from pretrain.build.encoders import build_encoder
+from pretrain.build.module_weights import load_into, read_state
+from pretrain.build.saved_stage import read_stage
+from pretrain.build.tokenizer import stage_tokenizer
+from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.models.multimodal import Multimodal, new_llm
-from pretrain.models.visual import FrozenTower
 from pretrain.objectives.base import Objective
 from pretrain.objectives.flip import Flip
 from pretrain.objectives.sphinx import Sphinx
 from pretrain.recipe.lengths import main_stream
-from pretrain.recipe.schema import TrainStage, Vision
-from pretrain.run.address import locate, model_stage
+from pretrain.recipe.schema import TrainStage
+from pretrain.run.address import locate
 
 # Name prefixes of the parameters that `model.freeze` names.
 FREEZABLE = {
@@ -76,6 +76,8 @@ def seed_weights(seed: int, name: str) -> None:
 
 def build_flip(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
     """FLIP: both towers are trained, so there is no frozen tower to describe."""
+    from pretrain.models.clip import Clip, clip_config  # imports open_clip: seconds, which other systems save
+
     stage = context.stage
     stream = stage.data[main_stream(stage)]
     if stream.image is None or stream.text is None:
@@ -98,7 +100,7 @@ def build_sphinx(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
     tower: FrozenTower | None = None
     description: dict[str, Any] = {}
     if stage.model.vision:
-        tower, description = build_tower(stage.model.vision[0], context.run_dir, context.frozen)
+        tower, description = build_encoder(stage.model.vision[0], context.run_dir, context.frozen)
     # Seed again: building the tower used random numbers, although its weights come from another stage.
     seed_weights(context.seed, context.name)
     model = Multimodal(
@@ -112,43 +114,6 @@ BUILDERS: dict[str, Callable[[BuildContext], tuple[Objective, dict[str, Any]]]] 
     "flip": build_flip,
     "sphinx": build_sphinx,
 }
-
-
-def build_tower(
-    tower: Vision, run_dir: Path | None, frozen: Path | None
-) -> tuple[FrozenTower, dict[str, Any]]:
-    """A frozen tower, and the description from which it can be rebuilt.
-
-    Its weights come from `frozen` (the stage's frozen.safetensors) if that file exists, else from `tower.init`: the
-    weights at that address may have changed since the stage began. Raises UserError when the address is not a stage
-    that was trained on images.
-    """
-    tensors, description = read_frozen(frozen) if frozen is not None else ({}, {})
-    if description:
-        clip = Clip(description["clip"])
-        prefix = "vision.0."
-        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        clip.visual.load_state_dict(state)
-        return FrozenTower(clip.visual), description
-    if tower.init is None:
-        raise UserError(
-            "model.vision.init is missing: the vision tower of a language model must be trained already"
-        )
-    located = locate(tower.init, run_dir)
-    if located.kind == "open_clip":
-        raise UserError(f"model.vision.init: {tower.init}: towers from open_clip are not available yet")
-    if located.stage_dir is None:
-        raise UserError(
-            f"model.vision.init: {tower.init} is not a stage of a run; other towers are not available yet"
-        )
-    _, trained = read_stage(located.stage_dir)
-    stream = trained.data[main_stream(trained)]
-    if stream.image is None or stream.text is None:
-        raise UserError(f"model.vision.init: {tower.init} was not trained on images")
-    config = clip_config(trained.model, stream.image, stream.text, stage_tokenizer(trained))
-    clip = Clip(config)
-    load_into(clip, read_state(tower.init, run_dir), tower.init)
-    return FrozenTower(clip.visual), {"clip": config}
 
 
 def freeze(objective: Objective, part: str) -> None:
@@ -174,81 +139,6 @@ def load_trained(address: str, run_dir: Path | None = None) -> tuple[Any, TrainS
     load_into(objective.model, read_state(address, run_dir), address)
     objective.model.eval()
     return objective, stage
-
-
-def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
-    """Name and recipe of the training stage that defines the model of the weights in `stage_dir`.
-
-    For a merge stage: the stage of `copy_rest`, else of its first input (`model_stage`). Raises UserError when there is
-    none.
-    """
-    folder = model_stage(stage_dir)
-    if folder is None:
-        raise UserError(
-            f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or a stage that it was merged from "
-            "is not a stage of a run"
-        )
-    record = yaml.safe_load((folder / "resolved.yaml").read_text())
-    return record["name"], TrainStage.model_validate(record["stage"])
-
-
-def tokenizer_name(stage: TrainStage) -> str:
-    """The tokenizer of a stage: that of the language model, else that of the main stream. Raises UserError."""
-    if stage.model.llm is not None and stage.model.llm.tokenizer:
-        return stage.model.llm.tokenizer
-    text = stage.data[main_stream(stage)].text
-    if text is None:
-        raise UserError("model.llm.tokenizer is missing, and no stream of the stage has a tokenizer either")
-    return text.tokenizer
-
-
-def stage_tokenizer(stage: TrainStage) -> Tokenizer:
-    """The tokenizer that `tokenizer_name` names."""
-    return load_tokenizer(tokenizer_name(stage))
-
-
-def check_tokens(stage: TrainStage, objective: Objective, builders: Mapping[str, BatchBuilder]) -> None:
-    """Raise UserError unless all streams use the stage's tokenizer and their rows fit into the language model."""
-    tokenizer = stage_tokenizer(stage)
-    for name, builder in builders.items():
-        _check_tokenizer(name, builder, tokenizer.fingerprint, tokenizer_name(stage))
-        _check_row_length(name, builder, objective)
-
-
-def _check_tokenizer(name: str, builder: BatchBuilder, fingerprint: str, tokenizer: str) -> None:
-    """Compare the tokenizers of a stream, and of its packed sources, with the stage's."""
-    used: dict[str, str] = {}
-    if builder.tokenizer is not None:
-        used[f"data.{name}.text.tokenizer"] = builder.tokenizer.fingerprint
-    used |= {
-        f"data.{name}.sources.{source} (packed with another tokenizer)": manifest.tokenizer
-        for source, manifest in builder.manifests.items()
-        if manifest.tokenizer
-    }
-    for where, other in used.items():
-        if other != fingerprint:
-            raise UserError(
-                f"{where}: its tokenizer is {other}, that of {tokenizer} is {fingerprint}; "
-                f"use one tokenizer for the whole stage, or pack the text again"
-            )
-
-
-def _check_row_length(name: str, builder: BatchBuilder, objective: Objective) -> None:
-    """Compare the longest row of a stream, visual tokens included, with max_position_embeddings."""
-    llm = getattr(objective.model, "llm", None)
-    limit = getattr(llm.config, "max_position_embeddings", None) if llm is not None else None
-    if limit is None:
-        return
-    tower = getattr(objective, "tower", None)
-    visual = (
-        tower.token_count + 2 if tower is not None and builder.spec.image is not None else 0
-    )  # 2 delimiters
-    text = (builder.spec.text.length if builder.spec.text else builder.spec.length) or 0
-    if visual + text > limit:
-        raise UserError(
-            f"data.{name}: a row has {visual} visual and {text} text tokens, model.llm.config."
-            f"max_position_embeddings is {limit}; make it at least {visual + text}"
-        )
 
 
 def refuse_dropout(config: dict[str, Any], where: str = "model.llm.config") -> None:

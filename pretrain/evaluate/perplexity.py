@@ -12,7 +12,8 @@ from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out, shuffled_images
-from pretrain.objectives.base import Forward, loss_tokens
+from pretrain.losses.normalisation import count_targets
+from pretrain.objectives.base import Forward
 from pretrain.objectives.sphinx import Sphinx
 from pretrain.recipe.data import Stream
 from pretrain.recipe.schema import Perplexity
@@ -41,7 +42,7 @@ def token_nll(
             inputs = shuffled_images(rows) if shuffle else rows
             nll = objective.token_nll(forward, inputs)
             total[0] += (nll.double() * (rows.weights > 0)).sum()
-            total[1] += loss_tokens(host_batch)
+            total[1] += count_targets(host_batch)
             total[2] += count_unusable(host_batch)
     nats, tokens, left_out = all_sum(total).tolist()
     report_left_out(task.path, tokens, left_out, runtime)

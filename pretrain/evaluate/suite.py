@@ -10,8 +10,9 @@ import torch
 from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
-from pretrain.build.objective import load_trained, stage_tokenizer
+from pretrain.build.objective import load_trained
 from pretrain.build.streams import cache_settings, evaluation_spec
+from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.perplexity import token_nll
 from pretrain.evaluate.zero_shot import classify

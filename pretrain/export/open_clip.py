@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pretrain.build.module_weights import save_tensors
-from pretrain.build.objective import stage_tokenizer, tokenizer_name
+from pretrain.build.tokenizer import stage_tokenizer, tokenizer_name
 from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.models.clip import clip_config, open_clip_config
 from pretrain.objectives.flip import Flip

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pretrain.build.objective import stage_tokenizer, tokenizer_name
+from pretrain.build.tokenizer import stage_tokenizer, tokenizer_name
 from pretrain.recipe.schema import TrainStage
 
 

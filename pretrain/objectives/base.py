@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +56,3 @@ class Objective(Protocol):
 
     def frozen(self) -> dict[str, Tensor]:
         """Named tensors that the stage uses but does not train; they go into frozen.safetensors."""
-
-
-def loss_tokens(batch: Batch) -> float:
-    """Number of targets of a next-token loss: all tokens but the first of each row, without zero-weight rows."""
-    return float(np.sum((batch.used.astype(np.int64) - 1).clip(min=0) * (batch.weights > 0)))

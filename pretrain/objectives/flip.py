@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
-from pretrain.models.clip import Clip
+from pretrain.losses.normalisation import count_rows, global_mean
 from pretrain.models.masking import keep_patches
 from pretrain.objectives.base import Forward, Loss
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
+
+if TYPE_CHECKING:
+    from pretrain.models.clip import Clip
 
 
 class Flip:
@@ -28,14 +32,13 @@ class Flip:
         self.mask = stage.objective.image_mask
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
-        return float(batch.stop - batch.start)
+        return count_rows(batch)
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
-        # The denominator is summed over ranks: the sum of `total` over ranks is the mean over the global batch.
         row_sum = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids)
-        total = row_sum / loss_denominator
+        total = global_mean(row_sum, loss_denominator)
         return Loss(total, {f"loss/{stream}": total.detach()})
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:

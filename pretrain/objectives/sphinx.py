@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
+from pretrain.losses.normalisation import count_targets, global_mean
+from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.models.multimodal import Multimodal
-from pretrain.models.visual import FrozenTower
-from pretrain.objectives.base import Forward, Loss, loss_tokens
+from pretrain.objectives.base import Forward, Loss
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
@@ -32,7 +33,7 @@ class Sphinx:
         self.weights = {name: weights.get(name, 1.0) for name in self.streams}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
-        return loss_tokens(batch)
+        return count_targets(batch)
 
     def features(self, rows: DeviceBatch) -> Tensor | None:
         """Visual tokens `[rows, tokens, width]` of the frozen tower; None for text."""
@@ -48,8 +49,7 @@ class Sphinx:
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         nll = self.token_nll(forward, rows)
-        # The denominator is summed over micro-batches and ranks: the sum of `mean` over them is the global mean.
-        mean = (nll * (rows.weights > 0)).sum() / loss_denominator
+        mean = global_mean((nll * (rows.weights > 0)).sum(), loss_denominator)
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
     """Train `stage_name` to its end from its newest checkpoint; returns an exit code of pretrain/run/exit_codes.py."""
-    from pretrain.train.stop_flag import StopFlag
+    from pretrain.train.stop_signals import StopFlag
 
     stop = StopFlag()  # before the slow imports: a signal during them must not be lost
     from pretrain.train.bad_samples import TooManyBadSamples

@@ -20,7 +20,7 @@ from pretrain.run.lock import FolderLock
 from pretrain.train import stage_setup as setup
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import find_start
-from pretrain.train.stop_flag import StopFlag
+from pretrain.train.stop_signals import StopFlag
 from pretrain.train.trainer import Trainer, write_result
 
 

@@ -20,8 +20,9 @@ from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
-from pretrain.build.objective import build, check_tokens, stage_tokenizer
+from pretrain.build.objective import build
 from pretrain.build.streams import cache_settings, stage_specs
+from pretrain.build.tokenizer import check_tokens, stage_tokenizer
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.evaluate.suite import check_held_out, evaluate, flat_scalars
 from pretrain.objectives.base import Objective

@@ -25,7 +25,7 @@ from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
 from pretrain.train.device_staging import copies_for, staged
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
-from pretrain.train.stop_flag import StopFlag
+from pretrain.train.stop_signals import StopFlag
 
 if TYPE_CHECKING:
     from data_pipeline.loader.loader import Loader

@@ -18,7 +18,7 @@ from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
 from pretrain.train.main import exit_now
-from pretrain.train.stop_flag import StopFlag
+from pretrain.train.stop_signals import StopFlag
 from pretrain.train.trainer import Plan, Trainer
 
 

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.batches.batch_builder import BatchBuilder
 from pretrain.build.objective import build
 from pretrain.build.streams import stage_specs
-from pretrain.objectives.base import loss_tokens
+from pretrain.losses.normalisation import count_targets
 from pretrain.objectives.device_batch import to_device
 from pretrain.recipe.schema import TrainStage
 from pretrain.train.schedule import learning_rate
@@ -41,7 +41,7 @@ def plain_losses(
         for stream in objective.streams:
             size = stage.data[stream].batch
             batch = builders[stream].make(step, 0, size)
-            count = float(size) if stage.objective.kind == "flip" else loss_tokens(batch)
+            count = float(size) if stage.objective.kind == "flip" else count_targets(batch)
             device_batch = to_device(batch, stage.data[stream].image, torch.device("cpu"))
             loss = objective.loss(model, stream, device_batch, count)
             loss.total.backward()

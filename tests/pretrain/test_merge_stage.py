@@ -180,7 +180,7 @@ def test_a_folder_of_another_recipe(run: tuple[Recipe, Path]) -> None:
 
 
 def test_a_merge_of_run_addresses_knows_its_model(run: tuple[Recipe, Path], tmp_path: Path) -> None:
-    from pretrain.build.objective import read_stage
+    from pretrain.build.saved_stage import read_stage
 
     made, run_dir = run
     run_merge_stage(made, "mix", run_dir)
@@ -194,7 +194,7 @@ def test_a_merge_of_run_addresses_knows_its_model(run: tuple[Recipe, Path], tmp_
 
 
 def test_a_merge_of_unknown_training_is_named(run: tuple[Recipe, Path]) -> None:
-    from pretrain.build.objective import read_stage
+    from pretrain.build.saved_stage import read_stage
 
     made, run_dir = run
     run_merge_stage(made, "mix", run_dir)

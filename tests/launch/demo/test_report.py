@@ -18,8 +18,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import Purpose, hash64
 from launch.demo.pictures import caption_cards, masked_cards, sample_cards
 from launch.demo.report import write
-from pretrain.build.objective import build, load_trained, read_stage, stage_tokenizer
+from pretrain.build.objective import build, load_trained
+from pretrain.build.saved_stage import read_stage
 from pretrain.build.streams import stage_specs
+from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.objectives.device_batch import to_device
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.load import load_recipe

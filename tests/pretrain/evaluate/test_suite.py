@@ -19,7 +19,8 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
-from pretrain.build.objective import load_trained, stage_tokenizer
+from pretrain.build.objective import load_trained
+from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import shuffled_images
 from pretrain.evaluate.perplexity import token_nll

@@ -56,7 +56,7 @@ def test_open_clip_tokenizes_as_the_training_did(tiny_runs: Path, tmp_path: Path
     import open_clip
 
     from data_pipeline.transforms.tokenizers import caption_row
-    from pretrain.build.objective import stage_tokenizer
+    from pretrain.build.tokenizer import stage_tokenizer
 
     address = str(tiny_runs / "runs" / "flip" / "main")
     folder = export(address, "open_clip", tmp_path / "clip")
@@ -87,7 +87,7 @@ def test_transformers_computes_the_same_logits(tiny_runs: Path, tmp_path: Path) 
     torch.testing.assert_close(last, logits[:, -1], rtol=0, atol=1e-6)
     assert (folder / "multimodal.safetensors").exists()
 
-    from pretrain.build.objective import stage_tokenizer
+    from pretrain.build.tokenizer import stage_tokenizer
 
     tokenizer = stage_tokenizer(stage)
     peer_tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,27 @@
+"""Name and recipe of the training stage behind a folder of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.recipe.schema import TrainStage
+from pretrain.run.address import model_stage
+
+
+def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
+    """Name and recipe of the training stage that defines the model of the weights in `stage_dir`.
+
+    For a merge stage: the stage of `copy_rest`, else of its first input (`model_stage`). Raises UserError when there is
+    none.
+    """
+    folder = model_stage(stage_dir)
+    if folder is None:
+        raise UserError(
+            f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or a stage that it was merged from "
+            "is not a stage of a run"
+        )
+    record = yaml.safe_load((folder / "resolved.yaml").read_text())
+    return record["name"], TrainStage.model_validate(record["stage"])
