@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -100,6 +101,9 @@ class Session:
             self.trainer.check_bad(
                 first
             )  # a run stopped by a bad-sample limit at its last step is not finished
+        # The collector was off since `main`; what the start created is excluded from every later collection.
+        gc.freeze()
+        gc.enable()
         finished = self.trainer.run(first) if first < plan.total else True
         # 7. Mark the stage as finished.
         if finished and runtime.rank == 0:

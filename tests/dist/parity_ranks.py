@@ -17,7 +17,6 @@ from pretrain.distributed.engine import Engine, join_process_group, leave_proces
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
-from pretrain.train.main import exit_now
 from pretrain.train.stop_signals import StopFlag
 from pretrain.train.trainer import Plan, Trainer
 
@@ -71,8 +70,3 @@ def main(jobs: list[dict]) -> None:
         if runtime.rank == 0:
             print(job["out"], main_stream(stage), round(time.time() - began, 2), flush=True)
     leave_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
-    exit_now(0)

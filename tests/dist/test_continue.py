@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +13,9 @@ from data_pipeline.errors import UserError
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import TrainStage
 from pretrain.train.resume import check_length, find_start, with_order_of
-from tests.support import tiny
+from tests.support import rank, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
-
-
-def run(recipe: Path, stages: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "launch.cli",
-        "run",
-        str(recipe),
-        "--ranks-per-node",
-        "1",
-        "--stage",
-        stages,
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 def rows(stage: Path) -> list[dict[str, Any]]:
@@ -56,7 +36,9 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     )
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", sections)
     folder = tmp_path / "runs" / "flip"
-    run(recipe, "whole,rest,longer")
+    for stage in stages:
+        code, printed = rank.run(recipe, stage=stage)
+        assert code == 0, printed
 
     whole = rows(folder / "whole")
     assert [row["step"] for row in whole] == list(range(1, 9))

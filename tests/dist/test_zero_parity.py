@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
 from tests.dist.plain_loop import plain_losses
-from tests.support import tiny
+from tests.support import rank, tiny
 
 pytestmark = pytest.mark.dist
 STAGES = (0, 1, 2, 3)
@@ -29,8 +27,8 @@ def recipes(tiny_root: Path) -> dict[str, Path]:
     """A FLIP recipe, trained here by one rank so that SPHINX has a tower, and a SPHINX recipe."""
     flip = tiny.write_recipe(tiny_root / "flip.yaml", tiny.flip_recipe(tiny_root))
     sphinx = tiny.write_recipe(tiny_root / "sphinx.yaml", tiny.sphinx_recipe(tiny_root))
-    train = "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', ['train.steps=2']))"
-    subprocess.run([sys.executable, "-c", train, str(flip)], check=True)
+    code, printed = rank.run(flip, "train.steps=2")
+    assert code == 0, printed
     return {"flip": flip, "sphinx": sphinx}
 
 

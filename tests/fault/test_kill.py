@@ -1,12 +1,13 @@
-"""kill -9 of a training at three instants: its log then equals that of an uninterrupted run, bit for bit."""
+"""kill -9 of a training at three instants: its log then equals that of an uninterrupted run, bit for bit.
+
+The ranks are forked (tests/support/rank.py). tests/launch/test_local.py kills launchers.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,57 +17,25 @@ import pytest
 
 from data_pipeline.sources.tar import member_table
 from tests.support import tiny
+from tests.support.rank import start_ranks
 
 pytestmark = pytest.mark.dist
 STEPS = 24
 
 
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", "run", str(recipe), "--ranks-per-node", "2", *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(recipe: Path, *overrides: str) -> None:
-    process = start(recipe, *overrides)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
+def finish(recipe: Path, world: int = 2) -> None:
+    for fork in start_ranks(recipe, world=world):
+        assert fork.code() == 0, fork.log.read_text()[-3000:]
 
 
 def kill_when(recipe: Path, reached: Callable[[], bool]) -> None:
-    """Start the training and kill its launcher with SIGKILL as soon as `reached()` is true."""
-    process = start(recipe)
-    deadline = time.monotonic() + 200
-    while not reached():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "the instant to kill at was never reached"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    wait_until_gone(str(recipe))
-
-
-def wait_until_gone(word: str) -> None:
-    """Assert that no rank outlives its launcher: every process with `word` in its command line ends in seconds."""
-    deadline = time.monotonic() + 20
-    while alive := [pid for pid, line in command_lines() if word in line]:
-        assert time.monotonic() < deadline, f"still alive after the launcher was killed: {alive}"
-        time.sleep(0.05)
-
-
-def command_lines() -> list[tuple[int, str]]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if line:
-                found.append((int(entry.name), line))
-    return found
+    """Start the training and kill both ranks with SIGKILL as soon as `reached()` is true."""
+    forks = start_ranks(recipe, world=2)
+    forks[0].wait_for(reached)
+    for fork in forks:
+        os.kill(fork.pid, signal.SIGKILL)
+    for fork in forks:
+        assert fork.code() == -signal.SIGKILL
 
 
 def metrics(stage: Path) -> list[dict[str, Any]]:
@@ -88,7 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     tiny.make_data(tmp_path)
     spoil_images(tmp_path / "pairs" / "00000.tar")
     flip = tiny.write_recipe(tmp_path / "flip.yaml", tiny.flip_recipe(tmp_path, train={"steps": 1}))
-    finish(flip)
+    finish(flip, world=1)
     changes = {
         "train": {"steps": STEPS}, "engine": {"zero": 2}, "loader": {"workers": 1, "max_bad_fraction": 0.5},
         "eval": {"every": 8, "batch": 8, "perplexity": {

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
-
-TRAIN = "import sys; from pretrain.train.main import main; sys.exit(main(sys.argv[1], 'main', sys.argv[2:]))"
+from tests.support import rank, tiny
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +16,6 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.make_data(root)
     for name, recipe in (("flip", tiny.flip_recipe(root)), ("sphinx", tiny.sphinx_recipe(root))):
         path = tiny.write_recipe(root / f"{name}.yaml", recipe | {"train": {"steps": 3}})
-        done = subprocess.run(
-            [sys.executable, "-c", TRAIN, str(path)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        code, printed = rank.run(path)
+        assert code == 0, printed[-3000:]
     return root
