@@ -9,6 +9,7 @@ avoids; tests/dist/test_zero_parity.py checks the result of all):
 - ZeRO averages gradients over ranks. Losses here are sums over the global batch, so they are multiplied by the world
   size.
 - `deepspeed.init_distributed` compiles the op shm_comm with g++ and maps /dev/shm. It is switched off.
+- `deepspeed.initialize` imports its Muon, which imports torch's inductor. It is imported without (`_import_muon`).
 - The default of gradient_clipping is 1.0 since 0.19. It is always set explicitly.
 - `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
 """
@@ -57,7 +58,25 @@ def import_deepspeed() -> Any:
         import deepspeed.ops
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as `deepspeed.initialize` would, but without torch.compile on its functions.
+
+    torch.compile as a decorator imports torch's inductor: 2.5 s of processor time per start, for an optimizer that is
+    not used here.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # other versions of DeepSpeed
+        from deepspeed.runtime import compiler
+
+        compile_function = compiler.compile
+        compiler.compile = lambda: lambda function: function
+        try:
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        finally:
+            compiler.compile = compile_function
 
 
 def join_process_group(timeout_minutes: float = 30) -> Runtime:

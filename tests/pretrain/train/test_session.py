@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from data_pipeline.transforms.decode import decoder_versions
 from pretrain.build.module_weights import read_frozen, read_state
 from pretrain.build.objective import freeze
 from pretrain.run.folder import complete_steps
-from tests.support import rank, tiny
+from pretrain.train.main import main
+from tests.support import forks, rank, tiny
 
 RATE = 1e-3
 # AdamW's first update is +-lr per element, whatever the gradient (Kingma and Ba 2015, section 2.1).
@@ -276,3 +278,22 @@ def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Pat
     assert f"main resumes after step {done}" in printed
     assert steps(stage) == list(range(1, 61))
     assert not (stage / "bad_samples.jsonl").read_text()
+
+
+def train_without_inductor(recipe: str) -> int:
+    """Runs in a fork: a whole training, then 0 if it has not imported torch's compiler."""
+    code = main(recipe, "main")
+    return code or int("torch._inductor.compile_fx" in sys.modules)
+
+
+def test_a_training_does_not_import_the_compiler(tiny_runs: Path, tmp_path: Path) -> None:
+    """DeepSpeed imports it for an optimizer that is not used, in seconds per start."""
+    recipe = flip(tiny_runs, tmp_path, train={"steps": 1})
+    forked = forks.fork(
+        __name__,
+        "train_without_inductor",
+        (str(recipe),),
+        forks.rank_environment(0, 1, forks.free_port()),
+        tmp_path / "log",
+    )
+    assert forked.code() == 0, forked.log.read_text()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
 from pretrain.recipe.lengths import check_ends
-from tests.support import tiny
+from tests.support import rank, tiny
 
 
 def order(**max_epochs: float | None) -> StreamOrder:
@@ -46,14 +43,9 @@ def test_a_rank_refuses_before_anything_is_written(tmp_path: Path) -> None:
     data = tiny.pairs_stream(tmp_path)
     data["sources"] = {"pairs": {"path": str(tmp_path / "pairs"), "max_epochs": 1}}
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.flip_recipe(tmp_path, data={"pairs": data}))
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "train", str(recipe)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "data.pairs.sources: all sources reach their max_epochs after 6 steps" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, printed = rank.run(recipe)
+    assert code == 2, printed
+    assert "data.pairs.sources: all sources reach their max_epochs after 6 steps" in printed
+    assert "Traceback" not in printed
     assert not list(tmp_path.rglob("metrics.jsonl"))
     assert not list(tmp_path.rglob("resolved.yaml"))
