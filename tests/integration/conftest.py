@@ -1,4 +1,4 @@
-"""Reference for the cluster backends: the FLIP demo's data, and 20 of its steps run locally."""
+"""Reference for the cluster backends: the FLIP demo's data, and 40 small steps of it run locally."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "demo" / "flip.yaml"
-STEPS = 20
-OVERRIDES = (f"train.steps={STEPS}", "checkpoint.every=10")
+STEPS = 40
+# Small batches, so that the tests spend their time on clusters; steps enough to stop a run in the middle.
+OVERRIDES = (f"train.steps={STEPS}", "checkpoint.every=20", "data.pairs.batch=32")
 
 
 class Demo:
@@ -82,7 +83,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.fixture(scope="session")
 def local(demo: Demo) -> list[dict[str, Any]]:
-    """Rows of 20 undisturbed steps on two local ranks."""
+    """Rows of 40 undisturbed steps on two local ranks."""
     code, output = demo.run("local", "--ranks-per-node", "2")
     assert code == 0, output + demo.logs("local")
     rows = demo.rows("local")

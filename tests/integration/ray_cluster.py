@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from launch.ray.process import start_command, token_env, write_token
 from launch.supervise.rank_process import free_port
@@ -79,12 +80,20 @@ class RayCluster:
 
     def job_state(self, job: str) -> str:
         """RUNNING, STOPPED, SUCCEEDED, FAILED or PENDING, from the job API itself."""
+        return str(self._api("GET", f"jobs/{job}")["status"])
+
+    def stop_job(self, job: str) -> None:
+        """What `ray job stop` sends; that command needs seconds to start."""
+        self._api("POST", f"jobs/{job}/stop")
+
+    def _api(self, method: str, path: str) -> dict[str, Any]:
         token = (self.folder / "token").read_text()
         request = urllib.request.Request(
-            f"{self.address}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"}
+            f"{self.address}/api/{path}", method=method, headers={"Authorization": f"Bearer {token}"}
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(json.load(answer)["status"])
+            content: dict[str, Any] = json.load(answer)
+        return content
 
     def stop(self) -> None:
         for node in reversed(self.nodes):

@@ -60,8 +60,8 @@ def test_two_nodes_through_a_stop_equal_local(
         return f"{cluster.ray('job', 'logs', job).stdout}\n{demo.logs('ray')}"
 
     wait_until(lambda: demo.steps("ray") >= 5, 240, logs)
-    cluster.ray("job", "stop", job)
-    assert cluster.job_state(job) == "STOPPED", logs()
+    cluster.stop_job(job)
+    wait_until(lambda: cluster.job_state(job) == "STOPPED", 120, logs)
     stopped = demo.steps("ray")
     assert 5 <= stopped < STEPS
     assert (demo.stage("ray") / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists(), logs()

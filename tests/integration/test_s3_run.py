@@ -27,7 +27,14 @@ def upload(data: Path, source: str, root: str) -> None:
 
 def run(demo: Demo, folder: Path, *changes: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "launch.cli", "run", str(RECIPE), "--stage", "masked"]
-    given = ["train.steps=6", "eval=null", "loader.workers=2", f"run.dir={folder}", *changes]
+    given = [
+        "train.steps=6",
+        "eval=null",
+        "data.pairs.batch=32",
+        "loader.workers=2",
+        f"run.dir={folder}",
+        *changes,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *given], cwd=demo.folder, env=env, capture_output=True, text=True, timeout=240
