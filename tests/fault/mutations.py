@@ -85,14 +85,14 @@ IMAGES: tuple[Bytes, ...] = (*BYTES, huge_png, bomb_png, huge_jpeg)
 
 
 def bad_caption(random: np.random.Generator, data: bytes) -> bytes:
-    """Not UTF-8, blank, controls, an end token spelt out, or a megabyte."""
+    """Not UTF-8, blank, controls, an end token spelt out, or 100 kB."""
     choices = (
         b"",
         b" \n\t",
         b"\xff\xfe\x00a",
         b"\x00\x01\x1b[31mred",
         b"<|end|> <|pad|>",
-        b"a dot " * 170_000,
+        b"a dot " * 17_000,
     )
     return choices[int(random.integers(0, len(choices)))]
 
