@@ -1,4 +1,4 @@
-"""Status memory of a process: the URL it reads, the sample it decodes, and the start time of each, for its parent.
+"""Shared memory in which a process tells its parent which URL it reads, which sample it decodes, and since when.
 
 The watchdog uses it to name a stalled read, and the pool to attribute a crash to the sample that was being decoded.
 The reader needs no lock: a sequence counter (seqlock) shows it a write in progress, and it reads again.

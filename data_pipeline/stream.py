@@ -32,7 +32,7 @@ class Stream:
             step(batch.images, batch.tokens)     # uint8 [rows, 3, 224, 224], int32 [rows, 77]
             saved = stream.state()               # JSON; another process continues with stream.resume(saved)
 
-    sources: folder or brace pattern of tars; for a mixture, name -> path or SourceSpec
+    sources: folder, pattern or file of tars, local or s3://; for a mixture, name -> path or SourceSpec
     batch: rows of the global batch, or first step -> rows for a ramp-up
     image, text: how pixels and captions are decoded. Without both, samples are packed sequences of `length` tokens
         (uint16 or uint32 in the tar member `npy`)
@@ -48,7 +48,8 @@ class Stream:
     Use it as a context manager, or call close(). docs/stream.md lists the guarantees.
 
     Raises UserError for invalid input, before the first batch where possible. Raises ReadError if bytes cannot be read
-    and WorkerError if worker processes die; both are OSErrors, replace no sample and leave the position valid.
+    and WorkerError if worker processes die. Both are OSErrors. After either, no sample was replaced, and `state()` is
+    still valid.
     """
 
     def __init__(

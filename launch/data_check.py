@@ -31,9 +31,10 @@ def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
 def missing_sources(
     recipe: Recipe, stages: Iterable[str], remote: bool = True
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(stage, key, path, error) of each path without tars, once, where the recipe first names it.
+    """Yields (stage, key, path, error) for each path that has no tars.
 
-    Without `remote`, paths in object stores are assumed to exist.
+    A path that several keys name is reported once, for the first of them. Without `remote`, paths in object stores are
+    assumed to exist.
     """
     seen: set[str] = set()
     for name in stages:

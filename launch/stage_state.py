@@ -1,8 +1,8 @@
 """Which stages of a job are done, computed once per command by `stage_states` and passed on.
 
-To decide that a merge stage is done, its inputs are opened and fingerprinted. Checks, stage runner and backends
-therefore share one `StageStates` and do not compute it again. Only `run_merge_stage` checks a merge that it runs: an
-earlier stage of the job may have changed its inputs.
+A merge stage is done only if its inputs have not changed, so `stage_states` opens and fingerprints them, which takes
+time. Checks, stage runner and backends therefore share one `StageStates`. Only `run_merge_stage` looks again, before it
+merges: an earlier stage of the job may have changed the inputs.
 """
 
 from __future__ import annotations

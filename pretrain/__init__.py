@@ -1,0 +1,1 @@
+"""Recipes, models, training, evaluation and merging; docs/architecture.md explains the folders."""

@@ -1,0 +1,1 @@
+"""Builds the batches of a stream: `BatchBuilder` in batch_builder.py makes any rows of any step."""

@@ -112,8 +112,8 @@ class BatchBuilder:
 
         `pixels`, contiguous uint8 [rows, size, size, 3], is used as the memory of the images if given.
 
-        order_digest covers the assignment, with attempt 0, crop () and caption -1, because it is known without reading
-        samples. batch_digest covers the served samples. Raises UserError and ReadError.
+        order_digest covers the assignment, with attempt 0, crop () and caption -1, because the assignment is known
+        before a sample is read. batch_digest covers the served samples. Raises UserError and ReadError.
         """
         # 1. Assign. Replacements are chosen by position in the view; a sample's identity is its position in the tar.
         drawn = self.order.refs(step, start, stop)

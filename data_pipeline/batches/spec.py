@@ -20,7 +20,7 @@ from data_pipeline.transforms.decode import ImageSpec
 class SourceSpec:
     """One dataset of a mixture.
 
-    path: folder or brace pattern of tars
+    path: folder, pattern or file of tars, local or s3://
     weight, repeat, cap, max_epochs: its share of the stream, see stream_order.SourceCounts
     view: name of a view written by `dromos data view`; the source then has only the samples that the view keeps
     """
@@ -57,7 +57,7 @@ class StreamSpec:
     segments: of a run that continues with a changed mixture, see `StreamOrder.resume`
 
     With `image` or `text` a sample is an image, a caption or both. With neither it is a packed sequence of `length`
-    tokens, written offline by prepare/pack.py. Raises UserError for values that are invalid for any data.
+    tokens, written offline by prepare/pack.py. Raises UserError for values that are invalid whatever the data is.
     """
 
     name: str

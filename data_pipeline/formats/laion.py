@@ -12,8 +12,8 @@ from data_pipeline.formats import parquet
 from data_pipeline.formats.parquet import Column, match_columns, missing_columns, python_values, type_problems
 from data_pipeline.formats.records import BadRecord
 
-# Names in lower case: LAION's files have URL and TEXT, copies of them url and text. Of two similarities, ViT-L/14's
-# comes first: the set was filtered by it.
+# Names in lower case: LAION's files have URL and TEXT, copies of them url and text. If a table has two
+# similarities, ViT-L/14's is used, because the dataset was filtered with it.
 COLUMNS = (
     Column("url", ("url", "image_url", "img_url"), "text", required=True),
     Column("caption", ("text", "caption", "alt", "alt_text"), "text", required=True),

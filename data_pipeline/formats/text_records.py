@@ -16,7 +16,8 @@ from data_pipeline.formats.records import BadRecord
 MAX_RECORD_BYTES = 8 << 20  # default limit of a line, and in characters of an entry of a list
 CHUNK_BYTES = 1 << 18
 SKIP_BYTES = 1 << 16  # read at a time of a line beyond the limit
-# json reports a literal, number or escape that the buffer's end cuts off at most this many characters before the end.
+# If the end of the buffer cuts a literal, number or escape, json's error position is at most this many characters
+# before the end.
 CUT_CHARACTERS = 16
 WHITESPACE = " \t\r\n"
 Record = TypeVar("Record")

@@ -234,7 +234,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _run(downloader: _Downloader) -> None:
-    """Run, and end the process after an error, so that the loader ends the warming, in which reads are slow."""
+    """Run, and end the process after an error, so that the loader stops reading single samples."""
     try:
         downloader.run()
     finally:

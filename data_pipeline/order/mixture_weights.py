@@ -121,7 +121,7 @@ def source_shares(
 
 
 def check_shares(sources: Mapping[str, ShareSettings]) -> None:
-    """Raise UserError for shares that are invalid for any number of samples. Opens no source."""
+    """Raise UserError for shares that are invalid whatever the data is. Opens no source."""
     shares = source_shares(sources, [source_size(name, source, 1) for name, source in sources.items()])
     if all(source.weight is not None for source in sources.values()):
         integer_weights(shares, list(sources))

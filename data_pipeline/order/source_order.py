@@ -37,7 +37,7 @@ class SourcePurpose(IntEnum):
 
 
 def run_length(samples: int) -> int:
-    """Samples per run, 1 to 64: a source has at least 16384 runs if it can, so small ones are shuffled per sample."""
+    """Samples per run, 1 to 64: at least 16384 runs where possible. Below 32768 samples, a run is one sample."""
     return min(64, max(1, samples // 16384))
 
 

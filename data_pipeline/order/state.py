@@ -184,7 +184,7 @@ def resume_segments(
     if fixed_changes and accept_change:
         raise UserError(
             f"{'; '.join(fixed_changes)}: the seed and the lanes of a stream cannot change during a run. Restore them "
-            "(a recipe with a new batch can set the old lanes), or start a new run folder"
+            "(if only the batch changed, set `lanes` to its old value), or start a new run folder"
         )
     if fixed_changes or (free_changes and not accept_change):
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,17 @@ def write_page(path: str, out: str, show: int = 24, images: str | None = None) -
 
 def render_page(report: SourceReport, show: int, images: str | None = None) -> str:
     """Return the page as HTML that loads no other file."""
-    import jinja2
     from markupsafe import Markup
+
+    style = Markup((TEMPLATES / "show.css").read_text(encoding="utf-8"))
+    template = _environment().get_template("show.html.j2")
+    return template.render(page=build_page(report, show, images), style=style)
+
+
+@cache
+def _environment() -> Any:
+    """The Jinja environment. It keeps the compiled template for later pages."""
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -76,8 +86,7 @@ def render_page(report: SourceReport, show: int, images: str | None = None) -> s
         lstrip_blocks=True,
     )
     environment.filters.update(format_bytes=format_bytes, format_percent=format_percent)
-    style = Markup((TEMPLATES / "show.css").read_text(encoding="utf-8"))
-    return environment.get_template("show.html.j2").render(page=build_page(report, show, images), style=style)
+    return environment
 
 
 def build_page(report: SourceReport, show: int, images: str | None = None) -> Page:

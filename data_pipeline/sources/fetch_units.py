@@ -18,7 +18,9 @@ MIN_CACHE_RATIO = 4
 
 
 class Units:
-    """Fetch units of a source: one whole run, or several, cut at shard boundaries.
+    """Fetch units of a source: one whole run, or several neighbouring runs.
+
+    A unit may extend over a shard boundary; its part of each shard is fetched and cached separately.
 
     A small source has short runs, which would cost about one GET per sample. If its size is at most a quarter
     of the cache's limit, a unit is therefore as many neighbouring runs as make about 8 MiB.

@@ -165,7 +165,7 @@ class RemoteShards:
 
 
 def _write_starts(path: str, starts: np.ndarray) -> None:
-    """Write starts with a hash: unlike ranges, they are kept across reboots, which may damage unsynced files."""
+    """Write starts with a hash: unlike ranges they are kept after a reboot, and a power failure can damage them."""
     content = (starts // TAR_BLOCK_BYTES).astype("<u4").tobytes()
     storage.publish(path, content + xxhash.xxh64_digest(content))
 

@@ -195,8 +195,8 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, augmentation: Augmentation | None
 def _jpeg_eighths(side: int, size: int) -> int:
     """Scale, in eighths, at which to decode a JPEG whose crop has the shorter side `side` and becomes `size` pixels.
 
-    The decoded crop has at least 1.5 pixels per pixel of the result: then the result is as close to that of a full
-    decode as bicubic is to Lanczos, 43 to 48 dB. Scales up to 4/8 decode no slower than a full decode and make the
+    The decoded crop has at least 1.5 pixels per pixel of the result: the difference from a full decode is then 43 to 48
+    dB PSNR, like that between bicubic and Lanczos. Scales up to 4/8 decode no slower than a full decode and make the
     resize much cheaper; 5/8 to 7/8 decode slower (measurements in docs/log.md).
     """
     # Below 8 pixels two scales give the same size, so the size would not tell which one the decoder used.

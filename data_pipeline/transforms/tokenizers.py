@@ -153,8 +153,7 @@ def _vocabulary(text: str) -> dict[str, int]:
 def _special_ids(file: Path, vocabulary: dict[str, int]) -> tuple[int, int, int]:
     """Ids of start, end and pad token: from tokenizer_config.json beside the file, else by common names.
 
-    A missing start token is the end token, as in GPT-2; so is a missing pad token, as is usual with Llama. Raises
-    UserError.
+    If there is no start token (GPT-2) or no pad token (usual with Llama), the end token is used. Raises UserError.
     """
     config_file = file.with_name("tokenizer_config.json")
     config = _config(config_file) if config_file.is_file() else {}

@@ -89,6 +89,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             # Replaces lone surrogates, which cannot be encoded as UTF-8.
             yield _heading(node, name), text.encode("utf-8", "replace").decode()
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):  # holds no definition
+            continue
         yield from _docstrings(child, f"{name}.{child.name}" if isinstance(child, DEFINITIONS) else name)
 
 

@@ -1,4 +1,4 @@
-"""One Ray cluster for one local job: started if no cluster is named, stopped whenever the launcher ends."""
+"""Starts a Ray cluster for one local job if none is named, and stops it when the job or the launcher ends."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ START_SECONDS = 120
 
 @contextmanager
 def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Environment that connects loaders to Ray: to the named cluster, else to one that runs as long as the block.
+    """Environment that connects loaders to Ray: to the named cluster, else to a new one.
 
-    The block's Ray is a child process that the kernel ends with the launcher. Its temporary folder has a short path
-    (Ray's socket paths have at most 107 characters), its ports are free ones, and it requires a token that only this
-    job has. Raises UserError if Ray is not installed, RuntimeError if it does not start.
+    The new cluster is a child process. It ends with the `with` statement; if the launcher dies before, the kernel ends
+    it. Its temporary folder has a short path (Ray's socket paths have at most 107 characters), its ports are free ones,
+    and it requires a token that only this job has. Raises UserError if Ray is not installed, RuntimeError if it does
+    not start.
     """
     if address := job.cluster.get("gcs_address") or environ.get("RAY_ADDRESS"):
         yield {"RAY_ADDRESS": address}

@@ -1,4 +1,4 @@
-"""Runs a command that gets a signal when its launcher ends, by default SIGKILL.
+"""Runs a command and sends it a signal (default SIGKILL) when the launcher ends.
 
 python -P -m launch.supervise.guard PID SIGNAL -- COMMAND ...
 """

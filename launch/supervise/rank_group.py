@@ -92,7 +92,7 @@ def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> 
                 stopping = True
                 group.send(signal.SIGTERM)
             failed = failed if failed is not None else first_failure(codes, stopping)
-            # A rank that SIGTERM ended before it started training: its peers would wait for it forever.
+            # SIGTERM ended a rank before it started to train. Its peers would wait for it forever.
             not_started = stopping and -signal.SIGTERM in codes.values()
             if deadline is None and (failed is not None or not_started):
                 deadline = time.monotonic() + FAILURE_GRACE_SECONDS
@@ -108,7 +108,8 @@ def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> 
 def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
     """The rank that caused the failure, None if none failed.
 
-    Of several, prefers one that was killed or lost: its peers fail because they lose their connection to it.
+    If several failed, it is one that was killed or lost, if there is one: the others fail because they lose their
+    connection to it.
     """
     good = {DONE, RUN_AGAIN} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
     bad = sorted(rank for rank, code in codes.items() if code not in good)

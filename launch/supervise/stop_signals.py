@@ -1,4 +1,8 @@
-"""Stop signals of a launcher: counted while it supervises ranks, raised as KeyboardInterrupt while it merges."""
+"""Stop signals of a launcher: counted while it supervises ranks, raised as KeyboardInterrupt while it merges.
+
+`supervise` (launch/supervise/rank_group.py) forwards the first signal to the ranks as SIGTERM; the second kills them.
+What a rank does on SIGTERM is in pretrain/train/stop_signals.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Builds the vision encoder of a language model from `model.vision` of a recipe.
 
-`ENCODERS` has one function per kind of weights address; the modules are in pretrain/models/encoders/.
+An encoder is what the recipe calls a (vision) tower. `ENCODERS` has one function per kind of weights address; the
+modules are in pretrain/models/encoders/.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def build_encoder(
     kind = "stage" if located.stage_dir is not None else located.kind
     if kind not in ENCODERS:
         raise UserError(
-            f"model.vision.init: {tower.init}: its kind is {kind}, encoders of this kind are not available yet; "
-            f"available: {', '.join(ENCODERS)}"
+            f"model.vision.init: {tower.init}: no encoder can be built from a {kind} address yet; "
+            "use a stage (RUN/STAGE)"
         )
     return ENCODERS[kind](tower.init, located, run_dir)
 

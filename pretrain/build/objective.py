@@ -76,7 +76,8 @@ def seed_weights(seed: int, name: str) -> None:
 
 def build_flip(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
     """FLIP: both towers are trained, so there is no frozen tower to describe."""
-    from pretrain.models.clip import Clip, clip_config  # imports open_clip: seconds, which other systems save
+    # Imported here, because importing open_clip takes seconds, and stages without images do not need it.
+    from pretrain.models.clip import Clip, clip_config
 
     stage = context.stage
     stream = stage.data[main_stream(stage)]

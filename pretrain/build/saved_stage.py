@@ -20,8 +20,8 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
     folder = model_stage(stage_dir)
     if folder is None:
         raise UserError(
-            f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or a stage that it was merged from "
-            "is not a stage of a run"
+            f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or an input of its merge does not "
+            "come from a Dromos run"
         )
     record = yaml.safe_load((folder / "resolved.yaml").read_text())
     return record["name"], TrainStage.model_validate(record["stage"])

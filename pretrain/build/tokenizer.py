@@ -48,7 +48,7 @@ def _check_tokenizer(name: str, builder: BatchBuilder, fingerprint: str, tokeniz
     for where, other in used.items():
         if other != fingerprint:
             raise UserError(
-                f"{where}: its tokenizer is {other}, that of {tokenizer} is {fingerprint}; "
+                f"{where}: its tokenizer (hash {other}) is not the stage's, {tokenizer} (hash {fingerprint}); "
                 f"use one tokenizer for the whole stage, or pack the text again"
             )
 

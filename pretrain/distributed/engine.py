@@ -1,17 +1,20 @@
 """The only file that imports deepspeed: process group, `Runtime`, `Engine`.
 
-One optimizer step may sum several losses and is exact on every ZeRO stage. Problems of DeepSpeed that are worked
-around here (tests/dist/test_deepspeed_quirks.py reproduces the first one, and the 0-dim parameters that models/clip.py
-avoids; tests/dist/test_zero_parity.py checks the result of all):
+One optimizer step may sum several losses and is exact on every ZeRO stage. This file works around these problems of
+DeepSpeed:
 - Under ZeRO-3, a parameter whose first gradient of a step comes in a later backward accumulates onto the gradient of
   the previous step. Under ZeRO-2, several backwards reduce in an order that must match over ranks.
   `coalesce_grad_reduction` avoids both. It does not exist at stage 0, where gradients accumulate until `step`.
 - ZeRO averages gradients over ranks. Losses here are sums over the global batch, so they are multiplied by the world
   size.
 - `deepspeed.init_distributed` compiles the op shm_comm with g++ and maps /dev/shm. It is switched off.
-- `deepspeed.initialize` imports its Muon, which imports torch's inductor. It is imported without (`_import_muon`).
+- `deepspeed.initialize` imports its Muon, which imports torch's inductor. `_import_muon` imports Muon
+  without inductor.
 - The default of gradient_clipping is 1.0 since 0.19. It is always set explicitly.
 - `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
+
+tests/dist/test_deepspeed_quirks.py reproduces the first problem, and the one with 0-dim parameters that models/clip.py
+avoids. tests/dist/test_zero_parity.py checks the losses on all ZeRO stages.
 """
 
 from __future__ import annotations

@@ -45,7 +45,10 @@ def report_left_out(path: str, counted: float, left_out: float, runtime: Runtime
 
 
 def shuffled_images(rows: DeviceBatch) -> DeviceBatch:
-    """The same captions, each with the image of another row: images are rolled by one among rows of weight > 0."""
+    """The same captions, each with the image of another row: images are rolled by one among rows of weight > 0.
+
+    If only one row has weight > 0, it keeps its image.
+    """
     assert rows.images is not None
     order = torch.arange(len(rows), device=rows.tokens.device)
     used_rows = torch.nonzero(rows.weights > 0)[:, 0]

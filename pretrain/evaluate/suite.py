@@ -36,8 +36,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """`{"zero_shot": {name: {...}}, "perplexity": {name: nll}, "perplexity_shuffled": {name: nll}}`. Collective.
 
-    `evaluation` is by default the stage's own. A model without a vision tower skips sources with images. `shuffle`
-    adds the caption NLL with images shuffled between samples.
+    `evaluation` is by default the stage's own. FLIP evaluates only the zero-shot tasks, other objectives only the
+    perplexity tasks. A perplexity task that names a stream is skipped if the stage has no such stream, or if the model
+    has no vision tower. `shuffle` adds the caption NLL with images shuffled between samples.
     """
     evaluation = evaluation or stage.eval
     cache = cache_settings(stage)

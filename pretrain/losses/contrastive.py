@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.distributed.collectives import rank, world_size
 
-# Largest number of elements of one block of logits. More rows are processed in chunks, whose logits are recomputed in
-# the backward pass.
+# Largest number of logits of one chunk. If the local rows need more than one chunk, the logits of each chunk are
+# recomputed in the backward pass.
 LOGITS_PER_CHUNK = 1 << 24
 
 
@@ -65,7 +65,7 @@ def contrastive(
 
     `image`, `text`: L2-normalised features `[rows, width]` of this rank. `logit_scale`: the factor itself (already
     exponentiated), one element. `sample_ids`: int64 `[rows]`; rows of the global batch with the same sample id are
-    not negatives of each other. `block`: largest number of logits in memory at once. Every rank must hold the same
+    not negatives of each other. `block`: largest number of logits of one chunk of rows. Every rank must hold the same
     number of rows. Divide the result by the rows of the global batch for the mean over rows; if the engine averages
     gradients over ranks, as DeepSpeed does, also multiply by the world size. Log-sum-exp is in fp32 (Radford et al.
     2021; FLIP, Li et al. 2023).

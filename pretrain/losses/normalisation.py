@@ -14,10 +14,11 @@ from torch import Tensor
 from data_pipeline.batches.spec import Batch
 
 
-def global_mean(local_sum: Tensor, denominator: float) -> Tensor:
+def part_of_global_mean(local_sum: Tensor, denominator: float) -> Tensor:
     """This micro-batch's part of the mean over the global batch.
 
     `local_sum`: scalar sum over the rows or tokens of the micro-batch. `denominator`: their number in the global batch.
+    ZeRO averages gradients over the ranks; Engine.backward therefore multiplies this part by the world size.
     """
     return local_sum / denominator
 

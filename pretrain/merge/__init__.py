@@ -8,9 +8,9 @@
     open_weights(address)                   reads names, shapes and ranges of any weights
 
 theta = sum of weight x input; for two inputs theta = beta * A + (1 - beta) * B: beta is the weight of the first input
-(in other tools, of the second). Weights are fp64, rounded once to the accumulation type (fp32 for 16-bit
-inputs, fp64 for wider ones); each product is rounded, then added in the order given, without FMA; one rounding to
-nearest even at the end. Inputs of weight 0 are not read; a single input of weight 1 is copied byte for byte.
+(in other tools, of the second). The weights (factors) are fp64, rounded once to the accumulation type (fp32 for 16-bit
+inputs, fp64 for wider ones); each product is rounded and added in the given order, without FMA; the sum is rounded
+once, to nearest even. Inputs of weight 0 are not read; a single input of weight 1 is copied byte for byte.
 Other methods (method="ties", base=...) and all options: pretrain.merge.planning.request. YAML files, including
 mergekit's: pretrain.merge.spec.
 """

@@ -20,8 +20,8 @@ Forward = Callable[..., Any]
 class Loss:
     """The loss of one micro-batch.
 
-    total: this rank's part of the sum over all ranks; the loop calls its backward.
-    parts: detached named scalars for metrics.jsonl, also parts of a sum over ranks.
+    total: its sum over all streams, micro-batches and ranks is the step's loss; the loop calls engine.backward(total).
+    parts: detached scalars by name; their sums over all micro-batches and ranks are in metrics.jsonl.
     """
 
     total: Tensor
@@ -49,7 +49,10 @@ class Objective(Protocol):
         """
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
-        """The loss of one micro-batch, divided by `loss_denominator`, the sum over all micro-batches and ranks."""
+        """The loss of one micro-batch.
+
+        It is divided by `loss_denominator`, the stream's total number of rows or tokens in the global batch.
+        """
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
         """Other scalars of the step for metrics.jsonl, equal on all ranks; `batches` are this rank's, by stream."""

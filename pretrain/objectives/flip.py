@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
-from pretrain.losses.normalisation import count_rows, global_mean
+from pretrain.losses.normalisation import count_rows, part_of_global_mean
 from pretrain.models.masking import keep_patches
 from pretrain.objectives.base import Forward, Loss
 from pretrain.objectives.device_batch import DeviceBatch
@@ -38,7 +38,7 @@ class Flip:
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
         row_sum = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids)
-        total = global_mean(row_sum, loss_denominator)
+        total = part_of_global_mean(row_sum, loss_denominator)
         return Loss(total, {f"loss/{stream}": total.detach()})
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
-from pretrain.losses.normalisation import count_targets, global_mean
+from pretrain.losses.normalisation import count_targets, part_of_global_mean
 from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.models.multimodal import Multimodal
 from pretrain.objectives.base import Forward, Loss
@@ -49,7 +49,7 @@ class Sphinx:
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         nll = self.token_nll(forward, rows)
-        mean = global_mean((nll * (rows.weights > 0)).sum(), loss_denominator)
+        mean = part_of_global_mean((nll * (rows.weights > 0)).sum(), loss_denominator)
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:

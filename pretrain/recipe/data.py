@@ -110,9 +110,9 @@ class Stream(Strict):
     batch: Annotated[int | dict[int, int], BeforeValidator(parse_batch)] = 256
     """Rows of the global batch over all ranks; or first step -> rows, as {0: 1024, 1000: 4096}. Default: 256."""
     lanes: int | None = Field(None, gt=0)
-    """Fixed parts of the global batch, each with its own order of samples; must divide every batch.
+    """Number of lanes; must divide every batch. Default: the largest common divisor of all batches up to 1024.
 
-    Default: the largest divisor of every batch up to 1024.
+    A lane is a fixed part of the global batch with its own order of samples.
     """
     share_by: Literal["size", "sqrt"] = "size"
     """Sources without `weight` share rows by size, or by the square root of size. Default: size."""

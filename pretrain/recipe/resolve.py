@@ -84,13 +84,15 @@ def read_draft(document: Document) -> Draft:
         )
     run = values.get("run") or {}
     if not isinstance(run, dict):
-        raise UserError(f"{document.location('run')}: is a section with name, dir, seed, not {run!r}")
+        where = document.location("run")
+        raise UserError(f"{where}: must be a map with name, dir, seed, accept_change; found {run!r}")
     defaults = expand_short_forms({key: deepcopy(values[key]) for key in SECTIONS if key in values})
     stages = values.get("stages")
     if stages is None:
         return Draft(document, dict(run), {"main": merge_maps({}, defaults)})
     if not isinstance(stages, dict) or not stages:
-        raise UserError(f"{document.location('stages')}: is a map from stage names to their changes")
+        where = document.location("stages")
+        raise UserError(f"{where}: must be a map from stage names to their changes; found {stages!r}")
     resolved: dict[str, dict[str, Any]] = {}
     for name, own in stages.items():
         where = document.location("stages", name)
@@ -99,7 +101,7 @@ def read_draft(document: Document) -> Draft:
                 f"{where}: is not a valid stage name; use letters, digits, - and _, but not the name of a section"
             )
         if not isinstance(own or {}, dict):
-            raise UserError(f"{where}: holds {own!r}; a stage is a map, {{}} if it changes nothing")
+            raise UserError(f"{where}: must be a map, found {own!r}; write {{}} for no changes")
         own = expand_short_forms(own or {})
         is_merge = own.get("kind", "train") == "merge"
         base = {key: value for key, value in defaults.items() if key == "eval"} if is_merge else defaults

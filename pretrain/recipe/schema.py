@@ -33,11 +33,20 @@ class Vision(Strict):
     arch: str | None = None
     """open_clip://ARCH: take the tower's shape from open_clip; other keys change it. Default: none."""
     init: str | None = None
-    """Address of trained weights, for example flip/tuned or open_clip://ARCH/TAG. Default: new weights."""
+    """Address of a trained stage, for example flip/tuned; required in sphinx. Default: new weights.
+
+    Not available yet: any address in flip, and in sphinx open_clip://ARCH/TAG and other URLs.
+    """
     join: Literal["channel", "sequence"] = "channel"
-    """How the tokens of several towers are joined: along the width, or one after the other. Default: channel."""
+    """How several towers (not available yet) are joined. Default: channel.
+
+    channel: features are concatenated; sequence: tokens are concatenated (not available yet).
+    """
     part: str | None = None
-    """Part of the checkpoint to use as tower, for example qformer. Default: its vision tower."""
+    """Part of the checkpoint to use as tower, for example qformer (not available yet).
+
+    Default: the checkpoint's vision tower.
+    """
     width: int | None = Field(None, gt=0)
     """Width of a token inside the tower. Required without `arch` and `init`."""
     layers: int | None = Field(None, gt=0)
@@ -64,14 +73,17 @@ class TextTower(Strict):
     layers: int = 12
     """Number of transformer layers. Default: 12."""
     causal: bool = True
-    """Tokens attend only to earlier tokens. Default: true."""
+    """Tokens attend only to themselves and earlier tokens. Default: true."""
 
 
 class Llm(Strict):
     """The language model; exactly one of `init` and `config`."""
 
     init: str | None = None
-    """Address of trained weights: hf://ORG/NAME, a folder, RUN/STAGE. Default: new weights from `config`."""
+    """Address of trained weights: hf://ORG/NAME, a folder, RUN/STAGE (not available yet).
+
+    Default: new weights from `config`.
+    """
     config: dict[str, Any] | None = None
     """transformers config of a new model, with model_type. Default: none."""
     tokenizer: str | None = None
@@ -79,7 +91,7 @@ class Llm(Strict):
 
 
 class Views(Strict):
-    """Views into which an image is cut for the towers."""
+    """Views into which an image is cut for the towers (not available yet)."""
 
     size: int = 224
     """Height and width of a view, in pixels. Default: 224."""
@@ -90,7 +102,7 @@ class Views(Strict):
 
 
 def parse_towers(value: Any) -> Any:
-    """One tower may be written without the list."""
+    """One tower may be written without a list."""
     return [value] if isinstance(value, dict | Vision) else value
 
 
@@ -100,30 +112,36 @@ class Model(Strict):
     embed: int | None = Field(None, gt=0)
     """Width of the joint embedding of a contrastive model. Default: that of `vision.arch`, else `text.width`."""
     vision: Annotated[list[Vision], BeforeValidator(parse_towers)] | None = None
-    """The vision tower, or a list of towers. Default: none (text only)."""
+    """The vision tower, or a list of towers (more than one: not available yet). Default: none (text only)."""
     text: TextTower | None = None
     """The text tower of a contrastive model. Default: none."""
     llm: Llm | None = None
     """The language model of a generative model. Default: none."""
     views: Views | None = None
-    """Views of an image. Default: the whole image once."""
+    """Views of an image (not available yet). Default: the whole image once."""
     freeze: list[str] = Field(default_factory=list)
-    """Parts that are not trained: vision, text, llm. Default: none."""
+    """Parts that are not trained: vision, text, llm. Default: none.
+
+    sphinx needs [vision] if it has a tower: training the tower is not available yet.
+    """
 
 
 class Objective(Strict):
     """The training objective."""
 
     kind: Literal["flip", "sphinx", "instruct"]
-    """flip: contrastive; sphinx: next tokens of text and captions; instruct: next tokens of dialogues. Required."""
+    """flip: contrastive; sphinx: next tokens of text and captions. Required.
+
+    instruct: next tokens of dialogues (not available yet).
+    """
     image_mask: float = Field(0.0, ge=0, lt=1)
     """Fraction of an image's patches that the tower does not receive. Default: 0."""
     text_mask: float = Field(0.0, ge=0, lt=1)
-    """Fraction of a caption's tokens that are dropped. Default: 0."""
+    """Fraction of a caption's tokens that are dropped (not available yet). Default: 0."""
     weights: dict[str, float] | None = None
     """Stream name -> factor on the stream's loss (a mean per token). Default: 1 for each stream."""
     template: str | None = None
-    """Conversation template that turns dialogues into text, for example vicuna. Default: none."""
+    """Conversation template that turns dialogues into text, for example vicuna (not available yet). Default: none."""
 
 
 class Optimizer(Strict):
@@ -187,11 +205,11 @@ class Engine(Strict):
     deterministic: bool = False
     """Use only deterministic kernels of PyTorch. Default: false."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory. Default: false."""
+    """Recompute activations in the backward pass, to save memory (not available yet). Default: false."""
     offload: Literal["cpu"] | None = None
-    """cpu: keep optimizer states in host memory. Default: on the device."""
+    """cpu: keep optimizer states in host memory (not available yet). Default: on the device."""
     compile: bool = False
-    """Compile the model with torch.compile. Default: false."""
+    """Compile the model with torch.compile (not available yet). Default: false."""
 
 
 class Cache(Strict):
@@ -211,7 +229,11 @@ class Loader(Strict):
     workers: int = Field(2, ge=0)
     """Worker processes per rank; 0 builds batches in a thread of the rank. Default: 2."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Stop when more than this fraction of a source's samples was replaced in the last 100 steps. Default: 0.01."""
+    """Stop when more than this fraction of a source's samples was replaced in the last 100 steps. Default: 0.01.
+
+    A source that served fewer than 200 samples in these steps is not judged (MIN_SAMPLES in
+    pretrain/train/bad_samples.py).
+    """
     max_bad_in_shard: int = Field(200, ge=1)
     """Stop when a shard has this many unusable samples in one epoch. Default: 200."""
     stall_warn: float = Field(30.0, gt=0)

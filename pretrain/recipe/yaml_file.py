@@ -59,7 +59,7 @@ def load_yaml(path: str | Path, noun: str = "recipe") -> Document:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         content = "sections (run, data, model, ...)" if noun == "recipe" else "keys"
-        raise UserError(f"{path}: a {noun} is a map of {content}, not a {type(values).__name__}")
+        raise UserError(f"{path}: a {noun} must be a map of {content}; found a {type(values).__name__}")
     return Document(str(path), values, lines)
 
 

@@ -96,7 +96,7 @@ def locate(address: str, run_dir: Path | None = None) -> Located:
 
 
 def is_stage(folder: Path) -> bool:
-    """True for a stage folder of a run: it holds files that only stages write, not `dromos merge`."""
+    """True for a stage folder of a run: it holds files that a stage writes and `dromos merge` does not."""
     if not folder.is_dir() or (folder / "merge.json").exists() or (folder / "recipe.yaml").exists():
         return False
     stage_files = (folder / "resolved.yaml", folder / "result.json")

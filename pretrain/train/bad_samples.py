@@ -29,7 +29,7 @@ class BadShards:
 
     A sample is counted once per epoch, when the order assigns it; tries as a replacement are not counted.
 
-    limit:          unusable samples in one shard and epoch at which the run stops (loader.max_bad_in_shard)
+    limit:          the run stops when a shard has this many unusable samples in one epoch (loader.max_bad_in_shard)
     previous_state: the `state()` in a checkpoint
     """
 
@@ -44,7 +44,7 @@ class BadShards:
     def add(self, lines: Iterable[Line]) -> str | None:
         """Count the bad_samples.jsonl lines of one step; return the first shard, by name, at the limit, else None.
 
-        Only shards with new unusable samples are judged: a shard that stopped an earlier run may have been repaired.
+        Only shards with new unusable samples are judged: the user may have repaired a shard after an earlier run.
         """
         counted = [line for line in lines if line["attempt"] == 0]
         for line in sorted(counted, key=lambda line: (line["url"], line["epoch"])):

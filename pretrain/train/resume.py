@@ -120,7 +120,7 @@ def resume_data(
 
 
 def with_order_of(specs: Sequence[StreamSpec], order: Mapping[str, Any], address: str) -> list[StreamSpec]:
-    """The streams with the seeds of the order that `continue: address` trained on, so that the same order continues.
+    """The streams of this stage with the seeds of the continued stage, so that the sample order continues.
 
     Raises UserError when that stage had other streams.
     """

@@ -26,10 +26,11 @@ from pretrain.train.trainer import Trainer, write_result
 
 
 class Session:
-    """Resources that a rank must close: the folder's lock, the trainer, the process group.
+    """A training stage opened on one rank.
 
-    Opening it checks recipe, world size and run folder and takes the stage's lock. It builds nothing; the only
-    file it writes is the lock. Raises UserError.
+    The constructor checks recipe, world size and run folder, joins the process group and takes the stage's lock. It
+    builds no model and writes only the file of the lock. Raises UserError. `close` releases lock, trainer and process
+    group.
     """
 
     def __init__(self, recipe_path: str, name: str, overrides: Sequence[str], flag: StopFlag) -> None:

@@ -1,6 +1,9 @@
 """Signals that ask a rank to save and stop: each rank sets its own flag.
 
-The flags of all ranks are combined once per step (`StepTotals`).
+`Trainer.run` (pretrain/train/trainer.py) reads the flag between steps; `StepTotals` combines the flags of all ranks. If
+one is set, the trainer does one more step, saves and returns; `main` (pretrain/train/main.py) then ends the rank with
+exit code 75 (0 if that was the last step). The launcher's part is in launch/supervise/stop_signals.py and
+launch/supervise/rank_group.py.
 """
 
 from __future__ import annotations

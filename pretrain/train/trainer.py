@@ -1,4 +1,4 @@
-"""The training loop: per step one batch, one optimizer step, one line of metrics; saves, evaluates and stops."""
+"""The training loop: per step one batch of every stream, one optimizer step, one line of metrics; saves, evaluates."""
 
 from __future__ import annotations
 
@@ -97,10 +97,12 @@ class Trainer:
         self.bad_log = JsonLog(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
 
     def run(self, first: int) -> bool:
-        """Train the steps [first, total). True at the end of the stage, False when it saved and stopped on request.
+        """Train the steps [first, total). True at the end of the stage; False when it saved and stopped before.
+
+        It stops before the end on a stop signal, or after train.hours.
 
         Raises, after a save: UnreadableData when a rank could not read its data, UserError when a tar has changed,
-        TooManyBadSamples when a limit is passed. Raises NonFinite without a save.
+        TooManyBadSamples when a limit of bad_samples.py stops the run. Raises NonFinite without a save.
         """
         self.last_saved = first
         batches_by_step = iter(self.loader.steps(first, self.plan.total))
@@ -186,13 +188,13 @@ class Trainer:
         if norm is None:
             quantity = ", ".join(non_finite) or "the gradient norm"
             saved = (
-                f"the last checkpoint is of step {self.last_saved}"
+                f"the last checkpoint is from step {self.last_saved}"
                 if self.last_saved
                 else "there is no checkpoint yet"
             )
             raise NonFinite(
                 f"step {step + 1}: {quantity} is not finite; the weights were not updated, and {saved}. "
-                f"Lower the learning rate, or look at this step's batch."
+                f"Lower the learning rate; metrics.jsonl has loss and grad_norm of the steps before."
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         row |= self.objective.metrics(batches, self.runtime.device)
@@ -209,13 +211,13 @@ class Trainer:
                 self.bad_log.write(line | {"step": row["step"]})
 
     def count_bad(self, step: int, totals: StepTotals) -> str | None:
-        """Count a step's replaced samples; returns the error text when they pass a limit, else None."""
+        """Count a step's replaced samples; returns the error text when a limit stops the run, else None."""
         fraction = self.bad_fraction.add(step, totals.samples, totals.skipped)
         shard = self.bad_shards.add(totals.bad)
         return self._shard_message(shard) or fraction
 
     def check_bad(self, step: int) -> None:
-        """Raise TooManyBadSamples if the counts that the checkpoint of `step` kept pass a limit."""
+        """Raise TooManyBadSamples if a limit stops a run that has the counts in the checkpoint of `step`."""
         message = self.bad_fraction.over_limit(step, {}) or self._shard_message(self.bad_shards.over_limit())
         if message:
             raise TooManyBadSamples(message)

@@ -1,0 +1,1 @@
+"""Reads weights at any address: `open_weights` in source.py."""

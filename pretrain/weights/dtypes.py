@@ -1,6 +1,6 @@
 """Stored dtypes in numpy: exact widening and one rounding to nearest even, block by block into preallocated arrays.
 
-A block and its intermediate results fit the L2 cache, so reading and writing files bounds the speed of a merge. bf16
+A block and its intermediate results fit the L2 cache, so file I/O limits the speed of a merge, not computation. bf16
 and fp16 are converted with integer operations on their bits, because numpy converts them one element at a time.
 """
 

@@ -41,8 +41,8 @@ def tied_names(
     """Map each tied name to the stored name of the same weight.
 
     If the config sets `tie_word_embeddings`, or does not mention it and its model class has a head, the names of TIES
-    that are not stored count as tied. If the config sets it, a name that is stored too counts as tied if
-    `equal(name, stored)`.
+    that are not stored count as tied. A name that is also stored counts as tied only if the config sets
+    it and `equal(name, stored)`.
     """
     tied = tie_setting(config)
     classes = config.get("architectures") if isinstance(config, dict) else None

@@ -117,18 +117,19 @@ ShardSize = _flag(str | None, "--max-shard-size", "SIZE", "Bytes of tensors in o
 # --- scores
 
 PROTOCOL = (
-    "{} is the checkpoint folder; no shell runs; its last output is a number, or a JSON object of numbers."
+    "{} is replaced by the checkpoint folder. The command runs without a shell and must end its output with a number "
+    "or a JSON object of numbers."
 )
 EvalCommand = _flag(str | None, "--eval-cmd", "CMD", f"Scores an output. {PROTOCOL}")
 ScoreCommand = _flag(str | None, "--score-cmd", "CMD", f"Scores a model. {PROTOCOL}")
 Metric = _flag(
-    str | None, "--metric", "NAME", "The figure that decides; default: the first in the command's output."
+    str | None, "--metric", "NAME", "The metric to compare; default: the first in the command's output."
 )
 Lower = _flag(
     bool | None,
     "--lower-is-better/--more-is-better",
     None,
-    "Default: more, or the direction used before for that metric.",
+    "Default: higher is better, unless an earlier run in this folder used the other direction for this metric.",
 )
 Timeout = _flag(
     float | None, "--timeout", "SECONDS", "Stop the command after this many seconds; default: never."

@@ -184,7 +184,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Distanc
 def places_of(names: Sequence[str]) -> dict[str, Place]:
     """Tensor name -> place.
 
-    The layer is the first number in a name that is followed by a module and takes several values in the model: in
+    The layer is the first number with a module after it that differs between the names of the model: in
     v.0.blocks.1.mlp.w it is 1 if all names begin with v.0.
     """
     numbers: dict[str, set[str]] = {}

@@ -91,8 +91,9 @@ def _addresses(file: MergekitFile) -> list[str]:
 def _output_tensors(
     file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], main: WeightSource
 ) -> tuple[list[OutputTensor], list[int] | None]:
-    """Return all output tensors in order and, for slices, the layer of the first source behind each output layer.
+    """Return all output tensors in order and, if the file has slices, the origin of the output layers.
 
+    The origin is, for each output layer, the number of the layer that it takes from the first model of its slice.
     main: the source of the output's config. If `main` stores a head and another model ties it, that model's embedding
           is used as its head.
     """

@@ -176,7 +176,7 @@ class _RowMapBuilder:
         self._base = self._addresses.index(base) if base in self._addresses else None
 
     def row_map(self, place: int, ids: Mapping[str, int], total: int) -> RowMap:
-        """The `total` rows of the output in terms of the models, for model `place`."""
+        """For model `place`: which model and row each of the `total` output rows comes from (or which it averages)."""
         owner = np.full(total, MEAN, np.int64)
         row = np.zeros(total, np.int64)
         means: Means = dict.fromkeys(range(total))

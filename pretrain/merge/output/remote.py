@@ -1,7 +1,8 @@
 """`RemoteOutput`: an output in an object store. Files are uploaded in order and become visible only at the end.
 
 There is no journal: after a kill, a merge computes everything again, but does not send again the parts that the store
-already has. Parts that no merge resumes are removed by a lifecycle rule of the bucket for incomplete uploads.
+already has. Parts that are left over are aborted when the next merge into the same folder finishes; if
+there is none, a lifecycle rule of the bucket for incomplete uploads must remove them.
 """
 
 from __future__ import annotations

@@ -153,9 +153,9 @@ def direction_note(metric: str | None, lower: bool) -> str | None:
 
 
 def score_reporter(print_line: Callable[[str], None] | None) -> Callable[[str, str | None, bool], None]:
-    """A function (line, metric, lower) that prints the line of a score, and direction_note after the first score.
+    """A function (line, metric, lower) that prints the line of a score, and once the note of `direction_note`.
 
-    The note comes that early because hours of scoring may follow, which a restart with the right flag saves.
+    The note is printed after the first score, so that the user can restart with the right flag before hours of scoring.
     """
     first = True
 

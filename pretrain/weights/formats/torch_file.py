@@ -109,11 +109,14 @@ class StateDict:
                 break
             content = inner
         if not isinstance(content, dict):
-            raise UserError(f"{archive.name}: contains no state dict")
+            raise UserError(
+                f"{archive.name}: contains no state dict; write a file with `torch.save(model.state_dict(), ...)`"
+            )
         found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if not found:
             raise UserError(
-                f"{archive.name}: contains no tensors at the top level or under {', '.join(STATE_DICT_KEYS)}"
+                f"{archive.name}: contains no tensors at the top level or under {', '.join(STATE_DICT_KEYS)}; "
+                "put the state dict there"
             )
         for name in found:
             if not is_name(name):

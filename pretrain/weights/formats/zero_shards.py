@@ -150,14 +150,18 @@ class ZeroShards:
             if match := pattern.match(name):
                 if int(match[2]) > 0:
                     raise UserError(
-                        f"{self.url}/{name}: tensor- and pipeline-parallel checkpoints are not supported"
+                        f"{self.url}/{name}: tensor- and pipeline-parallel checkpoints are not supported; "
+                        "convert it to a universal checkpoint"
                     )
                 if int(match[1] or 0) in found:
-                    raise UserError(f"{self.url}: {name} and {found[int(match[1] or 0)]} have the same rank")
+                    raise UserError(
+                        f"{self.url}: {name} and {found[int(match[1] or 0)]} have the same rank; remove the wrong one"
+                    )
                 found[int(match[1] or 0)] = name
         if sorted(found) != list(range(len(found))):
             raise UserError(
-                f"{self.url}: found files of ranks {sorted(found)[:20]}; a rank between them is missing"
+                f"{self.url}: found files of ranks {sorted(found)[:20]}; a rank between them is missing; "
+                "copy its file too"
             )
         return [found[rank] for rank in sorted(found)]
 
@@ -215,7 +219,7 @@ class ZeroShards:
         if world is not None and world != len(optimizers):
             raise UserError(
                 f"{self.url}: {world} ranks wrote this checkpoint, but it has the optimizer files of "
-                f"{len(optimizers)} ranks"
+                f"{len(optimizers)} ranks; copy the files of all ranks"
             )
         if "fp32_flat_groups" in states[0]:
             self._stage_3(

@@ -41,11 +41,13 @@ class UniversalCheckpoint:
         self.files: list[ByteFile] = [*model.files, *(file for file, _ in opened)]
         self._tensors = {name: tensor for name, (_, tensor) in zip(names, opened, strict=True)}
         if not self._tensors:
-            raise UserError(f"{zero.url}: contains no parameter folders")
+            raise UserError(f"{zero.url}: contains no parameter folders; convert the checkpoint again")
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._tensors.items():
             if not is_name(name) or tensor.dtype != "F32":
-                raise UserError(f"{zero.url}/{name}/{MASTER}: contains no fp32 master weights")
+                raise UserError(
+                    f"{zero.url}/{name}/{MASTER}: contains no fp32 master weights; convert the checkpoint again"
+                )
             shape = model.shapes.get(name, tensor.shape)
             if elements(shape) != tensor.numel:
                 raise UserError(

@@ -102,7 +102,7 @@ def test_a_spec_says_what_python_says(text: str, same: Request, tmp_path: Path) 
         ("{inputs: [a, b], beta: 0.5, max_shard_size: lots}", "write a size such as 5GB"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, layers: 3, exclude: true}]}", "rules.0.layers"),
         ("{inputs: [a, b], beta: 0.5, rules: [{match: x, layers: 0-3, exclude: true}]}", "write FIRST:LAST"),
-        ("[a, b]", "a spec is a map of keys"),
+        ("[a, b]", "a spec must be a map of keys"),
         ("{inputs: [a, b], inputs: [c]}", "written twice"),
         ("!!python/object/apply:os.system [ls]", "spec.yaml"),
         ("{inputs: [a, b], beta: 0.5, weights: [1, 1]}", "--beta and --weights"),

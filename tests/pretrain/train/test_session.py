@@ -250,7 +250,7 @@ def test_a_non_finite_loss_stops_the_rank_before_the_update(tiny_runs: Path, tmp
     assert "Traceback" not in printed
     assert steps(stage) == [1]
     assert complete_steps(stage / "checkpoints") == [1]
-    assert "checkpoint is of step 1" in printed
+    assert "checkpoint is from step 1" in printed
     assert not (stage / "result.json").exists()
 
 
