@@ -96,7 +96,10 @@ def mixtures(draw: st.DrawFn) -> dict[str, tuple[list[int], float | None]]:
 
 
 def check_any_way(data: st.DataObject, workers: st.SearchStrategy[int]) -> None:
-    """Compare a stream whose ranks and workers change at random steps with an uninterrupted one."""
+    """Compare a stream whose ranks and workers change at random steps with an uninterrupted one.
+
+    The first and the last rank have `workers` processes. The ranks between them have none, because a start is slow.
+    """
     mixture = data.draw(mixtures())
     world_sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3))
     batch = 12 * data.draw(st.integers(1, 3))
@@ -119,7 +122,8 @@ def check_any_way(data: st.DataObject, workers: st.SearchStrategy[int]) -> None:
             states = []
             found: list[list[Batch]] = [[] for _ in range(length)]
             for rank in range(world_size):
-                with opened(rank=rank, world_size=world_size, workers=data.draw(workers)) as stream:
+                processes = data.draw(workers) if rank in (0, world_size - 1) else 0
+                with opened(rank=rank, world_size=world_size, workers=processes) as stream:
                     if saved is not None:
                         stream.resume(json.loads(json.dumps(saved)))
                     assert stream.step == step
@@ -178,7 +182,7 @@ def test_images_are_the_same_from_any_number_of_workers(tmp_path: Path) -> None:
     with open_stream(tmp_path, batch=8) as stream:
         truth = [next(stream) for _ in range(6)]
     assert any(batch.skipped for batch in truth)
-    for workers in (1, 2, 3, 4):
+    for workers in (1, 3):  # check_any_way draws the other numbers
         with open_stream(tmp_path, batch=8, workers=workers) as stream:
             stream.resume({**stream.state(), "step": workers})
             for want in truth[workers:]:

@@ -54,17 +54,22 @@ def test_a_sample_that_crashes_the_decoder_is_replaced_alike_everywhere(tmp_path
     builder.known_bad = {("web", 0, 3): CRASHED, ("web", 1, 5): CRASHED, ("web", 2, 2): CRASHED}
     truth = [builder.make(step, 0, BATCH) for step in range(STEPS)]
     assert sum(sum(batch.skipped.get("web", {}).values()) for batch in truth) >= 4
-    for workers, world_size, first in ((1, 1, 0), (2, 1, 0), (3, 2, 0), (2, 1, 2)):
+    # One worker from the start, and two ranks of two workers each that go on in the middle. A crash of a sample costs
+    # four processes, so there are no more loaders than that; each of them meets at least one.
+    for workers, world_size, first in ((1, 1, 0), (2, 2, 2)):
         for rank in range(world_size):
+            met = 0
             with LocalLoader([spec], rank, world_size, workers, micro_batch=5) as loader:
                 for number, step in enumerate(loader.steps(first, STEPS), first):
                     rows = slice(step["pairs"][0].start, step["pairs"][-1].stop)
                     whole = builder.make(number, rows.start, rows.stop)
                     assert total(step["pairs"]) == total([whole])
+                    met += sum("web" in batch.skipped for batch in step["pairs"])
                     for name in ("pixels", "tokens", "row_keys", "sample_ids"):
                         found = np.concatenate([getattr(batch, name) for batch in step["pairs"]])
                         np.testing.assert_array_equal(found, getattr(whole, name))
                         np.testing.assert_array_equal(found, getattr(truth[number], name)[rows])
+            assert met
     assert {"SIGSEGV", "SIGABRT", "SIGILL"} <= set(marks.read_text().split())
 
 

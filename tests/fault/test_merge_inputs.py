@@ -337,9 +337,10 @@ def pickles(canary: Path) -> dict[str, bytes]:
     made["text"] = b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x."
     made["long"] = b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x."
     made["frame"] = b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N."
-    made["deep_key"] = b"\x80\x02})" + b"\x85" * 2_000_000 + b"Ns."
-    made["deep_list"] = b"\x80\x02" + b"]" * 2_000_000 + b"a" * 1_999_999 + b"."
-    made["many_lists"] = b"\x80\x02(" + b"]" * 20_000_000 + b"l."
+    # Half a million levels of recursion in C overflow a stack of 8 MB, and stay below the limit of operations.
+    made["deep_key"] = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
+    made["deep_list"] = b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b"."
+    made["many_lists"] = b"\x80\x02(" + b"]" * 5_000_000 + b"l."  # above that limit
     made["doubling"] = b"\x80\x02cbuiltins\nset\n(" + b"K\x01" * 100_000 + b"lq\x01" + b"0" + (
         b"cbuiltins\nset\nh\x01\x85R" * 20_000
     ) + b"."  # fmt: skip

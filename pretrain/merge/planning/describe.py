@@ -23,7 +23,8 @@ THETA = {
     "dare_linear": "base + lambda x sum of weight x (input - base) after random drop (arXiv 2311.03099)",
     "dare_ties": "base + lambda x majority-sign sum of weight x (input - base) after random drop (arXiv 2311.03099)",
     "breadcrumbs": "base + lambda x sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
-    "breadcrumbs_ties": "base + lambda x majority-sign sum of weight x middle entries of (input - base) (arXiv 2312.06795)",
+    "breadcrumbs_ties": "base + lambda x majority-sign sum of weight x middle entries of (input - base)"
+    " (arXiv 2312.06795)",
     "nuslerp": "sum of factor x input; with a base: base + sum of factor x (input - base)",
     "multislerp": "sum of factor x input; with a base: base + sum of factor x (input - base)",
     "karcher": "sum of factor x input: Karcher mean (arXiv 2603.04972)",

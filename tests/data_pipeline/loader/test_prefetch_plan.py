@@ -19,6 +19,7 @@ from data_pipeline.sources.offset_file import OffsetFile, pack_starts
 from data_pipeline.storage.cache import ByteRange, CacheSettings
 
 BATCH = 64
+LANES = 16  # four rows of each lane in every batch
 
 
 def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[Manifest, list[np.ndarray]]:
@@ -50,7 +51,7 @@ def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[M
 
 def builder_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchBuilder:
     specs = {name: SourceSpec(source.root, weight=weights.get(name)) for name, source in sources.items()}
-    spec = StreamSpec("text", 7, specs, batch=BATCH, length=8)
+    spec = StreamSpec("text", 7, specs, batch=BATCH, lanes=LANES, length=8)
     return BatchBuilder(spec, sources, None, CacheSettings(str(tmp_path / "cache"), limit))
 
 
@@ -73,9 +74,9 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
     counts = [9001, 1, 0, 8190] + [10_007] * 104  # more than 64 x 16384 samples
     source, bounds = manifest(tmp_path, "a", counts, 4)
     builder = builder_of(tmp_path, {"a": source}, 1 << 40)
-    world, rank, steps = 4, 1, range(5, 3005)
+    world, rank, steps = 4, 1, range(5, 755)
     found = prefetch(PrefetchPlan([builder], rank, world, 1 << 40, steps.start), steps)
-    window = RUNS_PER_WINDOW * 64  # steps: each of the 64 lanes has one row a step
+    window = RUNS_PER_WINDOW * 64 * LANES // BATCH  # steps: each lane has four rows a step
     assert window_steps(builder.order, BATCH, ["a"]) == window + 1
 
     fetched: list[np.ndarray] = [np.zeros(starts[-1] // 512, bool) for starts in bounds]
@@ -93,7 +94,7 @@ def test_of_a_large_source_each_run_is_fetched_once_before_it_is_needed(tmp_path
             assert fetched[shard][start // 512 : stop // 512].all()
             useful += stop - start
     # What was begun and not ended is at most two windows a lane.
-    lanes, served = 16, len(steps) * BATCH // world
+    lanes, served = LANES // world, len(steps) * BATCH // world
     assert asked <= (served / 64 + 2 * RUNS_PER_WINDOW * lanes) * 1.01
     assert sum(part.stop - part.start for parts in found.values() for part in parts) <= 1.1 * useful * (
         1 + 2 * window / len(steps)
@@ -109,7 +110,7 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
     needed: set[ByteRange] = set()
     units = builder.units("a")
     assert units is not None
-    for at in range(1500):
+    for at in range(375):
         while (group := plan.next_group(at, 10**9)) is not None:
             plan.plan_step(group)
         plan.release_before(at)
@@ -122,7 +123,7 @@ def test_a_limit_is_kept_and_planning_goes_on_as_it_frees(tmp_path: Path) -> Non
             units.byte_range(*place)
             for place in zip(refs.shard.tolist(), starts.tolist(), stops.tolist(), strict=True)
         }
-    assert plan.is_waiting  # a window is 128 MB here
+    assert plan.is_waiting  # a window is 32 MB here
     assert max(asked.values()) == 1  # what is needed still is neither dropped nor asked for again
     assert len(asked.keys() & needed) > 0.8 * limit / (64 * 1280)
 
@@ -160,17 +161,17 @@ def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     builder = builder_of(tmp_path, sources, 1 << 40, a=2, b=1, c=1)
     found = [
         part
-        for parts in prefetch(PrefetchPlan([builder], 0, 1, 1 << 40, 0), range(2000)).values()
+        for parts in prefetch(PrefetchPlan([builder], 0, 1, 1 << 40, 0), range(500)).values()
         for part in parts
     ]
     by_source = {name: [part for part in found if f"/{name}/" in part.url] for name in sources}
     assert not by_source["c"]
     assert len(by_source["b"]) == 2  # each shard once
     # Half of the rows, so that a window lasts twice as long; the small one is not fetched so far ahead.
-    assert window_steps(builder.order, BATCH, ["a"]) == 2 * RUNS_PER_WINDOW * 64 + 1
-    assert window_steps(builder.order, BATCH, ["b"]) == 4 * RUNS_PER_WINDOW + 1
+    assert window_steps(builder.order, BATCH, ["a"]) == 2 * RUNS_PER_WINDOW * 64 * LANES // BATCH + 1
+    assert window_steps(builder.order, BATCH, ["b"]) == 4 * RUNS_PER_WINDOW * LANES // BATCH + 1
     assert len(by_source["a"]) == len(set(by_source["a"]))
-    assert len(by_source["a"]) <= (2000 * BATCH / 2 / 64 + 2 * RUNS_PER_WINDOW * BATCH) * 1.01
+    assert len(by_source["a"]) <= (500 * BATCH / 2 / 64 + 2 * RUNS_PER_WINDOW * LANES) * 1.01
 
 
 def test_samples_are_read_alone_for_a_small_part_of_an_epoch(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ COUNTS = st.one_of(
     st.sampled_from([[40, 0, 1, 30], [1] * 35, [0, 64, 64, 0], [130, 1, 0, 169], [400, 3]]),
 ).map(lambda counts: tuple(counts) if any(counts) else (*counts, 1))
 LANES = st.sampled_from([1, 2, 3, 4])
+# The costly checks of a step: slices of many ranks, and an order that is built again.
+ONE_IN_FOUR = st.integers(0, 3).map(lambda drawn: drawn == 0)
 
 
 @st.composite
@@ -116,15 +118,16 @@ def test_every_row_is_that_of_the_sequential_walk(data: st.DataObject) -> None:
     for step, want in enumerate(simulate_order([mixture], STEPS, lanes, seed, short_runs)):
         assert isinstance(want, list)
         assert rows(ours, step) == want
-        world = data.draw(st.integers(1, 16))
-        batch = len(want)
-        assert [
-            row
-            for rank in range(world)
-            for row in rows(ours, step, rank * batch // world, (rank + 1) * batch // world)
-        ] == want
+        if data.draw(ONE_IN_FOUR):
+            world = data.draw(st.integers(1, 16))
+            batch = len(want)
+            assert [
+                row
+                for rank in range(world)
+                for row in rows(ours, step, rank * batch // world, (rank + 1) * batch // world)
+            ] == want
         assert {name: n for name, n in ours.consumed(step).items() if n} == taken
-        if data.draw(st.booleans()):
+        if data.draw(ONE_IN_FOUR):
             again = resumed(mixture, lanes, seed, ours.state(step, prints(mixture)), accept=step % 2 == 0)
             assert again.segment.first_step == 0  # nothing changed, so nothing was opened
             assert rows(again, step) == want
@@ -168,7 +171,7 @@ def test_accepted_changes_go_on_as_the_walk_does(data: st.DataObject) -> None:
             assert changed[-1]["unvisited"] == want.unvisited
             assert changed[-1]["first_step"] == step
             continue
-        if data.draw(st.booleans()):  # once it is opened, a change needs no leave
+        if data.draw(ONE_IN_FOUR):  # once it is opened, a change needs no leave
             ours = resumed(mixture, lanes, seed, state, accept=False)
         assert rows(ours, step) == want
         taken.update(name for name, *_ in want)
@@ -234,13 +237,13 @@ def test_max_epochs_counts_the_passes_over_samples_that_a_source_had_before(coun
 
 def test_a_source_of_runs_and_windows_at_its_true_size() -> None:
     """With the real run length: 2 samples per run, a short run, and windows of 16 runs in 3 lanes."""
-    counts = (20_000, 0, 1, 19_998, 2)
+    counts = (16_400, 0, 1, 16_368, 2)
     lanes, seed = 3, 11
     ours = order(Mixture(0, (Source("a", counts),), {0: 3 * 1000}), lanes, seed)
     assert (ours.sources[0].run, ours.sources[0].windows) == (2, True)
     for epoch in (0, 1):
         want = epoch_pieces(Source("a", counts), lanes, seed, epoch, source_order.run_length)
-        edges = [number * 40_001 // lanes for number in range(lanes + 1)]
+        edges = [number * 32_771 // lanes for number in range(lanes + 1)]
         for lane in range(lanes):
             # the draws of the lane's piece in that epoch: those before it are its pieces of earlier epochs
             first = sum(edges[(lane + e) % lanes + 1] - edges[(lane + e) % lanes] for e in range(epoch))
