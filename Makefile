@@ -6,8 +6,8 @@ MADE := $(VENV)/made
 # MADE is written last: an environment without it is incomplete.
 RUN := $(VENV)/bin/python
 PYTEST ?= $(RUN) -m pytest
-# Up to four workers, each takes whole groups (tests/conftest.py). `make test PARALLEL=` runs in one process.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+# Workers take whole groups; tests/conftest.py sets their number. `make test PARALLEL=` runs in one process.
+PARALLEL ?= -n auto --dist loadscope --no-loadscope-reorder
 
 export HF_HUB_OFFLINE ?= 1
 

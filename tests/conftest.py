@@ -54,6 +54,12 @@ def group_of(path: str) -> str:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores, at most four: tests of clusters and stalls wait more than they compute."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A worker takes whole groups. (pytest-xdist 3.8's own `--dist loadgroup` has no effect under pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling

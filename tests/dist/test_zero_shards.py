@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,32 +16,15 @@ from data_pipeline.errors import UserError
 from pretrain.merge import merge, open_weights
 from pretrain.weights.dtypes import elements
 from pretrain.weights.formats.zero_shards import ZeroShards
+from tests.support.forks import fork, free_port, rank_environment
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.dist
 
 NAMES = [f"zero{stage}_{dtype}" for stage in range(4) for dtype in ("fp32", "bf16")]
 NAMES += [f"zero{stage}_fp32_all" for stage in (1, 2, 3)] + ["zero3_bf16_all"]
+WRITER = "tests.dist.zero_writer"
 ACCUMULATED = "zero1_bf16_accumulated"
-
-
-def start(out: Path, world: int, seed: int, names: list[str]) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.dist.zero_writer", str(out), str(seed), *names]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(world)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +32,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """w1/NAME and w2/NAME: checkpoints of one and of two ranks, each with its reference."""
     root = tmp_path_factory.mktemp("zero")
     for world in (1, 2):
-        ranks = start(root / f"w{world}", world, seed=world, names=[*NAMES, ACCUMULATED])
-        errors = [rank.communicate(timeout=280)[1] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks), b"\n".join(errors).decode()[-3000:]
+        port = free_port()
+        arguments = (str(root / f"w{world}"), world, [*NAMES, ACCUMULATED])
+        ranks = [
+            fork(
+                WRITER, "main", arguments, rank_environment(rank, world, port), root / f"w{world}.{rank}.log"
+            )
+            for rank in range(world)
+        ]
+        for each in ranks:
+            assert each.code() == 0, each.log.read_text()[-3000:]
     return root
 
 
@@ -106,16 +94,9 @@ def test_masters_behind_gradients_in_fp32(written: Path, world: int) -> None:
 @pytest.mark.parametrize("name", ["zero2_fp32", "zero3_fp32", ACCUMULATED])
 def test_universal_checkpoints_are_the_shards(written: Path, tmp_path: Path, name: str) -> None:
     shards = open_weights(str(written / "w2" / name / "step"))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += [
-        "--input_folder",
-        str(written / "w2" / name / "step"),
-        "--output_folder",
-        str(tmp_path / "out"),
-    ]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=200)
+    arguments = str(written / "w2" / name / "step"), str(tmp_path / "out")
+    converter = fork(WRITER, "convert", arguments, {}, tmp_path / "log")
+    assert converter.code() == 0, converter.log.read_text()[-3000:]
     universal = open_weights(str(tmp_path / "out"))
     assert universal.tied == shards.tied == {"head.weight": "embed.weight"}
     assert set(shards.names()) <= set(universal.names())

@@ -1,16 +1,16 @@
 """One rank of test_zero_shards.py: writes small DeepSpeed checkpoints, and DeepSpeed's own reading of them.
 
-Started as `python -m tests.dist.zero_writer OUT SEED NAME...` with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set.
-A NAME is zero{0,1,2,3}_{fp32,bf16}, plus `_all` if frozen parameters are saved too, or `_accumulated` if gradients
-accumulate in fp32 (DeepSpeed's BF16_Optimizer). Writes OUT/NAME/step and, on rank 0, OUT/NAME/reference.npz:
-every parameter and buffer in fp32. zero_to_fp32 cannot read `_accumulated`; its reference holds the rounded values of
-the module.
+`main` runs in a forked process with RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* set. A name is zero{0,1,2,3}_{fp32,bf16},
+plus `_all` if frozen parameters are saved too, or `_accumulated` if gradients accumulate in fp32 (DeepSpeed's
+BF16_Optimizer). It writes OUT/NAME/step and, on rank 0, OUT/NAME/reference.npz: every parameter and buffer in fp32.
+zero_to_fp32 cannot read `_accumulated`; its reference holds the rounded values of the module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,7 @@ def reference(engine: Any, out: Path, stage: int, kind: str, names: dict[int, st
     return {n: (t.float() if t.is_floating_point() else t).detach().numpy() for n, t in state.items()}
 
 
-def main() -> None:
-    out, seed, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+def main(out: str, seed: int, names: list[str]) -> None:
     import deepspeed
     from deepspeed import ops
 
@@ -113,10 +112,15 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     for name in names:
         stage, dtype, *rest = name.removeprefix("zero").split("_")
-        write(deepspeed, out / name, int(stage), dtype, "".join(rest), seed)
+        write(deepspeed, Path(out) / name, int(stage), dtype, "".join(rest), seed)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
     exit_now(0)
+
+
+def convert(folder: str, out: str) -> None:
+    """Write a universal checkpoint, as `python -m deepspeed.checkpoint.ds_to_universal` does."""
+    sys.argv = [
+        "ds_to_universal", "--inject_missing_state", "--input_folder", folder, "--output_folder", out,
+        "--num_extract_workers", "1", "--num_merge_workers", "1",
+    ]  # fmt: skip
+    runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__")

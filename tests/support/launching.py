@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline.sources.tar import TarWriter
+from tests.support.commands import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "support" / "standin.py"
@@ -86,18 +86,13 @@ def run_standin(path: str, *stages: str, ranks: int = 2) -> int:
 class Launcher:
     """A launcher in its own process, which a test can signal. conftest.py ends what a failed test leaves."""
 
-    started: ClassVar[list[subprocess.Popen[str]]] = []
+    started: ClassVar[list[Command]] = []
 
     def __init__(self, recipe: Path, *stages: str, **env: str) -> None:
         self.run = recipe.parent / "run"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.launching", str(recipe), *stages],
-            cwd=ROOT,
-            env={**os.environ, "STANDIN_STEPS": "1000", "STANDIN_SECONDS": "0.05", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        steps = {"STANDIN_STEPS": "1000", "STANDIN_SECONDS": "0.05"}
+        environment = {**os.environ, **steps, **env}
+        self.process = Command(__name__, "run_standin", [str(recipe), *stages], ROOT, environment)
         self.started.append(self.process)
 
     def rank(self, stage: str, rank: int) -> dict[str, Any]:
@@ -112,8 +107,8 @@ class Launcher:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def end(self, seconds: float = 90) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, output
+        output, errors = self.process.communicate(timeout=seconds)
+        return self.process.wait(), output + errors
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
@@ -129,7 +124,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-if __name__ == "__main__":
-    sys.exit(run_standin(*sys.argv[1:]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,44 @@ from data_pipeline import storage
 from data_pipeline.storage import object_store
 from tests.support.faulty_proxy import Proxy, proxied
 
+
+class Server:
+    """moto's S3 behind a threaded HTTP server, from its start to `stop`.
+
+    moto's own server also serves every other service: for each request it lists moto's folders to find the service,
+    which takes as long as the answer, and it logs the request.
+    """
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+
+        class Handler(MotoRequestHandler):
+            def log_request(self, *_: Any) -> None:
+                pass
+
+        self._server = make_server(
+            "127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=Handler
+        )
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT"""
+        host, port = self._server.server_address[:2]
+        return f"{host}:{port}"
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+            self._server.server_close()
+
+
 NUMBERS = itertools.count()  # moto keeps its buckets for as long as the process lives
 
-SERVERS: dict[str, Any] = {}  # root url -> its server
+SERVERS: dict[str, Server] = {}  # root url -> its server
 
 
 @contextmanager
@@ -23,13 +60,9 @@ def s3_server() -> Iterator[str]:
     """Yield the root URL of an empty bucket. Skips the test if moto or s3fs is not installed."""
     pytest.importorskip("s3fs", reason="s3fs is not installed (extra s3)")
     pytest.importorskip("moto.server", reason="moto[server] is not installed (extra dev)")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    server = Server()
     with pytest.MonkeyPatch.context() as patch:
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{server.address}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -55,15 +88,25 @@ def faulty_s3(rate: float = 0.0, seed: int = 0) -> Iterator[tuple[str, Proxy]]:
 
     Readers, also those in other processes, close a silent connection after 1 s and retry after 0.02 s.
     """
-    with s3_server() as root, pytest.MonkeyPatch.context() as patch:
-        host, port = SERVERS[root].get_host_and_port()
-        with proxied(f"{host}:{port}", rate, seed) as proxy:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-            patch.setenv("DROMOS_READ_TIMEOUT", "1")
-            patch.setenv("DROMOS_READ_BACKOFF", "0.02")
-            reset_clients()
-            yield root, proxy
-            reset_clients()
+    with (
+        s3_server() as root,
+        proxied(SERVERS[root].address, rate, seed) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        patch.setenv("DROMOS_READ_TIMEOUT", "1")
+        patch.setenv("DROMOS_READ_BACKOFF", "0.02")
+        reset_clients()
+        yield root, proxy
+        reset_clients()
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy the files below a folder into the store; return `url`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.publish(f"{url}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return url
 
 
 def reset_clients() -> None:

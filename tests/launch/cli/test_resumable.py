@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import commands
 from tests.support.merge_inputs import floats, write
 from tests.support.scorers import scorer
 
@@ -37,8 +38,8 @@ def command(*words: str) -> list[str]:
 def test_a_stop_is_said_ends_the_scorer_and_goes_on(
     pair: tuple[str, str], name: str, number: signal.Signals
 ) -> None:
-    words = command(name, *pair, "--out", "out", *COMMANDS[name])
-    process = subprocess.Popen([*words, scorer(Path(), SLOW)], stderr=subprocess.PIPE, text=True)
+    words = (name, *pair, "--out", "out", *COMMANDS[name])
+    process = commands.start(*words, scorer(Path(), SLOW))
     until = time.monotonic() + 30
     while not (Path("pid").exists() and Path("pid").read_text()) and time.monotonic() < until:
         time.sleep(0.02)
@@ -49,7 +50,7 @@ def test_a_stop_is_said_ends_the_scorer_and_goes_on(
         "dromos: interrupted; the same command resumes\n",
     )
     assert not Path(f"/proc/{Path('pid').read_text()}").exists()
-    again = subprocess.run([*words, scorer(Path(), "print(x)")], capture_output=True, text=True, check=False)
+    again = commands.run(*words, scorer(Path(), "print(x)"))
     assert again.returncode == 0, again.stderr
 
 
@@ -97,7 +98,7 @@ def test_a_home_is_a_home_in_out_as_in_inputs(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for words in (("sweep", "--betas", "1"), ("soup", "--uniform"), ("merge", "--beta", "0.5")):
         name, *rest = words
-        done = subprocess.run(command(name, *pair, *rest, "--out", f"~/{name}"), check=False)
-        assert done.returncode == 0
+        done = commands.run(name, *pair, *rest, "--out", f"~/{name}")
+        assert done.returncode == 0, done.stderr
         assert (tmp_path / "home" / name).is_dir()
     assert not (tmp_path / "~").exists()

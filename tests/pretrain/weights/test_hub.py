@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import pytest
 
 from pretrain.merge import merge
+from tests.support import commands
 from tests.support.hub_server import SIGNATURE, TOKEN, Hub, hub_server
-from tests.support.launching import ROOT
 from tests.support.merge_inputs import floats, read_bytes, write
 
 pytest.importorskip("huggingface_hub")
 
-CODE = "import sys, launch.cli; sys.exit(launch.cli.main())"
 CONFIG = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}", "README.md": b"# A model\n"}
 NOT_NEEDED = {
     "pytorch_model.bin": b"pickle", "model.fp16.safetensors": b"half", "consolidated.safetensors": b"twice",
@@ -66,22 +64,14 @@ def pair(hub: Hub, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def dromos(hub: Hub, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in its own process; of the hub's variables only the cache in `folder` is set."""
+    """Run a command in a process without the hub's variables, except those of the server and of a cache in `folder`."""
     clean = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
     }
     clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    clean |= {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *words],
-        cwd=folder,
-        env=clean,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return commands.run(*words, cwd=folder, env=clean | environment)
 
 
 def refused(found: subprocess.CompletedProcess[str]) -> str:

@@ -19,7 +19,7 @@ from pretrain.weights.dtypes import elements
 from pretrain.weights.source import WeightSource, open_weights
 from tests.pretrain.weights.formats.test_zero_layout import numbered, stage_2, stage_3
 from tests.support.merge_inputs import floats, read_bytes, write
-from tests.support.s3_server import faulty_s3, s3_server
+from tests.support.s3_server import faulty_s3, s3_server, upload
 
 torch = pytest.importorskip("torch")
 
@@ -28,13 +28,6 @@ torch = pytest.importorskip("torch")
 def bucket() -> Iterator[str]:
     with s3_server() as root:
         yield root
-
-
-def upload(folder: Path, url: str) -> str:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            storage.publish(f"{url}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return url
 
 
 def same(remote: WeightSource, local: WeightSource) -> None:

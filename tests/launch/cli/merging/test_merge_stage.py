@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,8 @@ from pretrain.merge_stage import run_merge_stage
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
 from pretrain.weights.source import WeightSource
-from tests.support.launching import ROOT, wait_for, write_recipe
+from tests.support.commands import Command
+from tests.support.launching import wait_for, write_recipe
 from tests.support.merge_inputs import floats
 from tests.support.zero_runs import finish, recipe, training
 
@@ -111,51 +110,28 @@ def test_a_command_checks_opens_and_hashes_the_inputs_of_a_merge_stage_once(
         assert opened == hashed == ["masked", "tuned"]
 
 
-SLOW_MERGE = """
-import sys, time
-from pathlib import Path
-from pretrain import merge_stage
-
-def slow_merge(*arguments):
-    Path("started").touch()
-    time.sleep(60)
-
-merge_stage.run_merge_stage = slow_merge
-"""
-LOCAL = (
-    SLOW_MERGE + "from launch.run import run; sys.exit(run(sys.argv[1], stages=['mix'], ranks_per_node=1))"
-)
-SLURM = SLOW_MERGE + "from launch.slurm.job_step import main; sys.exit(main(['merge', sys.argv[1], 'mix']))"
-
-
 @pytest.mark.parametrize(
-    ("script", "number"),
+    ("function", "number"),
     [
-        (LOCAL, signal.SIGINT),
-        (LOCAL, signal.SIGTERM),
-        (LOCAL, signal.SIGHUP),
-        (SLURM, signal.SIGTERM),
-        (SLURM, signal.SIGUSR1),  # the signal that the sbatch script sends to srun, which forwards it
+        ("merge_locally", signal.SIGINT),
+        ("merge_locally", signal.SIGTERM),
+        ("merge_locally", signal.SIGHUP),
+        ("merge_under_slurm", signal.SIGTERM),
+        # The sbatch script sends this signal to srun, which forwards it.
+        ("merge_under_slurm", signal.SIGUSR1),
     ],
 )
 def test_a_merge_stopped_by_a_signal_exits_with_75(
-    tmp_path: Path, script: str, number: signal.Signals
+    tmp_path: Path, function: str, number: signal.Signals
 ) -> None:
     path = recipe_with_merge(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = Command("tests.launch.cli.merging.slow_merge", function, [str(path)], tmp_path, os.environ)
     try:
         wait_for((tmp_path / "started").exists, "the merge to start")
         process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
+        output = "".join(process.communicate(timeout=30))
     finally:
         process.kill()
     assert process.returncode == 75, output
     assert "mix: interrupted" in output
-    assert script != LOCAL or f"to resume: dromos run {path} --stage mix" in output
+    assert function != "merge_locally" or f"to resume: dromos run {path} --stage mix" in output

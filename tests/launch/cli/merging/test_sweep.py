@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from launch.cli.base import group
 from launch.cli.merging import sweep
+from tests.support import commands
 from tests.support.merge_inputs import floats, write
 from tests.support.scorers import calls, scorer
 
@@ -50,15 +51,19 @@ def test_inputs_that_were_swapped_are_told(pair: tuple[str, str]) -> None:
     assert "(beta 0), where A is ./a and B is ./b; choose another --out" in swapped.output
 
 
+def dromos_with_open_files(hard: int, *words: str) -> None:
+    """Run a command whose process may open 128 files, and may raise this limit to `hard`."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    commands.dromos(*words)
+
+
 @pytest.mark.parametrize(("hard", "betas"), [(4096, 51), (256, 0)])
 def test_many_betas_raise_the_limit_of_open_files(pair: tuple[str, str], hard: int, betas: int) -> None:
-    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (128, %d)); from launch.cli.app import app; app()"
     words = ("sweep", *pair, "--betas", "0:1:0.02", "--out", "s")
-    result = subprocess.run(
-        [sys.executable, "-c", code % hard, *words], capture_output=True, text=True, check=False
-    )
+    command = commands.Command(__name__, "dromos_with_open_files", (hard, *words), Path.cwd(), os.environ)
+    _, errors = command.communicate()
     assert len(list(Path("s").glob("beta-*/model.safetensors"))) == betas
-    assert ("353 files would be open at once, and the limit is 256" in result.stderr) is not bool(betas)
+    assert ("353 files would be open at once, and the limit is 256" in errors) is not bool(betas)
 
 
 def test_scores_are_a_table_and_files(pair: tuple[str, str]) -> None:
@@ -138,8 +143,7 @@ def test_after_a_kill_nothing_goes_on_alone_and_the_next_run_does(
     )
     command = scorer(Path(), body)
     words = ("sweep", *pair, "--betas", "0:1:0.25", "--out", "s", "--no-keep", "--eval-cmd", command)
-    arguments = [sys.executable, "-P", "-m", "launch.cli", *words]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = commands.start(*words)
     assert _soon(lambda: Path("pid").exists())
     process.kill()
     process.wait()

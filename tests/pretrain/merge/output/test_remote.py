@@ -18,7 +18,9 @@ from tests.support.s3_server import s3_server
 
 botocore = pytest.importorskip("botocore.exceptions")
 s3fs_errors = pytest.importorskip("s3fs.errors")
-LARGE = (1500, 1000)  # 6 MB in fp32: more than the smallest part
+LARGE = (300, 1000)  # 1.2 MB in fp32: more than PART
+PART = 1 << 20  # bytes
+S3_PART = 5 << 20  # the smallest that S3 accepts
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +29,28 @@ def bucket() -> Iterator[str]:
         yield root
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[str, str]:
+def write_pair(folder: Path, shape: tuple[int, int]) -> tuple[str, str]:
     for seed, name in enumerate("ab"):
-        tensors = {f"layer.{i}.weight": floats(9 * seed + i, *LARGE) for i in range(3)}
-        folder = write(
-            tmp_path / name, tensors | {"norm": floats(seed, 7), "none": np.zeros((0, 3), np.float32)}
-        )
-        (folder / "config.json").write_text('{"model_type": "llama"}')
-    return str(tmp_path / "a"), str(tmp_path / "b")
+        tensors = {f"layer.{i}.weight": floats(9 * seed + i, *shape) for i in range(3)}
+        path = write(folder / name, tensors | {"norm": floats(seed, 7), "none": np.zeros((0, 3), np.float32)})
+        (path / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder / "a"), str(folder / "b")
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PART", 5 << 20)
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Two models, for a store that accepts parts of PART bytes."""
+    monkeypatch.setattr(remote, "PART", PART)
+    monkeypatch.setattr(remote, "SMALLEST_PART", PART)
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", PART)
+    return write_pair(tmp_path, LARGE)
+
+
+@pytest.fixture
+def large_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Two models, for a store with the limit of S3."""
+    monkeypatch.setattr(remote, "PART", S3_PART)
+    return write_pair(tmp_path, (1500, 1000))
 
 
 def objects(folder: str) -> dict[str, bytes]:
@@ -54,7 +64,8 @@ def uploads(folder: str) -> list[Any]:
     return store.call_s3("list_multipart_uploads", Bucket=store.split_path(folder)[0]).get("Uploads", [])
 
 
-def test_the_objects_are_those_of_a_disk(pair: tuple[str, str], tmp_path: Path, bucket: str) -> None:
+def test_the_objects_are_those_of_a_disk(large_pair: tuple[str, str], tmp_path: Path, bucket: str) -> None:
+    pair = large_pair
     asked: dict[str, Any] = {"beta": 0.3, "max_shard_size": 13_000_000}
     told: list[int] = []
     record = merge(pair, f"{bucket}/out", **asked, progress=told.append)
@@ -155,7 +166,7 @@ def test_after_a_kill_only_the_rest_is_sent(
     merge(pair, out, beta=0.3)
     merge(pair, tmp_path / "out", beta=0.3)
     assert objects(out) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert len(parts) == -(-(tmp_path / "out/model.safetensors").stat().st_size // (5 << 20)) - 3
+    assert len(parts) == -(-(tmp_path / "out/model.safetensors").stat().st_size // PART) - 3
     assert uploads(bucket) == []
     other = f"{bucket}/other"
     with monkeypatch.context() as patch:
@@ -220,7 +231,7 @@ def test_a_stopped_merge_keeps_what_was_sent(
             written: list[int] = written,
         ) -> None:  # fmt: skip
             written.append(len(data))
-            if sum(written) > 17_000_000:
+            if sum(written) > 3_400_000:
                 raise error
             real(self, data)
 

@@ -27,9 +27,8 @@ from pretrain.merge.sweeps.soup import Soup, run_soup
 from pretrain.merge.sweeps.sweep import plan_sweep
 from pretrain.merge.verify.check_output import verify
 from tests.pretrain.merge.output.test_remote import uploads
-from tests.pretrain.weights.test_remote_source import upload
 from tests.support.merge_inputs import floats, write
-from tests.support.s3_server import s3_server
+from tests.support.s3_server import s3_server, upload
 from tests.support.scorers import calls, scorer
 
 BETAS = [0.0, 0.25, 0.5, 1.0]

@@ -19,10 +19,9 @@ from pretrain.merge.output.record import sealed
 from pretrain.merge.verify.check_output import verify
 from pretrain.merge.verify.check_weights import Report
 from pretrain.weights import byte_file
-from tests.pretrain.weights.test_remote_source import upload
 from tests.support.faulty_proxy import Proxy
 from tests.support.merge_inputs import floats, write
-from tests.support.s3_server import faulty_s3
+from tests.support.s3_server import faulty_s3, upload
 
 CONFIG = {"model_type": "llama", "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2}
 Store = tuple[str, Proxy]
@@ -41,14 +40,18 @@ def model(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture
-def merged(store: Store, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+def merge_both(root: str, folder: Path) -> tuple[str, Path]:
     """One merge of inputs in the store, written to the store and to the disk, in three shards."""
-    root = f"{store[0]}/{request.node.name.replace('[', '-').rstrip(']')}"
-    inputs = [upload(model(tmp_path / name, seed), f"{root}/{name}") for seed, name in enumerate("ab")]
-    merge(inputs, tmp_path / "out", beta=0.3, max_shard_size=240_100)
+    inputs = [upload(model(folder / name, seed), f"{root}/{name}") for seed, name in enumerate("ab")]
+    merge(inputs, folder / "out", beta=0.3, max_shard_size=240_100)
     merge(inputs, f"{root}/out", beta=0.3, max_shard_size=240_100)
-    return f"{root}/out", tmp_path / "out"
+    return f"{root}/out", folder / "out"
+
+
+@pytest.fixture(scope="module")
+def intact(store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A merge that no test may change."""
+    return merge_both(f"{store[0]}/intact", tmp_path_factory.mktemp("intact"))
 
 
 def findings(report: Report) -> list[tuple[str, str]]:
@@ -56,13 +59,13 @@ def findings(report: Report) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_an_intact_output_passes_as_on_a_disk(merged: tuple[str, Path], full: bool) -> None:
-    remote, local = (verify(str(place), full=full) for place in merged)
+def test_an_intact_output_passes_as_on_a_disk(intact: tuple[str, Path], full: bool) -> None:
+    remote, local = (verify(str(place), full=full) for place in intact)
     assert not remote.wrong, findings(remote)
     assert findings(remote) == findings(local)
     assert remote.recomputed == local.recomputed > 2
-    assert remote.plain()["folder"] == merged[0]
-    assert remote.lines()[-1] == f"{merged[0]}: nothing is wrong"
+    assert remote.plain()["folder"] == intact[0]
+    assert remote.lines()[-1] == f"{intact[0]}: nothing is wrong"
 
 
 def flipped(folder: Path, name: str, at: int) -> None:
@@ -87,21 +90,22 @@ DAMAGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_reported_as_on_a_disk(merged: tuple[str, Path], tmp_path: Path, damage: str) -> None:
-    DAMAGE[damage](merged[1])
-    storage.filesystem(merged[0]).rm(merged[0], recursive=True)
-    upload(merged[1], merged[0])
-    remote, local = verify(merged[0]), verify(merged[1])
-    assert [(level, text.replace(merged[0], str(merged[1]))) for level, text in findings(remote)] == findings(
-        local
-    )
+def test_damage_is_reported_as_on_a_disk(
+    intact: tuple[str, Path], store: Store, tmp_path: Path, damage: str
+) -> None:
+    folder = shutil.copytree(intact[1], tmp_path / "out")
+    DAMAGE[damage](folder)
+    url = upload(folder, f"{store[0]}/{damage.replace(' ', '-')}/out")
+    remote, local = verify(url), verify(folder)
+    assert [(level, text.replace(url, str(folder))) for level, text in findings(remote)] == findings(local)
     assert remote.wrong == local.wrong == (damage != "another file")
 
 
 def test_changed_missing_and_unreachable_inputs(
-    merged: tuple[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = merged[0].rpartition("/")[0]
+    root = f"{store[0]}/changed"
+    merged = merge_both(root, tmp_path)
     upload(model(tmp_path / "a", 7), f"{root}/a")
     storage.remove([f"{root}/b/model.safetensors"])
     report = verify(merged[0])
@@ -135,7 +139,7 @@ def test_a_folder_that_is_not_a_merge_is_refused(store: Store, tmp_path: Path) -
 
 
 def test_failing_requests_change_no_finding(
-    merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
+    intact: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small blocks, so that there are many requests, of which 20 % fail."""
     monkeypatch.setattr(byte_file, "MAX_BLOCK_BYTES", 1 << 15)
@@ -144,15 +148,15 @@ def test_failing_requests_change_no_finding(
     proxy.reset_counters()
     proxy.rate = 0.2
     try:
-        report = verify(merged[0], full=True)
+        report = verify(intact[0], full=True)
     finally:
         proxy.rate = 0.0
-    assert findings(report) == findings(verify(merged[1], full=True))
+    assert findings(report) == findings(verify(intact[1], full=True))
     assert sum(proxy.faults.values()) > 5
 
 
 def test_a_store_that_stops_answering_gives_an_error(
-    merged: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
+    intact: tuple[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DROMOS_READ_TRIES", "2")
     real = byte_file.RemoteFile.read
@@ -164,13 +168,14 @@ def test_a_store_that_stops_answering_gives_an_error(
     monkeypatch.setattr(byte_file.RemoteFile, "read", read)
     try:
         with pytest.raises(ReadError, match="could not be read"):
-            verify(merged[0])
+            verify(intact[0])
     finally:
         store[1].rate, store[1].kinds = 0.0, ("503", "stall", "truncate", "reset")
 
 
-def test_the_commands(merged: tuple[str, Path], tmp_path: Path) -> None:
-    root = merged[0].rpartition("/")[0]
+def test_the_commands(store: Store, tmp_path: Path) -> None:
+    root = f"{store[0]}/commands"
+    merged = merge_both(root, tmp_path)
     shown = CliRunner().invoke(app, ["verify", merged[0], "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["recomputed"] == 32
