@@ -42,7 +42,8 @@ class Loader:
     The constructor reads up to 8 samples of every source, until one is usable, so that a source without images is a
     UserError before training.
 
-    builders: stream name -> BatchBuilder, already checked: no sample is read; default: new ones
+    builders: stream name -> BatchBuilder; they count as checked, and no sample is read. By default new ones are made
+        and checked
     cache: the node cache for remote sources; builders that are passed in keep their own
     wait_seconds: seconds that the caller waited for the last step
     """

@@ -27,7 +27,7 @@ def row_digest(
 ) -> int:
     """xxh64 of one row: of its assignment (attempt 0, no crop, caption -1) or of the sample that was served.
 
-    The hashed bytes are all integers as 8 bytes, little endian, then each text after its length, so two different rows
+    First the integers are hashed, 8 bytes each, little endian; then each text after its length. So two different rows
     never give the same bytes. `shard_path` is relative to the source's root. `crop` is the result of decode_image,
     () for none.
     """

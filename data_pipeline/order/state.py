@@ -1,8 +1,8 @@
 """Order state in a checkpoint, and how a run resumes from it, also with changed data.
 
-The state is a list of segments, one for each mixture used so far. A run that continues with other data or weights opens
-a new segment. A source with unchanged samples continues its draws. A source with changed samples starts a new pass,
-with epoch numbers that it has not used before.
+The state is a list of segments, one for each mixture used so far. A run that continues with other data or mixture
+weights opens a new segment. A source with unchanged samples continues its draws. A source with changed samples starts a
+new pass, with epoch numbers that it has not used before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Segment:
     fingerprints: of the sources' manifests; count_hashes (`counts` in JSON): hashes of their samples by shard
     base: start of each source's current samples
     unvisited: samples of unfinished epochs that will never be read, for sources that changed or were removed
-    cycles: (first consumed_per_lane, weights in the order of `sources`); a new one starts when a source ends
+    cycles: (consumed_per_lane at which it starts, weights in the order of `sources`); a new one starts when a source
+        ends
     """
 
     first_step: int

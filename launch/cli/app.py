@@ -70,7 +70,7 @@ def run(
 ) -> None:
     """Run a recipe's stages; unfinished ones resume.
 
-    Skips a stage that is complete, and resumes one that was killed from its newest checkpoint. Ctrl-C saves and
+    Skips a stage that is complete. A killed stage resumes from its newest checkpoint. Ctrl-C saves and
     prints the command that resumes.
 
     \b

@@ -105,16 +105,18 @@ def simulation_lines(
     Units as in `simulation_figures`; limit: bytes of the cache of a node.
     """
     figures = simulation_figures(load, bandwidth, target_rate)
-    method = "exact" if load.exact else "estimated from two windows of some lanes"
+    estimated = "" if load.exact else " (estimated)"
     yield f"{load.name}: {load.batch:,} rows per step in {load.lanes:,} lanes, {load.nodes:,} nodes", False
-    yield f"  epoch     {load.epoch_samples:,} samples, {load.epoch_steps:,} steps ({method})", False
+    yield f"  epoch     {load.epoch_samples:,} samples, {load.epoch_steps:,} steps", False
     share = f"{size(load.node_bytes)} per node, {size(figures['all_bytes'])} in all"
-    yield f"  traffic   {share}, {load.traffic:.2f} times the bytes needed", False
+    yield f"  traffic   {share}, {load.traffic:.2f} times the bytes needed{estimated}", False
     rate = "the target rate" if target_rate else "the rate that the bandwidth allows"
     requests = f"{load.gets_per_sample:.4f} GETs per sample; {figures['node_gets_a_second']:,.1f}/s per node"
     yield f"  requests  {requests} at {rate}", False
     tight = load.cache_bytes > limit
-    need = f"  cache     {size(load.cache_bytes)} per node for the windows, of {size(limit)} allowed"
+    need = (
+        f"  cache     {size(load.cache_bytes)} per node for the windows, of {size(limit)} allowed{estimated}"
+    )
     yield need + ("; some ranges are fetched twice: raise loader.cache.gigabytes" if tight else ""), tight
     first, window = figures["first_batch_seconds"], figures["first_window_seconds"]
     yield f"  start     first batch after {first:.1f} s, windows in the cache after {window:.1f} s", False

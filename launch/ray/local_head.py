@@ -60,7 +60,7 @@ def ray_for_job(job: Job, environ: Mapping[str, str]) -> Iterator[dict[str, str]
                     head.wait()
                     output.seek(0)
                     raise RuntimeError(
-                        f"the job's Ray did not start within {START_SECONDS} s\n{output.read()}"
+                        f"the job's Ray ended at its start, or was not up after {START_SECONDS} s\n{output.read()}"
                     )
                 yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
             finally:

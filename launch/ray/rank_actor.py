@@ -12,7 +12,8 @@ RAY_INTERNAL = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", 
 
 
 class RankActor:
-    """The rank is a child of the actor's process and dies with it. Methods return immediately."""
+    """The rank is a child of the actor's process and dies with it. Only `kill` waits; the other methods return
+    immediately."""
 
     def __init__(self) -> None:
         self.child: RankProcess | None = None

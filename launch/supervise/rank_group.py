@@ -108,8 +108,8 @@ def supervise(group: Group, stop: StopSignals, tick: Callable[[bool], None]) -> 
 def first_failure(codes: Mapping[int, int], stopping: bool) -> int | None:
     """The rank that caused the failure, None if none failed.
 
-    If several failed, it is one that was killed or lost, if there is one: the others fail because they lose their
-    connection to it.
+    If several failed, a killed or lost rank is preferred: the others fail only because they lose their connection to
+    it.
     """
     good = {DONE, RUN_AGAIN} | ({-signal.SIGTERM, -signal.SIGINT} if stopping else set())
     bad = sorted(rank for rank, code in codes.items() if code not in good)

@@ -1,7 +1,7 @@
 """Builds the vision encoder of a language model from `model.vision` of a recipe.
 
 An encoder is what the recipe calls a (vision) tower. `ENCODERS` has one function per kind of weights address; the
-modules are in pretrain/models/encoders/.
+modules are in pretrain/models/encoders/. A new architecture also changes `rebuild_encoder` and `Sphinx.frozen`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 One optimizer step may sum several losses and is exact on every ZeRO stage. This file works around these problems of
 DeepSpeed:
 - Under ZeRO-3, a parameter whose first gradient of a step comes in a later backward accumulates onto the gradient of
-  the previous step. Under ZeRO-2, several backwards reduce in an order that must match over ranks.
-  `coalesce_grad_reduction` avoids both. It does not exist at stage 0, where gradients accumulate until `step`.
-- ZeRO averages gradients over ranks. Losses here are sums over the global batch, so they are multiplied by the world
-  size.
+  the previous step. `coalesce_grad_reduction` avoids it.
+- Under ZeRO-2, several backwards reduce in an order that must match over ranks. `coalesce_grad_reduction` avoids it.
+  (It does not exist at stage 0, where gradients accumulate until `step`.)
+- ZeRO averages gradients over ranks. The loss of a rank is its part of a sum over ranks, so it is multiplied by the
+  world size.
 - `deepspeed.init_distributed` compiles the op shm_comm with g++ and maps /dev/shm. It is switched off.
 - `deepspeed.initialize` imports its Muon, which imports torch's inductor. `_import_muon` imports Muon
   without inductor.

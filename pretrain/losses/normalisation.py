@@ -1,4 +1,4 @@
-"""Losses are means over the global batch: where they are divided, and by what.
+"""Where a loss is divided, and by what: every loss is a mean over the global batch.
 
 An objective computes the sum of a micro-batch's losses and divides it by a denominator that `StepTotals`
 (pretrain/train/step_totals.py) has summed over all micro-batches of all ranks before the forward pass. The quotients of

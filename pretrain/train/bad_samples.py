@@ -109,7 +109,7 @@ class BadFraction:
 def likely_cause(url: str, lines: list[Line]) -> str:
     """The most frequent reason among a shard's unusable samples, with the members or the sample to look at."""
     if not lines:
-        return "bad_samples.jsonl has the reasons"
+        return "unknown cause"
     # A sample has a line for every try, also as a replacement: count each sample once per reason.
     samples = dict.fromkeys((line["reason"], line["key"]) for line in lines)
     (reason, count), *_ = Counter(reason for reason, _ in samples).most_common()

@@ -56,7 +56,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     located = from_rank_0(locate(stage.continue_, folder.parent))
     if located.kind != "checkpoint" or located.stage_dir is None or located.step is None:
         raise UserError(
-            f"continue: {stage.continue_}: is not a training stage of a run, so it has no optimizer state to "
+            f"continue: {stage.continue_} is not a training stage of a run, so it has no optimizer state to "
             f"continue from; to take only its weights, write init: {stage.continue_}"
         )
     path = Path(located.path)
@@ -89,7 +89,7 @@ def check_length(start: Start, stage: TrainStage, folder: Path, total: int) -> N
     """Raise UserError when a stage that continues another one has no steps left to train."""
     if not start.was_written_by(folder) and start.step >= total:
         raise UserError(
-            f"continue: {stage.continue_}: is at step {start.step} already, and this stage ends at step {total}; steps "
+            f"continue: {stage.continue_} is at step {start.step} already, and this stage ends at step {total}; steps "
             f"count from the beginning of {stage.continue_}, so increase train.steps (or samples, epochs)"
         )
 

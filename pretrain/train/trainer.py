@@ -217,7 +217,7 @@ class Trainer:
         return self._shard_message(shard) or fraction
 
     def check_bad(self, step: int) -> None:
-        """Raise TooManyBadSamples if a limit stops a run that has the counts in the checkpoint of `step`."""
+        """Raise TooManyBadSamples if the counts in the checkpoint of `step` are over a limit."""
         message = self.bad_fraction.over_limit(step, {}) or self._shard_message(self.bad_shards.over_limit())
         if message:
             raise TooManyBadSamples(message)

@@ -70,7 +70,10 @@ Density = _flag(
 T = _flag(float | None, "--t", "NUMBER", "slerp: share of the SECOND input, which is 1 - beta.")
 Seed = _flag(int | None, "--seed", "NUMBER", "dare: seed of the random drops; default 0.")
 Normalize = _flag(
-    bool | None, "--normalize/--no-normalize", None, "Divide by the sum of weights; default: linear and ties."
+    bool | None,
+    "--normalize/--no-normalize",
+    None,
+    "Divide by the sum of weights. Default: on for linear and ties, else off.",
 )
 Window = _flag(
     str | None,
@@ -107,7 +110,7 @@ Vocabulary = _flag(
     str | None,
     "--vocabulary",
     "HOW",
-    "For inputs with different vocabularies: first, intersect, union by token, or pad.",
+    "For inputs with different vocabularies: first, pad, or by token: intersect, union.",
 )
 Dtype = _flag(
     str | None, "--dtype", "bf16|fp16|fp32|fp64", "Type of the merged tensors; default: as in the inputs."

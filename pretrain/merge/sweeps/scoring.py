@@ -1,4 +1,4 @@
-"""Runs a user's scoring command on a checkpoint folder and parses the metrics on the last line of its output."""
+"""Runs a user's scoring command on a checkpoint folder and parses the metrics at the end of its output."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def read_metrics(text: str) -> Metrics:
     A value that is not finite becomes None. Raises ValueError, with a message for the user, for anything else.
     """
     if not text:
-        raise ValueError("it printed nothing; its last line must be a number or a JSON object")
+        raise ValueError("it printed nothing; its output must end with a number or a JSON object")
     try:
         value: Any = float(text)
     except ValueError:
@@ -122,7 +122,9 @@ def read_metrics(text: str) -> Metrics:
         return {SINGLE_METRIC: _finite(value)}
     metrics = dict(_numbers("", value)) if isinstance(value, dict) else {}
     if not metrics:
-        raise ValueError(f"its last line, {text[:80]!r}, is neither a number nor a JSON object with a number")
+        raise ValueError(
+            f"the end of its output, {text[:80]!r}, is neither a number nor a JSON object with a number"
+        )
     return metrics
 
 

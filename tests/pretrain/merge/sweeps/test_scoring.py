@@ -60,7 +60,7 @@ def test_an_object_may_end_the_output_over_several_lines(tmp_path: Path) -> None
     )
     assert score(parse_command("cat {}/o", "--eval-cmd"), tmp_path, tmp_path / "l") == {"x.y": 2.0}
     (tmp_path / "o").write_text('{\n"x": 2\n}\n}\n')
-    with pytest.raises(UserError, match="its last line, '}'"):
+    with pytest.raises(UserError, match="the end of its output, '}'"):
         score(parse_command("cat {}/o", "--eval-cmd"), tmp_path, tmp_path / "l")
 
 
