@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 help:
 	@echo "make demo    train, evaluate and merge small models on two cores: runs/demo/report.html"
 	@echo "make test    the test suite"
-	@echo "make check   lint, format, types, imports"
+	@echo "make check   lint, format, types, imports, pages"
 	@echo "make bench   benchmarks beside peers"
 
 demo: $(VENV)
@@ -30,7 +30,7 @@ check: $(VENV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(PYTEST) -q tests/test_imports.py tests/test_layout.py
+	$(PYTEST) -q tests/test_imports.py tests/test_layout.py tests/test_docs.py
 
 bench: $(VENV)
 	$(RUN) -m benchmarks $(ARGS)

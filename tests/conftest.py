@@ -1,4 +1,4 @@
-"""Shared by all tests: data beside the checkout, groups for parallel workers, and CI's rule that nothing is skipped."""
+"""Shared by all tests: data beside the checkout, groups for parallel workers, and CI's rule for integration tests."""
 
 from __future__ import annotations
 

@@ -54,6 +54,10 @@ def test_the_architecture_page_has_the_import_tables() -> None:
         rows = re.findall(r"^\| ([\w, ]+) \| ([\w, ]*?) ?\|$", section, re.MULTILINE)
         shown = {room: set(right.split(", ")) - {""} for left, right in rows for room in left.split(", ")}
         assert shown == {left: set(right.split()) for left, right in table.items() if left != "*"}, folder
+        shared = re.findall(rf"^Every module of `{folder}` may import: ([\w, ]+)\.$", text, re.MULTILINE)
+        assert [set(names.split(", ")) for names in shared] == (
+            [set(table["*"].split())] if table["*"] else []
+        )
 
 
 def test_the_picture_is_of_the_import_tables() -> None:

@@ -20,7 +20,8 @@ MAX_FILES_IN_A_FOLDER = 14
 MAX_LINES_IN_A_FILE = 600
 MANY_LINES = 400
 MAX_LINES_IN_A_FUNCTION = 60
-LONG_FUNCTIONS = 4  # so many may be longer
+LONG_FUNCTIONS = 4  # so many may be longer, up to MAX_LINES_IN_ANY_FUNCTION
+MAX_LINES_IN_ANY_FUNCTION = 75
 
 # Left may import right. A unit is a folder or a file directly below the table's folder; all of them may import "*".
 MAY_IMPORT = {
@@ -187,3 +188,4 @@ def test_few_functions_are_long() -> None:
                 if lines > MAX_LINES_IN_A_FUNCTION:
                     longer[f"{name}:{node.lineno} {node.name}"] = lines
     assert len(longer) <= LONG_FUNCTIONS, dict(longer)
+    assert max(longer.values(), default=0) <= MAX_LINES_IN_ANY_FUNCTION, dict(longer)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import tiny
-from tests.support.forks import fork, free_port, rank_environment
+from tests.support.forks import fork, free_port, rank_environment, wait_all
 
 
 def run_ranks(module: str, jobs: Any, world: int, folder: Path) -> str:
@@ -19,8 +19,7 @@ def run_ranks(module: str, jobs: Any, world: int, folder: Path) -> str:
         fork(module, "main", (jobs,), rank_environment(rank, world, port), folder / f"ranks.{world}.{rank}.log")
         for rank in range(world)
     ]
-    for rank, each in enumerate(forks):
-        assert each.code() == 0, f"rank {rank}:\n{each.log.read_text()[-4000:]}"
+    wait_all(forks)
     return forks[0].log.read_text()
 
 

@@ -41,7 +41,7 @@ class Demo:
         ]
 
     def start(self, command: Sequence[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        env = {**(env or os.environ), "OMP_NUM_THREADS": "1"}
+        env = {**(env or os.environ), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, cwd=self.folder, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True

@@ -35,7 +35,7 @@ def run(demo: Demo, folder: Path, *changes: str) -> list[dict[str, Any]]:
         f"run.dir={folder}",
         *changes,
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, *given], cwd=demo.folder, env=env, capture_output=True, text=True, timeout=240
     )

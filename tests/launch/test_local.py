@@ -109,8 +109,8 @@ def test_kill_9_of_the_launcher_leaves_nothing_alive(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("failure", "code", "words"),
     [
-        ("1:1", 1, ["rank 1 of 2 ended with exit code 1", "the tower has fallen"]),
-        ("0:2", 2, ["rank 0 of 2 ended with exit code 2", "the tower has fallen"]),
+        ("1:1", 1, ["rank 1 of 2 ended with exit code 1", "the rank failed on request"]),
+        ("0:2", 2, ["rank 0 of 2 ended with exit code 2", "the rank failed on request"]),
         ("1:SIGKILL", 1, ["rank 1 of 2 ended with SIGKILL (often: out of memory)"]),
         ("0:SIGSEGV", 1, ["rank 0 of 2 ended with SIGSEGV"]),
     ],
@@ -131,7 +131,7 @@ def test_a_failing_rank_is_named_and_takes_the_others_along(
 def test_only_this_start_is_shown_of_a_log(recipe: Path) -> None:
     assert Launcher(recipe, STANDIN_FAIL="1:1").end()[0] == 1
     _, output = Launcher(recipe, STANDIN_FAIL="1:SIGKILL").end()
-    assert "the tower has fallen" not in output
+    assert "the rank failed on request" not in output
     assert (recipe.parent / "run/masked/logs/rank_1.log").read_text().count("rank 1 of 2") == 2
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ class Command:
         return self._process.exitcode
 
     def wait(self, timeout: float = 120) -> int:
-        """The exit code; -N if signal N ended the process. Raises subprocess.TimeoutExpired."""
+        """The exit code; -N if signal N ended the process. Kills the process and fails after `timeout` seconds."""
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
-            raise subprocess.TimeoutExpired(str(self._process), timeout)
+            self._process.kill()
+            out, err = self._out.read_text(), self._err.read_text()
+            raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}")
         return code
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
@@ -72,7 +75,7 @@ class Command:
         return self._out.read_text(), self._err.read_text()
 
     def send_signal(self, number: int) -> None:
-        if self._process.exitcode is None:
+        with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def kill(self) -> None:

@@ -12,11 +12,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -40,41 +42,67 @@ class Fork:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
+    @property
+    def output(self) -> str:
+        """The end of what the process wrote; empty if it died before it opened the file."""
+        return self.log.read_text()[-4000:] if self.log.exists() else ""
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; no effect if the process has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait_for(self, condition: Callable[[], object], poll: float = 0.01) -> None:
         """Poll until `condition` holds; fails if the process ends or after 100 seconds."""
         deadline = time.monotonic() + 100
         while not condition():
-            assert self.process.is_alive(), self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+            assert self.process.is_alive(), f"the process ended:\n{self.output}"
+            assert time.monotonic() < deadline, f"the condition does not hold after 100 s:\n{self.output}"
+            time.sleep(poll)
 
     def code(self) -> int:
         """Wait for the process to end and return its exit code (-N: ended by signal N); kills it after 240 seconds."""
         self.process.join(timeout=240)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError(f"still running:\n{self.log.read_text()[-3000:]}")
+            raise AssertionError(f"still running:\n{self.output}")
         return self.process.exitcode
 
 
 def fork(module: str, function: str, arguments: tuple[Any, ...], env: Mapping[str, str], log: Path) -> Fork:
-    """Call a function of a module in a forked process; its output goes to `log`, its result is the exit code."""
+    """Call a function of a module in a forked process; its output goes to `log`, its result is the exit code.
+
+    The process has this process's environment variables, ENVIRONMENT, and `env`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    before = {key: os.environ.get(key) for key in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)  # the server inherits them when the first process starts it
-    try:
+    variables = {**os.environ, **ENVIRONMENT, **env}
+    with mock.patch.dict(os.environ, ENVIRONMENT):  # for the server, which the first process starts
         process = context.Process(
-            target=_call, args=(module, function, arguments, dict(env), str(log)), daemon=True
+            target=_call, args=(module, function, arguments, variables, str(log)), daemon=True
         )
         process.start()
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
     return Fork(process, log)
+
+
+def wait_all(forks: Sequence[Fork], seconds: float = 240) -> None:
+    """Wait until all processes have ended with 0. If one fails, kill the others and fail with its output."""
+    deadline = time.monotonic() + seconds
+    try:
+        while any(each.process.exitcode is None for each in forks) and time.monotonic() < deadline:
+            if any(each.process.exitcode for each in forks):
+                break
+            time.sleep(0.02)
+        for number, each in enumerate(forks):
+            code = each.process.exitcode
+            assert not code, f"process {number} ended with {code}:\n{each.output}"
+        for number, each in enumerate(forks):
+            assert each.process.exitcode == 0, (
+                f"process {number} still runs after {seconds} s:\n{each.output}"
+            )
+    finally:
+        for each in forks:
+            each.process.kill()
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -95,7 +123,8 @@ def _call(module: str, function: str, arguments: tuple[Any, ...], env: dict[str,
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= ENVIRONMENT | env
+    os.environ.clear()
+    os.environ.update(env)
     result = getattr(importlib.import_module(module), function)(*arguments)
     sys.stdout.flush()
     sys.exit(result)

@@ -24,9 +24,9 @@ class Hub:
 
     repositories: ORG/NAME -> {file: content}.
     commits: ORG/NAME -> the newest commit; `main` leads there.
-    gated:  those that answer 403 without TOKEN; hidden: that are "not found" without it.
+    gated:  repositories that answer 403 without TOKEN. hidden: those that answer "not found" without it.
     breaks: file -> how many of its downloads break in the middle.
-    status: what every request is answered with, if it is not 0.
+    status: if not 0, the answer to every request.
     asked:  (method, path without its query) of every request; fetched: files whose content was sent, whole or in part.
     tokens: paths that came with a token.
     """

@@ -30,4 +30,5 @@ def start(recipe: Path, *overrides: str, stage: str = "main") -> Fork:
 def run(recipe: Path, *overrides: str, stage: str = "main") -> tuple[int, str]:
     """Train until the only rank ends; return its exit code and its output."""
     rank = start(recipe, *overrides, stage=stage)
-    return rank.code(), rank.log.read_text()
+    code = rank.code()
+    return code, rank.log.read_text()

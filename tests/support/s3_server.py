@@ -1,11 +1,11 @@
-"""S3 endpoint in the test process (moto's server), and the environment variables that point s3fs at it."""
+"""S3 endpoint in the test process (moto), and the environment variables that point s3fs at it."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from tests.support.faulty_proxy import Proxy, proxied
 class Server:
     """moto's S3 behind a threaded HTTP server, from its start to `stop`.
 
-    moto's own server also serves every other service: for each request it lists moto's folders to find the service,
-    which takes as long as the answer, and it logs the request.
+    moto's own server is slow: for each request it searches for the service and writes a log line. This one serves only
+    S3.
     """
 
     def __init__(self) -> None:
@@ -59,9 +59,20 @@ SERVERS: dict[str, Server] = {}  # root url -> its server
 def s3_server() -> Iterator[str]:
     """Yield the root URL of an empty bucket. Skips the test if moto or s3fs is not installed."""
     pytest.importorskip("s3fs", reason="s3fs is not installed (extra s3)")
-    pytest.importorskip("moto.server", reason="moto[server] is not installed (extra dev)")
+    pytest.importorskip("moto.moto_server.werkzeug_app", reason="moto[server] is not installed (extra dev)")
     server = Server()
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        stack.callback(server.stop)
+        stack.callback(reset_clients)
+        for name in (
+            "AWS_PROFILE",
+            "AWS_SESSION_TOKEN",
+            "HTTP_PROXY",
+            "http_proxy",
+            "ALL_PROXY",
+            "all_proxy",
+        ):
+            patch.delenv(name, raising=False)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{server.address}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -74,12 +85,8 @@ def s3_server() -> Iterator[str]:
         root = f"s3://{bucket}"
         storage.filesystem(root).mkdir(bucket)
         SERVERS[root] = server
-        try:
-            yield root
-        finally:
-            SERVERS.pop(root, None)
-            reset_clients()
-            server.stop()
+        stack.callback(SERVERS.pop, root)
+        yield root
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def fail(kind: str) -> None:
     if kind.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[kind])
         time.sleep(60)
-    print("the tower has fallen", file=sys.stderr, flush=True)
+    print("the rank failed on request", file=sys.stderr, flush=True)
     sys.exit(int(kind))
 
 

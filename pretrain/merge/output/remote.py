@@ -1,8 +1,8 @@
 """`RemoteOutput`: an output in an object store. Files are uploaded in order and become visible only at the end.
 
 There is no journal: after a kill, a merge computes everything again, but does not send again the parts that the store
-already has. Parts that are left over are aborted when the next merge into the same folder finishes; if
-there is none, a lifecycle rule of the bucket for incomplete uploads must remove them.
+already has. The next finished merge into the folder removes unused parts. If there is no next merge, set
+a lifecycle rule on the bucket for incomplete uploads.
 """
 
 from __future__ import annotations

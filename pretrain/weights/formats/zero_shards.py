@@ -158,11 +158,10 @@ class ZeroShards:
                         f"{self.url}: {name} and {found[int(match[1] or 0)]} have the same rank; remove the wrong one"
                     )
                 found[int(match[1] or 0)] = name
-        if sorted(found) != list(range(len(found))):
-            raise UserError(
-                f"{self.url}: found files of ranks {sorted(found)[:20]}; a rank between them is missing; "
-                "copy its file too"
-            )
+        missing = sorted(set(range(max(found, default=0))) - set(found))
+        if missing:
+            ranks = ", ".join(map(str, missing[:20]))
+            raise UserError(f"{self.url}: the file of rank {ranks} is missing; copy it too")
         return [found[rank] for rank in sorted(found)]
 
     def _read_unsharded(self, state: dict[str, Any]) -> None:
@@ -236,11 +235,12 @@ class ZeroShards:
         self, partitions: list[list[Tensor]], groups: list[dict[str, tuple[int, ...]]], paddings: Any
     ) -> None:
         """ZeRO 1 and 2: a parameter group is one flat vector, split over the ranks, in the order of `param_shapes`."""
-        if any(len(rank) != len(groups) for rank in partitions):
-            raise UserError(
-                f"{self.url}: the model file has {len(groups)} parameter groups, but the first optimizer file has "
-                f"{len(partitions[0])} flat vectors"
-            )
+        for rank, vectors in enumerate(partitions):
+            if len(vectors) != len(groups):
+                raise UserError(
+                    f"{self.url}: the model file has {len(groups)} parameter groups, but the optimizer file of rank "
+                    f"{rank} has {len(vectors)} flat vectors; copy the files of one save"
+                )
         for number, group in enumerate(groups):
             vector = [rank[number] for rank in partitions]
             at = 0

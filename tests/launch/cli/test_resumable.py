@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import commands
+from tests.support.launching import wait_for
 from tests.support.merge_inputs import floats, write
 from tests.support.scorers import scorer
 
@@ -40,9 +40,7 @@ def test_a_stop_is_said_ends_the_scorer_and_goes_on(
 ) -> None:
     words = (name, *pair, "--out", "out", *COMMANDS[name])
     process = commands.start(*words, scorer(Path(), SLOW))
-    until = time.monotonic() + 30
-    while not (Path("pid").exists() and Path("pid").read_text()) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(lambda: Path("pid").exists() and bool(Path("pid").read_text()), "the scoring command", 30)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (
@@ -62,9 +60,7 @@ def test_what_is_ignored_stays_ignored(pair: tuple[str, str]) -> None:
         process = subprocess.Popen([*words, scorer(Path(), body)], stderr=subprocess.DEVNULL)
     finally:
         signal.signal(signal.SIGHUP, before)
-    until = time.monotonic() + 30
-    while not Path("pid").exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(Path("pid").exists, "the scoring command", 30)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=30) == 0
 

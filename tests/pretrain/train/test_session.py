@@ -82,12 +82,12 @@ def test_time_limits_and_signals_save_and_the_next_rank_resumes(tiny_runs: Path,
 
     early = rank.start(recipe)  # a signal before the first step: it trains one step, saves and stops
     early.wait_for(lambda: (stage / ".lock").read_text().startswith(f"pid {early.pid} "))
-    os.kill(early.pid, signal.SIGUSR1)
+    early.send_signal(signal.SIGUSR1)
     stopped(early.code(), 2)
 
     late = rank.start(recipe)
     late.wait_for(lambda: len(steps(stage)) >= 5)
-    os.kill(late.pid, signal.SIGTERM)
+    late.send_signal(signal.SIGTERM)
     stopped(late.code(), len(steps(stage)))
     assert 5 <= len(steps(stage)) < 60
 

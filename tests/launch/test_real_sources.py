@@ -15,7 +15,7 @@ from pretrain.build.streams import stage_specs
 from pretrain.recipe.load import load_recipe
 from pretrain.run import metrics_log
 
-RECIPE = "configs/flip/small.yaml"
+RECIPE = str(Path(__file__).resolve().parents[2] / "configs/flip/small.yaml")
 STEPS = 3
 
 
@@ -31,7 +31,7 @@ def test_only_the_source_changes(shared: Path, tmp_path: Path, data: str) -> Non
     ]
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "run", RECIPE, *changes],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=240,
