@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -33,6 +34,19 @@ SLOW_FIRST = (
     "tests/pretrain/train",
     "tests/pretrain/merge",
 )
+
+
+# What collection imports lives as long as the worker: collections of garbage during it find nothing and cost seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # also makes every later collection cheaper
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # otherwise nanobind reports what is not freed at exit as leaks
 
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would then fail.

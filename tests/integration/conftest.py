@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from launch.demo.data import is_ready
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "demo" / "flip.yaml"
 STEPS = 40
@@ -73,7 +75,7 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    if (ROOT / "data" / "demo" / "prepared.json").exists():
+    if is_ready(ROOT / "data" / "demo"):
         (folder / "data").symlink_to(ROOT / "data")
     else:
         prepare = [sys.executable, "-m", "launch.cli", "data", "prepare", str(RECIPE)]
