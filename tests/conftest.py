@@ -15,23 +15,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
 MISSING = "in CI an integration test must run, and this one was skipped"
-# Files that share a costly session fixture (trained runs), or that start a Ray or Slurm cluster: one parallel worker
-# runs all files of a group. A fixture is then built once, and two clusters do not starve each other on two cores.
+# Files that train (tests/support/forks.py), or that start a Ray or Slurm cluster: one parallel worker runs all files of
+# a group. Its fork server imports torch once, and two clusters do not starve each other on two cores.
 GROUPS = {
+    "tests/integration/test_s3_run.py": "ranks",
     "tests/integration": "clusters",
     "tests/data_pipeline/workers/test_ray_pool.py": "clusters",
     "tests/launch/ray": "clusters",
-    "tests/pretrain/evaluate": "tiny_runs",
-    "tests/pretrain/export": "tiny_runs",
-    "tests/pretrain/train/test_session.py": "tiny_runs",
+    "tests/dist": "ranks",
+    "tests/fault/test_kill.py": "ranks",
+    "tests/launch/test_real_sources.py": "ranks",
+    "tests/pretrain/evaluate": "ranks",
+    "tests/pretrain/export": "ranks",
+    "tests/pretrain/train": "ranks",
 }
 # Folders and files whose tests take longest start first, so that no worker is left with one of them at the end.
 SLOW_FIRST = (
     "tests/integration",
-    "tests/fault/test_kill.py",
     "tests/dist",
     "tests/fault",
-    "tests/pretrain/train",
     "tests/pretrain/merge",
 )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from data_pipeline import storage
 from data_pipeline.index.build import build_index
 from pretrain.run import metrics_log
 from tests.integration.conftest import RECIPE, Demo
+from tests.support import rank
 from tests.support.s3_server import faulty_s3
 
 FLIP = {name: f"{name}/train" for name in ("digits", "scenes_real", "scenes_synthetic")}
@@ -26,20 +25,11 @@ def upload(data: Path, source: str, root: str) -> None:
 
 
 def run(demo: Demo, folder: Path, *changes: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "launch.cli", "run", str(RECIPE), "--stage", "masked"]
-    given = [
-        "train.steps=6",
-        "eval=null",
-        "data.pairs.batch=32",
-        "loader.workers=2",
-        f"run.dir={folder}",
-        *changes,
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *given], cwd=demo.folder, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder.mkdir(exist_ok=True)
+    given = ("train.steps=6", "eval=null", "data.pairs.batch=32", "loader.workers=2", f"run.dir={folder}")
+    with chdir(demo.folder):
+        code, printed = rank.run(RECIPE, *given, *changes, stage="masked", logs=folder)
+    assert code == 0, printed
     return metrics_log.read(folder / "masked" / "metrics.jsonl")
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,9 @@ from data_pipeline.order.digest import hex16
 from pretrain.build.streams import stage_specs
 from pretrain.recipe.load import load_recipe
 from pretrain.run import metrics_log
+from tests.support import rank
 
-RECIPE = str(Path(__file__).resolve().parents[2] / "configs/flip/small.yaml")
+RECIPE = Path(__file__).resolve().parents[2] / "configs/flip/small.yaml"
 STEPS = 3
 
 
@@ -29,14 +27,8 @@ def test_only_the_source_changes(shared: Path, tmp_path: Path, data: str) -> Non
         f"train.steps={STEPS}",
         f"run.dir={tmp_path / 'run'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "run", RECIPE, *changes],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    code, printed = rank.run(RECIPE, *changes, logs=tmp_path)
+    assert code == 0, printed
     logged = metrics_log.read(tmp_path / "run" / "main" / "metrics.jsonl")
     recipe = load_recipe(RECIPE, changes)
     with LocalLoader(

@@ -72,14 +72,14 @@ class Fork:
 def fork(module: str, function: str, arguments: tuple[Any, ...], env: Mapping[str, str], log: Path) -> Fork:
     """Call a function of a module in a forked process; its output goes to `log`, its result is the exit code.
 
-    The process has this process's environment variables, ENVIRONMENT, and `env`.
+    The process has this process's folder and environment variables, ENVIRONMENT, and `env`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     variables = {**os.environ, **ENVIRONMENT, **env}
     with mock.patch.dict(os.environ, ENVIRONMENT):  # for the server, which the first process starts
         process = context.Process(
-            target=_call, args=(module, function, arguments, variables, str(log)), daemon=True
+            target=_call, args=(module, function, arguments, variables, os.getcwd(), str(log)), daemon=True
         )
         process.start()
     return Fork(process, log)
@@ -119,12 +119,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _call(module: str, function: str, arguments: tuple[Any, ...], env: dict[str, str], log: str) -> None:
+def _call(
+    module: str, function: str, arguments: tuple[Any, ...], env: dict[str, str], folder: str, log: str
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(folder)
     result = getattr(importlib.import_module(module), function)(*arguments)
     sys.stdout.flush()
     sys.exit(result)

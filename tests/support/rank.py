@@ -7,8 +7,10 @@ from pathlib import Path
 from tests.support.forks import Fork, fork, free_port, rank_environment
 
 
-def start_ranks(recipe: Path, *overrides: str, world: int = 1, stage: str = "main") -> list[Fork]:
-    """Start the ranks of a training stage; the output of rank N goes to a file beside the recipe."""
+def start_ranks(
+    recipe: Path, *overrides: str, world: int = 1, stage: str = "main", logs: Path | None = None
+) -> list[Fork]:
+    """Start the ranks of a training stage; their output goes to files in `logs`, by default the recipe's folder."""
     port = free_port()
     return [
         fork(
@@ -16,19 +18,19 @@ def start_ranks(recipe: Path, *overrides: str, world: int = 1, stage: str = "mai
             "main",
             (str(recipe), stage, overrides),
             rank_environment(rank, world, port),
-            recipe.with_suffix(f".{stage}.{rank}.log"),
+            (logs or recipe.parent) / f"{recipe.stem}.{stage}.{rank}.log",
         )
         for rank in range(world)
     ]
 
 
-def start(recipe: Path, *overrides: str, stage: str = "main") -> Fork:
+def start(recipe: Path, *overrides: str, stage: str = "main", logs: Path | None = None) -> Fork:
     """Start a training of `recipe` as the only rank."""
-    return start_ranks(recipe, *overrides, stage=stage)[0]
+    return start_ranks(recipe, *overrides, stage=stage, logs=logs)[0]
 
 
-def run(recipe: Path, *overrides: str, stage: str = "main") -> tuple[int, str]:
+def run(recipe: Path, *overrides: str, stage: str = "main", logs: Path | None = None) -> tuple[int, str]:
     """Train until the only rank ends; return its exit code and its output."""
-    rank = start(recipe, *overrides, stage=stage)
+    rank = start(recipe, *overrides, stage=stage, logs=logs)
     code = rank.code()
     return code, rank.log.read_text()
