@@ -38,6 +38,11 @@ SLOW_FIRST = (
 )
 
 
+# Several workers share the cores: threads of torch's and numpy's pools would wait for each other in busy loops.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # What collection imports lives as long as the worker: collections of garbage during it find nothing and cost seconds.
 gc.disable()
 
