@@ -43,6 +43,7 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
         )
         return FAILED
     finally:
+        gc.enable()  # also after an error at the start
         if session is not None:
             session.close()
 

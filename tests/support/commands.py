@@ -39,11 +39,10 @@ class Command:
             args=(module, function, tuple(arguments), str(cwd), dict(env), str(self._out), str(self._err)),
             daemon=True,
         )
+        # PYTHONPATH is for the server, which the first process starts and which ignores a failed preload.
         with (
             mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process),
-            mock.patch.dict(
-                os.environ, PYTHONPATH=str(ROOT)
-            ),  # for the server, which ignores a failed preload
+            mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)),
         ):
             self._process.start()
 
