@@ -12,13 +12,14 @@ PARALLEL ?= -n auto --dist loadscope --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean $(VENV)
+.PHONY: help demo test check bench mutants clean $(VENV)
 
 help:
 	@echo "make demo    train, evaluate and merge small models on two cores: runs/demo/report.html"
 	@echo "make test    the test suite"
 	@echo "make check   lint, format, types, imports, pages"
 	@echo "make bench   benchmarks beside peers"
+	@echo "make mutants are slips in the core modules noticed by the tests? ARGS=--help"
 
 demo: $(VENV)
 	$(RUN) -m launch.demo
@@ -31,6 +32,10 @@ check: $(VENV)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(PYTEST) -q tests/test_imports.py tests/test_layout.py tests/test_docs.py
+
+# The first run measures which test runs which line: it takes as long as the suite, some minutes more.
+mutants: $(VENV)
+	$(RUN) -m tests.mutants $(ARGS)
 
 bench: $(VENV)
 	$(RUN) -m benchmarks $(ARGS)
@@ -48,4 +53,4 @@ $(MADE): pyproject.toml constraints.txt $(wildcard data_pipeline/transforms/*.c 
 	@touch $(MADE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .mutants build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

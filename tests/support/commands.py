@@ -113,5 +113,9 @@ def _call(
         os.close(file)
     os.environ.clear()
     os.environ.update(env)
+    if "coverage" in sys.modules:
+        from tests.mutants.coverage_plugin import enter_context
+
+        enter_context()
     os.chdir(cwd)
     sys.exit(getattr(importlib.import_module(module), function)(*arguments))

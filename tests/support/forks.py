@@ -127,6 +127,10 @@ def _call(
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(env)
+    if "coverage" in sys.modules:
+        from tests.mutants.coverage_plugin import enter_context
+
+        enter_context()
     os.chdir(folder)
     result = getattr(importlib.import_module(module), function)(*arguments)
     sys.stdout.flush()

@@ -1,0 +1,336 @@
+"""Runs the tests of mutants, each in a process forked from one that has imported the libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.coverage_map import CoverageMap, Test
+from tests.mutants.mutations import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("data_pipeline", "pretrain", "launch")
+# Imported once, before the forks. Nothing of the repository: each fork imports its own, mutated files.
+LIBRARIES = [
+    "torch",
+    "torch._dynamo",
+    "open_clip",
+    "transformers.models.llama.modeling_llama",
+    "pyarrow.parquet",
+]
+LIBRARIES += [
+    "hypothesis",
+    "pydantic",
+    "typer",
+    "webdataset",
+    "safetensors",
+    "tokenizers",
+    "PIL.Image",
+    "xdist",
+]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0",
+}  # fmt: skip
+# Seconds that a run may take beyond three times what its tests took when they were measured.
+START_SECONDS = 60
+
+
+@dataclass
+class Result:
+    """What became of a mutant: `killed`, `timeout`, `survived` or `uncovered` (no test runs its line)."""
+
+    mutant: Mutant
+    status: str
+    seconds: float = 0.0
+    tests: int = 0
+    test_seconds: float = 0.0
+    killed_by: str = ""
+    output: str = ""
+
+    @property
+    def is_killed(self) -> bool:
+        return self.status in ("killed", "timeout")
+
+
+@dataclass
+class Selection:
+    """Tests for a mutant, the nearest and fastest first; `left_out` more would run the line."""
+
+    tests: list[Test] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return sum(test.call for test in self.tests) + sum(
+            max(test.setup for test in of_file) for of_file in _by_file(self.tests).values()
+        )
+
+
+def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
+    """The tests that run a mutant's statement, as many as fit into `seconds`, at least one.
+
+    For a line at module level, which runs when the module is imported: the tests that run any line of the file.
+    """
+    tests = found.covering(mutant.path, (mutant.statement, mutant.line))
+    if not tests and not _is_in_function(mutant):
+        tests = found.covering(mutant.path, found.lines.get(mutant.path, {}))
+    tests = sorted((test for test in tests if test.passed), key=lambda test: _distance(test, mutant))
+    chosen: list[Test] = []
+    files: set[str] = set()
+    total = 0.0
+    for test in tests:
+        cost = test.call + 0.02 + (test.setup if test.file not in files else 0.0)
+        if chosen and total + cost > seconds:
+            continue
+        chosen.append(test)
+        files.add(test.file)
+        total += cost
+    return Selection(chosen, len(tests) - len(chosen))
+
+
+def _is_in_function(mutant: Mutant) -> bool:
+    return bool(mutant.function) and mutant.function.rpartition(".")[2][:1].islower()
+
+
+def _distance(test: Test, mutant: Mutant) -> tuple[int, float]:
+    """0: the test file of the module; 1: of its folder; 2: elsewhere; then by seconds."""
+    folder, _, name = mutant.path.rpartition("/")
+    if test.file.startswith(f"tests/{folder}/test_{name.removesuffix('.py')}"):
+        place = 0
+    else:
+        place = 1 if test.file.startswith(f"tests/{folder}/") else 2
+    return place, test.call + test.setup
+
+
+def _by_file(tests: Sequence[Test]) -> dict[str, list[Test]]:
+    """Tests by file, in the order of first appearance: a file's fixtures are then built once."""
+    found: dict[str, list[Test]] = {}
+    for test in tests:
+        found.setdefault(test.file, []).append(test)
+    return found
+
+
+class Copy:
+    """A copy of the working tree, in which one mutant at a time is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "main"
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        compiled = (str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.so"))
+        for name in [*listed.split("\0"), *compiled]:
+            if name and (ROOT / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.root / name)
+        for link, place in (
+            (folder / "shared", ROOT.parent / "shared"),
+            (self.root / ".venv", Path(sys.prefix)),
+        ):
+            if place.exists():
+                link.symlink_to(place)
+        # Python trusts a compiled file whose source has the recorded second and size: every write gets its own second.
+        self.times = itertools.count(int(time.time()) - 10_000_000)
+
+    @contextlib.contextmanager
+    def mutated(self, mutant: Mutant | None) -> Iterator[None]:
+        if mutant is None:
+            yield
+            return
+        path = self.root / mutant.path
+        original = path.read_text()
+        try:
+            self._write(path, mutant.source)
+            yield
+        finally:
+            self._write(path, original)
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        second = next(self.times)
+        os.utime(path, (second, second))
+
+
+class Outcome:
+    """Pytest plugin that notes failed tests, and stops a test that takes far longer than when it was measured."""
+
+    def __init__(self, tests: Sequence[Test]) -> None:
+        self.seconds = {test.nodeid: 20 + 5 * (test.setup + test.call) for test in tests}
+        self.failed: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        import pytest
+
+        for item in items:
+            item.add_marker(pytest.mark.timeout(self.seconds.get(item.nodeid, 120)), append=False)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+class Run:
+    """A forked pytest process in a copy."""
+
+    def __init__(self, copy: Copy, mutant: Mutant | None, selection: Selection, stop: bool = True) -> None:
+        self.mutant, self.selection = mutant, selection
+        self.log = copy.root.parent / "output.txt"
+        self.outcome = copy.root.parent / "outcome.json"
+        self.outcome.unlink(missing_ok=True)
+        self._changed = contextlib.ExitStack()
+        self._changed.enter_context(copy.mutated(mutant))
+        self.began = time.monotonic()
+        self.deadline = self.began + START_SECONDS + 3 * selection.seconds
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_tests(copy.root, selection, self.log, self.outcome, stop)
+
+    def poll(self) -> Result | None:
+        """The result, or None while the tests run. Ends the processes that the tests left."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        late = time.monotonic() > self.deadline
+        if pid == 0 and not late:
+            return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if pid == 0:
+            os.waitpid(self.pid, 0)
+        self._changed.close()
+        outcome = json.loads(self.outcome.read_text()) if self.outcome.exists() else {}
+        code = os.waitstatus_to_exitcode(status) if pid else None
+        name = "timeout" if pid == 0 else "survived" if code == 0 else "killed"
+        assert self.mutant is not None
+        return Result(
+            self.mutant, name, time.monotonic() - self.began, len(self.selection.tests), self.selection.seconds,
+            next(iter(outcome.get("failed", ())), ""), self.log.read_text(errors="replace")[-6000:],
+        )  # fmt: skip
+
+
+def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop: bool) -> None:
+    """In the forked process: run pytest in the copy and leave."""
+    code = 3
+    try:
+        os.setsid()
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(file, number)
+        os.environ |= {**ENVIRONMENT, "PYTHONPATH": str(root)}
+        os.chdir(root)
+        _forget_repository(root)
+        import pytest
+
+        plugin = Outcome(selection.tests)
+        arguments = [
+            *(["-x"] if stop else []),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--tb=short",
+        ]
+        tests = [test.nodeid for of_file in _by_file(selection.tests).values() for test in of_file]
+        code = int(pytest.main([*arguments, *tests], plugins=[plugin]))
+        outcome.write_text(json.dumps({"failed": plugin.failed}))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _forget_repository(root: Path) -> None:
+    """Import the repository's modules from the copy from now on."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in (*PACKAGES, "tests"):
+            del sys.modules[name]
+    sys.path[:] = [str(root), *(place for place in sys.path if Path(place or ".").resolve() != ROOT)]
+    importlib.invalidate_caches()
+
+
+def run_all(
+    mutants: Sequence[Mutant],
+    found: CoverageMap,
+    seconds: float,
+    jobs: int,
+    folder: Path,
+    report: Callable[[Result], None],
+) -> list[Result]:
+    """The results of all mutants, `jobs` at a time; `report` is called with each.
+
+    At the end every test that killed a mutant runs without one. A test that fails then proves nothing: its mutants
+    run again without it.
+    """
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    copies = []
+    for number in range(jobs):
+        (folder / str(number)).mkdir(parents=True)
+        copies.append(Copy(folder / str(number)))
+    results = _run_mutants(mutants, found, seconds, copies, report)
+    for test in _fail_without_mutant(results, found, copies[0]):
+        found.tests[found.tests.index(test)].passed = False
+        doubtful = [r for r in results if r.killed_by in (test.nodeid, test.file)]
+        results = [r for r in results if r not in doubtful]
+        results += _run_mutants([r.mutant for r in doubtful], found, seconds, copies, report)
+    return results
+
+
+def _fail_without_mutant(results: Sequence[Result], found: CoverageMap, copy: Copy) -> list[Test]:
+    killers = {result.killed_by for result in results if result.killed_by}
+    tests = [test for test in found.tests if test.nodeid in killers]
+    tests += [next(test for test in found.tests if test.file == name) for name in killers if "::" not in name]
+    run = Run(copy, None, Selection(tests), stop=False)
+    os.waitpid(run.pid, 0)
+    failed = set(json.loads(run.outcome.read_text())["failed"])
+    return [test for test in tests if failed & {test.nodeid, test.file}]
+
+
+def _run_mutants(
+    mutants: Sequence[Mutant],
+    found: CoverageMap,
+    seconds: float,
+    copies: Sequence[Copy],
+    report: Callable[[Result], None],
+) -> list[Result]:
+    waiting, free = list(mutants), list(copies)
+    running: list[tuple[Copy, Run]] = []
+    results = []
+
+    def finish(result: Result) -> None:
+        results.append(result)
+        report(result)
+
+    while waiting or running:
+        while waiting and free:
+            mutant = waiting.pop(0)
+            selection = select(found, mutant, seconds)
+            if selection.tests:
+                copy = free.pop()
+                running.append((copy, Run(copy, mutant, selection)))
+            else:
+                finish(Result(mutant, "uncovered"))
+        for copy, run in list(running):
+            if (result := run.poll()) is not None:
+                running.remove((copy, run))
+                free.append(copy)
+                finish(result)
+        time.sleep(0.02)
+    return results
