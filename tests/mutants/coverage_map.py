@@ -28,8 +28,8 @@ PHASES = ("setup", "call", "teardown")
 
 
 @dataclass
-class Test:
-    """A test with the seconds of its phases; `setup` has the fixtures that it was the first to use."""
+class MeasuredTest:
+    """A test, with the seconds of its phases; `setup` has the fixtures that it was the first to use."""
 
     nodeid: str
     setup: float
@@ -48,12 +48,12 @@ class CoverageMap:
     digests: test file -> digest of what was measured, to see what is out of date.
     """
 
-    tests: list[Test] = field(default_factory=list)
+    tests: list[MeasuredTest] = field(default_factory=list)
     lines: dict[str, dict[int, int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
-    def covering(self, path: str, lines: Iterable[int]) -> list[Test]:
+    def covering(self, path: str, lines: Iterable[int]) -> list[MeasuredTest]:
         bits = 0
         for line in lines:
             bits |= self.lines.get(path, {}).get(line, 0)
@@ -76,7 +76,7 @@ def load() -> CoverageMap:
         return CoverageMap()
     content = json.loads(MAP.read_text())
     found = CoverageMap(
-        [Test(*test) for test in content["tests"]],
+        [MeasuredTest(*test) for test in content["tests"]],
         {path: {int(n): int(b, 16) for n, b in of.items()} for path, of in content["lines"].items()},
         content["texts"],
         content["digests"],
@@ -112,7 +112,7 @@ def digest_of(test_file: str) -> str:
 
 
 def out_of_date(found: CoverageMap) -> list[str]:
-    """Test files that are new or changed since they were measured."""
+    """MeasuredTest files that are new or changed since they were measured."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/**/test_*.py"))
     return [name for name in files if found.digests.get(name) != digest_of(name)]
 
@@ -139,11 +139,12 @@ def measure(found: CoverageMap, test_files: Sequence[str], workers: int) -> Cove
         numbers: dict[str, int] = {}
         for nodeid, test in measured.items():
             passed = test["outcome"] == "passed"
-            found.tests.append(Test(nodeid, test.get("setup", 0.0), test.get("call", 0.0), passed))
+            found.tests.append(MeasuredTest(nodeid, test.get("setup", 0.0), test.get("call", 0.0), passed))
             for phase in PHASES:
                 numbers[context_of(nodeid, phase)] = len(found.tests) - 1
         _add_lines(found, folder, numbers)
-    found.digests |= {name: digest_of(name) for name in test_files}
+    again = {nodeid.partition("::")[0] for nodeid, test in measured.items() if test["outcome"] == "failed"}
+    found.digests |= {name: digest_of(name) for name in test_files if name not in again}
     found.save()
     return found
 

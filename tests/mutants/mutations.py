@@ -55,8 +55,9 @@ def delete_statement(node: cst.SimpleStatementLine) -> Iterator[cst.CSTNode]:
     if len(node.body) != 1:
         return
     statement = node.body[0]
-    is_call = isinstance(statement, cst.Expr) and m.matches(
-        statement.value, m.Call() | m.Yield() | m.Await(m.Call())
+    value = statement.value if isinstance(statement, cst.Expr) else None
+    is_call = isinstance(value, cst.Yield) or (
+        isinstance(value, cst.Call) and _called(value) not in UNCHANGED_CALLS
     )
     bare_return = isinstance(statement, cst.Return) and statement.value is None
     if is_call or bare_return or isinstance(statement, cst.Del | cst.Raise | cst.Assert | cst.AugAssign):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.coverage_map import CoverageMap, Test
+from tests.mutants.coverage_map import CoverageMap, MeasuredTest
 from tests.mutants.mutations import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ class Result:
 class Selection:
     """Tests for a mutant, the nearest and fastest first; `left_out` more would run the line."""
 
-    tests: list[Test] = field(default_factory=list)
+    tests: list[MeasuredTest] = field(default_factory=list)
     left_out: int = 0
 
     @property
@@ -88,7 +88,7 @@ def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
     if not tests and not _is_in_function(mutant):
         tests = found.covering(mutant.path, found.lines.get(mutant.path, {}))
     tests = sorted((test for test in tests if test.passed), key=lambda test: _distance(test, mutant))
-    chosen: list[Test] = []
+    chosen: list[MeasuredTest] = []
     files: set[str] = set()
     total = 0.0
     for test in tests:
@@ -105,7 +105,7 @@ def _is_in_function(mutant: Mutant) -> bool:
     return bool(mutant.function) and mutant.function.rpartition(".")[2][:1].islower()
 
 
-def _distance(test: Test, mutant: Mutant) -> tuple[int, float]:
+def _distance(test: MeasuredTest, mutant: Mutant) -> tuple[int, float]:
     """0: the test file of the module; 1: of its folder; 2: elsewhere; then by seconds."""
     folder, _, name = mutant.path.rpartition("/")
     if test.file.startswith(f"tests/{folder}/test_{name.removesuffix('.py')}"):
@@ -115,9 +115,9 @@ def _distance(test: Test, mutant: Mutant) -> tuple[int, float]:
     return place, test.call + test.setup
 
 
-def _by_file(tests: Sequence[Test]) -> dict[str, list[Test]]:
+def _by_file(tests: Sequence[MeasuredTest]) -> dict[str, list[MeasuredTest]]:
     """Tests by file, in the order of first appearance: a file's fixtures are then built once."""
-    found: dict[str, list[Test]] = {}
+    found: dict[str, list[MeasuredTest]] = {}
     for test in tests:
         found.setdefault(test.file, []).append(test)
     return found
@@ -168,7 +168,7 @@ class Copy:
 class Outcome:
     """Pytest plugin that notes failed tests, and stops a test that takes far longer than when it was measured."""
 
-    def __init__(self, tests: Sequence[Test]) -> None:
+    def __init__(self, tests: Sequence[MeasuredTest]) -> None:
         self.seconds = {test.nodeid: 20 + 5 * (test.setup + test.call) for test in tests}
         self.failed: list[str] = []
 
@@ -293,7 +293,7 @@ def run_all(
     return results
 
 
-def _fail_without_mutant(results: Sequence[Result], found: CoverageMap, copy: Copy) -> list[Test]:
+def _fail_without_mutant(results: Sequence[Result], found: CoverageMap, copy: Copy) -> list[MeasuredTest]:
     killers = {result.killed_by for result in results if result.killed_by}
     tests = [test for test in found.tests if test.nodeid in killers]
     tests += [next(test for test in found.tests if test.file == name) for name in killers if "::" not in name]
