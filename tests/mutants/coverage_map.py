@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 from coverage import CoverageData
+from coverage.exceptions import CoverageException
 
 from tests.mutants.coverage_plugin import FOLDER, config_text, context_of
 
@@ -178,8 +179,12 @@ def _add_lines(found: CoverageMap, folder: Path, numbers: dict[str, int]) -> Non
     setups = {context_of(test.nodeid, "setup"): of_file[test.file] for test in found.tests}
     for path in sorted(folder.glob("data.*")):
         data = CoverageData(str(path))
-        data.read()
-        for measured in data.measured_files():
+        try:
+            data.read()
+            files = data.measured_files()
+        except CoverageException:  # its process was killed while it wrote
+            continue
+        for measured in files:
             name = str(Path(measured).relative_to(ROOT))
             found.texts.setdefault(name, Path(measured).read_text())
             lines = found.lines.setdefault(name, {})
