@@ -178,19 +178,23 @@ def _add_lines(found: CoverageMap, folder: Path, numbers: dict[str, int]) -> Non
         of_file[test.file] = of_file.get(test.file, 0) | 1 << number
     setups = {context_of(test.nodeid, "setup"): of_file[test.file] for test in found.tests}
     for path in sorted(folder.glob("data.*")):
-        data = CoverageData(str(path))
-        try:
-            data.read()
-            files = data.measured_files()
-        except CoverageException:  # its process was killed while it wrote
-            continue
-        for measured in files:
+        for measured, by_line in _read_contexts(path).items():
             name = str(Path(measured).relative_to(ROOT))
             found.texts.setdefault(name, Path(measured).read_text())
             lines = found.lines.setdefault(name, {})
-            for line, contexts in data.contexts_by_lineno(measured).items():
+            for line, contexts in by_line.items():
                 for context in contexts:
                     context = context.rpartition("|")[2]  # of a forked process: "of its server|its own"
                     bits = setups.get(context) or (1 << numbers[context] if context in numbers else 0)
                     if bits:
                         lines[line] = lines.get(line, 0) | bits
+
+
+def _read_contexts(path: Path) -> dict[str, dict[int, list[str]]]:
+    """File -> line -> contexts of one process; nothing if it was killed while it wrote."""
+    data = CoverageData(str(path))
+    try:
+        data.read()
+        return {measured: data.contexts_by_lineno(measured) for measured in data.measured_files()}
+    except CoverageException:
+        return {}
