@@ -15,7 +15,7 @@ DeepSpeed:
 - `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
 
 tests/dist/test_deepspeed_quirks.py reproduces the first problem, and the one with 0-dim parameters that models/clip.py
-avoids. tests/dist/test_zero_parity.py checks the losses on all ZeRO stages.
+avoids. tests/dist/test_reference.py checks losses, gradients and weights on all ZeRO stages.
 """
 
 from __future__ import annotations

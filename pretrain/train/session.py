@@ -75,10 +75,11 @@ class Session:
         setup.check_stage(context, objective, builders, plan.total, start)
         # 3. Weights: `init` or frozen tensors into the module, then the checkpoint through the engine.
         setup.load_weights(context, objective, start)
+        frozen = objective.frozen()  # before the engine: ZeRO-3 leaves tensors without elements
         engine = setup.open_engine(context, objective, start)
         # 4. Run folder: the first files that are written.
         if runtime.rank == 0:
-            setup.prepare_folder(context, objective, description, start, plan.total, accepted)
+            setup.prepare_folder(context, objective, frozen, description, start, plan.total, accepted)
         # 5. Evaluation and loader. After the barrier, the files of the run folder exist on every rank.
         evaluate = setup.make_evaluation(context, objective, engine)
         loader = setup.open_loader(context, builders)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
@@ -181,25 +182,32 @@ def open_engine(context: StageContext, objective: Objective, start: Start | None
 def prepare_folder(
     context: StageContext,
     objective: Objective,
+    frozen: dict[str, Tensor],
     description: dict[str, Any],
     start: Start | None,
     total: int,
     accepted: list[str],
 ) -> None:
-    """Write the stage folder's files before the first step; on rank 0 only."""
+    """Write the stage folder's files before the first step; on rank 0 only.
+
+    frozen: `objective.frozen()` from before the engine was opened
+    """
     for line in accepted:
         print(f"dromos: accepted: {line}", flush=True)
     if start is None or not start.was_written_by(context.folder):
-        _begin_folder(context, objective, description)
+        _begin_folder(context, objective, frozen, description)
     else:
         _resume_folder(context, start.step, total)
 
 
-def _begin_folder(context: StageContext, objective: Objective, description: dict[str, Any]) -> None:
+def _begin_folder(
+    context: StageContext, objective: Objective, frozen: dict[str, Tensor], description: dict[str, Any]
+) -> None:
     """resolved.yaml and frozen.safetensors of a new stage; deletes logs of an attempt without a checkpoint."""
     _write_record(context)
-    tensors = objective.frozen()
-    if tensors:
+    if frozen:
+        used = objective.frozen()  # in the dtype of the engine, but without elements under ZeRO-3
+        tensors = {name: tensor.to(used[name].dtype) for name, tensor in frozen.items()}
         write_frozen(context.frozen_path, tensors, description)
     for name in ("metrics.jsonl", "bad_samples.jsonl", "result.json"):
         (context.folder / name).unlink(missing_ok=True)
