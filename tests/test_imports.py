@@ -86,6 +86,23 @@ def test_imports_point_down(path: Path) -> None:
     assert not tops(imported(ast.walk(tree(path)))) & (FORBIDDEN[package] | {"tests", "benchmarks"})
 
 
+def test_the_reference_trainer_shares_no_code_with_the_packages() -> None:
+    """tests/support/reference and what it imports of tests: agreement would prove nothing about shared code."""
+    waiting = sorted((ROOT / "tests/support/reference").glob("*.py"))
+    seen: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        names = imported(ast.walk(tree(path)))
+        assert not tops(names) & set(PACKAGES), path
+        waiting += [
+            ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tests.support.")
+        ]
+    assert {ROOT / "tests/support/reference/flip.py", ROOT / "tests/support/naive_order.py"} <= seen
+
+
 @each_file
 def test_only_the_engine_imports_deepspeed(path: Path) -> None:
     if path.relative_to(ROOT).as_posix() != "pretrain/distributed/engine.py":
