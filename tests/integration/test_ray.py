@@ -15,6 +15,7 @@ import pytest
 
 from tests.integration.conftest import STEPS, Demo
 from tests.integration.ray_cluster import RayCluster
+from tests.support.reference_runs import Cases, Job, check_metrics, check_weights
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -70,6 +71,18 @@ def test_two_nodes_through_a_stop_equal_local(
     assert "succeeded" in output
     assert "resumes after step" in (demo.stage("ray") / "logs" / "rank_0.log").read_text()
     assert demo.rows("ray") == local
+
+
+def test_a_run_on_ray_equals_the_reference(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, weights and replaced samples are those of a second trainer (tests/support/reference)."""
+    for name, value in (cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"}).items():
+        monkeypatch.setenv(name, value)
+    cases = Cases(tmp_path)
+    job = Job("flip", 1, 1, workers=2, backend="ray")
+    check_metrics(cases, job)
+    check_weights(cases, job)
 
 
 def test_a_killed_rank_is_named_and_fails_the_job(demo: Demo, cluster: RayCluster) -> None:

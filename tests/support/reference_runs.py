@@ -56,7 +56,7 @@ TOWER = Job("flip", 1, 1, workers=2)  # its vision transformer is that of the SP
 
 
 class Cases:
-    """The cases of reference_recipes.py in a folder. `run` trains a job; `reference` is what it must have computed."""
+    """The cases of reference_recipes.py in a folder: `reference` is what a run of the case must compute."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -71,15 +71,19 @@ class Cases:
             weights.write(init, self.initial[case])
             path = tiny.write_recipe(root / f"{case}.yaml", recipe)
             self.recipes[case] = yaml.safe_load(path.read_text())
+        self.run = cache(self._run)
         self.reference = cache(self._train)
 
     def stage_dir(self, job: Job) -> Path:
         return self.root / "runs" / str(job) / "main"
 
     def checkpoint(self, job: Job, step: int) -> Path:
-        return self.stage_dir(job) / "checkpoints" / f"step_{step:08d}"
+        return self.run(job) / "checkpoints" / f"step_{step:08d}"
 
-    def run(self, job: Job) -> None:
+    def _run(self, job: Job) -> Path:
+        """Train a job, once, and the tower that it needs; returns the folder of its stage."""
+        if job.case in ("sphinx", "projector"):
+            self.run(TOWER)
         logs = self.root / "logs" / str(job)
         logs.mkdir(parents=True)
         recipe, overrides = self.root / f"{job.case}.yaml", job.overrides(self.root)
@@ -87,6 +91,7 @@ class Cases:
             stopped = rank.start_ranks(recipe, *overrides, "train.hours=1e-9", world=job.world, logs=logs)
             assert [each.code() for each in stopped] == [RUN_AGAIN] * job.world, stopped[0].output
         wait_all(rank.start_ranks(recipe, *overrides, world=job.world, logs=logs))
+        return self.stage_dir(job)
 
     def objective(self, case: str) -> Objective:
         recipe = self.recipes[case]
@@ -98,7 +103,7 @@ class Cases:
     def tower(self) -> dict[str, Tensor]:
         """The trained vision transformer of the SPHINX cases."""
         prefix = "visual."
-        trained = read_state(str(self.stage_dir(TOWER)))
+        trained = read_state(str(self.run(TOWER)))
         return {name.removeprefix(prefix): t for name, t in trained.items() if name.startswith(prefix)}
 
     def _train(self, case: str) -> Trained:
@@ -128,7 +133,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def check_metrics(cases: Cases, job: Job) -> None:
     """Every field of metrics.jsonl but `time`, and the replaced samples in bad_samples.jsonl."""
-    found = json_lines(cases.stage_dir(job) / "metrics.jsonl")
+    found = json_lines(cases.run(job) / "metrics.jsonl")
     expected = cases.reference(job.case)
     assert len(found) == len(expected.steps) == recipes.STEPS
     for row, wanted in zip(found, expected.steps, strict=True):
@@ -138,7 +143,7 @@ def check_metrics(cases: Cases, job: Job) -> None:
             assert row[key] == (pytest.approx(value, rel=LOSS_ERROR) if is_number else value), (
                 f"step {row['step']}: {key}"
             )
-    replaced = json_lines(cases.stage_dir(job) / "bad_samples.jsonl")
+    replaced = json_lines(cases.run(job) / "bad_samples.jsonl")
     keys = ("step", "row", "attempt", "source", "key", "reason")
     assert sorted([line[key] for key in keys] for line in replaced) == sorted(expected.replaced)
 
@@ -151,7 +156,7 @@ def check_weights(cases: Cases, job: Job) -> None:
     for name, tensor in saved.first.items():
         assert_close(tensor, expected.first[name], f"first moment of {name}")
         assert_close(saved.second[name], expected.second[name], f"second moment of {name}")
-    found = read_state(str(cases.stage_dir(job)))
+    found = read_state(str(cases.run(job)))
     for name, tensor in expected.weights.items():
         initial = cases.initial[job.case][name].double()
         assert_close(

@@ -24,6 +24,8 @@ from data_pipeline.workers.isolation import CRASHED
 from data_pipeline.workers.watchdog import StallLimits
 from tests.data_pipeline.loader.test_loader import wait_until
 from tests.fault.deadly import Deadly
+from tests.support.reference.rows import Row, stream_rows
+from tests.support.reference_batches import check_batch
 from tests.support.samples import members, pairs, write_source
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -87,13 +89,27 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
     )
 
 
+def reference_rows(spec: StreamSpec) -> list[list[Row]]:
+    assert spec.image is not None
+    assert spec.text is not None
+    settings = {
+        "sources": {name: source.path for name, source in spec.sources.items()},
+        "batch": spec.largest,
+        "image": {"size": spec.image.size, "crop": spec.image.crop, "flip": spec.image.flip},
+        "text": {"tokenizer": spec.text.tokenizer, "length": spec.text.length},
+    }
+    return list(stream_rows(settings, spec.name, spec.seed, STEPS))
+
+
 def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
 def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: Any, spec: StreamSpec) -> None:
+    """They are also those of the reference, which shares no code with the loaders."""
     from data_pipeline.loader.loader import RayLoader
 
+    rows = reference_rows(spec)
     skipped = 0
     for rank in (0, 1):
         with LocalLoader([spec], rank, 2, 0, micro_batch=2) as local:
@@ -111,8 +127,11 @@ def test_two_nodes_make_the_local_batches_though_one_actor_is_killed(cluster: An
             after = loader.actor_locations
             assert len(set(before) & set(after)) == 1
         assert len(found) == STEPS
-        for ours, theirs in zip(found, want, strict=True):
+        for step, (ours, theirs) in enumerate(zip(found, want, strict=True)):
             assert len(ours["pairs"]) == len(theirs["pairs"]) == 2
+            for number, batch in enumerate(ours["pairs"]):
+                start = 4 * rank + 2 * number
+                check_batch(batch, rows[step][start : start + 2])
             for a, b in zip(ours["pairs"], theirs["pairs"], strict=True):
                 for field in ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys"):
                     np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
