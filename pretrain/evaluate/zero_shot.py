@@ -26,12 +26,14 @@ from pretrain.recipe.schema import ZeroShot
 def classifier(
     forward: Forward, task: ZeroShot, tokenizer: Tokenizer, length: int, device: torch.device
 ) -> Tensor:
-    """Class weights `[classes, embed]`: the normalised mean of the normalised text features of a class's prompts."""
+    """Class weights, fp32 `[classes, embed]`: the normalised mean of the normalised features of a class's prompts."""
     weights = []
     for name in task.classes.values():
-        prompts = [caption_row(tokenizer, template.format(name), length)[0] for template in task.templates]
+        prompts = [
+            caption_row(tokenizer, template.replace("{}", name), length)[0] for template in task.templates
+        ]
         features = forward(tokens=torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device))["text"]
-        weights.append(F.normalize(features.mean(dim=0), dim=0))
+        weights.append(F.normalize(features.float().mean(dim=0), dim=0))
     return torch.stack(weights)
 
 
@@ -58,7 +60,7 @@ def classify(
         weights = classifier(forward, task, tokenizer, stream.text.length, runtime.device)
         for rows, host_batch in rank_slices(evaluation_pass, spec, stream.image, runtime):
             left_out += count_unusable(host_batch)
-            predicted = (forward(images=rows.images)["image"].float() @ weights.float().T).argmax(dim=1)
+            predicted = (forward(images=rows.images)["image"].float() @ weights.T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):
                 if host_batch.weights[row] == 0:
                     continue
