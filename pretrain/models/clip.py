@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import open_clip
@@ -56,13 +57,14 @@ class Clip(open_clip.CLIP):
     def forward(
         self, images: Tensor | None = None, tokens: Tensor | None = None, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """L2-normalised features `image` and `text` `[rows, embed]`, and `scale` `[1]`, between 1 and 100.
+        """L2-normalised features `image` and `text` `[rows, embed]`, and fp32 `scale` `[1]`, between 1 and 100.
 
         `images`: float `[rows, 3, size, size]`, normalised. `tokens`: int64 `[rows, length]`. `keep`: int64
         `[rows, kept]`, indices of the patches that the tower receives; None: all. Without `images` or `tokens`, that
         feature is absent.
         """
-        out = {"scale": self.logit_scale.clamp(0, torch.log(torch.tensor(MAX_SCALE)).item()).exp()}
+        # In fp32: bf16 has no number between 4.594 and 4.625, so the largest scale would be 99.
+        out = {"scale": self.logit_scale.float().clamp(0, math.log(MAX_SCALE)).exp()}
         if images is not None:
             self.visual.patch_dropout.keep = keep
             out["image"] = F.normalize(self.visual(images.to(self.visual.conv1.weight.dtype)), dim=-1)

@@ -122,24 +122,3 @@ def test_a_user_folder_beside_the_export_is_not_touched(
     export(flip, "open_clip", tmp_path / "clip")
     assert (tmp_path / "clip.tmp/notes.txt").read_text() == "keep me"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip", "clip.tmp"]
-
-
-def test_images_come_between_the_start_token_and_the_text(tiny_runs: Path) -> None:
-    """The loss of a caption by brute force: one forward of the language model per prefix."""
-    objective, stage = load_trained(str(tiny_runs / "runs" / "sphinx" / "main"))
-    rows = some_rows(objective, stage, "captions")
-    model, llm = objective.model, objective.model.llm
-    with torch.no_grad():
-        found = objective.token_nll(model, rows)
-        seen = model.projector(objective.tower(rows.images))
-        assert seen.shape[1] == 17  # class token and 4 x 4 patches
-        for row in range(2):
-            words = llm.get_input_embeddings()(rows.tokens[row])
-            total = 0.0
-            for position in range(1, int(rows.used[row])):
-                prefix = torch.cat(
-                    [words[:1], model.start_image[0], seen[row], model.end_image[0], words[1:position]]
-                )
-                logits = llm(inputs_embeds=prefix[None]).logits[0, -1]
-                total -= torch.log_softmax(logits.double(), 0)[rows.tokens[row, position]].item()
-            assert found[row].item() == pytest.approx(total, rel=1e-5)
