@@ -29,6 +29,8 @@ def _check_flip(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         yield ("model", "vision"), "is missing; flip trains a vision tower"
     if stage.model.llm is not None:
         yield ("model", "llm"), "is not used by flip; the text tower is model.text"
+    if "llm" in stage.model.freeze:
+        yield ("model", "freeze"), "flip has no llm; write vision or text"
     if stage.objective.weights:
         yield ("objective", "weights"), "flip has only one loss; remove the weights"
 
@@ -51,6 +53,8 @@ def _check_sphinx(stage: TrainStage) -> Iterator[tuple[Key, str]]:
             )
     if stage.model.text is not None:
         yield ("model", "text"), "is not used by sphinx; the language model is model.llm"
+    if "text" in stage.model.freeze:
+        yield ("model", "freeze"), "sphinx has no text tower; write vision or llm"
     if stage.objective.image_mask > 0:
         yield (
             ("objective", "image_mask"),

@@ -15,6 +15,7 @@ from pretrain.build.streams import evaluation_spec, stream_spec
 from pretrain.recipe.checks import nearest_divisors, world_size_check
 from pretrain.recipe.dump import as_plain, dump, dump_plain, stage_record
 from pretrain.recipe.fields import Length, parse_length
+from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.lengths import length_steps, length_warnings, main_stream, total_steps
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.resolve import merge_maps
@@ -375,6 +376,7 @@ def test_max_pixels_applies_to_training_and_evaluation(tmp_path: Path) -> None:
         ("optimizer.lr=null", ["optimizer.lr"]),
         ("train=null", ["train", "exactly one of steps, samples, epochs"]),
         ("objective.weights={pairs: 1}", ["objective.weights"]),
+        ("model.freeze=[llm]", ["model.freeze", "flip has no llm"]),
         ("data.pairs.sources.scenes.weight=2", ["data.pairs.sources", "add up to 2", "nothing", "digits"]),
         ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets the share", "cap"]),
         ("data.pairs.sources.scenes.weight=.inf", ["data.pairs.sources.scenes", "weight is inf"]),
@@ -457,6 +459,14 @@ def test_a_wrong_file_is_named_with_its_line(
             i for i, found in enumerate(text.splitlines(), 1) if found.startswith(line) or line in found
         )
         assert f"recipe.yaml:{number}: " in message
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("flip", {"vision", "text"}), ("sphinx", {"vision", "llm"})])
+def test_only_a_part_that_the_model_has_can_be_frozen(kind: str, parts: set[str]) -> None:
+    for part in ("vision", "text", "llm"):
+        given = {"objective": {"kind": kind}, "train": {"steps": 1}, "model": {"freeze": [part]}}
+        problems = [key for key, _ in KINDS[kind](TrainStage.model_validate(given))]
+        assert (("model", "freeze") in problems) == (part not in parts)
 
 
 def test_every_problem_has_exactly_one_line(tmp_path: Path) -> None:
