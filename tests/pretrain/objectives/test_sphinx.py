@@ -1,0 +1,116 @@
+"""SPHINX's loss: a mean per token of each stream, weighted per stream, for any split into micro-batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.models.encoders.clip_tower import FrozenTower
+from pretrain.objectives.device_batch import DeviceBatch
+from pretrain.objectives.sphinx import Sphinx
+from pretrain.recipe.schema import TrainStage
+from tests.support.rows import batch, device_batch, part_of
+from tests.support.tiny_models import ROWS, clip, multimodal, pictures, sentences
+
+USED = [3, 4, 5, 6, 7]
+TARGETS = sum(USED) - ROWS
+
+
+def stage(weights: dict[str, float] | None = None, **streams: Any) -> TrainStage:
+    source = {"sources": {"a": "x"}}
+    data = {
+        "captions": source | {"image": {}, "text": {}},
+        "text": source | {"length": 7},
+        "code": source | {"length": 7},
+    }
+    return TrainStage.model_validate(
+        {"data": data, "objective": {"kind": "sphinx", "weights": weights}, "train": {"steps": 1}}
+    )
+
+
+def objective(weights: dict[str, float] | None = None) -> Sphinx:
+    return Sphinx(multimodal(), FrozenTower(clip({}).visual), stage(weights))
+
+
+def rows(images: bool, weights: list[float] | None = None) -> DeviceBatch:
+    given = {"weights": torch.tensor(weights)} if weights else {}
+    return device_batch(sentences(), USED, pictures() if images else None, **given)
+
+
+def row_nll(made: Sphinx, images: bool) -> list[float]:
+    """Each row alone, through the model itself (tests/pretrain/models/test_multimodal.py), with no objective."""
+    out = []
+    for row in range(ROWS):
+        features = made.tower(pictures()[row : row + 1]) if images and made.tower is not None else None
+        tokens, used = sentences()[row : row + 1], torch.tensor(USED[row : row + 1])
+        with torch.no_grad():
+            out.append(float(made.model(tokens=tokens, used=used, features=features)))
+    return out
+
+
+def test_text_comes_first_and_images_measure_the_training() -> None:
+    made = objective()
+    assert made.streams == ("text", "code", "captions")
+    assert made.main == "captions"
+
+
+@pytest.mark.parametrize("weights", [None, {"text": 0.25}, {"captions": 3.0, "text": 0.5}])
+@pytest.mark.parametrize("stream", ["captions", "text"])
+def test_a_stream_s_loss_is_its_weight_times_its_mean_per_token(
+    weights: dict[str, float] | None, stream: str
+) -> None:
+    made = objective(weights)
+    loss = made.loss(made.model, stream, rows(stream == "captions"), float(TARGETS))
+    mean = sum(row_nll(made, stream == "captions")) / TARGETS
+    assert loss.total.item() == pytest.approx((weights or {}).get(stream, 1.0) * mean, rel=1e-5)
+    assert {name: value.item() for name, value in loss.parts.items()} == {
+        f"loss/{stream}": pytest.approx(mean, rel=1e-5)  # without the weight, to compare streams and runs
+    }
+    assert not loss.parts[f"loss/{stream}"].requires_grad
+
+
+@pytest.mark.parametrize("cuts", [(0, 5), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
+def test_micro_batches_add_up_in_loss_and_gradient(cuts: tuple[int, ...]) -> None:
+    made, whole = objective({"captions": 2.0}), objective({"captions": 2.0})
+    expected = whole.loss(whole.model, "captions", rows(True), TARGETS).total
+    expected.backward()
+    found = 0.0
+    for start, stop in pairwise(cuts):
+        part = made.loss(made.model, "captions", part_of(rows(True), start, stop), TARGETS)
+        part.total.backward()
+        found += part.total.item()
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(made.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_without_weight_count_in_neither_sum_nor_denominator() -> None:
+    made = objective()
+    weights = [1.0, 0.0, 1.0, 1.0, 0.0]
+    counted = made.loss_denominator("captions", batch(sentences().numpy(), USED, weights=np.float32(weights)))
+    assert counted == 2 + 4 + 5
+    found = made.loss(made.model, "captions", rows(True, weights), counted).total.item()
+    each = row_nll(made, True)
+    assert found == pytest.approx((each[0] + each[2] + each[3]) / counted, rel=1e-5)
+
+
+def test_the_frozen_tower_and_frozen_parts_are_saved_under_their_names() -> None:
+    made = objective()
+    made.model.llm.lm_head.weight.requires_grad_(False)
+    assert made.tower is not None
+    tower = {f"vision.0.{name}": value for name, value in made.tower.visual.state_dict().items()}
+    expected = tower | {"llm.lm_head.weight": made.model.llm.lm_head.weight}
+    found = made.frozen()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_stage_of_text_alone_needs_no_tower() -> None:
+    made = Sphinx(multimodal(None), None, stage())
+    found = made.loss(made.model, "text", rows(False), TARGETS).total.item()
+    assert found == pytest.approx(sum(row_nll(made, False)) / TARGETS, rel=1e-5)
+    assert made.features(rows(False)) is None
