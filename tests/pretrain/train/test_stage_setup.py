@@ -1,0 +1,42 @@
+"""Settings of the loader and the cache that no number of a training shows: they reach what they are for, unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.loader import loader
+from data_pipeline.workers.watchdog import StallLimits
+from pretrain.build.streams import cache_settings
+from pretrain.distributed.engine import Runtime
+from pretrain.recipe.schema import Recipe, TrainStage
+from pretrain.train.stage_setup import StageContext, open_loader
+
+
+def context(folder: Path, rank: int = 1, world: int = 3, **sections: Any) -> StageContext:
+    given = {"objective": {"kind": "sphinx"}, "train": {"steps": 1}} | sections
+    stage = TrainStage.model_validate(given)
+    runtime = Runtime(rank, world, rank, torch.device("cpu"))
+    return StageContext(Recipe(stages={"main": stage}), "main", stage, folder, runtime)
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("local", "LocalLoader"), ("ray", "RayLoader")])
+def test_the_loader_has_the_settings_of_the_recipe(
+    backend: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, tuple[Any, ...]]] = []
+    for name in ("LocalLoader", "RayLoader"):
+        monkeypatch.setattr(loader, name, lambda *arguments, name=name: made.append((name, arguments)))
+    settings = {"backend": backend, "workers": 5, "stall_warn": 7.0, "stall_error": 90.0}
+    open_loader(context(tmp_path, loader=settings, train={"steps": 1, "micro_batch": 4}), {})
+    assert made == [(kind, ([], 1, 3, 5, 4, {}, StallLimits(warn=7.0, error=90.0)))]
+
+
+def test_the_cache_has_the_folder_and_size_of_the_recipe(tmp_path: Path) -> None:
+    found = cache_settings(
+        context(tmp_path, loader={"cache": {"folder": str(tmp_path), "gigabytes": 1.5}}).stage
+    )
+    assert (found.folder, found.limit_bytes) == (str(tmp_path), 1_500_000_000)
