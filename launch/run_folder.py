@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.durable import make_folder
 from data_pipeline.storage.files import publish
 from launch.environment import capture
 from launch.job import Job
@@ -21,7 +22,7 @@ def open_run(job: Job, recipe: Recipe) -> None:
     recipe.yaml is the resolved recipe of the latest job, overrides included, and is itself a complete recipe. A
     submitted job also gets a copy of its own: it may start long after another job was submitted.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     text = dump(recipe).encode()
     publish(job.folder / "recipe.yaml", text)
     if job.on != "local":

@@ -124,7 +124,7 @@ def index_lock(folder: str) -> Iterator[None]:
         yield
         return
     local = storage.local_path(folder)
-    os.makedirs(local, exist_ok=True)
+    storage.make_folder(local)
     descriptor = os.open(local, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -1,5 +1,6 @@
 """Bytes by URL, on a disk or in an object store: `storage.read_range`, `storage.publish` and others."""
 
+from data_pipeline.storage.durable import make_folder, sync
 from data_pipeline.storage.files import (
     SHARD_SUFFIX,
     TEMPORARY,
@@ -25,7 +26,6 @@ from data_pipeline.storage.files import (
     root_of,
     size,
     sizes,
-    sync,
 )
 from data_pipeline.storage.object_store import filesystem, store_errors
 
@@ -42,6 +42,7 @@ __all__ = [
     "list_files",
     "list_shards",
     "local_path",
+    "make_folder",
     "open_bytes",
     "path_below",
     "publish",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.storage.files import sync
+from data_pipeline.storage.durable import make_folder, sync, sync_tree
 
 LOCK = ".lock"
 JOURNAL = ".journal"  # state of a resumable writer in its partial folder; removed when the folder is complete
@@ -28,7 +28,7 @@ def partial_of(target: Path) -> Path:
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `out` on success and removed on failure.
+    """Yield an empty folder that is synced and renamed to `out` on success, and removed on failure.
 
     Raises UserError if another process writes `out`, if fewer than `needed` bytes are free, or if a write fails.
     """
@@ -37,6 +37,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
             clear_partial(partial)
             check_space(out, needed)
             yield partial
+            sync_tree(partial)
             publish_folder(partial, out)
             sync(out.parent)
         except BaseException:
@@ -49,7 +50,7 @@ def locked_partial(out: Path) -> Iterator[Path]:
     """Create and lock the partial folder of `out`. Write errors become UserErrors; ReadErrors pass through."""
     partial = partial_of(out)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         with open(partial / LOCK, "a") as lock:
             if not _try_lock(lock, partial):
                 raise UserError(f"{out}: another process is writing it (it holds {partial / LOCK})")

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from data_pipeline import activity
 from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
+from data_pipeline.storage.durable import make_folder, sync
 from data_pipeline.storage.object_store import filesystem, store_errors, with_retries
 
 PATTERN = re.compile(r"[{*?\[]")
@@ -305,7 +306,7 @@ def publishing(path: str) -> Iterator[BinaryIO]:
         return
     path = local_path(path)
     folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     temporary = os.path.join(
         folder, f".{os.path.basename(path)}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
     )
@@ -320,15 +321,6 @@ def publishing(path: str) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     sync(folder)
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Flush a file, or the entries of a folder, to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.durable import sync
 from pretrain.weights.source import WeightSource, open_weights
 
 TORCH_TYPES = {
@@ -106,9 +106,9 @@ def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "towers": json.dumps(description, sort_keys=True)}
     save_file(whole, temporary, metadata=metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.replace(path)
+    sync(path.parent)
 
 
 def read_frozen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

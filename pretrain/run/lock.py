@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.storage.durable import make_folder
 
 WAIT_SECONDS = 30.0
 
@@ -22,7 +23,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, wait: float = WAIT_SECONDS, where: str = "run.dir") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.file = open(folder / ".lock", "a+")  # noqa: SIM115  (held until release)
         deadline = time.monotonic() + wait
         while True:

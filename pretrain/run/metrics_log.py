@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.durable import make_folder, sync
 from data_pipeline.storage.files import publish
 
 
@@ -32,19 +33,23 @@ def truncate(path: Path, step: int) -> None:
 
 
 class JsonLog:
-    """Appends objects to a JSON-lines file and flushes after each one."""
+    """Appends objects to a JSON-lines file. Each is flushed, so that it outlives a kill; `sync` is for power cuts."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.file = open(path, "a")  # noqa: SIM115  (closed by close())
+        sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
+    def sync(self) -> None:
+        """Write to disk (fsync)."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Write to disk and close; safe to call twice."""
         if not self.file.closed:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            self.sync()
             self.file.close()

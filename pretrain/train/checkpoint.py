@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.files import publish, sync
+from data_pipeline.storage.durable import make_folder, sync
+from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank, world_size
 from pretrain.run.folder import complete_steps, tag_of
 
@@ -28,7 +29,8 @@ def save(
 ) -> Path:
     """Write the checkpoint `folder/step_X` and return its path; collective.
 
-    A kill at any instant leaves the previous checkpoint or this one complete. `write(folder, tag)` writes the files
+    A kill or power cut at any instant leaves the previous checkpoint or this one complete. (A step that is saved again
+    is missing for an instant; then the previous one is that of an earlier step.) `write(folder, tag)` writes the files
     of this rank into `folder/tag`. Afterwards each rank flushes and hashes its share of all files. The `keep` newest
     complete checkpoints stay.
     """
@@ -36,8 +38,11 @@ def save(
     partial = folder / tag
     # 1. Write: every rank its own files, rank 0 state.json.
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("step_*.tmp"):
+        make_folder(folder)
+        leftovers = list(folder.glob("step_*.tmp"))
+        if leftovers:
+            sync(folder)  # a killed save may have renamed them without that
+        for leftover in leftovers:
             shutil.rmtree(leftover)
     barrier()
     write(folder, tag)
@@ -53,15 +58,18 @@ def save(
     if rank() == 0:
         manifest = {name: entry for part in parts for name, entry in part.items()}
         publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
-        publish(str(partial / "COMPLETE"), b"")
-        sync(partial)
-        if final.exists():
-            _remove(final)
+        for entry in partial.rglob("*"):
+            if entry.is_dir():
+                sync(entry)
+        publish(str(partial / "COMPLETE"), b"")  # syncs `partial` itself too
+        doomed = {_set_aside(final)} if final.exists() else set()
         partial.rename(final)
         sync(folder)
         publish(str(folder / "latest"), final.name.encode())
-        for old in complete_steps(folder)[:-keep]:
-            _remove(folder / tag_of(old))
+        doomed |= {_set_aside(folder / tag_of(old)) for old in complete_steps(folder)[:-keep]}
+        sync(folder)  # the disk may delete files before it renames their folder, which would look complete
+        for each in doomed:
+            shutil.rmtree(each)
     barrier()
     return final
 
@@ -121,10 +129,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     )
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a kill half-way leaves nothing that looks complete."""
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is to be deleted, so that a kill half-way leaves nothing that looks complete."""
     doomed = path.with_name(path.name + ".old.tmp")  # not step_X.tmp, into which the same step may be written
     if doomed.exists():
         shutil.rmtree(doomed)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    return path.rename(doomed)

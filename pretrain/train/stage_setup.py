@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
 from data_pipeline.order.stream_order import StreamOrder
+from data_pipeline.storage.durable import sync
 from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
@@ -204,6 +205,7 @@ def _begin_folder(
     context: StageContext, objective: Objective, frozen: dict[str, Tensor], description: dict[str, Any]
 ) -> None:
     """resolved.yaml and frozen.safetensors of a new stage; deletes logs of an attempt without a checkpoint."""
+    sync(context.run_dir)  # the launcher made the stage's folder, for its own logs
     _write_record(context)
     if frozen:
         used = objective.frozen()  # in the dtype of the engine, but without elements under ZeRO-3

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from data_pipeline.storage.atomic_folder import new_folder, partial_of
 from pretrain.merge import merge, plan
 from pretrain.merge.methods import blocks
 from pretrain.merge.output import journal, local
+from pretrain.merge.verify.check_output import verify
 from pretrain.weights import dtypes
 from tests.support.merge_inputs import floats, write
+from tests.support.recorded_files import recorded
 
 SPAN = 64
 
@@ -174,6 +177,38 @@ def test_a_complete_output_is_skipped_and_another_plan_is_refused(
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
     with pytest.raises(UserError, match="has another merge"):
         merge(pair, tmp_path / "out", beta=0.4)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_cut_at_any_instant_leaves_no_output_or_a_whole_one(
+    pair: tuple[str, str], tmp_path: Path, small_spans: None, durable: bool
+) -> None:
+    """Every state that a kill or a power cut may leave. The same command then completes it to the same bytes.
+
+    Without `durable`, only the weights may be damaged, and `verify` says so.
+    """
+    merge(pair, tmp_path / "whole", beta=0.3)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    (tmp_path / "root").mkdir()
+    out, cut = tmp_path / "root/a/out", tmp_path / "cut/a/out"
+    with recorded(tmp_path / "root") as disk:
+        merge(pair, out, beta=0.3, durable=durable)
+        disk.promise("out")
+    states = Counter[bool]()
+    for outcome in disk.outcomes():
+        outcome.write(tmp_path / "cut")
+        states[cut.exists()] += 1
+        assert cut.exists() or not (durable and outcome.promised), outcome.after
+        if cut.exists():
+            found = {path.name: path.read_bytes() for path in cut.iterdir() if path.name[0] != "."}
+            damaged = {name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)}
+            assert damaged <= (set() if durable else {"model.safetensors"}), outcome.after
+            if damaged:
+                assert verify(str(cut), count=0).wrong, outcome.after
+        elif outcome.kill or outcome.after.startswith("fsync"):
+            merge(pair, cut, beta=0.3)
+            assert {path.name: path.read_bytes() for path in cut.iterdir()} == whole, outcome.after
+    assert len(states) == 2
 
 
 SCRIPT = """\

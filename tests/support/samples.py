@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,24 @@ def write_source(
     return folder
 
 
-def write_packed(folder: Path, counts: list[int], length: int = LENGTH, dtype: Any = np.uint16) -> Path:
-    """Write packed text; all tokens of a sample are shard * 1000 + index."""
+def write_packed(
+    folder: Path,
+    counts: list[int],
+    length: int = LENGTH,
+    dtype: Any = np.uint16,
+    broken: Collection[tuple[int, int]] = (),
+) -> Path:
+    """Write packed text; all tokens of a sample are shard * 1000 + index. The samples `broken` are no arrays."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, count in enumerate(counts):
         with TarWriter(folder / f"{shard:05d}.tar") as tar:
             for index in range(count):
                 out = io.BytesIO()
                 np.save(out, np.full(length, shard * 1000 + index).astype(dtype))
-                tar.write(f"{shard:05d}{index:04d}", {"npy": out.getvalue()})
+                tar.write(
+                    f"{shard:05d}{index:04d}",
+                    {"npy": b"no array" if (shard, index) in broken else out.getvalue()},
+                )
     return folder
 
 

@@ -16,7 +16,7 @@ from data_pipeline.storage.atomic_folder import (
     locked_partial,
     publish_folder,
 )
-from data_pipeline.storage.files import sync
+from data_pipeline.storage.durable import sync
 from pretrain.merge.output.journal import Journal
 
 
@@ -50,8 +50,7 @@ def resumed_folder(
             for file in partial.iterdir():
                 if durable or file.suffix != ".safetensors":
                     sync(file)
-            if durable:
-                sync(partial)
+            sync(partial)
             publish_folder(partial, out)
             if durable:
                 sync(out.parent)

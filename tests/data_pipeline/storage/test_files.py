@@ -18,6 +18,7 @@ from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.storage import object_store
 from data_pipeline.transforms.decode import ImageSpec
+from tests.support.recorded_files import recorded
 from tests.support.s3_server import s3_server, stop
 from tests.support.samples import write_source
 
@@ -145,6 +146,25 @@ def test_publishing_is_all_or_nothing(root: str) -> None:
     assert storage.read_bytes(url) == b"new"
     if not storage.is_remote(root):
         assert os.listdir(root) == ["a.bin"]
+
+
+def test_what_is_published_is_whole_after_a_power_cut_and_stays(tmp_path: Path) -> None:
+    """A new file in new folders, and one that replaces another; each is there for good once `publish` returns."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/old").write_bytes(b"old bytes")
+    with recorded(tmp_path / "root") as disk:
+        storage.publish(tmp_path / "root/a/b/new", lambda file: file.writelines([b"many ", b"bytes"]))
+        disk.promise("new")
+        storage.publish(f"file://{tmp_path}/root/old", b"new bytes")
+        disk.promise("old")
+    for outcome in disk.outcomes():
+        found = {path: content for path, content in outcome.files.items() if not path.endswith(".tmp")}
+        assert found.pop("a/b/new", b"many bytes") == b"many bytes", outcome.after
+        assert found.pop("old") in (
+            [b"new bytes"] if "old" in outcome.promised else [b"old bytes", b"new bytes"]
+        )
+        assert set(found) <= {"a", "a/b"}
+        assert "new" not in outcome.promised or "a/b/new" in outcome.files, outcome.after
 
 
 CALLS: dict[str, Callable[[str], object]] = {

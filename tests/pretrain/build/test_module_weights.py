@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
+from tests.support.recorded_files import recorded
 
 
 class Reader(nn.Module):
@@ -150,3 +151,19 @@ def test_frozen_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     write_frozen(path, {"only": torch.ones(1)}, {})  # replaces the whole file
     assert list(read_frozen(path)[0]) == ["only"]
     assert read_frozen(tmp_path / "none.safetensors") == ({}, {})
+
+
+def test_frozen_tensors_are_absent_or_whole_after_a_power_cut_and_stay(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    first, second = {"w": torch.arange(6.0)}, {"w": torch.ones(6)}
+    with recorded(root) as disk:
+        for number, tensors in enumerate((first, second)):
+            write_frozen(root / "frozen.safetensors", tensors, {"number": number})
+            disk.promise(str(number))
+    for outcome in disk.outcomes():
+        outcome.write(tmp_path / "cut")
+        found, description = read_frozen(tmp_path / "cut/frozen.safetensors")
+        if found:
+            assert torch.equal(found["w"], (first, second)[description["number"]]["w"])
+        assert description.get("number", -1) >= len(outcome.promised) - 1, outcome.after

@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.run.metrics_log import JsonLog, read, truncate
 from pretrain.train.bad_samples import MIN_SAMPLES, WINDOW_STEPS, BadFraction
+from tests.support.recorded_files import recorded
 
 Rows = list[dict[str, object]]
 
@@ -63,6 +64,32 @@ def test_a_truncated_log_continues_at_its_step(tmp_path: Path, step: int) -> Non
     assert read(path) == [*ROWS[:step], {"step": step + 1, "again": True}]
     assert path.read_text().count("\n") == len(read(path))
     assert list(tmp_path.iterdir()) == [path]  # nothing left beside it
+
+
+def test_a_power_cut_leaves_the_log_up_to_the_last_sync_and_no_half_of_a_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "root/run/main/metrics.jsonl"
+    (tmp_path / "root").mkdir()
+    with recorded(tmp_path / "root") as disk:
+        log = JsonLog(path)
+        for row in ROWS[:3]:
+            log.write(row)
+        log.sync()
+        disk.promise("3")
+        for row in ROWS[3:]:
+            log.write(row)
+        log.close()
+        disk.promise("5")
+        truncate(path, 2)
+        disk.promise("2")
+    assert {outcome.promised for outcome in disk.outcomes()} == {(), ("3",), ("3", "5"), ("3", "5", "2")}
+    for outcome in disk.outcomes():
+        outcome.write(tmp_path / "cut")
+        found = read(tmp_path / "cut/run/main/metrics.jsonl")
+        assert found == ROWS[: len(found)]
+        least, most = {(): (0, 5), ("3",): (3, 5), ("3", "5"): (2, 5)}.get(outcome.promised, (2, 2))
+        assert least <= len(found) <= most, outcome.after
+        if outcome.promised[:2] == ("3", "5"):
+            assert len(found) in (2, 5)
 
 
 def test_truncating_an_absent_log_creates_none(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
-"""The checkpoint protocol in one process: a kill at any instant leaves a complete checkpoint; damage is named."""
+"""The checkpoint protocol in one process: a cut at any instant leaves a complete checkpoint; damage is named."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import xxhash
@@ -15,9 +16,7 @@ import xxhash
 from data_pipeline.errors import UserError
 from pretrain.run.folder import complete_steps, tag_of
 from pretrain.train.checkpoint import save, verify_and_read_state
-
-# System calls that change the disk or flush to it.
-CALLS = ("rename", "replace", "unlink", "rmdir", "fsync")
+from tests.support.recorded_files import Outcome, recorded
 
 
 class Killed(BaseException):
@@ -82,70 +81,75 @@ def test_a_step_saved_again_replaces_itself(tmp_path: Path) -> None:
     assert (tmp_path / tag_of(3) / "model.pt").read_bytes() == content(4)["model.pt"]
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> list[str]:
-    """Raise at call `number` (from 0) to CALLS, before or after it takes effect; returns the names of all calls."""
-    made: list[str] = []
-
-    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if len(made) > number:
-                raise Killed  # a killed process runs no clean-up either
-            made.append(name)
-            if len(made) <= number:
-                return real(*args, **kwargs)
-            if after:
-                real(*args, **kwargs)
-            raise Killed
-
-        return call
-
-    for name in CALLS:
-        monkeypatch.setattr(os, name, counting(name, getattr(os, name)))
-    return made
+def checkpoints(root: Path) -> Path:
+    """The folder of checkpoints in a run folder `root/run`, of which the tests below make only `root` themselves."""
+    return root / "run" / "main" / "checkpoints"
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("keep", "again"), [(1, False), (2, False), (2, True)])
-def test_a_kill_at_any_instant_leaves_the_previous_one_or_this_one(
-    tmp_path: Path, keep: int, again: bool, after: bool
-) -> None:
-    """Kill one save at each call that changes the disk, then save again without a kill.
+def assert_kept(outcome: Outcome, root: Path, before: tuple[int, ...]) -> None:
+    """Assert that a cut left the checkpoints from before or the new one, each whole; after a kill, save once more.
 
-    `again`: the killed save writes a step that exists already. Every folder that counts as complete must verify.
+    `before`: the steps that were complete before the save that was cut.
     """
-    prepared = tmp_path / "prepared"
-    for step in (1, 2):
-        save_step(prepared, step, keep=2)
-    step = 2 if again else 3
-    number, seen = 0, set()
-    while True:
-        folder = tmp_path / f"{number}"
-        shutil.copytree(prepared, folder)
-        with pytest.MonkeyPatch.context() as patch:
-            made = kill_at(patch, number, after)
-            try:
-                save_step(folder, step, keep)
-                finished = True
-            except Killed:
-                finished = False
-        steps = complete_steps(folder)
-        assert steps, f"nothing is left after a kill at call {number} ({made[-1]})"
-        assert steps[-1] >= (1 if again else 2)
-        for found in steps:
-            assert verify_and_read_state(folder / tag_of(found))["step"] == found, (
-                f"kill at call {number} ({made[-1]})"
-            )
-            assert_whole(folder / tag_of(found), found)
-        save_step(folder, 4, keep)  # the next save cleans up whatever was left
-        assert complete_steps(folder)[-1] == 4
-        assert len(complete_steps(folder)) <= keep
-        assert {p.name for p in folder.iterdir() if p.is_dir()} == {tag_of(n) for n in complete_steps(folder)}
-        if finished:
-            break
-        seen.add(made[-1])
-        number += 1
-    assert {"rename", "replace", "unlink", "rmdir", "fsync"} <= seen
-    assert number > 10
+    outcome.write(root)
+    folder = checkpoints(root)
+    steps = complete_steps(folder)
+    assert steps or not before, f"nothing is left after {outcome.after}"
+    assert set(map(int, outcome.promised)) <= set(steps), f"lost after {outcome.after}"
+    for step in steps:
+        assert verify_and_read_state(folder / tag_of(step))["step"] == step, outcome.after
+        assert_whole(folder / tag_of(step), step)
+    latest = folder / "latest"
+    if latest.exists() and latest.read_text() not in map(tag_of, before):
+        assert latest.read_text() in map(tag_of, steps), outcome.after
+    if outcome.kill:
+        with mock.patch.object(os, "fsync"):  # this save need not wait for the disk
+            save_step(folder, 4, keep=1)
+        # It has removed whatever was left.
+        assert sorted(p.name for p in folder.iterdir() if p.name[0] != ".") == ["latest", tag_of(4)]
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "keep"), [((), 3, 2), ((2,), 3, 1), ((1, 2), 3, 2), ((1, 2), 2, 1)], ids=str
+)
+def test_a_cut_at_any_instant_leaves_the_previous_one_or_this_one(
+    tmp_path: Path, before: tuple[int, ...], step: int, keep: int
+) -> None:
+    """Every state that a kill or a power cut may leave: of a first save, of one that deletes an older checkpoint, and
+    of a step that is saved again.
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+    for earlier in before:
+        save_step(checkpoints(root), earlier)
+    with recorded(root) as disk:
+        save_step(checkpoints(root), step, keep)
+        disk.promise(str(step))
+    outcomes = list(disk.outcomes())
+    assert len(outcomes) > 50
+    for outcome in outcomes:
+        assert_kept(outcome, tmp_path / "cut", before)
+
+
+def test_a_power_cut_after_a_kill_leaves_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that is killed after it renamed the old checkpoint, and the next save: the cut may undo that rename."""
+    root = tmp_path / "root"
+    root.mkdir()
+    save_step(checkpoints(root), 2)
+
+    def killed(*_: Any) -> None:
+        raise Killed  # a killed process runs no clean-up either
+
+    with recorded(root) as disk:
+        real = os.fsync
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(os, "fsync", lambda file: killed() if list(root.rglob("*.old.tmp")) else real(file))
+            save_step(checkpoints(root), 3, keep=1)
+        assert list(root.rglob("*.old.tmp"))
+        save_step(checkpoints(root), 4, keep=1)
+        disk.promise("4")
+    for outcome in disk.outcomes():
+        assert_kept(outcome, tmp_path / "cut", (2,))
 
 
 def test_a_writer_that_fails_leaves_the_previous_one(tmp_path: Path) -> None:
