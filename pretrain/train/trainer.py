@@ -131,11 +131,12 @@ class Trainer:
                     row["eval"] = metrics
                     row["time"]["eval"] = round(time.perf_counter() - began, 6)
             self.write(row, totals)
-            too_many = self.count_bad(done, totals)
+            shard, fraction = self.count_bad(done, totals)
+            too_many = shard is not None or fraction is not None
             if last or totals.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
-            if too_many:
-                raise TooManyBadSamples(too_many)
+            if too_many:  # after the save, which waits for rank 0: the message quotes its bad_samples.jsonl
+                raise TooManyBadSamples(self._shard_message(shard) or fraction)
             if totals.stop and not last:
                 return False
         return True
@@ -210,11 +211,10 @@ class Trainer:
             for line in totals.bad:
                 self.bad_log.write(line | {"step": row["step"]})
 
-    def count_bad(self, step: int, totals: StepTotals) -> str | None:
-        """Count a step's replaced samples; returns the error text when a limit stops the run, else None."""
+    def count_bad(self, step: int, totals: StepTotals) -> tuple[str | None, str | None]:
+        """Count a step's replaced samples; returns the shard at its limit, and the error text for a source over its."""
         fraction = self.bad_fraction.add(step, totals.samples, totals.skipped)
-        shard = self.bad_shards.add(totals.bad)
-        return self._shard_message(shard) or fraction
+        return self.bad_shards.add(totals.bad), fraction
 
     def check_bad(self, step: int) -> None:
         """Raise TooManyBadSamples if the counts in the checkpoint of `step` are over a limit."""
@@ -226,7 +226,10 @@ class Trainer:
         return url and self.bad_shards.message(url, read(self.stage_dir / "bad_samples.jsonl"))
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of `step`; collective."""
+        """Write the checkpoint of `step`; collective. The logs reach the disk first: a resume needs their rows."""
+        for log in (self.log, self.bad_log):
+            if log is not None:
+                log.sync()
         state = {
             "step": step,
             "world_size": self.runtime.world_size,

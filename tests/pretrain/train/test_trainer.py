@@ -1,110 +1,51 @@
-"""Modes of a training that evaluates on the way: train mode and masks in a step, neither of them in an evaluation."""
+"""The training loop on one rank: what a kill or a power cut leaves of checkpoints and logs together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from data_pipeline.batches.batch_builder import BatchBuilder
-from data_pipeline.batches.spec import Batch
-from pretrain.build.objective import build
-from pretrain.build.streams import stage_specs
-from pretrain.distributed.engine import Runtime
-from pretrain.recipe.schema import Recipe, TrainStage
-from pretrain.train.stage_setup import StageContext, make_evaluation
-from pretrain.train.trainer import Plan, Trainer
-from tests.support import setting_runs
-
-RUNTIME = Runtime(0, 1, 0, torch.device("cpu"))
+from pretrain.run.folder import complete_steps, json_mapping
+from pretrain.run.metrics_log import read
+from pretrain.train.trainer import write_result
+from tests.support import fake_training as fake
+from tests.support.recorded_files import recorded
 
 
-class PlainEngine:
-    """The engine's interface with plain SGD; records the mode of every forward."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-        self.seen: list[tuple[str, bool, bool, bool]] = []
-
-    def __call__(self, **inputs: Any) -> Any:
-        kind = "step" if {"images", "tokens"} <= inputs.keys() or "used" in inputs else "figure"
-        kept = inputs.get("keep") is not None
-        self.seen.append((kind, self.module.training, torch.is_grad_enabled(), kept))
-        return self.module(**inputs)
-
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)
-
-    def accumulate(self) -> Any:
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, rate: float) -> float:
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return 1.0
-
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        (folder / tag / "weights").write_text("")
-
-
-class InProcess:
-    """A loader that builds whole global batches when asked."""
-
-    wait_seconds = 0.0
-
-    def __init__(self, builders: dict[str, BatchBuilder]) -> None:
-        self.builders = builders
-
-    def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
-        for step in range(first, last):
-            yield {
-                name: [builder.make(step, 0, builder.spec.rows(step))]
-                for name, builder in self.builders.items()
-            }
-
-    def close(self) -> None:
-        pass
-
-
-def test_an_evaluation_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
-    setting_runs.make_data(tmp_path)
-    given = setting_runs.recipes(tmp_path)["flip_eval"]
-    given = {key: value for key, value in given.items() if key not in ("run", "stages")}
-    losses: dict[int | None, list[float]] = {}
-    for every in (1, None):
-        stage = TrainStage.model_validate(given)
-        objective, _ = build(stage, "main", 3, None)
-        engine = PlainEngine(objective.model)
-        context = StageContext(Recipe(stages={"main": stage}), "main", stage, tmp_path, RUNTIME)
-        folder = tmp_path / f"run-{every}"
-        folder.mkdir()
-        builders = {
-            spec.name: BatchBuilder(spec) for spec in stage_specs(stage, 3, "main", objective.streams)
-        }
-        trainer = Trainer(
-            stage, folder, objective, engine, InProcess(builders), Plan(3, 0, 0.1, 99, every, None), RUNTIME,  # type: ignore[arg-type]
-            SimpleNamespace(signal_name=None), lambda step: {}, make_evaluation(context, objective, engine),  # type: ignore[arg-type]
-        )  # fmt: skip
+def test_a_checkpoint_is_never_ahead_of_the_logs(tmp_path: Path) -> None:
+    """A resume at a checkpoint needs the lines of all steps before it: they are not written again."""
+    stage = tmp_path / "root" / "main"
+    stage.mkdir(parents=True)
+    bad = (1, 4)
+    with recorded(tmp_path / "root") as disk:
+        trainer, _ = fake.trainer(stage, bad=bad, save_every=2)
         assert trainer.run(0)
+        disk.promise("the run")
         trainer.close()
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses[every] = [row["loss"] for row in rows]
-        assert ["eval" in row for row in rows] == [every == 1, every == 1, True]
-        # A step: train mode, gradients, a mask. Figures: three classes of prompts and the images, without any of them.
-        one, figures = [("step", True, True, True)], [("figure", False, False, False)] * 4
-        expected = (one + figures) * 3 if every else one * 3 + figures
-        assert engine.seen == expected
-    assert losses[1] == losses[None]
-    assert len(set(losses[1])) == 3
+    seen = set()
+    for outcome in disk.outcomes():
+        outcome.write(tmp_path / "cut")
+        cut = tmp_path / "cut" / "main"
+        newest = max(complete_steps(cut / "checkpoints"), default=0)
+        seen.add(newest)
+        assert newest == fake.STEPS or not outcome.promised, outcome.after
+        logged = [row["step"] for row in read(cut / "metrics.jsonl") if row["step"] <= newest]
+        assert logged == list(range(1, newest + 1)), outcome.after
+        lines = [line for line in read(cut / "bad_samples.jsonl") if line["step"] <= newest]
+        assert [(line["step"], line["row"]) for line in lines] == [
+            (step, row) for step in range(1, newest + 1) for row in bad
+        ], outcome.after
+    assert seen == {0, 2, 4, 6}
+
+
+def test_a_result_is_absent_or_whole_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    with recorded(tmp_path / "root") as disk:
+        write_result(tmp_path / "root" / "main", 6, 1.5, {"nll": 2.0})
+        disk.promise("the result")
+    written = {"step": 6, "eval": {"nll": 2.0}, "seconds": 1.5}
+    for outcome in disk.outcomes():
+        content = outcome.files.get("main/result.json")
+        assert content is not None or not outcome.promised, outcome.after
+        assert content is None or json.loads(content) == written
+    assert json_mapping(tmp_path / "root/main/result.json") == written
