@@ -29,6 +29,8 @@ META_MEMBER = re.compile(r"__[^/]*__($|/)")
 HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 ADLER_MODULUS = 65521
 MAX_EXTENSION_BYTES = 1 << 20  # of a GNU long name or of pax records, which are read into memory
+# Headers about a later one: GNU long name and long link, pax records, those of Solaris, and those of all later members.
+EXTENSION_KINDS = b"LKxXg"
 
 
 class SliceableBytes(Protocol):
@@ -259,7 +261,7 @@ def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Ite
             _check_header(header, position, where)
         if size < 0:
             size = _number(raw_size, position, where)
-        if "size" in pax and kind not in b"xg":
+        if "size" in pax and kind not in EXTENSION_KINDS:
             size = int(pax["size"])
         content = position + TAR_BLOCK_BYTES
         if kind in b"123456":
@@ -276,19 +278,21 @@ def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Ite
             if name[-1:] != "/":
                 yield Member(first, name, content, size)
             first = position
-        elif kind in b"LKx":
-            extended = True
+        elif kind in EXTENSION_KINDS:
             _check_extension_size(size, content, where)
             if kind == b"L":
                 long_name = _text(data[content : content + size])
-            elif kind == b"x":
-                pax = _pax_records(data[content : content + size], where)
+            elif kind in b"xX":  # of two, the first decides, as in tarfile
+                pax = _pax_records(data[content : content + size], where) | pax
+            elif kind == b"g":
+                _check_global(_pax_records(data[content : content + size], where), where)
+            extended = extended or kind != b"g"
+            if not extended:
+                first = position
         elif kind == b"S":
             raise _sparse(where)
-        elif kind != b"g":
+        else:
             long_name, pax, extended, first = None, {}, False, position
-        elif not extended:
-            first = position
 
 
 def _truncated(where: str, reason: str) -> TruncatedTarError:
@@ -304,6 +308,15 @@ def _check_extension_size(size: int, content: int, where: str) -> None:
         raise UserError(
             f"{where} is damaged: the header at byte {content - TAR_BLOCK_BYTES} says that a name takes "
             f"{size} bytes; make it again or remove it"
+        )
+
+
+def _check_global(records: Mapping[str, str], where: str) -> None:
+    """Raise UserError for a global name or size: they would hold for every member that follows."""
+    wrong = next((key for key in ("path", "size") if key in records), None)
+    if wrong is not None:
+        raise UserError(
+            f"{where}: a global pax header sets {wrong} for all members; write the tar without it"
         )
 
 

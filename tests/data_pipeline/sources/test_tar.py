@@ -64,9 +64,10 @@ def test_tarfile_reads_ours(tmp_path: Path) -> None:
         }
 
 
-def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path) -> None:
+def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write(tmp_path / "a.tar").read_bytes()
-    time.sleep(1.1)
+    later = time.time() + 86_400
+    monkeypatch.setattr(time, "time", lambda: later)
     turned = {key: dict(reversed(members.items())) for key, members in SAMPLES.items()}
     assert write(tmp_path / "elsewhere" / "b.tar", turned).read_bytes() == first
 
@@ -133,16 +134,6 @@ def test_hidden_files_are_no_samples() -> None:
     assert split_name("._a.jpg") is None
     assert split_name("dir/._a.jpg") is None
     assert split_name("dir.x/noextension") is None
-
-
-def test_a_file_over_8_gib_has_its_size_in_base_256() -> None:
-    info = tarfile.TarInfo("big.bin")
-    info.size = 9 << 30
-    header = info.tobuf(tarfile.GNU_FORMAT)
-    with pytest.raises(
-        UserError, match=f"should end at byte {(9 << 30) + TAR_BLOCK_BYTES}, but the file ends at byte 512"
-    ):
-        member_table(header)
 
 
 def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
