@@ -73,9 +73,9 @@ class RetryPolicy:
 
     @classmethod
     def of_environment(cls) -> RetryPolicy:
-        """Policy from the environment variables. Raises UserError if one is not a number."""
+        """Policy from the environment variables. Raises UserError if one is not a number, or allows no read."""
         try:
-            return cls(
+            policy = cls(
                 int(os.environ.get("DROMOS_READ_TRIES", cls.tries)),
                 float(os.environ.get("DROMOS_READ_BACKOFF", cls.backoff)),
                 float(os.environ.get("DROMOS_READ_TIMEOUT", cls.timeout)),
@@ -84,6 +84,12 @@ class RetryPolicy:
             raise UserError(
                 f"DROMOS_READ_TRIES, DROMOS_READ_BACKOFF and DROMOS_READ_TIMEOUT must be numbers: {error}"
             ) from None
+        if not (policy.tries >= 1 and policy.backoff >= 0 and policy.timeout > 0):  # false for NaN too
+            raise UserError(
+                f"DROMOS_READ_TRIES is {policy.tries}, DROMOS_READ_BACKOFF {policy.backoff} and DROMOS_READ_TIMEOUT "
+                f"{policy.timeout}; they must be at least 1, at least 0 and above 0"
+            )
+        return policy
 
     def wait(self, failures: int) -> None:
         """Sleep before the next try, with random jitter, so that a thousand readers do not retry at the same time."""
@@ -187,6 +193,12 @@ class _PartialRead:
         """The next byte to request."""
         return self.start + len(self.data)
 
+    @property
+    def is_complete(self) -> bool:
+        """True if bytes were received and none is missing."""
+        ends = [end for end in (self.stop, self.size) if end is not None]
+        return bool(self.data) and self.size is not None and self.position >= min(ends)
+
 
 def version_of(etag: str) -> int:
     """Hash of an object's ETag, which changes with its content; never 0."""
@@ -226,6 +238,10 @@ def _read_with_retries(partial: _PartialRead) -> _PartialRead:
         except OSError as error:
             _raise_if_final(partial.url, error)
             requests.failures += 1
+            if (
+                partial.is_complete
+            ):  # the connection failed after the last byte; a range of no bytes is an error
+                return partial
             if tries == policy.tries:
                 raise ReadError(
                     f"{partial.url} could not be read: stopped at byte {partial.position} after {tries} tries: "
@@ -240,8 +256,9 @@ def _read_remaining(partial: _PartialRead, policy: RetryPolicy) -> None:
     store = _reader(partial.url)
     if not hasattr(store, "_call_s3"):
         requests.gets += 1
-        partial.data += store.cat_file(partial.url, start=partial.position, end=partial.stop)
-        requests.bytes += len(partial.data)
+        data = store.cat_file(partial.url, start=partial.position, end=partial.stop)
+        partial.data += data
+        requests.bytes += len(data)
         return
     from fsspec.asyn import sync
 
