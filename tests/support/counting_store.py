@@ -126,8 +126,12 @@ class CountingFileSystem(AbstractFileSystem):
         assert method == "get_object"
         return self.content.answer(request["Key"], request.get("Range"), request.get("IfMatch"))
 
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        answer = self.content.answer(self.split_path(path)[1], None, None)
+        return {"name": path, "type": "file", "size": answer["ContentLength"], "ETag": answer["ETag"]}
+
     def size(self, path: str) -> int:
-        return len(self.content.answer(self.split_path(path)[1], None, None)["Body"].rest)
+        return int(self.info(path)["size"])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import pytest
 
 from data_pipeline.errors import ReadError
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
+from tests.support.ingredients import assert_distinct, assert_each_changes
 
 MEGABYTE = 1_000_000
 
@@ -436,3 +437,17 @@ def test_the_default_folder_and_limit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 0 < chosen.limit_bytes <= min(100e9, 0.6 * free)
     assert CacheSettings.of(str(tmp_path), 2.5) == CacheSettings(str(tmp_path), 2_500_000_000)
     assert CacheSettings.of().token != CacheSettings.of().token
+
+
+def test_the_name_of_a_range_has_every_ingredient() -> None:
+    base = {"url": "s3://b/0.tar", "size": 900, "version": 7, "start": 12, "stop": 345}
+    others = [
+        ("url", "s3://b/1.tar"), ("url", "s3://c/0.tar"), ("url", "s3://b/0.tar9"), ("url", "s3://b/caf\udce9.tar"),
+        ("size", 901), ("version", 8), ("version", 0), ("version", 2**63 + 7), ("start", 13), ("stop", 344),
+    ]  # fmt: skip
+    assert_each_changes(lambda **fields: ByteRange(**fields).name, base, others)
+    # Digits that move over the boundary of two neighbours.
+    fields = [(1, 23, 456, 7890), (12, 3, 456, 7890), (1, 234, 56, 7890), (1, 23, 4567, 890)]
+    assert_distinct([(str(numbers), ByteRange("s3://b/0", *numbers).name) for numbers in fields])
+    assert ByteRange("s3://b/0.tar1", 0, 1, 2, 3).name != ByteRange("s3://b/0.tar", 10, 1, 2, 3).name
+    assert all(len(ByteRange("s3://b/0", *numbers).name) == 32 for numbers in fields)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import Recipe
+from pretrain.recipe.schema import MergeStage, Recipe
 from pretrain.run.identity import (
     check_run_folder,
     compare_changeable_keys,
@@ -200,3 +202,56 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
         (run / "masked" / "resolved.yaml").write_text(content)
         with pytest.raises(UserError, match=r"resolved\.yaml.*delete"):
             check_run_folder(run, recipe(tmp_path), "masked")
+
+
+# Keys of a stage that may change between two calls of one run; every other key is compared.
+FREE = ("train", "loader", "checkpoint", "eval", "engine.zero", "engine.deterministic", "engine.offload",
+        "engine.activation_checkpointing", "engine.compile")  # fmt: skip
+
+
+def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all values that are no map."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*at, key))
+    else:
+        yield at
+
+
+def changed(record: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    copied = copy.deepcopy(record)
+    inner = copied
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["train", "merge"])
+def test_every_key_of_a_stage_is_compared_or_known_to_be_free(kind: str, tmp_path: Path) -> None:
+    """All values of a whole record, one at a time: changed, removed, and absent before."""
+    whole = record(tmp_path)
+    if kind == "merge":
+        stage = MergeStage(kind="merge", inputs={"a": 1.0, "b": 2.0}, only="w", copy_rest="a")
+        whole["stage"] = stage.model_dump(mode="json", by_alias=True, exclude_none=True)
+    sections = set(
+        type(recipe(tmp_path).stages["masked"]).model_fields if kind == "train" else MergeStage.model_fields
+    )
+    whole["stage"] |= {"init": "x"} if kind == "train" else {}
+    paths = list(leaves(whole["stage"], ("stage",)))
+    if kind == "train":
+        paths.append(("stage", "continue"))
+        assert len(paths) > 50
+    assert {path[1] for path in paths} == {name.rstrip("_") for name in sections}
+    for path in paths:
+        name = ".".join(path[1:])
+        is_free = any(name == free or name.startswith(f"{free}.") for free in FREE)
+        new = changed(whole, path, ["another"])
+        if path[1] != "train":
+            assert bool(compare_identity(whole, new)) is not is_free, name
+            assert bool(compare_identity(new, whole)) is not is_free, name
+            assert bool(compare_changeable_keys(whole, new)) is is_free, name
+        without = changed(whole, path, None)
+        assert bool(compare_identity(whole, without)) is (not is_free and path[-1] != "continue"), name
+    for key, is_compared in (("seed", True), ("name", False), ("dir", False)):
+        assert bool(compare_identity(whole, changed(whole, ("run", key), "another"))) is is_compared
