@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 MAX_DESCRIPTORS = 4  # open files that one message may carry
-_CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 def send(channel: socket.socket, message: Any, descriptors: Sequence[int] = ()) -> None:
@@ -39,7 +38,9 @@ def send(channel: socket.socket, message: Any, descriptors: Sequence[int] = ()) 
 
 def receive(channel: socket.socket) -> tuple[Any, list[int]]:
     """Wait for the next message; returns it with its file descriptors. Raises EOFError if the other end is closed."""
-    prefix, descriptors, *_ = socket.recv_fds(channel, 8, MAX_DESCRIPTORS, _CLOSED_ON_EXEC)
+    prefix, descriptors, *_ = socket.recv_fds(channel, 8, MAX_DESCRIPTORS)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # recv_fds ignores MSG_CMSG_CLOEXEC
     if not prefix:
         raise EOFError("the other end closed the channel")
     (count,) = struct.unpack("<Q", prefix + bytes(_receive_exactly(channel, 8 - len(prefix))))
