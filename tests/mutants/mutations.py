@@ -15,6 +15,7 @@ from mutmut.mutation.mutators import mutation_operators
 # Calls whose only effect is a text for people or for a type checker.
 UNCHANGED_CALLS = {"TypeVar", "cast", "print", "warn", "warning", "info", "debug", "fail", "echo", "secho"}
 SYMMETRIC = {"min", "max", "gcd", "lcm", "isclose", "equal", "array_equal"}
+SYMMETRIC |= {"add", "multiply", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}
 SWAPPED_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 
 
@@ -172,7 +173,7 @@ def candidates(path: str, source: str) -> list[Candidate]:
     """Every change of a file that the operators make.
 
     Not changed: texts for people (docstrings, f-strings, strings that contain a space, arguments of UNCHANGED_CALLS),
-    annotations, imports, decorators, and `if TYPE_CHECKING`.
+    annotations, imports, decorators, `if TYPE_CHECKING`, and `strict=True` of `zip`.
     """
     module = cst.parse_module(source)
     visitor = _Visitor(path, module)
@@ -188,11 +189,15 @@ class _Visitor(cst.CSTVisitor):
         self.path, self.module = path, module
         self.scope: list[str] = []
         self.statements: list[int] = []
+        self.guards: list[cst.CSTNode] = []
         self.found: list[Candidate] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if _is_skipped(node):
+        if _is_skipped(node) or node in self.guards:
             return False
+        strict = _strict(node)
+        if strict is not None:
+            self.guards.append(strict)
         if isinstance(node, cst.BaseSmallStatement | cst.BaseCompoundStatement):
             self.statements.append(self.get_metadata(PositionProvider, node).start.line)
         if isinstance(node, cst.SimpleStatementLine):
@@ -203,6 +208,8 @@ class _Visitor(cst.CSTVisitor):
             if isinstance(node, kind) and not (isinstance(node, cst.BaseString) and _is_prose(node)):
                 name = operator.__name__.removeprefix("operator_")
                 for changed in operator(node):
+                    if strict is not None and not _keeps(changed, strict):
+                        continue
                     self.found.append(self._candidate(node, changed, name))
         return True
 
@@ -227,6 +234,18 @@ def _is_skipped(node: cst.CSTNode) -> bool:
     if isinstance(node, cst.If) and m.matches(node.test, m.Name("TYPE_CHECKING")):
         return True
     return isinstance(node, cst.Call) and _called(node) in UNCHANGED_CALLS
+
+
+def _strict(node: cst.CSTNode) -> cst.Arg | None:
+    """The argument `strict=True` of a `zip`; it guards lengths that the code makes equal, so no test sees a change."""
+    if not isinstance(node, cst.Call) or _called(node) != "zip":
+        return None
+    return next((arg for arg in node.args if arg.keyword and arg.keyword.value == "strict"), None)
+
+
+def _keeps(changed: cst.CSTNode, strict: cst.Arg) -> bool:
+    found = _strict(changed)
+    return found is not None and found.value.deep_equals(strict.value)
 
 
 def _called(node: cst.Call) -> str:

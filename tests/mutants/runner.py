@@ -235,6 +235,7 @@ def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop:
         os.environ |= {**ENVIRONMENT, "PYTHONPATH": str(root)}
         os.chdir(root)
         _forget_repository(root)
+        _set_up_hypothesis()
         import pytest
 
         plugin = Outcome(selection.tests)
@@ -254,6 +255,15 @@ def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop:
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _set_up_hypothesis() -> None:
+    """A failure ends the test at once, not after minutes of shrinking; examples depend on no earlier mutant or run."""
+    from hypothesis import Phase, settings
+
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("mutants", phases=phases, database=None, derandomize=True)
+    settings.load_profile("mutants")
 
 
 def _forget_repository(root: Path) -> None:
