@@ -34,10 +34,7 @@ class ShareSettings(Protocol):
 def exact_fraction(number: float) -> Fraction:
     """The fraction that a decimal number means: 1/10 for 0.1, 1/3 for 0.3333333333333333."""
     fraction = Fraction(str(number))
-    if fraction.denominator <= 10**9:
-        return fraction
-    # A number that would round to 0 keeps its exact value.
-    return fraction.limit_denominator(10**9) or fraction
+    return fraction.limit_denominator(10**9) or fraction  # what would round to 0 keeps its exact value
 
 
 def integer_weights(shares: Sequence[Fraction], names: Sequence[str]) -> tuple[int, ...]:

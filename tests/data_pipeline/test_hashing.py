@@ -42,6 +42,11 @@ def plain_permute(x: int, n: int, key: int) -> int:
     return 0
 
 
+pytestmark = pytest.mark.filterwarnings(
+    "error"
+)  # sums and products wrap by design, so numpy must not warn of it
+
+
 def test_mix64_makes_the_published_splitmix64_sequence() -> None:
     states = [(i * GOLDEN_GAMMA) % WORD for i in (1, 2, 3)]
     assert [int(mix64(state)) for state in states] == [
@@ -85,6 +90,14 @@ def test_hash64_broadcasts_and_wraps_negative_numbers() -> None:
     assert grid.dtype == np.uint64
     assert [[plain_hash(3, i, j % WORD) for j in range(-2, 3)] for i in range(4)] == grid.tolist()
     assert int(hash64(1, 2)) != int(hash64(2, 1))
+    numbers = [
+        -1,
+        -WORD // 2,
+        WORD - 1,
+        WORD,
+        2 * WORD + 5,
+    ]  # of any size, as they are or as their last 64 bits
+    assert [int(hash64(3, n)) for n in numbers] == [plain_hash(3, n % WORD) for n in numbers]
 
 
 @settings(max_examples=100, deadline=None)
@@ -101,6 +114,27 @@ def test_permute_equals_plain_integers_for_mixed_sizes_and_keys(data: st.DataObj
     keys = data.draw(st.lists(whole, min_size=len(sizes), max_size=len(sizes)))
     got = permute(np.array(xs), np.array(sizes), np.array(keys, np.uint64))
     assert got.tolist() == [plain_permute(x, n, key) for x, n, key in zip(xs, sizes, keys, strict=True)]
+
+
+def test_permute_broadcasts() -> None:
+    rows, sizes = np.array([[0], [1], [11]]), np.array([12, 32, 33, 70])
+    keys = hash64(np.arange(24)).reshape(2, 3, 4)
+    for n in (sizes, 33):
+        for key in (keys, keys[:, :1, :1], 7):
+            got = permute(rows, n, key)
+            x, size, k = (
+                a.ravel().tolist() for a in np.broadcast_arrays(rows, n, np.asarray(key, np.uint64))
+            )
+            assert got.shape == np.broadcast_shapes(rows.shape, np.shape(n), np.shape(key))
+            assert got.dtype == np.int64
+            assert got.ravel().tolist() == [plain_permute(*one) for one in zip(x, size, k, strict=True)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 63, 64, 65, 2**51 - 1, 2**51, 2**51 + 1, 2**52 - 1])
+def test_permute_at_powers_of_two(n: int) -> None:
+    xs = sorted({0, min(1, n - 1), n // 2, n - 1})
+    assert permute(np.array(xs), n, 99).tolist() == [plain_permute(x, n, 99) for x in xs]
+    assert int(permute(n - 1, n, WORD - 1)) == plain_permute(n - 1, n, WORD - 1)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])

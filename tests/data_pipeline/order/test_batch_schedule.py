@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.batches.work_items import check_ranks, items_of
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import BatchSchedule
+from data_pipeline.order.batch_schedule import BatchSchedule, nearest_batches, uneven_batch
 
 SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).flatmap(
     lambda later: st.integers(1, 9).map(lambda rows: {0: rows, **later})
@@ -35,13 +35,34 @@ def test_rows_are_those_of_the_list_of_steps(schedule: dict[int, int], number: i
     assert batches.before(number) == sum(listed[:number])
     assert batches.steps(number) == next(n for n in range(70) if sum(listed[:n]) >= number)
     assert batches.largest == max(schedule.values())
-    assert all(rows % batches.divisor == 0 for rows in schedule.values())
+    assert batches.divisor == max(d for d in range(1, 10) if all(n % d == 0 for n in schedule.values()))
+    assert batches.steps(-number) == 0
 
 
 def test_a_number_is_the_same_batch_always() -> None:
     assert BatchSchedule.of(8) == BatchSchedule.of({0: 8})
     assert BatchSchedule.of(8).to_json() == 8
     assert [BatchSchedule.of(8).steps(samples) for samples in (0, 1, 8, 9)] == [0, 1, 1, 2]
+
+
+def test_a_schedule_reads_as_it_is_written() -> None:
+    ramp = BatchSchedule.of({1000: 4096, 0: 1024})
+    assert (str(ramp), ramp.to_json()) == ("{0: 1024, 1000: 4096}", {"0": 1024, "1000": 4096})
+    assert (str(BatchSchedule.of(8)), BatchSchedule.of(ramp)) == ("8", ramp)
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_nearest_even_batches_are_those_of_a_search(batch: int, world: int) -> None:
+    even = [size for size in range(1, 200) if size % world == 0]
+    below, above = [size for size in even if size <= batch], [size for size in even if size > batch]
+    nearest = sorted([*below[-1:], above[0]], key=lambda size: abs(size - batch))  # of equal ones the smaller
+    assert nearest_batches(batch, world) == nearest
+    message = uneven_batch(batch, world)
+    if batch in even:
+        assert message is None
+    else:
+        assert f"a batch of {batch} rows cannot be split evenly over {world} ranks" in str(message)
+        assert str(message).endswith("nearest batch: " + " or ".join(map(str, nearest)))
 
 
 def test_whole_numbers_of_any_kind_are_rows() -> None:
@@ -57,10 +78,26 @@ def test_what_is_no_whole_number_is_refused(batch: Any) -> None:
         BatchSchedule.of(batch)
 
 
-@pytest.mark.parametrize("batch", [{}, {1: 8}, {-1: 8, 0: 8}, {0: 0}, {0: 8, 5: -8}, 0])
-def test_what_is_no_schedule_is_refused(batch: Any) -> None:
-    with pytest.raises(UserError, match="batch"):
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({}, "the first steps are missing"),
+        ({1: 8}, "the first steps are 1; they must start at 0 and increase"),
+        ({-1: 8, 0: 8}, "the first steps are -1, 0; they must start at 0"),
+        ({0: 0}, "batch is 0; it must be at least 1"),
+        ({0: 8, 5: -8}, "batch is -8; it must be at least 1"),
+        (0, "batch is 0; it must be at least 1"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(batch: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
         BatchSchedule.of(batch)
+
+
+@pytest.mark.parametrize("first", [(0, 0), (0, 5, 5), (0, 5, 4)])
+def test_first_steps_increase(first: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="they must start at 0 and increase"):
+        BatchSchedule(first, (8,) * len(first))
 
 
 def test_ranks_share_every_batch_of_a_schedule() -> None:

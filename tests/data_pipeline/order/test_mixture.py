@@ -1,9 +1,8 @@
-"""Weights of a mixture: exact integers, the closed form of the cycle, and sources that end."""
+"""The cycle of a mixture: its closed form against counting, and sources that end."""
 
 from __future__ import annotations
 
 from collections import Counter
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,80 +12,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.mixture import Cycle, count_earlier_equal, floor_sums
-from data_pipeline.order.mixture_weights import MAX_CYCLE_SLOTS, exact_fraction, integer_weights
+from data_pipeline.order.mixture_weights import MAX_CYCLE_SLOTS
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder
-
-
-def weights_of(*sources: SourceCounts) -> tuple[int, ...]:
-    return StreamOrder(sources, 8, None, 0).weights
 
 
 def source(name: str, samples: int, **keys: Any) -> SourceCounts:
     return SourceCounts(name, np.array([samples]), **keys)
-
-
-def test_a_decimal_is_the_fraction_it_stands_for() -> None:
-    assert exact_fraction(0.1) == Fraction(1, 10)
-    assert exact_fraction(1 / 3) == Fraction(1, 3)
-    assert exact_fraction(1e-7) == Fraction(1, 10**7)
-    assert exact_fraction(3) == 3
-
-
-def test_weights_follow_shares_or_sizes() -> None:
-    assert weights_of(source("a", 5, weight=0.1), source("b", 5, weight=0.3), source("c", 5, weight=0.6)) == (
-        1,
-        3,
-        6,
-    )
-    assert weights_of(source("a", 5, weight=1 / 3), source("b", 5, weight=2 / 3)) == (1, 2)
-    assert weights_of(source("a", 300), source("b", 100)) == (3, 1)
-    assert weights_of(source("a", 300, repeat=0.5), source("b", 100, repeat=3)) == (1, 2)
-    assert weights_of(source("a", 300, cap=200), source("b", 100, repeat=3, cap=100)) == (2, 1)
-    # the half that a leaves is split by size between b and c
-    assert weights_of(source("a", 7, weight=0.5), source("b", 300), source("c", 100)) == (4, 3, 1)
-
-
-def test_shares_close_to_nothing_are_shares() -> None:
-    tiny = [source("a", 50, weight=1e-12), source("b", 50, weight=3e-12)]
-    assert weights_of(*tiny) == (1, 3)
-    assert weights_of(tiny[0]) == weights_of(source("a", 50, repeat=1e-15)) == (1,)
-    assert StreamOrder([source("a", 50, repeat=1e-30)], 8, None, 0, share_by="sqrt").weights == (1,)
-    with pytest.raises(UserError, match="'a': its share is below one slot"):
-        weights_of(tiny[0], source("b", 50, weight=1))
-
-
-def test_an_epoch_of_the_stream_counts_sizes() -> None:
-    sources = [source("a", 300, repeat=0.5), source("b", 100, repeat=3, cap=250), source("c", 7)]
-    assert StreamOrder(sources, 8, None, 0).samples_per_epoch() == 150 + 250 + 7
-
-
-def test_a_cycle_too_long_is_rounded_to_the_limit() -> None:
-    shares = [Fraction(3_000_000_019), Fraction(1_000_000_007), Fraction(1000)]
-    weights = integer_weights(shares, ["a", "b", "c"])
-    assert sum(weights) == MAX_CYCLE_SLOTS
-    assert all(abs(w - s * MAX_CYCLE_SLOTS / sum(shares)) < 1 for w, s in zip(weights, shares, strict=True))
-    with pytest.raises(UserError, match="'b'"):
-        integer_weights([Fraction(10**11), Fraction(1)], ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("sources", "words"),
-    [
-        ([source("a", 0)], ["'a'", "no samples"]),
-        ([source("a", 5), source("a", 6)], ["different names"]),
-        ([], ["one or more sources"]),
-        ([source("a", 5, weight=1.5), source("b", 5)], ["1.5", "b", "every source a weight"]),
-        ([source("a", 5, weight=0.5, repeat=2)], ["'a'", "repeat"]),
-        ([source("a", 5, weight=-1)], ["'a'", "weight is -1"]),
-        ([source("a", 5, max_epochs=float("nan"))], ["'a'", "max_epochs is nan"]),
-        ([SourceCounts("a", np.array([3, -1]))], ["'a'", "whole numbers"]),
-        ([SourceCounts("a", np.array([1.5]))], ["'a'", "whole numbers"]),
-    ],
-)
-def test_mistakes_in_a_mixture_name_the_source(sources: list[SourceCounts], words: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        StreamOrder(sources, 8, None, 0)
-    assert all(word in str(caught.value) for word in words)
 
 
 @settings(max_examples=200, deadline=None)

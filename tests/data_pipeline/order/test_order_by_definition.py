@@ -36,6 +36,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 COUNTS = st.one_of(
     st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 9]), min_size=1, max_size=5),
     st.sampled_from([[40, 0, 1, 30], [1] * 35, [0, 64, 64, 0], [130, 1, 0, 169], [400, 3]]),
+    # one window or four windows a lane, and one sample less
+    st.sampled_from([[15], [16], [31], [32], [47], [48], [100, 91], [100, 92], [200, 183], [200, 184]]),
 ).map(lambda counts: tuple(counts) if any(counts) else (*counts, 1))
 LANES = st.sampled_from([1, 2, 3, 4])
 # The costly checks of a step: slices of many ranks, and an order that is built again.

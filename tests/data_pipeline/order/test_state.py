@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
+from data_pipeline.order.state import ResumeResult
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder, choose_lanes
 
 PRINTS = {"a": "f1", "b": "f2"}
@@ -58,16 +59,85 @@ def test_any_change_is_refused_with_both_values(
     assert all(word in str(caught.value) for word in [*words, "run.accept_change"])
 
 
+@pytest.mark.parametrize("other", [order(seed=8), order(lanes=4), order(seed=8, lanes=4, weight=2)])
+def test_seed_and_lanes_cannot_change_whatever_is_accepted(other: StreamOrder) -> None:
+    with pytest.raises(
+        UserError, match=r"changed from .* cannot change during a run.*new run folder"
+    ) as caught:
+        other.resume(order().state(10, PRINTS), PRINTS, accept_change=True)
+    assert ("seed changed" in str(caught.value)) == (other.seed == 8)
+    assert ("lanes changed from 8 to 4" in str(caught.value)) == (other.lanes == 4)
+    assert "weights" not in str(caught.value)
+
+
+def accepted(before: StreamOrder, after: StreamOrder, step: int = 10) -> ResumeResult:
+    return after.resume(before.state(step), accept_change=True)
+
+
+def test_accepted_changes_are_told_with_what_they_leave_unread() -> None:
+    """10 steps draw 40 samples of a and 120 of b, which has 100: 80 of its second epoch are left."""
+    left = "80 samples of unfinished epochs will not be used"
+    fewer = accepted(order(), order(counts_b=[50, 0, 49]))
+    assert fewer.changes[0] == "samples of source 'b' changed from 100 to 99"
+    assert fewer.changes[-1] == f"source 'b': {left}; the new data starts at epoch 2"
+    only_a = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7)
+    removed = accepted(order(), only_a)
+    assert removed.changes[-1] == f"source 'b': removed; {left}"
+    weights = accepted(order(), order(weight=2))
+    assert [line.partition(" changed")[0] for line in weights.changes] == [
+        "weights of source 'b'", "mixture_hash"
+    ]  # fmt: skip
+    added = accepted(only_a, order())
+    assert added.changes[0] == "samples of source 'b' changed from no such source to 100"
+    assert len(added.changes) == 2
+    for found, unvisited in ((fewer, {"b": 80}), (removed, {"b": 80}), (weights, {}), (added, {})):
+        assert len(found.segments) == 2
+        assert (found.segments[-1].first_step, found.segments[-1].unvisited) == (10, unvisited)
+
+
+def test_a_source_that_comes_back_goes_on_where_it_was() -> None:
+    """Its samples are the same as before it was removed, so its draws continue; with other samples it starts anew."""
+    only_a = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7)
+    removed = accepted(order(), only_a)
+    without_b = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7, segments=removed.segments)
+    for counts_b, first, epoch, drawn in (([50, 0, 50], 0, 0, 120), ([50, 50, 0], 2, 2, 0)):
+        again = order(counts_b=counts_b).resume(without_b.state(13), accept_change=True)
+        base = again.segments[-1].base
+        assert (base["a"].segment, base["a"].first_epoch) == (0, 0)
+        assert (base["b"].segment, base["b"].first_epoch) == (first, epoch)
+        assert again.segments[-1].unvisited == {}  # what b left was told when it was removed
+        back = StreamOrder(
+            [SourceCounts("a", np.array([60, 40]), weight=1), SourceCounts("b", np.array(counts_b), weight=3)],
+            16, 8, 7, segments=again.segments,
+        )  # fmt: skip
+        assert back.consumed(13) == {"a": 40 + 3 * 16, "b": 120}
+        epochs = back.refs(13).epoch[back.refs(13).source == 1]
+        assert set(epochs.tolist()) == {(drawn // 100) + epoch}
+
+
+def test_samples_are_compared_by_fingerprints_where_both_have_them() -> None:
+    state = order().state(10, PRINTS)
+    assert order().resume(state, {}).changes == order().resume(state, {"a": "f1"}).changes == []
+    assert order().resume(order().state(10), PRINTS).changes == []
+    for prints in ({"b": "f3"}, {"a": "f1", "b": "f3"}):
+        found = order().resume(state, prints, accept_change=True)
+        assert found.changes[0] == "fingerprints of source 'b' changed from f2 to f3"
+        assert found.segments[-1].base["b"].segment == 1
+        assert found.segments[-1].base["a"].segment == 0
+
+
 def test_what_is_no_state_is_refused() -> None:
     whole = order().state(10, PRINTS)
-    older = {
-        key: whole["segments"][0][key] for key in ("first_step", "mixture_hash", "fingerprints", "samples")
-    }
+    segment = whole["segments"][0]
+    older = {key: segment[key] for key in ("first_step", "mixture_hash", "fingerprints", "samples")}
     broken = [
         {"step": 3},
         whole | {"segments": [older]},
         whole | {"segments": []},
+        whole | {"segments": None},
         whole | {"segments": [{"first_step": 0}]},
+        whole | {"segments": [segment | {"base": ["b"]}]},
+        whole | {"segments": [segment | {"cycles": [["x", [1]]]}]},
         whole | {"step": "x"},
     ]
     for state in broken:
@@ -88,6 +158,14 @@ def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:
         2,
     ]
     assert choose_lanes(BatchSchedule.of(256), 64) == 64
+    assert choose_lanes(BatchSchedule.of({0: 96, 5: 144}), None) == 48
+    with pytest.raises(
+        UserError, match=r"32 does not divide every batch of \{0: 96, 5: 144\}; .* that does is 24"
+    ):
+        choose_lanes(BatchSchedule.of({0: 96, 5: 144}), 32)
+    for lanes in (0, -8):
+        with pytest.raises(UserError, match=f"lanes: {lanes} does not divide .* that does is 1"):
+            choose_lanes(BatchSchedule.of(256), lanes)
     with pytest.raises(
         UserError, match="100 does not divide the batch of 256; the nearest number that does is 128"
     ):
