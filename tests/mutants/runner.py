@@ -82,11 +82,11 @@ class Selection:
 def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
     """The tests that run a mutant's statement, as many as fit into `seconds`, at least one.
 
-    For a line at module level, which runs when the module is imported: the tests that run any line of the file.
+    For a line at module level, which runs only in the first test that imports the module: the tests that run any line
+    of the file.
     """
-    tests = found.covering(mutant.path, (mutant.statement, mutant.line))
-    if not tests and not _is_in_function(mutant):
-        tests = found.covering(mutant.path, found.lines.get(mutant.path, {}))
+    lines = (mutant.statement, mutant.line) if _is_in_function(mutant) else found.lines.get(mutant.path, {})
+    tests = found.covering(mutant.path, lines)
     tests = sorted((test for test in tests if test.passed), key=lambda test: _distance(test, mutant))
     chosen: list[MeasuredTest] = []
     files: set[str] = set()
