@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pretrain.weights.dtypes import DTYPES, Scratch, accumulator, narrow, widen_into
-from tests.support.merge_jobs import linear, run
+from tests.support.merge_jobs import linear
 
 # (precision in bits, smallest exponent, largest exponent)
 FORMATS = {"F64": (53, -1022, 1023), "F32": (24, -126, 127), "F16": (11, -14, 15), "BF16": (8, -126, 127)}
@@ -193,12 +193,3 @@ def test_fp16_is_rounded_as_numpy_does() -> None:
                 got = narrow(values.astype(kind), "F16")
                 np.testing.assert_array_equal(got, expected)
                 np.testing.assert_array_equal(np.signbit(got[got == 0]), np.signbit(expected[got == 0]))
-
-
-def test_bits_do_not_depend_on_the_chunking() -> None:
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(10_007).astype(np.float16) for _ in range(2))
-    whole = linear([a, b], ["F16"] * 2, [0.3, 0.7], "F16")
-    for size in (1, 7, 1000):
-        parts = run("linear", [a, b], ["F16"] * 2, [0.3, 0.7], "F16", block=size)
-        assert parts.tobytes() == whole.tobytes()

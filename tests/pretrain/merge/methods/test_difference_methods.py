@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.merge.methods import blocks, task_vectors
+from pretrain.merge.methods import blocks, native, task_vectors
 from pretrain.weights import dtypes
 from tests.support.merge_inputs import bf16_bits, floats
 from tests.support.merge_jobs import run
@@ -62,6 +63,54 @@ def test_task_arithmetic_adds_differences(three: list[np.ndarray]) -> None:
         "task_arithmetic", three[1:], ["F32"] * 2, [3.0, 1.0], "F32", base=(three[0], "F32"), normalize=True
     )
     np.testing.assert_array_equal(got, (base + (0.75 * (a - base) + 0.25 * (b - base))).astype(np.float32))
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, -1.0 + 5e-9], [1.0, -1.0 + 2e-8], [0.25, 0.5]])
+def test_weights_that_cancel_are_not_divided_by_their_sum(
+    three: list[np.ndarray], weights: list[float]
+) -> None:
+    base, a, b = (x.astype(np.float64) for x in three)
+    total = sum(weights) if sum(weights) > 1e-8 else 1.0
+    got = run("task_arithmetic", [a, b], ["F64"] * 2, weights, "F64", base=(base, "F64"), normalize=True)
+    expected = base + ((weights[0] / total) * (a - base) + (weights[1] / total) * (b - base))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("passes", ["compiled", "numpy"])
+@pytest.mark.parametrize("scale", [1e-11, 1.3e-12, 5e-13])  # norms above 1e-7; of all; none
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_rescaled_by_l1_what_is_kept_has_the_norm_of_all(
+    method: str, scale: float, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms below 1e-7 are left alone, as is a model of density 1. Two blocks of sums and a rest."""
+    if passes == "numpy":
+        monkeypatch.setattr(native, "compiled_function", lambda *_: None)
+    count = 2 * 65_536 + 77
+    zero = np.zeros(count), "F64"
+    models = [floats(seed, count).astype(np.float64) * scale for seed in (1, 2)]
+    for density in (0.3, 1.0):
+        kept, full = [], []
+        for number, weight in ((0, 0.5), (1, 0.25)):  # masks of DARE depend on the number of the model
+            weights = [weight if k == number else 0.0 for k in (0, 1)]
+            given = method, models, ["F64"] * 2, weights, "F64"
+            more: dict[str, Any] = {
+                "base": zero,
+                "densities": [density] * 2,
+                "normalize": False,
+                "gamma": 0.1,
+            }
+            kept.append(run(*given, **more, rescale=False))
+            full.append(run(*given, **more, rescale="l1"))
+            norms = [np.abs(x).sum() for x in (models[number] * weight, kept[number])]
+            ratio = norms[0] / norms[1] if density < 1 and scale > 2e-12 else 1.0
+            np.testing.assert_allclose(full[number], kept[number] * ratio, rtol=1e-12)
+            assert (ratio > 1.1) == (density < 1 and scale > 2e-12)
+
+
+def test_what_keeps_nothing_is_not_rescaled() -> None:
+    more: dict[str, Any] = {"base": (floats(2, 50), "F32"), "densities": [1e-6], "rescale": "l1"}
+    got = run("breadcrumbs", [floats(1, 50)], ["F32"], [1.0], "F32", **more)
+    np.testing.assert_array_equal(got, floats(2, 50))
 
 
 def naive_trim(difference: np.ndarray, density: float) -> np.ndarray:
@@ -214,6 +263,29 @@ def test_dare_linear_is_its_definition_for_known_kept_entries(three: list[np.nda
         seed=1,
     )
     np.testing.assert_array_equal(got, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("density", "below"),
+    [(0.0, 0), (2.0**-32, 1), (0.5, 2**31), (0.3, 1_288_490_189), (1 - 2.0**-40, 2**32 - 1)],
+)
+def test_density_is_a_number_of_32_bits(density: float, below: int) -> None:
+    assert task_vectors.dare_threshold(density) == below
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 0), (0, 1), (5, 65_536), (65_535, 65_537), (131_072, 262_144), (70_000, 70_001)]
+)
+def test_masks_of_dare_do_not_depend_on_where_a_block_begins(start: int, stop: int) -> None:
+    """And the compiled passes get one key for each group of 65,536 elements that the block overlaps."""
+    whole = blocks.Block([]).move(0, 262_144)
+    key = task_vectors.dare_key(5, "w", 2)
+    expected = task_vectors.dare_mask(key, 0.5, whole)[start:stop].copy()
+    found = task_vectors.dare_mask(key, 0.5, blocks.Block([]).move(start, stop))
+    np.testing.assert_array_equal(found, expected)
+    every = [xxhash.xxh64_intdigest(b"5/2/w", group) for group in range(4)]
+    groups = sorted({element >> 16 for element in range(start, stop)})
+    assert task_vectors.dare_block_keys(key, start, stop).tolist() == [every[group] for group in groups]
 
 
 def chosen(seed: int, name: str, source: int, count: int = 1 << 17) -> np.ndarray:

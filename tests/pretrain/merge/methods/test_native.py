@@ -217,6 +217,21 @@ def test_products_are_added_as_numpy_adds(length: int, number: int, based: bool)
     assert found == expected
 
 
+@pytest.mark.parametrize("number", [native.MAX_VECTORS, native.MAX_VECTORS + 1])
+def test_more_models_than_the_compiled_products_take(number: int) -> None:
+    models = [np.random.default_rng(i).standard_normal(300) for i in range(number)]
+    weights = [0.1 + 0.01 * i for i in range(number)]
+    one, other = both(
+        lambda: run("multislerp", models, ["F64"] * number, weights, "F64", base=(models[3] * 0.5, "F64"))
+    )
+    assert one.tobytes() == other.tobytes()
+    offsets = np.stack(models) - models[3] * 0.5
+    norms = np.linalg.norm(offsets, axis=1)
+    mean = weights @ (offsets / norms[:, None])
+    expected = models[3] * 0.5 + mean / np.linalg.norm(mean) * (weights @ norms)
+    np.testing.assert_allclose(one, expected, rtol=1e-7)
+
+
 def test_choices_of_dare_are_pinned() -> None:
     """The entries that a seed drops must never change."""
     block = blocks.Block([]).move(65_530, 65_546)
