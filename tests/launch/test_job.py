@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+import launch.run
 from data_pipeline.errors import UserError
 from launch import environment
+from launch.cli.app import app
 from launch.cluster import load_cluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run import make_job, render, run
@@ -56,11 +62,70 @@ def test_ranks_default_to_one_a_gpu(recipe: Path, monkeypatch: pytest.MonkeyPatc
     assert job_of(recipe).ranks_per_node == 1
 
 
-def test_the_command_that_goes_on_can_be_pasted(recipe: Path) -> None:
-    file = str(ROOT / "configs" / "cluster" / "slurm.yaml")
-    job = job_of(recipe, "run.name=a b", on="slurm", nodes=3, ranks_per_node=8, cluster_file=file)
-    flags = f"--on slurm --stage masked,tuned --nodes 3 --ranks-per-node 8 --cluster {file}"
-    assert job.resume_command() == f"dromos run {recipe} {flags} 'run.name=a b'"
+def test_a_job_is_what_flags_recipe_and_cluster_file_say(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.chdir(tmp_path)
+    steps = StageJob("masked", "train", 20), StageJob("tuned", "train", 10)
+    values = {"python": "/opt/python", "workdir": "/scratch", "env": {"X": "1"}, "gpus_per_node": 4}
+    given = Job(str(recipe), str(tmp_path / "run"), steps, name="small", ranks_per_node=2, gpus_per_node=2,
+                python=sys.executable, workdir=str(tmp_path))  # fmt: skip
+    assert job_of(recipe) == given  # a rank for each of this machine's GPUs
+    for kind in ("slurm", "ray"):
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(yaml.safe_dump({"kind": kind, **values}))
+        job = job_of(recipe, "train.steps=7", on=kind, nodes=3, cluster_file=str(path))
+        assert job.recipe_id is not None
+        assert len(job.recipe_id) == 12
+        assert job == dataclasses.replace(
+            given, stages=(StageJob("masked", "train", 7), StageJob("tuned", "train", 7)), on=kind, nodes=3,
+            ranks_per_node=4, overrides=("train.steps=7",), cluster_file=str(path), recipe_id=job.recipe_id,
+            cluster=job.cluster, **values,
+        )  # fmt: skip
+        assert load_cluster(str(path), kind) == parse_cluster(dict(job.cluster))
+        other = job_of(recipe, "train.steps=8", on=kind, nodes=3, cluster_file=str(path))
+        assert other.recipe_id != job.recipe_id
+        with pytest.raises(UserError, match="--ranks-per-node 5: a node has 4 GPUs"):
+            job_of(recipe, on=kind, ranks_per_node=5, cluster_file=str(path))
+        bare = job_of(recipe, on=kind)
+        assert (bare.ranks_per_node, bare.gpus_per_node) == (1, 0)  # not this machine's GPUs
+        assert (bare.python, bare.workdir, bare.env) == (sys.executable, str(tmp_path), {})
+        assert (bare.cluster["kind"], bare.cluster_file) == (kind, None)
+    # A local job uses a cluster file only for its loader's Ray.
+    loader = job_of(recipe, cluster_file=str(tmp_path / "ray.yaml"))
+    assert (loader.python, loader.workdir, loader.gpus_per_node) == (sys.executable, str(tmp_path), 2)
+    assert loader.env == {"X": "1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides"),
+    [
+        ({}, ()),
+        ({"ranks_per_node": 2, "stages": ["tuned"]}, ("run.name=a b", "optimizer.lr=1e-3")),
+        ({"on": "slurm", "nodes": 3, "ranks_per_node": 8, "cluster_file": "slurm"}, ("run.name=$x'y\"",)),
+        ({"on": "ray", "nodes": 2, "cluster_file": "ray"}, ("data.pairs.batch=16",)),
+    ],
+)
+def test_the_command_that_goes_on_makes_the_same_job(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], overrides: tuple[str, ...]
+) -> None:
+    """A shell splits it, the command line reads it, and `dromos run` is called for the same job."""
+    if kind := flags.get("cluster_file"):
+        flags["cluster_file"] = str(ROOT / "configs" / "cluster" / f"{kind}.yaml")
+    job = job_of(recipe, *overrides, **flags)
+    jobs: list[Job] = []
+
+    def run_job(path: str, on: str, stages: Any, nodes: Any, ranks: Any, cluster: Any, *rest: Any) -> int:
+        jobs.append(make_job(load_recipe(path, rest[1]), path, on, stages, nodes, ranks, cluster, rest[1]))
+        return 0
+
+    monkeypatch.setattr(launch.run, "run", run_job)
+    shell = ["bash", "-c", f"dromos() {{ printf '%s\\0' \"$@\"; }}; {job.resume_command()}"]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert jobs == [job]
 
 
 @pytest.mark.parametrize(
@@ -156,11 +221,10 @@ def test_captured_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -
     assert '"torch": "' in text
 
 
-@pytest.mark.parametrize("on", ["local", "slurm", "ray"])
-def test_the_launcher_is_light(recipe: Path, on: str) -> None:
+def test_the_launcher_is_light(recipe: Path) -> None:
     code = (
-        "import sys; from launch.run import run; "
-        f"run({str(recipe)!r}, on={on!r}, ranks_per_node=2, dry_run=True); import launch.local, launch.slurm.sbatch; "
+        "import sys; from launch.run import run; import launch.local, launch.slurm.sbatch\n"
+        f"for on in ('local', 'slurm', 'ray'): run({str(recipe)!r}, on=on, ranks_per_node=2, dry_run=True)\n"
         "print([name for name in ('torch', 'ray', 'deepspeed', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launch import local
+from launch.job import Job
+from launch.run import make_job
+from launch.stage_state import StageStates, stage_job
 from launch.supervise.rank_group import Outcome, first_failure, group_outcome
+from pretrain.recipe.dump import dump
+from pretrain.recipe.load import load_recipe
 from tests.support.launching import Launcher, alive, wait_for, write_recipe
 
 
@@ -42,26 +53,128 @@ def test_a_longer_length_runs_a_finished_stage_again(recipe: Path) -> None:
     assert json.loads((longer.run / "masked" / "result.json").read_text()) == {"step": 30}
 
 
-def test_environment_of_ranks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launcher = Launcher(recipe, "masked", STANDIN_STEPS="1", STANDIN_SECONDS="0")
-    assert launcher.end()[0] == 0
-    ranks = [launcher.rank("masked", rank)["env"] for rank in (0, 1)]
-    assert [env["RANK"] for env in ranks] == ["0", "1"]
-    assert [env["LOCAL_RANK"] for env in ranks] == ["0", "1"]
-    assert {env["WORLD_SIZE"] for env in ranks} == {"2"}
-    assert {env["MASTER_ADDR"] for env in ranks} == {"127.0.0.1"}
-    assert len({env["MASTER_PORT"] for env in ranks}) == 1
-    assert {env["OMP_NUM_THREADS"] for env in ranks} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
-    assert {env["DS_ACCELERATOR"] for env in ranks} == {"cpu"}
-    assert "rank 1 of 2" in (launcher.run / "masked" / "logs" / "rank_1.log").read_text()
+def made(recipe: Path, ranks: int, gpus: int, **values: Any) -> Job:
+    """The local job of the recipe; its Python is the script `python` beside the recipe."""
+    job = make_job(
+        load_recipe(recipe), str(recipe), ranks_per_node=ranks, overrides=["train.steps=7", "run.name=a b"]
+    )
+    return dataclasses.replace(
+        job, gpus_per_node=gpus, python=str(recipe.parent / "py thon"), env={"X": "1 '2'"}, **values
+    )
 
 
-def test_threads_that_the_user_set_stay(recipe: Path) -> None:
-    launcher = Launcher(recipe, "masked", STANDIN_STEPS="1", OMP_NUM_THREADS="7")
-    assert launcher.end()[0] == 0
-    assert launcher.rank("masked", 0)["env"]["OMP_NUM_THREADS"] == "7"
+def record_ranks(recipe: Path) -> None:
+    """A Python that records a rank's environment and arguments, and ends with 0."""
+    path = recipe.parent / "py thon"
+    folder = shlex.quote(str(recipe.parent))
+    path.write_text(f'#!/bin/bash\nenv -0 > {folder}/$RANK.env\nprintf "%s\\0" "$@" > {folder}/$RANK.argv\n')
+    path.chmod(0o755)
+
+
+def recorded(recipe: Path, rank: int) -> tuple[dict[str, str], list[str]]:
+    env, argv = ((recipe.parent / f"{rank}.{kind}").read_text().split("\0")[:-1] for kind in ("env", "argv"))
+    return dict(pair.split("=", 1) for pair in env), argv
+
+
+@pytest.mark.parametrize("how", ["run", "pasted from the dry run"])
+@pytest.mark.parametrize(
+    ("gpus", "given"), [(0, {}), (2, {}), (0, {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth7"})]
+)
+def test_every_rank_gets_its_own_place(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, gpus: int,
+    given: dict[str, str],
+) -> None:  # fmt: skip
+    """The ranks that `local.run` starts, and those of the printed commands, which bash runs."""
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**given, "WORLD_SIZE": "9", "X": "of the user"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(local, "core_count", lambda: 7)
+    record_ranks(recipe)
+    job = made(recipe, 2, gpus)
+    if how == "run":
+        states = StageStates(frozenset(), job.stages[:1])
+        assert local.run(job, load_recipe(recipe), states, Console()) == 0
+        assert "masked: 2 ranks" in capsys.readouterr().out
+    else:
+        text = local.render(dataclasses.replace(job, stages=job.stages[:1]))
+        assert text.count("FREE_PORT") == 2
+        subprocess.run(["bash", "-e", "-c", text.replace("FREE_PORT", "29500")], check=True)
+    ports = set()
+    for rank in (0, 1):
+        env, argv = recorded(recipe, rank)
+        ports.add(env.pop("MASTER_PORT"))
+        wanted = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONUNBUFFERED": "1",
+            "X": "1 '2'",
+            "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", "3"),  # of 7 cores
+            "DS_ACCELERATOR": None if gpus else "cpu",
+            "GLOO_SOCKET_IFNAME": given.get("GLOO_SOCKET_IFNAME", None if gpus else "lo"),
+        }
+        assert {name: env.get(name) for name in wanted} == wanted
+        assert argv == ["-P", "-m", "launch.cli", "train", str(recipe), "--stage", "masked", *job.overrides]
+    (port,) = ports
+    assert 1024 <= int(port) < 65536
+
+
+def test_a_rank_gets_a_thread_even_where_there_are_more_ranks_than_cores(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "core_count", lambda: 2)
+    assert local.rank_env(made(recipe, 3, 0), 0, 1, {})["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_dry_run_names_every_stage(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "  mix: {kind: merge, inputs: {masked: 0.4, tuned: 0.6}}\n")
+    lines = local.render(made(recipe, 1, 0)).splitlines()
+    run = recipe.parent / "run"
+    assert [line for line in lines if line.startswith("#")] == [
+        f"# masked: training in {run}/masked, 1 rank",
+        f"# tuned: training in {run}/tuned, 1 rank",
+        f"# mix: merge into {run}/mix/weights, in this process",
+    ]
+    assert [shlex.split(line)[-3] for line in lines if not line.startswith("#")] == ["masked", "tuned"]
+
+
+def test_a_run_folder_says_what_ran(recipe: Path) -> None:
+    record_ranks(recipe)
+    job, loaded = made(recipe, 1, 0), load_recipe(recipe, ["train.steps=7"])
+    assert local.run(job, loaded, StageStates(frozenset(), job.stages), Console()) == 0
+    folder = recipe.parent / "run"
+    assert dump(load_recipe(folder / "recipe.yaml")) == dump(loaded)
+    assert Job.from_json((folder / "job.json").read_text()) == job
+    assert json.loads((folder / "env.json").read_text())["cores"] == len(os.sched_getaffinity(0))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "env.json", "job.json", "masked", "recipe.yaml", "tuned",
+    ]  # fmt: skip
+
+
+def test_nothing_is_started_nor_written_when_all_is_done(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = made(recipe, 1, 0)
+    states = StageStates(frozenset(stage.name for stage in job.stages), ())
+    assert local.run(job, load_recipe(recipe), states, Console()) == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"{name}: done ({recipe.parent}/run/{name})\n" for name in ("masked", "tuned"))
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_loader_on_ray_tells_the_ranks_the_address(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cluster that is named; tests/launch/ray/test_process.py has a Ray of the job's own."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    record_ranks(recipe)
+    for backend, address in (("local", None), ("ray", "head:6379")):
+        loaded = load_recipe(recipe, [f"loader.backend={backend}"])
+        job = made(recipe, 1, 0, cluster={"gcs_address": "head:6379"})
+        job = dataclasses.replace(job, stages=(stage_job(loaded, "masked"),))
+        assert local.run(job, loaded, StageStates(frozenset(), job.stages), Console()) == 0
+        assert recorded(recipe, 0)[0].get("RAY_ADDRESS") == address
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shlex
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -85,7 +87,7 @@ def test_a_waiting_ray_job_keeps_its_recipe(recipe: Path) -> None:
 
 
 def with_classes(recipe: Path, name: str, names: list[str]) -> None:
-    """Add a zero-shot evaluation with one class per name, as large as that of ImageNet-21k."""
+    """Add a zero-shot evaluation with one class per name, of many long names."""
     classes = "".join(f"        '{number}': {text}\n" for number, text in enumerate(names))
     task = f"path: {recipe.parent / 'data'}\n      templates: ['{{}}']\n      classes:\n{classes}"
     recipe.write_text(
@@ -94,10 +96,11 @@ def with_classes(recipe: Path, name: str, names: list[str]) -> None:
 
 
 def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
-    with_classes(recipe, "words", [f"a thing called number {number}" for number in range(3000)])
-    text = dump(load_recipe(recipe))
+    with_classes(recipe, "words", [f"{'a thing called ' * 20}{number}" for number in range(450)])
+    loaded = load_recipe(recipe)
+    text = dump(loaded)
     assert len(text) > 131072
-    job = make_job(load_recipe(recipe), str(recipe), on="ray", ranks_per_node=1)
+    job = make_job(loaded, str(recipe), on="ray", ranks_per_node=1)
     payload = submission(job, text)["runtime_env"]["env_vars"][PAYLOAD]
     assert subprocess.run(["true"], env={PAYLOAD: payload}).returncode == 0  # the kernel takes it
     assert read_payload(payload) == (job, text)
@@ -106,14 +109,15 @@ def test_a_large_recipe_reaches_the_driver_of_a_ray_job(recipe: Path) -> None:
         submission(job, noise)
 
 
-def answers(recipe: Path, *states: str) -> None:
+def answers(recipe: Path, *states: str, code: str = "0:0") -> None:
     """An scontrol that answers with these states, one per call; `-` is an error, as is every call after the last."""
     program(
         recipe,
         "scontrol",
         f"states=({' '.join(states)})\ncount=$(cat calls 2>/dev/null || echo 0)\necho $((count + 1)) > calls\n"
         'state=${states[$count]:--}\n[ "$state" = - ] && { echo "slurm_load_jobs error" >&2; exit 1; }\n'
-        'echo "JobId=7 JobState=$state ExitCode=0:0"',
+        '[ "$*" = "show job -o 7" ] || exit 1\n'
+        f'echo "JobId=7 JobName=x Reason=None JobState=$state Requeue=1 DerivedExitCode=9:0 ExitCode={code}"',
     )
 
 
@@ -121,8 +125,93 @@ def answers(recipe: Path, *states: str) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record sleeps instead of sleeping."""
     slept: list[float] = []
-    monkeypatch.setattr(sbatch.time, "sleep", slept.append)
+    monkeypatch.setattr(sbatch, "time", SimpleNamespace(sleep=slept.append))
     return slept
+
+
+WAITED = "PENDING CONFIGURING RUNNING RUNNING COMPLETING REQUEUED PENDING RUNNING SUSPENDED STAGE_OUT"
+END_CODES = [
+    ("COMPLETED", "0:0", 0),
+    ("FAILED", "2:0", 2),  # the user's input
+    ("FAILED", "75:0", 75),  # saved, but not requeued
+    ("FAILED", "1:0", 1),
+    ("FAILED", "127:0", 1),
+    ("TIMEOUT", "0:0", 1),
+    ("CANCELLED", "75:0", 75),
+    ("CANCELLED", "0:15", 1),
+    ("NODE_FAIL", "1:0", 1),
+    ("OUT_OF_MEMORY", "0:125", 1),
+    ("PREEMPTED", "0:15", 1),
+    ("BOOT_FAIL", "0:0", 1),
+    ("DEADLINE", "0:0", 1),
+]
+
+
+@pytest.mark.parametrize(("state", "code", "exit_code"), END_CODES)
+def test_wait_follows_a_job_through_requeues_and_ends_as_it_does(
+    recipe: Path,
+    quick: list[float],
+    capsys: pytest.CaptureFixture[str],
+    state: str,
+    code: str,
+    exit_code: int,
+) -> None:
+    """All job states of squeue(1) that are not an end are waited through."""
+    program(recipe, "sbatch", "echo '7;some-cluster'")
+    states = WAITED.split()
+    answers(recipe, *states, state, code=code)
+    assert run(str(recipe), on="slurm", ranks_per_node=1, wait=True) == exit_code
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("job 7: ")]
+    changes = [name for name, before in zip(states, ["", *states], strict=False) if name != before]
+    assert told == [f"job 7: {name.lower()}" for name in (*changes, state)]
+    assert quick == [2] * len(states)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_sbatch_gets_what_the_dry_run_prints_and_the_folder_has_the_jobs_number(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: bool
+) -> None:
+    """Submitted from inside a job, the new job does not inherit the options of that job."""
+    program(
+        recipe,
+        "sbatch",
+        'printf "%s\\n" "$@" > arguments; cp "${@: -1}" seen; env > env; echo "7;some-cluster"',
+    )
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    monkeypatch.setenv("MY_SLURM_NOTES", "kept")
+    for name in ("SLURM_NTASKS", "SRUN_DEBUG", "PMI_RANK", *(["SLURM_JOB_ID"] if inside else [])):
+        monkeypatch.setenv(name, "1")
+    flags = {"on": "slurm", "ranks_per_node": 2, "nodes": 2, "overrides": ["run.name=a b"]}
+    assert run(str(recipe), **flags, dry_run=True) == 0  # type: ignore[arg-type]
+    dry = capsys.readouterr().out
+    assert not (recipe.parent / "run").exists()
+    assert run(str(recipe), **flags) == 0  # type: ignore[arg-type]
+    folder = recipe.parent / "run"
+    assert (recipe.parent / "arguments").read_text().splitlines() == [
+        "--parsable",
+        str(folder / "job.sbatch"),
+    ]
+    assert (recipe.parent / "seen").read_text() == dry == (folder / "job.sbatch").read_text()
+    passed = (recipe.parent / "env").read_text().splitlines()
+    outer = {"SBATCH_ACCOUNT=mine", "SLURM_NTASKS=1", "SRUN_DEBUG=1", "PMI_RANK=1"}
+    assert outer & set(passed) == (set() if inside else outer)
+    assert "MY_SLURM_NOTES=kept" in passed
+    loaded = load_recipe(recipe, ["run.name=a b"])
+    wanted = make_job(loaded, str(recipe), "slurm", None, 2, 2, None, ["run.name=a b"])
+    assert Job.from_json((folder / "job.json").read_text()) == dataclasses.replace(wanted, job_id="7")
+    assert capsys.readouterr().out.splitlines() == [
+        f"submitted job 7: 2 x 2 ranks, {folder}/job.sbatch",
+        f"log: {folder}/slurm-7.log",
+        f"ranks: {folder}/masked/logs/rank_N.log",
+        f"ranks: {folder}/tuned/logs/rank_N.log",
+    ]
+
+
+def test_without_sbatch_nothing_is_written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(recipe.parent / "bin"))
+    with pytest.raises(UserError, match="sbatch is not installed on this machine; submit from a login node"):
+        run(str(recipe), on="slurm", ranks_per_node=1)
+    assert not (recipe.parent / "run").exists()
 
 
 def wait(recipe: Path) -> int:

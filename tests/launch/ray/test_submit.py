@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ class Client:
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(submit, "time", SimpleNamespace(sleep=lambda _: None, strftime=time.strftime))
     (tmp_path / "cluster.yaml").write_text("kind: ray\naddress: http://head:8265\nstop_seconds: 77\n")
     return write_recipe(tmp_path)
 
@@ -219,7 +220,7 @@ def test_to_stop_waiting_leaves_the_job(
         raise KeyboardInterrupt
 
     client = Client(("RUNNING", ""))
-    monkeypatch.setattr(submit.time, "sleep", interrupt)
+    monkeypatch.setattr(submit, "time", SimpleNamespace(sleep=interrupt, strftime=time.strftime))
     assert submitted(recipe, client, monkeypatch, wait=True) == 1
     job_id = client.submitted[0]["submission_id"]
     assert f"job {job_id} continues to run; `ray job stop {job_id}` saves" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from launch.job import Job, StageJob
-from launch.slurm.sbatch import render, without_job_variables
+from launch.slurm.sbatch import render
 
 JOB = Job(
     recipe="configs/flip/laion.yaml",
@@ -118,11 +118,3 @@ def test_sbatch_options_that_cannot_be_quoted_are_refused() -> None:
     for value in ("a\\b", "a'b"):
         with pytest.raises(UserError, match="cannot contain quotes, backslashes or line breaks"):
             render(replace(JOB, workdir=value))
-
-
-def test_a_job_submitted_from_inside_a_job_does_not_inherit_it() -> None:
-    inside = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SBATCH_PARTITION": "p", "HOME": "/h"}
-    assert without_job_variables(inside) == {"HOME": "/h"}
-    assert without_job_variables({"SBATCH_ACCOUNT": "a"}) == {
-        "SBATCH_ACCOUNT": "a"
-    }  # outside a job, the user's defaults stay
