@@ -57,7 +57,9 @@ class Journal:
         for number, line in enumerate(content.splitlines(keepends=True)):
             try:
                 entry: Any = json.loads(line) if line.endswith(b"\n") else None
-                if number == 0 and isinstance(entry, dict):
+                if isinstance(entry, dict) != (number == 0):
+                    break
+                if number == 0:
                     self.stored_head = entry
                 else:
                     job, span, digest, inputs, overflow = entry

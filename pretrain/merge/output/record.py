@@ -24,7 +24,7 @@ def jobs_of(record: Mapping[str, Any]) -> list[tuple[str, TensorJob]]:
     """(file name, job) of every tensor of a record. Raises UserError if a job is malformed."""
     try:
         return [(str(entry["file"]), _job(entry)) for entry in record["jobs"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"merge.json: the list of jobs is malformed ({error!r})") from None
 
 
