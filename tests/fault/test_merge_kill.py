@@ -123,18 +123,24 @@ def test_what_the_disk_lost_is_written_again(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("time", ["now", "kept"])
 def test_inputs_changed_since_are_noticed(
-    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_spans: None, time: str
 ) -> None:
+    """By their time; also by their content, as after a copy that keeps times."""
     stopped(pair, tmp_path / "out", monkeypatch)
     file = Path(pair[1]) / "model.safetensors"
-    raw = bytearray(file.read_bytes())
+    raw, status = bytearray(file.read_bytes()), file.stat()
     raw[-100] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(
-        UserError, match=r"has an unfinished merge, and .*/b: model\.safetensors changed since"
-    ):
+    wanted = r"has an unfinished merge, and .*/b: model\.safetensors changed since"
+    if time == "kept":
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        wanted = "has an unfinished merge of another plan"
+    with pytest.raises(UserError, match=wanted):
         merge(pair, tmp_path / "out", beta=0.3)
+    with pytest.raises(UserError, match="has an unfinished merge of another plan"):
+        merge(pair, tmp_path / "out", beta=0.4)
     assert not (tmp_path / "out").exists()
 
 

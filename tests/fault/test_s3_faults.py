@@ -92,9 +92,10 @@ def truth(source: Source, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize("gigabytes", [1.0, 0.0])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["indexed", "bare"])
+@pytest.mark.parametrize(
+    ("kind", "workers", "gigabytes"),
+    [("indexed", 0, 1.0), ("indexed", 2, 0.0), ("bare", 0, 0.0), ("bare", 2, 1.0)],
+)
 def test_where_a_tenth_of_the_requests_fail_the_batches_are_those_of_files(
     faults: Source, truth: list[tuple[object, ...]], tmp_path: Path, kind: str, workers: int, gigabytes: float
 ) -> None:

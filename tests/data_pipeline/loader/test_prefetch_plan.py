@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
@@ -15,7 +14,7 @@ from data_pipeline.loader.prefetch_plan import PrefetchPlan, window_steps
 from data_pipeline.order.source_order import RUNS_PER_WINDOW
 from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
-from data_pipeline.sources.offset_file import OffsetFile, pack_starts
+from data_pipeline.sources.offset_file import OffsetFile, check_of, pack_starts
 from data_pipeline.storage.cache import ByteRange, CacheSettings
 
 BATCH = 64
@@ -39,7 +38,7 @@ def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[M
         str(folder / f"{name}.bin"),
         np.array(places),
         np.full(len(counts), 2, np.uint8),
-        np.array([xxhash.xxh64_intdigest(block) for block in packed], np.uint64),
+        np.array([check_of(block, count) for block, count in zip(packed, counts, strict=True)], np.uint64),
     )
     sizes = np.array([starts[-1] + 1024 for starts in bounds])
     names = [f"{shard}.tar" for shard in range(len(counts))]

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,6 +227,23 @@ def test_ensure_gives_up_after_its_timeout(tmp_path: Path) -> None:
         yield content(part(0))
 
     assert cache.ensure(part(0), pieces)
+
+
+def test_a_wait_for_another_download_has_growing_pauses_and_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 ms, doubled up to 0.1 s, until the time is over; the clock is the test's."""
+    cache, pauses = Cache(settings(tmp_path)), []
+    clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append, time=time.time)
+    monkeypatch.setattr("data_pipeline.storage.cache.time", clock)
+    unfinished = Path(cache.path(part(0)) + ".part")
+    unfinished.parent.mkdir()
+    with unfinished.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not cache.ensure(part(0), lambda: pytest.fail("downloaded twice"), timeout=3.0)
+    assert pauses == [0.005, 0.01, 0.02, 0.04, 0.08, *[0.1] * (len(pauses) - 5)]
+    assert 3.0 < sum(pauses) <= 3.1 + 1e-9
+    assert put(cache, part(0))
 
 
 CHILD = """

@@ -71,7 +71,7 @@ def test_pixels_in_use_are_never_overwritten(spec: StreamSpec) -> None:
     kept: deque[tuple[Any, bytes]] = deque()
     numbers = set()
     with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
-        for number, step in enumerate(loader.steps(0, 60)):
+        for number, step in enumerate(loader.steps(0, 40)):
             whole = builder.make(number, 0, BATCH)
             for batch in step["pairs"]:
                 assert batch.pixels is not None
@@ -82,14 +82,14 @@ def test_pixels_in_use_are_never_overwritten(spec: StreamSpec) -> None:
                     kept.append((view, content(view)))
                 numbers.add(batch.pixels.__array_interface__["data"][0])
             del batch, step
-            for _ in range(generator.randrange(4) if number < 40 else 6):
+            for _ in range(generator.randrange(4) if number < 26 else 6):
                 if kept:
                     kept.rotate(generator.randrange(len(kept)))
                     kept.popleft()
             for view, shown in kept:
                 assert content(view) == shown
             view = None
-        assert len(numbers) < 120  # of 180: memory was reused
+        assert len(numbers) < 80  # of 120: memory was reused
     for view, shown in kept:  # the workers and the files are gone, the pixels are not
         assert content(view) == shown
 
@@ -97,12 +97,12 @@ def test_pixels_in_use_are_never_overwritten(spec: StreamSpec) -> None:
 def test_memory_is_used_again_and_stays_flat(spec: StreamSpec) -> None:
     counts = []
     with LocalLoader([spec], 0, 1, 2, micro_batch=8) as loader:
-        for step in loader.steps(0, 200):
+        for step in loader.steps(0, 90):
             assert len(step["pairs"]) == 3
             counts.append(buffer_count(loader))
         # Three micro-batches each: in use, and of the two steps ahead; in use while the next step is made: one more.
         assert max(counts[3:]) <= 12
-        assert max(counts[150:]) <= max(counts[:50])
+        assert max(counts[60:]) <= max(counts[:30])
 
 
 def test_a_user_who_keeps_batches_gets_more_memory_and_gives_it_back(
