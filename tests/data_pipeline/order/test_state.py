@@ -126,6 +126,28 @@ def test_samples_are_compared_by_fingerprints_where_both_have_them() -> None:
         assert found.segments[-1].base["a"].segment == 0
 
 
+@pytest.mark.parametrize(
+    ("other", "prints", "renewed"),
+    [
+        (order(weight=2), PRINTS, ""),
+        (order(), {"a": "f1", "b": "f3"}, "b"),
+        (order(), {"a": "f0", "b": "f2"}, "a"),
+        (order(), {"a": "f2", "b": "f1"}, "ab"),
+        (order(counts_b=[50, 50, 0]), PRINTS, "b"),
+        (order(counts_b=[50, 0, 51]), PRINTS, "b"),
+    ],
+)
+def test_a_source_whose_samples_changed_starts_a_new_pass_and_no_other_does(
+    other: StreamOrder, prints: dict[str, str], renewed: str
+) -> None:
+    """Counts by shard and fingerprint tell; before step 10 one pass over `a` and two over `b` have begun."""
+    segments, _ = other.resume(order().state(10, PRINTS), prints, accept_change=True)
+    for name, begun in (("a", 1), ("b", 2)):
+        base = segments[-1].base[name]
+        assert (base.segment, base.first_epoch) == ((1, begun) if name in renewed else (0, 0))
+        assert (name in segments[-1].unvisited) is (name in renewed)
+
+
 def test_what_is_no_state_is_refused() -> None:
     whole = order().state(10, PRINTS)
     segment = whole["segments"][0]
