@@ -6,13 +6,29 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import subprocess
 
 PR_SET_PDEATHSIG = 1
+# Ctrl-C and Slurm's warning signal reach every process of a job; only its main process decides what to do.
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def job_signals_blocked() -> Iterator[None]:
+    """Block JOB_SIGNALS in this thread during the block; what arrives is delivered at its end.
+
+    A process that is started in the block has them blocked for good, also while Python starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_module(
@@ -21,19 +37,20 @@ def start_module(
     """Start `python -m MODULE DESCRIPTORS... PARENT`; PARENT, this process's id, is for `die_with` in the child.
 
     The child inherits these file descriptors (not those below 0, which mean "none"), reads nothing from stdin, imports
-    the same dromos as this process, and gets the environment `variables` in addition.
+    the same dromos as this process, and gets the environment `variables` in addition. JOB_SIGNALS do not reach it.
     """
     import subprocess
 
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    return subprocess.Popen(
-        # -P: a file in the working directory cannot shadow a module.
-        [sys.executable, "-P", "-m", module, *map(str, descriptors), str(os.getpid())],
-        pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | dict(variables or {}) | {"PYTHONPATH": path},
-    )
+    with job_signals_blocked():
+        return subprocess.Popen(
+            # -P: a file in the working directory cannot shadow a module.
+            [sys.executable, "-P", "-m", module, *map(str, descriptors), str(os.getpid())],
+            pass_fds=[descriptor for descriptor in descriptors if descriptor >= 0],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | dict(variables or {}) | {"PYTHONPATH": path},
+        )
 
 
 def die_with(parent: int, signal_number: int = signal.SIGKILL) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TypeVar
 
-from data_pipeline.child_process import exit_with_multiprocessing_parent
+from data_pipeline.child_process import exit_with_multiprocessing_parent, job_signals_blocked
 
 Result = TypeVar("Result")
 # This many bytes are scanned in the time that a process needs to start.
@@ -25,13 +25,15 @@ def map_shards(
             yield function(*shard)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, initializer=exit_with_multiprocessing_parent) as pool:
         waiting: set[Future[Result]] = set()
         remaining = iter(shards)
         try:
             while True:
                 for shard in remaining:
-                    waiting.add(pool.submit(function, *shard))
+                    with job_signals_blocked():  # the first call starts the processes
+                        waiting.add(pool.submit(function, *shard))
                     if len(waiting) >= 4 * jobs:
                         break
                 if not waiting:
@@ -39,5 +41,9 @@ def map_shards(
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield future.result()
+        except BaseException:  # also Ctrl-C: do not wait for scans that may take minutes
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)

@@ -10,7 +10,6 @@ Started as `python -m data_pipeline.loader.prefetcher CHANNEL PARENT`, like a wo
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -210,9 +209,6 @@ class Prefetcher:
 
 
 def main(descriptor: int, parent: int) -> None:
-    # Ctrl-C and Slurm's warning signal reach every process of the job; only the trainer may end this one.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
     die_with(parent)
     channel = socket.socket(fileno=descriptor)
     try:

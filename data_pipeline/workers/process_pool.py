@@ -8,7 +8,6 @@ rebuilt row by row in isolation (isolation.py).
 from __future__ import annotations
 
 import selectors
-import signal
 import socket
 import threading
 from collections import deque
@@ -39,7 +38,6 @@ from data_pipeline.workers.worker_handle import SetupFile, WorkerProcess, descri
 SLICES_PER_WORKER = 2
 # Failed starts per worker before an error is raised: the installation is broken, or there is too little memory.
 MAX_FAILED_STARTS = 3
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
@@ -172,8 +170,6 @@ class ProcessPool:
             self._wake_sender.send(b"!")
 
     def _run(self) -> None:
-        # Workers inherit this thread's signal mask: Ctrl-C during the start of one must not print a traceback.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             while not self._closing:
                 self._start_workers()

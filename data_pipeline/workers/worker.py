@@ -8,7 +8,6 @@ with it torch, in every worker.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -123,9 +122,6 @@ def _pixels(buffer: mmap, offset: int, rows: int, builder: BatchBuilder) -> np.n
 
 
 def main(channel: int, setups: int, status: int, parent: int) -> None:
-    # Ctrl-C and Slurm's warning signal reach every process of the job; only the trainer may end this one.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
     die_with(parent)
     if status >= 0:
         activity.write_status_to(mmap(status, activity.STATUS_BYTES))

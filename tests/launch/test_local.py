@@ -19,7 +19,6 @@ from launch import local
 from launch.job import Job
 from launch.run import make_job
 from launch.stage_state import StageStates, stage_job
-from launch.supervise.rank_group import Outcome, first_failure, group_outcome
 from pretrain.recipe.dump import dump
 from pretrain.recipe.load import load_recipe
 from tests.support.launching import Launcher, alive, wait_for, write_recipe
@@ -209,6 +208,24 @@ def test_a_second_ctrl_c_kills(recipe: Path) -> None:
     wait_for(lambda: not any(map(alive, pids)), "ranks and their workers to end")
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone(recipe: Path) -> None:
+    """It goes to the whole process group; ranks and their workers get the launcher's one SIGTERM instead."""
+    launcher = Launcher(recipe, "masked", STANDIN_SESSION="1")
+    reports = [launcher.rank("masked", rank) for rank in (0, 1)]
+    wait_for(lambda: launcher.steps("masked") > 0, "a step")
+    group = os.getpgid(launcher.process.pid)
+    assert group == launcher.process.pid
+    assert not {os.getpgid(report[key]) for report in reports for key in ("pid", "worker")} & {group}
+    os.killpg(group, signal.SIGINT)
+    code, output = launcher.end()
+    assert code == 75, output
+    assert "saved and stopped on SIGINT" in output
+    for rank in (0, 1):
+        assert (launcher.run / "masked" / f"signals_{rank}").read_text().split() == ["SIGTERM"]
+        assert "Traceback" not in (launcher.run / "masked" / "logs" / f"rank_{rank}.log").read_text()
+    wait_for(lambda: not any(alive(report["worker"]) for report in reports), "workers to end")
+
+
 def test_kill_9_of_the_launcher_leaves_nothing_alive(recipe: Path) -> None:
     launcher = Launcher(recipe)
     pids = [launcher.rank("masked", rank)[key] for rank in (0, 1) for key in ("pid", "worker")]
@@ -246,15 +263,3 @@ def test_only_this_start_is_shown_of_a_log(recipe: Path) -> None:
     _, output = Launcher(recipe, STANDIN_FAIL="1:SIGKILL").end()
     assert "the rank failed on request" not in output
     assert (recipe.parent / "run/masked/logs/rank_1.log").read_text().count("rank 1 of 2") == 2
-
-
-def test_blame_and_verdict() -> None:
-    assert first_failure({0: 0, 1: 75}, stopping=False) is None
-    assert first_failure({0: 1, 1: -9}, stopping=False) == 1
-    assert first_failure({0: 75, 1: -15}, stopping=True) is None
-    assert first_failure({0: 75, 1: -15}, stopping=False) == 1
-    assert group_outcome({0: 0, 1: 0}, None, False, False).code == 0
-    assert group_outcome({0: 75, 1: 75}, None, False, False).code == 75
-    assert group_outcome({0: 0, 1: 0}, None, True, False).code == 0  # the ranks were done before the signal
-    assert group_outcome({0: 0, 1: -15}, None, True, False).code == 75
-    assert group_outcome({0: -9, 1: 2}, 1, False, False) == Outcome(2, 1, {0: -9, 1: 2})

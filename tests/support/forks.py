@@ -52,6 +52,10 @@ class Fork:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def send_signal_to_all(self, number: int) -> None:
+        """Send a signal to the process and all its children, as Ctrl-C in a terminal or Slurm does."""
+        os.killpg(self.pid, number)
+
     def wait_for(self, condition: Callable[[], object], poll: float = 0.01) -> None:
         """Poll until `condition` holds; fails if the process ends or after 100 seconds."""
         deadline = time.monotonic() + 100
@@ -122,6 +126,7 @@ def free_port() -> int:
 def _call(
     module: str, function: str, arguments: tuple[Any, ...], env: dict[str, str], folder: str, log: str
 ) -> None:
+    os.setsid()  # a process group of its own, for `send_signal_to_all`
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -77,6 +77,8 @@ def run_standin(path: str, *stages: str, ranks: int = 2) -> int:
     from launch.stage_state import stage_states
     from pretrain.recipe.load import load_recipe
 
+    if os.environ.get("STANDIN_SESSION"):
+        os.setsid()  # a process group of its own, as a shell gives every job
     recipe = load_recipe(path)
     job = make_job(recipe, path, stages=stages or None, ranks_per_node=ranks)
     states = stage_states(recipe, job.stages, job.folder)

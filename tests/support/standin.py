@@ -42,6 +42,7 @@ def main(stage_folder: str) -> int:
             with open(folder / "metrics.jsonl", "a") as metrics:
                 metrics.write(json.dumps(row) + "\n")
         if signals:
+            (folder / f"signals_{rank}").write_text(" ".join(signal.Signals(each).name for each in signals))
             if rank == 0:
                 time.sleep(float(os.environ.get("STANDIN_SAVE_SECONDS", "0.1")))
                 saved.write_text(str(step))

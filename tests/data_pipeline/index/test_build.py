@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.storage import files
+from tests.support.launching import alive, wait_for
 from tests.support.recorded_files import recorded
 from tests.support.s3_server import s3_server
 from tests.support.tars import truth, write_entries
@@ -234,11 +234,12 @@ def test_a_cut_at_any_instant_leaves_the_old_index_or_the_new_one(tmp_path: Path
     """Every state that a kill or a power cut may leave, of a first run and of one after a shard was added."""
     root = fill(str(tmp_path / "root"), 2)
     with recorded(tmp_path / "root") as disk:
-        build_index(root, part_seconds=0.0)
+        build_index(root)
         first = index_of(root)
         disk.promise("first")
-        write_shard(f"{root}/00002.tar", 2, 4)
-        build_index(root, part_seconds=0.0)
+        for shard in (2, 3):
+            write_shard(f"{root}/{shard:05d}.tar", shard, 4)
+        build_index(root, part_seconds=0.0)  # with a part
         second = index_of(root)
         disk.promise("second")
     states = Counter[int]()
@@ -263,40 +264,52 @@ build_index(sys.argv[1], part_seconds=0.0)
 """
 
 
-def test_worker_processes_end_with_a_killed_run(root: str) -> None:
-    """Worker processes end when their parent is killed."""
-    code = (
-        "import sys, time\nfrom data_pipeline.index import parallel\n"
-        "from tests.data_pipeline.index.test_build import sleep_forever\n"
-        "if __name__ == '__main__':\n parallel.MIN_BYTES_PER_PROCESS = 1\n"
-        " list(parallel.map_shards(sleep_forever, [(str(n), '', 9, '') for n in range(4)], 2))\n"
-    )
-    script = Path(root) / "run.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, str(script)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout is not None
-        workers = {int(run.stdout.readline()) for _ in range(2)}
-        assert run.pid not in workers
-        run.kill()
-    deadline = time.monotonic() + 30
-    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(_runs(pid) for pid in workers)
+POOL = """
+import os, signal, sys, time
+from data_pipeline.index import parallel
 
-
-def sleep_forever(*_: object) -> None:
-    print(os.getpid(), flush=True)
-    time.sleep(600)
-
-
-def _runs(pid: int) -> bool:
+def scan_forever(*_):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+        os.write(1, b"%8d" % os.getpid())
+        time.sleep(600)
+    except BaseException:
+        os.write(2, b"the scan was disturbed")
+        raise
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+    parallel.MIN_BYTES_PER_PROCESS = 1
+    try:
+        list(parallel.map_shards(scan_forever, [(str(n), "", 9, "") for n in range(9)], 2))
+    except KeyboardInterrupt:
+        sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(("number", "to_all"), [("SIGKILL", False), ("SIGTERM", False), ("SIGINT", True)])
+def test_a_run_that_is_stopped_ends_at_once_with_its_processes_and_in_silence(
+    tmp_path: Path, number: str, to_all: bool
+) -> None:
+    """Ctrl-C reaches all processes, and only the first one acts; it does not wait for scans that are queued."""
+    script = tmp_path / "run.py"
+    script.write_text(POOL)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        workers = {int(run.stdout.read(8)) for _ in range(2)}
+        assert run.pid not in workers
+        for pid in workers if to_all else ():
+            os.kill(pid, signal.Signals[number])  # before the others, so that they have the time to react
+        (os.killpg if to_all else os.kill)(run.pid, signal.Signals[number])
+        _, said = run.communicate(timeout=60)
+    if number == "SIGKILL":
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert (run.returncode, said) == (75, b"")
+    wait_for(lambda: not any(alive(pid) for pid in workers), "the processes to end", 30)
 
 
 def test_two_runs_at_once(root: str, tmp_path: Path) -> None:

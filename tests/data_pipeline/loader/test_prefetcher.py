@@ -168,6 +168,24 @@ def test_a_prefetcher_that_is_killed_is_replaced_and_nothing_changes(
         assert not list((tmp_path / "cache").glob("warming-*"))
 
 
+def test_signals_of_the_job_do_not_end_the_prefetcher(
+    counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C and Slurm's warning reach every process, also one that is just starting."""
+    with stream(counted.remote, tmp_path) as remote:
+        prefetcher = remote._loader._prefetcher
+        assert prefetcher is not None
+        pid = prefetcher.pid
+        for step in range(2):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(pid, number)
+            assert digests(remote, 1) == truth[step : step + 1]
+            wait_until(lambda: not list((tmp_path / "cache").rglob("warming-*")), 60)
+        assert prefetcher.pid == pid
+        assert prefetcher._process.poll() is None
+    assert capfd.readouterr().err == ""
+
+
 def test_a_run_goes_on_anywhere_with_what_is_cached(
     counted: Source, truth: list[tuple[int, int, int]], tmp_path: Path
 ) -> None:

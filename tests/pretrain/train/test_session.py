@@ -24,6 +24,7 @@ from pretrain.build.objective import freeze
 from pretrain.run.folder import complete_steps
 from pretrain.train.main import main
 from tests.support import forks, rank, tiny
+from tests.support.launching import alive
 
 RATE = 1e-3
 # AdamW's first update is +-lr per element, whatever the gradient (Kingma and Ba 2015, section 2.1).
@@ -51,6 +52,18 @@ def steps(stage: Path) -> list[int]:
     path = stage / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line)["step"] for line in lines]
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor]) -> None:
@@ -85,11 +98,16 @@ def test_time_limits_and_signals_save_and_the_next_rank_resumes(tiny_runs: Path,
     early.send_signal(signal.SIGUSR1)
     stopped(early.code(), 2)
 
-    late = rank.start(recipe)
+    # Ctrl-C reaches the loader's workers too: the rank needs them for the step before it saves.
+    late = rank.start(recipe, "loader.workers=2")
     late.wait_for(lambda: len(steps(stage)) >= 5)
-    late.send_signal(signal.SIGTERM)
+    workers = [pid for pid in children(late.pid) if b"workers.worker" in command_line(pid)]
+    assert len(workers) == 2
+    late.send_signal_to_all(signal.SIGINT)
     stopped(late.code(), len(steps(stage)))
     assert 5 <= len(steps(stage)) < 60
+    assert not any(map(alive, workers))
+    assert "Traceback" not in late.log.read_text()
 
     record = yaml.safe_load((stage / "resolved.yaml").read_text())
     assert record["versions"] == decoder_versions()
