@@ -7,6 +7,7 @@ import errno
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,13 +93,13 @@ def test_order_digest_ignores_content_and_batch_digest_does_not(spec: StreamSpec
     assert differs > 0
 
 
-def totals(batches: list[Batch]) -> tuple[int, int, Counter[str], set[tuple[int, str]]]:
+def totals(batches: list[Batch]) -> tuple[int, int, Counter[str], list[dict[str, Any]]]:
     served = assigned = 0
     skipped: Counter[str] = Counter()
     for batch in batches:
         served, assigned = digest.add(served, batch.batch_digest), digest.add(assigned, batch.order_digest)
         skipped.update(batch.skipped.get("mixed", {}))
-    return served, assigned, skipped, {(b["row"], b["key"]) for batch in batches for b in batch.bad}
+    return served, assigned, skipped, [line for batch in batches for line in batch.bad]
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 0), (4, 1)])

@@ -27,7 +27,8 @@ def run(world: int, module: str, function: str, folder: Path) -> list[Any]:
                 folder / f"rank_{rank}.log",
             )
             for rank in range(world)
-        ]
+        ],
+        seconds=120,
     )
     return [pickle.loads((folder / f"rank_{rank}.pickle").read_bytes()) for rank in range(world)]
 
