@@ -242,14 +242,14 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, augmentation: Augmentation
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image of any mode to RGB, transparency composited on white. EXIF orientation is not applied."""
+    """Convert an image of any mode of FORMATS to RGB, transparency composited on white. EXIF orientation is not applied."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit grey keeps its upper 8 bits; Pillow's conversion clips at 255.
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")

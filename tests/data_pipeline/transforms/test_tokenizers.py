@@ -169,6 +169,37 @@ def test_a_special_token_that_is_no_text_is_named(tmp_path: Path, value: str) ->
         load_tokenizer(str(folder))
 
 
+# Start, end and padding of model families, as their tokenizer.json names them.
+FAMILIES = {
+    "this project": ("<|start|>", "<|end|>", "<|pad|>"),
+    "Llama 2": ("<s>", "</s>", None),
+    "XLM-R": ("<s>", "</s>", "<pad>"),
+    "T5": (None, "</s>", "<pad>"),
+    "Gemma": ("<bos>", "<eos>", "<pad>"),
+    "Llama 3": ("<|begin_of_text|>", "<|end_of_text|>", None),
+    "CLIP": ("<|startoftext|>", "<|endoftext|>", None),
+    "open_clip": ("<start_of_text>", "<end_of_text>", None),
+    "GPT-2": (None, "<|endoftext|>", None),
+    "BERT": ("[CLS]", "[SEP]", "[PAD]"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_are_known_by_their_usual_names(tmp_path: Path, family: str) -> None:
+    """Without a tokenizer_config.json. Tokens that a family does not have are its end token."""
+    from tokenizers import Tokenizer, models
+
+    start, end, pad = FAMILIES[family]
+    names = ["x", *(name for name in (pad, end, start) if name is not None), "[UNK]"]
+    Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    ours = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    wanted = [names.index(name or end) for name in (start, end, pad)]
+    assert [ours.start_id, ours.end_id, ours.pad_id] == wanted
+    assert ours.vocab_size == len(names)
+
+
 def test_missing_start_and_pad_fall_back_to_end(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "gpt2-like")
     config = {"bos_token": None, "eos_token": "<|end|>", "pad_token": None}
