@@ -242,7 +242,7 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, augmentation: Augmentation
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image of any mode of FORMATS to RGB, transparency composited on white. EXIF orientation is not applied."""
+    """Convert an image of one of FORMATS to RGB, transparency composited on white. EXIF orientation is not applied."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or image.mode == "I":
