@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.errors import UserError
@@ -85,7 +86,13 @@ def test_transformers_computes_the_same_logits(tiny_runs: Path, tmp_path: Path) 
         last = objective.model.next_logits(rows.tokens)
     torch.testing.assert_close(found, expected.view(4, -1).sum(1), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(last, logits[:, -1], rtol=0, atol=1e-6)
-    assert (folder / "multimodal.safetensors").exists()
+    others = {name: t for name, t in objective.model.state_dict().items() if not name.startswith("llm.")}
+    others |= {f"vision.0.{name}": t for name, t in objective.tower.visual.state_dict().items()}
+    written = load_file(folder / "multimodal.safetensors")
+    assert (
+        written.keys() == others.keys() > {"start_image", "end_image", "projector.0.weight", "vision.0.proj"}
+    )
+    assert all(torch.equal(written[name], others[name]) for name in others)
 
     from pretrain.build.tokenizer import stage_tokenizer
 

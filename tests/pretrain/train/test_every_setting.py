@@ -92,6 +92,15 @@ def checkpoints(base: Run, found: Run) -> None:
     assert base["checkpoints"] != found["checkpoints"]
 
 
+def kept(base: Run, found: Run) -> None:
+    assert found["checkpoints"] == ["step_00000002", "step_00000003"]
+
+
+def continued(base: Run, found: Run) -> None:
+    """Only the steps after those of the first run."""
+    assert column(found, "step") == [STEPS + 1, STEPS + 2]
+
+
 def numbers_stay(base: Run, found: Run) -> None:
     """How a step is computed is no part of its result."""
     same_data(base, found)
@@ -121,7 +130,7 @@ ZERO_SHOT, WORDS = "eval.zero_shot.held.", "eval.perplexity.words."
 CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "run.seed": ("flip", ["run.seed=4"], data),
     "init": ("flip", ["init=ROOT/runs/flip/main"], first_loss),
-    "continue": ("flip", ["main.continue=ROOT/runs/flip/main", f"train.steps={STEPS + 2}"], steps),
+    "continue": ("flip", ["main.continue=ROOT/runs/flip/main", f"train.steps={STEPS + 2}"], continued),
     "data.*.sources.*.path": ("flip", [f"{SOURCE}path=ROOT/held"], data),
     "data.*.sources.*.weight": ("flip", [f"{SOURCE}weight=0.5"], data),
     "data.*.sources.*.repeat": ("flip", [f"{SOURCE}repeat=3"], data),
@@ -195,7 +204,7 @@ CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "engine.compile": ("flip", ["engine.compile=true"], LATER),
     "loader.max_bad_in_shard": ("flip", ["loader.max_bad_in_shard=1"], refused("max_bad_in_shard")),
     "checkpoint.every": ("flip", ["checkpoint.every=2"], checkpoints),
-    "checkpoint.keep": ("flip", ["checkpoint.every=1", "checkpoint.keep=2"], checkpoints),
+    "checkpoint.keep": ("flip", ["checkpoint.every=1", "checkpoint.keep=2"], kept),
     "eval.every": ("flip_eval", ["eval.every=1"], figures),
     "eval.batch": ("sphinx_eval", ["eval.batch=5"], numbers_stay),
     "eval.zero_shot.*.path": ("flip_eval", [f"{ZERO_SHOT}path=ROOT/more"], figures),
@@ -277,6 +286,20 @@ def test_the_base_runs_are_what_the_changes_are_measured_against(trained: dict[s
     last = {kind: trained[f"{kind}_eval"]["rows"][-1]["eval"] for kind in ("flip", "sphinx")}
     assert set(last["flip"]) == {"zero_shot/held/top1"}
     assert set(last["sphinx"]) == {"perplexity/words/nll", "perplexity/seen/nll"}
+
+
+def test_learning_rates_are_those_of_the_formula(trained: dict[str, Run]) -> None:
+    """Three steps of a batch of 8 at a peak of 0.01; the cosine is 1, 3/4 and 1/4 at thirds, 1 and 1/2 at halves."""
+    expected = {
+        "flip": [0.01, 0.0075, 0.0025],
+        "optimizer.lr": [0.02, 0.015, 0.005],
+        "optimizer.lr_per_256": [0.01 * 8 / 256 * part for part in (1, 0.75, 0.25)],
+        "schedule.kind": [0.01, 0.02 / 3, 0.01 / 3],
+        "schedule.warmup": [0.005, 0.01, 0.005],
+        "schedule.final_lr": [0.01, 0.005 + 0.005 * 0.75, 0.005 + 0.005 * 0.25],
+    }
+    for key, rates in expected.items():
+        assert column(trained[key], "lr") == pytest.approx(rates, rel=1e-12), key
 
 
 @pytest.mark.parametrize("key", CHANGES)

@@ -1,19 +1,22 @@
-"""Settings of the loader and the cache that no number of a training shows: they reach what they are for, unchanged."""
+"""Lengths and rates in steps, and settings that no number of a training shows: they reach what they are for."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from data_pipeline.loader import loader
+from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.streams import cache_settings
 from pretrain.distributed.engine import Runtime
 from pretrain.recipe.schema import Recipe, TrainStage
-from pretrain.train.stage_setup import StageContext, open_loader
+from pretrain.train.stage_setup import StageContext, make_plan, open_loader
+from pretrain.train.trainer import Plan
 
 
 def context(folder: Path, rank: int = 1, world: int = 3, **sections: Any) -> StageContext:
@@ -40,3 +43,21 @@ def test_the_cache_has_the_folder_and_size_of_the_recipe(tmp_path: Path) -> None
         context(tmp_path, loader={"cache": {"folder": str(tmp_path), "gigabytes": 1.5}}).stage
     )
     assert (found.folder, found.limit_bytes) == (str(tmp_path), 1_500_000_000)
+
+
+def test_lengths_and_rates_of_a_batch_that_grows(tmp_path: Path) -> None:
+    """8 rows for 10 steps, then 64: lengths count the rows served; intervals and the peak rate go by the full batch."""
+    batches = BatchSchedule.of({0: 8, 10: 64})
+    order: Any = SimpleNamespace(batches=batches, steps=batches.steps, samples_per_epoch=lambda: 100)
+    stage = context(
+        tmp_path,
+        data={"text": {"sources": {"a": "x"}, "length": 4, "batch": {0: 8, 10: 64}}},
+        train={"samples": 208, "hours": 2},
+        schedule={"warmup": "81 samples"},
+        optimizer={"lr_per_256": 0.1},
+        checkpoint={"every": "128 samples"},
+        eval={"every": "1 epochs"},
+    ).stage
+    assert make_plan(stage, order) == Plan(
+        total=12, warmup=11, peak_rate=0.025, save_every=2, evaluate_every=2, hours=2
+    )
