@@ -46,6 +46,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 # Seconds that a run may take beyond three times what its tests took when they were measured.
 START_SECONDS = 60
+PASSED = (0, 5)  # 5: no selected test is there
 
 
 @dataclass
@@ -166,7 +167,10 @@ class Copy:
 
 
 class Outcome:
-    """Pytest plugin that notes failed tests, and stops a test that takes far longer than when it was measured."""
+    """Pytest plugin that runs only the selected tests, and stops one that takes far longer than when it was measured.
+
+    Pytest gets whole files: it would fail for a test that is gone, such as one whose name holds a mutated number.
+    """
 
     def __init__(self, tests: Sequence[MeasuredTest]) -> None:
         self.seconds = {test.nodeid: 20 + 5 * (test.setup + test.call) for test in tests}
@@ -175,8 +179,10 @@ class Outcome:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         import pytest
 
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name[name] for name in self.seconds if name in by_name]
         for item in items:
-            item.add_marker(pytest.mark.timeout(self.seconds.get(item.nodeid, 120)), append=False)
+            item.add_marker(pytest.mark.timeout(self.seconds[item.nodeid]), append=False)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -216,7 +222,7 @@ class Run:
         self._changed.close()
         outcome = json.loads(self.outcome.read_text()) if self.outcome.exists() else {}
         code = os.waitstatus_to_exitcode(status) if pid else None
-        name = "timeout" if pid == 0 else "survived" if code == 0 else "killed"
+        name = "timeout" if pid == 0 else "survived" if code in PASSED else "killed"
         assert self.mutant is not None
         return Result(
             self.mutant, name, time.monotonic() - self.began, len(self.selection.tests), self.selection.seconds,
@@ -238,7 +244,8 @@ def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop:
         _set_up_hypothesis()
         import pytest
 
-        plugin = Outcome(selection.tests)
+        by_file = _by_file(selection.tests)
+        plugin = Outcome([test for of_file in by_file.values() for test in of_file])
         arguments = [
             *(["-x"] if stop else []),
             "-q",
@@ -248,8 +255,7 @@ def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop:
             "no:xdist",
             "--tb=short",
         ]
-        tests = [test.nodeid for of_file in _by_file(selection.tests).values() for test in of_file]
-        code = int(pytest.main([*arguments, *tests], plugins=[plugin]))
+        code = int(pytest.main([*arguments, *by_file], plugins=[plugin]))
         outcome.write_text(json.dumps({"failed": plugin.failed}))
         sys.stdout.flush()
         sys.stderr.flush()
