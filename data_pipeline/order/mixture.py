@@ -57,7 +57,7 @@ def count_earlier_equal(groups: np.ndarray) -> np.ndarray:
     `groups` is an integer array [rows, elements] of values of at least 0.
     """
     small = groups.astype(np.int16) if groups.max(initial=0) < 2**15 else groups  # numpy sorts int16 by radix
-    order = np.argsort(small, axis=1, kind="stable")
+    order = np.argsort(small, kind="stable")
     ordered = np.take_along_axis(small, order, 1)
     at = np.arange(groups.shape[1])
     begins = np.zeros(groups.shape, np.int64)

@@ -47,10 +47,11 @@ class Block:
         return self
 
     def stored(self, term: Term) -> np.ndarray:
-        """The stored elements of a term, read-only; BF16 as its bits in uint16."""
+        """The stored elements of a term, contiguous and read-only, valid until the block moves; BF16 as uint16 bits."""
         key = term.source, term.name
         if key not in self._stored:
-            self._stored[key] = self.sources[term.source].read(term.name, self.start, self.stop)
+            stored = self.sources[term.source].read(term.name, self.start, self.stop)
+            self._stored[key] = np.ascontiguousarray(stored)
         return self._stored[key]
 
     def wide(self, term: Term, kind: Accumulator) -> np.ndarray:

@@ -75,9 +75,9 @@ def _load(name: str, suffix: str) -> Any:
 
 
 def _stored_array(term: Term, block: Block) -> tuple[np.ndarray, int]:
-    """A term's stored elements as a contiguous array, which must outlive the C call; and the number of its dtype."""
+    """A term's stored elements, whose memory the block holds; and the number of its dtype."""
     dtype = block.sources[term.source].info(term.name)[0]
-    return np.ascontiguousarray(block.stored(term)), FLOATS.index(dtype)
+    return block.stored(term), FLOATS.index(dtype)
 
 
 def linear_pass(
@@ -124,8 +124,8 @@ def task_vector_pass(
     weights = election.weights if election is not None else None
 
     def run(block: Block, out: np.ndarray) -> bool:
-        # `_arrays` keeps the memory alive that the rows point to.
-        (rows, _arrays), (base_array, base_dtype) = _rows(vectors, block), _stored_array(base, block)
+        # `_keys` keeps the memory alive that the rows point to.
+        (rows, _keys), (base_array, base_dtype) = _rows(vectors, block), _stored_array(base, block)
         for row, factor, weight in zip(rows, factors, weights or factors, strict=True):
             row.factor, row.weight = float(factor), float(weight)
         arguments = (
@@ -140,21 +140,20 @@ def task_vector_pass(
     return run
 
 
-def _rows(vectors: Sequence[SparseTaskVector], block: Block) -> tuple[Any, list[Any]]:
-    """The sparse task vectors as a C array of `Difference`, and the numpy arrays that it points to."""
-    rows, arrays = (Difference * len(vectors))(), []
+def _rows(vectors: Sequence[SparseTaskVector], block: Block) -> tuple[Any, list[np.ndarray]]:
+    """The sparse task vectors as a C array of `Difference`, and the hash keys that it points to."""
+    rows, every_key = (Difference * len(vectors))(), []
     for row, vector in zip(rows, vectors, strict=True):
         kept, outliers = vector.kept, vector.outliers
         array, row.dtype = _stored_array(vector.term, block)
         row.stored = array.ctypes.data
         row.cut, row.end = (kept.key, kept.end) if kept is not None else (-1, 0)
         row.top, row.top_end = (outliers.key, outliers.end) if outliers is not None else (-1, 0)
-        arrays.append(array)
         if vector.dare is not None:
             keys = task_vectors.dare_block_keys(vector.dare, block.start, block.stop)
             row.keys, row.below = keys.ctypes.data, task_vectors.dare_threshold(vector.term.density)
-            arrays.append(keys)
-    return rows, arrays
+            every_key.append(keys)
+    return rows, every_key
 
 
 def norms(
@@ -162,7 +161,7 @@ def norms(
 ) -> tuple[float, float]:
     """L1 norms of the full difference and of the sparse task vector, over `count` elements from element `start` of the
     block."""
-    (rows, _arrays), (base_array, base_dtype) = _rows([vector], block), _stored_array(base, block)
+    (rows, _keys), (base_array, base_dtype) = _rows([vector], block), _stored_array(base, block)
     sums = (_REAL * 2)()
     function = compiled_function("norms", kind)
     function(rows, base_array.ctypes.data, base_dtype, block.start, start, count, sums)

@@ -278,17 +278,23 @@ def test_thresholds_are_numpys_in_any_span(
         np.testing.assert_array_equal(one, expected)
 
 
-def test_tensors_that_begin_at_odd_bytes() -> None:
+def test_tensors_that_begin_at_odd_bytes_or_have_gaps() -> None:
     raw = np.random.default_rng(0).standard_normal(1001).astype(np.float32).tobytes()
     odd = np.frombuffer(b"x" + raw, np.float32, 1001, 1)
     assert odd.ctypes.data % 4
     even = odd.copy()
-    for method in ("linear", "slerp", "ties"):
-        options: dict[str, Any] = {"base": (odd[::-1].copy(), "F32")} if method == "ties" else {}
-        one = run(method, [odd, even], ["F32"] * 2, [0.3, 0.7], "BF16", **options)
-        assert (
-            one.tobytes() == run(method, [even, even], ["F32"] * 2, [0.3, 0.7], "BF16", **options).tobytes()
-        )
+    gaps = np.repeat(even, 3)[::3]
+    assert not gaps.flags.contiguous
+    for method in ("linear", "slerp", "ties", "dare_ties"):
+        reverse = even[::-1].copy()
+        bits = set()
+        for first, base in ((even, reverse), (odd, reverse), (gaps, np.repeat(reverse, 2)[::2])):
+            more: dict[str, Any] = (
+                {"base": (base, "F32"), "densities": [0.4, 0.6]} if "ties" in method else {}
+            )
+            more |= {"rescale": "l1"} if method == "dare_ties" else {}
+            bits.add(run(method, [first, even], ["F32"] * 2, [0.3, 0.7], "BF16", block=100, **more).tobytes())
+        assert len(bits) == 1
 
 
 @pytest.mark.parametrize(
