@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -379,6 +380,21 @@ def test_close_leaves_no_process(specs: list[StreamSpec]) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     with pytest.raises(RuntimeError, match="the loader is closed"):
         next(loader.steps(0, 1))
+
+
+def open_shards() -> Counter[str]:
+    """Names of the folders of the tars that this process has open, once per open file."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return Counter(Path(link).parent.name for link in links if link.endswith(".tar"))
+
+
+def test_close_leaves_no_shard_of_any_stream_open(specs: list[StreamSpec]) -> None:
+    before = open_shards()
+    loader = LocalLoader(specs, 0, 1, 0)
+    next(loader.steps(0, 1))
+    assert (open_shards() - before).keys() >= {"first", "packed"}
+    loader.close()
+    assert open_shards() == before
 
 
 SCRIPT = f"""

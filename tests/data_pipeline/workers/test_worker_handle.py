@@ -64,7 +64,11 @@ def test_every_worker_is_told_of_every_bad_sample(
     first: KnownBad = {"pairs": {A: "crash"}}
     second: KnownBad = {"pairs": {A: "crash", B: "crash"}}
     third: KnownBad = {"pairs": {A: "crash", B: "crash"}, "text": {C: "crash"}}
-    given: list[list[KnownBad]] = [[{}, first, first, third, third], [{}, second, third], [third]]
+    given: list[list[KnownBad]] = [
+        [{}, first, first, second, third],
+        [{}, second, third, third],
+        [third],
+    ]
     for worker, channel, messages in zip(workers, channels, given, strict=True):
         known: dict[str, dict[Any, str]] = {}
         repeated = 0
