@@ -181,6 +181,7 @@ class Outcome:
 
         by_name = {item.nodeid: item for item in items}
         items[:] = [by_name[name] for name in self.seconds if name in by_name]
+        signal.alarm(0)
         for item in items:
             item.add_marker(pytest.mark.timeout(self.seconds[item.nodeid]), append=False)
 
@@ -222,7 +223,8 @@ class Run:
         self._changed.close()
         outcome = json.loads(self.outcome.read_text()) if self.outcome.exists() else {}
         code = os.waitstatus_to_exitcode(status) if pid else None
-        name = "timeout" if pid == 0 else "survived" if code in PASSED else "killed"
+        is_late = pid == 0 or code == -signal.SIGALRM
+        name = "timeout" if is_late else "survived" if code in PASSED else "killed"
         assert self.mutant is not None
         return Result(
             self.mutant, name, time.monotonic() - self.began, len(self.selection.tests), self.selection.seconds,
@@ -255,6 +257,9 @@ def _run_tests(root: Path, selection: Selection, log: Path, outcome: Path, stop:
             "no:xdist",
             "--tb=short",
         ]
+        signal.alarm(
+            START_SECONDS
+        )  # a loop without end while a test file is imported; later each test has its limit
         code = int(pytest.main([*arguments, *by_file], plugins=[plugin]))
         outcome.write_text(json.dumps({"failed": plugin.failed}))
         sys.stdout.flush()
