@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
-from data_pipeline.order.state import ResumeResult
+from data_pipeline.order.state import ResumeResult, Segment
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder, choose_lanes
 
 PRINTS = {"a": "f1", "b": "f2"}
@@ -22,6 +23,10 @@ def order(
     sources = [SourceCounts("a", np.array([60, 40]), weight=1)]
     sources.append(SourceCounts("b", np.array(counts_b or [50, 0, 50]), **{"weight": 3, **b}))
     return StreamOrder(sources, batch, lanes, seed)
+
+
+def only_a(segments: Sequence[Segment] = ()) -> StreamOrder:
+    return StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7, segments=segments)
 
 
 def test_state_survives_json_and_fits_the_same_order() -> None:
@@ -36,37 +41,34 @@ def test_state_survives_json_and_fits_the_same_order() -> None:
 @pytest.mark.parametrize(
     ("other", "prints", "words"),
     [
-        (order(seed=8), PRINTS, ["seed", "0000000000000007", "0000000000000008"]),
-        (order(batch=32), PRINTS, ["batch changed from 16 to 32"]),
-        (order(lanes=4), PRINTS, ["lanes changed from 8 to 4"]),
-        (order(weight=2), PRINTS, ["weights of source 'b' changed from 3 to 2"]),
-        (order(counts_b=[50, 1, 50]), PRINTS, ["samples of source 'b' changed from 100 to 101"]),
-        (order(counts_b=[50, 50, 0]), PRINTS, ["mixture_hash changed from"]),
-        (order(max_epochs=9), PRINTS, ["max_epochs of source 'b' changed from None to 9"]),
-        (order(), {"a": "f1", "b": "f3"}, ["fingerprints of source 'b' changed from f2 to f3"]),
-        (
-            StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7),
-            {"a": "f1"},
-            ["'b' changed from 100 to no such source"],
-        ),
+        ({"seed": 8}, PRINTS, ["seed", "0000000000000007", "0000000000000008"]),
+        ({"batch": 32}, PRINTS, ["batch changed from 16 to 32"]),
+        ({"lanes": 4}, PRINTS, ["lanes changed from 8 to 4"]),
+        ({"weight": 2}, PRINTS, ["weights of source 'b' changed from 3 to 2"]),
+        ({"counts_b": [50, 1, 50]}, PRINTS, ["samples of source 'b' changed from 100 to 101"]),
+        ({"counts_b": [50, 50, 0]}, PRINTS, ["mixture_hash changed from"]),
+        ({"max_epochs": 9}, PRINTS, ["max_epochs of source 'b' changed from None to 9"]),
+        ({}, {"a": "f1", "b": "f3"}, ["fingerprints of source 'b' changed from f2 to f3"]),
+        (None, {"a": "f1"}, ["'b' changed from 100 to no such source"]),
     ],
 )
 def test_any_change_is_refused_with_both_values(
-    other: StreamOrder, prints: dict[str, str], words: list[str]
+    other: dict[str, Any] | None, prints: dict[str, str], words: list[str]
 ) -> None:
+    now = only_a() if other is None else order(**other)
     with pytest.raises(UserError) as caught:
-        other.resume(order().state(10, PRINTS), prints)
+        now.resume(order().state(10, PRINTS), prints)
     assert all(word in str(caught.value) for word in [*words, "run.accept_change"])
 
 
-@pytest.mark.parametrize("other", [order(seed=8), order(lanes=4), order(seed=8, lanes=4, weight=2)])
-def test_seed_and_lanes_cannot_change_whatever_is_accepted(other: StreamOrder) -> None:
+@pytest.mark.parametrize("other", [{"seed": 8}, {"lanes": 4}, {"seed": 8, "lanes": 4, "weight": 2}])
+def test_seed_and_lanes_cannot_change_whatever_is_accepted(other: dict[str, int]) -> None:
     with pytest.raises(
         UserError, match=r"changed from .* cannot change during a run.*new run folder"
     ) as caught:
-        other.resume(order().state(10, PRINTS), PRINTS, accept_change=True)
-    assert ("seed changed" in str(caught.value)) == (other.seed == 8)
-    assert ("lanes changed from 8 to 4" in str(caught.value)) == (other.lanes == 4)
+        order(**other).resume(order().state(10, PRINTS), PRINTS, accept_change=True)
+    assert ("seed changed" in str(caught.value)) == ("seed" in other)
+    assert ("lanes changed from 8 to 4" in str(caught.value)) == ("lanes" in other)
     assert "weights" not in str(caught.value)
 
 
@@ -80,14 +82,13 @@ def test_accepted_changes_are_told_with_what_they_leave_unread() -> None:
     fewer = accepted(order(), order(counts_b=[50, 0, 49]))
     assert fewer.changes[0] == "samples of source 'b' changed from 100 to 99"
     assert fewer.changes[-1] == f"source 'b': {left}; the new data starts at epoch 2"
-    only_a = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7)
-    removed = accepted(order(), only_a)
+    removed = accepted(order(), only_a())
     assert removed.changes[-1] == f"source 'b': removed; {left}"
     weights = accepted(order(), order(weight=2))
     assert [line.partition(" changed")[0] for line in weights.changes] == [
         "weights of source 'b'", "mixture_hash"
     ]  # fmt: skip
-    added = accepted(only_a, order())
+    added = accepted(only_a(), order())
     assert added.changes[0] == "samples of source 'b' changed from no such source to 100"
     assert len(added.changes) == 2
     for found, unvisited in ((fewer, {"b": 80}), (removed, {"b": 80}), (weights, {}), (added, {})):
@@ -97,9 +98,7 @@ def test_accepted_changes_are_told_with_what_they_leave_unread() -> None:
 
 def test_a_source_that_comes_back_goes_on_where_it_was() -> None:
     """Its samples are the same as before it was removed, so its draws continue; with other samples it starts anew."""
-    only_a = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7)
-    removed = accepted(order(), only_a)
-    without_b = StreamOrder([SourceCounts("a", np.array([60, 40]))], 16, 8, 7, segments=removed.segments)
+    without_b = only_a(accepted(order(), only_a()).segments)
     for counts_b, first, epoch, drawn in (([50, 0, 50], 0, 0, 120), ([50, 50, 0], 2, 2, 0)):
         again = order(counts_b=counts_b).resume(without_b.state(13), accept_change=True)
         base = again.segments[-1].base

@@ -151,6 +151,8 @@ def test_threads_run_at_the_same_time_and_errors_arrive() -> None:
         assert sorted(workers.map(lambda _: barrier.wait(60), range(6))) == [0, 0, 1, 1, 2, 2]
         with pytest.raises(ZeroDivisionError):
             list(workers.map(lambda number: 1 // number, [1, 0]))
+    with pytest.raises(RuntimeError, match="after shutdown"):  # its threads have ended
+        list(workers.map(abs, [1]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 640])
