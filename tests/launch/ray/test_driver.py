@@ -83,6 +83,7 @@ def test_every_rank_gets_its_own_place(
     for name in ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", "RAY_RAYLET_SOCKET_NAME"):
         monkeypatch.setenv(name, "of the actor")
     monkeypatch.setenv("RAY_ADDRESS", "of the actor")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     made = job(folder, nodes, ranks, gpus, cpus_per_rank=5)
     made = dataclasses.replace(made, env={"NCCL_SOCKET_IFNAME": "ib0", "MASTER_ADDR": "mine"})
     assert run(made, folder, monkeypatch) == 0
@@ -105,9 +106,8 @@ def test_every_rank_gets_its_own_place(
         )
         assert not {PAYLOAD, "RAY_JOB_ID", "RAY_NODE_ID", "RAY_WORKER_ID"} & set(env)
         assert not {"RAY_RAYLET_PID", "RAY_RAYLET_SOCKET_NAME"} & set(env)
-        if (
-            gpus
-        ):  # NCCL needs to see the GPUs of all ranks of the node; the rank's own is number LOCAL_RANK of them
+        if gpus:
+            # NCCL needs to see the GPUs of all ranks of the node; the rank's own is number LOCAL_RANK of them.
             assert env["CUDA_VISIBLE_DEVICES"].split(",") == given[node]
             assert env["CUDA_VISIBLE_DEVICES"].split(",")[local] == ray.actors[rank].gpus[0]
             assert "DS_ACCELERATOR" not in env
