@@ -183,12 +183,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, augmentation: Augmentation | None
     # Cut whole pixels around the box before the resize, so that pixels outside of it have no influence.
     start_x, start_y = math.floor(left), math.floor(top)
     cut = pixels[start_y : math.ceil(bottom), start_x : math.ceil(right)]
-    inner = (
-        left - start_x,
-        top - start_y,
-        min(right - start_x, cut.shape[1]),
-        min(bottom - start_y, cut.shape[0]),
-    )
+    inner = (left - start_x, top - start_y, right - start_x, bottom - start_y)
     return _CroppedPixels(cut, inner, orientation, crop)
 
 

@@ -107,13 +107,17 @@ def test_a_file_that_the_disk_damaged_is_made_whole(
 def test_a_disk_that_takes_few_bytes_at_a_time(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pwrite and pread may do less than they were asked for."""
+    """pwrite and pread may do less than they were asked for; what was written so is known to be done."""
     want = asked(pair, tmp_path / "whole")
     real_write, real_read = os.pwrite, os.pread
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: real_write(file, data[:7], at))
     monkeypatch.setattr(os, "pread", lambda file, size, at: real_read(file, min(size, 11), at))
     stopped(pair, tmp_path / "out", monkeypatch, 30)
+    again: list[Any] = []
+    real_add = journal.Journal.add
+    monkeypatch.setattr(journal.Journal, "add", lambda *entry: (again.append(entry), real_add(*entry)))
     assert asked(pair, tmp_path / "out") == want
+    assert len(again) == sum(-(-size // SPAN) for size in (40 * 31, 40 * 31, 300, 200, 100)) - 30
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOSPC, errno.EIO])
