@@ -115,6 +115,8 @@ class Actor:
         def call(*arguments: Any) -> Any:
             if self.lost:
                 return RayError(f"{method}: the actor is dead")
+            # All addresses belong to this machine, but a node of a cluster can bind only its own.
+            assert method != "port" or arguments == (self.address,)
             self.ray.current = self
             try:
                 return (getattr(self.inner, method)(*arguments),)

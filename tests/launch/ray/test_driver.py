@@ -22,13 +22,16 @@ from tests.support.fake_ray import FakeRay
 from tests.support.launching import write_recipe
 
 # In place of a rank's Python: records its environment, arguments and folder, then does what is in the file `rank`.
+# `both` waits until both ranks of a job have called it.
 PYTHON = """#!/bin/bash
 env -0 > {folder}/$RANK.env
 printf '%s\\0' "$@" > {folder}/$RANK.argv
 pwd > {folder}/$RANK.pwd
+both() {{ touch $RANK.ready; until [ -e 0.ready ] && [ -e 1.ready ]; do sleep 0.01; done; }}
 . {folder}/rank
 """
-# A rank that computes until it gets a signal.
+# A rank that stops the driver, and one that computes until it gets a signal.
+STOP = "both; [ $RANK = 1 ] && kill -TERM $DRIVER; IDLE"
 IDLE = "tail --pid=$$ -f /dev/null & while :; do wait; done"
 
 
@@ -146,8 +149,8 @@ def test_a_bundle_holds_the_ranks_of_one_node(
         ("[ $RANK = 0 ] && exit 2; IDLE", 2, ["rank 0 of 2 ended with exit code 2", "(the log is empty)"]),
         ("[ $RANK = 1 ] && kill -KILL $$; IDLE", 1, ["rank 1 of 2 ended with SIGKILL"]),
         ("exit 75", 75, ["saved and stopped", "to resume: dromos run small.yaml --on ray --stage masked --nodes 2"]),
-        ("trap 'exit 75' TERM; [ $RANK = 1 ] && kill -TERM $DRIVER; IDLE", 75, ["stopped on SIGTERM", "to resume"]),
-        ("kill -TERM $DRIVER; trap 'kill -INT $DRIVER' TERM; IDLE", 1, ["killed before the save ended"]),
+        ("trap 'exit 75' TERM; STOP", 75, ["stopped on SIGTERM", "to resume"]),
+        ("trap 'kill -INT $DRIVER' TERM; STOP", 1, ["killed before the save ended"]),
     ],
 )  # fmt: skip
 def test_how_ranks_end_is_how_the_job_ends(
@@ -157,7 +160,7 @@ def test_how_ranks_end_is_how_the_job_ends(
     """Signals to the driver come from Ray (`ray job stop`); `ray.init` replaces the handlers."""
     FakeRay(2).install(monkeypatch)
     monkeypatch.setenv("DRIVER", str(os.getpid()))
-    (folder / "rank").write_text(body.replace("IDLE", IDLE))
+    (folder / "rank").write_text(body.replace("STOP", STOP).replace("IDLE", IDLE))
     before = signal.getsignal(signal.SIGTERM)
     assert run(job(folder, 2, 1, stages="masked"), folder, monkeypatch) == code
     printed = capsys.readouterr().out

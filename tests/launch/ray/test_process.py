@@ -63,6 +63,10 @@ def call(tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+def wait_for_end(made: dict[str, Any]) -> None:
+    wait_for(lambda: not any(map(alive, made["pids"])), "the processes of Ray to end")
+
+
 def options(argv: list[str]) -> dict[str, Any]:
     """The options of `ray start` as Ray's own command line reads them."""
     from ray.scripts import scripts
@@ -152,7 +156,7 @@ def test_the_jobs_ray_lives_as_long_as_the_block(
             assert made["env"][name] == env[name]
         assert env["RAY_AUTH_MODE"] == "token"
         assert made["env"]["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert not any(map(alive, made["pids"]))
+    wait_for_end(made)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -180,7 +184,7 @@ def test_a_ray_that_does_not_start_is_told_with_its_output(environ: dict[str, st
 def test_an_error_in_the_block_ends_ray_too(environ: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(KeyError), local_head.ray_for_job(JOB, environ):
         raise KeyError
-    assert not any(map(alive, call(tmp_path)["pids"]))
+    wait_for_end(call(tmp_path))
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -215,5 +219,5 @@ def test_a_supervised_node_ends_on_a_signal_and_is_told_when_it_ends_itself(
     output, _ = node.communicate(timeout=60)
     assert node.returncode == (0 if sent else 1)
     assert ("Ray ended without a stop request" in output) == ("the raylet died" in output) == (sent is None)
-    assert not any(map(alive, made["pids"]))
+    wait_for_end(made)
     assert not folder.exists()
