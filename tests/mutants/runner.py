@@ -84,10 +84,13 @@ def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
     """The tests that run a mutant's statement, as many as fit into `seconds`, at least one.
 
     For a line at module level, which runs only in the first test that imports the module: the tests that run any line
-    of the file.
+    of the file, and those of the module's test file, which may only read a constant.
     """
-    lines = (mutant.statement, mutant.line) if _is_in_function(mutant) else found.lines.get(mutant.path, {})
-    tests = found.covering(mutant.path, lines)
+    if _is_in_function(mutant):
+        tests = found.covering(mutant.path, (mutant.statement, mutant.line))
+    else:
+        running = {test.nodeid for test in found.covering(mutant.path, found.lines.get(mutant.path, {}))}
+        tests = [t for t in found.tests if t.nodeid in running or _distance(t, mutant)[0] == 0]
     tests = sorted((test for test in tests if test.passed), key=lambda test: _distance(test, mutant))
     chosen: list[MeasuredTest] = []
     files: set[str] = set()
