@@ -36,12 +36,11 @@ def floor_sums(n: int, m: int, a: int, b: np.ndarray) -> np.ndarray:
         divide(b)
         quotient *= count
         total += quotient
-        if a >= m:
-            np.subtract(count, 1, out=product)
-            product *= count
-            product >>= 1
-            product *= a // m
-            total += product
+        np.subtract(count, 1, out=product)
+        product *= count
+        product >>= 1
+        product *= a // m
+        total += product
         a %= m
         count *= a
         b += count
