@@ -6,11 +6,13 @@ ask for them, one after the other. What real Ray does with the same calls is in 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -26,13 +28,17 @@ class Strategy:
 
 
 class FakeRay:
-    """free_after: number of times that a placement group is waited for before its nodes are free."""
+    """free_after: number of times that a placement group is waited for before its nodes are free.
+
+    worker_env: variables of the actors' processes: those of the job, and Ray's own.
+    """
 
     def __init__(self, nodes: int, gpus: int = 0, free_after: int = 0) -> None:
         self.groups: list[Any] = []
         self.actors: list[Actor] = []
         self.inits: list[dict[str, Any]] = []
         self.free_after = free_after
+        self.worker_env: dict[str, str] = {}
         # Ray's GPU numbers need not begin at 0, nor be in order.
         self.gpus = [[str(10 * node + 7 - number) for number in range(gpus)] for node in range(nodes)]
         self.current: Actor | None = None
@@ -119,7 +125,8 @@ class Actor:
             assert method != "port" or arguments == (self.address,)
             self.ray.current = self
             try:
-                return (getattr(self.inner, method)(*arguments),)
+                with mock.patch.dict(os.environ, self.ray.worker_env):
+                    return (getattr(self.inner, method)(*arguments),)
             finally:
                 self.ray.current = None
 

@@ -83,9 +83,8 @@ def test_every_rank_gets_its_own_place(
 ) -> None:
     ray = FakeRay(nodes, gpus).install(monkeypatch)
     given = {node: list(numbers) for node, numbers in enumerate(ray.gpus)}
-    for name in ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", "RAY_RAYLET_SOCKET_NAME"):
-        monkeypatch.setenv(name, "of the actor")
-    monkeypatch.setenv("RAY_ADDRESS", "of the actor")
+    own = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", "RAY_RAYLET_SOCKET_NAME")
+    ray.worker_env = dict.fromkeys([*own, "RAY_ADDRESS", PAYLOAD, "INHERITED"], "of the actor")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     made = job(folder, nodes, ranks, gpus, cpus_per_rank=5)
     made = dataclasses.replace(made, env={"NCCL_SOCKET_IFNAME": "ib0", "MASTER_ADDR": "mine"})
@@ -107,8 +106,8 @@ def test_every_rank_gets_its_own_place(
             "1",
             "ib0",
         )
-        assert not {PAYLOAD, "RAY_JOB_ID", "RAY_NODE_ID", "RAY_WORKER_ID"} & set(env)
-        assert not {"RAY_RAYLET_PID", "RAY_RAYLET_SOCKET_NAME"} & set(env)
+        assert not {PAYLOAD, *own} & set(env)
+        assert env["INHERITED"] == "of the actor"
         if gpus:
             # NCCL needs to see the GPUs of all ranks of the node; the rank's own is number LOCAL_RANK of them.
             assert env["CUDA_VISIBLE_DEVICES"].split(",") == given[node]

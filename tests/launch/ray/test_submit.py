@@ -205,9 +205,15 @@ def test_wait_prints_the_log_once_and_ends_as_the_job(
     log = "one\ntwo\nthree [red]\nlast without a line end"
     looks = [("PENDING", ""), *(("RUNNING", log[:n]) for n in (2, 4, 5, 5, 9, 20)), (status, log)]
     client = Client(*looks, code=driver, message="the node died")
+    pieces: list[str] = []
+    sleep = SimpleNamespace(sleep=lambda _: pieces.append(capsys.readouterr().out), strftime=time.strftime)
+    monkeypatch.setattr(submit, "time", sleep)
     assert submitted(recipe, client, monkeypatch, wait=True) == code
+    assert len(pieces) == len(looks) - 1
+    assert all(piece == "" or piece.endswith("\n") for piece in pieces)
     job_id = client.submitted[0]["submission_id"]
-    printed = capsys.readouterr().out.partition("on the cluster\n")[2].partition("on the cluster\n")[2]
+    whole = "".join(pieces) + capsys.readouterr().out
+    printed = whole.partition("on the cluster\n")[2].partition("on the cluster\n")[2]
     end = "the node died\n" if (status, driver) == ("FAILED", None) else ""
     assert printed == f"{log}job {job_id}: {status.lower()}\n{end}"
 

@@ -99,7 +99,9 @@ def test_an_unfinished_merge_of_another_plan_is_discarded_on_request(tmp_path: P
     out = tmp_path / "out"
     fill(out, spans=3)
     (partial_of(out) / "stray").write_text("")
+    opened = len(os.listdir("/proc/self/fd"))
     assert fill(out, CHANGED, discard_unfinished=True) == 0
+    assert len(os.listdir("/proc/self/fd")) == opened
     assert fill(out, CHANGED) == 1
     assert "stray" not in content(partial_of(out))
     assert fill(out, CHANGED, spans=0, discard_unfinished=True, end=True) == 2  # its own is never discarded
