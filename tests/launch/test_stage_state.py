@@ -143,6 +143,20 @@ def test_a_merge_runs_again_if_it_reads_a_stage_that_runs(
     assert remaining == ["tuned", *["mix"] * reads]
 
 
+@pytest.mark.parametrize(
+    ("address", "reads"), [("run/tuned", True), ("run/masked@2", False), ("tuned", True)]
+)
+def test_a_run_is_also_looked_up_beside_the_run_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch, address: str, reads: bool
+) -> None:
+    """From any working directory."""
+    monkeypatch.setattr(merge_stage, "is_finished", lambda stage, folder: True)
+    (path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(path.parent / "elsewhere")
+    _, remaining = states(path, f"  mix: {{kind: merge, inputs: {{{address}: 0.4, masked: 0.6}}}}\n", "tuned")
+    assert remaining == ["tuned", *["mix"] * reads]
+
+
 def test_merges_of_merges_and_the_rest_of_a_merge_are_followed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,17 @@ def test_plain_paths(runs: Path, tmp_path: Path) -> None:
         locate(str(tmp_path / "hf") + "@latest")
 
 
+@pytest.mark.parametrize("name", ["models/x", "models/x@3", "models/x@latest"])
+def test_a_path_may_begin_in_the_home_folder_and_end_like_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for address in (f"~/{name}", f" {tmp_path}/{name}\n"):
+        found = locate(address)
+        assert (found.kind, found.path, found.step) == ("folder", str(tmp_path / name), None)
+
+
 def test_the_output_of_a_merge_is_a_folder_with_its_model(tmp_path: Path) -> None:
     for name in ("model.safetensors", "merge.json", "resolved.yaml"):
         (tmp_path / name).write_text("{}")

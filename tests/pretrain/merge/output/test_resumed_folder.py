@@ -60,6 +60,15 @@ def test_without_a_finished_span_nothing_is_left(tmp_path: Path, durable: bool) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_someone_removed_meanwhile_does_not_hide_the_error(tmp_path: Path) -> None:
+    def fail(partial: Path) -> None:
+        shutil.rmtree(partial)
+        raise Killed
+
+    with pytest.raises(Killed), resumed_folder(tmp_path / "out", HEAD, 0) as (partial, _):
+        fail(partial)
+
+
 CHANGED = {**HEAD, "plan": "q", "inputs": {"a: x": "1", "b: y": "3"}}
 
 
