@@ -84,7 +84,9 @@ def test_every_rank_gets_its_own_place(
     ray = FakeRay(nodes, gpus).install(monkeypatch)
     given = {node: list(numbers) for node, numbers in enumerate(ray.gpus)}
     own = ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_WORKER_ID", "RAY_RAYLET_SOCKET_NAME")
-    ray.worker_env = dict.fromkeys([*own, "RAY_ADDRESS", PAYLOAD, "INHERITED"], "of the actor")
+    ray.worker_env = dict.fromkeys(
+        [*own, "RAY_ADDRESS", PAYLOAD, "INHERITED", "RANK", "MASTER_ADDR"], "of the actor"
+    )
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     made = job(folder, nodes, ranks, gpus, cpus_per_rank=5)
     made = dataclasses.replace(made, env={"NCCL_SOCKET_IFNAME": "ib0", "MASTER_ADDR": "mine"})

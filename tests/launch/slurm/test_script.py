@@ -49,7 +49,9 @@ def test_every_rank_gets_its_own_place_and_the_same_rendezvous(
             slurm, nodes=nodes, ranks_per_node=per_node, gpus_per_node=gpus, cluster=cluster, env={"X": "1 2"}
         )
     )
-    done = slurm.run(script)
+    # sbatch passes the environment of the shell on, which may be that of another job.
+    outer = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "X"), "99")
+    done = slurm.run(script, MASTER_ADDR="other", **outer)
     assert done.returncode == 0, done.stderr
     envs = [slurm.env("train", "masked", rank) for rank in range(nodes * per_node)]
     assert len(slurm.order) == 1 + len(envs)
