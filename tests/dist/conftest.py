@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.support import tiny
 from tests.support.forks import fork, free_port, rank_environment, wait_all
 
 
@@ -26,10 +25,3 @@ def run_ranks(module: str, jobs: Any, world: int, folder: Path) -> str:
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., str]:
     return run_ranks
-
-
-@pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.make_data(root)
-    return root
