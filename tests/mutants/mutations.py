@@ -16,6 +16,10 @@ from mutmut.mutation.mutators import mutation_operators
 UNCHANGED_CALLS = {"TypeVar", "cast", "print", "warn", "warning", "info", "debug", "fail", "echo", "secho"}
 SYMMETRIC = {"min", "max", "gcd", "lcm", "isclose", "equal", "array_equal"}
 SYMMETRIC |= {"add", "multiply", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}
+# Names of types in annotations only, such as Result = Callable[[int], int].
+TYPE_ALIAS = m.Assign(
+    value=m.Subscript(m.Name("Callable") | m.Name("tuple") | m.Name("dict") | m.Name("list"))
+)
 SWAPPED_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 
 
@@ -173,7 +177,8 @@ def candidates(path: str, source: str) -> list[Candidate]:
     """Every change of a file that the operators make.
 
     Not changed: texts for people (docstrings, f-strings, strings that contain a space, arguments of UNCHANGED_CALLS),
-    annotations, imports, decorators, `if TYPE_CHECKING`, and `strict=True` of `zip`.
+    annotations, type aliases, imports, decorators, `if TYPE_CHECKING`, `strict=True` of `zip`, and
+    `raise AssertionError(...)`.
     """
     module = cst.parse_module(source)
     visitor = _Visitor(path, module)
@@ -232,6 +237,8 @@ def _is_skipped(node: cst.CSTNode) -> bool:
     if isinstance(node, cst.Annotation | cst.Import | cst.ImportFrom | cst.FormattedString | cst.Decorator):
         return True
     if isinstance(node, cst.If) and m.matches(node.test, m.Name("TYPE_CHECKING")):
+        return True
+    if m.matches(node, m.SimpleStatementLine([m.Raise(m.Call(m.Name("AssertionError"))) | TYPE_ALIAS])):
         return True
     return isinstance(node, cst.Call) and _called(node) in UNCHANGED_CALLS
 
