@@ -25,7 +25,7 @@ def config_text(root: Path, folder: Path) -> str:
     """Settings of coverage.py for the processes that tests start."""
     sources = "".join(f"    {root / package}\n" for package in PACKAGES)
     return (
-        f"[run]\nparallel = true\ndata_file = {folder / 'data'}\ncontext = ${{{CONTEXT}}}\nsigterm = true\n"
+        f"[run]\nparallel = true\ndata_file = {folder / 'data'}\ncontext = ${{{CONTEXT}}}\n"
         f"patch =\n    fork\n    _exit\ndisable_warnings = no-data-collected,module-not-measured\n"
         f"source =\n{sources}"
     )
