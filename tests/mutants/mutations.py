@@ -30,7 +30,8 @@ class Mutant:
     path:      of the file, relative to the repository
     line:      of the first changed line, from 1
     statement: first line of the statement that is changed: which tests run it decides which tests are run
-    function:  qualified name of the enclosing function; "" at module level
+    function:  qualified name of the enclosing function or class; "" at module level
+    on_import: True where the code runs when its module is imported: outside functions, and default arguments
     operator:  name of the mutation operator
     source:    the whole mutated file
     before, after: the changed lines
@@ -40,6 +41,7 @@ class Mutant:
     line: int
     statement: int
     function: str
+    on_import: bool
     operator: str
     source: str
     before: str
@@ -149,6 +151,7 @@ class Candidate:
     changed: cst.CSTNode
     statement: int
     function: str
+    on_import: bool
     operator: str
 
     def mutant(self) -> Mutant | None:
@@ -166,6 +169,7 @@ class Candidate:
             first[1] + 1,
             self.statement,
             self.function,
+            self.on_import,
             self.operator,
             source,
             "\n".join(old[first[1] : last[2]]),
@@ -192,7 +196,8 @@ class _Visitor(cst.CSTVisitor):
     def __init__(self, path: str, module: cst.Module) -> None:
         super().__init__()
         self.path, self.module = path, module
-        self.scope: list[str] = []
+        self.scope: list[cst.FunctionDef | cst.ClassDef] = []
+        self.parameters = 0
         self.statements: list[int] = []
         self.guards: list[cst.CSTNode] = []
         self.found: list[Candidate] = []
@@ -208,7 +213,7 @@ class _Visitor(cst.CSTVisitor):
         if isinstance(node, cst.SimpleStatementLine):
             self.statements.append(self.get_metadata(PositionProvider, node).start.line)
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
-            self.scope.append(node.name.value)
+            self.scope.append(node)
         for kind, operator in (*OWN_OPERATORS, *mutation_operators):
             if isinstance(node, kind) and not (isinstance(node, cst.BaseString) and _is_prose(node)):
                 name = operator.__name__.removeprefix("operator_")
@@ -217,6 +222,12 @@ class _Visitor(cst.CSTVisitor):
                         continue
                     self.found.append(self._candidate(node, changed, name))
         return True
+
+    def visit_FunctionDef_params(self, node: cst.FunctionDef) -> None:
+        self.parameters += 1
+
+    def leave_FunctionDef_params(self, node: cst.FunctionDef) -> None:
+        self.parameters -= 1
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
         if _is_skipped(original_node):
@@ -230,7 +241,10 @@ class _Visitor(cst.CSTVisitor):
 
     def _candidate(self, node: cst.CSTNode, changed: cst.CSTNode, operator: str) -> Candidate:
         statement = self.statements[-1] if self.statements else 1
-        return Candidate(self.path, self.module, node, changed, statement, ".".join(self.scope), operator)
+        name = ".".join(one.name.value for one in self.scope)
+        functions = sum(isinstance(one, cst.FunctionDef) for one in self.scope)
+        on_import = functions == 0 or (functions == 1 and self.parameters == 1)
+        return Candidate(self.path, self.module, node, changed, statement, name, on_import, operator)
 
 
 def _is_skipped(node: cst.CSTNode) -> bool:

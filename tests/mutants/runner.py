@@ -86,7 +86,7 @@ def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
     For a line at module level, which runs only in the first test that imports the module: the tests that run any line
     of the file, and those of the module's test file, which may only read a constant.
     """
-    if _is_in_function(mutant):
+    if not mutant.on_import:
         tests = found.covering(mutant.path, (mutant.statement, mutant.line))
     else:
         running = {test.nodeid for test in found.covering(mutant.path, found.lines.get(mutant.path, {}))}
@@ -103,10 +103,6 @@ def select(found: CoverageMap, mutant: Mutant, seconds: float) -> Selection:
         files.add(test.file)
         total += cost
     return Selection(chosen, len(tests) - len(chosen))
-
-
-def _is_in_function(mutant: Mutant) -> bool:
-    return bool(mutant.function) and mutant.function.rpartition(".")[2][:1].islower()
 
 
 def _distance(test: MeasuredTest, mutant: Mutant) -> tuple[int, float]:

@@ -20,7 +20,7 @@ SOURCE = '''"""A module."""
 LIMIT = 4
 
 
-def clip(values: list[float], low: float) -> float:
+def clip(values: list[float], low: float = 7.0) -> float:
     """Sum of the values, at most LIMIT."""
     total = sum(values[1:]) + low
     if total > LIMIT and low:
@@ -59,7 +59,8 @@ def test_operators_make_the_slips_they_are_for() -> None:
 
 def test_texts_annotations_and_symmetric_swaps_are_left_alone() -> None:
     mutants = [mutant for c in candidates("a.py", SOURCE) if (mutant := c.mutant()) is not None]
-    assert {mutant.line for mutant in mutants} == {3, 8, 9, 11, 12, 13}
+    assert {mutant.line for mutant in mutants} == {3, 6, 8, 9, 11, 12, 13}
+    assert {mutant.line for mutant in mutants if mutant.on_import} == {3, 6}
     assert not any("XX" in mutant.after or "(scale(low, 2), total)" in mutant.after for mutant in mutants)
     assert {mutant.function for mutant in mutants} == {"", "clip"}
     for mutant in mutants:
@@ -84,8 +85,8 @@ def test_every_core_module_is_in_one_group() -> None:
         assert all(sampling.group_of(path) == name for path in sampling.files_of([name]))
 
 
-def mutant_at(line: int, function: str = "f", path: str = "pretrain/train/schedule.py") -> Mutant:
-    return Mutant(path, line, line, function, "number", "", "a = 1", "a = 2")
+def mutant_at(line: int, on_import: bool = False, path: str = "pretrain/train/schedule.py") -> Mutant:
+    return Mutant(path, line, line, "f", on_import, "number", "", "a = 1", "a = 2")
 
 
 def test_near_and_fast_tests_run_first_and_what_does_not_fit_is_left_out() -> None:
@@ -106,7 +107,7 @@ def test_near_and_fast_tests_run_first_and_what_does_not_fit_is_left_out() -> No
     assert select(found, mutant_at(9), 100).tests == []
     # A line at module level runs in every import; the map has only the tests that import it in a process of their own.
     for line in (8, 9):
-        assert len(select(found, mutant_at(line, function=""), 100).tests) == 5
+        assert len(select(found, mutant_at(line, on_import=True), 100).tests) == 5
 
 
 def test_lines_of_the_map_move_with_the_code() -> None:
@@ -150,7 +151,9 @@ def test_a_slip_is_noticed_only_by_a_test_that_looks(tmp_path: Path, monkeypatch
 
     def changed(before: str, after: str) -> Mutant:
         line = source[: source.index(before)].count("\n") + 1
-        return Mutant(path, line, line, "learning_rate", "test", source.replace(before, after), before, after)
+        return Mutant(
+            path, line, line, "learning_rate", False, "test", source.replace(before, after), before, after
+        )
 
     nodeid = "tests/pretrain/train/test_schedule.py::test_every_rate_equals_that_of_torch[0.0-4-3-linear]"
     found = CoverageMap([MeasuredTest(nodeid, 0.0, 0.1, True)], {path: dict.fromkeys(range(1, 50), 1)})
