@@ -201,7 +201,6 @@ def _clip_bpe(vocabulary_gz: bytes) -> Any:
     merges = [(a, b) for a, b in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])]
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    words += ["<start_of_text>", "<end_of_text>"]
     model = models.BPE(
         vocab={word: i for i, word in enumerate(words)}, merges=merges, end_of_word_suffix="</w>"
     )

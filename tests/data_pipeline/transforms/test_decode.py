@@ -109,6 +109,8 @@ def test_evaluation_takes_the_largest_centred_square_whatever_the_key() -> None:
     first, crop = decode(data, spec, 1, train=False)
     assert crop == (5, 0, 20, 20, 0)
     np.testing.assert_array_equal(first, decode(data, spec, 99, train=False)[0])
+    for key in range(5):  # also in training, unless the recipe asks for crops
+        assert decode(data, ImageSpec(10), key, train=True)[1] == crop
     whole = encode(pixels(1, 3, 10, 10))
     np.testing.assert_array_equal(decode(whole, ImageSpec(10), 3, train=True)[0], pixels(1, 3, 10, 10))
 

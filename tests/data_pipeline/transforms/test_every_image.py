@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from data_pipeline.errors import ContentError
 from data_pipeline.transforms.augment import choose_crop, draw_augmentations, stored_box
@@ -321,6 +321,12 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     decode(data, ImageSpec(8))
 
 
+def test_bytes_like_scans_do_not_count_in_a_jpeg_that_has_only_one() -> None:
+    data = encode(pixels(0, 0, 32, 32), "JPEG")
+    noted = data[:2] + b"\xff\xfe\2\2" + b"\xff\xda" * 256 + data[2:]  # in a comment of 512 bytes
+    np.testing.assert_array_equal(whole(noted, 32), whole(data, 32))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9000), (9000, 1), (2, 30_000), (7, 5)])
 def test_tiny_and_extreme_shapes(kind: str, shape: tuple[int, int]) -> None:
@@ -352,4 +358,6 @@ def test_versions_name_both_decoders() -> None:
     found = decoder_versions()
     assert found["simplejpeg"] == simplejpeg.__version__
     assert found["pillow"] == Image.__version__
+    assert found["pillow.jpg"] == features.version("jpg")
+    assert found["pillow.zlib"] == features.version("zlib")
     assert all(isinstance(value, str) and value for value in found.values())

@@ -200,6 +200,18 @@ def test_special_tokens_are_known_by_their_usual_names(tmp_path: Path, family: s
     assert ours.vocab_size == len(names)
 
 
+def test_special_tokens_may_be_added_behind_the_vocabulary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    assert (ours.start_id, ours.end_id, ours.pad_id, ours.vocab_size) == (2, 3, 4, 5)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
+    assert load_tokenizer(str(tmp_path)).end_id == 4
+
+
 def test_missing_start_and_pad_fall_back_to_end(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "gpt2-like")
     config = {"bos_token": None, "eos_token": "<|end|>", "pad_token": None}

@@ -227,6 +227,8 @@ def test_schemes() -> None:
     assert locate("open_clip://ViT-B-32/openai") == locate(" open_clip://ViT-B-32/openai ")
     with pytest.raises(UserError, match="unknown scheme ftp"):
         locate("ftp://x/y")
+    with pytest.raises(UserError, match="s3://: nothing follows ://"):
+        locate("s3://")
     with pytest.raises(UserError, match="empty address"):
         locate("")
 

@@ -195,6 +195,19 @@ def test_world_size_and_zero_stage_must_match_a_checkpoint(tmp_path: Path) -> No
         check_run_folder(saved, other, "masked", 2)
 
 
+@pytest.mark.parametrize("content", ["{", "", None])
+def test_a_checkpoint_that_does_not_say_its_ranks_is_left_to_the_loader(
+    tmp_path: Path, content: str | None
+) -> None:
+    loaded = recipe(tmp_path)
+    begin(tmp_path / "saved", loaded, checkpoint={"world_size": 2})
+    (state,) = (tmp_path / "saved").rglob("state.json")
+    state.unlink()
+    if content is not None:
+        state.write_text(content)
+    check_run_folder(tmp_path / "saved", loaded, "masked", 4)
+
+
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     begin(run, recipe(tmp_path))

@@ -56,6 +56,15 @@ def test_a_second_writer_fails_with_the_name_of_the_holder(tmp_path: Path) -> No
         FolderLock(folder, wait=0.1).release()
 
 
+def test_only_the_present_holder_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text(
+        "pid 4194304 on a-node-with-a-very-long-name.of-an-earlier-job.example.org"
+    )
+    lock = FolderLock(tmp_path)
+    assert (tmp_path / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+    lock.release()
+
+
 def test_a_second_writer_waits_for_a_holder_that_ends_in_time(tmp_path: Path) -> None:
     first = FolderLock(tmp_path)
     began = time.monotonic()
