@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from tests.support.launching import ROOT
+from tests.support.launching import ROOT, measured
 
 SRUN = Path(__file__).with_name("fake_srun.py")
 # Nodes n0, n1, ... have the addresses 127.0.0.1, 127.0.0.2, ..., which all belong to this machine.
@@ -75,6 +75,7 @@ class FakeSlurm:
         environ = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
+            **measured(),
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n[0-1]",
             **env,

@@ -41,6 +41,11 @@ stages:
 """
 
 
+def measured() -> dict[str, str]:
+    """Variables by which the mutation tool sees the lines that a process with a small environment runs."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("COVERAGE_", "MUTANTS_"))}
+
+
 def write_recipe(folder: Path) -> Path:
     """A recipe in `folder` with run folder `folder/run` and a source of eight pictures with captions."""
     (folder / "data").mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ import pytest
 from data_pipeline.errors import UserError
 from launch.job import Job
 from launch.ray import local_head, process
-from tests.support.launching import ROOT, alive, wait_for
+from tests.support.launching import ROOT, alive, measured, wait_for
 
 pytest.importorskip("ray")
 
@@ -53,7 +53,7 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(local_head.tempfile, "tempdir", str(tmp_path / "tmp"))
     fake = {"PYTHONPATH": f"{tmp_path / 'fake'}:{ROOT}", "RAY_CALLS": str(tmp_path), "RAY_DOES": "run"}
-    return {"PATH": os.environ["PATH"], **fake}
+    return {"PATH": os.environ["PATH"], **measured(), **fake}
 
 
 def call(tmp_path: Path) -> dict[str, Any]:
