@@ -46,6 +46,8 @@ ENVIRONMENT = {
 }  # fmt: skip
 # Seconds that a run may take beyond three times what its tests took when they were measured.
 START_SECONDS = 60
+# Seconds for the import of the test files, on a loaded machine.
+COLLECTION_SECONDS = 300
 PASSED = (0, 5)  # 5: no selected test is there
 
 
