@@ -56,9 +56,12 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # otherwise nanobind reports what is not freed at exit as leaks
 
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would then fail.
+# A shell starts background jobs with SIGINT ignored, nohup its command with SIGHUP, and children inherit that: tests of
+# Ctrl-C and of a closed terminal would then fail.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

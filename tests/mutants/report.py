@@ -25,14 +25,18 @@ class Equivalent:
     before: str
     after: str
     reason: str
+    function: str = ""  # needed where the lines before occur in several functions
 
 
 def read_equivalents(path: Path = EQUIVALENTS) -> list[Equivalent]:
-    """equivalents.yaml: reason -> file -> pairs of lines before and after; white space at the ends is ignored."""
+    """equivalents.yaml: reason -> file -> [lines before, lines after] or [before, after, function].
+
+    White space at the ends of lines is ignored.
+    """
     found = []
     for reason, files in (yaml.safe_load(path.read_text()) or {}).items():
         for name, pairs in files.items():
-            found += [Equivalent(name, _plain(before), _plain(after), reason) for before, after in pairs]
+            found += [Equivalent(name, _plain(a), _plain(b), reason, *function) for a, b, *function in pairs]
     return found
 
 
@@ -43,7 +47,10 @@ def _plain(text: str) -> str:
 def reason_of(mutant: Mutant, known: Sequence[Equivalent]) -> str | None:
     """Why a mutant is equivalent; None when it is not listed."""
     key = (mutant.path, _plain(mutant.before), _plain(mutant.after))
-    return next((one.reason for one in known if (one.path, one.before, one.after) == key), None)
+    for one in known:
+        if (one.path, one.before, one.after) == key and one.function in ("", mutant.function):
+            return one.reason
+    return None
 
 
 def line_of(number: int, total: int, result: Result) -> str:
