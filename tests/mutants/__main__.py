@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -54,14 +55,16 @@ def draw(options: argparse.Namespace) -> list[Mutant]:
 
 
 def _renewed(mutant: Mutant) -> Mutant:
-    """The same change of the present file, where its lines still exist once."""
+    """The same change of the present file, at the place nearest to the old one; the old file if the lines are gone."""
     text = (coverage_map.ROOT / mutant.path).read_text()
-    if text.count(mutant.before) != 1:
+    lines, before = text.splitlines(), mutant.before.splitlines()
+    places = [at for at in range(len(lines)) if lines[at : at + len(before)] == before]
+    if not before or not places:
         return mutant
-    line = text[: text.index(mutant.before)].count("\n") + 1
-    moved = line - mutant.line
-    changes = {"source": text.replace(mutant.before, mutant.after), "line": line}
-    return Mutant(**{**vars(mutant), **changes, "statement": mutant.statement + moved})
+    at = min(places, key=lambda place: abs(place + 1 - mutant.line))
+    source = "\n".join([*lines[:at], *mutant.after.splitlines(), *lines[at + len(before) :]]) + "\n"
+    moved = at + 1 - mutant.line
+    return dataclasses.replace(mutant, source=source, line=at + 1, statement=mutant.statement + moved)
 
 
 def measured_map(options: argparse.Namespace) -> CoverageMap:

@@ -220,7 +220,8 @@ class _Visitor(cst.CSTVisitor):
                 for changed in operator(node):
                     if strict is not None and not _keeps(changed, strict):
                         continue
-                    self.found.append(self._candidate(node, changed, name))
+                    suffix = " None" if _puts_none(node, changed) else ""
+                    self.found.append(self._candidate(node, changed, name + suffix))
         return True
 
     def visit_FunctionDef_params(self, node: cst.FunctionDef) -> None:
@@ -272,6 +273,11 @@ def _keeps(changed: cst.CSTNode, strict: cst.Arg) -> bool:
 def _called(node: cst.Call) -> str:
     function = node.func
     return function.attr.value if isinstance(function, cst.Attribute) else getattr(function, "value", "")
+
+
+def _puts_none(node: cst.CSTNode, changed: cst.CSTNode) -> bool:
+    """True if a value became None: most such mutants end in a TypeError that any test notices."""
+    return len(m.findall(changed, m.Name("None"))) > len(m.findall(node, m.Name("None")))
 
 
 def _is_prose(node: cst.BaseString) -> bool:

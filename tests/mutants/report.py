@@ -84,6 +84,12 @@ def summary(results: Sequence[Result], known: Sequence[Equivalent]) -> tuple[str
     killed, number = (sum(counts[k] for counts in by_group.values()) for k in (0, 1))
     score = killed / number if number else 1.0
     lines.append(f"{'all':16} {killed:7} {number:3}  {score:6.1%}")
+    harder = [
+        r for r in results if not r.mutant.operator.endswith(" None") and (r.is_killed or not reasons[id(r)])
+    ]
+    noticed = sum(result.is_killed for result in harder)
+    if len(harder) < number:
+        lines.append(f"{'without None':16} {noticed:7} {len(harder):3}  {noticed / max(1, len(harder)):6.1%}")
     timeouts = sum(result.status == "timeout" for result in results)
     if timeouts:
         lines.append(f"{timeouts} of the killed did not end in time")

@@ -63,6 +63,10 @@ def test_texts_annotations_and_symmetric_swaps_are_left_alone() -> None:
     assert {mutant.line for mutant in mutants if mutant.on_import} == {3, 6}
     assert not any("XX" in mutant.after or "(scale(low, 2), total)" in mutant.after for mutant in mutants)
     assert {mutant.function for mutant in mutants} == {"", "clip"}
+    assert {m.after.strip() for m in mutants if m.operator.endswith(" None") and m.line in (3, 8)} >= {
+        "LIMIT = None", "total = None", "total = sum(None) + low"
+    }  # fmt: skip
+    assert not any(m.operator.endswith(" None") for m in mutants if "None" not in m.after)
     for mutant in mutants:
         ast.parse(mutant.source)
         assert mutant.source != SOURCE
