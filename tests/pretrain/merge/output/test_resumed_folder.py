@@ -141,7 +141,7 @@ def test_space_that_the_unfinished_weights_occupy_is_not_asked_for_again(
 def test_what_is_on_the_disk_when_the_folder_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
-    """With `durable` everything, the names in both folders included; else all but the weights, which have digests."""
+    """With `durable` everything; else neither the weights, which have digests, nor the new name."""
     out = tmp_path / "out"
     events: list[str] = []
     real_sync, real_rename = os.fsync, os.rename
@@ -159,7 +159,9 @@ def test_what_is_on_the_disk_when_the_folder_appears(
     fill(out, end=True, durable=durable)
     partial = partial_of(out)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    files = {str(partial / name) for name in ("config.json", JOURNAL, ".lock")}
-    assert set(before) == files | ({str(partial / "model.safetensors"), str(partial)} if durable else set())
-    assert before[-1] == str(partial) or not durable  # the folder's names last
+    small = {str(partial / name) for name in ("config.json", JOURNAL, ".lock")}
+    weights = {str(partial / "model.safetensors")} if durable else set()
+    assert set(before) == {str(tmp_path), str(partial), *small, *weights}
+    assert before[0] == str(tmp_path)  # the name of the partial folder first, the names in it last
+    assert before[-1] == str(partial)
     assert after == ([str(tmp_path)] if durable else [])
