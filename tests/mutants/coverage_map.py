@@ -106,9 +106,10 @@ def _moved(lines: dict[int, int], before: str, after: str) -> dict[int, int]:
 
 
 def digest_of(test_file: str) -> str:
-    """Of a test file and the conftest.py files above it."""
+    """Of a test file and the conftest.py files between it and tests/, whose own has no data."""
     path = ROOT / test_file
-    parts = [path, *(folder / "conftest.py" for folder in path.parents if ROOT in (folder, *folder.parents))]
+    folders = itertools.takewhile(lambda folder: folder != ROOT / "tests", path.parents)
+    parts = [path, *(folder / "conftest.py" for folder in folders)]
     return xxhash.xxh3_64_hexdigest(b"\0".join(part.read_bytes() for part in parts if part.exists()))
 
 
