@@ -20,9 +20,7 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def job_signals_blocked() -> Iterator[None]:
-    """Block JOB_SIGNALS in this thread. A process that it starts in the block has them blocked for good, also while
-    Python starts.
-    """
+    """Block JOB_SIGNALS in this thread. A process started in the block never gets them, not even while it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         yield

@@ -25,7 +25,6 @@ def map_shards(
             yield function(*shard)
         return
     context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, context, initializer=exit_with_multiprocessing_parent) as pool:
         waiting: set[Future[Result]] = set()
         remaining = iter(shards)
@@ -42,7 +41,7 @@ def map_shards(
                 for future in finished:
                     yield future.result()
         except BaseException:  # also Ctrl-C: do not wait for scans that may take minutes
-            for process in set(multiprocessing.active_children()) - others:
+            for process in list((pool._processes or {}).values()):  # kill_workers() from Python 3.14 on
                 process.kill()
             raise
         finally:

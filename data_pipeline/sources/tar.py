@@ -287,8 +287,7 @@ def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Ite
             elif kind == b"g":
                 _check_global(_pax_records(data[content : content + size], where), where)
             extended = extended or kind != b"g"
-            if not extended:
-                first = position
+            first = first if extended else position
         elif kind == b"S":
             raise _sparse(where)
         else:

@@ -238,9 +238,8 @@ def _read_with_retries(partial: _PartialRead) -> _PartialRead:
         except OSError as error:
             _raise_if_final(partial.url, error)
             requests.failures += 1
-            if (
-                partial.is_complete
-            ):  # the connection failed after the last byte; a range of no bytes is an error
+            # The connection failed after the last byte. Another try would ask for no bytes, which stores refuse.
+            if partial.is_complete:
                 return partial
             if tries == policy.tries:
                 raise ReadError(

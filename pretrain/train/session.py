@@ -75,11 +75,13 @@ class Session:
         setup.check_stage(context, objective, builders, plan.total, start)
         # 3. Weights: `init` or frozen tensors into the module, then the checkpoint through the engine.
         setup.load_weights(context, objective, start)
-        frozen = objective.frozen()  # before the engine: ZeRO-3 leaves tensors without elements
+        # Before the engine: ZeRO-3 leaves tensors without elements. Rank 0 writes them.
+        frozen = objective.frozen() if runtime.rank == 0 else {}
         engine = setup.open_engine(context, objective, start)
         # 4. Run folder: the first files that are written.
         if runtime.rank == 0:
             setup.prepare_folder(context, objective, frozen, description, start, plan.total, accepted)
+        del frozen  # whole tensors, of which ZeRO-3 keeps a part per rank during the training
         # 5. Evaluation and loader. After the barrier, the files of the run folder exist on every rank.
         evaluate = setup.make_evaluation(context, objective, engine)
         loader = setup.open_loader(context, builders)

@@ -30,6 +30,7 @@ def run(world: int, module: str, function: str, folder: Path) -> list[Any]:
         ],
         seconds=120,
     )
+    # Pickles of the processes that this call has started.
     return [pickle.loads((folder / f"rank_{rank}.pickle").read_bytes()) for rank in range(world)]
 
 

@@ -175,4 +175,5 @@ def stage_0_groups(model: Mapping[str, Any], trained: Container[str]) -> list[Sh
 
 
 def load(path: Path) -> Any:
+    """A file of a checkpoint that the test has made; DeepSpeed pickles objects that `weights_only` refuses."""
     return torch.load(path, map_location="cpu", weights_only=False)
