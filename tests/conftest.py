@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
+SET_BY_PYTEST = {"PYTEST_CURRENT_TEST"}
 MISSING = "in CI an integration test must run, and this one was skipped"
 # Files that train (tests/support/forks.py), or that start a Ray or Slurm cluster: one parallel worker runs all files of
 # a group. Its fork server imports torch once, and two clusters do not starve each other on two cores.
@@ -62,6 +64,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def process_state() -> dict[str, object]:
+    """What a test file may change in the process that runs it, and later files depend on."""
+    umask = os.umask(0)
+    os.umask(umask)
+    numbers = set(signal.Signals) - {signal.SIGALRM}  # pytest-timeout's
+    handlers = {number.name: signal.getsignal(number) for number in numbers}
+    environ = {f"environ[{name}]": value for name, value in os.environ.items() if name not in SET_BY_PYTEST}
+    return {"umask": umask, "folder": os.getcwd(), "sys.path": [*sys.path], **handlers, **environ}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """A file that leaves a signal handler, a variable or a folder behind fails, not the file that runs after it."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {
+        name: (before.get(name), after.get(name))
+        for name in {*before, *after}
+        if before.get(name) != after.get(name)
+    }
+    assert not changed, f"the tests of this file left the process changed (before, after): {changed}"
 
 
 @pytest.fixture(scope="session")

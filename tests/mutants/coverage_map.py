@@ -134,7 +134,9 @@ def measure(found: CoverageMap, test_files: Sequence[str], workers: int) -> Cove
         (folder / "coveragerc").write_text(config_text(ROOT, folder))
         arguments = ["-q", "-p", "tests.mutants.coverage_plugin", "-p", "no:cacheprovider", "--timeout=900"]
         arguments += ["-n", str(workers), "--dist", "loadscope", "--no-loadscope-reorder"]
-        environment = {**os.environ, FOLDER: str(folder), "HF_HUB_OFFLINE": "1"}
+        # periodic_save must be importable in every process.
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        environment = {**os.environ, FOLDER: str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         subprocess.run([sys.executable, "-m", "pytest", *arguments, *test_files], cwd=ROOT, env=environment)
         measured = dict(_read_tests(folder))
         _forget(found, set(test_files))

@@ -26,7 +26,8 @@ def config_text(root: Path, folder: Path) -> str:
     sources = "".join(f"    {root / package}\n" for package in PACKAGES)
     return (
         f"[run]\nparallel = true\ndata_file = {folder / 'data'}\ncontext = ${{{CONTEXT}}}\n"
-        f"patch =\n    fork\n    _exit\ndisable_warnings = no-data-collected,module-not-measured\n"
+        f"patch =\n    fork\n    _exit\nplugins = tests.mutants.periodic_save\n"
+        f"disable_warnings = no-data-collected,module-not-measured\n"
         f"source =\n{sources}"
     )
 

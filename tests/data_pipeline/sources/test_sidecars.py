@@ -197,6 +197,11 @@ def test_an_impossible_count_is_ignored(root: Path) -> None:
     wids(root, nsamples=10**9)
     with pytest.warns(UserWarning, match=r"0\.tar: an index file says 1000000000 samples"):
         assert open_source("a", str(root)).counts.tolist() == counts(root)
+    (root / "train.json").unlink()
+    for shard in range(SHARDS):
+        energon(root / f"{shard}.tar", list(range(1001)))
+    with pytest.warns(UserWarning, match=r"0\.tar: an index file says 1000 samples"):
+        assert open_source("a", str(root)).counts.tolist() == counts(root)
 
 
 def test_a_wrong_wids_count_is_an_error(root: Path) -> None:

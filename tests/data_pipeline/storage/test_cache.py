@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -406,19 +407,40 @@ def test_machines_that_share_the_folder_keep_each_others_files(tmp_path: Path) -
     assert whole(ours, part(0)) == content(part(0))
 
 
-def test_old_unfinished_and_unused_files_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("offsets-0", 30 * 24 * 60), (".offsets-1.7.ab.tmp", 60), ("warming-2", 60), ("a.part", 60)],
+)
+def test_unfinished_files_are_kept_for_an_hour_and_unused_offsets_for_thirty_days(
+    tmp_path: Path, name: str, limit: int
+) -> None:
     cache = Cache(settings(tmp_path))
     put(cache, part(0))
-    names = {"offsets-0", ".offsets-1.7.ab.tmp", "warming-2"}
-    for old in (False, True):
-        for name in names:
-            path = tmp_path / "cache" / name
-            path.write_bytes(b"")
-            if old:
-                os.utime(path, (0, 0))
+    path = tmp_path / "cache" / name
+    for minutes, is_kept in ((0, True), (limit - 1, True), (limit + 1, False)):
+        path.write_bytes(b"")
+        written = time.time() - 60 * minutes
+        os.utime(path, (written, written))
         cache.sweep()
-        assert {path.name for path in (tmp_path / "cache").iterdir()} & names == (set() if old else names)
+        assert path.exists() == is_kept
     assert whole(cache, part(0)) == content(part(0))
+
+
+def test_ranges_are_kept_where_the_kernel_does_not_tell_the_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_text = Path.read_text
+
+    def without_boot_id(path: Path, *arguments: Any) -> str:
+        if path.name == "boot_id":
+            raise PermissionError
+        return read_text(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", without_boot_id)
+    put(Cache(settings(tmp_path)), part(0))
+    assert whole(Cache(settings(tmp_path)), part(0)) == content(part(0))
+    monkeypatch.undo()
+    assert whole(Cache(settings(tmp_path)), part(0)) is None
 
 
 def test_a_limit_of_zero_keeps_nothing(tmp_path: Path) -> None:

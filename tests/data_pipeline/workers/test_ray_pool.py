@@ -66,6 +66,7 @@ def running() -> Iterator[Any]:
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # replaced by each node that starts in this process
     cluster = Cluster()
     try:
         add_node(cluster, **head)
@@ -77,6 +78,7 @@ def running() -> Iterator[Any]:
         ray.shutdown()
         cluster.shutdown()
         patch.undo()
+        signal.signal(signal.SIGTERM, on_sigterm)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -108,6 +108,8 @@ def test_a_long_list_of_differences_is_cut_short() -> None:
     text = refusal(model, state)
     assert text.count(" in the weights") == 20
     assert "... and 20 more" in text
+    exactly_listed = nn.ModuleDict({f"m{n}": nn.Linear(2, 2) for n in range(10)})
+    assert " more" not in refusal(exactly_listed, {name: state[name] for name in exactly_listed.state_dict()})
 
 
 def many_types() -> dict[str, Tensor]:
