@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
 SET_BY_PLUGINS = {"PYTEST_CURRENT_TEST", "MUTANTS_CONTEXT"}
+# Variables of other names may appear: libraries set theirs when they are imported.
+OURS = ("AWS_", "DROMOS_", "HF_", "LOCAL_", "MASTER_", "RANK", "RAY_", "SLURM_", "WORLD_")
 MISSING = "in CI an integration test must run, and this one was skipped"
 # Files that train (tests/support/forks.py), or that start a Ray or Slurm cluster: one parallel worker runs all files of
 # a group. Its fork server imports torch once, and two clusters do not starve each other on two cores.
@@ -86,6 +88,7 @@ def unchanged_process() -> Iterator[None]:
         name: (before.get(name), after.get(name))
         for name in {*before, *after}
         if before.get(name) != after.get(name)
+        and (name in before or name.startswith(tuple(f"environ[{start}" for start in OURS)))
     }
     assert not changed, f"the tests of this file left the process changed (before, after): {changed}"
 
