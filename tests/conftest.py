@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
-SET_BY_PLUGINS = {"PYTEST_CURRENT_TEST", "MUTANTS_CONTEXT"}
+SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "MUTANTS_CONTEXT", "RAY_CLIENT_MODE"}
 # Variables of other names may appear: libraries set theirs when they are imported.
 OURS = ("AWS_", "DROMOS_", "HF_", "LOCAL_", "MASTER_", "RANK", "RAY_", "SLURM_", "WORLD_")
 MISSING = "in CI an integration test must run, and this one was skipped"
@@ -74,8 +73,8 @@ def process_state() -> dict[str, object]:
     os.umask(umask)
     numbers = set(signal.Signals) - {signal.SIGALRM}  # pytest-timeout's
     handlers = {number.name: signal.getsignal(number) for number in numbers}
-    environ = {f"environ[{name}]": value for name, value in os.environ.items() if name not in SET_BY_PLUGINS}
-    return {"umask": umask, "folder": os.getcwd(), "sys.path": [*sys.path], **handlers, **environ}
+    environ = {f"environ[{name}]": value for name, value in os.environ.items() if name not in SET_BY_OTHERS}
+    return {"umask": umask, "folder": os.getcwd(), **handlers, **environ}
 
 
 @pytest.fixture(scope="module", autouse=True)
