@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -16,9 +16,13 @@ from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import ImageSpec
 from pretrain.recipe.data import Stream
+from pretrain.recipe.kinds.contrastive import ContrastiveOptions
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 from pretrain.report.page import Card, Picture, data_uri, show_only_patches
+
+if TYPE_CHECKING:
+    from pretrain.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def masked_cards(stage_dir: Path, count: int = 2) -> MaskedSamples:
     finally:
         builder.close()
     assert tokenizer is not None
-    patches, ratio = (image.size // patch) ** 2, stage.objective.image_mask
+    patches, ratio = (image.size // patch) ** 2, stage.options(ContrastiveOptions).image_mask
     keys = torch.from_numpy(np.concatenate([batch.row_keys for batch in batches]).view(np.int64))
     keep = keep_patches(keys, patches, ratio)
     cards = []
@@ -158,18 +162,17 @@ def caption_cards(run_dir: Path, stages: Sequence[str], count: int = 6) -> tuple
     return cards, missing
 
 
-def write_captions(objective: Any, stage: TrainStage, batch: Batch, stream: str) -> list[str]:
+def write_captions(objective: Objective, stage: TrainStage, batch: Batch, stream: str) -> list[str]:
     """Generate a caption for each image of the batch by greedy decoding, on the CPU."""
     import torch
 
     from pretrain.build.tokenizer import stage_tokenizer
-    from pretrain.models.multimodal import greedy_captions
     from pretrain.objectives.device_batch import to_device
 
     settings = stage.data[stream]
     assert settings.text is not None
     tokenizer = stage_tokenizer(stage)
-    features = objective.features(to_device(batch, settings.image, torch.device("cpu")))
+    rows = to_device(batch, settings.image, torch.device("cpu"))
     max_tokens = settings.text.length - 2
-    ids = greedy_captions(objective.model, tokenizer.start_id, tokenizer.end_id, features, max_tokens)
+    ids = objective.predict["generate"](rows, tokenizer.start_id, tokenizer.end_id, max_tokens)
     return [tokenizer.decode(row) for row in ids]

@@ -1,7 +1,7 @@
 """Builds the vision encoder of a language model from `model.vision` of a recipe.
 
 An encoder is what the recipe calls a (vision) tower. `ENCODERS` has one function per kind of weights address; the
-modules are in pretrain/models/encoders/. A new architecture also changes `rebuild_encoder` and `Sphinx.frozen`.
+modules are in pretrain/models/encoders/. A new architecture also changes `rebuild_encoder` and `Generative.frozen`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.recipe.lengths import main_stream
-from pretrain.recipe.schema import Vision
+from pretrain.recipe.model import Vision
 from pretrain.run.address import Located, locate
 
 

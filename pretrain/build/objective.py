@@ -23,8 +23,8 @@ from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.models.multimodal import Multimodal, new_llm
 from pretrain.objectives.base import Objective
-from pretrain.objectives.flip import Flip
-from pretrain.objectives.sphinx import Sphinx
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.generative import Generative
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
@@ -74,25 +74,25 @@ def seed_weights(seed: int, name: str) -> None:
     torch.manual_seed(key64(f"{seed}/{name}/weights") & ((1 << 63) - 1))
 
 
-def build_flip(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
-    """FLIP: both towers are trained, so there is no frozen tower to describe."""
+def build_contrastive(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
+    """Image and text tower; both are trained, so there is no frozen tower to describe."""
     # Imported here, because importing open_clip takes seconds, and stages without images do not need it.
     from pretrain.models.clip import Clip, clip_config
 
     stage = context.stage
     stream = stage.data[main_stream(stage)]
     if stream.image is None or stream.text is None:
-        raise UserError(f"data.{main_stream(stage)}: the flip objective needs image and text settings")
+        raise UserError(f"data.{main_stream(stage)}: the contrastive objective needs image and text settings")
     config = clip_config(stage.model, stream.image, stream.text, context.tokenizer)
-    return Flip(Clip(config), stage), {}
+    return Contrastive(Clip(config), stage), {}
 
 
-def build_sphinx(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
-    """SPHINX: a language model, with a frozen tower if the recipe has model.vision."""
+def build_generative(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
+    """A language model, with a frozen tower if the recipe has model.vision."""
     stage, tokenizer = context.stage, context.tokenizer
     llm = stage.model.llm
     if llm is None or llm.config is None:
-        raise UserError("model.llm.config is missing: the sphinx objective needs a language model")
+        raise UserError("model.llm.config is missing: the generative objective needs a language model")
     special_tokens = {
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.end_id,
@@ -108,12 +108,12 @@ def build_sphinx(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
         new_llm(llm.config, tokenizer.vocab_size, special_tokens), tower.width if tower else None
     )
     refuse_dropout(model.llm.config.to_dict())
-    return Sphinx(model, tower, stage), description
+    return Generative(model, tower, stage), description
 
 
 BUILDERS: dict[str, Callable[[BuildContext], tuple[Objective, dict[str, Any]]]] = {
-    "flip": build_flip,
-    "sphinx": build_sphinx,
+    "contrastive": build_contrastive,
+    "generative": build_generative,
 }
 
 
@@ -126,11 +126,10 @@ def freeze(objective: Objective, part: str) -> None:
             parameter.requires_grad_(False)
 
 
-def load_trained(address: str, run_dir: Path | None = None) -> tuple[Any, TrainStage]:
+def load_trained(address: str, run_dir: Path | None = None) -> tuple[Objective, TrainStage]:
     """The objective at an address with its trained weights, on the CPU in eval mode, and the stage that trained it.
 
-    For evaluation and export, which use attributes of the concrete objective: hence `Any`. Raises UserError when the
-    address is not a stage of a run.
+    Raises UserError when the address is not a stage of a run.
     """
     located = locate(address, run_dir)
     if located.stage_dir is None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from data_pipeline.errors import UserError
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import model_stage
+from pretrain.run.identity import read_record
 
 
 def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
@@ -23,5 +22,6 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
             f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or an input of its merge does not "
             "come from a Dromos run"
         )
-    record = yaml.safe_load((folder / "resolved.yaml").read_text())
+    record = read_record(folder)
+    assert record is not None, "model_stage found its resolved.yaml"
     return record["name"], TrainStage.model_validate(record["stage"])

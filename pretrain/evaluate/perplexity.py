@@ -2,48 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 
 from data_pipeline.batches.evaluation_pass import EvaluationPass
-from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.batches.spec import StreamSpec
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
-from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out, shuffled_images
+from pretrain.evaluate.measure import Context
 from pretrain.losses.normalisation import count_targets
-from pretrain.objectives.base import Forward
-from pretrain.objectives.sphinx import Sphinx
 from pretrain.recipe.data import Stream
-from pretrain.recipe.schema import Perplexity
+from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage
 
 
-def token_nll(
-    objective: Sphinx,
-    forward: Forward,
-    task: Perplexity,
-    stream: Stream | None,
-    batch: int,
-    runtime: Runtime,
-    shuffle: bool = False,
-    cache: CacheSettings | None = None,
-) -> float:
-    """Mean NLL per token over all ranks, in nats. Collective.
+@dataclass(frozen=True)
+class PerplexityMeasure:
+    """NLL per token of text, or of captions after their images.
 
-    `stream` has the image and text settings; None: packed text. `batch`: rows over all ranks. `shuffle` gives every
-    caption the image of another sample, which measures how much of the caption the text alone predicts.
+    shuffle: give every caption the image of another sample, which measures how much of the caption the text alone
+    predicts; only tasks with images, and only on request
     """
-    spec = evaluation_spec("held_out", task, stream, batch)
+
+    shuffle: bool = False
+    needs = ("nll",)
+
+    @property
+    def on_request(self) -> bool:
+        return self.shuffle
+
+    def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, Perplexity]:
+        """All but those of a stream that the stage does not have."""
+        return {
+            name: task
+            for name, task in evaluation.perplexity.items()
+            if (task.stream in stage.data if task.stream is not None else not self.shuffle)
+        }
+
+    def spec(self, task: Perplexity, stage: TrainStage, batch: int) -> StreamSpec:
+        return evaluation_spec("held_out", task, _stream(task, stage), batch)
+
+    def run(self, context: Context, task: Perplexity) -> float:
+        return token_nll(context, task, self.spec(task, context.stage, context.batch), self.shuffle)
+
+    def scalars(self, result: float) -> dict[str, float]:
+        return {"nll": result}
+
+
+def _stream(task: Perplexity, stage: TrainStage) -> Stream | None:
+    """The stream whose image and text settings apply; None for packed text."""
+    return stage.data[task.stream] if task.stream is not None else None
+
+
+def token_nll(context: Context, task: Perplexity, spec: StreamSpec, shuffle: bool = False) -> float:
+    """Mean NLL per token over all ranks, in nats. Collective."""
+    stream, runtime = _stream(task, context.stage), context.runtime
     image = stream.image if stream is not None else None
+    nll_of = context.predict["nll"]
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as evaluation_pass:
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=context.cache)) as evaluation_pass:
         for rows, host_batch in rank_slices(evaluation_pass, spec, image, runtime):
             inputs = shuffled_images(rows) if shuffle else rows
-            nll = objective.token_nll(forward, inputs)
+            nll = nll_of(context.forward, inputs)
             total[0] += (nll.double() * (rows.weights > 0)).sum()
             total[1] += count_targets(host_batch)
             total[2] += count_unusable(host_batch)
     nats, tokens, left_out = all_sum(total).tolist()
     report_left_out(task.path, tokens, left_out, runtime)
-    return nats / tokens
+    return float(nats / tokens)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,56 +14,72 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batches.evaluation_pass import EvaluationPass
+from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
-from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
-from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out
-from pretrain.objectives.base import Forward
-from pretrain.recipe.data import Stream
-from pretrain.recipe.schema import ZeroShot
+from pretrain.evaluate.measure import Context
+from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.schema import Evaluation, TrainStage, ZeroShot
+
+
+@dataclass(frozen=True)
+class ZeroShotMeasure:
+    """Zero-shot classification with the image and text settings of the stage's main stream."""
+
+    needs = ("embed",)
+    on_request = False
+
+    def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, ZeroShot]:
+        return evaluation.zero_shot
+
+    def spec(self, task: ZeroShot, stage: TrainStage, batch: int) -> StreamSpec:
+        return evaluation_spec("held_out", task, stage.data[main_stream(stage)], batch)
+
+    def run(self, context: Context, task: ZeroShot) -> dict[str, Any]:
+        return classify(context, task, self.spec(task, context.stage, context.batch))
+
+    def scalars(self, result: dict[str, Any]) -> dict[str, float]:
+        return {"top1": result["top1"]}
 
 
 def classifier(
-    forward: Forward, task: ZeroShot, tokenizer: Tokenizer, length: int, device: torch.device
+    embed: Callable[..., dict[str, Tensor]],
+    task: ZeroShot,
+    tokenizer: Tokenizer,
+    length: int,
+    device: torch.device,
 ) -> Tensor:
-    """Class weights, fp32 `[classes, embed]`: the normalised mean of the normalised features of a class's prompts."""
+    """Class weights, fp32 `[classes, width]`: the normalised mean of the normalised features of a class's prompts."""
     weights = []
     for name in task.classes.values():
         prompts = [
             caption_row(tokenizer, template.replace("{}", name), length)[0] for template in task.templates
         ]
-        features = forward(tokens=torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device))["text"]
+        features = embed(tokens=torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device))["text"]
         weights.append(F.normalize(features.float().mean(dim=0), dim=0))
     return torch.stack(weights)
 
 
-def classify(
-    forward: Forward,
-    task: ZeroShot,
-    stream: Stream,
-    tokenizer: Tokenizer,
-    batch: int,
-    runtime: Runtime,
-    cache: CacheSettings | None = None,
-) -> dict[str, Any]:
+def classify(context: Context, task: ZeroShot, spec: StreamSpec) -> dict[str, Any]:
     """Classify a held-out source: `{"top1", "samples", "classes", "confusion"}`. Collective.
 
-    top1: fraction of correct samples; classes: names; confusion: `[true][predicted]` counts. `stream` has the image
-    and text settings; `batch`: rows over all ranks. Raises UserError for a label that is not in `task.classes`.
+    top1: fraction of correct samples; classes: names; confusion: `[true][predicted]` counts. Raises UserError for a
+    label that is not in `task.classes`.
     """
+    runtime, stream = context.runtime, context.stage.data[main_stream(context.stage)]
     assert stream.text is not None
-    spec = evaluation_spec("held_out", task, stream, batch)
+    embed = partial(context.predict["embed"], context.forward)
     labels = {label: number for number, label in enumerate(task.classes)}
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=cache)) as evaluation_pass:
-        weights = classifier(forward, task, tokenizer, stream.text.length, runtime.device)
+    with torch.no_grad(), closing(EvaluationPass(spec, cache=context.cache)) as evaluation_pass:
+        weights = classifier(embed, task, context.tokenizer, stream.text.length, runtime.device)
         for rows, host_batch in rank_slices(evaluation_pass, spec, stream.image, runtime):
             left_out += count_unusable(host_batch)
-            predicted = (forward(images=rows.images)["image"].float() @ weights.T).argmax(dim=1)
+            predicted = (embed(images=rows.images)["image"].float() @ weights.T).argmax(dim=1)
             for row, choice in enumerate(predicted.tolist()):
                 if host_batch.weights[row] == 0:
                     continue

@@ -1,4 +1,4 @@
-"""Writes a FLIP model as a folder that open_clip loads."""
+"""Writes a contrastive model as a folder that open_clip loads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pretrain.build.module_weights import save_tensors
 from pretrain.build.tokenizer import stage_tokenizer, tokenizer_name
 from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.models.clip import clip_config, open_clip_config
-from pretrain.objectives.flip import Flip
+from pretrain.objectives.base import Objective
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 
 
-def write_open_clip(objective: Flip, stage: TrainStage, folder: Path) -> None:
+def write_open_clip(objective: Objective, stage: TrainStage, folder: Path) -> None:
     """Write open_clip_config.json, open_clip_model.safetensors and tokenizer files into `folder`."""
     stream = stage.data[main_stream(stage)]
     assert stream.image is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -9,9 +10,14 @@ from data_pipeline.storage.atomic_folder import new_folder
 from pretrain.build.objective import load_trained
 from pretrain.export.open_clip import write_open_clip
 from pretrain.export.transformers import write_transformers
-from pretrain.objectives.flip import Flip
+from pretrain.objectives.base import Objective
+from pretrain.recipe.schema import TrainStage
 
-FORMATS = ("open_clip", "transformers")
+# `--format` -> function that writes the folder. `Objective.exports` names those that fit its model.
+FORMATS: dict[str, Callable[[Objective, TrainStage, Path], None]] = {
+    "open_clip": write_open_clip,
+    "transformers": write_transformers,
+}
 
 
 def export(address: str, format: str, out: str | Path) -> Path:
@@ -28,11 +34,10 @@ def export(address: str, format: str, out: str | Path) -> Path:
     if target.exists():
         raise UserError(f"{target} already exists: choose another --out, or remove it")
     objective, stage = load_trained(address)
-    flip = isinstance(objective, Flip)
-    if flip != (format == "open_clip"):
-        valid = FORMATS[0] if flip else FORMATS[1]
-        raise UserError(f"{address} holds a {stage.objective.kind} model: use --format {valid}")
-    write = write_open_clip if flip else write_transformers
+    if format not in objective.exports:
+        valid = " or ".join(f"--format {name}" for name in objective.exports)
+        use = f"use {valid}" if valid else "no format fits it"
+        raise UserError(f"{address} holds a {stage.objective.kind} model: {use}")
     with new_folder(target, needed=0) as partial:
-        write(objective, stage, partial)
+        FORMATS[format](objective, stage, partial)
     return target

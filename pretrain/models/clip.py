@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.recipe.data import Image, Text
-from pretrain.recipe.schema import Model, Vision
+from pretrain.recipe.model import Model, Vision
 
 MAX_SCALE = 100.0  # upper limit of the logit scale in the forward, as in FLIP and CLIP
 
@@ -113,7 +113,9 @@ def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
 def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
     """open_clip's `model_cfg` of a recipe's `model` section."""
     if not model.vision or len(model.vision) != 1 or model.text is None:
-        raise UserError("model: the flip objective needs one vision tower and `text: {width, heads, layers}`")
+        raise UserError(
+            "model: the contrastive objective needs one vision tower and `text: {width, heads, layers}`"
+        )
     tower, text_tower = model.vision[0], model.text
     embed = model.embed
     if embed is None and tower.arch:

@@ -1,1 +1,1 @@
-"""Training objectives: base.py defines the interface; flip.py and sphinx.py implement it."""
+"""Training objectives: base.py defines the interface; contrastive.py and generative.py implement it."""

@@ -129,8 +129,7 @@ def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> li
         mistakes = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
         return [Problem(name, key, text) for key, text in mistakes]
     mistakes = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
-    if stage.objective.kind in KINDS:
-        mistakes += [*_check_streams(stage), *KINDS[stage.objective.kind](stage)]
+    mistakes += [*_check_streams(stage), *KINDS[stage.objective.kind].check(stage)]
     return [Problem(name, key, text) for key, text in mistakes]
 
 
@@ -182,12 +181,6 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
                     (*at, "image", "size"),
                     f"{stream.image.size} is not a multiple of the patch size ({patches[0]} pixels)",
                 )
-    for name in stage.objective.weights or {}:
-        if name not in stage.data:
-            yield (
-                ("objective", "weights", name),
-                f"is not a stream of this stage{did_you_mean(name, stage.data)}",
-            )
 
 
 def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
@@ -207,10 +200,11 @@ def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     evaluation = stage.eval
     if evaluation.every is not None and evaluation.every.value == 0:
         yield ("eval", "every"), "must be longer than 0; leave it out to evaluate at the end only"
-    if evaluation.zero_shot and stage.objective.kind != "flip":
+    if evaluation.zero_shot and "embed" not in KINDS[stage.objective.kind].predicts:
+        kinds = ", ".join(kind for kind, spec in KINDS.items() if "embed" in spec.predicts)
         yield (
             ("eval", "zero_shot"),
-            "needs an image tower and a text tower, which only objective.kind: flip has",
+            f"needs an image tower and a text tower, as objective.kind: {kinds} has",
         )
 
 
@@ -232,10 +226,7 @@ def nearest_divisors(number: int, near: int) -> list[int]:
 
 
 def world_size_check(stage: TrainStage, world_size: int) -> None:
-    """Check that `world_size` ranks share every batch evenly and that flip's rows fit into one micro-batch.
-
-    Raises UserError that names the nearest batch and the nearest number of ranks.
-    """
+    """Raise UserError unless `world_size` ranks share every batch evenly; it names the nearest batch and ranks."""
     for name, stream in stage.data.items():
         for first, batch in zip(stream.batches.first, stream.batches.rows, strict=True):
             problem = uneven_batch(batch, world_size)
@@ -246,12 +237,3 @@ def world_size_check(stage: TrainStage, world_size: int) -> None:
                     f"{key}: {problem} ({key}={nearest_batches(batch, world_size)[0]}); "
                     f"nearest number of ranks: {ranks}"
                 )
-        batch = stream.batches.largest
-        rows = batch // world_size
-        micro = stage.train.micro_batch
-        if stage.objective.kind == "flip" and micro is not None and micro < rows:
-            raise UserError(
-                f"train.micro_batch: {micro} is smaller than the {rows} rows per rank of {name}; "
-                "the contrastive loss needs all rows at once until feature caching is available: "
-                f"leave train.micro_batch out, or use at least {-(-batch // micro)} ranks"
-            )

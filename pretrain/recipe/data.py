@@ -94,6 +94,10 @@ class Captions(Strict):
 class Text(Strict):
     """From a caption to a row of tokens."""
 
+    format: Literal["caption", "dialogue", "prefix_suffix"] = "caption"
+    """How a sample becomes tokens; only caption is available yet. Default: caption."""
+    template: str | None = None
+    """Conversation template of a dialogue, for example vicuna (not available yet). Default: none."""
     tokenizer: str = "clip-bpe"
     """`clip-bpe`, or the path of a tokenizer.json or of the folder that holds it. Default: clip-bpe."""
     length: int = Field(32, gt=2)

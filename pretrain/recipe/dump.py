@@ -9,6 +9,9 @@ import yaml
 from pretrain.recipe.load import select_stages
 from pretrain.recipe.schema import Recipe
 
+# Version of the recipe in resolved.yaml. 1: kinds flip and sphinx. 2: kinds contrastive and generative.
+SCHEMA = 2
+
 
 def as_plain(recipe: Recipe, stage: str | None = None) -> dict[str, Any]:
     """The resolved recipe as plain data, which is itself a valid recipe; `stage` keeps only that stage."""
@@ -20,9 +23,9 @@ def as_plain(recipe: Recipe, stage: str | None = None) -> dict[str, Any]:
 
 
 def stage_record(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The content of a stage's resolved.yaml: `name`, `run` and `stage`."""
+    """The content of a stage's resolved.yaml: `schema`, `name`, `run` and `stage`."""
     plain = as_plain(recipe, stage)
-    return {"name": stage, "run": plain["run"], "stage": plain["stages"][stage]}
+    return {"schema": SCHEMA, "name": stage, "run": plain["run"], "stage": plain["stages"][stage]}
 
 
 def dump(recipe: Recipe) -> str:

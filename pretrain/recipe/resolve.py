@@ -1,6 +1,7 @@
 """Resolves a recipe: stages over defaults, KEY=VALUE overrides over stages; remembers which override set a key.
 
-Maps merge, lists and scalars replace, null removes. The result is still untyped; load.py validates it.
+Maps merge, lists and scalars replace, null removes; another `objective.kind` removes the old kind's keys. The result
+is still untyped; load.py validates it.
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ def apply_override(draft: Draft, override: Override, selected: Sequence[str], st
 def merge_maps(base: dict[str, Any], over: dict[str, Any], at: Key = ()) -> dict[str, Any]:
     """A copy of `base` overlaid with `over`: maps merge, lists and scalars replace, null removes."""
     result = dict(base)
+    if at == ("objective",) and over.get("kind") not in (None, base.get("kind")):
+        result = {}  # the keys of another kind mean nothing here
     remove_alternatives(result, over, at)
     for key, value in over.items():
         old = result.get(key)

@@ -6,12 +6,15 @@ An address names weights: a stage, RUN/STAGE[@STEP], a path, s3://, hf:// or ope
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from pretrain.recipe.data import Stream, parse_source
 from pretrain.recipe.fields import Count, Duration, Length, Strict
+from pretrain.recipe.kinds.base import ObjectiveOptions, Options
+from pretrain.recipe.kinds.parse import parse_objective
+from pretrain.recipe.model import Model
 
 
 class Run(Strict):
@@ -25,123 +28,6 @@ class Run(Strict):
     """Seed of sample order, crops, masks and initial weights. Default: 0."""
     accept_change: bool = False
     """Resume although the data, the shares of its sources or the batch changed. Default: false."""
-
-
-class Vision(Strict):
-    """A vision tower: a new one from width, layers and patch (or `arch`), or a trained one from `init`."""
-
-    arch: str | None = None
-    """open_clip://ARCH: take the tower's shape from open_clip; other keys change it. Default: none."""
-    init: str | None = None
-    """Address of a trained stage, for example flip/tuned; required in sphinx. Default: new weights.
-
-    Not available yet: any address in flip, and in sphinx open_clip://ARCH/TAG and other URLs.
-    """
-    join: Literal["channel", "sequence"] = "channel"
-    """How several towers (not available yet) are joined. Default: channel.
-
-    channel: features are concatenated; sequence: tokens are concatenated (not available yet).
-    """
-    part: str | None = None
-    """Part of the checkpoint to use as tower, for example qformer (not available yet).
-
-    Default: the checkpoint's vision tower.
-    """
-    width: int | None = Field(None, gt=0)
-    """Width of a token inside the tower. Required without `arch` and `init`."""
-    layers: int | None = Field(None, gt=0)
-    """Number of transformer layers. Required without `arch` and `init`."""
-    head_width: int = Field(64, gt=0)
-    """Width of one attention head; the tower has width / head_width heads. Ignored with `arch`. Default: 64."""
-    patch: int | None = Field(None, gt=0)
-    """Height and width of a patch, in pixels. Required without `arch` and `init`."""
-    mlp_ratio: float = 4.0
-    """Width of a layer's MLP divided by `width`. Ignored with `arch`. Default: 4."""
-    positions: Literal["learnable", "sincos"] = "learnable"
-    """Position embeddings: learned, or fixed 2-D sine and cosine. Default: learnable."""
-    pool: Literal["tok", "avg"] = "tok"
-    """Image feature: the class token, or the mean over the patch tokens. Default: tok."""
-
-
-class TextTower(Strict):
-    """The text tower of a contrastive model."""
-
-    width: int = 512
-    """Width of a token inside the tower. Default: 512."""
-    heads: int = 8
-    """Number of attention heads per layer. Default: 8."""
-    layers: int = 12
-    """Number of transformer layers. Default: 12."""
-    causal: bool = True
-    """Tokens attend only to themselves and earlier tokens. Default: true."""
-
-
-class Llm(Strict):
-    """The language model; exactly one of `init` and `config`."""
-
-    init: str | None = None
-    """Address of trained weights: hf://ORG/NAME, a folder, RUN/STAGE (not available yet).
-
-    Default: new weights from `config`.
-    """
-    config: dict[str, Any] | None = None
-    """transformers config of a new model, with model_type. Default: none."""
-    tokenizer: str | None = None
-    """Path of a tokenizer.json or of the folder that holds it. Default: that of the streams."""
-
-
-class Views(Strict):
-    """Views into which an image is cut for the towers (not available yet)."""
-
-    size: int = 224
-    """Height and width of a view, in pixels. Default: 224."""
-    tiles: str = "1x1"
-    """Rows x columns of tiles. Default: 1x1."""
-    global_: Literal["first", "last", "only"] = Field("only", alias="global")
-    """The downscaled whole image comes before the tiles, after them, or alone. Default: only."""
-
-
-def parse_towers(value: Any) -> Any:
-    """One tower may be written without a list."""
-    return [value] if isinstance(value, dict | Vision) else value
-
-
-class Model(Strict):
-    """The model that is trained."""
-
-    embed: int | None = Field(None, gt=0)
-    """Width of the joint embedding of a contrastive model. Default: that of `vision.arch`, else `text.width`."""
-    vision: Annotated[list[Vision], BeforeValidator(parse_towers)] | None = None
-    """The vision tower, or a list of towers (more than one: not available yet). Default: none (text only)."""
-    text: TextTower | None = None
-    """The text tower of a contrastive model. Default: none."""
-    llm: Llm | None = None
-    """The language model of a generative model. Default: none."""
-    views: Views | None = None
-    """Views of an image (not available yet). Default: the whole image once."""
-    freeze: list[str] = Field(default_factory=list)
-    """Parts that are not trained: vision, text, llm. Default: none.
-
-    sphinx needs [vision] if it has a tower: training the tower is not available yet.
-    """
-
-
-class Objective(Strict):
-    """The training objective."""
-
-    kind: Literal["flip", "sphinx", "instruct"]
-    """flip: contrastive; sphinx: next tokens of text and captions. Required.
-
-    instruct: next tokens of dialogues (not available yet).
-    """
-    image_mask: float = Field(0.0, ge=0, lt=1)
-    """Fraction of an image's patches that the tower does not receive. Default: 0."""
-    text_mask: float = Field(0.0, ge=0, lt=1)
-    """Fraction of a caption's tokens that are dropped (not available yet). Default: 0."""
-    weights: dict[str, float] | None = None
-    """Stream name -> factor on the stream's loss (a mean per token). Default: 1 for each stream."""
-    template: str | None = None
-    """Conversation template that turns dialogues into text, for example vicuna (not available yet). Default: none."""
 
 
 class Optimizer(Strict):
@@ -307,7 +193,7 @@ class TrainStage(Strict):
     """Stream name -> stream. Required: at least one."""
     # Sections: the docstrings of their classes say what they hold.
     model: Model = Field(default_factory=Model)
-    objective: Objective
+    objective: Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(parse_objective)]
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     train: Train
@@ -315,6 +201,12 @@ class TrainStage(Strict):
     loader: Loader = Field(default_factory=Loader)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     eval: Evaluation = Field(default_factory=Evaluation)
+
+    def options(self, kind: type[Options]) -> Options:
+        """The `objective` section as that of a kind. Raises TypeError for a stage of another kind."""
+        if not isinstance(self.objective, kind):
+            raise TypeError(f"objective.kind is {self.objective.kind}, not that of {kind.__name__}")
+        return self.objective
 
 
 class MergeStage(Strict):

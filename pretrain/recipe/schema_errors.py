@@ -9,6 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.kinds.base import ObjectiveOptions
 from pretrain.recipe.yaml_file import Key
 
 TYPE_NAMES = {
@@ -28,7 +30,7 @@ TYPE_NAMES = {
 }
 REQUIRED_SECTIONS: dict[Key, str] = {
     ("train",): "; write exactly one of steps, samples, epochs, for example train: {steps: 1000}",
-    ("objective",): "; write for example objective: {kind: flip}",
+    ("objective",): "; write for example objective: {kind: contrastive}",
 }
 
 
@@ -40,6 +42,8 @@ def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
     if kind == "extra_forbidden":
         return f"unknown key{suggest_key(model, key)}"
+    if kind == "kind":
+        return str(context["message"])
     if kind == "missing":
         return "is missing" + REQUIRED_SECTIONS.get(key, "")
     if kind == "value_error":
@@ -72,6 +76,10 @@ def suggest_key(model: type[BaseModel], key: Key, allowed: Iterable[str] | None 
 
     `allowed` are the siblings; by default the fields of the section that holds `key`.
     """
+    if key[:-1] == ("objective",):
+        of = [kind for kind, spec in KINDS.items() if key[-1] in spec.options.model_fields]
+        if of:
+            return f" of this objective.kind; it is a key of {' and '.join(of)}"
     siblings = fields_below(model, key[:-1]) if allowed is None else sorted(allowed)
     close = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.7)
     if close:
@@ -107,8 +115,14 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _fields(model: type[BaseModel]) -> list[tuple[str, Any]]:
-    """(key in the recipe, annotation) of the fields of a section."""
-    return [(info.alias or name, info.annotation) for name, info in model.model_fields.items()]
+    """(key in the recipe, annotation) of the fields of a section; `objective` has those of all kinds."""
+    classes: list[type[BaseModel]] = [model]
+    if model is ObjectiveOptions:
+        classes += [spec.options for spec in KINDS.values()]
+    found = {
+        info.alias or name: info.annotation for one in classes for name, info in one.model_fields.items()
+    }
+    return list(found.items())
 
 
 def _bare(annotation: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pretrain.recipe.schema import TrainStage, Vision
+from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.model import Vision
+from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.yaml_file import Key
 
 
@@ -35,11 +37,6 @@ UNSUPPORTED: tuple[Feature, ...] = (
         lambda s: s.engine.activation_checkpointing,
         "recomputing activations in the backward pass",
     ),
-    Feature(
-        ("objective", "kind"), lambda s: s.objective.kind == "instruct", "instruction tuning on dialogues"
-    ),
-    Feature(("objective", "template"), lambda s: s.objective.template is not None, "a dialogue template"),
-    Feature(("objective", "text_mask"), lambda s: s.objective.text_mask > 0, "masking caption tokens"),
     Feature(("model", "vision"), lambda s: len(_towers(s)) > 1, "more than one vision tower"),
     Feature(
         ("model", "vision"),
@@ -52,21 +49,6 @@ UNSUPPORTED: tuple[Feature, ...] = (
         "using a part of a checkpoint as vision tower",
     ),
     Feature(
-        ("model", "vision"),
-        lambda s: s.objective.kind == "flip" and any(t.init for t in _towers(s)),
-        "a trained vision tower in flip (write `init:` for the weights of the whole stage)",
-    ),
-    Feature(
-        ("model", "vision"),
-        lambda s: s.objective.kind != "flip" and any("://" in (t.init or "") for t in _towers(s)),
-        "a vision tower that was not trained by a dromos run (write model.vision.init: RUN/STAGE)",
-    ),
-    Feature(
-        ("model", "freeze"),
-        lambda s: s.objective.kind == "sphinx" and bool(_towers(s)) and "vision" not in s.model.freeze,
-        "training the vision tower of sphinx (write model.freeze: [vision])",
-    ),
-    Feature(
         ("model", "llm", "init"),
         lambda s: s.model.llm is not None and s.model.llm.init is not None,
         "a trained language model (write model.llm.config for a new one)",
@@ -74,11 +56,13 @@ UNSUPPORTED: tuple[Feature, ...] = (
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
         ("data",),
-        lambda s: (
-            s.objective.kind == "sphinx" and any(not (d.length or d.image or d.text) for d in s.data.values())
-        ),
-        "a stream whose image size and tokenizer follow from the model (write data.STREAM.image and .text, "
-        "or data.STREAM.length for packed text)",
+        lambda s: any(d.text is not None and d.text.format != "caption" for d in s.data.values()),
+        "a text format other than caption",
+    ),
+    Feature(
+        ("data",),
+        lambda s: any(d.text is not None and d.text.template is not None for d in s.data.values()),
+        "a conversation template",
     ),
     Feature(
         ("eval", "zero_shot"),
@@ -90,4 +74,5 @@ UNSUPPORTED: tuple[Feature, ...] = (
 
 def unsupported_features(stage: TrainStage) -> list[tuple[Key, str]]:
     """(key, words) of every unsupported feature that a training stage uses."""
-    return [(feature.key, feature.words) for feature in UNSUPPORTED if feature.used(stage)]
+    general = [(feature.key, feature.words) for feature in UNSUPPORTED if feature.used(stage)]
+    return general + list(KINDS[stage.objective.kind].unsupported(stage))

@@ -10,7 +10,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.recipe.data import Image, Stream
-from pretrain.recipe.dump import stage_record
+from pretrain.recipe.dump import SCHEMA, stage_record
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps
 from pretrain.recipe.schema import Recipe
@@ -117,6 +117,11 @@ def read_record(stage_dir: Path) -> dict[str, Any] | None:
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
         raise UserError(f"{path} is not a valid stage record; delete {stage_dir} to start the stage again")
+    if record.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} was written by a version of Dromos with other recipes (schema {record.get('schema', 1)}, this "
+            f"version has {SCHEMA}); use that version, or choose another folder (run.dir=NEW)"
+        )
     return record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -61,20 +62,33 @@ def copies_for(device: torch.device) -> AsyncCopies | None:
     return PinnedCopies(device) if device.type == "cuda" else None
 
 
-def staged(
-    batches: Sequence[Batch], image: Image | None, device: torch.device, copies: AsyncCopies | None
-) -> Iterator[DeviceBatch]:
-    """The rows of each micro-batch on `device`, in order.
+@dataclass(frozen=True)
+class StagedBatches:
+    """The rows of each micro-batch on `device`, in order; may be iterated several times.
 
-    With `copies`, the copy of the next micro-batch starts before the current one is yielded.
+    With `copies`, the copy of the next micro-batch starts before the current one is yielded. Only these two are on the
+    device.
     """
-    if copies is None:
-        for batch in batches:
-            yield to_device(batch, image, device)
-        return
-    following = copies.begin(host_tensors(batches[0])) if batches else None
-    for number, batch in enumerate(batches):
-        ticket, following = following, None
-        if number + 1 < len(batches):
-            following = copies.begin(host_tensors(batches[number + 1]))
-        yield device_rows(copies.finish(ticket), batch, image)
+
+    batches: Sequence[Batch]
+    image: Image | None
+    device: torch.device
+    copies: AsyncCopies | None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __contains__(self, item: object) -> bool:
+        return False  # a Collection must have it; rows are made anew by each iteration
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        if self.copies is None:
+            for batch in self.batches:
+                yield to_device(batch, self.image, self.device)
+            return
+        following = self.copies.begin(host_tensors(self.batches[0])) if self.batches else None
+        for number, batch in enumerate(self.batches):
+            ticket, following = following, None
+            if number + 1 < len(self.batches):
+                following = self.copies.begin(host_tensors(self.batches[number + 1]))
+            yield device_rows(self.copies.finish(ticket), batch, self.image)

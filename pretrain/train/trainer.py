@@ -22,7 +22,7 @@ from pretrain.recipe.schema import TrainStage
 from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
-from pretrain.train.device_staging import copies_for, staged
+from pretrain.train.device_staging import StagedBatches, copies_for
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_signals import StopFlag
@@ -173,11 +173,9 @@ class Trainer:
             for name in self.objective.streams:
                 image = self.stage.data[name].image
                 denominator = float(totals.loss_denominators[name])  # summed over micro-batches and ranks
-                for rows in staged(batches[name], image, self.runtime.device, self.copies):
-                    loss = self.objective.loss(self.engine, name, rows, denominator)
-                    self.engine.backward(loss.total)
-                    for key, value in {"loss": loss.total.detach(), **loss.parts}.items():
-                        parts[key] = parts.get(key, torch.zeros_like(value)) + value
+                rows = StagedBatches(batches[name], image, self.runtime.device, self.copies)
+                for key, value in self.objective.backward(self.engine, name, rows, denominator).items():
+                    parts[key] = parts.get(key, torch.zeros_like(value)) + value
         names = sorted(parts)
         values = all_sum(torch.stack([parts[name].double().reshape(()) for name in names])).tolist()
         losses = dict(zip(names, values, strict=True))

@@ -32,7 +32,7 @@ model:
   embed: 16
   vision: {width: 16, layers: 1, head_width: 8, patch: 8}
   text: {width: 16, heads: 2, layers: 1}
-objective: {kind: flip, image_mask: 0.5}
+objective: {kind: contrastive, image_mask: 0.5}
 optimizer: {lr: 1.0e-3}
 train: {steps: 20}
 stages:

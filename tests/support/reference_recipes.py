@@ -119,7 +119,7 @@ def flip(root: Path, init: str, tower: str = "") -> dict[str, Any]:
             },
             "text": {"width": 16, "heads": 2, "layers": 1, "causal": True},
         },
-        "objective": {"kind": "flip", "image_mask": 0.75},
+        "objective": {"kind": "contrastive", "image_mask": 0.75},
         "optimizer": {
             "kind": "adamw", "lr_per_256": 0.05, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 2.0, "clip": 1.5,
         },
@@ -190,7 +190,7 @@ def sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
             "vision": {"init": tower},
             "freeze": ["vision"],
         },
-        "objective": {"kind": "sphinx", "weights": {"text": 0.7, "captions": 1.6}},
+        "objective": {"kind": "generative", "weights": {"text": 0.7, "captions": 1.6}},
         "optimizer": {
             "kind": "adamw", "lr": 6e-3, "betas": [0.85, 0.92], "eps": 1e-4, "weight_decay": 2.0, "clip": 0.8,
         },
@@ -214,7 +214,7 @@ def projector(root: Path, init: str, tower: str) -> dict[str, Any]:
     recipe["data"] = {"captions": recipe["data"]["captions"]}
     recipe["model"]["llm"]["config"]["tie_word_embeddings"] = True
     recipe["model"]["freeze"] = ["vision", "llm"]
-    recipe["objective"] = {"kind": "sphinx", "weights": {"captions": 0.5}}
+    recipe["objective"] = {"kind": "generative", "weights": {"captions": 0.5}}
     recipe["optimizer"] = {"kind": "adamw", "lr": 2e-2, "weight_decay": 0.5, "eps": 1e-4, "clip": 0.2}
     recipe["schedule"] = {"kind": "constant", "warmup": "3 steps"}
     recipe["eval"]["perplexity"].pop("text")

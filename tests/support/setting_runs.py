@@ -77,7 +77,7 @@ def flip(root: Path) -> Run:
             "vision": {"width": 16, "layers": 1, "head_width": 8, "patch": 4},
             "text": {"width": 16, "heads": 2, "layers": 1},
         },
-        "objective": {"kind": "flip", "image_mask": 0.5},
+        "objective": {"kind": "contrastive", "image_mask": 0.5},
         "optimizer": {"lr": 1e-2, "clip": 1000, "eps": 1e-6, "weight_decay": 0.1},
         "schedule": {"warmup": 0},
         "train": {"steps": STEPS},
@@ -106,7 +106,7 @@ def sphinx(root: Path) -> Run:
             "vision": {"init": str(root / "runs" / "flip" / "main")},
             "freeze": ["vision"],
         },
-        "objective": {"kind": "sphinx"},
+        "objective": {"kind": "generative"},
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.multimodal import Multimodal, new_llm
 from pretrain.recipe.data import Image, Text
-from pretrain.recipe.schema import Model
+from pretrain.recipe.model import Model
 
 SIZE, LENGTH, ROWS = 16, 7, 5
 VISION = {"width": 16, "layers": 2, "head_width": 8, "patch": 4}

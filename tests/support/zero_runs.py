@@ -9,11 +9,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pretrain.recipe.dump import dump_plain, stage_record
-from pretrain.recipe.schema import MergeStage, Objective, Recipe, Run, Train, TrainStage
+from pretrain.recipe.kinds.contrastive import ContrastiveOptions
+from pretrain.recipe.schema import MergeStage, Recipe, Run, Train, TrainStage
 
 
 def training(name: str = "flip") -> TrainStage:
-    return TrainStage(objective=Objective(kind="flip"), train=Train(steps=1))
+    return TrainStage(objective=ContrastiveOptions(kind="contrastive"), train=Train(steps=1))
 
 
 def recipe(run_dir: Path, **stages: TrainStage | MergeStage) -> Recipe:

@@ -39,8 +39,8 @@ def stage(kind: str, tokenizer: str, **model: Any) -> TrainStage:
     text = {"tokenizer": tokenizer, "length": 8}
     pairs = {"sources": {"a": "x"}, "image": {"size": SIZE}, "text": text}
     given: dict[str, Any] = {
-        "flip": {"data": {"pairs": pairs}, "model": {"vision": VISION, "text": TEXT, "embed": 8}},
-        "sphinx": {
+        "contrastive": {"data": {"pairs": pairs}, "model": {"vision": VISION, "text": TEXT, "embed": 8}},
+        "generative": {
             "data": {"text": {"sources": {"a": "x"}, "length": 8}},
             "model": {"llm": {"tokenizer": tokenizer, "config": LLAMA}},
         },
@@ -59,7 +59,7 @@ def weights(objective: Objective) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("parts", [[], ["vision"], ["text"], ["vision", "text"]])
 def test_a_frozen_part_is_exactly_its_tower(parts: list[str], tokenizer: str) -> None:
-    objective = made(stage("flip", tokenizer, freeze=parts))
+    objective = made(stage("contrastive", tokenizer, freeze=parts))
     patterns = [pattern for part in parts for pattern in FLIP_PARTS[part]]
     for name, parameter in objective.model.named_parameters():
         assert parameter.requires_grad != any(fnmatch(name, pattern) for pattern in patterns), name
@@ -70,16 +70,16 @@ def test_a_frozen_part_is_exactly_its_tower(parts: list[str], tokenizer: str) ->
 
 def test_a_frozen_language_model_trains_nothing_of_it(tokenizer: str) -> None:
     for parts in ([], ["llm"]):
-        objective = made(stage("sphinx", tokenizer, freeze=parts))
+        objective = made(stage("generative", tokenizer, freeze=parts))
         assert {p.requires_grad for p in objective.model.parameters()} == {not parts}
 
 
 def test_an_unknown_part_is_refused(tokenizer: str) -> None:
     with pytest.raises(UserError, match="'eyes' is none of vision, text, llm"):
-        made(stage("flip", tokenizer, freeze=["eyes"]))
+        made(stage("contrastive", tokenizer, freeze=["eyes"]))
 
 
-@pytest.mark.parametrize("kind", ["flip", "sphinx"])
+@pytest.mark.parametrize("kind", ["contrastive", "generative"])
 def test_new_weights_follow_from_seed_and_stage_alone(kind: str, tokenizer: str) -> None:
     first = weights(made(stage(kind, tokenizer)))
     torch.manual_seed(99)
@@ -97,8 +97,8 @@ def test_the_language_model_does_not_depend_on_the_tower_before_it(tokenizer: st
     tower = clip({}).float().visual.state_dict()
     frozen = tmp_path / "frozen.safetensors"
     write_frozen(frozen, {f"vision.0.{name}": t for name, t in tower.items()}, {"clip": clip_config_of({})})
-    with_tower = build(stage("sphinx", tokenizer, vision={"init": "x"}), "main", 3, None, frozen)[0]
-    found, alone = weights(with_tower), weights(made(stage("sphinx", tokenizer)))
+    with_tower = build(stage("generative", tokenizer, vision={"init": "x"}), "main", 3, None, frozen)[0]
+    found, alone = weights(with_tower), weights(made(stage("generative", tokenizer)))
     assert {name.split(".")[0] for name in set(found) - set(alone)} == {
         "projector",
         "start_image",
@@ -120,4 +120,4 @@ def test_dropout_is_refused_also_where_it_is_a_default(
     config: dict[str, Any], where: str, tokenizer: str
 ) -> None:
     with pytest.raises(UserError, match=where):
-        made(stage("sphinx", tokenizer, llm={"tokenizer": tokenizer, "config": LLAMA | config}))
+        made(stage("generative", tokenizer, llm={"tokenizer": tokenizer, "config": LLAMA | config}))

@@ -61,7 +61,9 @@ def test_packed_text_has_its_length_and_a_stream_may_take_another_stage_s_order(
 
 def test_the_objective_says_which_streams_and_in_which_order() -> None:
     data = {name: {"sources": {"a": "x"}, "length": 9} for name in ("one", "two", "three")}
-    stage = TrainStage.model_validate({"data": data, "objective": {"kind": "sphinx"}, "train": {"steps": 1}})
+    stage = TrainStage.model_validate(
+        {"data": data, "objective": {"kind": "generative"}, "train": {"steps": 1}}
+    )
     assert [spec.name for spec in stage_specs(stage, 7, "main", ("three", "one"))] == ["three", "one"]
 
 

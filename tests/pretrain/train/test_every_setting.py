@@ -181,7 +181,6 @@ CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "objective.image_mask": ("flip", ["objective.image_mask=0.75"], first_loss),
     "objective.text_mask": ("flip", ["objective.text_mask=0.5"], LATER),
     "objective.weights": ("sphinx", ["objective.weights={text: 0.5}"], weighted),
-    "objective.template": ("flip", ["objective.template=vicuna"], LATER),
     "optimizer.lr": ("flip", ["optimizer.lr=2e-2"], rate),
     "optimizer.lr_per_256": ("flip", ["optimizer.lr_per_256=1e-2"], rate),
     "optimizer.betas": ("flip", ["optimizer.betas=[0.9, 0.999]"], update),

@@ -20,7 +20,7 @@ from pretrain.train.trainer import Plan
 
 
 def context(folder: Path, rank: int = 1, world: int = 3, **sections: Any) -> StageContext:
-    given = {"objective": {"kind": "sphinx"}, "train": {"steps": 1}} | sections
+    given = {"objective": {"kind": "generative"}, "train": {"steps": 1}} | sections
     stage = TrainStage.model_validate(given)
     runtime = Runtime(rank, world, rank, torch.device("cpu"))
     return StageContext(Recipe(stages={"main": stage}), "main", stage, folder, runtime)

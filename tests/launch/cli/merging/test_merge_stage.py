@@ -16,8 +16,9 @@ from launch.stage_state import stage_states
 from pretrain import merge_stage
 from pretrain.merge.planning import inputs
 from pretrain.merge_stage import run_merge_stage
+from pretrain.recipe.kinds.contrastive import ContrastiveOptions
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import MergeStage, Objective, Recipe, Train, TrainStage
+from pretrain.recipe.schema import MergeStage, Recipe, Train, TrainStage
 from pretrain.weights.source import WeightSource
 from tests.support.commands import Command
 from tests.support.launching import wait_for, write_recipe
@@ -61,7 +62,7 @@ def test_a_merge_is_done_until_its_inputs_change(run: tuple[Recipe, Path]) -> No
 
 def test_a_merge_of_a_stage_that_remains_remains(run: tuple[Recipe, Path]) -> None:
     _, run_dir = run
-    longer = TrainStage(objective=Objective(kind="flip"), train=Train(steps=2))
+    longer = TrainStage(objective=ContrastiveOptions(kind="contrastive"), train=Train(steps=2))
     lengthened = recipe(run_dir, real=longer, synthetic=training(), mix=mix())
     assert remaining(lengthened, run_dir) == ["real", "mix"]
 

@@ -1,9 +1,9 @@
-"""FLIP (Li et al. 2023): contrastive training of an image and a text tower on masked images."""
+"""Contrastive training of an image and a text tower (CLIP), also on masked images (FLIP, Li et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -13,8 +13,9 @@ from data_pipeline.batches.spec import Batch
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
 from pretrain.losses.normalisation import count_rows, part_of_global_mean
 from pretrain.models.masking import keep_patches
-from pretrain.objectives.base import Forward, Loss
+from pretrain.objectives.base import Forward, GlobalObjective, Loss
 from pretrain.objectives.device_batch import DeviceBatch
+from pretrain.recipe.kinds.contrastive import ContrastiveOptions
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 
@@ -22,22 +23,37 @@ if TYPE_CHECKING:
     from pretrain.models.clip import Clip
 
 
-class Flip:
+class Contrastive(GlobalObjective):
     """Contrastive loss of masked images and captions; negatives come from the whole global batch."""
 
+    exports = ("open_clip",)
+
     def __init__(self, model: Clip, stage: TrainStage) -> None:
-        self.model = model
+        self.model: Clip = model
         self.main = main_stream(stage)
         self.streams = (self.main,)
-        self.mask = stage.objective.image_mask
+        self.mask = stage.options(ContrastiveOptions).image_mask
+
+    @property
+    def predict(self) -> Mapping[str, Callable[..., Any]]:
+        return {"embed": embed}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return count_rows(batch)
 
-    def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
+    def features(self, forward: Forward, stream: str, rows: DeviceBatch) -> dict[str, Tensor]:
+        """L2-normalised `image`, `text` `[rows, width]`, the 0-dim factor `scale`, and int64 `sample_ids` `[rows]`."""
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
-        row_sum = contrastive(out["image"], out["text"], out["scale"], rows.sample_ids)
+        return {
+            "image": out["image"],
+            "text": out["text"],
+            "scale": out["scale"].reshape(()),
+            "sample_ids": rows.sample_ids,
+        }
+
+    def global_loss(self, stream: str, features: Mapping[str, Tensor], loss_denominator: float) -> Loss:
+        row_sum = contrastive(features["image"], features["text"], features["scale"], features["sample_ids"])
         total = part_of_global_mean(row_sum, loss_denominator)
         return Loss(total, {f"loss/{stream}": total.detach()})
 
@@ -45,8 +61,11 @@ class Flip:
         keys = caption_keys(batches[self.main]).to(device)
         return {"loss_floor": float(repeated_caption_floor(keys))}
 
-    def frozen(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+
+def embed(forward: Forward, images: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+    """Features `image` of `images` and `text` of `tokens`, `[rows, width]`, L2-normalised; no patch is masked."""
+    out: dict[str, Tensor] = forward(images=images, tokens=tokens)
+    return out
 
 
 def caption_keys(batches: Sequence[Batch]) -> Tensor:

@@ -1,11 +1,12 @@
-"""SPHINX (Lin et al. 2023): every step trains on text and on captioned images.
+"""Next-token training of a language model on text and on captioned images in every step (SPHINX, Lin et al. 2023).
 
-Text and captions each have their own mean loss per token.
+Each stream has its own mean loss per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +14,32 @@ from torch import Tensor
 from data_pipeline.batches.spec import Batch
 from pretrain.losses.normalisation import count_targets, part_of_global_mean
 from pretrain.models.encoders.clip_tower import FrozenTower
-from pretrain.models.multimodal import Multimodal
-from pretrain.objectives.base import Forward, Loss
+from pretrain.models.multimodal import Multimodal, greedy_captions
+from pretrain.objectives.base import Forward, Loss, Objective
 from pretrain.objectives.device_batch import DeviceBatch
+from pretrain.recipe.kinds.generative import GenerativeOptions
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 
 
-class Sphinx:
+class Generative(Objective):
     """Next-token loss over text and captions. Text streams come first in every step, on every rank."""
 
+    exports = ("transformers",)
+
     def __init__(self, model: Multimodal, tower: FrozenTower | None, stage: TrainStage) -> None:
-        self.model, self.tower = model, tower
+        self.model: Multimodal = model
+        self.tower = tower
         text = [name for name, stream in stage.data.items() if stream.image is None]
         captions = [name for name, stream in stage.data.items() if stream.image is not None]
         self.streams = (*text, *captions)
         self.main = main_stream(stage)
-        weights = stage.objective.weights or {}
+        weights = stage.options(GenerativeOptions).weights or {}
         self.weights = {name: weights.get(name, 1.0) for name in self.streams}
+
+    @property
+    def predict(self) -> Mapping[str, Callable[..., Any]]:
+        return {"nll": self.token_nll, "generate": self.generate}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return count_targets(batch)
@@ -52,11 +61,17 @@ class Sphinx:
         mean = part_of_global_mean((nll * (rows.weights > 0)).sum(), loss_denominator)
         return Loss(self.weights[stream] * mean, {f"loss/{stream}": mean.detach()})
 
-    def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
-        return {}
+    def generate(self, rows: DeviceBatch, start: int, end: int, max_tokens: int) -> list[list[int]]:
+        """Greedy tokens after the images of the rows, at most `max_tokens` each, without start and end tokens.
+
+        `start`, `end`: token ids.
+        """
+        features = self.features(rows)
+        assert features is not None, "captions are generated for images"
+        return greedy_captions(self.model, start, end, features, max_tokens)
 
     def frozen(self) -> dict[str, Tensor]:
-        tensors = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        tensors = super().frozen()
         if self.tower is not None:
             tensors |= {f"vision.0.{name}": p.detach() for name, p in self.tower.visual.state_dict().items()}
         return tensors

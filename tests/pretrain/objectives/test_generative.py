@@ -11,7 +11,7 @@ import torch
 
 from pretrain.models.encoders.clip_tower import FrozenTower
 from pretrain.objectives.device_batch import DeviceBatch
-from pretrain.objectives.sphinx import Sphinx
+from pretrain.objectives.generative import Generative
 from pretrain.recipe.schema import TrainStage
 from tests.support.rows import batch, device_batch, part_of
 from tests.support.tiny_models import ROWS, clip, multimodal, pictures, sentences
@@ -28,12 +28,12 @@ def stage(weights: dict[str, float] | None = None, **streams: Any) -> TrainStage
         "code": source | {"length": 7},
     }
     return TrainStage.model_validate(
-        {"data": data, "objective": {"kind": "sphinx", "weights": weights}, "train": {"steps": 1}}
+        {"data": data, "objective": {"kind": "generative", "weights": weights}, "train": {"steps": 1}}
     )
 
 
-def objective(weights: dict[str, float] | None = None) -> Sphinx:
-    return Sphinx(multimodal(), FrozenTower(clip({}).visual), stage(weights))
+def objective(weights: dict[str, float] | None = None) -> Generative:
+    return Generative(multimodal(), FrozenTower(clip({}).visual), stage(weights))
 
 
 def rows(images: bool, weights: list[float] | None = None) -> DeviceBatch:
@@ -41,7 +41,7 @@ def rows(images: bool, weights: list[float] | None = None) -> DeviceBatch:
     return device_batch(sentences(), USED, pictures() if images else None, **given)
 
 
-def row_nll(made: Sphinx, images: bool) -> list[float]:
+def row_nll(made: Generative, images: bool) -> list[float]:
     """Each row alone, through the model itself (tests/pretrain/models/test_multimodal.py), with no objective."""
     out = []
     for row in range(ROWS):
@@ -110,7 +110,7 @@ def test_the_frozen_tower_and_frozen_parts_are_saved_under_their_names() -> None
 
 
 def test_a_stage_of_text_alone_needs_no_tower() -> None:
-    made = Sphinx(multimodal(None), None, stage())
+    made = Generative(multimodal(None), None, stage())
     found = made.loss(made.model, "text", rows(False), TARGETS).total.item()
     assert found == pytest.approx(sum(row_nll(made, False)) / TARGETS, rel=1e-5)
     assert made.features(rows(False)) is None

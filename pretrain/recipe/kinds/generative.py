@@ -1,0 +1,72 @@
+"""generative: a language model learns the next token of text and of captions after their images (SPHINX)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pretrain.recipe.kinds.base import KindSpec, ObjectiveOptions, Problems, Sections, check_pair
+
+
+class GenerativeOptions(ObjectiveOptions):
+    """Next-token loss of a language model."""
+
+    kind: Literal["generative"]
+    """generative. Required."""
+    weights: dict[str, float] | None = None
+    """Stream name -> factor on the stream's loss (a mean per token). Default: 1 for each stream."""
+
+
+def check(stage: Sections) -> Problems:
+    """Rules of a stage with this objective."""
+    llm, images = stage.model.llm, False
+    for name, stream in stage.data.items():
+        if stream.image is not None or stream.text is not None:
+            images = True
+            yield from check_pair(name, stream)
+    if llm is None or (llm.init is None) == (llm.config is None):
+        yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
+    if images and not stage.model.vision:
+        yield ("model", "vision"), "is missing; a stream with images needs a vision tower"
+    for index, tower in enumerate(stage.model.vision or []):
+        if tower.init is None:
+            key = ("model", "vision", str(index), "init")
+            yield key, "is missing; generative needs a trained vision tower"
+    if stage.model.text is not None:
+        yield ("model", "text"), "is not used by generative; the language model is model.llm"
+    if "text" in stage.model.freeze:
+        yield ("model", "freeze"), "generative has no text tower; write vision or llm"
+    weights = stage.options(GenerativeOptions).weights or {}
+    for name in weights:
+        if name not in stage.data:
+            yield (
+                ("objective", "weights", name),
+                f"is not a stream of this stage; it has {', '.join(stage.data)}",
+            )
+
+
+def unsupported(stage: Sections) -> Problems:
+    """Features of this kind that are not implemented."""
+    towers = stage.model.vision or []
+    if any("://" in (tower.init or "") for tower in towers):
+        words = "a vision tower that was not trained by a dromos run (write model.vision.init: RUN/STAGE)"
+        yield ("model", "vision"), words
+    if towers and "vision" not in stage.model.freeze:
+        yield ("model", "freeze"), "training the vision tower (write model.freeze: [vision])"
+    if any(not (stream.length or stream.image or stream.text) for stream in stage.data.values()):
+        yield (
+            ("data",),
+            "a stream whose image size and tokenizer follow from the model (write data.STREAM.image and .text, or "
+            "data.STREAM.length for packed text)",
+        )
+
+
+def fields(stage: Sections) -> Mapping[str, tuple[str, ...]]:
+    """Arrays of the rows of each stream: a stream without an image section is text."""
+    return {
+        name: ("tokens",) if stream.image is None else ("pixels", "tokens")
+        for name, stream in stage.data.items()
+    }
+
+
+SPEC = KindSpec(GenerativeOptions, check, unsupported, fields, predicts=("nll", "generate"))
