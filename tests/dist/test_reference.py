@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 JOBS = (
     TOWER,
     *(Job("flip", 2, zero, resumed=zero == 0) for zero in (0, 1, 2, 3)),
-    Job("clamped", 1, 0),
+    *(Job("flip", 2, zero, micro) for zero, micro in ((0, 3), (2, 1), (3, 3))),
+    Job("clamped", 1, 0, 4),
     *(Job("clamped", 2, zero) for zero in (2, 3)),
     Job("sphinx", 1, 2, workers=2),
     *(Job("sphinx", 2, zero) for zero in (0, 3)),

@@ -21,6 +21,7 @@ from data_pipeline.batches.spec import Batch
 from pretrain.distributed.collectives import rank, world_size
 from pretrain.distributed.engine import Runtime
 from pretrain.losses.normalisation import count_rows, count_targets, part_of_global_mean
+from pretrain.objectives import base
 from pretrain.objectives.base import Loss
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import Schedule
@@ -84,7 +85,7 @@ def micro_batches(step: int, bad: Collection[int] = ()) -> dict[str, list[Batch]
     return {stream: [batch(stream, step, *piece, bad) for piece in pieces] for stream in STREAMS}
 
 
-class Objective:
+class Objective(base.Objective):
     """Loss of a row: the sum of its tokens. It is NaN at the rows `nan` of step 2."""
 
     main = "pairs"
@@ -103,12 +104,6 @@ class Objective:
             values[(rows.keys == row) & (rows.sample_ids == 2 + row)] = torch.nan
         total = part_of_global_mean(values.sum(), loss_denominator)
         return Loss(total, {f"loss/{stream}": total})
-
-    def metrics(self, batches: Any, device: torch.device) -> dict[str, float]:
-        return {}
-
-    def frozen(self) -> dict[str, Tensor]:
-        return {}
 
 
 class Engine:

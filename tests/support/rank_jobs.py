@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.transforms.tokenizers import load_tokenizer
+from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.collectives import all_sum, barrier, from_rank_0, gather, rank, world_size
 from pretrain.distributed.engine import Runtime
-from pretrain.evaluate.perplexity import token_nll
-from pretrain.evaluate.zero_shot import classify
+from pretrain.evaluate.measure import Context
+from pretrain.evaluate.suite import EVALUATIONS
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
-from pretrain.recipe.data import Stream
-from pretrain.recipe.schema import Perplexity, ZeroShot
+from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
 from pretrain.train.checkpoint import save, verify_and_read_state
 from pretrain.train.resume import check_visible_on_all_ranks
 from pretrain.train.step_totals import StepTotals
@@ -164,13 +163,9 @@ def _train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return result | {"updates": engine.updates}
 
 
-class Sum:
-    """An objective whose NLL of a row is the sum of its targets."""
-
-    tower = None
-
-    def token_nll(self, forward: Any, rows: Any) -> torch.Tensor:
-        return rows.tokens[:, 1:].float().sum(1)
+def sum_of_targets(forward: Any, rows: Any) -> torch.Tensor:
+    """As the NLL of a row."""
+    return rows.tokens[:, 1:].float().sum(1)
 
 
 def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> dict[str, Any]:
@@ -184,22 +179,33 @@ def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = No
 def _evaluation(folder: Path) -> dict[str, Any]:
     """Measures over held-out sources, in batches that the ranks share unevenly, or of which some rank has no row."""
     runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
-    objective: Any = Sum()
-    task = Perplexity(path=str(folder.parent / "packed"), length=LENGTH)
-    stream = Stream.model_validate(
+    stage = TrainStage.model_validate(
         {
-            "sources": {"x": str(folder.parent / "images")},
-            "batch": 6,
-            "image": {"size": SIZE},
-            "text": {"tokenizer": str(folder.parent / "tokenizer"), "length": LENGTH},
+            "data": {
+                "pairs": {
+                    "sources": {"x": str(folder.parent / "images")},
+                    "batch": 6,
+                    "image": {"size": SIZE},
+                    "text": {"tokenizer": str(folder.parent / "tokenizer"), "length": LENGTH},
+                }
+            },
+            "objective": {"kind": "contrastive"},
+            "train": {"steps": 1},
         }
     )
-    labelled = ZeroShot(
-        path=str(folder.parent / "images"), classes={"0": "0", "1": "1", "2": "2"}, templates=["{}"]
-    )
-    assert stream.text is not None
-    tokenizer = load_tokenizer(stream.text.tokenizer)
+    tasks = {
+        "perplexity": Perplexity(path=str(folder.parent / "packed"), length=LENGTH),
+        "zero_shot": ZeroShot(
+            path=str(folder.parent / "images"), classes={"0": "0", "1": "1", "2": "2"}, templates=["{}"]
+        ),
+    }
+    predict = {"nll": sum_of_targets, "embed": lambda forward, **given: forward(**given)}
     return {
-        "nll": [token_nll(objective, colours, task, None, batch, runtime) for batch in BATCHES],
-        "top1": [classify(colours, labelled, stream, tokenizer, batch, runtime) for batch in BATCHES],
+        name: [
+            EVALUATIONS[name].run(
+                Context(predict, colours, stage, stage_tokenizer(stage), runtime, batch), task
+            )
+            for batch in BATCHES
+        ]
+        for name, task in tasks.items()
     }

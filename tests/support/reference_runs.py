@@ -95,7 +95,7 @@ class Cases:
 
     def objective(self, case: str) -> Objective:
         recipe = self.recipes[case]
-        if recipe["objective"]["kind"] == "flip":
+        if recipe["objective"]["kind"] == "contrastive":
             return Flip(recipe, "main", recipes.STEPS)
         tower = {name: tensor.double() for name, tensor in self.tower().items()}
         return Sphinx(recipe, "main", recipes.STEPS, tower, self.recipes["flip"]["model"]["vision"])
@@ -112,7 +112,7 @@ class Cases:
 
 def initial_weights(recipe: dict[str, Any]) -> dict[str, Tensor]:
     model = recipe["model"]
-    if recipe["objective"]["kind"] == "flip":
+    if recipe["objective"]["kind"] == "contrastive":
         shapes = weights.flip_shapes(model, recipes.SIZE, recipes.LENGTH, recipes.VOCABULARY)
         found = weights.draw(shapes, 1) | {
             "logit_scale": torch.tensor(recipes.LOGIT_SCALE[recipe["run"]["name"]])

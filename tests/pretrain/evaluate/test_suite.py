@@ -23,9 +23,8 @@ from pretrain.build.objective import load_trained
 from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import shuffled_images
-from pretrain.evaluate.perplexity import token_nll
-from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate, flat_scalars
-from pretrain.evaluate.zero_shot import classify
+from pretrain.evaluate.measure import Context
+from pretrain.evaluate.suite import EVALUATIONS, SINGLE_PROCESS, evaluate, flat_scalars
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
 from tests.support import tiny
@@ -93,6 +92,14 @@ def rank(number: int, world: int) -> Runtime:
     return Runtime(rank=number, world_size=world, local_rank=number, device=torch.device("cpu"))
 
 
+def result_of(
+    name: str, trained: tuple[Any, TrainStage], task: Any, batch: int, runtime: Runtime = SINGLE_PROCESS
+) -> Any:
+    objective, stage = trained
+    context = Context(objective.predict, objective.model, stage, stage_tokenizer(stage), runtime, batch)
+    return EVALUATIONS[name].run(context, task)
+
+
 @pytest.fixture(scope="module")
 def flip(tiny_runs: Path) -> tuple[Any, TrainStage]:
     return load_trained(str(tiny_runs / "runs" / "flip" / "main"))
@@ -133,9 +140,7 @@ def test_zero_shot_is_the_brute_force_count(
 ) -> None:
     objective, stage = flip
     task = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
-    found = classify(
-        objective.model, task, stage.data["pairs"], stage_tokenizer(stage), batch, SINGLE_PROCESS
-    )
+    found = result_of("zero_shot", flip, task, batch)
     expected = confusion_by_hand(objective, stage, held_out)
     assert found["confusion"] == expected.tolist()
     assert found["samples"] == SAMPLES - len(BAD) == expected.sum()
@@ -148,20 +153,18 @@ def test_slices_of_ranks_add_up(flip: tuple[Any, TrainStage], held_out: Path) ->
     """Without a process group every rank returns its own part; the parts add up to the whole."""
     objective, stage = flip
     task = ZeroShot(path=str(held_out), classes=CLASSES, templates=TEMPLATES)
-    arguments = objective.model, task, stage.data["pairs"], stage_tokenizer(stage)
-    parts = [classify(*arguments, 10, rank(number, 2))["confusion"] for number in range(2)]
+    parts = [result_of("zero_shot", flip, task, 10, rank(number, 2))["confusion"] for number in range(2)]
     assert min(np.sum(part) for part in parts) > 0
     assert np.sum(parts, axis=0).tolist() == confusion_by_hand(objective, stage, held_out).tolist()
 
 
 def test_a_label_outside_the_classes_is_named(flip: tuple[Any, TrainStage], held_out: Path) -> None:
-    objective, stage = flip
     for task, label in (
         (ZeroShot(path=str(held_out), classes={"red": "red", "green": "green"}), "label='blue'"),
         (ZeroShot(path=str(held_out), classes=CLASSES, label="colour"), "colour='None'"),
     ):
         with pytest.raises(UserError) as found:
-            classify(objective.model, task, stage.data["pairs"], stage_tokenizer(stage), 8, SINGLE_PROCESS)
+            result_of("zero_shot", flip, task, 8)
         assert label in str(found.value)
         assert str(held_out) in str(found.value)
         assert "sample 00000000" in str(found.value)
@@ -200,7 +203,7 @@ def test_caption_nll_is_the_brute_force_mean(
 ) -> None:
     objective, stage = sphinx
     task = Perplexity(path=str(held_out), stream="captions")
-    found = token_nll(objective, objective.model, task, stage.data["captions"], batch, SINGLE_PROCESS)
+    found = result_of("perplexity", sphinx, task, batch)
     with torch.no_grad():
         each = [caption_nats(objective, stage, sample, sample) for sample in samples(held_out)]
     assert len(each) == SAMPLES - len(BAD)
@@ -215,7 +218,6 @@ def test_shuffled_images_belong_to_another_usable_sample(
     objective, stage = sphinx
     task = Perplexity(path=str(held_out), stream="captions")
     batch = 10
-    arguments = objective, objective.model, task, stage.data["captions"], batch, SINGLE_PROCESS
     usable = list(samples(held_out))
     nats, tokens = 0.0, 0
     for first in range(0, SAMPLES, batch):
@@ -224,9 +226,9 @@ def test_shuffled_images_belong_to_another_usable_sample(
         with torch.no_grad():
             each = [caption_nats(objective, stage, one, part[n - 1]) for n, one in enumerate(part)]
         nats, tokens = nats + sum(n for n, _ in each), tokens + sum(t for _, t in each)
-    found = token_nll(*arguments, shuffle=True)
+    found = result_of("perplexity_shuffled", sphinx, task, batch)
     assert found == pytest.approx(nats / tokens, rel=1e-6)
-    assert found != pytest.approx(token_nll(*arguments), rel=1e-6)
+    assert found != pytest.approx(result_of("perplexity", sphinx, task, batch), rel=1e-6)
 
 
 def test_no_usable_row_keeps_its_own_image() -> None:
@@ -251,7 +253,7 @@ def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
     sums: list[Tensor] = []
     monkeypatch.setattr(perplexity, "all_sum", lambda values: sums.append(values.clone()) or values)
     task = Perplexity(path=str(tiny_runs / "text"), length=tiny.LENGTH)
-    found = [token_nll(objective, objective.model, task, None, batch, rank(n, world)) for n in range(world)]
+    found = [result_of("perplexity", sphinx, task, batch, rank(n, world)) for n in range(world)]
     with torch.no_grad():
         nats, tokens = packed_nats(objective, tiny_runs / "text")
     total = torch.stack(sums).sum(0)  # the result of an all-reduce

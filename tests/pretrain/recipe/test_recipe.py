@@ -440,7 +440,12 @@ def test_an_override_of_an_unselected_stage_is_refused(tmp_path: Path) -> None:
         ("    text: {tokenizer: clip-bpe, length: 16}", "", "pairs:", ["data.pairs.text", "is missing"]),
         ("objective: {kind: contrastive, image_mask: 0.5}", "", None, ["objective.kind", "is missing"]),
         ("  tuned:", "  data:", "  data:", ["stages.data", "not a valid stage name"]),
-        ("kind: contrastive", "kind: generative", "objective:", ["objective.image_mask", "a key of contrastive"]),
+        (
+            "kind: contrastive",
+            "kind: generative",
+            "objective:",
+            ["objective.image_mask", "a key of contrastive"],
+        ),
         (
             "objective: {image_mask: 0}\n    optimizer: {betas: [0.8, 0.9]}",
             "objective: {kind: generative}",

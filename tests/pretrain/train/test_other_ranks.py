@@ -259,11 +259,11 @@ def test_an_evaluation_sums_over_the_rows_of_all_ranks(ranks: tuple[Results, Pat
     found = the_same(of_job(ranks, "evaluation"))
     usable = [(s, i) for s, count in enumerate(COUNTS) for i in range(count) if (s, i) != BROKEN]
     mean = sum(1000 * shard + index for shard, index in usable) / len(usable)
-    assert found["nll"] == pytest.approx([mean] * len(rank_jobs.BATCHES), rel=1e-6)
+    assert found["perplexity"] == pytest.approx([mean] * len(rank_jobs.BATCHES), rel=1e-6)
     confusion = np.zeros((3, 3), int)
     for shard, index in usable:
         confusion[index % 3, darkest(shard, index)] += 1
-    for result in found["top1"]:
+    for result in found["zero_shot"]:
         assert result["confusion"] == confusion.tolist()
         assert result["samples"] == len(usable)
         assert result["top1"] == pytest.approx(confusion.trace() / len(usable))
