@@ -1,39 +1,51 @@
 """Builds the vision encoder of a language model from `model.vision` of a recipe.
 
-An encoder is what the recipe calls a (vision) tower. `ENCODERS` has one function per kind of weights address; the
-modules are in pretrain/models/encoders/. A new architecture also changes `rebuild_encoder` and `Generative.frozen`.
+`ENCODERS` has one entry per kind of weights address; the modules are in pretrain/models/encoders/. A new architecture
+is a file there and an entry here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from data_pipeline.errors import UserError
-from pretrain.build.module_weights import load_into, read_frozen, read_state
+from pretrain.build.module_weights import load_into, read_description, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
-from pretrain.models.encoders.clip_tower import FrozenTower
+from pretrain.models.encoders.base import Encoder
+from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.model import Vision
 from pretrain.run.address import Located, locate
 
 
+@dataclass(frozen=True)
+class EncoderKind:
+    """A kind of encoder.
+
+    open:    (address, its location, run folder) -> the encoder with its weights, and its description: JSON data
+    rebuild: description -> the encoder with any weights; those of a resumed stage come from its frozen.safetensors
+    """
+
+    open: Callable[[str, Located, Path | None], tuple[Encoder, dict[str, Any]]]
+    rebuild: Callable[[dict[str, Any]], Encoder]
+
+
 def build_encoder(
     tower: Vision, run_dir: Path | None, frozen: Path | None
-) -> tuple[FrozenTower, dict[str, Any]]:
-    """The vision encoder of a recipe, and the description from which it can be rebuilt.
+) -> tuple[Encoder, dict[str, Any], bool]:
+    """(encoder, description, has weights) for the vision tower of a recipe.
 
-    Its weights come from `frozen` (the stage's frozen.safetensors) if that file exists, else from `tower.init`: the
-    weights at that address may have changed since the stage began. Raises UserError when there is no encoder for the
-    kind of address.
+    If the file `frozen` exists, the stage has begun: the encoder is rebuilt from its description without weights, which
+    are in that file; those at `tower.init` may have changed. Raises UserError when there is no encoder for the kind of
+    address.
     """
-    tensors, description = read_frozen(frozen) if frozen is not None else ({}, {})
+    description = read_description(frozen) if frozen is not None else {}
     if description:
-        return rebuild_encoder(tensors, description), description
+        return ENCODERS[description["kind"]].rebuild(description), description, False
     if tower.init is None:
         raise UserError(
             "model.vision.init is missing: the vision tower of a language model must be trained already"
@@ -45,23 +57,13 @@ def build_encoder(
             f"model.vision.init: {tower.init}: no encoder can be built from a {kind} address yet; "
             "use a stage (RUN/STAGE)"
         )
-    return ENCODERS[kind](tower.init, located, run_dir)
+    encoder, description = ENCODERS[kind].open(tower.init, located, run_dir)
+    return encoder, {"kind": kind, **description}, True
 
 
-def rebuild_encoder(tensors: dict[str, Tensor], description: dict[str, Any]) -> FrozenTower:
-    """The encoder of a stage from the tensors and the description in its frozen.safetensors."""
-    from pretrain.models.clip import Clip  # imports open_clip: seconds
-
-    clip = Clip(description["clip"])
-    prefix = "vision.0."
-    state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    clip.visual.load_state_dict(state)
-    return FrozenTower(clip.visual)
-
-
-def stage_encoder(address: str, located: Located, run_dir: Path | None) -> tuple[FrozenTower, dict[str, Any]]:
+def open_stage(address: str, located: Located, run_dir: Path | None) -> tuple[Encoder, dict[str, Any]]:
     """The image tower of a trained stage. Raises UserError when the stage was not trained on images."""
-    from pretrain.models.clip import Clip, clip_config
+    from pretrain.models.clip import Clip, clip_config  # imports open_clip: seconds
 
     assert located.stage_dir is not None
     _, trained = read_stage(located.stage_dir)
@@ -71,10 +73,15 @@ def stage_encoder(address: str, located: Located, run_dir: Path | None) -> tuple
     config = clip_config(trained.model, stream.image, stream.text, stage_tokenizer(trained))
     clip = Clip(config)
     load_into(clip, read_state(address, run_dir), address)
-    return FrozenTower(clip.visual), {"clip": config}
+    return OpenClipVit(clip.visual), {"clip": config}
 
 
-# Kind of address (`stage`, or `Located.kind`) -> encoder with weights, and its description.
-ENCODERS: dict[str, Callable[[str, Located, Path | None], tuple[FrozenTower, dict[str, Any]]]] = {
-    "stage": stage_encoder,
-}
+def rebuild_stage(description: dict[str, Any]) -> Encoder:
+    """The image tower of a stage by its description, with new weights."""
+    from pretrain.models.clip import Clip
+
+    return OpenClipVit(Clip(description["clip"]).visual)
+
+
+# Kind of address (`stage`, or `Located.kind`) -> encoder.
+ENCODERS: dict[str, EncoderKind] = {"stage": EncoderKind(open_stage, rebuild_stage)}

@@ -99,7 +99,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write a stage's frozen tensors, atomically, with the description from which their tower is rebuilt."""
+    """Write a stage's frozen tensors, atomically, with the description from which their encoder is rebuilt."""
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".tmp")
@@ -111,13 +111,22 @@ def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, 
     sync(path.parent)
 
 
-def read_frozen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the description that `write_frozen` wrote; both empty when the file does not exist."""
+def read_description(path: Path) -> dict[str, Any]:
+    """The description that `write_frozen` wrote; empty when the file does not exist."""
     if not path.exists():
-        return {}, {}
+        return {}
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        description = (file.metadata() or {}).get("towers", "{}")
-    return tensors, json.loads(description)
+        described: dict[str, Any] = json.loads((file.metadata() or {}).get("towers", "{}"))
+    return described
+
+
+def read_frozen(path: Path) -> dict[str, Tensor]:
+    """The tensors that `write_frozen` wrote; empty when the file does not exist."""
+    if not path.exists():
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

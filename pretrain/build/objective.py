@@ -1,4 +1,4 @@
-"""Builds the objective of a training stage: seed, tokenizer, frozen tower, weights, freezing.
+"""Builds the objective of a training stage: seed, tokenizer, encoder, weights, freezing.
 
 `BUILDERS` has one function per objective kind. `build` seeds torch's generator, so the initial weights are a function
 of (run seed, stage name, model) alone.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +20,8 @@ from pretrain.build.encoders import build_encoder
 from pretrain.build.module_weights import load_into, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
-from pretrain.models.encoders.clip_tower import FrozenTower
-from pretrain.models.multimodal import Multimodal, new_llm
+from pretrain.models.encoders.base import Encoder
+from pretrain.models.vision_language import VisionLanguageModel, new_llm
 from pretrain.objectives.base import Objective
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.generative import Generative
@@ -53,20 +53,29 @@ class BuildContext:
     frozen: Path | None
 
 
-def build(
-    stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen: Path | None = None
-) -> tuple[Objective, dict[str, Any]]:
-    """The objective of stage `name` with freshly initialised weights; `seed` is that of the run.
+class Built(NamedTuple):
+    """A built objective.
 
-    Returns `(objective, description)`. The description goes into frozen.safetensors, and the frozen tower is rebuilt
-    from it. Raises UserError.
+    description: of its encoder, which is rebuilt from it; it goes into frozen.safetensors
+    pretrained:  names of the parameters that have trained weights already; all others are freshly initialised
+    """
+
+    objective: Objective
+    description: dict[str, Any]
+    pretrained: frozenset[str]
+
+
+def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen: Path | None = None) -> Built:
+    """The objective of stage `name` with the weights of its first step, but for `init:`; `seed` is that of the run.
+
+    Raises UserError.
     """
     seed_weights(seed, name)
     context = BuildContext(stage, name, seed, stage_tokenizer(stage), run_dir, frozen)
-    objective, description = BUILDERS[stage.objective.kind](context)
+    built = BUILDERS[stage.objective.kind](context)
     for part in stage.model.freeze:
-        freeze(objective, part)
-    return objective, description
+        freeze(built.objective, part)
+    return built
 
 
 def seed_weights(seed: int, name: str) -> None:
@@ -74,8 +83,8 @@ def seed_weights(seed: int, name: str) -> None:
     torch.manual_seed(key64(f"{seed}/{name}/weights") & ((1 << 63) - 1))
 
 
-def build_contrastive(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
-    """Image and text tower; both are trained, so there is no frozen tower to describe."""
+def build_contrastive(context: BuildContext) -> Built:
+    """Image and text tower, freshly initialised."""
     # Imported here, because importing open_clip takes seconds, and stages without images do not need it.
     from pretrain.models.clip import Clip, clip_config
 
@@ -84,11 +93,11 @@ def build_contrastive(context: BuildContext) -> tuple[Objective, dict[str, Any]]
     if stream.image is None or stream.text is None:
         raise UserError(f"data.{main_stream(stage)}: the contrastive objective needs image and text settings")
     config = clip_config(stage.model, stream.image, stream.text, context.tokenizer)
-    return Contrastive(Clip(config), stage), {}
+    return Built(Contrastive(Clip(config), stage), {}, frozenset())
 
 
-def build_generative(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
-    """A language model, with a frozen tower if the recipe has model.vision."""
+def build_generative(context: BuildContext) -> Built:
+    """A language model, with a vision encoder if the recipe has model.vision."""
     stage, tokenizer = context.stage, context.tokenizer
     llm = stage.model.llm
     if llm is None or llm.config is None:
@@ -98,20 +107,22 @@ def build_generative(context: BuildContext) -> tuple[Objective, dict[str, Any]]:
         "eos_token_id": tokenizer.end_id,
         "pad_token_id": tokenizer.pad_id,
     }
-    tower: FrozenTower | None = None
+    encoder: Encoder | None = None
     description: dict[str, Any] = {}
+    has_weights = False
     if stage.model.vision:
-        tower, description = build_encoder(stage.model.vision[0], context.run_dir, context.frozen)
-    # Seed again: building the tower used random numbers, although its weights come from another stage.
+        encoder, description, has_weights = build_encoder(
+            stage.model.vision[0], context.run_dir, context.frozen
+        )
+    # Seed again: building the encoder used random numbers, although its weights come from another stage.
     seed_weights(context.seed, context.name)
-    model = Multimodal(
-        new_llm(llm.config, tokenizer.vocab_size, special_tokens), tower.width if tower else None
-    )
+    model = VisionLanguageModel(new_llm(llm.config, tokenizer.vocab_size, special_tokens), encoder)
     refuse_dropout(model.llm.config.to_dict())
-    return Generative(model, tower, stage), description
+    vision = (name for name in model.state_dict() if name.startswith("vision."))
+    return Built(Generative(model, stage), description, frozenset(vision if has_weights else ()))
 
 
-BUILDERS: dict[str, Callable[[BuildContext], tuple[Objective, dict[str, Any]]]] = {
+BUILDERS: dict[str, Callable[[BuildContext], Built]] = {
     "contrastive": build_contrastive,
     "generative": build_generative,
 }
@@ -135,7 +146,9 @@ def load_trained(address: str, run_dir: Path | None = None) -> tuple[Objective, 
     if located.stage_dir is None:
         raise UserError(f"{address} is not a stage of a run; write RUN/STAGE or RUN/STAGE@STEP")
     name, stage = read_stage(located.stage_dir)
-    objective, _ = build(stage, name, 0, located.stage_dir.parent, located.stage_dir / "frozen.safetensors")
+    objective = build(
+        stage, name, 0, located.stage_dir.parent, located.stage_dir / "frozen.safetensors"
+    ).objective
     load_into(objective.model, read_state(address, run_dir), address)
     objective.model.eval()
     return objective, stage

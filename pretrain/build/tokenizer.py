@@ -55,14 +55,10 @@ def _check_tokenizer(name: str, builder: BatchBuilder, fingerprint: str, tokeniz
 
 def _check_row_length(name: str, builder: BatchBuilder, objective: Objective) -> None:
     """Compare the longest row of a stream, visual tokens included, with max_position_embeddings."""
-    llm = getattr(objective.model, "llm", None)
-    limit = getattr(llm.config, "max_position_embeddings", None) if llm is not None else None
+    limit = objective.max_length
     if limit is None:
         return
-    tower = getattr(objective, "tower", None)
-    visual = (
-        tower.token_count + 2 if tower is not None and builder.spec.image is not None else 0
-    )  # 2 delimiters
+    visual = objective.visual_tokens(name)
     text = (builder.spec.text.length if builder.spec.text else builder.spec.length) or 0
     if visual + text > limit:
         raise UserError(

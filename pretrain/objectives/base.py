@@ -97,7 +97,17 @@ class Objective(ABC):
 
     def frozen(self) -> dict[str, Tensor]:
         """Named tensors that the stage uses but does not train; they go into frozen.safetensors."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: t for name, t in self.model.state_dict().items() if name not in trained}
+
+    def visual_tokens(self, stream: str) -> int:
+        """Tokens that images add to a row of a stream in front of its text."""
+        return 0
+
+    @property
+    def max_length(self) -> int | None:
+        """Largest number of tokens of a row, visual ones included; None for no limit beyond the stream's own."""
+        return None
 
 
 class GlobalObjective(Objective):

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
 from pretrain.losses.normalisation import count_targets, part_of_global_mean
-from pretrain.models.encoders.clip_tower import FrozenTower
-from pretrain.models.multimodal import Multimodal, greedy_captions
+from pretrain.models.vision_language import VisionLanguageModel, greedy_captions
 from pretrain.objectives.base import Forward, Loss, Objective
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.kinds.generative import GenerativeOptions
@@ -27,12 +25,12 @@ class Generative(Objective):
 
     exports = ("transformers",)
 
-    def __init__(self, model: Multimodal, tower: FrozenTower | None, stage: TrainStage) -> None:
-        self.model: Multimodal = model
-        self.tower = tower
+    def __init__(self, model: VisionLanguageModel, stage: TrainStage) -> None:
+        self.model: VisionLanguageModel = model
         text = [name for name, stream in stage.data.items() if stream.image is None]
         captions = [name for name, stream in stage.data.items() if stream.image is not None]
         self.streams = (*text, *captions)
+        self.with_images = frozenset(captions)
         self.main = main_stream(stage)
         weights = stage.options(GenerativeOptions).weights or {}
         self.weights = {name: weights.get(name, 1.0) for name in self.streams}
@@ -44,17 +42,9 @@ class Generative(Objective):
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return count_targets(batch)
 
-    def features(self, rows: DeviceBatch) -> Tensor | None:
-        """Visual tokens `[rows, tokens, width]` of the frozen tower; None for text."""
-        if rows.images is None:
-            return None
-        assert self.tower is not None, "an image stream needs model.vision"
-        with torch.no_grad():
-            return self.tower(rows.images)
-
     def token_nll(self, forward: Forward, rows: DeviceBatch) -> Tensor:
         """Summed negative log-likelihood of each row's tokens, `[rows]`, in nats; skips all-padding columns."""
-        return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, features=self.features(rows))
+        return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, images=rows.images)
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         nll = self.token_nll(forward, rows)
@@ -66,12 +56,16 @@ class Generative(Objective):
 
         `start`, `end`: token ids.
         """
-        features = self.features(rows)
-        assert features is not None, "captions are generated for images"
-        return greedy_captions(self.model, start, end, features, max_tokens)
+        assert rows.images is not None, "captions are generated for images"
+        return greedy_captions(self.model, start, end, rows.images, max_tokens)
 
-    def frozen(self) -> dict[str, Tensor]:
-        tensors = super().frozen()
-        if self.tower is not None:
-            tensors |= {f"vision.0.{name}": p.detach() for name, p in self.tower.visual.state_dict().items()}
-        return tensors
+    def visual_tokens(self, stream: str) -> int:
+        encoder = self.model.encoder
+        return (
+            encoder.token_count + 2 if encoder is not None and stream in self.with_images else 0
+        )  # 2 delimiters
+
+    @property
+    def max_length(self) -> int | None:
+        limit: int | None = getattr(self.model.llm.config, "max_position_embeddings", None)
+        return limit

@@ -69,18 +69,19 @@ class Session:
         start = find_start(stage, context.folder, runtime.world_size)
         first = start.step if start is not None else 0
         # 2. Model with fresh weights, data at its position, lengths in steps; then the checks that need all three.
-        objective, description = setup.build_objective(context, start)
+        built = setup.build_objective(context, start)
+        objective = built.objective
         builders, accepted = setup.open_streams(context, objective, start)
         plan = setup.make_plan(stage, builders[objective.main].order)
         setup.check_stage(context, objective, builders, plan.total, start)
         # 3. Weights: `init` or frozen tensors into the module, then the checkpoint through the engine.
-        setup.load_weights(context, objective, start)
+        setup.load_weights(context, built, start)
         # Before the engine: ZeRO-3 leaves tensors without elements. Rank 0 writes them.
         frozen = objective.frozen() if runtime.rank == 0 else {}
         engine = setup.open_engine(context, objective, start)
         # 4. Run folder: the first files that are written.
         if runtime.rank == 0:
-            setup.prepare_folder(context, objective, frozen, description, start, plan.total, accepted)
+            setup.prepare_folder(context, objective, frozen, built.description, start, plan.total, accepted)
         del frozen  # whole tensors, of which ZeRO-3 keeps a part per rank during the training
         # 5. Evaluation and loader. After the barrier, the files of the run folder exist on every rank.
         evaluate = setup.make_evaluation(context, objective, engine)

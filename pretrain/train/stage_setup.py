@@ -22,7 +22,7 @@ from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
-from pretrain.build.objective import build
+from pretrain.build.objective import Built, build
 from pretrain.build.streams import cache_settings, stage_specs
 from pretrain.build.tokenizer import check_tokens, stage_tokenizer
 from pretrain.distributed.engine import Engine, Runtime
@@ -68,18 +68,10 @@ class StageContext:
         return stage_record(self.recipe, self.name) | {"versions": decoder_versions()}
 
 
-def build_objective(context: StageContext, start: Start | None) -> tuple[Objective, dict[str, Any]]:
-    """The objective with freshly initialised weights, and the description of its frozen towers.
-
-    A frozen tower is on the device already; the engine moves the model itself.
-    """
+def build_objective(context: StageContext, start: Start | None) -> Built:
+    """The objective with the weights of its first step, but for `init:`; the engine moves it to the device."""
     frozen = start.frozen if start is not None else None
-    seed = context.recipe.run.seed
-    objective, description = build(context.stage, context.name, seed, context.run_dir, frozen)
-    tower = getattr(objective, "tower", None)  # only some objectives have one
-    if tower is not None:
-        tower.to(context.runtime.device)
-    return objective, description
+    return build(context.stage, context.name, context.recipe.run.seed, context.run_dir, frozen)
 
 
 def open_streams(
@@ -137,10 +129,11 @@ def check_stage(
     check_tokens(context.stage, objective, builders)
 
 
-def load_weights(context: StageContext, objective: Objective, start: Start | None) -> None:
+def load_weights(context: StageContext, built: Built, start: Start | None) -> None:
     """Weights that the engine does not restore: `init` of a new stage, the frozen tensors of a resumed one.
 
-    Raises UserError when frozen.safetensors is not the file that the checkpoint was saved with.
+    Parameters that `built` has from elsewhere, such as those of `model.vision.init`, stay. Raises UserError when
+    frozen.safetensors is not the file that the checkpoint was saved with.
     """
     if start is not None:
         if hash_file(start.frozen) != start.state.get("frozen"):
@@ -148,17 +141,19 @@ def load_weights(context: StageContext, objective: Objective, start: Start | Non
                 f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or "
                 f"delete {start.checkpoint.parent.parent} to start again"
             )
-        tensors, _ = read_frozen(start.frozen)
-        parameters = dict(objective.model.named_parameters())
+        targets = built.objective.model.state_dict()
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name in parameters:
-                    parameters[name].copy_(tensor)
+            for name, tensor in read_frozen(start.frozen).items():
+                if name in targets:
+                    targets[name].copy_(tensor)
     elif context.stage.init is not None:
         init = context.stage.init
-        loaded = load_into(objective.model, read_state(init, context.run_dir), init)
-        if context.runtime.rank == 0 and loaded.new:
-            modules = sorted({name.split(".")[0] for name in loaded.new})
+        state = read_state(init, context.run_dir)
+        own = {name: state.pop(name, None) for name in built.pretrained}
+        loaded = load_into(built.objective.model, state, init)
+        new = [name for name in loaded.new if name not in own]
+        if context.runtime.rank == 0 and new:
+            modules = sorted({name.split(".")[0] for name in new})
             print(f"dromos: init {init}: newly initialised: {', '.join(modules)}", flush=True)
 
 

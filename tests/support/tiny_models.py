@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pretrain.models.clip import Clip, clip_config
-from pretrain.models.multimodal import Multimodal, new_llm
+from pretrain.models.encoders.base import Encoder
+from pretrain.models.vision_language import VisionLanguageModel, new_llm
 from pretrain.recipe.data import Image, Text
 from pretrain.recipe.model import Model
 
@@ -63,11 +64,30 @@ def clip(vision: dict[str, Any], text: dict[str, Any] | None = None) -> Clip:
     return model
 
 
-def multimodal(tower_width: int | None = 16, **config: Any) -> Multimodal:
-    """A language model of the Llama family in fp64, with a projector unless `tower_width` is None."""
+class Tokens(Encoder):
+    """An encoder without parameters, whose images are visual tokens already, `[rows, tokens, width]`."""
+
+    def __init__(self, width: int) -> None:
+        self.module = torch.nn.Identity()
+        self._width = width
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    @property
+    def token_count(self) -> int:
+        return 3
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.module(images)  # type: ignore[no-any-return]
+
+
+def multimodal(encoder: Encoder | None = Tokens(16), **config: Any) -> VisionLanguageModel:
+    """A language model of the Llama family in fp64, with a projector unless `encoder` is None."""
     torch.manual_seed(0)
     specials = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = Multimodal(new_llm(LLAMA | config, 11, specials), tower_width).double()
+    model = VisionLanguageModel(new_llm(LLAMA | config, 11, specials), encoder).double()
     randomise(model)
     return model
 

@@ -78,7 +78,7 @@ def untrained(run: Path, name: str, recipe: dict[str, Any]) -> None:
     folder = run / name
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     (folder / "resolved.yaml").write_text(dump_plain(stage_record(loaded, name)))
-    objective, _ = build(loaded.stages[name], name, 3, run)  # type: ignore[arg-type]
+    objective = build(loaded.stages[name], name, 3, run).objective  # type: ignore[arg-type]
     save_file(dict(objective.model.state_dict()), folder / "weights" / "model.safetensors")
     (folder / "result.json").write_text(json.dumps({"step": 0, "eval": {}}))
 
@@ -216,9 +216,9 @@ def test_captions_are_the_most_likely_token_at_every_step(root: Path) -> None:
         tokens = torch.tensor(
             [[tokenizer.start_id, *generated, token] for token in range(tokenizer.vocab_size)]
         )
-        features = objective.features(rows).expand(len(tokens), -1, -1)
+        images = rows.images.expand(len(tokens), -1, -1, -1)
         with torch.no_grad():
-            nll = objective.model(tokens, torch.full((len(tokens),), tokens.shape[1]), features)
+            nll = objective.model(tokens, torch.full((len(tokens),), tokens.shape[1]), images)
         generated.append(int(nll.argmin()))
         if generated[-1] == tokenizer.end_id:
             break

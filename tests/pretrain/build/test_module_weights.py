@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
+from pretrain.build.module_weights import load_into, read_description, read_frozen, read_state, write_frozen
 from tests.support.recorded_files import recorded
 
 
@@ -144,15 +144,15 @@ def test_frozen_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     tensors["trained"] = torch.nn.Parameter(torch.ones(2))
     described = {"clip": {"embed_dim": 16, "vision_cfg": {"width": 32, "head": None}}}
     write_frozen(path, tensors, described)
-    found, description = read_frozen(path)
+    found, description = read_frozen(path), read_description(path)
     assert same(found, {name: t.detach() for name, t in tensors.items()})
     assert description == described
     assert list(tmp_path.iterdir()) == [path]
     assert same(load_file(path), found)  # a plain safetensors file
 
     write_frozen(path, {"only": torch.ones(1)}, {})  # replaces the whole file
-    assert list(read_frozen(path)[0]) == ["only"]
-    assert read_frozen(tmp_path / "none.safetensors") == ({}, {})
+    assert list(read_frozen(path)) == ["only"]
+    assert read_frozen(tmp_path / "none.safetensors") == read_description(tmp_path / "none.safetensors") == {}
 
 
 def test_frozen_tensors_are_absent_or_whole_after_a_power_cut_and_stay(tmp_path: Path) -> None:
@@ -165,7 +165,8 @@ def test_frozen_tensors_are_absent_or_whole_after_a_power_cut_and_stay(tmp_path:
             disk.promise(str(number))
     for outcome in disk.outcomes():
         outcome.write(tmp_path / "cut")
-        found, description = read_frozen(tmp_path / "cut/frozen.safetensors")
+        path = tmp_path / "cut/frozen.safetensors"
+        found, description = read_frozen(path), read_description(path)
         if found:
             assert torch.equal(found["w"], (first, second)[description["number"]]["w"])
         assert description.get("number", -1) >= len(outcome.promised) - 1, outcome.after

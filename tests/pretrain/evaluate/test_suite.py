@@ -176,7 +176,7 @@ def caption_nats(objective: Any, stage: TrainStage, sample: Sample, shown: Sampl
     middle = tokenizer.encode(sample.caption)[: tiny.LENGTH - 2]
     ids = torch.tensor([tokenizer.start_id, *middle, tokenizer.end_id])
     words = model.llm.get_input_embeddings()(ids)
-    seen = model.projector(objective.tower(normalised(shown, stage, "captions")))[0]
+    seen = model.projector(model.visual_tokens(normalised(shown, stage, "captions")))[0]
     row = torch.cat([words[:1], model.start_image[0], seen, model.end_image[0], words[1:]])
     logits = model.llm(inputs_embeds=row[None]).logits[0, -len(ids) : -1].double()
     return F.cross_entropy(logits, ids[1:], reduction="sum").item(), len(ids) - 1

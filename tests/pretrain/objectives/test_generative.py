@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.models.encoders.clip_tower import FrozenTower
+from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.objectives.generative import Generative
 from pretrain.recipe.schema import TrainStage
@@ -33,7 +33,7 @@ def stage(weights: dict[str, float] | None = None, **streams: Any) -> TrainStage
 
 
 def objective(weights: dict[str, float] | None = None) -> Generative:
-    return Generative(multimodal(), FrozenTower(clip({}).visual), stage(weights))
+    return Generative(multimodal(OpenClipVit(clip({}).visual.requires_grad_(False))), stage(weights))
 
 
 def rows(images: bool, weights: list[float] | None = None) -> DeviceBatch:
@@ -45,10 +45,10 @@ def row_nll(made: Generative, images: bool) -> list[float]:
     """Each row alone, through the model itself (tests/pretrain/models/test_multimodal.py), with no objective."""
     out = []
     for row in range(ROWS):
-        features = made.tower(pictures()[row : row + 1]) if images and made.tower is not None else None
+        shown = pictures()[row : row + 1] if images else None
         tokens, used = sentences()[row : row + 1], torch.tensor(USED[row : row + 1])
         with torch.no_grad():
-            out.append(float(made.model(tokens=tokens, used=used, features=features)))
+            out.append(float(made.model(tokens=tokens, used=used, images=shown)))
     return out
 
 
@@ -101,8 +101,7 @@ def test_rows_without_weight_count_in_neither_sum_nor_denominator() -> None:
 def test_the_frozen_tower_and_frozen_parts_are_saved_under_their_names() -> None:
     made = objective()
     made.model.llm.lm_head.weight.requires_grad_(False)
-    assert made.tower is not None
-    tower = {f"vision.0.{name}": value for name, value in made.tower.visual.state_dict().items()}
+    tower = {f"vision.0.{name}": value for name, value in made.model.vision[0].state_dict().items()}
     expected = tower | {"llm.lm_head.weight": made.model.llm.lm_head.weight}
     found = made.frozen()
     assert set(found) == set(expected)
@@ -110,7 +109,17 @@ def test_the_frozen_tower_and_frozen_parts_are_saved_under_their_names() -> None
 
 
 def test_a_stage_of_text_alone_needs_no_tower() -> None:
-    made = Generative(multimodal(None), None, stage())
+    made = Generative(multimodal(None), stage())
     found = made.loss(made.model, "text", rows(False), TARGETS).total.item()
     assert found == pytest.approx(sum(row_nll(made, False)) / TARGETS, rel=1e-5)
-    assert made.features(rows(False)) is None
+    assert [made.visual_tokens(stream) for stream in made.streams] == [0, 0, 0]
+
+
+def test_images_take_the_place_of_their_tokens_and_two_delimiters() -> None:
+    made = objective()
+    assert {stream: made.visual_tokens(stream) for stream in made.streams} == {
+        "captions": 1 + 16 + 2,
+        "text": 0,
+        "code": 0,
+    }
+    assert made.max_length == 64

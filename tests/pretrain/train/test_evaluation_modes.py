@@ -85,7 +85,7 @@ def test_an_evaluation_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
     losses: dict[int | None, list[float]] = {}
     for every in (1, None):
         stage = TrainStage.model_validate(given)
-        objective, _ = build(stage, "main", 3, None)
+        objective = build(stage, "main", 3, None).objective
         engine = PlainEngine(objective.model)
         context = StageContext(Recipe(stages={"main": stage}), "main", stage, tmp_path, RUNTIME)
         folder = tmp_path / f"run-{every}"

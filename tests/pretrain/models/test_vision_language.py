@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.multimodal import Multimodal, Projector, greedy_captions, new_llm
-from tests.support.tiny_models import LENGTH, LLAMA, ROWS, multimodal, sentences
+from pretrain.models.encoders.open_clip_vit import OpenClipVit
+from pretrain.models.vision_language import Projector, VisionLanguageModel, greedy_captions, new_llm
+from tests.support.tiny_models import LENGTH, LLAMA, ROWS, clip, multimodal, pictures, sentences
 
 USED = [3, 4, 5, 6, 7]
 
@@ -19,7 +20,7 @@ def visual(rows: int = ROWS, tokens: int = 3, width: int = 16) -> Tensor:
     return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(4)).double()
 
 
-def by_hand(model: Multimodal, ids: list[int], seen: Tensor | None) -> Tensor:
+def by_hand(model: VisionLanguageModel, ids: list[int], seen: Tensor | None) -> Tensor:
     """Embeddings of one row: start token, image between its delimiters, the other tokens."""
     table = model.llm.get_input_embeddings().weight
     words = [table[token] for token in ids]
@@ -35,7 +36,7 @@ def by_hand(model: Multimodal, ids: list[int], seen: Tensor | None) -> Tensor:
     return torch.stack([words[0], start, *image, end, *words[1:]])
 
 
-def plain_nll(model: Multimodal, ids: list[int], seen: Tensor | None) -> float:
+def plain_nll(model: VisionLanguageModel, ids: list[int], seen: Tensor | None) -> float:
     """One forward of the language model per token: nothing later can have an influence."""
     total = 0.0
     for position in range(1, len(ids)):
@@ -50,7 +51,7 @@ def test_a_row_s_nll_is_that_of_its_tokens_one_after_the_other(images: bool, tie
     model = multimodal(tie_word_embeddings=tied)
     seen = visual() if images else None
     with torch.no_grad():
-        found = model(tokens=sentences(), used=torch.tensor(USED), features=seen)
+        found = model(tokens=sentences(), used=torch.tensor(USED), images=seen)
         expected = [
             plain_nll(model, sentences()[row, : USED[row]].tolist(), seen[row] if seen is not None else None)
             for row in range(ROWS)
@@ -63,11 +64,11 @@ def test_padding_and_columns_of_padding_change_nothing() -> None:
     model = multimodal()
     used = torch.tensor([3, 4, 5, 2, 3])
     with torch.no_grad():
-        whole = model(tokens=sentences(), used=used, features=visual())
-        cut = model(tokens=sentences()[:, :5], used=used, features=visual())
+        whole = model(tokens=sentences(), used=used, images=visual())
+        cut = model(tokens=sentences()[:, :5], used=used, images=visual())
         noisy = sentences()
         noisy[torch.arange(LENGTH)[None, :] >= used[:, None]] = 9
-        changed = model(tokens=noisy, used=used, features=visual())
+        changed = model(tokens=noisy, used=used, images=visual())
     torch.testing.assert_close(cut, whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(changed, whole, rtol=1e-6, atol=0)
 
@@ -76,9 +77,9 @@ def test_rows_are_independent_and_see_their_own_image() -> None:
     model = multimodal()
     tokens = sentences()[[4, 4, 4]]
     with torch.no_grad():
-        together = model(tokens=tokens, used=torch.tensor([7, 7, 7]), features=visual(3))
+        together = model(tokens=tokens, used=torch.tensor([7, 7, 7]), images=visual(3))
         alone = [
-            model(tokens=tokens[:1], used=torch.tensor([7]), features=visual(3)[n : n + 1]) for n in range(3)
+            model(tokens=tokens[:1], used=torch.tensor([7]), images=visual(3)[n : n + 1]) for n in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=0)
     assert len({round(value, 4) for value in together.tolist()}) == 3
@@ -87,7 +88,7 @@ def test_rows_are_independent_and_see_their_own_image() -> None:
 def test_every_part_gets_a_gradient_from_images_and_none_of_the_new_parts_from_text() -> None:
     for seen, reached in ((visual(), True), (None, False)):
         model = multimodal()
-        model(tokens=sentences(), used=torch.tensor(USED), features=seen).sum().backward()
+        model(tokens=sentences(), used=torch.tensor(USED), images=seen).sum().backward()
         for name, parameter in model.named_parameters():
             got = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
             assert got == (reached or name.startswith("llm.")), name
@@ -97,10 +98,10 @@ def test_features_take_the_type_of_the_language_model() -> None:
     """fp32 features of a frozen tower must not turn the whole sequence into fp32; the losses are fp32."""
     model = multimodal().bfloat16()
     assert model.embed(sentences(), visual().float()).dtype == torch.bfloat16
-    found = model(tokens=sentences(), used=torch.tensor(USED), features=visual().float())
+    found = model(tokens=sentences(), used=torch.tensor(USED), images=visual().float())
     assert found.dtype == torch.float32
     with torch.no_grad():
-        exact = multimodal()(tokens=sentences(), used=torch.tensor(USED), features=visual())
+        exact = multimodal()(tokens=sentences(), used=torch.tensor(USED), images=visual())
     torch.testing.assert_close(found, exact, rtol=0.03, atol=0.1)
 
 
@@ -149,3 +150,20 @@ def test_greedy_captions_are_those_of_each_image_alone(limit: int) -> None:
     assert found == expected
     lengths = {len(caption) for caption in found}
     assert limit == 1 or len(lengths) > 1, lengths
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_encoder_stays_in_eval_mode_and_gets_no_gradient(frozen: bool) -> None:
+    tower = clip({}).visual.requires_grad_(not frozen)
+    model = multimodal(OpenClipVit(tower)).train()
+    assert model.training
+    assert model.llm.training
+    assert {module.training for module in tower.modules()} == {not frozen}
+    model(tokens=sentences(), used=torch.tensor(USED), images=pictures()).sum().backward()
+    reached = {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
+    assert bool(reached) != frozen
+    assert model.visual_tokens(pictures()).requires_grad != frozen
+    with torch.no_grad():
+        assert not model.visual_tokens(pictures()).requires_grad
+    registered = dict(model.named_parameters())
+    assert all(registered[f"vision.0.{name}"] is parameter for name, parameter in tower.named_parameters())

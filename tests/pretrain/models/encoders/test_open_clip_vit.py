@@ -1,12 +1,11 @@
-"""The tokens of a frozen tower against a tower written out by hand: after the last norm, before the projection."""
+"""The tokens of open_clip's tower against a tower written out by hand: after the last norm, before the projection."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pretrain.models.clip import Clip
-from pretrain.models.encoders.clip_tower import FrozenTower
+from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from tests.support import plain_clip
 from tests.support.tiny_models import clip, clip_config_of, pictures
 
@@ -18,8 +17,8 @@ HEADS = 2
 def test_tokens_are_the_class_token_and_all_patches_after_the_last_norm(pool: str, positions: str) -> None:
     """The pool and the projection belong to the contrastive model and change nothing."""
     model = clip({"pool": pool, "positions": positions})
-    tower = FrozenTower(model.visual)
-    found = tower(pictures())
+    tower = OpenClipVit(model.visual)
+    found = tower.tokens(pictures())
     expected = plain_clip.vision_tokens(model.state_dict(), pictures(), HEADS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert found.shape == (len(pictures()), tower.token_count, tower.width) == (5, 17, 16)
@@ -37,17 +36,6 @@ def test_open_clip_s_own_features_follow_from_the_tokens() -> None:
     peer.load_state_dict(state | {"logit_scale": state["logit_scale"].reshape(())})
     peer.eval()
     with torch.no_grad():
-        tokens = FrozenTower(model.visual)(pictures())
+        tokens = OpenClipVit(model.visual).tokens(pictures())
         expected = peer.encode_image(pictures())
     torch.testing.assert_close(tokens[:, 0] @ state["visual.proj"], expected, rtol=0, atol=1e-9)
-
-
-def test_a_tower_is_frozen_in_every_way() -> None:
-    model: Clip = clip({})
-    tower = FrozenTower(model.visual)
-    assert not any(parameter.requires_grad for parameter in tower.parameters())
-    parent = torch.nn.ModuleList([tower]).train()
-    assert parent.training
-    assert not any(module.training for module in tower.modules())
-    images = pictures().requires_grad_()
-    assert not tower(images).requires_grad
