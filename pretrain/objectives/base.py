@@ -97,8 +97,10 @@ class Objective(ABC):
 
     def frozen(self) -> dict[str, Tensor]:
         """Named tensors that the stage uses but does not train; they go into frozen.safetensors."""
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return {name: t for name, t in self.model.state_dict().items() if name not in trained}
+        fixed = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        # A tied parameter has several names and is saved under the first.
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return fixed | {name: t for name, t in self.model.state_dict().items() if name not in parameters}
 
     def visual_tokens(self, stream: str) -> int:
         """Tokens that images add to a row of a stream in front of its text."""
