@@ -188,3 +188,44 @@ def test_every_signature_is_typed(path: Path) -> None:
         where = f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
         assert not bare, f"{where}: no type on {', '.join(bare)}"
         assert node.returns is not None, f"{where}: no return type"
+
+
+# Classes of one system. Only the objectives and the models may know them; all others ask for what they need by name.
+SYSTEMS = {
+    "Clip", "Contrastive", "ContrastiveOptions", "Generative", "GenerativeOptions", "OpenClipVit", "VisionLanguageModel",
+}  # fmt: skip
+
+
+def asks_for_a_system(node: ast.AST) -> bool:
+    """`isinstance(x, Contrastive)`, `getattr(objective, ...)`, `objective.kind == ...`, `objective.kind in ...`."""
+    if isinstance(node, ast.Compare):
+        return any(ast.unparse(side).endswith("objective.kind") for side in (node.left, *node.comparators))
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return False
+    words = [ast.unparse(argument) for argument in node.args]
+    if node.func.id in ("isinstance", "issubclass"):
+        return bool(SYSTEMS & {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)})
+    return node.func.id in ("getattr", "hasattr") and words[0].endswith(("objective", "objective.model"))
+
+
+@each_file
+def test_nobody_asks_which_system_it_is(path: Path) -> None:
+    if path.is_relative_to(ROOT / "pretrain" / "objectives"):
+        return
+    found = [node for node in ast.walk(tree(path)) if asks_for_a_system(node)]
+    assert not found, ", ".join(f"line {node.lineno}: {ast.unparse(node)}" for node in found)  # type: ignore[attr-defined]
+
+
+def test_what_counts_as_asking_for_a_system() -> None:
+    for text, asks in (
+        ("isinstance(objective, Contrastive)", True),
+        ("isinstance(model, (Generative, int))", True),
+        ("stage.objective.kind == 'contrastive'", True),
+        ("'generative' != stage.objective.kind", True),
+        ("stage.objective.kind in kinds", True),
+        ("getattr(objective, 'tower', None)", True),
+        ("isinstance(stage, TrainStage)", False),
+        ("KINDS[stage.objective.kind]", False),
+        ("getattr(options, name)", False),
+    ):
+        assert any(asks_for_a_system(node) for node in ast.walk(ast.parse(text))) == asks, text
