@@ -192,7 +192,8 @@ def test_every_signature_is_typed(path: Path) -> None:
 
 # Classes of one system. Only the objectives and the models may know them; all others ask for what they need by name.
 SYSTEMS = {
-    "Clip", "Contrastive", "ContrastiveOptions", "Generative", "GenerativeOptions", "OpenClipVit", "VisionLanguageModel",
+    "Clip", "Contrastive", "ContrastiveOptions", "Generative", "GenerativeOptions", "OpenClipVit",
+    "VisionLanguageModel",
 }  # fmt: skip
 
 

@@ -103,11 +103,31 @@ def read_draft(document: Document) -> Draft:
             )
         if not isinstance(own or {}, dict):
             raise UserError(f"{where}: must be a map, found {own!r}; write {{}} for no changes")
-        own = expand_short_forms(own or {})
-        is_merge = own.get("kind", "train") == "merge"
-        base = {key: value for key, value in defaults.items() if key == "eval"} if is_merge else defaults
+        own = dict(expand_short_forms(own or {}))
+        extended = own.pop("extends", None)
+        if extended is not None:
+            base = _extended(extended, document.location("stages", name, "extends"), own, resolved)
+        elif own.get("kind", "train") == "merge":
+            base = {key: value for key, value in defaults.items() if key == "eval"}
+        else:
+            base = defaults
         resolved[name] = merge_maps(merge_maps({}, base), own)
     return Draft(document, dict(run), resolved)
+
+
+def _extended(
+    other: Any, where: str, own: dict[str, Any], resolved: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The settings that a stage inherits by `extends: other`: all but where the weights come from."""
+    training = [name for name, stage in resolved.items() if stage.get("kind", "train") == "train"]
+    if own.get("kind", "train") != "train":
+        raise UserError(f"{where}: a merge stage has no settings to extend; leave it out")
+    if other not in training:
+        known = f"the training stages before it are {', '.join(training)}" if training else "there are none"
+        raise UserError(
+            f"{where}: {other!r} is not a training stage before this one{did_you_mean(str(other), training)}; {known}"
+        )
+    return {key: value for key, value in resolved[other].items() if key not in ("init", "continue")}
 
 
 def parse_override(text: str, stages: Iterable[str]) -> Override:

@@ -103,6 +103,51 @@ def test_a_stage_inherits_the_defaults(tmp_path: Path) -> None:
     assert masked.data["pairs"].sources["scenes"].weight == 0.5
 
 
+EXTENDED = (
+    FLIP
+    + """\
+  larger:
+    extends: tuned
+    data: {pairs: {image: {size: 64}}}
+  largest: {extends: larger, init: larger, train: {steps: 7}}
+"""
+)
+
+
+def test_a_stage_that_extends_another_has_its_settings_but_for_what_it_says(tmp_path: Path) -> None:
+    recipe = load(tmp_path, EXTENDED)
+    masked, tuned, larger, largest = (training(recipe, name) for name in recipe.stages)
+    assert larger.model_dump(exclude={"init", "data"}) == tuned.model_dump(exclude={"init", "data"})
+    assert larger.objective != masked.objective
+    assert (tuned.init, larger.init, largest.init) == ("masked", None, "larger")  # weights are not settings
+    sizes = [stage.data["pairs"].image.size for stage in (masked, tuned, larger, largest)]  # type: ignore[union-attr]
+    assert sizes == [32, 32, 64, 64]
+    assert larger.data["pairs"].sources == tuned.data["pairs"].sources
+    assert (largest.train.steps, largest.train.epochs) == (7, None)
+    again = load_recipe(write(tmp_path, dump(recipe), "again.yaml"))
+    assert again.stages == recipe.stages
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("extends: tuned", "extends: later", ["stages.larger.extends", "'later'", "masked, tuned"]),
+        ("extends: tuned", "extends: tuend", ["'tuend'", "did you mean 'tuned'"]),
+        ("extends: tuned", "extends: larger", ["'larger' is not a training stage before this one"]),
+        ("extends: tuned", "extends: [tuned]", ["not a training stage before"]),
+        ("  tuned:\n", "  tuned:\n    extends: larger\n", ["stages.tuned.extends", "'larger'"]),
+        ("extends: tuned", "kind: merge\n    extends: tuned", ["a merge stage has no settings to extend"]),
+    ],
+)
+def test_a_stage_can_extend_only_an_earlier_training_stage(
+    old: str, new: str, words: list[str], tmp_path: Path
+) -> None:
+    message = refused(tmp_path, EXTENDED.replace(old, new, 1))
+    for word in words:
+        assert word in message
+    assert "recipe.yaml:" in message
+
+
 def test_a_recipe_without_stages_has_one_stage_main(tmp_path: Path) -> None:
     text = FLIP[: FLIP.index("stages:")]
     recipe = load(tmp_path, text)
