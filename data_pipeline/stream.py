@@ -24,8 +24,10 @@ class Stream:
     """Endless iterator over batches of webdataset tars, in an order that depends on the arguments alone.
 
     The same arguments give the same global batches on any number of ranks and workers: rank r of W receives rows
-    [r batch/W, (r+1) batch/W). Each epoch visits every sample exactly once. An unusable sample is replaced
-    deterministically, from its shard or, after 8 attempts, from its whole source, and counted in `batch.skipped`.
+    [r batch/W, (r+1) batch/W), rounded down. If W does not divide the batch, some ranks receive one row less than
+    others, and none if W is larger; `dummy_rows` fills them up. Each epoch visits every sample exactly once. An
+    unusable sample is replaced deterministically, from its shard or, after 8 attempts, from its whole source, and
+    counted in `batch.skipped`.
 
         stream = Stream("data/train", batch=256, image=ImageSpec(224), text=TextSpec("clip-bpe", 77))
         for batch in stream:                     # never ends, unless every source has max_epochs
@@ -40,6 +42,8 @@ class Stream:
     lanes: parts of the global batch that read separate parts of each source; default: the largest common divisor of
         all batches up to 1024 (choose_lanes in data_pipeline/order/stream_order.py)
     share_by: "size" or "sqrt" (of the size): how sources without a weight share the rows
+    dummy_rows: fill up every rank's batch to that of the rank with most rows, by rows that nothing is read for and
+        whose `weights` are 0; a loss must leave them out. For loops whose ranks need batches of one shape
     workers: processes that decode; 0 decodes in one thread of this process
     cache: folder and size of this node's cache of object-store data, filled ahead by a process beside this one
     limits: seconds after which a stalled read or decode is logged, and after which its worker is killed and replaced;
@@ -66,6 +70,7 @@ class Stream:
         share_by: ShareBy = "size",
         rank: int = 0,
         world_size: int = 1,
+        dummy_rows: bool = False,
         workers: int = 0,
         cache: CacheSettings | None = None,
         limits: StallLimits | None = None,
@@ -80,7 +85,9 @@ class Stream:
             name, order, specs, BatchSchedule.of(batch), lanes, image, text, length, share_by=share_by
         )
         cache = cache or CacheSettings.of()
-        self._set_loader(LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache))
+        self._set_loader(
+            LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache, dummy_rows=dummy_rows)
+        )
         self._builder = self._loader.builders[name]
         self._step = 0
         self._steps: Iterator[dict[str, list[Batch]]] | None = None
@@ -151,6 +158,7 @@ class Stream:
                 loader.workers,
                 builders={spec.name: builder},
                 limits=loader.limits,
+                dummy_rows=loader.dummy_rows,
             )
         )
 

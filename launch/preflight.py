@@ -11,8 +11,8 @@ from data_pipeline.errors import UserError
 from launch import data_check
 from launch.job import Job
 from launch.stage_state import StageStates, stage_folders, stage_job, stage_states
-from pretrain.recipe.checks import addresses, world_size_check
-from pretrain.recipe.schema import Recipe, TrainStage
+from pretrain.recipe.checks import addresses
+from pretrain.recipe.schema import Recipe
 from pretrain.run.address import StageNotReady, locate
 from pretrain.run.identity import check_run_folder
 
@@ -35,17 +35,6 @@ def check(recipe: Recipe, job: Job) -> StageStates:
         check_predecessors(recipe, job, states)
         check_sources(recipe, job, states)
     return states
-
-
-def check_ranks(recipe: Recipe, job: Job) -> None:
-    """Raises UserError unless every stream's batch divides evenly by the ranks. Needs no disk."""
-    for item in job.stages:
-        stage = recipe.stages[item.name]
-        if isinstance(stage, TrainStage):
-            try:
-                world_size_check(stage, job.world_size)
-            except UserError as error:
-                raise UserError(f"{job.recipe}: stage {item.name}: {error}") from None
 
 
 def check_folder(recipe: Recipe, job: Job, states: StageStates) -> None:

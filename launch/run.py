@@ -35,7 +35,6 @@ def run(
     """Run the stages of a recipe in order; returns the exit code 0, 2, 75 or 1. Raises UserError."""
     recipe = load_recipe(recipe_path, list(overrides), list(stages) if stages else None, strict=True)
     job = make_job(recipe, recipe_path, on, stages, nodes, ranks_per_node, cluster_file, overrides)
-    preflight.check_ranks(recipe, job)
     console = Console()
     if dry_run:
         console.file.write(render(job))

@@ -150,6 +150,10 @@ class BatchBuilder:
         batch.skipped = {source: dict(reasons) for source, reasons in skipped.items()}
         return batch
 
+    def dummy_rows(self, step: int, at: int, count: int) -> Batch:
+        """`count` dummy rows behind row `at` of the global batch; nothing is read."""
+        return self._rows.empty_batch(step, at, at, dummies=count)
+
     def close(self) -> None:
         """Close the files that are open for reading."""
         self._rows.close()

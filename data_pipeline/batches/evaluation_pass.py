@@ -21,7 +21,7 @@ from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 class EvaluationPass:
     """All samples of a stream with one source, once, in `len()` batches of equal size.
 
-    The last batch is padded with rows of weight 0. An unusable sample keeps its row, with weight 0, and is counted: a
+    The last batch is padded with dummy rows. An unusable sample keeps its row, with weight 0, and is counted: a
     replacement would count twice in the result. `cache` is by default the node's cache in its default folder.
 
     Raises UserError.
@@ -55,9 +55,12 @@ class EvaluationPass:
         """Raise UserError if the first samples are all unusable."""
         self._rows.check(self.source)
 
-    def make(self, number: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of batch `number`, from 0; `meta` has the key, caption and json member of each row."""
-        batch = self._rows.empty_batch(number, start, stop)
+    def make(self, number: int, start: int, stop: int, dummies: int = 0) -> Batch:
+        """Rows [start, stop) of batch `number`, from 0, and `dummies` dummy rows.
+
+        `meta` has the key, caption and json member of each row.
+        """
+        batch = self._rows.empty_batch(number, start, stop, dummies=dummies)
         batch.meta = []
         position = number * self.spec.largest + np.arange(start, stop, dtype=np.int64)
         real = int((position < self.samples).sum())
@@ -68,9 +71,8 @@ class EvaluationPass:
         batch.row_keys[:real] = row_keys(
             self.spec.seed, self.source, shards, indices, np.zeros(real, np.int64), 0
         )
-        batch.weights[:] = 0
         batch.samples = {self.source: 0}
-        for i in range(stop - start):
+        for i in range(stop - start + dummies):
             meta = self._fill(batch, i, int(shards[i]), int(indices[i])) if i < real else None
             batch.meta.append(meta or {"key": None, "caption": None, "json": {}})
         return batch
@@ -93,7 +95,6 @@ class EvaluationPass:
                 out[...] = 0  # the image may have been decoded before its caption was rejected
             return None
         self._rows.fill_row(batch, i, row)
-        batch.weights[i] = 1
         batch.samples[self.source] += 1
         path = self.manifests[self.source].paths[shard]
         row_digest = digest.row_digest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -127,12 +128,26 @@ class RowBuilder:
         """Key of a sample: the name that its tar members share."""
         return self._readers[source].key(shard, index)
 
-    def empty_batch(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
-        """A batch of rows [start, stop) without content. `pixels` is used as the memory of its images if given.
+    @cached_property
+    def _dummy(self) -> Row:
+        """A dummy row: an empty caption, or one token of packed text. No row of weight 1 is shorter.
 
-        Raises ValueError if `pixels` has another shape, dtype or layout.
+        A model computes it like any other row. A row of padding alone would be NaN under an attention mask.
         """
-        rows = stop - start
+        if self.spec.text is not None:
+            assert self.tokenizer is not None
+            return Row(*caption_row(self.tokenizer, "", self.length), (), -1)
+        return Row(np.zeros(self.length, np.int32), min(1, self.length), (), -1)
+
+    def empty_batch(
+        self, step: int, start: int, stop: int, pixels: np.ndarray | None = None, dummies: int = 0
+    ) -> Batch:
+        """A batch of rows [start, stop), and `dummies` more; all are dummy rows until `fill_row` fills them.
+
+        `pixels` is used as the memory of its images if given. Raises ValueError if it has another shape, dtype or
+        layout.
+        """
+        rows = stop - start + dummies
         if self.spec.image is not None:
             shape = (rows, self.spec.image.size, self.spec.image.size, 3)
             pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
@@ -146,17 +161,18 @@ class RowBuilder:
             start=start,
             stop=stop,
             pixels=pixels if self.spec.image else None,
-            tokens=np.zeros((rows, self.length), np.int32),
-            used=np.zeros(rows, np.int32),
-            weights=np.ones(rows, np.float32),
+            tokens=np.tile(self._dummy.tokens, (rows, 1)),
+            used=np.full(rows, self._dummy.used, np.int32),
+            weights=np.zeros(rows, np.float32),
             sample_ids=np.zeros(rows, np.uint64),
             row_keys=np.zeros(rows, np.uint64),
         )
 
     def fill_row(self, batch: Batch, i: int, row: Row) -> None:
-        """Copy `row` to row i of the batch; its pixels are in the batch already."""
+        """Copy `row` to row i of the batch, which gets weight 1; its pixels are in the batch already."""
         batch.tokens[i] = row.tokens
         batch.used[i] = row.used
+        batch.weights[i] = 1
 
     def check(self, source: str) -> None:
         """Raise UserError if the first samples of a source, up to 8, are all unusable."""

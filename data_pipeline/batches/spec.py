@@ -121,13 +121,15 @@ class StreamSpec:
 
 @dataclass
 class Batch:
-    """Rows [start, stop) of the global batch of one stream at one step.
+    """Rows [start, stop) of the global batch of one stream at one step; behind them dummy rows, if a rank needs them.
+
+    A dummy row has no sample and weight 0; its pixels are 0 and its tokens are those of an empty caption.
 
     pixels: uint8 [rows, size, size, 3], contiguous; None without images
     tokens: int32 [rows, length]
     used: int32 [rows], tokens that are not padding
-    weights: float32 [rows], 0 for rows without a sample (padding and unusable samples of an evaluation)
-    sample_ids: uint64 [rows], the same for a sample in every epoch
+    weights: float32 [rows], 0 for rows without a sample (dummy rows and, in an evaluation, unusable samples), else 1
+    sample_ids: uint64 [rows], the same for a sample in every epoch; 0 in dummy rows
     row_keys: uint64 [rows], keys of each row's random choices, such as its masks
     samples: source -> rows served
     skipped: source -> reason -> samples replaced

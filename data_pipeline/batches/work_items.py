@@ -1,4 +1,4 @@
-"""Work items: the rows of a rank, micro-batches, slices for workers, and joining slices again.
+"""Work items: the rows of a rank, micro-batches, dummy rows, slices for workers, and joining slices again.
 
 Also `BuilderSetup`, which lets another process build the same batches.
 """
@@ -15,9 +15,7 @@ import numpy as np
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
-from data_pipeline.errors import UserError
 from data_pipeline.order import digest
-from data_pipeline.order.batch_schedule import uneven_batch
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer
@@ -32,12 +30,16 @@ COMMON_FIELDS = ("stream", "step", "start", "stop", "pixels", "meta")
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Rows [start, stop) of one stream at one step: a micro-batch, or a slice of one."""
+    """Rows [start, stop) of one stream at one step: a micro-batch, or a slice of one.
+
+    dummies: dummy rows that the loader adds behind the rows of a micro-batch; no pool builds them
+    """
 
     stream: str
     step: int
     start: int
     stop: int
+    dummies: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,39 +62,46 @@ class BuilderSetup:
 
 
 def rows_of(rank: int, world_size: int, batch: int) -> tuple[int, int]:
-    """Rows [start, stop) of a rank in the global batch. Raises UserError if `world_size` does not divide `batch`."""
+    """Rows [start, stop) of a rank in the global batch; none for some ranks if the batch is below `world_size`."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is outside of world size {world_size}")
-    problem = uneven_batch(batch, world_size)
-    if problem is not None:
-        raise UserError(problem)
-    rows = batch // world_size
-    return rank * rows, (rank + 1) * rows
+    return rank * batch // world_size, (rank + 1) * batch // world_size
+
+
+def largest_share(world_size: int, batch: int) -> int:
+    """Rows of the rank that has most; the others have as many, or one row less."""
+    return -(-batch // world_size)
 
 
 def micro_batches(start: int, stop: int, micro_batch: int | None) -> list[tuple[int, int]]:
-    """Rows [start, stop) as micro-batches of `micro_batch` rows; the last may be smaller. None: one micro-batch."""
+    """Rows [start, stop) as micro-batches of `micro_batch` rows; the last may be smaller. None: one micro-batch.
+
+    No rows are one micro-batch without rows.
+    """
     size = micro_batch or max(1, stop - start)
-    return [(at, min(at + size, stop)) for at in range(start, stop, size)]
+    return [(at, min(at + size, stop)) for at in range(start, max(stop, start + 1), size)]
 
 
 def items_of(
-    specs: Sequence[StreamSpec], step: int, rank: int, world_size: int, micro_batch: int | None
+    specs: Sequence[StreamSpec],
+    step: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int | None,
+    dummy_rows: bool = True,
 ) -> Iterator[WorkItem]:
-    """Work items of a rank for one step, in the order in which the training loop needs them."""
-    for spec in specs:
-        for start, stop in micro_batches(*rows_of(rank, world_size, spec.rows(step)), micro_batch):
-            yield WorkItem(spec.name, step, start, stop)
+    """Work items of a rank for one step, in the order in which the training loop needs them.
 
-
-def check_ranks(specs: Sequence[StreamSpec], world_size: int) -> None:
-    """Raise UserError, naming the stream, if `world_size` does not divide one of its batches."""
+    With `dummy_rows`, items of ranks with fewer rows are filled up: in each stream, all ranks have the same number of
+    items of the same sizes. Collectives of the forward need that.
+    """
     for spec in specs:
-        for first, batch in zip(spec.batches.first, spec.batches.rows, strict=True):
-            problem = uneven_batch(batch, world_size)
-            if problem is not None:
-                where = f" from step {first} on" if len(spec.batches.rows) > 1 else ""
-                raise UserError(f"data.{spec.name}.batch{where}: {problem}")
+        batch = spec.rows(step)
+        start, stop = rows_of(rank, world_size, batch)
+        share = largest_share(world_size, batch) if dummy_rows else stop - start
+        for first, last in micro_batches(start, start + share, micro_batch):
+            rows = min(first, stop), min(last, stop)
+            yield WorkItem(spec.name, step, *rows, dummies=last - max(first, rows[1]))
 
 
 def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:

@@ -17,8 +17,8 @@ from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.batches.work_items import (
     BuilderSetup,
     WorkItem,
-    check_ranks,
     items_of,
+    join_batches,
     pixel_shape,
 )
 from data_pipeline.errors import UserError
@@ -45,6 +45,7 @@ class Loader:
     builders: stream name -> BatchBuilder; they count as checked, and no sample is read. By default new ones are made
         and checked
     cache: the node cache for remote sources; builders that are passed in keep their own
+    dummy_rows: fill up the batches of ranks with fewer rows, so that all ranks have micro-batches of the same sizes
     wait_seconds: seconds that the caller waited for the last step
     """
 
@@ -58,8 +59,8 @@ class Loader:
         builders: Mapping[str, BatchBuilder] | None = None,
         limits: StallLimits | None = None,
         cache: CacheSettings | None = None,
+        dummy_rows: bool = True,
     ) -> None:
-        check_ranks(specs, world_size)
         if workers < 0:
             raise UserError(
                 f"loader.workers (in Python: workers) is {workers}; set 0 for a thread, or more for processes"
@@ -69,6 +70,7 @@ class Loader:
         self.world_size = world_size
         self.workers = workers
         self.micro_batch = micro_batch
+        self.dummy_rows = dummy_rows
         self.wait_seconds = 0.0
         self._iteration = 0
         self.limits = limits or StallLimits()
@@ -95,7 +97,7 @@ class Loader:
         self._pool.cancel()  # the items of an earlier iterator
         items = self._items(first, last)
         next_item = next(items, None)
-        submitted: deque[tuple[WorkItem, int]] = deque()
+        submitted: deque[tuple[WorkItem, int | None]] = deque()
         submitted_bytes = 0
         if self._prefetcher is not None:
             self._prefetcher.begin(first, last)
@@ -103,7 +105,9 @@ class Loader:
         def submit(step: int) -> None:
             nonlocal next_item, submitted_bytes
             while next_item is not None and self._may_submit(next_item[0], step, submitted_bytes):
-                submitted.append((next_item[0], self._pool.submit(*next_item)))
+                item, slices = next_item
+                is_empty = item.start == item.stop
+                submitted.append((item, None if is_empty else self._pool.submit(item, slices)))
                 submitted_bytes += self._bytes(next_item[0])
                 next_item = next(items, None)
 
@@ -118,7 +122,7 @@ class Loader:
                 batches: dict[str, list[Batch]] = {spec.name: [] for spec in self.specs}
                 while submitted and submitted[0][0].step == step:
                     item, ticket = submitted.popleft()
-                    batches[item.stream].append(self._pool.result(ticket))
+                    batches[item.stream].append(self._batch(item, ticket))
                     submitted_bytes -= self._bytes(item)
                 submit(step)
                 self.wait_seconds = time.perf_counter() - start
@@ -127,6 +131,13 @@ class Loader:
             if iteration == self._iteration:
                 self._pool.cancel()
 
+    def _batch(self, item: WorkItem, ticket: int | None) -> Batch:
+        """The batch of an item with its dummy rows; without a ticket it has no other rows."""
+        rows = [self._pool.result(ticket)] if ticket is not None else []
+        if item.dummies or not rows:
+            rows.append(self.builders[item.stream].dummy_rows(item.step, item.stop, item.dummies))
+        return join_batches(rows)
+
     def _items(self, first: int, last: int) -> Iterator[tuple[WorkItem, int]]:
         """This rank's items in order, each with the number of slices that keeps all workers busy.
 
@@ -134,7 +145,9 @@ class Loader:
         have SLICES_AHEAD_PER_WORKER slices per worker.
         """
         for step in range(first, last):
-            items = list(items_of(self.specs, step, self.rank, self.world_size, self.micro_batch))
+            items = list(
+                items_of(self.specs, step, self.rank, self.world_size, self.micro_batch, self.dummy_rows)
+            )
             ahead = len(items) * (self._pool.ahead + 1)
             slices = self.workers if step == first else -(-SLICES_AHEAD_PER_WORKER * self.workers // ahead)
             for item in items:
@@ -149,7 +162,7 @@ class Loader:
         )
 
     def _bytes(self, item: WorkItem) -> int:
-        spec, rows = self.builders[item.stream].spec, item.stop - item.start
+        spec, rows = self.builders[item.stream].spec, item.stop - item.start + item.dummies
         length = spec.text.length if spec.text else spec.length or 0
         return prod(pixel_shape(spec, rows)) + 4 * rows * length
 

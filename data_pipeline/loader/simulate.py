@@ -15,7 +15,6 @@ import numpy as np
 
 from data_pipeline.batches.batch_builder import order_of
 from data_pipeline.batches.spec import StreamSpec
-from data_pipeline.batches.work_items import rows_of
 from data_pipeline.loader.prefetch_plan import window_steps
 from data_pipeline.order.stream_order import StreamOrder
 from data_pipeline.sources.fetch_units import Units
@@ -116,12 +115,15 @@ def simulate(
     """Predict the load of a stream from its first step, for the first of `nodes` nodes with caches of `limit_bytes`.
 
     At most about `max_rows` rows are drawn. Local sources count as if they were remote. Raises UserError if the stream
-    has no order or the nodes cannot share its batch.
+    has no order.
     """
     # 1. The length of an epoch, and the rows to draw.
     order, batch, names = order_of(spec, manifests), spec.rows(0), list(spec.sources)
     units = {name: Units(manifests[name], None, limit_bytes) for name in names}
-    node_rows = rows_of(0, nodes, batch)
+    node_rows = (
+        0,
+        max(1, batch // nodes),
+    )  # of the first node, or of one with a row if there are more nodes than rows
     epoch_steps = -(-order.samples_per_epoch() // batch)
     if order.last_step is not None:
         epoch_steps = max(1, min(epoch_steps, order.last_step))

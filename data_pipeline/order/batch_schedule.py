@@ -95,18 +95,3 @@ class BatchSchedule:
         if len(self.rows) == 1:
             return str(self.rows[0])
         return "{" + ", ".join(f"{a}: {b}" for a, b in zip(self.first, self.rows, strict=True)) + "}"
-
-
-def nearest_batches(batch: int, world_size: int) -> list[int]:
-    """The two batches next to `batch` that `world_size` ranks share evenly, the nearer one first; none below 1."""
-    below = batch // world_size * world_size
-    sizes = [size for size in (below, below + world_size) if size]
-    return sorted(sizes, key=lambda size: (abs(size - batch), size))
-
-
-def uneven_batch(batch: int, world_size: int) -> str | None:
-    """The error of a batch that `world_size` ranks cannot share evenly, with the nearest batches; None if they can."""
-    if batch % world_size == 0:
-        return None
-    nearest = " or ".join(map(str, nearest_batches(batch, world_size)))
-    return f"a batch of {batch} rows cannot be split evenly over {world_size} ranks; nearest batch: {nearest}"

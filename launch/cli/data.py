@@ -187,7 +187,6 @@ def simulate(
     bandwidth: Annotated[
         float, typer.Option("--bandwidth", min=1e-6, metavar="GBPS", help="Bandwidth of each node in Gbit/s.")
     ],
-    ranks: Annotated[int, typer.Option("--ranks-per-node", min=1, metavar="R", help="Ranks per node.")] = 1,
     stage: Annotated[
         str | None, typer.Option("--stage", metavar="S", help="Stage. Default: the only training stage.")
     ] = None,
@@ -213,7 +212,7 @@ def simulate(
     """
     from launch.cli.data_reports import loads_of, simulation_figures, simulation_lines
 
-    limit, loads = loads_of(recipe, stage, nodes, ranks)
+    limit, loads = loads_of(recipe, stage, nodes)
     speed = bandwidth * 1e9 / 8
     if as_json:
         streams = {load.name: simulation_figures(load, speed, rate) for load in loads}

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.batches.batch_builder import open_sources
-from data_pipeline.batches.work_items import check_ranks
 from data_pipeline.errors import UserError
 from data_pipeline.loader.simulate import StreamLoad, simulate
 from data_pipeline.storage.cache import MAX_DEFAULT_GIGABYTES
@@ -166,7 +165,7 @@ def size(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def loads_of(path: str, stage: str | None, nodes: int, ranks: int) -> tuple[float, list[StreamLoad]]:
+def loads_of(path: str, stage: str | None, nodes: int) -> tuple[float, list[StreamLoad]]:
     """(cache bytes of a node, load of each stream) of a training stage. Raises UserError."""
     name = stage or only_training_stage(path)
     recipe = load_recipe(path, runnable=False)
@@ -177,7 +176,6 @@ def loads_of(path: str, stage: str | None, nodes: int, ranks: int) -> tuple[floa
             f"{path}: {name} is not a training stage; write --stage with one of {', '.join(training)}"
         )
     specs = [stream_spec(key, stream, recipe.run.seed, name) for key, stream in chosen.data.items()]
-    check_ranks(specs, nodes * ranks)
     gigabytes = chosen.loader.cache.gigabytes
     limit = (MAX_DEFAULT_GIGABYTES if gigabytes is None else gigabytes) * 1e9
     return limit, [simulate(spec, open_sources(spec), nodes, int(limit)) for spec in specs]

@@ -1,9 +1,10 @@
-"""Collectives: all_sum, gather, broadcast from rank 0, barrier. With one process each is the identity."""
+"""Collectives: all_sum, all_rows, gather, broadcast from rank 0, barrier. With one process each is the identity."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,6 +26,18 @@ def all_sum(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def all_rows(local: Tensor) -> Tensor:
+    """Concatenate `[rows, ...]` of every rank to `[world_size * rows, ...]`, in rank order; not differentiable.
+
+    Every rank must hold the same number of rows.
+    """
+    if world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
 
 
 def gather(value: T) -> list[T]:

@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import Batch, StreamSpec
+from data_pipeline.batches.work_items import largest_share, rows_of
 from data_pipeline.errors import UserError
 from pretrain.distributed.engine import Runtime
 from pretrain.objectives.device_batch import DeviceBatch, to_device
@@ -20,12 +21,13 @@ def rank_slices(
 ) -> Iterator[tuple[DeviceBatch, Batch]]:
     """This rank's slice of every batch, on the device and as the loader's Batch.
 
-    Every rank gets the same number of slices, because the forwards of ZeRO-3 are collective.
+    Every rank gets the same number of slices, because the forwards of ZeRO-3 are collective, and dummy rows if another
+    rank has more rows: a model need not compute a batch without rows.
     """
+    start, stop = rows_of(runtime.rank, runtime.world_size, spec.largest)
+    dummies = largest_share(runtime.world_size, spec.largest) - (stop - start)
     for number in range(len(evaluation_pass)):
-        start = runtime.rank * spec.largest // runtime.world_size
-        stop = (runtime.rank + 1) * spec.largest // runtime.world_size
-        batch = evaluation_pass.make(number, start, stop)
+        batch = evaluation_pass.make(number, start, stop, dummies)
         yield to_device(batch, image, runtime.device), batch
 
 

@@ -24,8 +24,8 @@ def part_of_global_mean(local_sum: Tensor, denominator: float) -> Tensor:
 
 
 def count_rows(batch: Batch) -> float:
-    """Number of rows of a micro-batch: the denominator of a loss per row."""
-    return float(batch.stop - batch.start)
+    """Number of rows of a micro-batch, without zero-weight rows: the denominator of a loss per row."""
+    return float(np.count_nonzero(batch.weights > 0))
 
 
 def count_targets(batch: Batch) -> float:

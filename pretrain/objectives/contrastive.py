@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -42,7 +43,10 @@ class Contrastive(GlobalObjective):
         return count_rows(batch)
 
     def features(self, forward: Forward, stream: str, rows: DeviceBatch) -> dict[str, Tensor]:
-        """L2-normalised `image`, `text` `[rows, width]`, the 0-dim factor `scale`, and int64 `sample_ids` `[rows]`."""
+        """L2-normalised `image` and `text` `[rows, width]`, and the 0-dim factor `scale`.
+
+        `sample_ids`: int64 `[rows]`. `weights`: bool `[rows]`, False for dummy rows.
+        """
         keep = keep_patches(rows.keys, self.model.patches, self.mask)
         out = forward(images=rows.images, tokens=rows.tokens, keep=keep)
         return {
@@ -50,16 +54,24 @@ class Contrastive(GlobalObjective):
             "text": out["text"],
             "scale": out["scale"].reshape(()),
             "sample_ids": rows.sample_ids,
+            "weights": rows.weights > 0,
         }
 
     def global_loss(self, stream: str, features: Mapping[str, Tensor], loss_denominator: float) -> Loss:
-        row_sum = contrastive(features["image"], features["text"], features["scale"], features["sample_ids"])
+        row_sum = contrastive(
+            features["image"],
+            features["text"],
+            features["scale"],
+            features["sample_ids"],
+            weights=features["weights"],
+        )
         total = part_of_global_mean(row_sum, loss_denominator)
         return Loss(total, {f"loss/{stream}": total.detach()})
 
     def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
         keys = caption_keys(batches[self.main]).to(device)
-        return {"loss_floor": float(repeated_caption_floor(keys))}
+        weights = torch.from_numpy(np.concatenate([batch.weights for batch in batches[self.main]])).to(device)
+        return {"loss_floor": float(repeated_caption_floor(keys, weights))}
 
 
 def embed(forward: Forward, images: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class DeviceBatch:
     used: Tensor
     """int64 `[rows]`, number of tokens before padding."""
     weights: Tensor
-    """float32 `[rows]`; 0 for the padding rows of an evaluation."""
+    """float32 `[rows]`; 0 for dummy rows and for unusable samples of an evaluation."""
     sample_ids: Tensor
     """int64 `[rows]`, equal for rows of the same sample."""
     keys: Tensor

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import nearest_batches, uneven_batch
 from data_pipeline.order.mixture_weights import check_shares, share_mistake
 from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds import KINDS
@@ -223,17 +222,3 @@ def nearest_divisors(number: int, near: int) -> list[int]:
     divisors = [value for value in range(1, number + 1) if number % value == 0]
     below = [value for value in divisors if value < near][-1:]
     return below + [value for value in divisors if value > near][:1]
-
-
-def world_size_check(stage: TrainStage, world_size: int) -> None:
-    """Raise UserError unless `world_size` ranks share every batch evenly; it names the nearest batch and ranks."""
-    for name, stream in stage.data.items():
-        for first, batch in zip(stream.batches.first, stream.batches.rows, strict=True):
-            problem = uneven_batch(batch, world_size)
-            if problem is not None:
-                ranks = " or ".join(map(str, nearest_divisors(stream.batches.divisor, world_size)))
-                key = f"data.{name}.batch" + (f".{first}" if isinstance(stream.batch, dict) else "")
-                raise UserError(
-                    f"{key}: {problem} ({key}={nearest_batches(batch, world_size)[0]}); "
-                    f"nearest number of ranks: {ranks}"
-                )

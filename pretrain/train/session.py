@@ -12,7 +12,6 @@ import torch
 from data_pipeline.errors import UserError
 from pretrain.distributed.collectives import barrier, from_rank_0
 from pretrain.distributed.engine import join_process_group, leave_process_group
-from pretrain.recipe.checks import world_size_check
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.schema import TrainStage
 from pretrain.run import metrics_log
@@ -49,7 +48,6 @@ class Session:
             torch.use_deterministic_algorithms(True)
         runtime = join_process_group()
         self.context = setup.StageContext(recipe, name, stage, folder, runtime)
-        world_size_check(stage, runtime.world_size)
         check_run_folder(folder, recipe, name, runtime.world_size)
         if runtime.rank == 0:
             self.lock = FolderLock(self.context.folder)

@@ -26,7 +26,7 @@ class StepTotals:
     One all-reduce of int64; a second exchange only when a rank replaced samples.
 
     loss_denominators: stream -> rows or tokens of the global batch; every rank divides its losses by it
-    rows:              stream -> rows of the global batch
+    rows:              stream -> rows of the global batch, without the dummy rows of the ranks
     samples:           source -> samples served
     skipped:           source -> reason -> samples replaced
     bad:               the lines of bad_samples.jsonl

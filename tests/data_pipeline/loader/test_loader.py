@@ -22,7 +22,7 @@ import pytest
 from data_pipeline import SourceSpec, UserError, activity
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
-from data_pipeline.batches.work_items import WorkItem, micro_batches, rows_of
+from data_pipeline.batches.work_items import WorkItem, micro_batches
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader import loader as loader_module
 from data_pipeline.loader.loader import Loader, LocalLoader
@@ -425,28 +425,10 @@ def test_workers_end_with_their_parent(tmp_path: Path, way: str) -> None:
         wait_until(lambda: not any(alive(pid) for pid in pids), 10)
 
 
-def test_rows_of_ranks_tile_the_batch() -> None:
-    for batch, world_size in ((12, 1), (12, 4), (64, 16)):
-        rows = [rows_of(rank, world_size, batch) for rank in range(world_size)]
-        assert [row for start, stop in rows for row in range(start, stop)] == list(range(batch))
+def test_micro_batches() -> None:
     assert micro_batches(4, 11, 3) == [(4, 7), (7, 10), (10, 11)]
     assert micro_batches(4, 11, None) == micro_batches(4, 11, 100) == [(4, 11)]
-
-
-@pytest.mark.parametrize(
-    ("batch", "world_size", "nearest"),
-    [(10, 4, "8 or 12"), (11, 4, "12 or 8"), (9, 4, "8 or 12"), (3, 4, "4")],
-)
-def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch: int, world_size: int, nearest: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"batch of {batch} rows .* {world_size} ranks; nearest batch: {nearest}$"
-    ):
-        rows_of(0, world_size, batch)
-
-
-def test_the_stream_of_an_uneven_batch_is_named(specs: list[StreamSpec]) -> None:
-    with pytest.raises(UserError, match=r"data\.text\.batch: a batch of 4 rows"):
-        LocalLoader(specs, 0, 8, 0)
+    assert micro_batches(4, 4, None) == micro_batches(4, 4, 3) == [(4, 4)]  # not nothing: every rank has one
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -13,7 +13,6 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.batches.batch_builder import open_sources, order_of
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
 from data_pipeline.loader.simulate import simulate
 from data_pipeline.order.source_order import run_length
@@ -115,9 +114,13 @@ def test_shuffle_quality_is_that_of_the_batches() -> None:
     assert load.variance == pytest.approx(variance / len(steps) / (10 * (1 - 1 / 40)))
 
 
-def test_nodes_that_cannot_share_a_batch_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot be split evenly over 7"):
-        simulate(spec_of(60, a=None), {"a": source("a", [100])}, 7, 0)
+@pytest.mark.parametrize(("batch", "nodes", "rows"), [(60, 7, 8), (5, 7, 1)])
+def test_nodes_that_share_a_batch_unevenly(batch: int, nodes: int, rows: int) -> None:
+    """Node 0 of 7 has 8 of 60 rows; of 5 rows a node has one or none."""
+    manifests = {"a": source("a", [100])}
+    load = simulate(spec_of(batch, a=None), manifests, nodes, 0)
+    assert load.exact
+    assert load.sources[0].node_samples == load.epoch_steps * rows
 
 
 def test_a_counting_server_sees_the_predicted_requests(tmp_path: Path) -> None:

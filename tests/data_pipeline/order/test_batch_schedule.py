@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from data_pipeline.batches.work_items import check_ranks, items_of
+from data_pipeline.batches.work_items import items_of
 from data_pipeline.errors import UserError
-from data_pipeline.order.batch_schedule import BatchSchedule, nearest_batches, uneven_batch
+from data_pipeline.order.batch_schedule import BatchSchedule
 
 SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).flatmap(
     lambda later: st.integers(1, 9).map(lambda rows: {0: rows, **later})
@@ -49,20 +49,6 @@ def test_a_schedule_reads_as_it_is_written() -> None:
     ramp = BatchSchedule.of({1000: 4096, 0: 1024})
     assert (str(ramp), ramp.to_json()) == ("{0: 1024, 1000: 4096}", {"0": 1024, "1000": 4096})
     assert (str(BatchSchedule.of(8)), BatchSchedule.of(ramp)) == ("8", ramp)
-
-
-@given(st.integers(1, 60), st.integers(1, 60))
-def test_nearest_even_batches_are_those_of_a_search(batch: int, world: int) -> None:
-    even = [size for size in range(1, 200) if size % world == 0]
-    below, above = [size for size in even if size <= batch], [size for size in even if size > batch]
-    nearest = sorted([*below[-1:], above[0]], key=lambda size: abs(size - batch))  # of equal ones the smaller
-    assert nearest_batches(batch, world) == nearest
-    message = uneven_batch(batch, world)
-    if batch in even:
-        assert message is None
-    else:
-        assert f"a batch of {batch} rows cannot be split evenly over {world} ranks" in str(message)
-        assert str(message).endswith("nearest batch: " + " or ".join(map(str, nearest)))
 
 
 def test_whole_numbers_of_any_kind_are_rows() -> None:
@@ -101,10 +87,12 @@ def test_first_steps_increase(first: tuple[int, ...]) -> None:
 
 
 def test_ranks_share_every_batch_of_a_schedule() -> None:
-    ramp = spec({0: 4, 2: 8})
-    check_ranks([ramp], 4)
-    for step, rows in enumerate([4, 4, 8, 8]):
+    ramp = spec({0: 4, 2: 6})
+    for step, rows in enumerate([4, 4, 6, 6]):
         items = [item for rank in range(4) for item in items_of([ramp], step, rank, 4, micro_batch=1)]
-        assert [(item.start, item.stop) for item in items] == [(row, row + 1) for row in range(rows)]
-    with pytest.raises(UserError, match=r"data\.pairs\.batch from step 2 on: a batch of 6 rows .* 4 ranks"):
-        check_ranks([spec({0: 4, 2: 6})], 4)
+        served = [row for item in items for row in range(item.start, item.stop)]
+        assert served == list(range(rows))
+        assert [item.stop - item.start + item.dummies for item in items] == [1] * len(items)
+        assert len(items) == (
+            4 if rows == 4 else 8
+        )  # two for each rank: two ranks have two rows, two have one
