@@ -1,6 +1,6 @@
 """Training runs against the reference trainer: losses, gradients, weights, rates, replaced samples, held-out figures.
 
-The runs start as `dromos train` does: from a recipe, on one and two ranks, with every ZeRO stage, in micro-batches. The
+The runs start as `dromos train` does: from a recipe, on one to three ranks, with every ZeRO stage, in micro-batches. The
 reference (tests/support/reference) reads the same recipe and tars, and computes in float64 in one process.
 """
 
@@ -31,6 +31,11 @@ JOBS = (
     Job("sphinx", 2, 3, 1, resumed=True),
     Job("projector", 1, 3, resumed=True),
     *(Job("projector", 2, zero) for zero in (0, 2, 3)),
+    *(Job("uneven_flip", 2, zero, resumed=zero == 2, workers=zero // 2) for zero in (0, 1, 2, 3)),
+    *(Job("uneven_flip", 3, zero) for zero in (0, 2, 3)),
+    *(Job("uneven_sphinx", 2, zero, micro) for zero, micro in ((0, 3), (2, None), (3, 1))),
+    *(Job("uneven_sphinx", 3, zero, micro) for zero, micro in ((0, None), (1, 2), (2, 1))),
+    Job("uneven_sphinx", 3, 3, 2, resumed=True),
 )
 each_job = pytest.mark.parametrize("job", JOBS, ids=str)
 each_case = pytest.mark.parametrize("case", recipes.CASES)
@@ -71,7 +76,7 @@ def test_decayed_parameters_by_name(cases: Cases, job: Job) -> None:
     assert saved.decay == {name: 0.0 if NOT_DECAYED.fullmatch(name) else decay for name in saved.decay}
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job.case in ("sphinx", "projector")], ids=str)
+@pytest.mark.parametrize("job", [job for job in JOBS if job.case in recipes.WITH_TOWER], ids=str)
 def test_the_frozen_tower_is_that_of_its_stage(cases: Cases, job: Job) -> None:
     frozen = load_file(cases.run(job) / "frozen.safetensors")
     tower = {f"vision.0.{name}": tensor for name, tensor in cases.tower().items()}

@@ -28,6 +28,7 @@ ROWS, WIDTH = 4, 6
 IDS = [0, 1, 2, 0, 4, 1, 6, 0, 8, 4, 10, 1]
 SCALE = 9.3
 BATCHES = (1, 4, 8, 64)  # rows over all ranks
+UNEVEN = (7, 5, 1)  # rows of global batches; of one row some ranks have none
 
 
 def features(seed: int, world: int) -> torch.Tensor:
@@ -42,6 +43,8 @@ def run_all(folder: Path) -> dict[str, Any]:
         "collectives": _collectives,
         "contrastive": _contrastive,
         "floor": _floor,
+        "uneven_contrastive": _uneven_contrastive,
+        "uneven_floor": _uneven_floor,
         "totals": _totals,
         "checkpoint": _checkpoint,
         "trainings": _trainings,
@@ -74,6 +77,43 @@ def _contrastive(folder: Path) -> list[dict[str, Any]]:
 
 def _floor(folder: Path) -> float:
     return float(repeated_caption_floor(torch.tensor(IDS[rank() * ROWS : (rank() + 1) * ROWS])))
+
+
+def _uneven(batch: int) -> tuple[slice, int]:
+    """Rows of this rank in a global batch, and the dummy rows behind them."""
+    mine = slice(rank() * batch // world_size(), (rank() + 1) * batch // world_size())
+    return mine, -(-batch // world_size()) - (mine.stop - mine.start)
+
+
+def _uneven_contrastive(folder: Path) -> list[dict[str, Any]]:
+    """Dummy rows have features that would change every loss, and the ids of samples of the batch."""
+    found = []
+    for batch in UNEVEN:
+        mine, dummies = _uneven(batch)
+        for block in (1 << 24, 1):
+            image, text = (
+                torch.cat([features(seed, world_size())[mine], torch.full((dummies, WIDTH), 30.0)])
+                for seed in (1, 2)
+            )
+            scale = torch.tensor([SCALE], requires_grad=True)
+            image, text = image.requires_grad_(), text.requires_grad_()
+            weights = torch.tensor([1.0] * (mine.stop - mine.start) + [0.0] * dummies)
+            ids = torch.tensor(IDS[mine] + IDS[:dummies])
+            loss = contrastive(image, text, scale, ids, block=block, weights=weights)
+            loss.backward()  # type: ignore[no-untyped-call]
+            grads = [each.grad.numpy() for each in (image, text, scale) if each.grad is not None]
+            found.append({"loss": loss.item(), "grads": grads})
+    return found
+
+
+def _uneven_floor(folder: Path) -> list[float]:
+    found = []
+    for batch in UNEVEN:
+        mine, dummies = _uneven(batch)
+        keys = torch.tensor(IDS[mine] + IDS[:dummies])
+        weights = torch.tensor([1.0] * (mine.stop - mine.start) + [0.0] * dummies)
+        found.append(float(repeated_caption_floor(keys, weights)))
+    return found
 
 
 def _totals(folder: Path) -> list[dict[str, Any]]:
@@ -163,11 +203,6 @@ def _train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return result | {"updates": engine.updates}
 
 
-def sum_of_targets(forward: Any, rows: Any) -> torch.Tensor:
-    """As the NLL of a row."""
-    return rows.tokens[:, 1:].float().sum(1)
-
-
 def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> dict[str, Any]:
     """For three classes: an image belongs to the class of its darkest channel, a prompt to that of its word."""
     if images is not None:
@@ -179,6 +214,17 @@ def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = No
 def _evaluation(folder: Path) -> dict[str, Any]:
     """Measures over held-out sources, in batches that the ranks share unevenly, or of which some rank has no row."""
     runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
+    rows: dict[str, list[int]] = {"perplexity": [], "zero_shot": []}
+
+    def sum_of_targets(forward: Any, given: Any) -> torch.Tensor:
+        """As the NLL of a row."""
+        rows["perplexity"].append(len(given))
+        return given.tokens[:, 1:].float().sum(1)
+
+    def embed(forward: Any, **given: Any) -> dict[str, Any]:
+        rows["zero_shot"].extend(len(each) for each in (given.get("images"),) if each is not None)
+        return colours(**given)
+
     stage = TrainStage.model_validate(
         {
             "data": {
@@ -199,8 +245,8 @@ def _evaluation(folder: Path) -> dict[str, Any]:
             path=str(folder.parent / "images"), classes={"0": "0", "1": "1", "2": "2"}, templates=["{}"]
         ),
     }
-    predict = {"nll": sum_of_targets, "embed": lambda forward, **given: forward(**given)}
-    return {
+    predict = {"nll": sum_of_targets, "embed": embed}
+    results: dict[str, Any] = {
         name: [
             EVALUATIONS[name].run(
                 Context(predict, colours, stage, stage_tokenizer(stage), runtime, batch), task
@@ -209,3 +255,4 @@ def _evaluation(folder: Path) -> dict[str, Any]:
         ]
         for name, task in tasks.items()
     }
+    return results | {"rows": (rows["perplexity"], rows["zero_shot"])}

@@ -1,4 +1,4 @@
-"""Data and recipes for runs beside the reference trainer: tars by tarfile, two FLIP and two SPHINX recipes."""
+"""Data and recipes for runs beside the reference trainer: tars by tarfile, three FLIP and three SPHINX recipes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE, LENGTH, PACKED = 16, 14, 12
 VOCABULARY = 290
 STEPS = 10
 TOWER_WIDTH = 16
-LOGIT_SCALE = {"flip": 3.0, "clamped": 4.9}  # ln 100 is 4.605
+LOGIT_SCALE = {"flip": 3.0, "clamped": 4.9, "uneven_flip": 3.0}  # ln 100 is 4.605
 # Sample number -> members that make it unusable.
 BROKEN: dict[int, dict[str, bytes]] = {
     5: {"png": b"\x89PNG broken", "txt": b"a broken picture"},
@@ -221,6 +221,26 @@ def projector(root: Path, init: str, tower: str) -> dict[str, Any]:
     return recipe
 
 
+def uneven_flip(root: Path, init: str, tower: str = "") -> dict[str, Any]:
+    """Batches that neither 2 nor 3 ranks divide, and one row, which has no negative; held-out images one by one."""
+    recipe = flip(root, init)
+    recipe["run"] = {"name": "uneven_flip", "dir": str(root / "runs" / "uneven_flip"), "seed": 3}
+    recipe["data"]["pairs"] |= {"batch": {0: 7, 4: 1, 6: 11}, "lanes": 1}
+    recipe["eval"]["batch"] = 1
+    return recipe
+
+
+def uneven_sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
+    """Batches that neither 2 nor 3 ranks divide; of two streams, some ranks have no row."""
+    recipe = sphinx(root, init, tower)
+    recipe["run"] = {"name": "uneven_sphinx", "dir": str(root / "runs" / "uneven_sphinx"), "seed": 4}
+    recipe["data"]["captions"] |= {"batch": 7, "lanes": 7}
+    recipe["data"]["text"]["batch"] = {0: 1, 6: 5}
+    recipe["data"]["web"]["batch"] = 1
+    recipe["eval"]["batch"] = 1
+    return recipe
+
+
 def common() -> dict[str, Any]:
     """Every step is saved: its checkpoint has the gradient of the first step and the weights after the last."""
     return {
@@ -236,4 +256,8 @@ CASES: dict[str, Callable[[Path, str, str], dict[str, Any]]] = {
     "clamped": clamped,
     "sphinx": sphinx,
     "projector": projector,
+    "uneven_flip": uneven_flip,
+    "uneven_sphinx": uneven_sphinx,
 }
+# Cases whose vision tower is that of a trained FLIP.
+WITH_TOWER = ("sphinx", "projector", "uneven_sphinx")

@@ -82,7 +82,7 @@ class Cases:
 
     def _run(self, job: Job) -> Path:
         """Train a job, once, and the tower that it needs; returns the folder of its stage."""
-        if job.case in ("sphinx", "projector"):
+        if job.case in recipes.WITH_TOWER:
             self.run(TOWER)
         logs = self.root / "logs" / str(job)
         logs.mkdir(parents=True)

@@ -55,6 +55,33 @@ def test_value_and_gradients_are_those_of_the_formula(block: int, ids: list[int]
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("block", [1 << 24, 40, 1])
+@pytest.mark.parametrize("real", [list(range(9)), [0, 3, 4, 7, 10, 11], [5]])
+def test_rows_of_weight_0_change_nothing(block: int, real: list[int]) -> None:
+    """The formula over the other rows alone; dummy rows are anywhere, repeat their sample ids, and get no gradient."""
+    weights = torch.zeros(ROWS)
+    weights[real] = 1
+    truth = [features(ROWS, 8, 1), features(ROWS, 8, 2), torch.tensor([14.3], dtype=torch.float64)]
+    given = [tensor.float() for tensor in truth]
+    for tensor in given[:2]:
+        tensor[weights == 0] = 1e3
+    given, truth = [[tensor.requires_grad_() for tensor in tensors] for tensors in (given, truth)]
+    expected = brute_force(truth[0][real], truth[1][real], truth[2], [REPEATED[row] for row in real])
+    expected.backward()
+    found = contrastive(*given, torch.tensor(REPEATED), block=block, weights=weights)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    for ours, theirs in zip(given, truth, strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-5)
+    assert all((tensor.grad[weights == 0] == 0).all() for tensor in given[:2] if tensor.grad is not None)
+
+
+def test_the_floor_leaves_rows_of_weight_0_out() -> None:
+    found = repeated_caption_floor(torch.tensor([0, 0, 7, 1, 0]), torch.tensor([1.0, 0, 1, 1, 1]))
+    assert found.item() == pytest.approx(2 * math.log(2) / 4, rel=1e-14)
+
+
 def in_halves(image: Tensor, text: Tensor, scale: float, ids: list[int]) -> Tensor:
     """What arithmetic in the features' own 16-bit type gives."""
     logits = scale * image @ text.T

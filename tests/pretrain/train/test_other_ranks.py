@@ -102,6 +102,36 @@ def test_the_floor_counts_the_captions_of_all_ranks(ranks: tuple[Results, Path])
     assert the_same(of_job(ranks, "floor")) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("number", "batch"), enumerate(rank_jobs.UNEVEN))
+@pytest.mark.parametrize("chunked", [False, True])
+def test_dummy_rows_are_neither_positives_nor_negatives(
+    ranks: tuple[Results, Path], number: int, batch: int, chunked: bool
+) -> None:
+    """Value and gradient are those of one process that holds the other rows alone, with the formula in float64."""
+    found, world = of_job(ranks, "uneven_contrastive"), len(ranks[0])
+    image, text = (rank_jobs.features(seed, world)[:batch].double().requires_grad_() for seed in (1, 2))
+    scale = torch.tensor([rank_jobs.SCALE], dtype=torch.float64, requires_grad=True)
+    losses = row_losses(image, text, scale)
+    losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    assert image.grad is not None
+    assert text.grad is not None
+    for rank, result in enumerate(each[2 * number + chunked] for each in found):
+        mine = slice(rank * batch // world, (rank + 1) * batch // world)
+        assert result["loss"] == pytest.approx(losses[mine].sum().item(), rel=1e-5, abs=1e-6)
+        (of_scale,) = torch.autograd.grad(losses[mine].sum(), scale, retain_graph=True)
+        padding = torch.zeros(-(-batch // world) - (mine.stop - mine.start), rank_jobs.WIDTH)
+        expected = (torch.cat([image.grad[mine], padding]), torch.cat([text.grad[mine], padding]), of_scale)
+        for gradient, truth in zip(result["grads"], expected, strict=True):
+            np.testing.assert_allclose(gradient, truth.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_floor_leaves_dummy_rows_out(ranks: tuple[Results, Path]) -> None:
+    for found, batch in zip(the_same(of_job(ranks, "uneven_floor")), rank_jobs.UNEVEN, strict=True):
+        keys = rank_jobs.IDS[:batch]
+        expected = sum(math.log(keys.count(key)) for key in keys) / batch
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def expected_totals(step: int, bad: tuple[int, ...], stop: bool) -> dict[str, Any]:
     """The totals of a step, row by row of the global batch."""
     rows, lines = range(fake.ROWS), [fake.bad_line("pairs", step, row) for row in bad]
@@ -263,6 +293,13 @@ def test_an_evaluation_sums_over_the_rows_of_all_ranks(ranks: tuple[Results, Pat
     confusion = np.zeros((3, 3), int)
     for shard, index in usable:
         confusion[index % 3, darkest(shard, index)] += 1
+    # Every rank computes as many batches of as many rows: those of the rank with most rows, never none.
+    sizes = [
+        rows
+        for batch in rank_jobs.BATCHES
+        for rows in [-(-batch // len(ranks[0]))] * -(-sum(COUNTS) // batch)
+    ]
+    assert found["rows"] == (sizes, sizes)
     for result in found["zero_shot"]:
         assert result["confusion"] == confusion.tolist()
         assert result["samples"] == len(usable)

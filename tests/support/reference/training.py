@@ -68,7 +68,7 @@ def train(recipe: dict[str, Any], objective: Objective, initial: Mapping[str, Te
         gradients = torch.autograd.grad(loss, [weights[name] for name in trained])
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
         limit = settings["clip"] or math.inf
-        factor = min(1.0, limit / norm)
+        factor = min(1.0, limit / norm) if norm else 1.0
         rate = learning_rate(recipe, objective.main, step, steps)
         with torch.no_grad():
             for name, gradient in zip(trained, gradients, strict=True):
