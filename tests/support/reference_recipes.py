@@ -224,8 +224,8 @@ def projector(root: Path, init: str, tower: str) -> dict[str, Any]:
 def uneven_flip(root: Path, init: str, tower: str = "") -> dict[str, Any]:
     """Batches that neither 2 nor 3 ranks divide, and one row, which has no negative; held-out images one by one."""
     recipe = flip(root, init)
-    recipe["run"] = {"name": "uneven_flip", "dir": str(root / "runs" / "uneven_flip"), "seed": 3}
-    recipe["data"]["pairs"] |= {"batch": {0: 7, 4: 1, 6: 11}, "lanes": 1}
+    recipe["run"] = {"name": "uneven_flip", "dir": str(root / "runs" / "uneven_flip"), "seed": 7}
+    recipe["data"]["pairs"] |= {"batch": {0: 7, 3: 1, 5: 11}, "lanes": 1}
     recipe["eval"]["batch"] = 1
     return recipe
 

@@ -1,4 +1,4 @@
-"""Batches that ranks share unevenly: a rank has its rows of the global batch, then dummy rows that read nothing."""
+"""Batches that ranks share unevenly: a rank has its rows of the global batch, then dummy rows without a sample."""
 
 from __future__ import annotations
 
