@@ -32,7 +32,7 @@ JOBS = (
     Job("projector", 1, 3, resumed=True),
     *(Job("projector", 2, zero) for zero in (0, 2, 3)),
     *(Job("uneven_flip", 2, zero, resumed=zero == 2, workers=zero // 2) for zero in (0, 1, 2, 3)),
-    *(Job("uneven_flip", 3, zero) for zero in (0, 2, 3)),
+    *(Job("uneven_flip", 3, zero, micro) for zero, micro in ((0, None), (2, None), (3, 2))),
     *(Job("uneven_sphinx", 2, zero, micro) for zero, micro in ((0, 3), (2, None), (3, 1))),
     *(Job("uneven_sphinx", 3, zero, micro) for zero, micro in ((0, None), (1, 2), (2, 1))),
     Job("uneven_sphinx", 3, 3, 2, resumed=True),
