@@ -75,7 +75,10 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
 
         resolved = recipe.stages[stage.name]
         return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)
-    if stage.steps is not None and int(result.get("step", 0)) >= stage.steps:
+    step = result.get("step") if isinstance(result, dict) else None
+    if not isinstance(step, int):
+        return False  # also for a length in epochs, which the record alone would call reached
+    if stage.steps is not None and step >= stage.steps:
         return True
     # Steps do not decide for a length in epochs, or in samples if the batch changed during the run. The stage is
     # done if the run that finished had the same length.

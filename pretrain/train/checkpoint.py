@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank,
 from pretrain.run.folder import complete_steps, tag_of
 
 HASH_BLOCK_BYTES = 1 << 22
+# Files of which DeepSpeed writes one per rank, by ZeRO stage; of a model without ZeRO rank 0 alone writes a file.
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
+SHARDED_MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
+MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
 
 def save(
@@ -57,11 +62,15 @@ def save(
     # 3. Mark complete and rename; only then delete older checkpoints.
     if rank() == 0:
         manifest = {name: entry for part in parts for name, entry in part.items()}
-        publish(str(partial / "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
+        content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+        publish(str(partial / "manifest.json"), content)
         for entry in partial.rglob("*"):
             if entry.is_dir():
                 sync(entry)
-        publish(str(partial / "COMPLETE"), b"")  # syncs `partial` itself too
+        # The marker holds the manifest's hash: a manifest that lost entries would verify less than was saved.
+        publish(
+            str(partial / "COMPLETE"), xxhash.xxh64_hexdigest(content).encode()
+        )  # syncs `partial` itself too
         doomed = {_set_aside(final)} if final.exists() else set()
         partial.rename(final)
         sync(folder)
@@ -77,7 +86,7 @@ def save(
 def verify_and_read_state(path: Path) -> dict[str, Any]:
     """Check a checkpoint against its manifest and return its `state.json`; collective, each rank hashes its share.
 
-    Raises UserError on every rank, naming a damaged file.
+    Raises UserError on every rank, naming a damaged file, or one that the manifest should list and does not.
     """
     manifest = _read_manifest(path)
     damage = None
@@ -92,12 +101,36 @@ def verify_and_read_state(path: Path) -> dict[str, Any]:
             damage = f"{name} is damaged: its hash differs from the manifest"
         if damage:
             break
-    damages = [of_rank for of_rank in gather(damage) if of_rank]
+    damages = [of_rank for of_rank in gather(damage or _unlisted(path, manifest)) if of_rank]
     if damages:
-        raise UserError(
-            f"checkpoint {path}: {damages[0]}. Remove {path.name} to resume from the checkpoint before it."
-        )
-    return json.loads((path / "state.json").read_text())
+        raise _damaged(path, damages[0])
+    state = json.loads((path / "state.json").read_text())
+    if missing := missing_rank_file(manifest, state):
+        raise _damaged(path, f"{missing} is missing, also in manifest.json")
+    return state
+
+
+def missing_rank_file(names: Iterable[str], state: dict[str, Any]) -> str | None:
+    """Description of a file that DeepSpeed writes and that is not in `names`; None if there is one of every rank.
+
+    `state` is the state.json of the checkpoint, with `world_size` and the ZeRO stage `zero`; without them nothing is
+    expected.
+    """
+    zero, world = state.get("zero"), state.get("world_size")
+    if zero is None or world is None:
+        return None
+    expected = [(MODEL_FILE, 1, "*_model_states.pt")] if zero < 3 else []
+    if zero:
+        expected.append((OPTIMIZER_FILE, world, "*_optim_states.pt"))
+    if zero == 3:
+        expected.append((SHARDED_MODEL_FILE, world, "*_model_states.pt"))
+    names = list(names)
+    for pattern, ranks, kind in expected:
+        found = {int(match[1]) for name in names if (match := pattern.fullmatch(name))}
+        for number in range(ranks):
+            if number not in found:
+                return f"{kind} of rank {number}"
+    return None
 
 
 def hash_file(path: Path) -> str | None:
@@ -117,15 +150,31 @@ def _size_and_hash(path: Path, flush: bool = False) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest's content. Raises UserError if it is missing, damaged, or not the one that was saved.
+
+    COMPLETE holds its hash; that of a checkpoint of an earlier version is empty.
+    """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if all({"size", "xxh64"} <= set(entry) for entry in manifest.values()):
+        content = (path / "manifest.json").read_bytes()
+        seal = (path / "COMPLETE").read_text()
+        manifest = json.loads(content)
+        is_whole = not seal or seal == xxhash.xxh64_hexdigest(content)
+        if is_whole and all({"size", "xxh64"} <= set(entry) for entry in manifest.values()):
             return manifest
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         pass
-    raise UserError(
-        f"checkpoint {path}: manifest.json is missing or damaged. Remove {path.name} to resume from the checkpoint "
-        "before it."
+    raise _damaged(path, "manifest.json is missing or damaged")
+
+
+def _unlisted(path: Path, manifest: dict[str, Any]) -> str | None:
+    """A sentence about a file that would be loaded although the manifest does not list it; None if there is none."""
+    loaded = ["state.json", *sorted(str(file.relative_to(path)) for file in path.rglob("*.pt"))]
+    return next((f"{name} is not listed in manifest.json" for name in loaded if name not in manifest), None)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {path}: {reason}. Remove {path.name} to resume from the checkpoint before it."
     )
 
 

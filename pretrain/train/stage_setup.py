@@ -136,14 +136,10 @@ def load_weights(context: StageContext, built: Built, start: Start | None) -> No
     frozen.safetensors is not the file that the checkpoint was saved with.
     """
     if start is not None:
-        if hash_file(start.frozen) != start.state.get("frozen"):
-            raise UserError(
-                f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or "
-                f"delete {start.checkpoint.parent.parent} to start again"
-            )
+        tensors = _frozen_of(start, built.objective)
         targets = built.objective.model.state_dict()
         with torch.no_grad():
-            for name, tensor in read_frozen(start.frozen).items():
+            for name, tensor in tensors.items():
                 if name in targets:
                     targets[name].copy_(tensor)
     elif context.stage.init is not None:
@@ -155,6 +151,31 @@ def load_weights(context: StageContext, built: Built, start: Start | None) -> No
         if context.runtime.rank == 0 and new:
             modules = sorted({name.split(".")[0] for name in new})
             print(f"dromos: init {init}: newly initialised: {', '.join(modules)}", flush=True)
+
+
+def _frozen_of(start: Start, objective: Objective) -> dict[str, Tensor]:
+    """The tensors of the frozen.safetensors with which the checkpoint of `start` was saved: all that are frozen now.
+
+    A checkpoint holds no frozen parameters, so one that the file lacks would silently stay as initialised.
+    """
+    saved_with, advice = start.state.get("frozen"), f"delete {start.checkpoint.parent.parent} to start again"
+    if hash_file(start.frozen) != saved_with:
+        raise UserError(
+            f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or {advice}"
+        )
+    tensors = read_frozen(start.frozen)
+    missing = [name for name in objective.frozen() if name not in tensors]
+    if missing:
+        what = (
+            "has no tensor"
+            if saved_with
+            else f"was not saved with {start.checkpoint.name}, and holds no tensor"
+        )
+        raise UserError(
+            f"{start.frozen} {what} {missing[0]}, which this stage freezes; {advice}, or write init: for a new stage "
+            "that freezes other parts"
+        )
+    return tensors
 
 
 def open_engine(context: StageContext, objective: Objective, start: Start | None) -> Engine:

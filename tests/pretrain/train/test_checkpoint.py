@@ -15,7 +15,7 @@ import xxhash
 
 from data_pipeline.errors import UserError
 from pretrain.run.folder import complete_steps, tag_of
-from pretrain.train.checkpoint import save, verify_and_read_state
+from pretrain.train.checkpoint import missing_rank_file, save, verify_and_read_state
 from tests.support.recorded_files import Outcome, recorded
 
 
@@ -196,3 +196,74 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, kind: str) -> None:
     )  # the flipped bit may be in a file name
     assert "step_00000007" in text
     assert "Remove" in text  # what to do
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as found:
+        verify_and_read_state(path)
+    assert path.name in str(found.value)
+    return str(found.value)
+
+
+@pytest.mark.parametrize("lost", [(), ("model.pt",), ("state.json",), ("zero/shard_0.pt",)])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_manifest_that_lists_less_than_was_saved_is_refused(
+    tmp_path: Path, lost: tuple[str, ...], sealed: bool
+) -> None:
+    """It would verify less, `{}` nothing at all. Checkpoints of an earlier version have an empty COMPLETE."""
+    path = save_step(tmp_path, 7)
+    manifest = json.loads((path / "manifest.json").read_text())
+    kept = {name: entry for name, entry in manifest.items() if lost and name not in lost}
+    (path / "manifest.json").write_text(json.dumps(kept))
+    if not sealed:
+        (path / "COMPLETE").write_text("")
+    reason = (
+        "manifest.json is missing or damaged"
+        if sealed
+        else f"{(lost or ('state.json',))[0]} is not listed in"
+    )
+    assert reason in refusal(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_verifies(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 7)
+    (path / "COMPLETE").write_text("")
+    assert verify_and_read_state(path)["step"] == 7
+
+
+def test_a_file_and_its_entry_cannot_disappear_together(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 7)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["model.pt"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "model.pt").unlink()
+    assert "manifest.json is missing or damaged" in refusal(path)
+
+
+# Names that DeepSpeed 0.19 gives the files of two ranks (tests/dist/test_zero_shards.py reads real ones).
+MODEL = ["mp_rank_00_model_states.pt"]
+OPTIMIZER = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+SHARDS = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("zero", "names"), [(0, MODEL), (1, MODEL + OPTIMIZER), (2, MODEL + OPTIMIZER), (3, SHARDS + OPTIMIZER)]
+)
+def test_a_file_of_every_rank_is_expected(zero: int, names: list[str]) -> None:
+    state = {"zero": zero, "world_size": 2}
+    assert missing_rank_file([*names, "state.json"], state) is None
+    for name in names:
+        kind = "*_optim_states.pt" if "optim" in name else "*_model_states.pt"
+        number = 1 if "rank_1_" in name else 0
+        assert missing_rank_file(set(names) - {name}, state) == f"{kind} of rank {number}"
+    assert missing_rank_file([], {"step": 1}) is None
+
+
+def test_a_rank_whose_files_were_never_written_is_named(tmp_path: Path) -> None:
+    def write(folder: Path, tag: str) -> None:
+        (folder / tag).mkdir()
+        for name in (*MODEL, OPTIMIZER[0]):
+            (folder / tag / name).write_bytes(b"weights")
+
+    path = save(tmp_path, 3, {"step": 3, "world_size": 2, "zero": 1}, write, 1)
+    assert "*_optim_states.pt of rank 1 is missing" in refusal(path)

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from data_pipeline.errors import UserError
 from data_pipeline.loader import loader
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.workers.watchdog import StallLimits
+from pretrain.build.module_weights import write_frozen
 from pretrain.build.streams import cache_settings
 from pretrain.distributed.engine import Runtime
 from pretrain.recipe.schema import Recipe, TrainStage
-from pretrain.train.stage_setup import StageContext, make_plan, open_loader
+from pretrain.train.checkpoint import hash_file
+from pretrain.train.resume import Start
+from pretrain.train.stage_setup import StageContext, load_weights, make_plan, open_loader
 from pretrain.train.trainer import Plan
 
 
@@ -61,3 +66,39 @@ def test_lengths_and_rates_of_a_batch_that_grows(tmp_path: Path) -> None:
     assert make_plan(stage, order) == Plan(
         total=12, warmup=11, peak_rate=0.025, save_every=2, evaluate_every=2, hours=2
     )
+
+
+class Frozen:
+    """An objective whose bias does not train."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(2, 2)
+        self.model.bias.requires_grad_(False)
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        return {"bias": self.model.bias.detach()}
+
+
+def test_a_resume_takes_every_frozen_tensor_from_the_file_or_is_refused(tmp_path: Path) -> None:
+    """The checkpoint has no frozen tensors: what the file lacks would stay as a new model has it."""
+    path, kept = tmp_path / "main" / "frozen.safetensors", torch.tensor([3.0, -1.0])
+    path.parent.mkdir()
+    checkpoint = path.parent / "checkpoints" / "step_00000004"
+
+    def load(saved_with: str | None) -> Frozen:
+        objective = Frozen()
+        start = Start(checkpoint, 4, {"frozen": saved_with}, path)
+        load_weights(context(tmp_path), objective, start)  # type: ignore[arg-type]
+        return objective
+
+    with pytest.raises(
+        UserError, match=r"frozen.safetensors was not saved with step_00000004.* no tensor bias"
+    ):
+        load(None)
+    write_frozen(path, {"weight": kept}, {})
+    with pytest.raises(UserError, match=r"frozen.safetensors has no tensor bias, which this stage freezes"):
+        load(hash_file(path))
+    write_frozen(path, {"bias": kept}, {})
+    with pytest.raises(UserError, match=r"is not the file that step_00000004 was saved with"):
+        load(None)
+    assert torch.equal(load(hash_file(path)).model.bias, kept)
