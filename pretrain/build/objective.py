@@ -1,4 +1,4 @@
-"""Builds the objective of a training stage: seed, tokenizer, encoder, weights, freezing.
+"""Builds the objective of a training stage: seed, tokenizer, encoder, weights.
 
 `BUILDERS` has one function per objective kind. `build` seeds torch's generator, so the initial weights are a function
 of (run seed, stage name, model) alone.
@@ -17,6 +17,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.build.encoders import build_encoder
+from pretrain.build.freezing import apply_freeze
 from pretrain.build.module_weights import load_into, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
@@ -28,13 +29,6 @@ from pretrain.objectives.generative import Generative
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
-
-# Name prefixes of the parameters that `model.freeze` names.
-FREEZABLE = {
-    "vision": ("visual.", "vision."),
-    "text": ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection"),
-    "llm": ("llm.",),
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +67,7 @@ def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen:
     seed_weights(seed, name)
     context = BuildContext(stage, name, seed, stage_tokenizer(stage), run_dir, frozen)
     built = BUILDERS[stage.objective.kind](context)
-    for part in stage.model.freeze:
-        freeze(built.objective, part)
+    apply_freeze(built.objective, stage.model.freeze)
     return built
 
 
@@ -126,15 +119,6 @@ BUILDERS: dict[str, Callable[[BuildContext], Built]] = {
     "contrastive": build_contrastive,
     "generative": build_generative,
 }
-
-
-def freeze(objective: Objective, part: str) -> None:
-    """Exclude the parameters of `part` (a key of FREEZABLE) from training. Raises UserError for another part."""
-    if part not in FREEZABLE:
-        raise UserError(f"model.freeze: {part!r} is none of {', '.join(FREEZABLE)}")
-    for name, parameter in objective.model.named_parameters():
-        if name.startswith(FREEZABLE[part]):
-            parameter.requires_grad_(False)
 
 
 def load_trained(address: str, run_dir: Path | None = None) -> tuple[Objective, TrainStage]:

@@ -26,7 +26,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,19 +122,35 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with their own learning rate and weight decay; `names` as in `named_parameters`."""
+
+    names: frozenset[str]
+    weight_decay: float
+
+
+def decay_groups(
+    model: nn.Module, weight_decay: float, groups: Sequence[ParameterGroup] = ()
+) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: matrices decay; vectors, scalars, norms, biases and single learned tokens do not.
 
-    A matrix has at least two sides longer than 1.
+    A matrix has at least two sides longer than 1. `rate` of a group is 0 for the parameters outside `groups`, else
+    1 + the index of the first of `groups` that names them.
     """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            long_sides = [side for side in parameter.shape if side > 1]
-            (matrices if len(long_sides) >= 2 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            rate = next((1 + index for index, group in enumerate(groups) if name in group.names), 0)
+            is_matrix = len([side for side in parameter.shape if side > 1]) >= 2
+            found.setdefault((rate, is_matrix), []).append(parameter)
+    decays = [weight_decay, *(group.weight_decay for group in groups)]
+    return [
+        {"params": parameters, "weight_decay": decays[rate] if is_matrix else 0.0, "rate": rate}
+        for (rate, is_matrix), parameters in sorted(
+            found.items(), key=lambda item: (item[0][0], not item[0][1])
+        )
+    ]
 
 
 class Engine:
@@ -150,13 +166,20 @@ class Engine:
         weight_decay: float,
         clip: float,
         runtime: Runtime,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
         deepspeed = import_deepspeed()
         self.zero, self.clip, self.world_size = zero, clip, runtime.world_size
         self.device = runtime.device
         self._norm: Tensor | float = 0.0
         model.to(runtime.device)
-        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps)
+        parameters = decay_groups(model, weight_decay, groups)
+        # Not in the optimizer's groups: a load replaces them by those of the file.
+        self._rates = [group.pop("rate") for group in parameters]
+        self._settings = [
+            {"betas": betas, "eps": eps, "weight_decay": group["weight_decay"]} for group in parameters
+        ]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps)
         if zero == 0:
             optimizer.register_step_pre_hook(self._clip_stage_0)
         config = {
@@ -197,13 +220,14 @@ class Engine:
         """
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, rate: float) -> float | None:
-        """Clip, update with learning rate `rate`, and return the global gradient norm before clipping.
+    def step(self, *rates: float) -> float | None:
+        """Clip, update, and return the global gradient norm before clipping.
 
-        If the norm is not finite, returns None and no rank updates.
+        `rates`: the learning rate outside the groups, then that of each group. If the norm is not finite, returns None
+        and no rank updates.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        for group, index in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rates[index]
         try:
             self._engine.step()
         except NonFiniteNorm:
@@ -226,3 +250,6 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        # DeepSpeed restores the settings of the file; those of the recipe apply.
+        for group, settings in zip(self._engine.optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)

@@ -11,6 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.order.mixture_weights import check_shares, share_mistake
 from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.parameter_names import SHORT_NAMES, expression_mistake
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 from pretrain.recipe.schema_errors import did_you_mean
 from pretrain.recipe.unsupported import unsupported_features
@@ -129,6 +130,8 @@ def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> li
         return [Problem(name, key, text) for key, text in mistakes]
     mistakes = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
     mistakes += [*_check_streams(stage), *KINDS[stage.objective.kind].check(stage)]
+    if not any(key == ("model", "freeze") for key, _ in mistakes):
+        mistakes += _check_freeze(stage)
     return [Problem(name, key, text) for key, text in mistakes]
 
 
@@ -148,9 +151,43 @@ def _check_training(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         yield ("optimizer",), "has no learning rate; write optimizer.lr or optimizer.lr_per_256"
     if stage.checkpoint.every.value == 0:
         yield ("checkpoint", "every"), "must be longer than 0"
-    for part in stage.model.freeze:
-        if part not in ("vision", "text", "llm"):
-            yield ("model", "freeze"), f"{part!r} is none of vision, text, llm"
+    for expression in stage.model.freeze:
+        if mistake := expression_mistake(expression):
+            yield ("model", "freeze"), mistake
+    for index, group in enumerate(stage.optimizer.groups or []):
+        at = ("optimizer", "groups", str(index))
+        if mistake := expression_mistake(group.match):
+            yield (*at, "match"), mistake
+        if (group.lr, group.lr_scale, group.weight_decay, group.warmup) == (None,) * 4:
+            yield at, "changes nothing; write lr, lr_scale, weight_decay or warmup, or remove the group"
+
+
+def _check_freeze(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    """Short names of parts that the model lacks, and streams that pass through frozen parts alone."""
+    model = stage.model
+    parts = {"vision": bool(model.vision), "text": model.text is not None, "llm": model.llm is not None}
+    parts["connector"] = parts["vision"] and parts["llm"]
+    for name in SHORT_NAMES:
+        if name in model.freeze and not parts[name]:
+            yield (
+                ("model", "freeze"),
+                f"{name!r} matches no parameter: the model of this stage has no such part",
+            )
+        for index, group in enumerate(stage.optimizer.groups or []):
+            if group.match == name and not parts[name]:
+                yield (
+                    ("optimizer", "groups", str(index), "match"),
+                    f"{name!r} matches no parameter: the model of this stage has no such part",
+                )
+    if "llm" not in model.freeze:
+        return
+    for name, stream in stage.data.items():
+        if stream.length is not None or "connector" in model.freeze or not parts["connector"]:
+            yield (
+                ("data", name),
+                "no parameter that this stream uses is trained (model.freeze: "
+                f"{', '.join(model.freeze)}); freeze less, or remove the stream (data.{name}: null)",
+            )
 
 
 def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:

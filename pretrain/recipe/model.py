@@ -102,7 +102,8 @@ class Model(Strict):
     views: Views | None = None
     """Views of an image (not available yet). Default: the whole image once."""
     freeze: list[str] = Field(default_factory=list)
-    """Parts that are not trained: vision, text, llm. Default: none.
+    """What is not trained: regular expressions that match whole names of parameters. Default: none.
 
-    generative needs [vision] if it has a tower: training the tower is not available yet.
+    vision, text, connector and llm are short names of these parts. Each expression must match something. generative
+    needs vision if it has a tower: training the tower is not available yet.
     """

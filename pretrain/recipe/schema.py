@@ -30,6 +30,31 @@ class Run(Strict):
     """Resume although the data, the shares of its sources or the batch changed. Default: false."""
 
 
+class Group(Strict):
+    """Parameters with settings of their own; a parameter belongs to the first group that matches it."""
+
+    match: str
+    """Regular expression that matches whole names of parameters, or vision, text, connector, llm. Required."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; the rate has the shape of the schedule, `final_lr` included. Default: from `lr_scale`."""
+    lr_scale: float | None = Field(None, gt=0)
+    """Factor on the learning rate of the stage; at most one of `lr` and `lr_scale`. Default: 1."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Weight decay of its matrices; vectors never decay. Default: `optimizer.weight_decay`."""
+    warmup: Duration | None = None
+    """Length of its linear warm-up. Default: `schedule.warmup`."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Group:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError("write lr or lr_scale, not both")
+        return self
+
+    def scale(self, peak: float) -> float:
+        """The group's learning rate divided by that of the stage, whose peak is `peak`."""
+        return self.lr / peak if self.lr is not None else self.lr_scale or 1.0
+
+
 class Optimizer(Strict):
     """AdamW; exactly one of `lr` and `lr_per_256`."""
 
@@ -47,6 +72,8 @@ class Optimizer(Strict):
     """Decoupled weight decay of matrices; vectors, biases, norms and single tokens do not decay. Default: 0."""
     clip: float = Field(1.0, ge=0)
     """Upper limit of the global gradient norm; 0 switches clipping off. Default: 1."""
+    groups: list[Group] | None = None
+    """Groups of parameters with their own rate, weight decay or warm-up. Default: none."""
 
     @model_validator(mode="after")
     def _one_rate(self) -> Optimizer:

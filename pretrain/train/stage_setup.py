@@ -21,11 +21,12 @@ from data_pipeline.storage.durable import sync
 from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
+from pretrain.build.freezing import check_streams_train, group_names, training_table
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
 from pretrain.build.objective import Built, build
 from pretrain.build.streams import cache_settings, stage_specs
 from pretrain.build.tokenizer import check_tokens, stage_tokenizer
-from pretrain.distributed.engine import Engine, Runtime
+from pretrain.distributed.engine import Engine, ParameterGroup, Runtime
 from pretrain.evaluate.suite import check_held_out, evaluate, flat_scalars
 from pretrain.objectives.base import Objective
 from pretrain.recipe.dump import dump_plain, stage_record
@@ -37,7 +38,7 @@ from pretrain.run.identity import compare_changeable_keys, compare_versions, rea
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import Start, check_length, resume_data, with_order_of
 from pretrain.train.schedule import peak_rate
-from pretrain.train.trainer import Plan
+from pretrain.train.trainer import GroupRate, Plan
 
 if TYPE_CHECKING:
     from data_pipeline.loader.loader import Loader
@@ -102,13 +103,18 @@ def make_plan(stage: TrainStage, order: StreamOrder) -> Plan:
         """Steps of an interval; samples are counted in the largest global batch."""
         return max(1, length_steps(length, largest, epoch))
 
+    peak, warmup = peak_rate(stage.optimizer, largest), stage.schedule.warmup
     return Plan(
         total=total_steps(stage, epoch, order),
-        warmup=length_steps(stage.schedule.warmup, order, epoch),
-        peak_rate=peak_rate(stage.optimizer, largest),
+        warmup=length_steps(warmup, order, epoch),
+        peak_rate=peak,
         save_every=interval(stage.checkpoint.every),
         evaluate_every=interval(stage.eval.every) if stage.eval.every is not None else None,
         hours=stage.train.hours,
+        groups=tuple(
+            GroupRate(group.match, group.scale(peak), length_steps(group.warmup or warmup, order, epoch))
+            for group in stage.optimizer.groups or []
+        ),
     )
 
 
@@ -119,7 +125,10 @@ def check_stage(
     total: int,
     start: Start | None,
 ) -> None:
-    """Checks that need the opened data: lengths, held-out sources, tokens. Raises UserError."""
+    """Checks that need the opened data and the model: lengths, held-out sources, tokens, what trains.
+
+    Rank 0 prints what trains. Raises UserError.
+    """
     for line in check_ends({name: builder.order for name, builder in builders.items()}, total):
         if context.runtime.rank == 0:
             print(f"dromos: {line}", flush=True)
@@ -127,6 +136,11 @@ def check_stage(
         check_length(start, context.stage, context.folder, total)
     check_held_out(objective, context.stage)
     check_tokens(context.stage, objective, builders)
+    check_streams_train(objective, context.stage)
+    largest = builders[objective.main].order.batches.largest
+    table = training_table(objective, context.stage, peak_rate(context.stage.optimizer, largest))
+    if context.runtime.rank == 0:
+        print("\n".join([f"dromos: {context.name} {table[0]}", *table[1:]]), flush=True)
 
 
 def load_weights(context: StageContext, built: Built, start: Start | None) -> None:
@@ -181,6 +195,10 @@ def _frozen_of(start: Start, objective: Objective) -> dict[str, Tensor]:
 def open_engine(context: StageContext, objective: Objective, start: Start | None) -> Engine:
     """The model under DeepSpeed, with weights and optimizer state of `start`; collective."""
     settings, optimizer = context.stage.engine, context.stage.optimizer
+    groups = [
+        ParameterGroup(names, optimizer.weight_decay if group.weight_decay is None else group.weight_decay)
+        for names, group in zip(group_names(objective, optimizer), optimizer.groups or [], strict=True)
+    ]
     engine = Engine(
         objective.model,
         settings.zero,
@@ -190,6 +208,7 @@ def open_engine(context: StageContext, objective: Objective, start: Start | None
         optimizer.weight_decay,
         optimizer.clip,
         context.runtime,
+        groups,
     )
     if start is not None:
         engine.load(start.checkpoint.parent, start.checkpoint.name)

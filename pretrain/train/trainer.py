@@ -18,7 +18,7 @@ from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
-from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.schema import Schedule, TrainStage
 from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
@@ -40,6 +40,20 @@ class NonFinite(RuntimeError):
 
 
 @dataclass(frozen=True)
+class GroupRate:
+    """The learning rate of one of `optimizer.groups`.
+
+    match:  its expression, its name in the log
+    scale:  its peak divided by that of the stage
+    warmup: steps of its warm-up
+    """
+
+    match: str
+    scale: float
+    warmup: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Lengths and rates of a stage.
 
@@ -49,6 +63,7 @@ class Plan:
     save_every:     steps between checkpoints
     evaluate_every: steps between evaluations; None evaluates at the end only
     hours:          wall-clock limit of one process (train.hours); None for no limit
+    groups:         rates of optimizer.groups, in their order
     """
 
     total: int
@@ -57,6 +72,15 @@ class Plan:
     save_every: int
     evaluate_every: int | None
     hours: float | None
+    groups: tuple[GroupRate, ...] = ()
+
+    def rates(self, step: int, schedule: Schedule) -> list[float]:
+        """Learning rates of a step: outside the groups, then of each group."""
+        scales = [(1.0, self.warmup), *((group.scale, group.warmup) for group in self.groups)]
+        return [
+            scale * learning_rate(step, self.total, warmup, self.peak_rate, schedule)
+            for scale, warmup in scales
+        ]
 
 
 class Trainer:
@@ -180,10 +204,8 @@ class Trainer:
         values = all_sum(torch.stack([parts[name].double().reshape(()) for name in names])).tolist()
         losses = dict(zip(names, values, strict=True))
         non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
-        rate = learning_rate(
-            step, self.plan.total, self.plan.warmup, self.plan.peak_rate, self.stage.schedule
-        )
-        norm = self.engine.step(rate) if not non_finite else None
+        rates = self.plan.rates(step, self.stage.schedule)
+        norm = self.engine.step(*rates) if not non_finite else None
         if norm is None:
             quantity = ", ".join(non_finite) or "the gradient norm"
             saved = (
@@ -197,7 +219,10 @@ class Trainer:
             )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         row |= self.objective.metrics(batches, self.runtime.device)
-        row |= {"lr": rate, "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
+        row |= {"lr": rates[0], "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
+        if self.plan.groups:
+            of_groups = zip(self.plan.groups, rates[1:], strict=True)
+            row["lr_groups"] = {group.match: rate for group, rate in of_groups}
         row |= {"batch_digest": totals.batch_digest, "order_digest": totals.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
         return row

@@ -75,7 +75,9 @@ def test_a_frozen_language_model_trains_nothing_of_it(tokenizer: str) -> None:
 
 
 def test_an_unknown_part_is_refused(tokenizer: str) -> None:
-    with pytest.raises(UserError, match="'eyes' is none of vision, text, llm"):
+    with pytest.raises(
+        UserError, match=r"'eyes' matches no parameter; nearest: .*; short names: vision, text"
+    ):
         made(stage("contrastive", tokenizer, freeze=["eyes"]))
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from pretrain.distributed.engine import decay_groups
+from pretrain.distributed.engine import ParameterGroup, decay_groups
 from tests.support.tiny_models import clip, multimodal
 
 BLOCK = "*transformer.resblocks.?."  # of open_clip's image and text tower
@@ -108,3 +108,22 @@ def test_a_matrix_has_two_sides_longer_than_one() -> None:
         1,
         1,
     ]
+
+
+def test_groups_have_their_own_decay_and_vectors_none() -> None:
+    model = multimodal()
+    of = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers = [frozenset(name for name in of.values() if f".layers.{layer}." in name) for layer in (0, 1)]
+    groups = [ParameterGroup(layers[0], 0.5), ParameterGroup(layers[0] | layers[1], 0.0)]
+    found = {
+        (group["rate"], group["weight_decay"], name)
+        for group in decay_groups(model, 0.3, groups)
+        for name in (of[id(parameter)] for parameter in group["params"])
+    }
+    decaying = set(names(model)[0])
+    expected = set()
+    for name in of.values():
+        rate = 1 if name in layers[0] else 2 if name in layers[1] else 0
+        expected.add((rate, (0.3, 0.5, 0.0)[rate] if name in decaying else 0.0, name))
+    assert found == expected
+    assert sum(len(group["params"]) for group in decay_groups(model, 0.3, groups)) == len(of)

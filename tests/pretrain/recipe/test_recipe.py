@@ -422,6 +422,21 @@ def test_max_pixels_applies_to_training_and_evaluation(tmp_path: Path) -> None:
         ("train=null", ["train", "exactly one of steps, samples, epochs"]),
         ("objective.weights={pairs: 1}", ["objective.weights"]),
         ("model.freeze=[llm]", ["model.freeze", "contrastive has no llm"]),
+        ("model.freeze=[visoin]", ["model.freeze", "'visoin' matches no parameter", "'vision'"]),
+        (
+            "model.freeze=[eyes]",
+            ["model.freeze", "'eyes' matches no parameter", "vision, text, connector, llm"],
+        ),
+        ("model.freeze=['a(']", ["model.freeze", "not a valid regular expression"]),
+        (
+            "model.freeze=[connector]",
+            ["model.freeze", "'connector' matches no parameter", "has no such part"],
+        ),
+        ("optimizer.groups=[{match: llm, lr: 1}]", ["optimizer.groups.0.match", "has no such part"]),
+        ("optimizer.groups=[{match: '(', lr: 1}]", ["optimizer.groups.0.match", "not a valid regular"]),
+        ("optimizer.groups=[{match: text}]", ["optimizer.groups.0", "changes nothing", "lr_scale"]),
+        ("optimizer.groups=[{match: text, lr: 1, lr_scale: 2}]", ["optimizer.groups.0", "not both"]),
+        ("optimizer.groups=[{match: text, rate: 1}]", ["optimizer.groups.0.rate", "unknown key"]),
         ("data.pairs.sources.scenes.weight=2", ["data.pairs.sources", "add up to 2", "nothing", "digits"]),
         ("data.pairs.sources.scenes.cap=9", ["data.pairs.sources.scenes", "weight sets the share", "cap"]),
         ("data.pairs.sources.scenes.weight=.inf", ["data.pairs.sources.scenes", "weight is inf"]),
@@ -525,6 +540,39 @@ def test_only_a_part_that_the_model_has_can_be_frozen(kind: str, parts: set[str]
         given = {"objective": {"kind": kind}, "train": {"steps": 1}, "model": {"freeze": [part]}}
         problems = [key for key, _ in KINDS[kind].check(TrainStage.model_validate(given))]
         assert (("model", "freeze") in problems) == (part not in parts)
+
+
+SPHINX = """
+data:
+  text: {sources: {a: x}, batch: 4, length: 8}
+  captions: {sources: {b: y}, batch: 4, image: {size: 32}, text: {tokenizer: clip-bpe, length: 8}}
+model: {llm: {config: {model_type: llama}}, vision: {init: flip/tuned}, freeze: [vision]}
+objective: {kind: sphinx}
+optimizer: {lr: 1}
+train: {steps: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("freeze", "streams"),
+    [
+        ("[vision]", []),
+        ("[vision, connector]", []),
+        ("[vision, llm]", ["text"]),
+        ("[vision, llm, connector]", ["text", "captions"]),
+    ],
+)
+def test_a_stream_that_passes_through_frozen_parts_alone_is_named(
+    freeze: str, streams: list[str], tmp_path: Path
+) -> None:
+    override = f"model.freeze={freeze}"
+    if not streams:
+        load(tmp_path, SPHINX, override)
+        return
+    lines = refused(tmp_path, SPHINX, override).splitlines()
+    assert len(lines) == len(streams)
+    for line, stream in zip(lines, streams, strict=True):
+        assert f"data.{stream}: no parameter that this stream uses is trained" in line
 
 
 def test_every_problem_has_exactly_one_line(tmp_path: Path) -> None:

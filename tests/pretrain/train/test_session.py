@@ -16,11 +16,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import decoder_versions
 from pretrain.build.module_weights import read_frozen, read_state
-from pretrain.build.objective import freeze
+from pretrain.distributed.engine import Engine, ParameterGroup, join_process_group
 from pretrain.run.folder import complete_steps
 from pretrain.train.main import main
 from tests.support import forks, rank, tiny
@@ -66,9 +65,9 @@ def command_line(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+def assert_first_step(found: dict[str, Tensor], before: dict[str, Tensor], rate: float = RATE) -> None:
     """Assert that every element is unchanged or one first AdamW update away."""
-    moved = torch.cat([(found[name] - before[name]).abs().reshape(-1) for name in before]) / RATE
+    moved = torch.cat([(found[name] - before[name]).abs().reshape(-1) for name in before]) / rate
     assert moved.max() < 1.001
     far = moved[moved > 0]
     assert len(far) > 0.5 * len(moved)
@@ -187,12 +186,76 @@ def test_what_is_frozen_stays_over_a_resume(tiny_runs: Path, tmp_path: Path) -> 
     assert "frozen.safetensors is not the file that step_00000006 was saved with" in printed
 
 
-def test_an_unknown_part_cannot_be_frozen() -> None:
-    class Nothing:
-        model = nn.Linear(1, 1)
+def test_groups_train_at_their_own_rate(tiny_runs: Path, tmp_path: Path) -> None:
+    """AdamW's first update is the rate itself; ZeRO-3 cuts groups of its own."""
+    parent = str(tiny_runs / "runs" / "flip" / "main")
+    groups = [{"match": r"visual\.proj", "lr": 3 * RATE}, {"match": "vision", "lr_scale": 0.25}]
+    for zero in (0, 1, 3):
+        optimizer = FIRST_STEP["optimizer"] | {"lr": RATE, "groups": groups}
+        folder = tmp_path / str(zero)
+        folder.mkdir()
+        sections = FIRST_STEP | {"optimizer": optimizer, "engine": {"zero": zero}}
+        code, printed = rank.run(flip(tiny_runs, folder, init=parent, **sections))
+        assert code == 0, printed
+        stage = folder / "run" / "main"
+        before, after = read_state(parent), read_state(str(stage))
+        for pattern, scale in ((r"visual\.proj", 3), (r"visual\.(?!proj$).*", 0.25), (r"(?!visual\.).*", 1)):
+            names = [name for name in before if re.fullmatch(pattern, name)]
+            assert_first_step({n: after[n] for n in names}, {n: before[n] for n in names}, scale * RATE)
+        row = rows(stage)[0]
+        assert row["lr"] == RATE
+        assert row["lr_groups"] == pytest.approx({r"visual\.proj": 3 * RATE, "vision": RATE / 4})
+        assert re.search(
+            r"dromos: main trains [\d,]+ of [\d,]+ parameters\n  text +lr 0.001, weight", printed
+        )
+        assert re.search(r"\n  vision +lr 0.00025, weight_decay 0 \(vision\) +[\d,]+ parameters", printed)
 
-    with pytest.raises(UserError, match=r"model\.freeze: 'tower' is none of vision, text, llm"):
-        freeze(Nothing(), "tower")  # type: ignore[arg-type]
+
+def test_what_cannot_train_is_refused_before_anything_is_written(tiny_runs: Path, tmp_path: Path) -> None:
+    recipe = tiny.sphinx_recipe(tiny_runs, **FIRST_STEP)
+    recipe["run"] = {"name": "run", "dir": str(tmp_path / "run"), "seed": 11}
+    recipe["model"]["vision"] = {"init": str(tiny_runs / "runs" / "flip" / "main")}
+    for overrides, words in (
+        ([r"model.freeze=[vision, 'llm\..*']"], "data.text: no parameter that this stream uses is trained"),
+        (
+            [r"model.freeze=[vision, 'llm\.layers\..*']"],
+            r"model.freeze: 'llm\\.layers\\..*' matches no parameter",
+        ),
+        ([r"optimizer.groups=[{match: 'llm\.head', lr: 1}]"], "optimizer.groups.0.match: 'llm"),
+    ):
+        code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe), *overrides)
+        assert (code, words in printed, "Traceback" in printed) == (2, True, False), printed
+        assert [path.name for path in (tmp_path / "run" / "main").iterdir()] == [".lock"]
+
+
+def settings_after_load(folder: str) -> int:
+    """Runs in a fork: 0 if a checkpoint saved with other settings leaves those of the engine that loads it."""
+    runtime = join_process_group()
+    settings = [((0.5, 0.6), 1e-3, 0.1), ((0.7, 0.8), 1e-5, 0.3)]
+
+    def engine(number: int) -> Engine:
+        torch.manual_seed(0)
+        betas, eps, decay = settings[number]
+        groups = [ParameterGroup(frozenset({"1.weight"}), decay / 2)]
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return Engine(model, 1, "fp32", betas, eps, decay, 0, runtime, groups)
+
+    first, second = engine(0), engine(1)
+    with first.accumulate():
+        first.backward(first(torch.ones(2, 3)).sum())
+    first.step(0.1, 0.2)
+    first.save(Path(folder), "step")
+    second.load(Path(folder), "step")
+    betas, eps, decay = settings[1]
+    found = [(g["betas"], g["eps"], g["weight_decay"]) for g in second._engine.optimizer.param_groups]
+    print(found)
+    return int(found != [(betas, eps, decay), (betas, eps, 0.0), (betas, eps, decay / 2)])
+
+
+def test_the_settings_of_the_recipe_apply_after_a_load(tmp_path: Path) -> None:
+    environment = forks.rank_environment(0, 1, forks.free_port())
+    forked = forks.fork(__name__, "settings_after_load", (str(tmp_path),), environment, tmp_path / "log")
+    assert forked.code() == 0, forked.log.read_text()
 
 
 def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Path, tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.module_weights import write_frozen
 from pretrain.build.streams import cache_settings
 from pretrain.distributed.engine import Runtime
-from pretrain.recipe.schema import Recipe, TrainStage
+from pretrain.recipe.schema import Recipe, Schedule, TrainStage
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import Start
 from pretrain.train.stage_setup import StageContext, load_weights, make_plan, open_loader
-from pretrain.train.trainer import Plan
+from pretrain.train.trainer import GroupRate, Plan
 
 
 def context(folder: Path, rank: int = 1, world: int = 3, **sections: Any) -> StageContext:
@@ -59,13 +59,38 @@ def test_lengths_and_rates_of_a_batch_that_grows(tmp_path: Path) -> None:
         data={"text": {"sources": {"a": "x"}, "length": 4, "batch": {0: 8, 10: 64}}},
         train={"samples": 208, "hours": 2},
         schedule={"warmup": "81 samples"},
-        optimizer={"lr_per_256": 0.1},
+        optimizer={
+            "lr_per_256": 0.1,
+            "groups": [
+                {"match": "llm", "lr": 0.1},
+                {"match": "vision", "lr_scale": 0.5, "warmup": "9 steps"},
+            ],
+        },
         checkpoint={"every": "128 samples"},
         eval={"every": "1 epochs"},
     ).stage
     assert make_plan(stage, order) == Plan(
-        total=12, warmup=11, peak_rate=0.025, save_every=2, evaluate_every=2, hours=2
+        total=12,
+        warmup=11,
+        peak_rate=0.025,
+        save_every=2,
+        evaluate_every=2,
+        hours=2,
+        groups=(GroupRate("llm", 4.0, 11), GroupRate("vision", 0.5, 9)),
     )
+
+
+def test_rates_of_groups_follow_the_schedule_with_their_own_peak_and_warm_up() -> None:
+    groups = (GroupRate("a", 3.0, 4), GroupRate("b", 0.5, 0))
+    plan = Plan(10, 4, 0.2, 1, None, None, groups)
+    schedule = Schedule(kind="linear", final_lr=0.1)
+    expected = {
+        0: (0.2 / 5, 3 * 0.2 / 5, 0.5 * 0.2),
+        4: (0.2, 0.6, 0.5 * (0.1 + 0.1 * 6 / 10)),
+        7: (0.15, 0.45, 0.5 * (0.1 + 0.1 * 3 / 10)),
+    }
+    for step, rates in expected.items():
+        assert plan.rates(step, schedule) == pytest.approx(list(rates))
 
 
 class Frozen:
