@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.durable import sync
+from pretrain.recipe.parameter_names import expressions, folded, matching
 from pretrain.weights.source import WeightSource, open_weights
 
 TORCH_TYPES = {
@@ -53,38 +55,99 @@ class LoadReport:
     unused: list[str]
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], address: str) -> LoadReport:
+def load_into(
+    model: nn.Module, state: dict[str, Tensor], address: str, allow: Sequence[str] | None = None
+) -> LoadReport:
     """Copy `state` into the parameters and buffers of `model`.
 
-    Whole modules may be missing in `state`, for example a projector after a text-only stage. Raises UserError, which
-    names `address`, when shapes differ, when single tensors of a module are missing, or when no name is shared.
+    Whole modules may be missing in `state`, for example a projector after a text-only stage, or in the model; a part of
+    a module (some of its layers) only if the regular expressions `allow` (those of `init_allow`; None: there is no such
+    key) match all its names. Raises UserError, which names `address`, when shapes differ, when more differs than that,
+    or when no name is shared.
     """
-    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shared = [name for name in targets if name in state]
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    report = compare(model, shapes, address, allow)
+    tied = [
+        f"{name}: differs from {first}, with which the model shares it"
+        for name, first in _tied_pairs(model)
+        if name in state and first in state and not torch.equal(state[name], state[first])
+    ]
+    _refuse(address, tied)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in targets:
+                targets[name].copy_(tensor.reshape(targets[name].shape))
+    return report
+
+
+def compare(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], address: str, allow: Sequence[str] | None = None
+) -> LoadReport:
+    """The check of `load_into`, which needs only the names and shapes of the weights."""
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    shared = [name for name in targets if name in shapes]
     mismatches = [
-        f"{name}: {tuple(state[name].shape)} in the weights, {tuple(targets[name].shape)} in the model"
+        f"{name}: {shapes[name]} in the weights, {tuple(targets[name].shape)} in the model"
         for name in shared
-        if state[name].numel() != targets[name].numel()
-        or state[name].squeeze().shape != targets[name].squeeze().shape
+        if _long_sides(shapes[name]) != _long_sides(tuple(targets[name].shape))
     ]
-    new = [name for name in dict(model.named_parameters()) if name not in state]
-    shared_modules = {name.split(".")[0] for name in shared}
+    other_name = dict(_tied_pairs(model))
+    new = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in shapes
+        and not any(first == name and alias in shapes for alias, first in other_name.items())
+    ]
+    report = LoadReport(new, [name for name in shapes if name not in targets])
+    modules = {name.split(".")[0] for name in shared}
+    partial = [
+        [
+            name
+            for name in names
+            if "." in name and name.split(".")[0] in modules and not _allowed(name, allow)
+        ]
+        for names in (report.new, report.unused)
+    ]
     mismatches += [
-        f"{name}: missing in the weights"
-        for name in new
-        if name.split(".")[0] in shared_modules and "." in name
+        f"{line}: missing in the weights" for line in folded(partial[0], {*targets} - {*partial[0]})
     ]
+    mismatches += [f"{line}: not used by the model" for line in folded(partial[1], {*shapes} - {*partial[1]})]
     if not shared:
         mismatches.append("no tensor of the model is in the weights")
+    advice = ""
+    if any(partial) and allow is not None:
+        lines = [*allow, *expressions(partial[0], {*targets} - {*partial[0]})]
+        lines += [each for each in expressions(partial[1], {*shapes} - {*partial[1]}) if each not in lines]
+        quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in lines)
+        advice = f"\nif the rest is to start without them, write init_allow: [{quoted}]"
+    _refuse(address, mismatches, advice)
+    return report
+
+
+def _long_sides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without sides of 1: a scalar fits a vector of one element."""
+    return tuple(side for side in shape if side != 1)
+
+
+def _tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """(other name, first name) of the parameters that the model holds under several names."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return [(name, first[id(parameter)]) for name, parameter in every if name != first[id(parameter)]]
+
+
+def _allowed(name: str, allow: Sequence[str] | None) -> bool:
+    return any(matching(expression, [name]) for expression in allow or ())
+
+
+def _refuse(address: str, mismatches: Sequence[str], advice: str = "") -> None:
+    """Raise UserError with the mismatches, if there are any."""
     if mismatches:
         lines = "\n  ".join(mismatches[:LISTED_MISMATCHES])
         unlisted = len(mismatches) - LISTED_MISMATCHES
         end = f"\n  ... and {unlisted} more" if unlisted > 0 else ""
-        raise UserError(f"the weights at {address} do not fit the model:\n  {lines}{end}")
-    with torch.no_grad():
-        for name in shared:
-            targets[name].copy_(state[name].reshape(targets[name].shape))
-    return LoadReport(new, [name for name in state if name not in targets])
+        raise UserError(f"the weights at {address} do not fit the model:\n  {lines}{end}{advice}")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

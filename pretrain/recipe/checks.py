@@ -151,6 +151,11 @@ def _check_training(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         yield ("optimizer",), "has no learning rate; write optimizer.lr or optimizer.lr_per_256"
     if stage.checkpoint.every.value == 0:
         yield ("checkpoint", "every"), "must be longer than 0"
+    for expression in stage.init_allow or []:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            yield ("init_allow",), f"{expression!r} is not a valid regular expression: {error}"
     for expression in stage.model.freeze:
         if mistake := expression_mistake(expression):
             yield ("model", "freeze"), mistake

@@ -207,6 +207,11 @@ class Evaluation(Strict):
     """Name -> held-out source. Default: none."""
 
 
+def parse_list(value: Any) -> Any:
+    """One text may be written without a list."""
+    return [value] if isinstance(value, str) else value
+
+
 class TrainStage(Strict):
     """One resolved training stage: the recipe's defaults, overlaid with the stage's own values."""
 
@@ -214,6 +219,11 @@ class TrainStage(Strict):
     """train or merge. Default: train."""
     init: str | None = None
     """Address of the initial weights; optimizer, schedule and data start new. Default: random weights."""
+    init_allow: Annotated[list[str], BeforeValidator(parse_list)] | None = None
+    """Regular expressions of names: parts of a module that `init` may lack, or hold in vain. Default: none.
+
+    Whole modules may always differ, for example a projector after a stage without images; all of it is printed.
+    """
     continue_: str | None = Field(None, alias="continue")
     """Address of a stage to continue with weights, optimizer, schedule and data position. Default: none."""
     data: dict[str, Stream] = Field(default_factory=dict)

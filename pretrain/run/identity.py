@@ -17,8 +17,8 @@ from pretrain.recipe.schema import Recipe
 from pretrain.run.folder import complete_steps, tag_of
 
 # Keys that must match on resume. `_check_resumable` also refuses another engine.zero or world size, and `_shortened` a
-# shorter length. The other keys of a stage (loader, checkpoint, eval, train.micro_batch, train.hours, the rest of
-# engine) may change.
+# shorter length. The other keys of a stage (init_allow, loader, checkpoint, eval, train.micro_batch, train.hours, the
+# rest of engine) may change.
 IDENTITY: tuple[tuple[str, ...], ...] = (
     ("run", "seed"),
     ("stage", "kind"),

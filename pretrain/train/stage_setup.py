@@ -32,6 +32,7 @@ from pretrain.objectives.base import Objective
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.fields import Length
 from pretrain.recipe.lengths import check_ends, length_steps, total_steps
+from pretrain.recipe.parameter_names import folded
 from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.run import metrics_log
 from pretrain.run.identity import compare_changeable_keys, compare_versions, read_record
@@ -157,14 +158,33 @@ def load_weights(context: StageContext, built: Built, start: Start | None) -> No
                 if name in targets:
                     targets[name].copy_(tensor)
     elif context.stage.init is not None:
-        init = context.stage.init
-        state = read_state(init, context.run_dir)
-        own = {name: state.pop(name, None) for name in built.pretrained}
-        loaded = load_into(built.objective.model, state, init)
-        new = [name for name in loaded.new if name not in own]
-        if context.runtime.rank == 0 and new:
-            modules = sorted({name.split(".")[0] for name in new})
-            print(f"dromos: init {init}: newly initialised: {', '.join(modules)}", flush=True)
+        _init(context, built, context.stage.init)
+
+
+def _init(context: StageContext, built: Built, init: str) -> None:
+    """Take the weights at `init`; rank 0 prints what they lack and what they hold in vain.
+
+    What `built` has from elsewhere, such as an encoder from `model.vision.init`, stays; the same tensors at `init` are
+    not in vain if they are equal.
+    """
+    model, state = built.objective.model, read_state(init, context.run_dir)
+    replaced = {name: state.pop(name) for name in built.pretrained if name in state}
+    loaded = load_into(model, state, init, context.stage.init_allow or [])
+    own = model.state_dict()
+    in_vain = loaded.unused + [
+        name for name, tensor in replaced.items() if not torch.equal(own[name].cpu().to(tensor.dtype), tensor)
+    ]
+    if context.runtime.rank != 0:
+        return
+    new = [name for name in loaded.new if name not in built.pretrained]
+    targets = {name for name, _ in model.named_parameters()}
+    held = {*state, *replaced}
+    for what, names, others in (
+        ("newly initialised", new, targets - {*new}),
+        ("not used", in_vain, held - {*in_vain}),
+    ):
+        if names:
+            print(f"dromos: init {init}: {what}: {', '.join(folded(names, others))}", flush=True)
 
 
 def _frozen_of(start: Start, objective: Objective) -> dict[str, Tensor]:

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from pretrain.build.module_weights import load_into, read_description, read_frozen, read_state, write_frozen
+from pretrain.build.module_weights import (
+    LoadReport,
+    load_into,
+    read_description,
+    read_frozen,
+    read_state,
+    write_frozen,
+)
 from tests.support.recorded_files import recorded
 
 
@@ -95,6 +103,82 @@ def test_a_module_that_is_there_in_part_is_refused() -> None:
     assert "projector.bias: missing in the weights" in text
     assert "llm.0.weight: missing in the weights" in text
     assert "start_image" not in text
+
+
+class Layers(nn.Module):
+    """A language model of some layers, with a head that may be tied to its embedding, and a module of its own."""
+
+    def __init__(self, layers: int, module: str = "projector", tied: bool = False) -> None:
+        super().__init__()
+        self.llm = nn.Module()
+        self.llm.embed = nn.Embedding(5, 3)
+        self.llm.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)) for _ in range(layers)
+        )
+        self.llm.head = nn.Linear(3, 5, bias=False)
+        if tied:
+            self.llm.head.weight = self.llm.embed.weight
+        self.add_module(module, nn.Linear(2, 3))
+
+
+def test_layers_that_the_model_lacks_are_refused_and_named() -> None:
+    """Three layers into one; beside them a whole module may be new, and a whole module unused."""
+    state, model = state_of(Layers(3, "text")), Layers(1)
+    text = refusal(model, state)
+    assert "llm.layers.{1..2}.* (8 tensors): not used by the model" in text
+    assert "text." not in text
+    assert "projector" not in text
+    assert "init_allow" not in text  # only a stage's init can be allowed
+    with pytest.raises(UserError) as found:
+        load_into(model, state, "x", [])
+    assert str(found.value).endswith(r"write init_allow: ['llm\.layers\.(1|2)\..*']")
+    loaded = load_into(model, state, "x", [r"llm\.layers\.(1|2)\..*"])
+    assert set(loaded.unused) == {
+        n for n in state if n.startswith(("text.", "llm.layers.1.", "llm.layers.2."))
+    }
+    assert set(loaded.new) == {"projector.weight", "projector.bias"}
+    assert same(
+        {n: t for n, t in state_of(model).items() if n in state},
+        {n: state[n] for n in state_of(model) if n in state},
+    )
+
+
+def test_the_line_to_write_allows_what_differs_and_keeps_what_was_allowed() -> None:
+    """One layer into three, with another head: what is new and what is in vain, both in part."""
+    state, model = state_of(Layers(1)), Layers(3)
+    state["llm.extra.weight"] = torch.zeros(2)
+    allow = [r"llm\.layers\.1\..*"]
+    with pytest.raises(UserError) as found:
+        load_into(model, state, "x", allow)
+    text = str(found.value)
+    assert "llm.layers.2.* (4 tensors): missing in the weights" in text
+    assert "llm.extra.weight: not used by the model" in text
+    assert "layers.1" not in text.partition("init_allow")[0]
+    allowed = yaml.safe_load(text.partition("write ")[2])["init_allow"]
+    assert allowed[0] == allow[0]
+    report = load_into(model, state, "x", allowed)
+    assert (len(report.new), report.unused) == (8, ["llm.extra.weight"])
+    with pytest.raises(UserError, match=r"llm\.layers\.1"):  # no expression but the whole name counts
+        load_into(model, state, "x", [*allowed[1:], r"llm\.layers"])
+
+
+def test_shapes_are_never_allowed() -> None:
+    with pytest.raises(UserError, match=r"llm.0.weight: \(11, 8\) in the weights"):
+        load_into(Reader(6), state_of(Reader(8)), "x", [r".*"])
+
+
+def test_a_tied_weight_may_be_stored_under_any_of_its_names() -> None:
+    names = ["llm.embed.weight", "llm.head.weight"]
+    for stored in (names[:1], names[1:], names):
+        source, model = Layers(1, tied=True), Layers(1, tied=True)
+        state = {name: t for name, t in state_of(source).items() if name not in names or name in stored}
+        assert load_into(model, state, "x") == LoadReport([], [])
+        assert torch.equal(model.llm.embed.weight, source.llm.embed.weight)
+
+
+def test_two_weights_do_not_become_one_in_silence() -> None:
+    text = refusal(Layers(1, tied=True), state_of(Layers(1)))
+    assert "llm.head.weight: differs from llm.embed.weight, with which the model shares it" in text
 
 
 def test_weights_of_something_else_are_refused() -> None:

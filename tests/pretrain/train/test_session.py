@@ -150,7 +150,10 @@ def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) ->
     recipe["model"]["vision"] = {"init": str(runs / "flip" / "main")}
     code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe))
     assert code == 0, printed
-    assert re.findall(r"newly initialised: (.*)", printed) == ["end_image, projector, start_image"]
+    assert re.findall(r"newly initialised: (.*)", printed) == [
+        "end_image, projector.* (4 tensors), start_image"
+    ]
+    assert "not used" not in printed
     after = read_state(str(tmp_path / "run" / "main"))
     assert_first_step(after, words)
     tower = read_state(str(runs / "flip" / "main"))
@@ -159,6 +162,29 @@ def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) ->
     assert all(
         torch.equal(t, tower[f"visual.{name}"]) for name, t in frozen.items() if f"visual.{name}" in tower
     )
+
+
+def test_init_that_would_drop_layers_is_refused_until_it_is_allowed(tiny_runs: Path, tmp_path: Path) -> None:
+    """Two layers into one: the error names the tensors and the line to write, and then they are printed."""
+    runs = tiny_runs / "runs"
+    recipe = tiny.sphinx_recipe(tiny_runs, init=str(runs / "sphinx" / "main"), **FIRST_STEP)
+    recipe["run"] = {"name": "run", "dir": str(tmp_path / "run"), "seed": 11}
+    recipe["model"]["vision"] = {"init": str(runs / "flip" / "main")}
+    recipe["model"]["llm"]["config"]["num_hidden_layers"] = 1
+    code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe))
+    assert code == 2, printed
+    assert "llm.model.layers.1.* (9 tensors): not used by the model" in printed
+    (line,) = re.findall(r"write (init_allow: .*)", printed)
+    assert [path.name for path in (tmp_path / "run" / "main").iterdir()] == [".lock"]
+    recipe |= yaml.safe_load(line)
+    code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe))
+    assert code == 0, printed
+    assert re.findall(r"not used: (.*)", printed) == ["llm.model.layers.1.* (9 tensors)"]
+    assert "newly initialised" not in printed  # and the tower is that of model.vision.init
+    parent, after = read_state(str(runs / "sphinx" / "main")), read_state(str(tmp_path / "run" / "main"))
+    assert {name for name in parent if name not in after} == {n for n in parent if ".layers.1." in n}
+    trained = {name: t for name, t in parent.items() if name in after and not name.startswith("vision.")}
+    assert_first_step({name: after[name] for name in trained}, trained)
 
 
 TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
