@@ -6,7 +6,7 @@ An address names weights: a stage, RUN/STAGE[@STEP], a path, s3://, hf:// or ope
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 

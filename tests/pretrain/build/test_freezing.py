@@ -54,7 +54,7 @@ def stage(*groups: dict[str, Any], freeze: list[str] | None = None, **streams: b
         for name, images in (streams or {"text": False, "captions": True}).items()
     }
     optimizer = {"lr": 0.01, "weight_decay": 0.2} | ({"groups": list(groups)} if groups else {})
-    given = {"objective": {"kind": "sphinx"}, "train": {"steps": 1}, "data": data, "optimizer": optimizer}
+    given = {"objective": {"kind": "generative"}, "train": {"steps": 1}, "data": data, "optimizer": optimizer}
     return TrainStage.model_validate(given | {"model": {"freeze": freeze or []}})
 
 

@@ -547,7 +547,7 @@ data:
   text: {sources: {a: x}, batch: 4, length: 8}
   captions: {sources: {b: y}, batch: 4, image: {size: 32}, text: {tokenizer: clip-bpe, length: 8}}
 model: {llm: {config: {model_type: llama}}, vision: {init: flip/tuned}, freeze: [vision]}
-objective: {kind: sphinx}
+objective: {kind: generative}
 optimizer: {lr: 1}
 train: {steps: 1}
 """
