@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WITHOUT_SHARED = "needs ../shared"
-SET_BY_PYTEST = {"PYTEST_CURRENT_TEST"}
+# By pytest; by torch's inductor and by DeepSpeed when a test that reads a checkpoint is the first to import them.
+SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"}
 MISSING = "in CI an integration test must run, and this one was skipped"
 # Files that train (tests/support/forks.py), or that start a Ray or Slurm cluster: one parallel worker runs all files of
 # a group. Its fork server imports torch once, and two clusters do not starve each other on two cores.
@@ -72,7 +73,7 @@ def process_state() -> dict[str, object]:
     os.umask(umask)
     numbers = set(signal.Signals) - {signal.SIGALRM}  # pytest-timeout's
     handlers = {number.name: signal.getsignal(number) for number in numbers}
-    environ = {f"environ[{name}]": value for name, value in os.environ.items() if name not in SET_BY_PYTEST}
+    environ = {f"environ[{name}]": value for name, value in os.environ.items() if name not in SET_BY_OTHERS}
     return {"umask": umask, "folder": os.getcwd(), "sys.path": [*sys.path], **handlers, **environ}
 
 

@@ -34,12 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed.clipped_adamw import ClippedAdamW
+
 # A clipping threshold that never clips. With 0, DeepSpeed does not compute the gradient norm either.
 UNCLIPPED = 1e30
-
-
-class NonFiniteNorm(RuntimeError):
-    """Raised before the update of ZeRO stage 0; the optimizers of stages 1 to 3 skip such a step themselves."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,10 @@ class Engine:
         deepspeed = import_deepspeed()
         self.zero, self.clip, self.world_size = zero, clip, runtime.world_size
         self.device = runtime.device
-        self._norm: Tensor | float = 0.0
         model.to(runtime.device)
-        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=0.0, betas=betas, eps=eps)
-        if zero == 0:
-            optimizer.register_step_pre_hook(self._clip_stage_0)
+        groups, options = decay_groups(model, weight_decay), {"lr": 0.0, "betas": betas, "eps": eps}
+        self._clipped = ClippedAdamW(groups, clip or UNCLIPPED, **options) if zero == 0 else None
+        optimizer = self._clipped or torch.optim.AdamW(groups, **options)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -200,22 +197,46 @@ class Engine:
     def step(self, rate: float) -> float | None:
         """Clip, update with learning rate `rate`, and return the global gradient norm before clipping.
 
-        If the norm is not finite, returns None and no rank updates.
+        If the norm is not finite, returns None: no rank updates, and the gradients are gone.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        try:
-            self._engine.step()
-        except NonFiniteNorm:
-            return None
-        norm = float((self._norm if self.zero == 0 else self._engine.get_global_grad_norm()) or 0.0)
-        return norm if math.isfinite(norm) and self._engine.was_step_applied() else None
+        # ZeRO-3 reuses these tensors: a parameter without a gradient in the next step would find the old one there.
+        kept = self._reduced_gradients() if self.zero == 3 else []
+        self._engine.step()
+        measured = self._clipped.norm if self._clipped else self._engine.get_global_grad_norm()
+        norm = float(measured or 0.0)
+        if math.isfinite(norm) and self._engine.was_step_applied():
+            return norm
+        for gradient in kept:
+            gradient.zero_()
+        return None
 
-    def _clip_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or UNCLIPPED, foreach=True)
-        if not torch.isfinite(self._norm):
-            raise NonFiniteNorm
+    def discard(self) -> None:
+        """Forget the gradients of `accumulate` without an update; weights and optimizer state keep their bits.
+
+        Stages 1 to 3 add the next step's gradients to those that no step took, so DeepSpeed must take the step. It
+        skips one whose gradients are not finite.
+        """
+        if self.zero == 0:
+            self._engine.zero_grad()
+            return
+        gradients = self._reduced_gradients()
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        self._engine.step()
+        for gradient in gradients:
+            gradient.zero_()
+
+    def non_finite_gradients(self) -> set[str]:
+        """Names of the parameters whose gradient on this rank is not finite; call it inside `accumulate`."""
+        gradients = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
+        return {name for name, grad in gradients if grad is not None and not torch.isfinite(grad).all()}
+
+    def _reduced_gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradients, under ZeRO stages 1 to 3."""
+        parts = self._engine.optimizer.averaged_gradients.values()
+        return [gradient for part in parts if part is not None for gradient in part]
 
     def save(self, folder: Path, tag: str) -> None:
         """Write a checkpoint in DeepSpeed's layout into `folder/tag`, without frozen parameters. Collective."""

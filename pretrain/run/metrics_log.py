@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def truncate(path: Path, step: int) -> None:
     publish(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
+def valid_json(value: Any) -> Any:
+    """`value` with None in place of every number that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: valid_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [valid_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class JsonLog:
     """Appends objects to a JSON-lines file. Each is flushed, so that it outlives a kill; `sync` is for power cuts."""
 
@@ -41,7 +51,7 @@ class JsonLog:
         sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(valid_json(row), allow_nan=False) + "\n")
         self.file.flush()
 
     def sync(self) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,11 +18,13 @@ from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import all_sum
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
+from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
 from pretrain.train.device_staging import copies_for, staged
+from pretrain.train.non_finite import NonFinite, Origin, find_origin
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_signals import StopFlag
@@ -33,10 +35,6 @@ if TYPE_CHECKING:
 
 class UnreadableData(RuntimeError):
     """A rank could not read its data after all retries; the run is saved before this is raised."""
-
-
-class NonFinite(RuntimeError):
-    """A loss or the gradient norm is not finite; raised before the weights are updated."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Trainer:
 
     order_state:    step -> the data position after that step, by stream, for state.json
     evaluate:       returns the held-out metrics of the current weights, by name
-    previous_state: state.json to take the bad-sample counts from; None: start at zero
+    previous_state: state.json to take the counts of bad samples and skipped steps from; None: start at zero
     frozen_hash:    xxh64 of frozen.safetensors, written into every checkpoint
     """
 
@@ -89,6 +87,7 @@ class Trainer:
         self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
         self.bad_fraction = BadFraction(stage.loader.max_bad_fraction, (previous_state or {}).get("replaced"))
         self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (previous_state or {}).get("bad_shards"))
+        self.skipped_in_a_row = int((previous_state or {}).get("skipped_in_a_row", 0))
         self.frozen_hash = frozen_hash
         self.copies = copies_for(runtime.device)
         self.last_saved = -1
@@ -102,7 +101,8 @@ class Trainer:
         It stops before the end on a stop signal, or after train.hours.
 
         Raises, after a save: UnreadableData when a rank could not read its data, UserError when a tar has changed,
-        TooManyBadSamples when a limit of bad_samples.py stops the run. Raises NonFinite without a save.
+        TooManyBadSamples when a limit of bad_samples.py stops the run, NonFinite when train.max_skipped steps in a row
+        were skipped and the next one is not finite either.
         """
         self.last_saved = first
         batches_by_step = iter(self.loader.steps(first, self.plan.total))
@@ -120,6 +120,7 @@ class Trainer:
                 self.save_and_raise(done - 1, failure)
             # 2. Optimizer step.
             row = self.step(done - 1, batches, totals)
+            self.count_non_finite(row)
             row["time"]["step"] = round(time.perf_counter() - began, 6)
             row["time"]["samples_per_second"] = round(sum(row["samples"].values()) / row["time"]["step"], 2)
             # 3. Evaluate, log, save, stop: in this order, so that a checkpoint is never ahead of the log.
@@ -166,14 +167,16 @@ class Trainer:
         raise kind(f"step {done + 1}: {reason}. {saved}; run it again to resume.")
 
     def step(self, step: int, batches: StepBatches, totals: StepTotals) -> dict[str, Any]:
-        """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""
+        """One optimizer step; returns its line of metrics.
+
+        If a loss or the gradient norm is not finite, no rank updates, and the line has `non_finite`.
+        """
         self.engine.train()
         parts: dict[str, Tensor] = {}
         with self.engine.accumulate():
             for name in self.objective.streams:
-                image = self.stage.data[name].image
                 denominator = float(totals.loss_denominators[name])  # summed over micro-batches and ranks
-                for rows in staged(batches[name], image, self.runtime.device, self.copies):
+                for rows in self.rows_of(name, batches):
                     loss = self.objective.loss(self.engine, name, rows, denominator)
                     self.engine.backward(loss.total)
                     for key, value in {"loss": loss.total.detach(), **loss.parts}.items():
@@ -185,24 +188,61 @@ class Trainer:
         rate = learning_rate(
             step, self.plan.total, self.plan.warmup, self.plan.peak_rate, self.stage.schedule
         )
+        if non_finite:
+            self.engine.discard()
         norm = self.engine.step(rate) if not non_finite else None
-        if norm is None:
-            quantity = ", ".join(non_finite) or "the gradient norm"
-            saved = (
-                f"the last checkpoint is from step {self.last_saved}"
-                if self.last_saved
-                else "there is no checkpoint yet"
-            )
-            raise NonFinite(
-                f"step {step + 1}: {quantity} is not finite; the weights were not updated, and {saved}. "
-                f"Lower the learning rate; metrics.jsonl has loss and grad_norm of the steps before."
-            )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         row |= self.objective.metrics(batches, self.runtime.device)
         row |= {"lr": rate, "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
+        if norm is None:
+            row["non_finite"] = self.describe_non_finite(non_finite or ["grad_norm"], batches, totals)
         row |= {"batch_digest": totals.batch_digest, "order_digest": totals.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
         return row
+
+    def rows_of(self, stream: str, batches: StepBatches) -> Iterator[DeviceBatch]:
+        """This rank's micro-batches of a stream, on the device."""
+        return staged(batches[stream], self.stage.data[stream].image, self.runtime.device, self.copies)
+
+    def describe_non_finite(
+        self, values: list[str], batches: StepBatches, totals: StepTotals
+    ) -> dict[str, Any]:
+        """The field `non_finite` of a skipped step's line: what was not finite, and where it came from. Collective."""
+        origin = find_origin(
+            self.engine, self.objective, lambda name: self.rows_of(name, batches), totals.loss_denominators
+        )
+        return {"values": values, "origin": asdict(origin) if origin is not None else None}
+
+    def count_non_finite(self, row: dict[str, Any]) -> None:
+        """Count skipped steps in a row; raises NonFinite, after a save, for one more than train.max_skipped."""
+        if "non_finite" not in row:
+            self.skipped_in_a_row = 0
+            return
+        step, most = row["step"], self.stage.train.max_skipped
+        given = row["non_finite"]
+        origin = (
+            Origin(**given["origin"]) if given["origin"] else "not when computed again: suspect the hardware"
+        )
+        text = f"step {step}: {', '.join(given['values'])} is not finite ({origin})"
+        if self.skipped_in_a_row < most:
+            self.skipped_in_a_row += 1
+            given["in_a_row"] = self.skipped_in_a_row
+            if self.runtime.rank == 0:
+                print(
+                    f"dromos: {text}; the step was skipped, {self.skipped_in_a_row} in a row "
+                    f"(train.max_skipped is {most})",
+                    flush=True,
+                )
+            return
+        if step - 1 > self.last_saved:  # the weights are those of the last finite step
+            self.save(step - 1)
+        before = f"The {most} steps before it were skipped" if most else "No step is skipped"
+        saved = f"the run is saved at step {step - 1}" if step > 1 else "no step was done yet"
+        raise NonFinite(
+            f"{text}. {before} (train.max_skipped is {most}), the weights were not updated, and {saved}. Look at loss "
+            f"and grad_norm in metrics.jsonl; lower optimizer.lr in a new stage that starts from a checkpoint (init or "
+            f"continue), or raise train.max_skipped and run it again."
+        )
 
     def write(self, row: dict[str, Any], totals: StepTotals) -> None:
         """Append the step to metrics.jsonl, and every sample that was replaced in it to bad_samples.jsonl."""
@@ -237,6 +277,7 @@ class Trainer:
             "order": self.order_state(step),
             "replaced": self.bad_fraction.state(),
             "bad_shards": self.bad_shards.state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
             "frozen": self.frozen_hash,
         }
         checkpoint.save(

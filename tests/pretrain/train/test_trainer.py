@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from pretrain.run.folder import complete_steps, json_mapping
 from pretrain.run.metrics_log import read
+from pretrain.train.non_finite import NonFinite
 from pretrain.train.trainer import write_result
 from tests.support import fake_training as fake
 from tests.support.recorded_files import recorded
@@ -49,3 +52,36 @@ def test_a_result_is_absent_or_whole_and_stays(tmp_path: Path) -> None:
         assert content is not None or not outcome.promised, outcome.after
         assert content is None or json.loads(content) == written
     assert json_mapping(tmp_path / "root/main/result.json") == written
+
+
+@pytest.mark.parametrize("most", [0, 2, 3])
+def test_skipped_steps_in_a_row_are_counted_over_a_resume(tmp_path: Path, most: int) -> None:
+    """Steps 2 to 4 of 6 are not finite; a run that is saved in their midst stops where an uninterrupted one does."""
+
+    def trained(folder: Path, first: int, stops: int = -1) -> int:
+        folder.mkdir(exist_ok=True)
+        state = json_mapping(folder / f"checkpoints/step_{first:08d}/state.json") or None
+        options = {"nan": (5,), "nan_steps": (1, 2, 3), "max_skipped": most, "stops": stops}
+        trainer, engine = fake.trainer(folder, previous_state=state, **options)  # type: ignore[arg-type]
+        try:
+            if most < 3 and not (stops >= 0 and most == 2):
+                with pytest.raises(NonFinite, match=f"step {most + 2}: .*train.max_skipped is {most}"):
+                    trainer.run(first)
+            else:
+                trainer.run(first)
+        finally:
+            trainer.close()
+        return engine.updates
+
+    assert trained(tmp_path / "whole", 0) == (3 if most == 3 else 1)
+    rows = read(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["non_finite"]["in_a_row"] for row in rows[1:4] if "non_finite" in row] == [1, 2, 3][:most]
+    if most:
+        trained(tmp_path / "parts", 0, stops=2)  # the signal comes with step 3, which is skipped
+        assert complete_steps(tmp_path / "parts" / "checkpoints") == [3]
+        trained(tmp_path / "parts", 3)
+        untimed = [
+            [{**row, "time": 0} for row in read(tmp_path / name / "metrics.jsonl")]
+            for name in ("parts", "whole")
+        ]
+        assert untimed[0] == untimed[1]
