@@ -153,7 +153,8 @@ class Engine:
         self.zero, self.clip, self.world_size = zero, clip, runtime.world_size
         self.device = runtime.device
         model.to(runtime.device)
-        groups, options = decay_groups(model, weight_decay), {"lr": 0.0, "betas": betas, "eps": eps}
+        groups = decay_groups(model, weight_decay)
+        options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps}
         self._clipped = ClippedAdamW(groups, clip or UNCLIPPED, **options) if zero == 0 else None
         optimizer = self._clipped or torch.optim.AdamW(groups, **options)
         config = {

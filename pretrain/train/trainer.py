@@ -1,4 +1,8 @@
-"""The training loop: per step one batch of every stream, one optimizer step, one line of metrics; saves, evaluates."""
+"""The training loop: per step one batch of every stream, one optimizer step, one line of metrics; saves, evaluates.
+
+A step's line is written first, then its checkpoint, then its evaluation, whose figures are put into the line. A kill
+between two of them loses nothing: a checkpoint is never ahead of the log, and a resume makes up a missing evaluation.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
-from pretrain.distributed.collectives import all_sum
+from pretrain.distributed.collectives import all_sum, from_rank_0, gather
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.objectives.device_batch import DeviceBatch
@@ -91,6 +95,7 @@ class Trainer:
         self.frozen_hash = frozen_hash
         self.copies = copies_for(runtime.device)
         self.last_saved = -1
+        self.last_line: str | None = None  # of metrics.jsonl, on rank 0; state.json has it
         self.started = time.monotonic()
         self.log = JsonLog(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
         self.bad_log = JsonLog(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
@@ -98,13 +103,15 @@ class Trainer:
     def run(self, first: int) -> bool:
         """Train the steps [first, total). True at the end of the stage; False when it saved and stopped before.
 
-        It stops before the end on a stop signal, or after train.hours.
+        It stops on a stop signal, or after train.hours, and then does not evaluate: the next start makes that up.
 
         Raises, after a save: UnreadableData when a rank could not read its data, UserError when a tar has changed,
         TooManyBadSamples when a limit of bad_samples.py stops the run, NonFinite when train.max_skipped steps in a row
         were skipped and the next one is not finite either.
         """
         self.last_saved = first
+        if not self.make_up_evaluation(first):
+            return False
         batches_by_step = iter(self.loader.steps(first, self.plan.total))
         for done in range(first + 1, self.plan.total + 1):
             began = time.perf_counter()
@@ -123,23 +130,53 @@ class Trainer:
             self.count_non_finite(row)
             row["time"]["step"] = round(time.perf_counter() - began, 6)
             row["time"]["samples_per_second"] = round(sum(row["samples"].values()) / row["time"]["step"], 2)
-            # 3. Evaluate, log, save, stop: in this order, so that a checkpoint is never ahead of the log.
-            last = done == self.plan.total
-            if last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
-                began = time.perf_counter()
-                metrics = self.evaluate()
-                if metrics:
-                    row["eval"] = metrics
-                    row["time"]["eval"] = round(time.perf_counter() - began, 6)
+            # 3. Log, save, stop, evaluate: in this order, so that a checkpoint is never ahead of the log.
             self.write(row, totals)
             shard, fraction = self.count_bad(done, totals)
             too_many = shard is not None or fraction is not None
+            last = done == self.plan.total
             if last or totals.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
             if too_many:  # after the save, which waits for rank 0: the message quotes its bad_samples.jsonl
                 raise TooManyBadSamples(self._shard_message(shard) or fraction)
-            if totals.stop and not last:
+            due = self.evaluation_is_due(done)
+            if totals.stop and (due or not last):
                 return False
+            if due:
+                self.evaluate_into(row)
+        return True
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """True if the stage has held-out sets and evaluates after `step` steps."""
+        every, settings = self.plan.evaluate_every, self.stage.eval
+        at_step = step == self.plan.total or (every is not None and step > 0 and step % every == 0)
+        return at_step and bool(settings.zero_shot or settings.perplexity)
+
+    def evaluate_into(self, row: dict[str, Any]) -> None:
+        """Evaluate, and put the figures into `row`, the last line of metrics.jsonl; collective."""
+        began = time.perf_counter()
+        metrics = self.evaluate()
+        if not metrics:
+            return
+        times = row.pop("time") | {"eval": round(time.perf_counter() - began, 6)}
+        row |= {"eval": metrics, "time": times}
+        if self.log is not None:
+            self.last_line = self.log.amend(row)
+
+    def make_up_evaluation(self, first: int) -> bool:
+        """Evaluate after a resume if the run ended between the save of step `first` and its evaluation; collective.
+
+        Returns False, without an evaluation, if a rank was asked to stop meanwhile. A stage that continues another one
+        has no line of that step: the evaluation is the other stage's.
+        """
+        rows = read(self.stage_dir / "metrics.jsonl") if self.log is not None else []
+        row = rows[-1] if rows and rows[-1]["step"] == first else None
+        missing = row is not None and "eval" not in row and self.evaluation_is_due(first)
+        if not from_rank_0(missing):
+            return True
+        if any(gather(self.stop.signal_name is not None)):
+            return False
+        self.evaluate_into(row if row is not None else {"time": {}})
         return True
 
     def next_batches(self, batches_by_step: Iterator[StepBatches]) -> tuple[StepBatches, Exception | None]:
@@ -247,7 +284,7 @@ class Trainer:
     def write(self, row: dict[str, Any], totals: StepTotals) -> None:
         """Append the step to metrics.jsonl, and every sample that was replaced in it to bad_samples.jsonl."""
         if self.log is not None and self.bad_log is not None:
-            self.log.write(row)
+            self.last_line = self.log.write(row)
             for line in totals.bad:
                 self.bad_log.write(line | {"step": row["step"]})
 
@@ -279,6 +316,7 @@ class Trainer:
             "bad_shards": self.bad_shards.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "frozen": self.frozen_hash,
+            "line": self.last_line,
         }
         checkpoint.save(
             self.stage_dir / "checkpoints", step, state, self.engine.save, self.stage.checkpoint.keep

@@ -6,7 +6,7 @@ of source "even" or "odd", and its captions repeat every four rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +183,8 @@ def trainer(
     max_bad_in_shard: int = 1000,
     save_every: int = 1000,
     previous_state: dict[str, Any] | None = None,
+    evaluate_every: int | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Trainer, Engine]:
     """A trainer of STEPS steps in the stage folder `folder`, and its engine. See `Objective` and `Loader`."""
     stop, engine = SimpleNamespace(signal_name=None), Engine()
@@ -192,14 +194,17 @@ def trainer(
         loader=SimpleNamespace(max_bad_fraction=1.0, max_bad_in_shard=max_bad_in_shard),
         schedule=Schedule(kind="constant"),
         train=SimpleNamespace(max_skipped=max_skipped),
+        eval=SimpleNamespace(zero_shot={}, perplexity={"held": None} if evaluate else {}),
         engine=SimpleNamespace(zero=1),
         checkpoint=SimpleNamespace(keep=2),
     )
-    plan = Plan(STEPS, warmup=0, peak_rate=0.1, save_every=save_every, evaluate_every=None, hours=hours)
+    plan = Plan(
+        STEPS, warmup=0, peak_rate=0.1, save_every=save_every, evaluate_every=evaluate_every, hours=hours
+    )
     runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
     loader: Any = Loader(bad, fails, failure, stop, stops)
     made = Trainer(
         stage, folder, Objective(nan, nan_steps), engine, loader, plan, runtime, stop,  # type: ignore[arg-type]
-        lambda step: {"at": step}, dict, previous_state,
+        lambda step: {"at": step}, evaluate or dict, previous_state,
     )  # fmt: skip
     return made, engine
