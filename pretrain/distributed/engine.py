@@ -12,7 +12,11 @@ DeepSpeed:
 - `deepspeed.initialize` imports its Muon, which imports torch's inductor. `_import_muon` imports Muon
   without inductor.
 - The default of gradient_clipping is 1.0 since 0.19. It is always set explicitly.
+- In bf16, stage 0 begins with an optimizer step of zero gradients, to allocate the state; the bias correction of the
+  first real update is then that of step 2. The count starts at 0 again.
 - `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
+- `load_checkpoint` brings back the optimizer's options and the clipping threshold of the file. `load` sets those of the
+  recipe again.
 
 tests/dist/test_deepspeed_quirks.py reproduces the first problem, and the one with 0-dim parameters that models/clip.py
 avoids. tests/dist/test_reference.py checks losses, gradients and weights on all ZeRO stages.
@@ -171,6 +175,10 @@ class Engine:
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: nn.Module = self._engine.module
+        if zero == 0:
+            for state in optimizer.state.values():
+                state["step"].zero_()
+        self._options = [options | {"weight_decay": group["weight_decay"]} for group in groups]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed's hooks."""
@@ -244,7 +252,14 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Load weights and optimizer state from `folder/tag`, which holds no frozen parameters. Collective."""
+        """Load weights and optimizer state from `folder/tag`, which holds no frozen parameters. Collective.
+
+        Learning rate, betas, eps, weight decay and clipping stay those of this engine.
+        """
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        for group, options in zip(self._engine.optimizer.param_groups, self._options, strict=True):
+            group |= options
+        if self.zero != 0:
+            self._engine.optimizer.clip_grad = self.clip or UNCLIPPED
