@@ -12,7 +12,11 @@ DeepSpeed:
 - `deepspeed.initialize` imports its Muon, which imports torch's inductor. `_import_muon` imports Muon
   without inductor.
 - The default of gradient_clipping is 1.0 since 0.19. It is always set explicitly.
+- In bf16, stage 0 begins with an optimizer step of zero gradients, to allocate the state; the bias correction of the
+  first real update is then that of step 2. The count starts at 0 again.
 - `load_checkpoint` without a tag reads `latest`, which may name an incomplete checkpoint. A tag is always passed.
+- `load_checkpoint` brings back the optimizer's options and the clipping threshold of the file. `load` sets those of the
+  recipe again.
 
 tests/dist/test_deepspeed_quirks.py reproduces the first problem, and the one with 0-dim parameters that models/clip.py
 avoids. tests/dist/test_reference.py checks losses, gradients and weights on all ZeRO stages.
@@ -34,12 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed.clipped_adamw import ClippedAdamW
+
 # A clipping threshold that never clips. With 0, DeepSpeed does not compute the gradient norm either.
 UNCLIPPED = 1e30
-
-
-class NonFiniteNorm(RuntimeError):
-    """Raised before the update of ZeRO stage 0; the optimizers of stages 1 to 3 skip such a step themselves."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +173,14 @@ class Engine:
         deepspeed = import_deepspeed()
         self.zero, self.clip, self.world_size = zero, clip, runtime.world_size
         self.device = runtime.device
-        self._norm: Tensor | float = 0.0
         model.to(runtime.device)
         parameters = decay_groups(model, weight_decay, groups)
         # Not in the optimizer's groups: a load replaces them by those of the file.
         self._rates = [group.pop("rate") for group in parameters]
-        self._settings = [
-            {"betas": betas, "eps": eps, "weight_decay": group["weight_decay"]} for group in parameters
-        ]
-        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps)
-        if zero == 0:
-            optimizer.register_step_pre_hook(self._clip_stage_0)
+        options: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": eps}
+        self._options = [options | {"weight_decay": group["weight_decay"]} for group in parameters]
+        self._clipped = ClippedAdamW(parameters, clip or UNCLIPPED, **options) if zero == 0 else None
+        optimizer = self._clipped or torch.optim.AdamW(parameters, **options)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -196,6 +195,9 @@ class Engine:
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: nn.Module = self._engine.module
+        if zero == 0:
+            for state in optimizer.state.values():
+                state["step"].zero_()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed's hooks."""
@@ -223,33 +225,62 @@ class Engine:
     def step(self, *rates: float) -> float | None:
         """Clip, update, and return the global gradient norm before clipping.
 
-        `rates`: the learning rate outside the groups, then that of each group. If the norm is not finite, returns None
-        and no rank updates.
+        `rates`: the learning rate outside the groups, then that of each group. If the norm is not finite, returns None:
+        no rank updates, and the gradients are gone.
         """
         for group, index in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rates[index]
-        try:
-            self._engine.step()
-        except NonFiniteNorm:
-            return None
-        norm = float((self._norm if self.zero == 0 else self._engine.get_global_grad_norm()) or 0.0)
-        return norm if math.isfinite(norm) and self._engine.was_step_applied() else None
+        # ZeRO-3 reuses these tensors: a parameter without a gradient in the next step would find the old one there.
+        kept = self._reduced_gradients() if self.zero == 3 else []
+        self._engine.step()
+        measured = self._clipped.norm if self._clipped else self._engine.get_global_grad_norm()
+        norm = float(measured or 0.0)
+        if math.isfinite(norm) and self._engine.was_step_applied():
+            return norm
+        for gradient in kept:
+            gradient.zero_()
+        return None
 
-    def _clip_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or UNCLIPPED, foreach=True)
-        if not torch.isfinite(self._norm):
-            raise NonFiniteNorm
+    def discard(self) -> None:
+        """Forget the gradients of `accumulate` without an update; weights and optimizer state keep their bits.
+
+        Stages 1 to 3 add the next step's gradients to those that no step took, so DeepSpeed must take the step. It
+        skips one whose gradients are not finite.
+        """
+        if self.zero == 0:
+            self._engine.zero_grad()
+            return
+        gradients = self._reduced_gradients()
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        self._engine.step()
+        for gradient in gradients:
+            gradient.zero_()
+
+    def non_finite_gradients(self) -> set[str]:
+        """Names of the parameters whose gradient on this rank is not finite; call it inside `accumulate`."""
+        gradients = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
+        return {name for name, grad in gradients if grad is not None and not torch.isfinite(grad).all()}
+
+    def _reduced_gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradients, under ZeRO stages 1 to 3."""
+        parts = self._engine.optimizer.averaged_gradients.values()
+        return [gradient for part in parts if part is not None for gradient in part]
 
     def save(self, folder: Path, tag: str) -> None:
         """Write a checkpoint in DeepSpeed's layout into `folder/tag`, without frozen parameters. Collective."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Load weights and optimizer state from `folder/tag`, which holds no frozen parameters. Collective."""
+        """Load weights and optimizer state from `folder/tag`, which holds no frozen parameters. Collective.
+
+        Learning rate, betas, eps, weight decay and clipping stay those of this engine.
+        """
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
         # DeepSpeed restores the settings of the file; those of the recipe apply.
-        for group, settings in zip(self._engine.optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
+        for group, options in zip(self._engine.optimizer.param_groups, self._options, strict=True):
+            group |= options
+        if self.zero != 0:
+            self._engine.optimizer.clip_grad = self.clip or UNCLIPPED

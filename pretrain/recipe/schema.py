@@ -106,6 +106,9 @@ class Train(Strict):
     """Rows of a rank in one forward and backward pass. Default: all rows of the rank."""
     hours: float | None = Field(None, gt=0)
     """Save a checkpoint and exit with code 75 after this many hours. Default: no limit."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps in a row that may be skipped because a loss or the gradient is not finite; one more stops the run. A
+    skipped step changes neither weights nor optimizer state; learning rate and data advance. Default: 3."""
 
 
 class Engine(Strict):

@@ -21,8 +21,9 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     # of the start's processor time (docs/log.md). `Session.train` turns the collector on again.
     gc.disable()
     from pretrain.train.bad_samples import TooManyBadSamples
+    from pretrain.train.non_finite import NonFinite
     from pretrain.train.session import Session
-    from pretrain.train.trainer import NonFinite, UnreadableData
+    from pretrain.train.trainer import UnreadableData
 
     session: Session | None = None
     try:

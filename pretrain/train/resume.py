@@ -17,6 +17,7 @@ from pretrain.distributed.collectives import from_rank_0, gather
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
 from pretrain.run.folder import complete_steps, tag_of
+from pretrain.run.identity import read_record
 from pretrain.train.checkpoint import verify_and_read_state
 
 
@@ -44,7 +45,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     """The newest complete checkpoint of the stage's own `folder`, else of the stage that it continues; collective.
 
     None for a stage that begins at step 0. Raises UserError for an address without optimizer state, or one that
-    was trained with another world size or ZeRO stage.
+    was trained with another world size, ZeRO stage, dtype or frozen parts.
     """
     own = from_rank_0(complete_steps(folder / "checkpoints"))
     if own:
@@ -69,7 +70,27 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
                 f"changing it is not available yet: use {key} {state.get(key)}, or take only the weights with "
                 f"init: {stage.continue_}"
             )
+    check_same_parameters(stage, located.stage_dir)
     return Start(path, located.step, state, located.stage_dir / "frozen.safetensors")
+
+
+def check_same_parameters(stage: TrainStage, continued: Path) -> None:
+    """Raise UserError when `continue:` would need optimizer state that the stage in `continued` does not have.
+
+    Its checkpoint has state for the parameters that it trained only, and fp32 weights beside those of its dtype.
+    """
+    record = (read_record(continued) or {}).get("stage", {})
+    frozen = sorted((record.get("model") or {}).get("freeze") or [])
+    dtype = (record.get("engine") or {}).get("dtype", stage.engine.dtype)
+    for key, was, now in (
+        ("model.freeze", frozen, sorted(stage.model.freeze)),
+        ("engine.dtype", dtype, stage.engine.dtype),
+    ):
+        if was != now:
+            raise UserError(
+                f"continue: {stage.continue_}: it was trained with {key} {was}, this stage has {now}; its optimizer "
+                f"state fits no other value: restore {key}, or take only the weights with init: {stage.continue_}"
+            )
 
 
 def check_visible_on_all_ranks(path: Path) -> None:

@@ -107,7 +107,7 @@ class Session:
         # The collector was off since `main`; what the start created is excluded from every later collection.
         gc.freeze()
         gc.enable()
-        finished = self.trainer.run(first) if first < plan.total else True
+        finished = self.trainer.run(first)
         # 7. Mark the stage as finished.
         if finished and runtime.rank == 0:
             rows = metrics_log.read(context.folder / "metrics.jsonl")

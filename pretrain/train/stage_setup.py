@@ -253,7 +253,7 @@ def prepare_folder(
     if start is None or not start.was_written_by(context.folder):
         _begin_folder(context, objective, frozen, description)
     else:
-        _resume_folder(context, start.step, total)
+        _resume_folder(context, start, total)
 
 
 def _begin_folder(
@@ -270,12 +270,12 @@ def _begin_folder(
         (context.folder / name).unlink(missing_ok=True)
 
 
-def _resume_folder(context: StageContext, step: int, total: int) -> None:
+def _resume_folder(context: StageContext, start: Start, total: int) -> None:
     """Truncate the logs to the checkpoint's step, rewrite resolved.yaml and print what changed in it."""
-    folder = context.folder
+    folder, step = context.folder, start.step
     if step < total:  # a finished stage whose train length grew is not finished any more
         (folder / "result.json").unlink(missing_ok=True)
-    metrics_log.truncate(folder / "metrics.jsonl", step)
+    metrics_log.truncate(folder / "metrics.jsonl", step, start.state.get("line"))
     metrics_log.truncate(folder / "bad_samples.jsonl", step)
     record = context.record
     previous = read_record(folder) or record

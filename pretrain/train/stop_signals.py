@@ -1,9 +1,9 @@
 """Signals that ask a rank to save and stop: each rank sets its own flag.
 
 `Trainer.run` (pretrain/train/trainer.py) reads the flag between steps; `StepTotals` combines the flags of all ranks. If
-one is set, the trainer does one more step, saves and returns; `main` (pretrain/train/main.py) then returns exit code
-75 (0 if that was the last step). The launcher's part is in launch/supervise/stop_signals.py and
-launch/supervise/rank_group.py.
+one is set, the trainer does one more step, saves and returns without an evaluation; `main` (pretrain/train/main.py)
+then returns exit code 75 (0 if that was the last step and no evaluation is due). The launcher's part is in
+launch/supervise/stop_signals.py and launch/supervise/rank_group.py.
 """
 
 from __future__ import annotations

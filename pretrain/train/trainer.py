@@ -1,4 +1,8 @@
-"""The training loop: per step one batch of every stream, one optimizer step, one line of metrics; saves, evaluates."""
+"""The training loop: per step one batch of every stream, one optimizer step, one line of metrics; saves, evaluates.
+
+A step's line is written first, then its checkpoint, then its evaluation, whose figures are put into the line. A kill
+between two of them loses nothing: a checkpoint is never ahead of the log, and a resume makes up a missing evaluation.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import publish
-from pretrain.distributed.collectives import all_sum
+from pretrain.distributed.collectives import all_sum, from_rank_0, gather
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Schedule, TrainStage
@@ -23,6 +27,7 @@ from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
 from pretrain.train.device_staging import StagedBatches, copies_for
+from pretrain.train.non_finite import NonFinite, Origin, find_origin
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_signals import StopFlag
@@ -33,10 +38,6 @@ if TYPE_CHECKING:
 
 class UnreadableData(RuntimeError):
     """A rank could not read its data after all retries; the run is saved before this is raised."""
-
-
-class NonFinite(RuntimeError):
-    """A loss or the gradient norm is not finite; raised before the weights are updated."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Trainer:
 
     order_state:    step -> the data position after that step, by stream, for state.json
     evaluate:       returns the held-out metrics of the current weights, by name
-    previous_state: state.json to take the bad-sample counts from; None: start at zero
+    previous_state: state.json to take the counts of bad samples and skipped steps from; None: start at zero
     frozen_hash:    xxh64 of frozen.safetensors, written into every checkpoint
     """
 
@@ -113,9 +114,11 @@ class Trainer:
         self.sources = sorted({source for name in objective.streams for source in stage.data[name].sources})
         self.bad_fraction = BadFraction(stage.loader.max_bad_fraction, (previous_state or {}).get("replaced"))
         self.bad_shards = BadShards(stage.loader.max_bad_in_shard, (previous_state or {}).get("bad_shards"))
+        self.skipped_in_a_row = int((previous_state or {}).get("skipped_in_a_row", 0))
         self.frozen_hash = frozen_hash
         self.copies = copies_for(runtime.device)
         self.last_saved = -1
+        self.last_line: str | None = None  # of metrics.jsonl, on rank 0; state.json has it
         self.started = time.monotonic()
         self.log = JsonLog(stage_dir / "metrics.jsonl") if runtime.rank == 0 else None
         self.bad_log = JsonLog(stage_dir / "bad_samples.jsonl") if runtime.rank == 0 else None
@@ -123,12 +126,15 @@ class Trainer:
     def run(self, first: int) -> bool:
         """Train the steps [first, total). True at the end of the stage; False when it saved and stopped before.
 
-        It stops before the end on a stop signal, or after train.hours.
+        It stops on a stop signal, or after train.hours, and then does not evaluate: the next start makes that up.
 
         Raises, after a save: UnreadableData when a rank could not read its data, UserError when a tar has changed,
-        TooManyBadSamples when a limit of bad_samples.py stops the run. Raises NonFinite without a save.
+        TooManyBadSamples when a limit of bad_samples.py stops the run, NonFinite when train.max_skipped steps in a row
+        were skipped and the next one is not finite either.
         """
         self.last_saved = first
+        if not self.make_up_evaluation(first):
+            return False
         batches_by_step = iter(self.loader.steps(first, self.plan.total))
         for done in range(first + 1, self.plan.total + 1):
             began = time.perf_counter()
@@ -144,25 +150,56 @@ class Trainer:
                 self.save_and_raise(done - 1, failure)
             # 2. Optimizer step.
             row = self.step(done - 1, batches, totals)
+            self.count_non_finite(row)
             row["time"]["step"] = round(time.perf_counter() - began, 6)
             row["time"]["samples_per_second"] = round(sum(row["samples"].values()) / row["time"]["step"], 2)
-            # 3. Evaluate, log, save, stop: in this order, so that a checkpoint is never ahead of the log.
-            last = done == self.plan.total
-            if last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
-                began = time.perf_counter()
-                metrics = self.evaluate()
-                if metrics:
-                    row["eval"] = metrics
-                    row["time"]["eval"] = round(time.perf_counter() - began, 6)
+            # 3. Log, save, stop, evaluate: in this order, so that a checkpoint is never ahead of the log.
             self.write(row, totals)
             shard, fraction = self.count_bad(done, totals)
             too_many = shard is not None or fraction is not None
+            last = done == self.plan.total
             if last or totals.stop or too_many or done % self.plan.save_every == 0:
                 self.save(done)
             if too_many:  # after the save, which waits for rank 0: the message quotes its bad_samples.jsonl
                 raise TooManyBadSamples(self._shard_message(shard) or fraction)
-            if totals.stop and not last:
+            due = self.evaluation_is_due(done)
+            if totals.stop and (due or not last):
                 return False
+            if due:
+                self.evaluate_into(row)
+        return True
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """True if the stage has held-out sets and evaluates after `step` steps."""
+        every, settings = self.plan.evaluate_every, self.stage.eval
+        at_step = step == self.plan.total or (every is not None and step > 0 and step % every == 0)
+        return at_step and bool(settings.zero_shot or settings.perplexity)
+
+    def evaluate_into(self, row: dict[str, Any]) -> None:
+        """Evaluate, and put the figures into `row`, the last line of metrics.jsonl; collective."""
+        began = time.perf_counter()
+        metrics = self.evaluate()
+        if not metrics:
+            return
+        times = row.pop("time") | {"eval": round(time.perf_counter() - began, 6)}
+        row |= {"eval": metrics, "time": times}
+        if self.log is not None:
+            self.last_line = self.log.amend(row)
+
+    def make_up_evaluation(self, first: int) -> bool:
+        """Evaluate after a resume if the run ended between the save of step `first` and its evaluation; collective.
+
+        Returns False, without an evaluation, if a rank was asked to stop meanwhile. A stage that continues another one
+        has no line of that step: the evaluation is the other stage's.
+        """
+        rows = read(self.stage_dir / "metrics.jsonl") if self.log is not None else []
+        row = rows[-1] if rows and rows[-1]["step"] == first else None
+        missing = row is not None and "eval" not in row and self.evaluation_is_due(first)
+        if not from_rank_0(missing):
+            return True
+        if any(gather(self.stop.signal_name is not None)):
+            return False
+        self.evaluate_into(row if row is not None else {"time": {}})
         return True
 
     def next_batches(self, batches_by_step: Iterator[StepBatches]) -> tuple[StepBatches, Exception | None]:
@@ -190,14 +227,16 @@ class Trainer:
         raise kind(f"step {done + 1}: {reason}. {saved}; run it again to resume.")
 
     def step(self, step: int, batches: StepBatches, totals: StepTotals) -> dict[str, Any]:
-        """One optimizer step; returns its line of metrics. Raises NonFinite before anything is updated."""
+        """One optimizer step; returns its line of metrics.
+
+        If a loss or the gradient norm is not finite, no rank updates, and the line has `non_finite`.
+        """
         self.engine.train()
         parts: dict[str, Tensor] = {}
         with self.engine.accumulate():
             for name in self.objective.streams:
-                image = self.stage.data[name].image
                 denominator = float(totals.loss_denominators[name])  # summed over micro-batches and ranks
-                rows = StagedBatches(batches[name], image, self.runtime.device, self.copies)
+                rows = self.rows_of(name, batches)
                 for key, value in self.objective.backward(self.engine, name, rows, denominator).items():
                     parts[key] = parts.get(key, torch.zeros_like(value)) + value
         names = sorted(parts)
@@ -205,32 +244,70 @@ class Trainer:
         losses = dict(zip(names, values, strict=True))
         non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
         rates = self.plan.rates(step, self.stage.schedule)
+        if non_finite:
+            self.engine.discard()
         norm = self.engine.step(*rates) if not non_finite else None
-        if norm is None:
-            quantity = ", ".join(non_finite) or "the gradient norm"
-            saved = (
-                f"the last checkpoint is from step {self.last_saved}"
-                if self.last_saved
-                else "there is no checkpoint yet"
-            )
-            raise NonFinite(
-                f"step {step + 1}: {quantity} is not finite; the weights were not updated, and {saved}. "
-                f"Lower the learning rate; metrics.jsonl has loss and grad_norm of the steps before."
-            )
         row: dict[str, Any] = {"step": step + 1, "loss": losses.pop("loss"), **losses}
         row |= self.objective.metrics(batches, self.runtime.device)
         row |= {"lr": rates[0], "grad_norm": norm, "samples": totals.rows, "skipped": totals.skipped}
         if self.plan.groups:
             of_groups = zip(self.plan.groups, rates[1:], strict=True)
             row["lr_groups"] = {group.match: rate for group, rate in of_groups}
+        if norm is None:
+            row["non_finite"] = self.describe_non_finite(non_finite or ["grad_norm"], batches, totals)
         row |= {"batch_digest": totals.batch_digest, "order_digest": totals.order_digest}
         row["time"] = {"data_wait": round(self.loader.wait_seconds, 6)}
         return row
 
+    def rows_of(self, stream: str, batches: StepBatches) -> StagedBatches:
+        """This rank's micro-batches of a stream, on the device."""
+        image = self.stage.data[stream].image
+        return StagedBatches(batches[stream], image, self.runtime.device, self.copies)
+
+    def describe_non_finite(
+        self, values: list[str], batches: StepBatches, totals: StepTotals
+    ) -> dict[str, Any]:
+        """The field `non_finite` of a skipped step's line: what was not finite, and where it came from. Collective."""
+        origin = find_origin(
+            self.engine, self.objective, lambda name: self.rows_of(name, batches), totals.loss_denominators
+        )
+        return {"values": values, "origin": asdict(origin) if origin is not None else None}
+
+    def count_non_finite(self, row: dict[str, Any]) -> None:
+        """Count skipped steps in a row; raises NonFinite, after a save, for one more than train.max_skipped."""
+        if "non_finite" not in row:
+            self.skipped_in_a_row = 0
+            return
+        step, most = row["step"], self.stage.train.max_skipped
+        given = row["non_finite"]
+        origin = (
+            Origin(**given["origin"]) if given["origin"] else "not when computed again: suspect the hardware"
+        )
+        text = f"step {step}: {', '.join(given['values'])} is not finite ({origin})"
+        if self.skipped_in_a_row < most:
+            self.skipped_in_a_row += 1
+            given["in_a_row"] = self.skipped_in_a_row
+            if self.runtime.rank == 0:
+                print(
+                    f"dromos: {text}; the step was skipped, {self.skipped_in_a_row} in a row "
+                    f"(train.max_skipped is {most})",
+                    flush=True,
+                )
+            return
+        if step - 1 > self.last_saved:  # the weights are those of the last finite step
+            self.save(step - 1)
+        before = f"The {most} steps before it were skipped" if most else "No step is skipped"
+        saved = f"the run is saved at step {step - 1}" if step > 1 else "no step was done yet"
+        raise NonFinite(
+            f"{text}. {before} (train.max_skipped is {most}), the weights were not updated, and {saved}. Look at loss "
+            f"and grad_norm in metrics.jsonl; lower optimizer.lr in a new stage that starts from a checkpoint (init or "
+            f"continue), or raise train.max_skipped and run it again."
+        )
+
     def write(self, row: dict[str, Any], totals: StepTotals) -> None:
         """Append the step to metrics.jsonl, and every sample that was replaced in it to bad_samples.jsonl."""
         if self.log is not None and self.bad_log is not None:
-            self.log.write(row)
+            self.last_line = self.log.write(row)
             for line in totals.bad:
                 self.bad_log.write(line | {"step": row["step"]})
 
@@ -260,7 +337,9 @@ class Trainer:
             "order": self.order_state(step),
             "replaced": self.bad_fraction.state(),
             "bad_shards": self.bad_shards.state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
             "frozen": self.frozen_hash,
+            "line": self.last_line,
         }
         checkpoint.save(
             self.stage_dir / "checkpoints", step, state, self.engine.save, self.stage.checkpoint.keep

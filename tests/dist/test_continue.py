@@ -55,6 +55,12 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert own.step == 6  # its own checkpoint has priority
     with pytest.raises(UserError, match="saved with world_size 1, this run has 2"):
         find_start(stage, folder / "new", 2)
+    frozen = stage.model_copy(update={"model": stage.model.model_copy(update={"freeze": ["text"]})})
+    with pytest.raises(UserError, match=r"with model\.freeze \[\], this stage has \['text'\].*init: whole@4"):
+        find_start(frozen, folder / "new", 1)
+    engine = stage.engine.model_copy(update={"dtype": "bf16"})
+    with pytest.raises(UserError, match=r"with engine\.dtype fp32, this stage has bf16.*init: whole@4"):
+        find_start(stage.model_copy(update={"engine": engine}), folder / "new", 1)
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):

@@ -16,7 +16,7 @@ import pytest
 
 from data_pipeline.sources.tar import member_table
 from tests.support import tiny
-from tests.support.forks import wait_all
+from tests.support.forks import fork, free_port, rank_environment, wait_all
 from tests.support.rank import start_ranks
 
 pytestmark = pytest.mark.dist
@@ -31,10 +31,10 @@ def kill_when(recipe: Path, reached: Callable[[], bool]) -> None:
     """Start the training and kill both ranks with SIGKILL as soon as `reached()` is true."""
     forks = start_ranks(recipe, world=2)
     forks[0].wait_for(reached, poll=0.0005)
-    for fork in forks:
-        fork.send_signal(signal.SIGKILL)
-    for fork in forks:
-        assert fork.code() == -signal.SIGKILL
+    for each in forks:
+        each.send_signal(signal.SIGKILL)
+    for each in forks:
+        assert each.code() == -signal.SIGKILL
 
 
 def metrics(stage: Path) -> list[dict[str, Any]]:
@@ -98,6 +98,45 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert sum(sum(row["skipped"].get("pairs", {}).values()) for row in metrics(whole)) > 0
     assert (stage / "bad_samples.jsonl").read_text() == (whole / "bad_samples.jsonl").read_text()
     assert json.loads((stage / "result.json").read_text())["step"] == STEPS
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("at", [4, 8])
+def test_a_run_killed_between_save_and_evaluation_makes_it_up(tmp_path: Path, at: int) -> None:
+    """In the middle and at the end: the log, with all held-out figures, and the result are those of a whole run."""
+    tiny.make_data(tmp_path)
+    held_out = {"text": {"path": str(tmp_path / "text"), "length": tiny.LENGTH}}
+    stages = []
+    for name in ("whole", "killed"):
+        sections = tiny.sphinx_recipe(
+            tmp_path, train={"steps": 8}, engine={"zero": 2}, checkpoint={"every": 4},
+            eval={"every": 4, "batch": 8, "perplexity": held_out},
+        )  # fmt: skip
+        sections["data"].pop("captions")
+        sections["model"] = {"llm": sections["model"]["llm"]}
+        sections["objective"] = {"kind": "generative"}
+        sections["run"] = sections["run"] | {"dir": str(tmp_path / "runs" / name)}
+        recipe = tiny.write_recipe(tmp_path / f"{name}.yaml", sections)
+        stages.append(tmp_path / "runs" / name / "main")
+        if name == "killed":
+            port = free_port()
+            dying = [
+                fork(
+                    "tests.fault.killed_evaluation", "main", (str(recipe), at), rank_environment(rank, 2, port),
+                    tmp_path / f"dying.{rank}.log",
+                )
+                for rank in range(2)
+            ]  # fmt: skip
+            assert [each.code() for each in dying] == [-signal.SIGKILL] * 2
+            assert newest(stages[1]) == logged(stages[1]) == at
+            assert "eval" not in metrics(stages[1])[-1]
+            assert not (stages[1] / "result.json").exists()
+        finish(recipe)
+    whole, killed = stages
+    assert [row["step"] for row in metrics(whole) if "eval" in row] == [4, 8]
+    assert metrics(killed) == metrics(whole)
+    results = [json.loads((stage / "result.json").read_text()) for stage in stages]
+    assert results[0]["eval"] == results[1]["eval"] == metrics(whole)[-1]["eval"]
 
 
 def spoil_images(path: Path) -> None:

@@ -6,7 +6,7 @@ of source "even" or "odd", and its captions repeat every four rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -86,22 +86,23 @@ def micro_batches(step: int, bad: Collection[int] = ()) -> dict[str, list[Batch]
 
 
 class Objective(base.Objective):
-    """Loss of a row: the sum of its tokens. It is NaN at the rows `nan` of step 2."""
+    """Loss of a row: the sum of its tokens. It is NaN at the rows `nan` of pairs in `nan_steps`."""
 
     main = "pairs"
     streams = STREAMS
 
-    def __init__(self, nan: Collection[int] = ()) -> None:
+    def __init__(self, nan: Collection[int] = (), nan_steps: Collection[int] = (2,)) -> None:
         self.model = torch.nn.Identity()
-        self.nan = nan
+        self.nan = [(step, row) for step in nan_steps for row in nan]
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return count_rows(batch) if stream == "pairs" else count_targets(batch)
 
     def loss(self, forward: Any, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         values = rows.tokens.float().sum(1)
-        for row in self.nan:
-            values[(rows.keys == row) & (rows.sample_ids == 2 + row)] = torch.nan
+        for step, row in self.nan:
+            if stream == "pairs":
+                values[(rows.keys == row) & (rows.sample_ids == step + row)] = torch.nan
         total = part_of_global_mean(values.sum(), loss_denominator)
         return Loss(total, {f"loss/{stream}": total})
 
@@ -110,7 +111,8 @@ class Engine:
     """Counts what it is asked for; `save` writes a file of this rank."""
 
     def __init__(self) -> None:
-        self.updates = self.backwards = 0
+        self.updates = self.backwards = self.discarded = 0
+        self.module = torch.nn.Identity()
 
     def train(self, mode: bool = True) -> None: ...
 
@@ -124,6 +126,12 @@ class Engine:
     def step(self, rate: float) -> float:
         self.updates += 1
         return 1.5
+
+    def discard(self) -> None:
+        self.discarded += 1
+
+    def non_finite_gradients(self) -> set[str]:
+        return set()
 
     def save(self, folder: Path, tag: str) -> None:
         (folder / tag).mkdir(exist_ok=True)
@@ -160,6 +168,8 @@ def trainer(
     folder: Path,
     *,
     nan: Collection[int] = (),
+    nan_steps: Collection[int] = (2,),
+    max_skipped: int = 3,
     bad: Collection[int] = (),
     fails: int = -1,
     failure: Exception | None = None,
@@ -167,6 +177,9 @@ def trainer(
     hours: float | None = None,
     max_bad_in_shard: int = 1000,
     save_every: int = 1000,
+    previous_state: dict[str, Any] | None = None,
+    evaluate_every: int | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Trainer, Engine]:
     """A trainer of STEPS steps in the stage folder `folder`, and its engine. See `Objective` and `Loader`."""
     stop, engine = SimpleNamespace(signal_name=None), Engine()
@@ -175,13 +188,18 @@ def trainer(
         data={name: SimpleNamespace(sources=sources, image=None) for name in STREAMS},
         loader=SimpleNamespace(max_bad_fraction=1.0, max_bad_in_shard=max_bad_in_shard),
         schedule=Schedule(kind="constant"),
+        train=SimpleNamespace(max_skipped=max_skipped),
+        eval=SimpleNamespace(zero_shot={}, perplexity={"held": None} if evaluate else {}),
         engine=SimpleNamespace(zero=1),
         checkpoint=SimpleNamespace(keep=2),
     )
-    plan = Plan(STEPS, warmup=0, peak_rate=0.1, save_every=save_every, evaluate_every=None, hours=hours)
+    plan = Plan(
+        STEPS, warmup=0, peak_rate=0.1, save_every=save_every, evaluate_every=evaluate_every, hours=hours
+    )
     runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
     loader: Any = Loader(bad, fails, failure, stop, stops)
     made = Trainer(
-        stage, folder, Objective(nan), engine, loader, plan, runtime, stop, lambda step: {"at": step}, dict
-    )  # type: ignore[arg-type]
+        stage, folder, Objective(nan, nan_steps), engine, loader, plan, runtime, stop,  # type: ignore[arg-type]
+        lambda step: {"at": step}, evaluate or dict, previous_state,
+    )  # fmt: skip
     return made, engine

@@ -184,7 +184,8 @@ def _trainings(folder: Path) -> dict[str, Any]:
     }
     on_all: dict[str, dict[str, Any]] = {
         "whole": {"bad": (0, 7, 11)},
-        "nan": {"nan": (11,), "save_every": 2},
+        "nan": {"nan": (11,)},
+        "too many nan": {"nan": (11,), "nan_steps": (1, 2, 3), "max_skipped": 1},
         "shard": {"bad": (9, 11), "max_bad_in_shard": 3},
     }
     cases = {name: options if last else {} for name, options in only_last.items()} | on_all

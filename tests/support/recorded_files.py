@@ -10,7 +10,7 @@ The model is the weakest that POSIX allows: what was not synced may be there, mi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -63,12 +63,17 @@ class _Cut:
     safe: dict[Entry, int]
     pending: list[Change]
     files: dict[int, tuple[bytes, bytes]]  # id -> (bytes now, bytes that are safe)
+    in_place: set[int]
 
 
 class Disk:
-    """The recorded folder. Writes are found by comparing the folder with what it was at the previous call."""
+    """The recorded folder. Writes are found by comparing the folder with what it was at the previous call.
 
-    def __init__(self, root: Path) -> None:
+    in_place: names of files that the block overwrites without cutting them first; of such a file a cut damages only
+              what lies behind the first byte that was changed
+    """
+
+    def __init__(self, root: Path, in_place: Collection[str] = ()) -> None:
         self._root = os.path.realpath(root)
         self._ids = {os.stat(root).st_ino: ROOT}
         self._live: dict[Entry, int] = {}
@@ -78,6 +83,7 @@ class Disk:
         self._promised: list[str] = []
         self._cuts: list[_Cut] = []
         self._next_id = 1
+        self._in_place = in_place
         self._scan()
         self._safe, self._pending = dict(self._live), []
         self._files = {number: (content, content) for number, (content, _) in self._files.items()}
@@ -95,7 +101,7 @@ class Disk:
                 entries = dict(cut.safe)
                 for change in changes:
                     _apply(entries, change)
-                for number, contents in enumerate(_contents(cut.files)):
+                for number, contents in enumerate(_contents(cut.files, cut.in_place)):
                     tree = dict(_tree(entries, contents, ROOT, ""))
                     key = (cut.promised, tuple(tree.items()))
                     if key not in seen:
@@ -106,7 +112,8 @@ class Disk:
     def _cut(self, after: str) -> None:
         self._scan()
         state = (dict(self._safe), list(self._pending), dict(self._files))
-        self._cuts.append(_Cut(after, tuple(self._promised), *state))
+        in_place = {number for (_, name), number in self._live.items() if name in self._in_place}
+        self._cuts.append(_Cut(after, tuple(self._promised), *state, in_place))
 
     def _change(self, change: Change) -> None:
         _apply(self._live, change)
@@ -194,9 +201,9 @@ class Disk:
 
 
 @contextmanager
-def recorded(root: Path) -> Iterator[Disk]:
-    """Record the changes below `root`, an existing folder whose content is safe, made by the block."""
-    disk = Disk(root)
+def recorded(root: Path, in_place: Collection[str] = ()) -> Iterator[Disk]:
+    """Record the changes below `root`, an existing folder whose content is safe, made by the block. See `Disk`."""
+    disk = Disk(root, in_place)
     with ExitStack() as stack:
         for name in ("rename", "replace", "link", "unlink", "remove", "rmdir"):
             stack.enter_context(mock.patch.object(os, name, disk._moving(name, getattr(os, name))))
@@ -229,11 +236,13 @@ def _subsets(pending: list[Change]) -> Iterator[list[Change]]:
         yield pending[number : number + 1]
 
 
-def _contents(files: dict[int, tuple[bytes, bytes]]) -> Iterator[dict[int, bytes]]:
+def _contents(
+    files: dict[int, tuple[bytes, bytes]], in_place: Collection[int] = ()
+) -> Iterator[dict[int, bytes]]:
     """Bytes of all files: of the unsynced ones all new, all old, all torn, or one of them old or torn."""
     now = {number: content for number, (content, _) in files.items()}
     old = {number: safe for number, (content, safe) in files.items() if content != safe}
-    torn = {number: _torn(now[number], safe) for number, safe in old.items()}
+    torn = {number: _torn(now[number], safe, number in in_place) for number, safe in old.items()}
     yield now
     for lost in (old, torn):
         yield now | lost
@@ -242,9 +251,11 @@ def _contents(files: dict[int, tuple[bytes, bytes]]) -> Iterator[dict[int, bytes
                 yield now | {number: content}
 
 
-def _torn(content: bytes, safe: bytes) -> bytes:
+def _torn(content: bytes, safe: bytes, in_place: bool = False) -> bytes:
     """Half of the new bytes; an append does not touch the safe ones before it."""
-    kept = len(safe) if content.startswith(safe) else 0
+    pairs = enumerate(zip(content, safe, strict=False))
+    same = next((at for at, (new, old) in pairs if new != old), min(len(content), len(safe)))
+    kept = same if in_place or same == len(safe) else 0
     return content[: kept + (len(content) - kept) // 2]
 
 

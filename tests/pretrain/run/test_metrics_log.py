@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -90,6 +91,55 @@ def test_a_power_cut_leaves_the_log_up_to_the_last_sync_and_no_half_of_a_truncat
         assert least <= len(found) <= most, outcome.after
         if outcome.promised[:2] == ("3", "5"):
             assert len(found) in (2, 5)
+
+
+@pytest.mark.parametrize("length", [1, 3, 100, 1 << 14, (1 << 14) - 30, 50_000])
+@pytest.mark.parametrize("before", [0, 1, 40])
+def test_the_last_line_is_amended_and_no_other(tmp_path: Path, before: int, length: int) -> None:
+    """Also by another process than the one that wrote it, and with lines longer than what is read at once."""
+    path = tmp_path / "metrics.jsonl"
+    rows: Rows = [{"step": n, "word": "ö" * (length - n % 2)} for n in range(1, before + 2)]
+    write(path, rows)
+    log = JsonLog(path)
+    for figure in (0.5, 0.25):
+        rows[-1] = rows[-1] | {f"eval {figure}": figure}
+        assert json.loads(log.amend(rows[-1])) == rows[-1]
+        assert read(path) == rows
+    log.write({"step": 99})
+    log.close()
+    assert path.read_text() == "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 99}])
+
+
+def test_a_line_that_a_cut_damaged_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    last = json.dumps(ROWS[2])
+    for kept in range(len(last) + 2):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]) + (last + "\n")[:kept])
+        truncate(path, 3, last)
+        assert read(path) == ROWS[:3]
+    write(path, ROWS[3:])
+    truncate(path, 4, json.dumps({"step": 4, "other": 1}))
+    assert read(path) == ROWS[:4]  # an undamaged line stays as it is
+    path.unlink()
+    truncate(path, 1, json.dumps(ROWS[0]))
+    assert read(path) == ROWS[:1]
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row = {
+        "step": 1,
+        "loss": math.nan,
+        "eval": {"nll": math.inf, "top1": 0.5},
+        "list": [1.0, -math.inf, "NaN"],
+    }
+    log = JsonLog(path)
+    log.write({"step": 1, "loss": math.inf})
+    log.amend(row)
+    log.close()
+    assert path.read_text() == (
+        '{"step": 1, "loss": null, "eval": {"nll": null, "top1": 0.5}, "list": [1.0, null, "NaN"]}\n'
+    )
 
 
 def test_truncating_an_absent_log_creates_none(tmp_path: Path) -> None:

@@ -195,6 +195,9 @@ CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "train.epochs": ("flip", ["train.epochs=0.5"], steps),
     "train.micro_batch": ("sphinx", ["train.micro_batch=1"], numbers_stay),
     "train.hours": ("flip", ["train.hours=1e-9"], steps),
+    "train.max_skipped": (
+        "flip", ["train.max_skipped=0", "optimizer.lr=1e30"], refused("(train.max_skipped is 0)"),
+    ),
     "engine.zero": ("flip", ["engine.zero=0"], numbers_stay),
     "engine.dtype": ("flip", ["engine.dtype=bf16"], first_loss),
     "engine.deterministic": ("flip", ["engine.deterministic=true"], deterministic),

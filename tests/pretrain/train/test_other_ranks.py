@@ -213,16 +213,50 @@ def test_the_log_has_the_losses_and_replaced_rows_of_all_ranks(ranks: tuple[Resu
     ]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks: tuple[Results, Path]) -> None:
+    """Row 11 is of the last rank. Step and data go on; the line of the step says what happened, in valid JSON."""
+    results, logged, saved = trainings(ranks, "nan")
+    assert the_same(results) == {"finished": True, "updates": fake.STEPS - 1}
+    assert logged == list(range(1, fake.STEPS + 1))
+    assert saved == [f"step_{fake.STEPS:08d}"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (ranks[1] / "nan/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    whole = [json.loads(line) for line in (ranks[1] / "whole/metrics.jsonl").read_text().splitlines()]
+    for row, other in zip(rows, whole, strict=True):
+        assert ("non_finite" in row) == (row["step"] == 3)
+        for key in ("samples", "lr", "batch_digest", "order_digest", "loss/text"):
+            assert row[key] == other[key]
+    assert [rows[2][key] for key in ("loss", "loss/pairs", "grad_norm")] == [None, None, None]
+    assert rows[2]["non_finite"] == {
+        "values": ["loss", "loss/pairs"],
+        "origin": {"stream": "pairs", "kind": "loss", "module": None},
+        "in_a_row": 1,
+    }
+    said = [(ranks[1] / f"rank_{rank}.log").read_text() for rank in range(len(ranks[0]))]
+    assert (
+        "step 3: loss, loss/pairs is not finite (first in the loss, stream pairs); the step was skip"
+        in said[0]
+    )
+    assert not any("was skipped" in log for log in said[1:])
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_stop_all_ranks_after_a_save(
     ranks: tuple[Results, Path],
 ) -> None:
-    results, logged, saved = trainings(ranks, "nan")
+    results, logged, saved = trainings(ranks, "too many nan")
     kind, message = the_same(results)["error"]
     assert kind == "NonFinite"
-    assert message.startswith("step 3: loss, loss/pairs, loss/text is not finite")
-    assert "the last checkpoint is from step 2" in message
-    assert results[0]["updates"] == 2
+    assert message.startswith("step 3: loss, loss/pairs is not finite (first in the loss, stream pairs).")
+    assert "train.max_skipped is 1" in message
+    assert "saved at step 2" in message
+    assert results[0]["updates"] == 1
     assert (logged, saved) == ([1, 2], ["step_00000002"])
+    state = json.loads((ranks[1] / "too many nan/checkpoints/step_00000002/state.json").read_text())
+    assert state["skipped_in_a_row"] == 1
 
 
 @pytest.mark.parametrize(
