@@ -18,11 +18,13 @@ from launch.job import Job, StageJob
 from launch.ray.rank_actor import RankActor
 from launch.ray.submit import PAYLOAD, bundle, cluster_of, read_payload
 from launch.run_folder import open_run
+from launch.run_lock import run_lock
 from launch.supervise.rank_group import LOST
 from launch.supervise.stage_runner import log_path, print_done, print_line, run_stages
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, USER_ERROR
+from pretrain.run.lock import WAIT_SECONDS
 
 CALL_SECONDS = 30.0  # timeout of one call to an actor
 WAITING_LINE_SECONDS = 30.0  # between two lines about missing resources
@@ -198,14 +200,15 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
     print_done(job, states, console)
     if not states.remaining:
         return DONE
-    open_run(job, recipe)
-    connect()
-    actors = RankActors(job, console)
+    with run_lock(job, console, WAIT_SECONDS):  # of a job that is still saving
+        open_run(job, recipe)
+        connect()
+        actors = RankActors(job, console)
 
-    def start(stage: StageJob) -> RayGroup:
-        return actors.start(stage.name, job.train_command(stage.name))
+        def start(stage: StageJob) -> RayGroup:
+            return actors.start(stage.name, job.train_command(stage.name))
 
-    return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
+        return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
 
 
 def main() -> int:
