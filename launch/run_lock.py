@@ -18,6 +18,7 @@ from rich.console import Console
 
 from data_pipeline.errors import UserError
 from launch.job import Job
+from launch.supervise.output import print_line
 from pretrain.run.folder import json_mapping
 from pretrain.run.lock import GRACE_SECONDS, FolderLock, boot_id, check_unlocked, describe_record
 
@@ -48,12 +49,10 @@ def run_lock(job: Job, console: Console, wait: float = GRACE_SECONDS) -> Iterato
         check_queue(job)
         if lock.left_by and "job" not in lock.left_by:
             end = "has ended" if lock.left_by.get("boot") == boot_id() else "was cut off"
-            console.print(
+            print_line(
+                console,
                 f"the launch before ({describe_record(lock.left_by)}) {end} without releasing {lock.path}; "
                 "its lock does not count any more",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
             )
         yield lock
     except BaseException:

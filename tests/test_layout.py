@@ -82,7 +82,7 @@ MAY_IMPORT = {
         "supervise": "stage_state",
         "preflight": "stage_state data_check",
         "run_folder": "environment",
-        "run_lock": "",
+        "run_lock": "supervise",
         "stage_state": "",
         "data_check": "",
         "status": "",

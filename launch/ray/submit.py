@@ -18,7 +18,7 @@ from rich.console import Console
 from data_pipeline.errors import UserError
 from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
-from launch.supervise.stage_runner import print_line
+from launch.supervise.output import print_line
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR

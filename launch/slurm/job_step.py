@@ -18,10 +18,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_pipeline.errors import UserError
 from launch.run_lock import about_slurm
 from launch.supervise.stop_signals import signals_interrupt
-from pretrain.run.exit_codes import DONE, RUN_AGAIN, USER_ERROR
+from pretrain.run.exit_codes import DONE, RUN_AGAIN
+from pretrain.run.failures import explain, print_traceback, say
 from pretrain.run.lock import WAIT_SECONDS, lock_descriptor
 
 FIRST_PORT, PORT_COUNT, PORT_ATTEMPTS = 20000, 20000, 100
@@ -145,9 +145,13 @@ def main(arguments: list[str]) -> int:
                 return merge(recipe_path, name)
             case _:
                 raise SystemExit(f"usage: python -P -m launch.slurm.job_step {USAGE}")
-    except UserError as error:
-        print(f"dromos: {error}", file=sys.stderr)
-        return USER_ERROR
+    except Exception as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        say(failure.message)
+        print_traceback(error)
+        return failure.code
     return DONE
 
 

@@ -21,7 +21,7 @@ from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run_folder import open_run, rollback_on_error
 from launch.run_lock import SLURM_END_STATES, run_lock, scontrol_show, slurm_field
-from launch.supervise.stage_runner import print_line
+from launch.supervise.output import print_line
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 from pretrain.run.lock import LOCK

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage.durable import make_folder, sync
+from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.files import publish
 
 
@@ -36,20 +36,26 @@ class JsonLog:
     """Appends objects to a JSON-lines file. Each is flushed, so that it outlives a kill; `sync` is for power cuts."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         make_folder(path.parent)
         self.file = open(path, "a")  # noqa: SIM115  (closed by close())
         sync(path.parent)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with write_errors(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def sync(self) -> None:
         """Write to disk (fsync)."""
-        os.fsync(self.file.fileno())
+        with write_errors(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write to disk and close; safe to call twice."""
+        """Write to disk and close, also if writing fails; safe to call twice."""
         if not self.file.closed:
-            self.sync()
-            self.file.close()
+            try:
+                self.sync()
+            finally:
+                with write_errors(self.path):
+                    self.file.close()
