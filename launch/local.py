@@ -12,6 +12,7 @@ from rich.console import Console
 from launch.environment import core_count
 from launch.job import Job, StageJob
 from launch.run_folder import open_run
+from launch.run_lock import run_lock
 from launch.stage_state import StageStates
 from launch.supervise.rank_group import LocalGroup
 from launch.supervise.rank_process import Rank, free_port
@@ -45,15 +46,16 @@ def run(
     console: Console,
     rank_command: RankCommand | None = None,
 ) -> int:
-    """Run the stages that remain; returns the exit code.
+    """Run the stages that remain; returns the exit code. Raises UserError while another launch uses the run folder.
 
     `rank_command` maps a stage name to the command of its ranks, in place of `job.train_command`.
     """
     print_done(job, states, console)
     if not states.remaining:
         return DONE
-    open_run(job, recipe)
     with ExitStack() as stack:
+        stack.enter_context(run_lock(job, console))  # before anything is written
+        open_run(job, recipe)
         environ = dict(os.environ)
         if any(stage.loader == "ray" for stage in states.remaining):
             from launch.ray.local_head import ray_for_job

@@ -13,6 +13,7 @@ from launch import preflight
 from launch.cluster import RayCluster, SlurmCluster, load_cluster
 from launch.environment import gpu_count
 from launch.job import Backend, Job, recipe_id
+from launch.run_lock import check_free
 from launch.stage_state import stage_job
 from pretrain.recipe.dump import dump
 from pretrain.recipe.load import load_recipe, run_dir
@@ -43,6 +44,7 @@ def run(
         from launch.ray.submit import submit
 
         return submit(job, recipe, console, wait)
+    check_free(job)  # before the other checks: a run that is live may not have written all that they look for
     states = preflight.check(recipe, job)
     if job.on == "slurm":
         from launch.slurm import sbatch

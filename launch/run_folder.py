@@ -33,20 +33,17 @@ def open_run(job: Job, recipe: Recipe) -> None:
 
 @contextmanager
 def rollback_on_error(job: Job, *names: str) -> Iterator[None]:
-    """Restore the run folder if the block raises UserError. Covers the files of `open_run` and `names`."""
+    """Restore the run folder if the block raises UserError or OSError. Covers the files of `open_run` and `names`."""
     paths = [job.folder / name for name in ("recipe.yaml", "job.json", "env.json", *names)]
     paths.append(Path(job.workdir) / job.recipe_copy)
     before = {path: path.read_bytes() for path in paths if path.exists()}
-    missing = [folder for folder in (job.folder, *job.folder.parents) if not folder.exists()]
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         for path in paths:
-            if path in before:
-                publish(path, before[path])
-            else:
-                path.unlink(missing_ok=True)
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
+            with suppress(OSError):  # the disk may be full
+                if path not in before:
+                    path.unlink(missing_ok=True)
+                elif path.read_bytes() != before[path]:
+                    publish(path, before[path])
         raise

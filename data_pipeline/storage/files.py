@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 from data_pipeline import activity
 from data_pipeline.errors import UserError
 from data_pipeline.storage import object_store
-from data_pipeline.storage.durable import make_folder, sync
+from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.object_store import filesystem, store_errors, with_retries
 
 PATTERN = re.compile(r"[{*?\[]")
@@ -311,14 +311,17 @@ def publishing(path: str) -> Iterator[BinaryIO]:
         folder, f".{os.path.basename(path)}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
     )
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        with write_errors(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary and error.filename2 is None:
+            error.filename = path  # the name that the user knows
         raise
     sync(folder)
 

@@ -253,4 +253,9 @@ def options(
 
 def main() -> None:
     """Entry point of the `dromos` command."""
-    app(prog_name="dromos")
+    from pretrain.run.failures import drop_unwritable_output
+
+    try:
+        app(prog_name="dromos")
+    finally:
+        drop_unwritable_output()

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from launch.supervise.stop_signals import signals_interrupt
 from pretrain.run.exit_codes import FAILED, RUN_AGAIN, USER_ERROR
+from pretrain.run.failures import explain, print_traceback, say
 
 # Module that is not installed -> the extra that installs it.
 EXTRAS = {
@@ -84,17 +85,9 @@ def printable(text: str) -> str:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn a UserError, a ReadError, a missing extra and Ctrl-C into one message and an exit code."""
-    from data_pipeline.errors import ReadError, UserError
-
+    """Turn an error that can be explained, a missing extra and Ctrl-C into one message and an exit code."""
     try:
         yield
-    except UserError as error:
-        typer.echo(f"dromos: {printable(str(error))}", err=True)
-        raise typer.Exit(USER_ERROR) from None
-    except ReadError as error:
-        typer.echo(f"dromos: {printable(str(error))}", err=True)
-        raise typer.Exit(FAILED) from None
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -107,6 +100,15 @@ def readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("dromos: interrupted", err=True)
         raise typer.Exit(FAILED) from None
+    except BrokenPipeError:
+        raise  # click ends the command in silence
+    except Exception as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        say(printable(failure.message))
+        print_traceback(error)
+        raise typer.Exit(failure.code) from None
 
 
 def group(help_text: str) -> App:

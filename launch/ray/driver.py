@@ -18,11 +18,15 @@ from launch.job import Job, StageJob
 from launch.ray.rank_actor import RankActor
 from launch.ray.submit import PAYLOAD, bundle, cluster_of, read_payload
 from launch.run_folder import open_run
+from launch.run_lock import run_lock
+from launch.supervise.output import print_line
 from launch.supervise.rank_group import LOST
-from launch.supervise.stage_runner import log_path, print_done, print_line, run_stages
+from launch.supervise.stage_runner import log_path, print_done, run_stages
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import Recipe
-from pretrain.run.exit_codes import DONE, USER_ERROR
+from pretrain.run.exit_codes import DONE
+from pretrain.run.failures import explain, print_traceback, say
+from pretrain.run.lock import WAIT_SECONDS
 
 CALL_SECONDS = 30.0  # timeout of one call to an actor
 WAITING_LINE_SECONDS = 30.0  # between two lines about missing resources
@@ -198,14 +202,15 @@ def run(job: Job, recipe: Recipe, console: Console) -> int:
     print_done(job, states, console)
     if not states.remaining:
         return DONE
-    open_run(job, recipe)
-    connect()
-    actors = RankActors(job, console)
+    with run_lock(job, console, WAIT_SECONDS):  # of a job that is still saving
+        open_run(job, recipe)
+        connect()
+        actors = RankActors(job, console)
 
-    def start(stage: StageJob) -> RayGroup:
-        return actors.start(stage.name, job.train_command(stage.name))
+        def start(stage: StageJob) -> RayGroup:
+            return actors.start(stage.name, job.train_command(stage.name))
 
-    return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
+        return run_stages(job, recipe, states.remaining, console, start, job.resume_command())
 
 
 def main() -> int:
@@ -218,9 +223,14 @@ def main() -> int:
             path.write_text(text)
             recipe = load_recipe(path, stage=[stage.name for stage in job.stages])
         return run(job, recipe, Console(width=120))
-    except UserError as error:
-        print(f"dromos: {error}", file=sys.stderr)
-        return USER_ERROR
+    except Exception as error:
+        # An error in an actor is wrapped.
+        failure = explain(error) or explain(getattr(error, "cause", None) or error)
+        if failure is None:
+            raise
+        say(failure.message)
+        print_traceback(error)
+        return failure.code
 
 
 if __name__ == "__main__":

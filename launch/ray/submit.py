@@ -10,6 +10,7 @@ import secrets
 import shlex
 import time
 import zlib
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.console import Console
 from data_pipeline.errors import UserError
 from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
-from launch.supervise.stage_runner import print_line
+from launch.supervise.output import print_line
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
@@ -97,7 +98,7 @@ def submission(job: Job, recipe: str) -> dict[str, Any]:
         "entrypoint": f"cd {shlex.quote(job.workdir)} && exec {shlex.quote(job.python)} -P -m launch.ray.driver",
         "submission_id": job.job_id,
         "runtime_env": {"env_vars": env},
-        "metadata": {"dromos_run": job.name, "dromos_run_dir": job.run_dir},
+        "metadata": {"dromos_run": job.name, "dromos_run_dir": job.run_dir, "dromos_workdir": job.workdir},
     }
 
 
@@ -116,7 +117,8 @@ def read_payload(payload: str) -> tuple[Job, str]:
 def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> int:
     """Submit the job and print how to follow and stop it; returns the exit code.
 
-    With `wait`, prints the job's log until it has ended. Raises UserError if the cluster does not accept the job.
+    With `wait`, prints the job's log until it has ended. Raises UserError if the cluster does not accept the job, or
+    has a job of the same run folder that has not ended.
     """
     api = address(job)
     try:
@@ -126,7 +128,10 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     job = dataclasses.replace(job, job_id=new_id(job))
     try:
         client = JobSubmissionClient(api)
+        check_jobs(client, job, api)
         client.submit_job(**submission(job, dump(recipe)))
+    except UserError:
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"--on ray: the cluster at {api} did not accept the job: {error}") from None
     print_line(console, f"submitted job {job.job_id} to {api}: {job.nodes} x {job.ranks_per_node} ranks")
@@ -135,6 +140,34 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     for stage in job.stages:
         print_line(console, f"ranks: {job.run_dir}/{stage.name}/logs/rank_N.log on the cluster")
     return wait_for(client, job, console) if wait else DONE
+
+
+def check_jobs(client: Any, job: Job, api: str | None) -> None:
+    """Raise UserError if a job of the same run folder waits or runs on the cluster.
+
+    Of two jobs that are submitted at the same instant, the driver of one takes the folder's lock; the other one ends.
+    """
+    for other in client.list_jobs():
+        metadata = other.metadata or {}
+        same = metadata.get("dromos_run_dir") == job.run_dir
+        if (
+            not same
+            or metadata.get("dromos_workdir", job.workdir) != job.workdir
+            or other.status.is_terminal()
+        ):
+            continue
+        details = [other.status.value.lower()]
+        if other.start_time:
+            started = datetime.fromtimestamp(other.start_time / 1000, UTC)
+            details.append(f"since {started:%Y-%m-%d %H:%M:%S} UTC")
+        if other.driver_info:
+            details.append(f"pid {other.driver_info.pid} on {other.driver_info.node_ip_address}")
+        name = other.submission_id
+        raise UserError(
+            f"{job.run_dir} belongs to Ray job {name} ({', '.join(details)}). Follow it with: ray job logs --address "
+            f"{api} --follow {name}. Wait for it, stop it with: ray job stop --address {api} {name} (it saves first), "
+            "or choose another run.dir."
+        )
 
 
 def new_id(job: Job) -> str:

@@ -2,6 +2,7 @@
 
 python -P -m launch.slurm.job_step rendezvous            prints the address and port of the rendezvous
 python -P -m launch.slurm.job_step rank -- COMMAND ...   replaces itself by COMMAND, with the environment of a rank
+python -P -m launch.slurm.job_step lock FD RUN           locks RUN/.lock, which is open as FD, for the batch script
 python -P -m launch.slurm.job_step state RECIPE STAGE    prints `done` or `todo`
 python -P -m launch.slurm.job_step merge RECIPE STAGE    runs a merge stage; exits with 75 on a stop signal
 """
@@ -15,13 +16,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-from data_pipeline.errors import UserError
+from launch.run_lock import about_slurm
 from launch.supervise.stop_signals import signals_interrupt
-from pretrain.run.exit_codes import DONE, RUN_AGAIN, USER_ERROR
+from pretrain.run.exit_codes import DONE, RUN_AGAIN
+from pretrain.run.failures import explain, print_traceback, say
+from pretrain.run.lock import WAIT_SECONDS, lock_descriptor
 
 FIRST_PORT, PORT_COUNT, PORT_ATTEMPTS = 20000, 20000, 100
-USAGE = "rendezvous | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
+USAGE = "rendezvous | lock FD RUN | rank -- COMMAND ... | state RECIPE STAGE | merge RECIPE STAGE"
 
 
 def rank_env(environ: Mapping[str, str]) -> dict[str, str]:
@@ -91,6 +95,15 @@ def _scontrol(*arguments: str) -> str:
     return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def lock(descriptor: int, folder: Path) -> None:
+    """Lock the run folder for this job's batch script, the parent of this process, while it has `descriptor` open.
+
+    Waits for an earlier start of the job that is ending. Raises UserError if another launch or job holds the lock.
+    """
+    holder = about_slurm(folder, os.environ["SLURM_JOB_ID"]) | {"pid": str(os.getppid())}
+    lock_descriptor(descriptor, folder, holder, WAIT_SECONDS)
+
+
 def state(recipe_path: str, name: str) -> str:
     """State of a stage: `done` or `todo`."""
     from launch.stage_state import stage_job, stage_states
@@ -122,6 +135,8 @@ def main(arguments: list[str]) -> int:
         match arguments:
             case ["rendezvous"]:
                 print(*rendezvous(os.environ))
+            case ["lock", descriptor, folder]:
+                lock(int(descriptor), Path(folder))
             case ["rank", "--", *command] if command:
                 os.execvpe(command[0], command, {**os.environ, **rank_env(os.environ)})
             case ["state", recipe_path, name]:
@@ -130,9 +145,13 @@ def main(arguments: list[str]) -> int:
                 return merge(recipe_path, name)
             case _:
                 raise SystemExit(f"usage: python -P -m launch.slurm.job_step {USAGE}")
-    except UserError as error:
-        print(f"dromos: {error}", file=sys.stderr)
-        return USER_ERROR
+    except Exception as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        say(failure.message)
+        print_traceback(error)
+        return failure.code
     return DONE
 
 

@@ -20,9 +20,11 @@ from data_pipeline.storage.files import publish
 from launch.cluster import SlurmCluster, parse_cluster
 from launch.job import Job, StageJob
 from launch.run_folder import open_run, rollback_on_error
-from launch.supervise.stage_runner import print_line
+from launch.run_lock import SLURM_END_STATES, run_lock, scontrol_show, slurm_field
+from launch.supervise.output import print_line
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
+from pretrain.run.lock import LOCK
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPT = "job.sbatch"
@@ -31,17 +33,6 @@ UNKNOWN_ATTEMPTS = 6  # about one minute in all: a busy controller may not answe
 # Time that the other ranks have after the first rank exits. --kill-on-bad-exit is no alternative: Slurm counts exit
 # code 75 as bad, and would kill ranks that still save when the first one has saved.
 STRAGGLER_SECONDS = 60
-END_STATES = [
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-]
 
 
 def render(job: Job) -> str:
@@ -66,6 +57,7 @@ def render(job: Job) -> str:
         python=shlex.quote(job.python),
         recipe=job.recipe_copy,
         run_folder=str(job.folder),
+        lock_file=str(job.folder / LOCK),
         own_ray=_own_ray(job, cluster) if any(stage.loader == "ray" for stage in job.stages) else None,
         stages=[_stage(job, stage, cluster) for stage in job.stages],
     )
@@ -174,27 +166,21 @@ def _cluster(job: Job) -> SlurmCluster:
 def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> int:
     """Write RUN/job.sbatch, submit it, and print where its logs are; returns the exit code.
 
-    With `wait`, returns when the job has ended. Raises UserError, and restores the run folder, if sbatch refuses.
+    With `wait`, returns when the job has ended. Raises UserError, and restores the run folder, if sbatch refuses or if
+    another launch or job writes into the folder.
     """
     if shutil.which("sbatch") is None:
         raise UserError(
             "--on slurm: sbatch is not installed on this machine; submit from a login node, or use --dry-run"
         )
     text = render(job)
-    with rollback_on_error(job, SCRIPT):  # files first: an accepted job may start at once
-        open_run(job, recipe)
-        script = job.folder / SCRIPT
-        publish(script, text.encode())
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(script)],
-            env=without_job_variables(dict(os.environ)),
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise UserError(f"sbatch refused the job (--dry-run prints the script):\n{done.stderr.strip()}")
-    job_id = done.stdout.strip().split(";")[0]
-    publish(job.folder / "job.json", dataclasses.replace(job, job_id=job_id).to_json().encode())
+    # A job that starts at once waits for this lock. job.json must name the job before another launch may look.
+    with run_lock(job, console):
+        with rollback_on_error(job, SCRIPT):  # files first: an accepted job may start at once
+            open_run(job, recipe)
+            publish(job.folder / SCRIPT, text.encode())
+            job_id = _sbatch(job.folder / SCRIPT)
+        publish(job.folder / "job.json", dataclasses.replace(job, job_id=job_id).to_json().encode())
     folder = job.run_dir if Path(job.workdir) == Path.cwd() else str(job.folder)
     print_line(
         console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {folder}/{SCRIPT}"
@@ -203,6 +189,19 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     for stage in job.stages:
         print_line(console, f"ranks: {folder}/{stage.name}/logs/rank_N.log")
     return wait_for(job_id, job, console) if wait else DONE
+
+
+def _sbatch(script: Path) -> str:
+    """Submit a script; returns the job's id. Raises UserError if sbatch refuses it."""
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)],
+        env=without_job_variables(dict(os.environ)),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f"sbatch refused the job (--dry-run prints the script):\n{done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
 
 
 def without_job_variables(environ: dict[str, str]) -> dict[str, str]:
@@ -214,10 +213,9 @@ def without_job_variables(environ: dict[str, str]) -> dict[str, str]:
 
 def job_state(job_id: str) -> tuple[str, int]:
     """(state, exit code) from `scontrol show job`; the state is UNKNOWN if scontrol does not answer for the job."""
-    output = subprocess.run(["scontrol", "show", "job", "-o", job_id], capture_output=True, text=True).stdout
-    state = re.search(r"\bJobState=(\w+)", output)
+    output = scontrol_show(job_id)
     code = re.search(r"\bExitCode=(\d+):(\d+)", output)
-    return (state[1] if state else "UNKNOWN"), (int(code[1]) if code else 1)
+    return slurm_field(output, "JobState") or "UNKNOWN", (int(code[1]) if code else 1)
 
 
 def wait_for(job_id: str, job: Job, console: Console) -> int:
@@ -237,7 +235,7 @@ def wait_for(job_id: str, job: Job, console: Console) -> int:
             if state != previous and not unknown:
                 print_line(console, f"job {job_id}: {state.lower()}")
                 previous = state
-            if state in END_STATES:
+            if state in SLURM_END_STATES:
                 return DONE if state == "COMPLETED" else code if code in (USER_ERROR, RUN_AGAIN) else FAILED
             time.sleep(POLL_SECONDS * 2 ** max(0, unknown - 1))
     except KeyboardInterrupt:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from launch.supervise.output import print_line
 
 LINE_SECONDS = 10.0  # between two lines without a terminal
 REDRAW_SECONDS = 0.1  # between two updates of the bar
@@ -208,4 +211,4 @@ def view(stage: str, folder: Path, total: int | None, console: Console) -> LiveV
     """A bar if the console is a terminal, else plain lines."""
     if console.is_terminal:
         return LiveView(stage, folder, total, console)
-    return PlainView(stage, folder, total, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    return PlainView(stage, folder, total, partial(print_line, console))

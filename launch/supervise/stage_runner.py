@@ -10,6 +10,7 @@ from rich.console import Console
 from launch.job import Job, StageJob
 from launch.stage_state import StageStates
 from launch.supervise import progress
+from launch.supervise.output import print_line
 from launch.supervise.rank_group import Group, Outcome, describe_exit, supervise
 from launch.supervise.stop_signals import StopSignals, signals_interrupt
 from pretrain.recipe.schema import Recipe
@@ -110,11 +111,6 @@ def report(
 def log_path(stage_folder: Path, rank: int) -> Path:
     """The log of a rank."""
     return stage_folder / "logs" / f"rank_{rank}.log"
-
-
-def print_line(console: Console, text: str) -> None:
-    """Print `text` as it is, without markup, highlighting or line breaks."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def count_ranks(number: int) -> str:

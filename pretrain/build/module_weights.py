@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.durable import sync
+from data_pipeline.storage.durable import sync, write_errors
 from pretrain.recipe.parameter_names import expressions, folded, matching
 from pretrain.weights.source import WeightSource, open_weights
 
@@ -168,8 +168,9 @@ def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, 
     temporary = path.with_suffix(".tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "towers": json.dumps(description, sort_keys=True)}
-    save_file(whole, temporary, metadata=metadata)
-    sync(temporary)
+    with write_errors(path):
+        save_file(whole, temporary, metadata=metadata)
+        sync(temporary)
     temporary.replace(path)
     sync(path.parent)
 

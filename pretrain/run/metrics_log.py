@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage.durable import make_folder, sync
+from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.files import publish
 
 BLOCK_BYTES = 1 << 14  # read from the end of a log to find its last line
@@ -55,6 +55,7 @@ class JsonLog:
     """Appends objects to a JSON-lines file. Each is flushed, so that it outlives a kill; `sync` is for power cuts."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         make_folder(path.parent)
         # Not in append mode, in which every write goes to the end: `amend` overwrites.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -84,8 +85,9 @@ class JsonLog:
         return line
 
     def _write_all(self, data: bytes) -> None:
-        while data:  # without a buffer, a write may be short
-            data = data[self.file.write(data) or 0 :]
+        with write_errors(self.path):
+            while data:  # without a buffer, a write may be short
+                data = data[self.file.write(data) or 0 :]
 
     def _start_of_last_line(self) -> int:
         """The offset at which the last line begins; the end of the file is where the last write ended."""
@@ -103,10 +105,14 @@ class JsonLog:
 
     def sync(self) -> None:
         """Write to disk (fsync)."""
-        os.fsync(self.file.fileno())
+        with write_errors(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write to disk and close; safe to call twice."""
+        """Write to disk and close, also if writing fails; safe to call twice."""
         if not self.file.closed:
-            self.sync()
-            self.file.close()
+            try:
+                self.sync()
+            finally:
+                with write_errors(self.path):
+                    self.file.close()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS
+from pretrain.run.failures import RunStopped
 
 # Steps over which the fraction of replaced samples is taken.
 WINDOW_STEPS = 100
@@ -20,7 +21,7 @@ MIN_SAMPLES = 200
 Line = dict[str, Any]  # a line of bad_samples.jsonl
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(RunStopped):
     """A source or a shard has more unusable samples than the recipe's limit."""
 
 

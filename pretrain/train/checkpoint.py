@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage.durable import make_folder, sync
+from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank, world_size
 from pretrain.run.folder import complete_steps, tag_of
@@ -50,9 +50,11 @@ def save(
         for leftover in leftovers:
             shutil.rmtree(leftover)
     barrier()
-    write(folder, tag)
+    with write_errors(partial):
+        write(folder, tag)
     if rank() == 0:
-        (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
+        with write_errors(partial / "state.json"):
+            (partial / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
     barrier()
     # 2. Flush and hash. Rank 0 lists the files: on a shared file system ranks may see different lists.
     names = from_rank_0(sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file()))
@@ -145,7 +147,8 @@ def _size_and_hash(path: Path, flush: bool = False) -> dict[str, Any]:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
         if flush:
-            os.fsync(file.fileno())
+            with write_errors(path):
+                os.fsync(file.fileno())
     return {"size": path.stat().st_size, "xxh64": digest.hexdigest()}
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from data_pipeline.errors import ReadError, UserError
-from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
+from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN
+from pretrain.run.failures import RunStopped, drop_unwritable_output, explain, print_traceback, say
+
+if TYPE_CHECKING:
+    from pretrain.train.session import Session
 
 
 def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> int:
@@ -20,33 +23,41 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
     # Imports and setup create millions of objects that live as long as the process. Collections during them cost 15 %
     # of the start's processor time (docs/log.md). `Session.train` turns the collector on again.
     gc.disable()
-    from pretrain.train.bad_samples import TooManyBadSamples
-    from pretrain.train.non_finite import NonFinite
-    from pretrain.train.session import Session
-    from pretrain.train.trainer import UnreadableData
-
     session: Session | None = None
+    failed = False
     try:
+        from pretrain.train.session import Session  # in the block: an import may lack memory
+
         session = Session(recipe_path, stage_name, overrides, stop)
-        return DONE if session.train() else RUN_AGAIN
-    except UserError as error:
-        print(f"dromos: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except (NonFinite, TooManyBadSamples, UnreadableData, ReadError) as error:
-        print(f"dromos: {error}", file=sys.stderr, flush=True)
-        return FAILED
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"dromos: {where}{error.strerror or error}; the newest complete checkpoint is kept",
-            file=sys.stderr,
-            flush=True,
-        )
-        return FAILED
+        code = DONE if session.train() else RUN_AGAIN
+    except Exception as error:
+        failed = True
+        code = _tell(error)
     finally:
         gc.enable()  # also after an error at the start
+        closed = _close(session, tell=not failed)
+    return code or closed
+
+
+def _tell(error: Exception) -> int:
+    """Print what happened and what to do; returns the exit code. Raises an error that only its traceback explains."""
+    failure = explain(error)
+    if failure is None:
+        raise error
+    in_words = isinstance(error, UserError | RunStopped | ReadError)
+    say(failure.message if in_words else f"{failure.message}; the newest complete checkpoint is kept")
+    print_traceback(error)
+    return failure.code
+
+
+def _close(session: Session | None, tell: bool) -> int:
+    """Close the session; returns FAILED if its last writes fail. `tell`: print why."""
+    try:
         if session is not None:
             session.close()
+    except Exception as error:
+        return _tell(error) if tell else FAILED
+    return DONE
 
 
 def exit_now(code: int) -> NoReturn:
@@ -55,6 +66,5 @@ def exit_now(code: int) -> NoReturn:
     During the teardown, threads of gloo and of its store have aborted ("terminate called without an active
     exception"), so that a finished rank looked like a failed one.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    drop_unwritable_output()
     os._exit(code)

@@ -14,12 +14,13 @@ from pretrain.distributed.collectives import gather
 from pretrain.distributed.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.device_batch import DeviceBatch
+from pretrain.run.failures import RunStopped
 
 # In the order in which a computation meets them.
 KINDS = ("output", "loss", "gradient")
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunStopped):
     """More steps in a row than train.max_skipped have a loss or a gradient that is not finite."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -116,9 +117,10 @@ class Session:
         return finished
 
     def close(self) -> None:
-        """Stop the loader's workers, close the logs, release the lock and leave the process group."""
-        if self.trainer is not None:
-            self.trainer.close()
-        if self.lock is not None:
-            self.lock.release()
-        leave_process_group()
+        """Stop the loader's workers, close the logs, release the lock and leave the process group, whatever fails."""
+        with ExitStack() as stack:
+            stack.callback(leave_process_group)
+            if self.lock is not None:
+                stack.callback(self.lock.release)
+            if self.trainer is not None:
+                self.trainer.close()

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +24,7 @@ from pretrain.distributed.collectives import all_sum, from_rank_0, gather
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Schedule, TrainStage
+from pretrain.run.failures import RunStopped, explain
 from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from data_pipeline.loader.loader import Loader
 
 
-class UnreadableData(RuntimeError):
+class UnreadableData(RunStopped):
     """A rank could not read its data after all retries; the run is saved before this is raised."""
 
 
@@ -217,9 +219,10 @@ class Trainer:
         """Save after `done` steps and raise; `failure` is None when the failure is another rank's."""
         if done > self.last_saved:
             self.save(done)
+        explained = explain(failure) if failure is not None else None
         reason = (
-            str(failure) or "out of memory"
-            if failure is not None
+            explained.message
+            if explained is not None
             else "another rank could not read its data; its log has the error"
         )
         saved = f"The run is saved at step {done}" if done else "No step was done yet"
@@ -347,11 +350,12 @@ class Trainer:
         self.last_saved = step
 
     def close(self) -> None:
-        """Stop the loader's workers and close the logs."""
-        self.loader.close()
-        for log in (self.log, self.bad_log):
-            if log is not None:
-                log.close()
+        """Stop the loader's workers and close the logs, each also if another fails."""
+        with ExitStack() as stack:
+            for log in (self.log, self.bad_log):
+                if log is not None:
+                    stack.callback(log.close)
+            self.loader.close()
 
 
 def write_result(stage_dir: Path, step: int, seconds: float, metrics: dict[str, Any]) -> None:

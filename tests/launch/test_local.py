@@ -149,7 +149,7 @@ def test_a_run_folder_says_what_ran(recipe: Path) -> None:
     assert Job.from_json((folder / "job.json").read_text()) == job
     assert json.loads((folder / "env.json").read_text())["cores"] == len(os.sched_getaffinity(0))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "env.json", "job.json", "masked", "recipe.yaml", "tuned",
+        ".lock", "env.json", "job.json", "masked", "recipe.yaml", "tuned",
     ]  # fmt: skip
 
 

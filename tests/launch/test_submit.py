@@ -259,7 +259,7 @@ def test_a_refused_job_leaves_the_folder_as_it_was(recipe: Path) -> None:
     keep_scripts(recipe)
     assert run(str(recipe), **flags, overrides=["run.dir=deep/run"]) == 0  # type: ignore[arg-type]
     before = files()
-    assert len(before) == 5
+    assert len(before) == 6
     program(recipe, "sbatch", refuse)
     with pytest.raises(UserError, match="sbatch refused"):
         run(str(recipe), **flags, overrides=["run.dir=deep/run", "optimizer.lr=5e-4"])  # type: ignore[arg-type]

@@ -34,10 +34,14 @@ class Client:
         self.looks, self.code, self.message = list(looks), code, message
         self.addresses: list[str] = []
         self.submitted: list[dict[str, Any]] = []
+        self.others: list[Any] = []  # jobs of the cluster
 
     def __call__(self, address: str) -> Client:
         self.addresses.append(address)
         return self
+
+    def list_jobs(self) -> list[Any]:
+        return self.others
 
     def submit_job(self, **given: Any) -> str:
         SUBMIT_JOB.bind(self, **given)
@@ -87,7 +91,11 @@ def test_the_cluster_gets_the_job_and_the_recipe(
     wanted = make_job(loaded, str(recipe), "ray", None, 2, 2, str(recipe.parent / "cluster.yaml"), overrides)
     assert job == dataclasses.replace(wanted, job_id=given["submission_id"])
     assert env["RAY_JOB_STOP_WAIT_TIME_S"] == "77"  # Ray kills a job that is stopped after 3 s by default
-    assert given["metadata"] == {"dromos_run": "a/b c", "dromos_run_dir": str(recipe.parent / "run")}
+    assert given["metadata"] == {
+        "dromos_run": "a/b c",
+        "dromos_run_dir": str(recipe.parent / "run"),
+        "dromos_workdir": str(Path.cwd()),
+    }
     assert given["submission_id"].startswith("a-b-c-20")
     printed = capsys.readouterr().out
     for command in ("job logs --address http://head:8265 --follow", "job stop --address http://head:8265"):
@@ -237,3 +245,44 @@ def test_a_bundle_is_what_the_ranks_of_a_node_need(gpus: int, bundle: dict[str, 
     cluster = {"kind": "ray", "cpus_per_rank": 3}
     job = Job("r", "x", (), on="ray", nodes=5, ranks_per_node=4, gpus_per_node=gpus, cluster=cluster)
     assert submit.bundle(job) == bundle
+
+
+@pytest.mark.parametrize(
+    ("status", "run_dir", "workdir", "refused"),
+    [
+        ("RUNNING", "RUN", "HERE", True),
+        ("PENDING", "RUN", "HERE", True),
+        ("PENDING", "RUN", None, True),  # of an older version
+        ("STOPPED", "RUN", "HERE", False),
+        ("FAILED", "RUN", "HERE", False),
+        ("RUNNING", "other", "HERE", False),
+        ("RUNNING", "RUN", "/elsewhere", False),
+        ("RUNNING", None, None, False),  # a job of another program
+    ],
+)
+def test_a_run_folder_of_a_job_on_the_cluster_is_refused(
+    recipe: Path, status: str, run_dir: str | None, workdir: str | None, refused: bool
+) -> None:
+    job = make_job(load_recipe(recipe), str(recipe), on="ray")
+    given = {"dromos_run_dir": run_dir, "dromos_workdir": workdir}
+    names = {"RUN": job.run_dir, "HERE": job.workdir}
+    metadata = {key: names.get(value, value) for key, value in given.items() if value is not None}
+    other = SimpleNamespace(
+        metadata=metadata or None,
+        status=job_api.JobStatus(status),
+        submission_id="small-1",
+        start_time=1767323045000,
+        driver_info=SimpleNamespace(pid="77", node_ip_address="10.0.0.3"),
+    )
+    client = SimpleNamespace(list_jobs=lambda: [other])
+    if not refused:
+        submit.check_jobs(client, job, "http://head:8265")
+        return
+    with pytest.raises(UserError) as error:
+        submit.check_jobs(client, job, "http://head:8265")
+    for word in (
+        f"belongs to Ray job small-1 ({status.lower()}, since 2026-01-02 03:04:05 UTC, pid 77 on 10.0.0.3)",
+        "ray job logs --address http://head:8265 --follow small-1",
+        "ray job stop --address http://head:8265 small-1",
+    ):
+        assert word in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -26,6 +27,9 @@ lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
+
+
+LEFT = "pid 4194304 on a-node-with-a-very-long-name.of-an-earlier-job.example.org"  # by an older version
 
 
 @contextmanager
@@ -57,12 +61,13 @@ def test_a_second_writer_fails_with_the_name_of_the_holder(tmp_path: Path) -> No
 
 
 def test_only_the_present_holder_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text(
-        "pid 4194304 on a-node-with-a-very-long-name.of-an-earlier-job.example.org"
-    )
+    (tmp_path / ".lock").write_text(LEFT)
     lock = FolderLock(tmp_path)
-    assert (tmp_path / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+    record = json.loads((tmp_path / ".lock").read_text())
+    assert (record["pid"], record["host"]) == (str(os.getpid()), socket.gethostname())
+    assert lock.left_by == {"text": LEFT}
     lock.release()
+    assert (tmp_path / ".lock").read_text() == ""
 
 
 def test_a_second_writer_waits_for_a_holder_that_ends_in_time(tmp_path: Path) -> None:

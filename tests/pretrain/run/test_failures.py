@@ -1,0 +1,143 @@
+"""What is said about a failure, and its exit code: 2 for what the user must change before a run can work, else 1."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ReadError, UserError
+from data_pipeline.storage.durable import write_errors
+from data_pipeline.storage.files import publish
+from pretrain.run.failures import LAST_WORDS, RunStopped, explain, say
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "code"),
+    [
+        (errno.ENOSPC, "FILE: no space left on the disk (", 1),
+        (errno.EDQUOT, "FILE: the disk quota is used up: make room there", 1),
+        (errno.EFBIG, "FILE: over the limit on file sizes: raise it (ulimit -f)", 1),
+        (errno.EMFILE, "FILE: Too many open files: raise the limit (ulimit -n)", 1),
+        (errno.EIO, "FILE: Input/output error", 1),
+        (errno.EROFS, "FILE: Read-only file system: make it writable, or choose another folder", 2),
+        (errno.EACCES, "FILE: Permission denied: give this user access to it, or choose another folder", 2),
+        (errno.EPERM, "FILE: Operation not permitted: give this user access to it, or choose another", 2),
+        (errno.ENOMEM, "out of memory (", 1),
+    ],
+)
+def test_an_error_of_the_system(tmp_path: Path, number: int, words: str, code: int) -> None:
+    path = str(tmp_path / "file")
+    failure = explain(OSError(number, os.strerror(number), path))
+    assert failure is not None
+    assert words.replace("FILE", path) in failure.message
+    assert failure.code == code
+    assert "\n" not in failure.message
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (UserError("a recipe"), "a recipe", 2),
+        (ReadError("a shard"), "a shard", 1),
+        (RunStopped("a loss"), "a loss", 1),
+        (MemoryError(), "out of memory: lower loader.workers", 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory (", 1),
+        (RuntimeError("CUDA error: out of memory\nmore"), "out of GPU memory: CUDA error: out of memory Lower", 1),
+    ],
+)  # fmt: skip
+def test_other_errors(error: Exception, message: str, code: int) -> None:
+    failure = explain(error)
+    assert failure is not None
+    assert failure.message.startswith(message)
+    assert failure.code == code
+
+
+def raised(module: str, calls: dict[str, Any] | None = None) -> Exception:
+    """An error raised in a function of a module of that name, below one of `calls`."""
+    scope: dict[str, Any] = {"__name__": module, **(calls or {})}
+    body = "below()" if calls else "raise RuntimeError('no such group')"
+    exec(f"def step():\n    {body}\n", scope)
+    try:
+        scope["step"]()
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+def called(module: str, inner: str) -> Exception:
+    scope: dict[str, Any] = {"__name__": inner}
+    exec("def below():\n    raise RuntimeError('no such group')\n", scope)
+    return raised(module, {"below": scope["below"]})
+
+
+def test_only_an_error_inside_a_library_is_explained() -> None:
+    for inner in ("deepspeed.runtime.engine", "torch.distributed.distributed_c10d"):
+        failure = explain(called("pretrain.distributed.engine", inner))
+        assert failure is not None
+        assert failure.message.startswith(
+            "RuntimeError when DeepSpeed updated the weights: no such group (DROMOS_"
+        )
+        failure = explain(called("pretrain.train.session", inner))
+        assert failure is not None
+        assert "in pretrain.train.session:2: no such group" in failure.message
+    assert (
+        explain(called("deepspeed.runtime.engine", "pretrain.models.clip")) is None
+    )  # a bug of this project
+    assert explain(called("pretrain.models.clip", "torch.nn.functional")) is None
+    assert explain(raised("deepspeed.runtime.engine")) is None
+    assert explain(KeyError("x")) is None
+
+
+def test_a_failed_write_names_its_file(tmp_path: Path) -> None:
+    for hidden in ("[enforce fail at inline_container.cc:671] . unexpected pos 12288 vs 12182", "other"):
+        with pytest.raises((OSError, RuntimeError)) as found, write_errors(tmp_path / "step_2.tmp"):
+            raise RuntimeError(hidden)
+        assert isinstance(found.value, RuntimeError) == (hidden == "other")
+    with pytest.raises(OSError, match="No space left") as named, write_errors("a/b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert named.value.filename == "a/b"
+    with pytest.raises(OSError, match="No space left") as named, write_errors("a/b"):
+        Path("/dev/full").write_text("x")
+    assert named.value.filename == "a/b"
+    text = 'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+    with pytest.raises(OSError, match="No space left") as named, write_errors("a/b"):
+        raise ValueError(text)
+    assert (named.value.errno, named.value.filename) == (errno.ENOSPC, "a/b")
+
+
+def test_a_published_file_is_named_as_the_user_knows_it(tmp_path: Path) -> None:
+    def full(file: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as named:
+        publish(tmp_path / "job.json", full)
+    assert named.value.filename == str(tmp_path / "job.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_words_reach_the_launcher_though_the_log_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, words = os.pipe()
+    monkeypatch.setenv(LAST_WORDS, str(words))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        say("the cause")
+        monkeypatch.setattr("sys.stderr", None)
+        with pytest.raises(OSError, match="No space left"):
+            full.flush()
+        monkeypatch.undo()
+        os.close(words)
+        assert os.read(out, 100) == b"dromos: the cause\n"
+        os.close(out)
+        os.dup2(os.open("/dev/null", os.O_WRONLY), full.fileno())  # the file is closed without an error
+
+
+def test_no_other_descriptor_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that a rank starts may have another file under the number."""
+    with open(tmp_path / "file", "w") as file:
+        monkeypatch.setenv(LAST_WORDS, str(file.fileno()))
+        say("the cause")
+    assert (tmp_path / "file").read_text() == ""
