@@ -218,7 +218,7 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
 
 
 # Keys of a stage that may change between two calls of one run; every other key is compared.
-FREE = ("train", "loader", "checkpoint", "eval", "engine.zero", "engine.deterministic", "engine.offload",
+FREE = ("init_allow", "train", "loader", "checkpoint", "eval", "engine.zero", "engine.deterministic", "engine.offload",
         "engine.activation_checkpointing", "engine.compile")  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def test_every_key_of_a_stage_is_compared_or_known_to_be_free(kind: str, tmp_pat
     whole["stage"] |= {"init": "x"} if kind == "train" else {}
     paths = list(leaves(whole["stage"], ("stage",)))
     if kind == "train":
-        paths.append(("stage", "continue"))
+        paths += [("stage", "continue"), ("stage", "init_allow")]
         assert len(paths) > 50
     assert {path[1] for path in paths} == {name.rstrip("_") for name in sections}
     for path in paths:

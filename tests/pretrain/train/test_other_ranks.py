@@ -264,7 +264,13 @@ def test_more_skipped_steps_in_a_row_than_allowed_stop_all_ranks_after_a_save(
     [
         ("read", 3, "UnreadableData", "the disk is gone"),
         ("changed", 3, "UserError", "a.tar is shorter than before"),
-        ("first", 0, "UnreadableData", "out of memory"),
+        (
+            "first",
+            0,
+            "UnreadableData",
+            "out of memory: lower loader.workers or train.micro_batch, which change no result, or give the run more "
+            "memory",
+        ),
     ],
 )
 def test_a_rank_that_cannot_read_stops_all_after_a_save(
