@@ -76,11 +76,14 @@ def test_two_nodes_through_a_stop_equal_local(
 def test_a_run_on_ray_equals_the_reference(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, weights and replaced samples are those of a second trainer (tests/support/reference)."""
+    """Losses, weights and replaced samples are those of a second trainer (tests/support/reference).
+
+    Two ranks have batches of 7, 1 and 11 rows, so that one has dummy rows, or nothing else.
+    """
     for name, value in (cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"}).items():
         monkeypatch.setenv(name, value)
     cases = Cases(tmp_path)
-    job = Job("flip", 1, 1, workers=2, backend="ray")
+    job = Job("uneven_flip", 2, 1, workers=2, backend="ray")
     check_metrics(cases, job)
     check_weights(cases, job)
 
