@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import StreamSpec
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
-from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out, shuffled_images
+from pretrain.evaluate.held_out import (
+    count_unusable,
+    open_pass,
+    rank_slices,
+    report_left_out,
+    shuffled_images,
+)
 from pretrain.evaluate.measure import Context
 from pretrain.losses.normalisation import count_targets
 from pretrain.recipe.data import Stream
@@ -63,7 +68,7 @@ def token_nll(context: Context, task: Perplexity, spec: StreamSpec, shuffle: boo
     image = stream.image if stream is not None else None
     nll_of = context.predict["nll"]
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=context.cache)) as evaluation_pass:
+    with torch.no_grad(), closing(open_pass(spec, context.cache)) as evaluation_pass:
         for rows, host_batch in rank_slices(evaluation_pass, spec, image, runtime):
             inputs = shuffled_images(rows) if shuffle else rows
             nll = nll_of(context.forward, inputs)

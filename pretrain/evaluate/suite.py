@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pretrain.build.objective import load_trained
 from pretrain.build.streams import cache_settings
 from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.engine import Runtime
+from pretrain.evaluate.held_out import HeldOutError
 from pretrain.evaluate.measure import Context, Measure
 from pretrain.evaluate.perplexity import PerplexityMeasure
 from pretrain.evaluate.zero_shot import ZeroShotMeasure
@@ -46,11 +48,15 @@ def evaluate(
     runtime: Runtime,
     evaluation: Evaluation | None = None,
     shuffle: bool = False,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """`{measure: {task: result}}`, for example `{"zero_shot": {name: {...}}, "perplexity": {name: nll}}`. Collective.
 
     `evaluation` is by default the stage's own. Tasks of measures whose needs the objective does not predict are
     skipped. `shuffle` adds the measures that run on request.
+
+    A task whose data cannot be read adds its name (zero_shot/NAME, perplexity/NAME) and the reason to `failed`, on
+    every rank, and the other tasks go on; without `failed` the error is raised.
     """
     evaluation = evaluation or stage.eval
     context = Context(
@@ -59,8 +65,20 @@ def evaluate(
     metrics: dict[str, Any] = {}
     for name, measure in measures_of(objective, shuffle).items():
         for task_name, task in measure.tasks(evaluation, stage).items():
-            metrics.setdefault(name, {})[task_name] = measure.run(context, task)
-    return metrics
+            with _recording(failed, f"{name}/{task_name}"):
+                metrics.setdefault(name, {})[task_name] = measure.run(context, task)
+    return {name: results for name, results in metrics.items() if results}
+
+
+@contextmanager
+def _recording(failed: dict[str, str] | None, name: str) -> Iterator[None]:
+    """Note a HeldOutError of the block in `failed`; raise it, or the error behind it, if `failed` is None."""
+    try:
+        yield
+    except HeldOutError as error:
+        if failed is None:
+            raise (error.__cause__ or error) from None
+        failed[name] = str(error)
 
 
 def check_held_out(objective: Objective, stage: TrainStage) -> None:

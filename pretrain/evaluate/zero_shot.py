@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.batches.evaluation_pass import EvaluationPass
-from data_pipeline.batches.spec import StreamSpec
+from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
 from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
-from pretrain.evaluate.held_out import count_unusable, rank_slices, report_left_out
+from pretrain.evaluate.held_out import count_unusable, open_pass, rank_slices, report_left_out, together
 from pretrain.evaluate.measure import Context
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import Evaluation, TrainStage, ZeroShot
@@ -63,35 +62,47 @@ def classifier(
     return torch.stack(weights)
 
 
+def true_classes(task: ZeroShot, batch: Batch) -> list[int | None]:
+    """The class of each row, from its json member; None for padding. Raises UserError for an unknown label."""
+    labels = {label: number for number, label in enumerate(task.classes)}
+    found: list[int | None] = []
+    for row, weight in enumerate(batch.weights):
+        if weight == 0:
+            found.append(None)
+            continue
+        member = (batch.meta[row]["json"] if batch.meta else None) or {}
+        label = str(member.get(task.label))
+        if label not in labels:
+            key = batch.meta[row]["key"] if batch.meta else row
+            raise UserError(
+                f"eval.zero_shot: {task.path}: sample {key}: the json member has {task.label}={label!r}, "
+                f"which is not in eval.zero_shot classes ({', '.join(labels)})"
+            )
+        found.append(labels[label])
+    return found
+
+
 def classify(context: Context, task: ZeroShot, spec: StreamSpec) -> dict[str, Any]:
     """Classify a held-out source: `{"top1", "samples", "classes", "confusion"}`. Collective.
 
-    top1: fraction of correct samples; classes: names; confusion: `[true][predicted]` counts. Raises UserError for a
-    label that is not in `task.classes`.
+    top1: fraction of correct samples; classes: names; confusion: `[true][predicted]` counts. Raises HeldOutError, also
+    for a label that is not in `task.classes`.
     """
     runtime, stream = context.runtime, context.stage.data[main_stream(context.stage)]
     assert stream.text is not None
     embed = partial(context.predict["embed"], context.forward)
-    labels = {label: number for number, label in enumerate(task.classes)}
-    confusion = torch.zeros(len(labels), len(labels), dtype=torch.float64, device=runtime.device)
+    classes = len(task.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), closing(EvaluationPass(spec, cache=context.cache)) as evaluation_pass:
+    with torch.no_grad(), closing(open_pass(spec, context.cache)) as evaluation_pass:
         weights = classifier(embed, task, context.tokenizer, stream.text.length, runtime.device)
         for rows, host_batch in rank_slices(evaluation_pass, spec, stream.image, runtime):
             left_out += count_unusable(host_batch)
             predicted = (embed(images=rows.images)["image"].float() @ weights.T).argmax(dim=1)
-            for row, choice in enumerate(predicted.tolist()):
-                if host_batch.weights[row] == 0:
-                    continue
-                member = (host_batch.meta[row]["json"] if host_batch.meta else None) or {}
-                label = str(member.get(task.label))
-                if label not in labels:
-                    key = host_batch.meta[row]["key"] if host_batch.meta else row
-                    raise UserError(
-                        f"eval.zero_shot: {task.path}: sample {key}: the json member has {task.label}={label!r}, "
-                        f"which is not in eval.zero_shot classes ({', '.join(labels)})"
-                    )
-                confusion[labels[label], choice] += 1
+            true = together(partial(true_classes, task, host_batch))
+            for row, choice in zip(true, predicted.tolist(), strict=True):
+                if row is not None:
+                    confusion[row, choice] += 1
     counts = all_sum(confusion)
     samples = int(counts.sum().item())
     report_left_out(task.path, samples, float(all_sum(left_out)), runtime)

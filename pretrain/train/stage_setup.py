@@ -295,13 +295,18 @@ def _write_record(context: StageContext) -> None:
 
 def make_evaluation(
     context: StageContext, objective: Objective, engine: Engine
-) -> Callable[[], dict[str, float]]:
-    """A function that returns the held-out metrics of the engine's current weights; collective."""
+) -> Callable[[], tuple[dict[str, float], dict[str, str]]]:
+    """A function that returns the held-out metrics of the engine's current weights; collective.
+
+    Beside them it returns the names of the tasks whose data could not be read, with the reasons.
+    """
     tokenizer = stage_tokenizer(context.stage)
 
-    def metrics() -> dict[str, float]:
+    def metrics() -> tuple[dict[str, float], dict[str, str]]:
         engine.train(False)
-        return flat_scalars(evaluate(objective, engine, context.stage, tokenizer, context.runtime))
+        failed: dict[str, str] = {}
+        found = evaluate(objective, engine, context.stage, tokenizer, context.runtime, failed=failed)
+        return flat_scalars(found), failed
 
     return metrics
 

@@ -90,7 +90,7 @@ class Trainer:
     """Trains a stage up to `plan.total` steps.
 
     order_state:    step -> the data position after that step, by stream, for state.json
-    evaluate:       returns the held-out metrics of the current weights, by name
+    evaluate:       returns the held-out metrics of the current weights by name, and the reasons of tasks that failed
     previous_state: state.json to take the counts of bad samples and skipped steps from; None: start at zero
     frozen_hash:    xxh64 of frozen.safetensors, written into every checkpoint
     """
@@ -106,7 +106,7 @@ class Trainer:
         runtime: Runtime,
         stop: StopFlag,
         order_state: Callable[[int], dict[str, Any]],
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[], tuple[dict[str, float], dict[str, str]]],
         previous_state: dict[str, Any] | None = None,
         frozen_hash: str | None = None,
     ) -> None:
@@ -180,23 +180,31 @@ class Trainer:
     def evaluate_into(self, row: dict[str, Any]) -> None:
         """Evaluate, and put the figures into `row`, the last line of metrics.jsonl; collective."""
         began = time.perf_counter()
-        metrics = self.evaluate()
-        if not metrics:
+        metrics, failed = self.evaluate()
+        if self.log is None or not (metrics or failed):
             return
+        for name, reason in failed.items():
+            print(
+                f"dromos: step {row['step']}: the evaluation {name} failed: {reason}; its figures of this step are "
+                "missing, the training goes on",
+                flush=True,
+            )
         times = row.pop("time") | {"eval": round(time.perf_counter() - began, 6)}
-        row |= {"eval": metrics, "time": times}
-        if self.log is not None:
-            self.last_line = self.log.amend(row)
+        row.pop("eval_failed", None)
+        found = {"eval": metrics, "eval_failed": failed}
+        row |= {key: value for key, value in found.items() if value} | {"time": times}
+        self.last_line = self.log.amend(row)
 
     def make_up_evaluation(self, first: int) -> bool:
         """Evaluate after a resume if the run ended between the save of step `first` and its evaluation; collective.
 
-        Returns False, without an evaluation, if a rank was asked to stop meanwhile. A stage that continues another one
-        has no line of that step: the evaluation is the other stage's.
+        Also if that evaluation failed. Returns False, without an evaluation, if a rank was asked to stop meanwhile. A
+        stage that continues another one has no line of that step: the evaluation is the other stage's.
         """
         rows = read(self.stage_dir / "metrics.jsonl") if self.log is not None else []
         row = rows[-1] if rows and rows[-1]["step"] == first else None
-        missing = row is not None and "eval" not in row and self.evaluation_is_due(first)
+        done = row is None or ("eval" in row and "eval_failed" not in row)
+        missing = not done and self.evaluation_is_due(first)
         if not from_rank_0(missing):
             return True
         if any(gather(self.stop.signal_name is not None)):

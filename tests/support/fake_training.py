@@ -180,6 +180,7 @@ def trainer(
     previous_state: dict[str, Any] | None = None,
     evaluate_every: int | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    eval_failed: dict[str, str] | None = None,
 ) -> tuple[Trainer, Engine]:
     """A trainer of STEPS steps in the stage folder `folder`, and its engine. See `Objective` and `Loader`."""
     stop, engine = SimpleNamespace(signal_name=None), Engine()
@@ -200,6 +201,6 @@ def trainer(
     loader: Any = Loader(bad, fails, failure, stop, stops)
     made = Trainer(
         stage, folder, Objective(nan, nan_steps), engine, loader, plan, runtime, stop,  # type: ignore[arg-type]
-        lambda step: {"at": step}, evaluate or dict, previous_state,
+        lambda step: {"at": step}, lambda: ((evaluate or dict)(), eval_failed or {}), previous_state,
     )  # fmt: skip
     return made, engine

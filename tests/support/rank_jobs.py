@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.errors import ReadError, UserError
 from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.distributed.collectives import all_sum, barrier, from_rank_0, gather, rank, world_size
@@ -49,6 +51,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         "checkpoint": _checkpoint,
         "trainings": _trainings,
         "evaluation": _evaluation,
+        "lost": _lost,
     }
     return {name: job(folder) for name, job in jobs.items()}
 
@@ -212,21 +215,17 @@ def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = No
     return {"text": F.one_hot((tokens[:, 1] + 2) % 3, 3).float()}  # the word "0" has token 10
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
-    """Measures over held-out sources, in batches that the ranks share unevenly, or of which some rank has no row."""
-    runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
-    rows: dict[str, list[int]] = {"perplexity": [], "zero_shot": []}
+def sum_of_targets(forward: Any, given: Any) -> torch.Tensor:
+    """As the NLL of a row."""
+    return given.tokens[:, 1:].float().sum(1)
 
-    def sum_of_targets(forward: Any, given: Any) -> torch.Tensor:
-        """As the NLL of a row."""
-        rows["perplexity"].append(len(given))
-        return given.tokens[:, 1:].float().sum(1)
 
-    def embed(forward: Any, **given: Any) -> dict[str, Any]:
-        rows["zero_shot"].extend(len(each) for each in (given.get("images"),) if each is not None)
-        return colours(**given)
+def embed(forward: Any, **given: Any) -> dict[str, Any]:
+    return colours(**given)
 
-    stage = TrainStage.model_validate(
+
+def _stage(folder: Path) -> TrainStage:
+    return TrainStage.model_validate(
         {
             "data": {
                 "pairs": {
@@ -240,20 +239,74 @@ def _evaluation(folder: Path) -> dict[str, Any]:
             "train": {"steps": 1},
         }
     )
-    tasks = {
+
+
+def _tasks(folder: Path) -> dict[str, Any]:
+    return {
         "perplexity": Perplexity(path=str(folder.parent / "packed"), length=LENGTH),
         "zero_shot": ZeroShot(
             path=str(folder.parent / "images"), classes={"0": "0", "1": "1", "2": "2"}, templates=["{}"]
         ),
     }
-    predict = {"nll": sum_of_targets, "embed": embed}
+
+
+def _context(folder: Path, batch: int, predict: dict[str, Any]) -> Context:
+    stage = _stage(folder)
+    runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
+    return Context(predict, colours, stage, stage_tokenizer(stage), runtime, batch)
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """Measures over held-out sources, in batches that the ranks share unevenly, or of which some rank has no row."""
+    rows: dict[str, list[int]] = {"perplexity": [], "zero_shot": []}
+
+    def counted_sum(forward: Any, given: Any) -> torch.Tensor:
+        rows["perplexity"].append(len(given))
+        return sum_of_targets(forward, given)
+
+    def counted_embed(forward: Any, **given: Any) -> dict[str, Any]:
+        rows["zero_shot"].extend(len(each) for each in (given.get("images"),) if each is not None)
+        return embed(forward, **given)
+
+    predict = {"nll": counted_sum, "embed": counted_embed}
     results: dict[str, Any] = {
-        name: [
-            EVALUATIONS[name].run(
-                Context(predict, colours, stage, stage_tokenizer(stage), runtime, batch), task
-            )
-            for batch in BATCHES
-        ]
-        for name, task in tasks.items()
+        name: [EVALUATIONS[name].run(_context(folder, batch, predict), task) for batch in BATCHES]
+        for name, task in _tasks(folder).items()
     }
     return results | {"rows": (rows["perplexity"], rows["zero_shot"])}
+
+
+def _lost(folder: Path) -> dict[str, Any]:
+    """The error of each measure on this rank while only the last rank loses its data, in different places."""
+    last = rank() == world_size() - 1
+    context, tasks = _context(folder, 4, {"nll": sum_of_targets, "embed": embed}), _tasks(folder)
+    make, opened = EvaluationPass.make, EvaluationPass.__init__
+    found: dict[str, Any] = {}
+
+    def unreadable(self: EvaluationPass, number: int, start: int, stop: int, dummies: int = 0) -> Any:
+        if last and number == 1:
+            raise ReadError("the disk is gone")
+        return make(self, number, start, stop, dummies)
+
+    def vanished(self: EvaluationPass, *arguments: Any, **options: Any) -> None:
+        if last:
+            raise FileNotFoundError(2, "No such file or directory", "held/00000.tar")
+        opened(self, *arguments, **options)
+
+    def grown(self: EvaluationPass) -> int:
+        return int(self._ends[-1]) + last
+
+    for name, attribute, replacement in (
+        ("make", "make", unreadable),
+        ("open", "__init__", vanished),
+        ("grown", "samples", property(grown)),
+        ("label", "make", make),
+    ):
+        if name == "label":  # the last sample, which is a row of the last rank, has label 2
+            labelled = tasks["zero_shot"]
+            classes = {"0": "0", "1": "1"} if last else labelled.classes
+            tasks = {"zero_shot": labelled.model_copy(update={"classes": classes})}
+        with mock.patch.object(EvaluationPass, attribute, replacement):
+            for measure, task in tasks.items():
+                found[f"{name} {measure}"] = _error(EVALUATIONS[measure].run, context, task)
+    return found | {"after": EVALUATIONS["perplexity"].run(context, _tasks(folder)["perplexity"])}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -64,11 +66,15 @@ class InProcess:
 
     wait_seconds = 0.0
 
-    def __init__(self, builders: dict[str, BatchBuilder]) -> None:
-        self.builders = builders
+    def __init__(
+        self, builders: dict[str, BatchBuilder], before_step: Callable[[int], None] | None = None
+    ) -> None:
+        self.builders, self.before_step = builders, before_step
 
     def steps(self, first: int, last: int) -> Iterator[dict[str, list[Batch]]]:
         for step in range(first, last):
+            if self.before_step is not None:
+                self.before_step(step)
             yield {
                 name: [builder.make(step, 0, builder.spec.rows(step))]
                 for name, builder in self.builders.items()
@@ -108,3 +114,41 @@ def test_an_evaluation_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
         assert engine.seen == expected
     assert losses[1] == losses[None]
     assert len(set(losses[1])) == 3
+
+
+def test_a_held_out_set_that_vanishes_costs_an_evaluation_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is there at the start, gone at step 2, and back at step 3; another task is not disturbed."""
+    setting_runs.make_data(tmp_path)
+    given = setting_runs.recipes(tmp_path)["flip_eval"]
+    given = {key: value for key, value in given.items() if key not in ("run", "stages")}
+    task = given["eval"]["zero_shot"]["held"]
+    shutil.copytree(tmp_path / "held", tmp_path / "other_held")
+    tasks = {"held": task, "other": task | {"path": str(tmp_path / "other_held")}}
+    stage = TrainStage.model_validate(given | {"eval": {"zero_shot": tasks}})
+    objective, _ = build(stage, "main", 3, None)
+    engine = PlainEngine(objective.model)
+    context = StageContext(Recipe(stages={"main": stage}), "main", stage, tmp_path, RUNTIME)
+    builders = {spec.name: BatchBuilder(spec) for spec in stage_specs(stage, 3, "main", objective.streams)}
+
+    def move(step: int) -> None:
+        if step in (1, 2):
+            names = ["held", "away"]
+            (tmp_path / names[step - 1]).rename(tmp_path / names[step - 2])
+
+    trainer = Trainer(
+        stage, tmp_path, objective, engine, InProcess(builders, move), Plan(3, 0, 0.1, 99, 1, None), RUNTIME,  # type: ignore[arg-type]
+        SimpleNamespace(signal_name=None), lambda step: {}, make_evaluation(context, objective, engine),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert trainer.run(0)
+    trainer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    both = {f"zero_shot/{name}/top1" for name in tasks}
+    assert [set(row["eval"]) for row in rows] == [both, {"zero_shot/other/top1"}, both]
+    assert [list(row.get("eval_failed", {})) for row in rows] == [[], ["zero_shot/held"], []]
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    (line,) = said
+    assert line.startswith("dromos: step 2: the evaluation zero_shot/held failed: ")
+    assert str(tmp_path / "held") in line
+    assert line.endswith("; its figures of this step are missing, the training goes on")

@@ -345,5 +345,19 @@ def test_an_evaluation_sums_over_the_rows_of_all_ranks(ranks: tuple[Results, Pat
         assert result["samples"] == len(usable)
         assert result["top1"] == pytest.approx(confusion.trace() / len(usable))
     said = [(ranks[1] / f"rank_{rank}.log").read_text() for rank in range(len(ranks[0]))]
-    assert said[0].count("1 unusable samples were left out") == 2 * len(rank_jobs.BATCHES)
+    # Once per evaluation; the last one is that of the job `lost`.
+    assert said[0].count("1 unusable samples were left out") == 2 * len(rank_jobs.BATCHES) + 1
     assert not any("unusable" in log for log in said[1:])
+
+
+def test_held_out_data_that_one_rank_cannot_read_is_the_same_error_on_all(
+    ranks: tuple[Results, Path],
+) -> None:
+    """No rank waits for the failed one, and the next evaluation works."""
+    found = the_same(of_job(ranks, "lost"))
+    assert found["make perplexity"] == found["make zero_shot"] == "the disk is gone"
+    assert found["open perplexity"] == found["open zero_shot"] == "held/00000.tar: No such file or directory"
+    assert found["grown perplexity"].startswith("ranks see different numbers of samples: ")
+    assert found["grown zero_shot"].startswith("ranks see different numbers of samples: ")
+    assert "has label='2', which is not in eval.zero_shot classes (0, 1)" in found["label zero_shot"]
+    assert found["after"] == of_job(ranks, "evaluation")[0]["perplexity"][1]

@@ -171,3 +171,15 @@ def test_a_run_without_held_out_sets_that_is_asked_to_stop_in_its_last_step_is_d
     trainer, _ = fake.trainer(tmp_path, stops=fake.STEPS - 1)
     assert trainer.run(0)
     trainer.close()
+
+
+def test_a_failed_evaluation_is_in_its_line_and_tried_again_by_a_resume_at_its_step(tmp_path: Path) -> None:
+    trainer, _ = fake.trainer(tmp_path, evaluate=dict, eval_failed={"perplexity/held": "it is gone"})
+    assert trainer.run(0)
+    trainer.close()
+    whole = untimed(tmp_path)
+    assert ["eval_failed" in row for row in whole] == [False] * (fake.STEPS - 1) + [True]
+    assert whole[-1]["eval_failed"] == {"perplexity/held": "it is gone"}
+    assert resume(tmp_path, lambda: {"perplexity/held/nll": 0.5})
+    whole[-1].pop("eval_failed")
+    assert untimed(tmp_path) == [*whole[:-1], whole[-1] | {"eval": {"perplexity/held/nll": 0.5}}]
