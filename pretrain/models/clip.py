@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
+from pretrain.recipe.architectures import TEXT_KEYS_OF_DATA, arch_mistake, read_arch
 from pretrain.recipe.data import Image, Text
-from pretrain.recipe.model import Model, Vision
+from pretrain.recipe.model import Model, TextTower, Vision
 
 MAX_SCALE = 100.0  # upper limit of the logit scale in the forward, as in FLIP and CLIP
 
@@ -75,67 +76,84 @@ class Clip(open_clip.CLIP):
 
 
 def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
-    """open_clip's `vision_cfg` of a recipe's vision tower. `image_size` is in pixels.
+    """open_clip's `vision_cfg` of a recipe's vision tower: that of `arch`, changed by the keys that are written.
 
-    Raises UserError for an unknown `arch`, missing sizes, or a patch that does not divide the image.
+    `image_size` is in pixels. Raises UserError for an `arch` that `Clip` does not build, missing sizes, or a patch that
+    does not divide the image.
     """
-    config: dict[str, Any] = {}
-    if tower.arch:
-        name = tower.arch.removeprefix("open_clip://")
-        known = open_clip.get_model_config(name)
-        if known is None:
-            raise UserError(
-                f"model.vision.arch: open_clip has no architecture {name!r}; see open_clip.list_models()"
-            )
-        config = dict(known["vision_cfg"])
-    for key, value in (("width", tower.width), ("layers", tower.layers), ("patch_size", tower.patch)):
-        if value is not None:
-            config[key] = value
+    config = dict(_arch(tower).get("vision_cfg", {}))
+    written = {
+        "width": tower.width,
+        "layers": tower.layers,
+        "patch_size": tower.patch,
+        "pool_type": tower.pool,
+        "pos_embed_type": "sin_cos_2d" if tower.positions == "sincos" else None,
+    }
+    config |= {key: value for key, value in written.items() if value is not None}
     if not tower.arch:
         missing = [k for k in ("width", "layers", "patch_size") if k not in config]
         if missing:
             raise UserError(
                 f"model.vision: write arch, or width, layers and patch (missing: {', '.join(missing)})"
             )
-        config["head_width"] = tower.head_width
-        config["mlp_ratio"] = tower.mlp_ratio
+        config.setdefault("pool_type", "tok")
+        config |= {"head_width": tower.head_width or 64, "mlp_ratio": tower.mlp_ratio or 4.0}
     if image_size % int(config.get("patch_size", 16)):
         raise UserError(
             f"model.vision.patch {config['patch_size']} does not divide the image size {image_size}"
         )
     config["image_size"] = image_size
-    config["pool_type"] = tower.pool
-    if tower.positions == "sincos":
-        config["pos_embed_type"] = "sin_cos_2d"
     return config
+
+
+def text_config(tower: TextTower, arch: dict[str, Any], text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
+    """open_clip's `text_cfg`: that of `arch`, the content of an architecture's file, changed by the keys that are
+    written. Without an architecture `arch` is empty.
+    """
+    config = {"width": 512, "heads": 8, "layers": 12, "no_causal_mask": False}
+    known = arch.get("text_cfg", {})
+    config |= {key: value for key, value in known.items() if key not in TEXT_KEYS_OF_DATA}
+    written = {
+        "width": tower.width,
+        "heads": tower.heads,
+        "layers": tower.layers,
+        "no_causal_mask": None if tower.causal is None else not tower.causal,
+    }
+    config |= {key: value for key, value in written.items() if value is not None}
+    # argmax: the end token, which has the largest id in CLIP's vocabulary; not in that of another tokenizer.
+    pool = known.get("pool_type", "argmax")
+    return config | {
+        "context_length": text.length,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_id,
+        "pool_type": "eos" if pool == "argmax" else pool,
+        "eos_id": tokenizer.end_id,
+    }
 
 
 def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
     """open_clip's `model_cfg` of a recipe's `model` section."""
-    if not model.vision or len(model.vision) != 1 or model.text is None:
+    if not model.vision or len(model.vision) != 1 or (model.text is None and not model.vision[0].arch):
         raise UserError(
             "model: the contrastive objective needs one vision tower and `text: {width, heads, layers}`"
         )
-    tower, text_tower = model.vision[0], model.text
-    embed = model.embed
-    if embed is None and tower.arch:
-        arch_config = open_clip.get_model_config(tower.arch.removeprefix("open_clip://"))
-        embed = arch_config["embed_dim"] if arch_config else None
-    return {
-        "embed_dim": embed or text_tower.width,
-        "vision_cfg": vision_config(tower, image.size),
-        "text_cfg": {
-            "context_length": text.length,
-            "vocab_size": tokenizer.vocab_size,
-            "width": text_tower.width,
-            "heads": text_tower.heads,
-            "layers": text_tower.layers,
-            "no_causal_mask": not text_tower.causal,
-            "pad_id": tokenizer.pad_id,
-            "pool_type": "eos",
-            "eos_id": tokenizer.end_id,
-        },
+    arch = _arch(model.vision[0])
+    text_cfg = text_config(model.text or TextTower(), arch, text, tokenizer)
+    config = {
+        "embed_dim": model.embed or arch.get("embed_dim") or text_cfg["width"],
+        "vision_cfg": vision_config(model.vision[0], image.size),
+        "text_cfg": text_cfg,
     }
+    return config | ({"quick_gelu": True} if arch.get("quick_gelu") else {})
+
+
+def _arch(tower: Vision) -> dict[str, Any]:
+    """The content of the file of `tower.arch`; empty without one. Raises UserError if `Clip` does not build it."""
+    if not tower.arch:
+        return {}
+    if mistake := arch_mistake(tower.arch):
+        raise UserError(f"model.vision.arch: {mistake}")
+    return read_arch(tower.arch) or {}
 
 
 def open_clip_config(config: dict[str, Any], image: Image) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.mixture_weights import check_shares, share_mistake
+from pretrain.recipe.architectures import arch_mistake, arch_patch, read_arch
 from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.parameter_names import SHORT_NAMES, expression_mistake
@@ -129,7 +131,7 @@ def check_stage(name: str, stage: TrainStage | MergeStage, recipe: Recipe) -> li
         mistakes = [*_check_merge(stage), *_check_perplexity(stage, recipe)]
         return [Problem(name, key, text) for key, text in mistakes]
     mistakes = [*_check_training(stage), *_check_evaluation(stage), *_check_perplexity(stage, recipe)]
-    mistakes += [*_check_streams(stage), *KINDS[stage.objective.kind].check(stage)]
+    mistakes += [*_check_streams(stage), *_check_towers(stage), *KINDS[stage.objective.kind].check(stage)]
     if not any(key == ("model", "freeze") for key, _ in mistakes):
         mistakes += _check_freeze(stage)
     return [Problem(name, key, text) for key, text in mistakes]
@@ -165,6 +167,39 @@ def _check_training(stage: TrainStage) -> Iterator[tuple[Key, str]]:
             yield (*at, "match"), mistake
         if (group.lr, group.lr_scale, group.weight_decay, group.warmup) == (None,) * 4:
             yield at, "changes nothing; write lr, lr_scale, weight_decay or warmup, or remove the group"
+
+
+def _check_towers(stage: TrainStage) -> Iterator[tuple[Key, str]]:
+    """Towers that pretrain/models/clip.py cannot build."""
+    model = stage.model
+    for index, tower in enumerate(model.vision or []):
+        at = ("model", "vision", str(index))
+        mistake = arch_mistake(tower.arch) if tower.arch else None
+        if mistake:
+            yield (*at, "arch"), mistake
+        if mistake or tower.init is not None:
+            continue
+        missing = [key for key in ("width", "layers", "patch") if getattr(tower, key) is None]
+        if not tower.arch and missing:
+            yield at, f"needs width, layers and patch, or arch (missing: {', '.join(missing)})"
+        known: dict[str, Any] = (read_arch(tower.arch) or {}).get("vision_cfg", {}) if tower.arch else {}
+        for key in ("head_width", "mlp_ratio"):
+            if tower.arch and getattr(tower, key) is not None:
+                yield (
+                    (*at, key),
+                    f"is that of {tower.arch}; leave it out, or write width, layers and patch for arch",
+                )
+        width, head = tower.width or known.get("width"), known.get("head_width") or tower.head_width or 64
+        if width is not None and width % head:
+            yield (*at, "width"), f"{width} is not a multiple of the width of a head, {head}"
+    arch = next((tower.arch for tower in model.vision or [] if tower.arch), None)
+    if model.text is None and model.llm is None and arch is None:
+        yield ("model", "text"), "is missing; write text: {width: 512, heads: 8, layers: 12}"
+    if model.text is not None:
+        known = (read_arch(arch) or {}).get("text_cfg", {}) if arch else {}
+        width, heads = model.text.width or known.get("width", 512), model.text.heads or known.get("heads", 8)
+        if width % heads:
+            yield ("model", "text", "width"), f"{width} is not a multiple of the number of heads, {heads}"
 
 
 def _check_freeze(stage: TrainStage) -> Iterator[tuple[Key, str]]:
@@ -216,7 +251,7 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
                     (*at, "image", "crop"),
                     f"[{low}, {high}] is not a range of area fractions; write [LOW, HIGH] with 0 < LOW <= HIGH <= 1",
                 )
-            patches = [tower.patch for tower in stage.model.vision or [] if tower.patch]
+            patches = [patch for tower in stage.model.vision or [] if (patch := arch_patch(tower))]
             if any(stream.image.size % patch for patch in patches):
                 yield (
                     (*at, "image", "size"),

@@ -13,7 +13,10 @@ class Vision(Strict):
     """A vision tower: a new one from width, layers and patch (or `arch`), or a trained one from `init`."""
 
     arch: str | None = None
-    """open_clip://ARCH: take the tower's shape from open_clip; other keys change it. Default: none."""
+    """open_clip://ARCH: build both towers as open_clip does; other keys that are written change them. Default: none.
+
+    Only plain vision transformers, such as ViT-L-16; others are not available yet.
+    """
     init: str | None = None
     """Address of a trained stage, for example flip/tuned; required in generative. Default: new weights.
 
@@ -33,29 +36,29 @@ class Vision(Strict):
     """Width of a token inside the tower. Required without `arch` and `init`."""
     layers: int | None = Field(None, gt=0)
     """Number of transformer layers. Required without `arch` and `init`."""
-    head_width: int = Field(64, gt=0)
-    """Width of one attention head; the tower has width / head_width heads. Ignored with `arch`. Default: 64."""
+    head_width: int | None = Field(None, gt=0)
+    """Width of one attention head; the tower has width / head_width heads. Not with `arch`. Default: 64."""
     patch: int | None = Field(None, gt=0)
     """Height and width of a patch, in pixels. Required without `arch` and `init`."""
-    mlp_ratio: float = 4.0
-    """Width of a layer's MLP divided by `width`. Ignored with `arch`. Default: 4."""
-    positions: Literal["learnable", "sincos"] = "learnable"
+    mlp_ratio: float | None = Field(None, gt=0)
+    """Width of a layer's MLP divided by `width`. Not with `arch`. Default: 4."""
+    positions: Literal["learnable", "sincos"] | None = None
     """Position embeddings: learned, or fixed 2-D sine and cosine. Default: learnable."""
-    pool: Literal["tok", "avg"] = "tok"
-    """Image feature: the class token, or the mean over the patch tokens. Default: tok."""
+    pool: Literal["tok", "avg"] | None = None
+    """Image feature: the class token, or the mean over the patch tokens. Default: that of `arch`, else tok."""
 
 
 class TextTower(Strict):
     """The text tower of a contrastive model."""
 
-    width: int = 512
-    """Width of a token inside the tower. Default: 512."""
-    heads: int = 8
-    """Number of attention heads per layer. Default: 8."""
-    layers: int = 12
-    """Number of transformer layers. Default: 12."""
-    causal: bool = True
-    """Tokens attend only to themselves and earlier tokens. Default: true."""
+    width: int | None = Field(None, gt=0)
+    """Width of a token inside the tower. Default: that of `vision.arch`, else 512."""
+    heads: int | None = Field(None, gt=0)
+    """Number of attention heads per layer. Default: that of `vision.arch`, else 8."""
+    layers: int | None = Field(None, gt=0)
+    """Number of transformer layers. Default: that of `vision.arch`, else 12."""
+    causal: bool | None = None
+    """Tokens attend only to themselves and earlier tokens. Default: that of `vision.arch`, else true."""
 
 
 class Llm(Strict):
@@ -96,7 +99,7 @@ class Model(Strict):
     vision: Annotated[list[Vision], BeforeValidator(parse_towers)] | None = None
     """The vision tower, or a list of towers (more than one: not available yet). Default: none (text only)."""
     text: TextTower | None = None
-    """The text tower of a contrastive model. Default: none."""
+    """The text tower of a contrastive model. Default: that of `vision.arch`, else none."""
     llm: Llm | None = None
     """The language model of a generative model. Default: none."""
     views: Views | None = None

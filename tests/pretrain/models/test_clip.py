@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import nn
 
 from data_pipeline.errors import UserError
-from pretrain.models.clip import Clip
+from pretrain.models.clip import Clip, clip_config
 from pretrain.models.masking import keep_patches
+from pretrain.recipe.architectures import arch_mistake
+from pretrain.recipe.data import Image, Text
+from pretrain.recipe.schema import Model
 from tests.support import plain_clip
-from tests.support.tiny_models import ROWS, SIZE, TEXT, VISION, Words, pictures, sentences
+from tests.support.tiny_models import LENGTH, ROWS, SIZE, TEXT, VISION, Words, pictures, randomise, sentences
 from tests.support.tiny_models import clip as build
 from tests.support.tiny_models import clip_config_of as config
 
@@ -136,8 +141,6 @@ def test_only_the_features_that_were_asked_for_are_there() -> None:
 
 
 def test_an_architecture_of_open_clip_is_its_own_except_for_the_keys_that_are_written() -> None:
-    import open_clip
-
     known = open_clip.get_model_config("ViT-B-32")["vision_cfg"]
     shape = {"width": None, "layers": None, "patch": None, "head_width": 8, "arch": "open_clip://ViT-B-32"}
     written = config(shape | {"patch": 8, "layers": 1, "pool": "avg", "positions": "sincos"}, embed=None)
@@ -147,3 +150,119 @@ def test_an_architecture_of_open_clip_is_its_own_except_for_the_keys_that_are_wr
     assert config({}, embed=None)["embed_dim"] == TEXT["width"]
     with pytest.raises(UserError, match="32 does not divide the image size 16"):
         config(shape)
+
+
+def peers(
+    arch: str, vision: dict[str, Any], text: dict[str, Any], model: dict[str, Any]
+) -> tuple[Clip, nn.Module]:
+    """A small model of an architecture, and open_clip's own with the same sizes and weights, both in fp64.
+
+    `vision`, `text` and `model` are the sizes in the words of a recipe.
+    """
+    known = open_clip.get_model_config(arch)
+    shape = {"width": None, "layers": None, "patch": None, "head_width": None, "arch": f"open_clip://{arch}"}
+    section = {"vision": shape | vision, "text": text or None, **model}
+    written = clip_config(Model.model_validate(section), Image(size=SIZE), Text(length=LENGTH), Words())
+    torch.manual_seed(0)
+    ours = Clip(written).double()
+    randomise(ours)
+    renamed = {"patch": "patch_size", "pool": "pool_type"}
+    their_vision = (
+        known["vision_cfg"] | {renamed.get(k, k): v for k, v in vision.items()} | {"image_size": SIZE}
+    )
+    tokens = {
+        "vocab_size": Words.vocab_size,
+        "context_length": LENGTH,
+        "pad_id": Words.pad_id,
+        "eos_id": Words.end_id,
+    }
+    if known["text_cfg"].get("pool_type", "argmax") == "argmax":
+        tokens["pool_type"] = "eos"  # the tokenizer's end token is not its largest id
+    their_text = {k: v for k, v in known["text_cfg"].items() if "tokenizer" not in k} | text | tokens
+    theirs = open_clip.CLIP(
+        model.get("embed") or known["embed_dim"], their_vision, their_text, known.get("quick_gelu", False)
+    ).double()
+    theirs.load_state_dict(ours.state_dict() | {"logit_scale": ours.logit_scale.detach().reshape(())})
+    return ours, theirs
+
+
+SMALL = {"layers": 2, "patch": 4, "width": 64}
+ARCHS = ["ViT-B-32-quickgelu", "ViT-B-32", "ViT-L-14-CLIPA", "ViT-M-16-alt", "ViT-H-14-worldwide"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "text", [{"width": 16, "heads": 2, "layers": 1}, {"layers": 1, "width": 96}], ids=str
+)
+def test_an_architecture_computes_what_open_clip_computes(arch: str, text: dict[str, int]) -> None:
+    head = open_clip.get_model_config(arch)["vision_cfg"].get("head_width", 64)
+    ours, theirs = peers(arch, SMALL | {"width": 2 * head}, text, {"embed": 12})
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(images=pictures())["image"],
+            theirs.encode_image(pictures(), normalize=True),
+            rtol=0,
+            atol=1e-12,
+        )
+        torch.testing.assert_close(
+            ours(tokens=sentences())["text"],
+            theirs.encode_text(sentences(), normalize=True),
+            rtol=0,
+            atol=1e-12,
+        )
+
+
+def test_only_a_written_key_overrides_the_architecture() -> None:
+    shape = {
+        "width": None,
+        "layers": None,
+        "patch": 4,
+        "head_width": None,
+        "arch": "open_clip://ViT-L-14-CLIPA",
+    }
+    known = open_clip.get_model_config("ViT-L-14-CLIPA")
+    found = config(shape)
+    assert found["vision_cfg"]["pool_type"] == "avg"
+    assert found["vision_cfg"]["no_ln_pre"] is found["vision_cfg"]["final_ln_after_pool"] is True
+    assert (found["text_cfg"]["no_causal_mask"], found["text_cfg"]["pool_type"]) == (True, "last")
+    assert found["text_cfg"]["width"] == TEXT["width"] != known["text_cfg"]["width"]
+    assert config(shape | {"pool": "tok"})["vision_cfg"]["pool_type"] == "tok"
+    assert config(shape, {"causal": True})["text_cfg"]["no_causal_mask"] is False
+    plain = {"vision": shape, "text": None}
+    alone = clip_config(Model.model_validate(plain), Image(size=SIZE), Text(length=LENGTH), Words())
+    assert {key: alone["text_cfg"][key] for key in ("width", "heads", "layers")} == {
+        key: known["text_cfg"][key] for key in ("width", "heads", "layers")
+    }
+
+
+@pytest.mark.parametrize("arch", ["RN50", "convnext_base", "EVA02-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
+def test_an_architecture_that_is_not_a_plain_transformer_is_refused(arch: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.vision\.arch: open_clip://{arch} is not available yet: it"):
+        config({"arch": f"open_clip://{arch}"})
+
+
+def test_every_architecture_is_built_as_open_clip_builds_it_or_refused() -> None:
+    """With one layer, on the meta device, which holds no numbers: the same parameters of the same shapes."""
+    built = 0
+    for arch in open_clip.list_models():
+        if arch_mistake(f"open_clip://{arch}") is not None:
+            continue
+        known = open_clip.get_model_config(arch)
+        vision, text = known["vision_cfg"] | {"layers": 1}, known["text_cfg"] | {"layers": 1}
+        image, length = Image(size=vision["image_size"]), Text(length=text["context_length"])
+        section = {"vision": {"arch": f"open_clip://{arch}", "layers": 1}, "text": {"layers": 1}}
+        text |= {"vocab_size": Words.vocab_size}
+        text = {key: value for key, value in text.items() if "tokenizer" not in key}
+        with torch.device("meta"):
+            ours = Clip(clip_config(Model.model_validate(section), image, length, Words()))
+            theirs = open_clip.CLIP(known["embed_dim"], vision, text, known.get("quick_gelu", False))
+        found, expected = (
+            (
+                {name: p.shape for name, p in each.named_parameters() if name != "logit_scale"},
+                [type(module).__name__ for module in each.modules() if "GELU" in type(module).__name__],
+            )
+            for each in (ours, theirs)
+        )
+        assert found == expected, arch
+        built += 1
+    assert built > 30
