@@ -10,7 +10,7 @@ from launch.cli.base import group
 from pretrain.run.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
-    from pretrain.recipe.schema import MergeStage, TrainStage
+    from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 
 
 app = group("Show or check a recipe; nothing runs.")
@@ -50,15 +50,26 @@ def show(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Also build each model, without its weights; print what trains.")
+    ] = False,
+) -> None:
     """Check a recipe before it costs anything.
 
     Checks keys, values, the rules between them, and that the sources exist. Prints one line per stage. A missing
     source is a warning: it may be on another machine, or not made yet.
 
+    With --model, each model is built without memory for its weights, and what trains is printed, at which rate:
+    expressions that match no parameter, streams without a trained parameter and `init` weights that do not fit are
+    found here. It needs the tokenizers; stages that start from one that has not run are only checked in part.
+
     \b
-    Example:
+    Examples:
       dromos recipe check configs/demo/flip.yaml
+      dromos recipe check configs/demo/flip.yaml --model
 
     Exit codes: 0 it can run, 2 it is wrong or needs features that this version lacks (each is named).
     """
@@ -69,7 +80,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     from pretrain.recipe.schema import TrainStage
 
     loaded = load_recipe(recipe, overrides or [], runnable=False, strict=True)
-    ready = True
+    ready, wrong = True, False
     for name, stage in loaded.stages.items():
         unsupported = list(
             dict.fromkeys(f"{'.'.join(item.key)}: {item.text}" for item in unsupported_problems(name, stage))
@@ -80,14 +91,41 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
             ready = False
         for text in length_warnings(stage) if isinstance(stage, TrainStage) else []:
             typer.echo(f"  warning: {text}")
+        if model and isinstance(stage, TrainStage) and not unsupported:
+            wrong |= not _check_model(name, stage, loaded)
     missing_data = list(missing_sources(loaded, loaded.stages, remote=False))
     for name, key, _, text in missing_data:
         typer.echo(f"warning: {name}.{key}: {text}", err=True)
     if any(is_prepared(path, loaded) for _, _, path, _ in missing_data):
         typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)
+    if wrong:
+        typer.echo(f"{recipe}: a model cannot be trained as the recipe says", err=True)
+        raise typer.Exit(USER_ERROR)
     if not ready:
         typer.echo(f"{recipe}: valid, but it needs features that are not available yet", err=True)
         raise typer.Exit(USER_ERROR)
+
+
+def _check_model(name: str, stage: TrainStage, recipe: Recipe) -> bool:
+    """Build the model of a stage and print what trains; False, with the reason printed, if it cannot be trained."""
+    from data_pipeline.errors import UserError
+    from pretrain.build.model_check import check_model
+    from pretrain.recipe.lengths import main_stream
+    from pretrain.recipe.load import run_dir
+    from pretrain.run.address import StageNotReady
+    from pretrain.train.schedule import peak_rate
+
+    peak = peak_rate(stage.optimizer, stage.data[main_stream(stage)].batches.largest)
+    try:
+        lines = check_model(stage, name, run_dir(recipe), peak)
+    except StageNotReady as error:
+        typer.echo(f"  warning: the model is checked only in part: {error}")
+        return True
+    except UserError as error:
+        typer.echo(f"  {error}")
+        return False
+    typer.echo("\n".join(f"  {line}" for line in lines))
+    return True
 
 
 def describe(stage: TrainStage | MergeStage) -> str:

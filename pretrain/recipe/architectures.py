@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pretrain.recipe.schema import Vision
+from pretrain.recipe.model import Vision
 from pretrain.recipe.schema_errors import did_you_mean
 
 PREFIX = "open_clip://"
