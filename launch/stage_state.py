@@ -7,7 +7,6 @@ merges: an earlier stage of the job may have changed the inputs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from pretrain.recipe.checks import addresses
 from pretrain.recipe.dump import stage_record
 from pretrain.recipe.lengths import total_steps
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
-from pretrain.run.identity import read_record, recorded_length
+from pretrain.run.folder import read_mapping, read_record
+from pretrain.run.identity import recorded_length
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ def stage_job(recipe: Recipe, name: str) -> StageJob:
 def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
     """True if result.json of a training stage reaches the recipe's length, or if a merge stage has finished.
 
-    `folder` is the run folder. Raises UserError if result.json is not JSON, or if a finished merge was made from
+    `folder` is the run folder. Raises UserError if result.json is damaged, or if a finished merge was made from
     other weights than its inputs hold now.
     """
     path = folder / stage.name / "result.json"
-    try:
-        result = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    advice = "delete it to run the stage again"
+    result = read_mapping(path, advice)
+    if result is None:
         return False
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; delete it to run the stage again") from None
     if stage.kind == "merge":
         from pretrain.merge_stage import is_finished
 
         resolved = recipe.stages[stage.name]
         return isinstance(resolved, MergeStage) and is_finished(resolved, folder / stage.name)
-    step = result.get("step") if isinstance(result, dict) else None
-    if not isinstance(step, int):
+    step = result.get("step")
+    if step is None:
         return False  # also for a length in epochs, which the record alone would call reached
+    if not isinstance(step, int):
+        raise UserError(f"{path} is damaged: step is {step!r}; {advice}")
     if stage.steps is not None and step >= stage.steps:
         return True
     # Steps do not decide for a length in epochs, or in samples if the batch changed during the run. The stage is

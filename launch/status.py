@@ -48,17 +48,26 @@ def run_status(run: str | Path) -> list[StageStatus]:
     stages = load_yaml(path).values.get("stages")
     if not isinstance(stages, dict):
         raise UserError(f"{path}: not a resolved recipe (it has no stages)")
-    return [_stage(folder / name, name, content or {}) for name, content in stages.items()]
+    return [_stage(folder / str(name), str(name), content) for name, content in stages.items()]
 
 
-def _stage(folder: Path, name: str, content: dict[str, Any]) -> StageStatus:
+def _stage(folder: Path, name: str, content: Any) -> StageStatus:
     result = json_mapping(folder / "result.json")
     last = last_row(folder / "metrics.jsonl")
     saved = complete_steps(folder / "checkpoints")
-    step = int((result or last).get("step") or 0)
+    step = (result or last).get("step")
     state = "done" if result else "started" if folder.is_dir() else "waiting"
-    steps = (content.get("train") or {}).get("steps")
-    return StageStatus(name, state, step, steps, last.get("loss"), max(saved, default=None))
+    train = content.get("train") if isinstance(content, dict) else None
+    steps = train.get("steps") if isinstance(train, dict) else None
+    loss = last.get("loss")
+    return StageStatus(
+        name,
+        state,
+        step if isinstance(step, int) else 0,
+        steps if isinstance(steps, int) else None,
+        loss if isinstance(loss, int | float) else None,
+        max(saved, default=None),
+    )
 
 
 def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:

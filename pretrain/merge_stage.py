@@ -23,10 +23,13 @@ from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import make_request
 from pretrain.recipe.dump import dump_plain, stage_record
 from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
+from pretrain.run.folder import read_mapping
 from pretrain.run.identity import ABSENT, check_run_folder
 from pretrain.run.lock import FolderLock
 from pretrain.weights.folder import FROZEN
 from pretrain.weights.source import WeightSource
+
+AGAIN = "delete the stage's folder to merge again"
 
 
 def run_merge_stage(
@@ -45,7 +48,7 @@ def run_merge_stage(
     folder = run_dir / name
     check_run_folder(run_dir, recipe, name)
     if is_finished(stage, folder):
-        return json.loads((folder / "result.json").read_text())
+        return read_mapping(folder / "result.json", AGAIN) or {}
     began = time.monotonic()
     merge_request = make_request(
         list(stage.inputs), weights=list(stage.inputs.values()), only=stage.only, copy_rest=stage.copy_rest
@@ -93,7 +96,7 @@ def is_finished(stage: MergeStage, folder: Path) -> bool:
         opened = open_inputs(list(stage.inputs), [stage.copy_rest], folder.parent)
     except UserError:
         return finished
-    merged = {entry["address"]: entry for entry in json.loads(path.read_text())["inputs"]}
+    merged = _merged_inputs(path)
     changed = [line for source in opened.sources for line in _changed(source, merged.get(source.address))]
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
@@ -102,6 +105,23 @@ def is_finished(stage: MergeStage, folder: Path) -> bool:
             f"delete {folder} to merge again, or restore the weights it was merged from"
         )
     return finished
+
+
+def _merged_inputs(path: Path) -> dict[str, dict[str, Any]]:
+    """The inputs in a merge.json, by address. Raises UserError if it is damaged."""
+    inputs = (read_mapping(path, AGAIN) or {}).get("inputs")
+    listed = inputs if isinstance(inputs, list) else []
+    found = {
+        entry["address"]: entry
+        for entry in listed
+        if isinstance(entry, dict)
+        and isinstance(entry.get("address"), str)
+        and isinstance(entry.get("files"), dict)
+        and "path" in entry
+    }
+    if not found or len(found) != len(listed):
+        raise UserError(f"{path} is damaged: its list of inputs is not complete; {AGAIN}")
+    return found
 
 
 def _changed(source: WeightSource, merged: dict[str, Any] | None) -> list[str]:

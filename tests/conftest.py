@@ -27,6 +27,7 @@ GROUPS = {
     "tests/launch/ray": "clusters",
     "tests/dist": "ranks",
     "tests/fault/test_kill.py": "ranks",
+    "tests/fault/test_operational_failures.py": "ranks",
     "tests/launch/test_real_sources.py": "ranks",
     "tests/pretrain/evaluate": "ranks",
     "tests/pretrain/export": "ranks",

@@ -49,7 +49,7 @@ class Tail:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -68,12 +68,14 @@ class Metrics:
     def add(self, row: dict[str, Any]) -> None:
         self.step = row["step"]
         self.loss = row.get("loss", self.loss)
-        times = row.get("time") or {}
+        times = row.get("time")
+        times = times if isinstance(times, dict) else {}
         seconds = times.get("step")
         self.rate = _smooth(self.rate, times.get("samples_per_second"))
         self.step_seconds = _smooth(self.step_seconds, seconds)
-        if seconds and times.get("data_wait") is not None:
-            self.wait_share = _smooth(self.wait_share, min(1.0, times["data_wait"] / seconds))
+        wait = times.get("data_wait")
+        if isinstance(seconds, int | float) and seconds > 0 and isinstance(wait, int | float):
+            self.wait_share = _smooth(self.wait_share, min(1.0, wait / seconds))
 
     @property
     def seconds_left(self) -> float | None:

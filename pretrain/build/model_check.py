@@ -21,7 +21,7 @@ def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> lis
     trained parameter, and weights that do not fit; StageNotReady where a stage that it needs has not run.
     """
     with torch.device("meta"):
-        objective, _ = build(stage, name, 0, run_dir)
+        objective, _, _ = build(stage, name, 0, run_dir)
     check_streams_train(objective, stage)
     table = training_table(objective, stage, peak)
     if stage.init is not None:

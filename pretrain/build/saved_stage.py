@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from data_pipeline.errors import UserError
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import model_stage
-from pretrain.run.identity import read_record
+from pretrain.run.folder import read_record
 
 
 def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
@@ -22,6 +24,9 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
             f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or an input of its merge does not "
             "come from a Dromos run"
         )
-    record = read_record(folder)
-    assert record is not None, "model_stage found its resolved.yaml"
-    return record["name"], TrainStage.model_validate(record["stage"])
+    record = read_record(folder) or {}
+    try:
+        return str(record["name"]), TrainStage.model_validate(record["stage"])
+    except (KeyError, ValidationError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{folder / 'resolved.yaml'} is not a valid stage record: {problem}") from None

@@ -6,11 +6,9 @@ from typing import Any
 
 import yaml
 
+from pretrain.recipe import SCHEMA
 from pretrain.recipe.load import select_stages
 from pretrain.recipe.schema import Recipe
-
-# Version of the recipe in resolved.yaml. 1: kinds flip and sphinx. 2: kinds contrastive and generative.
-SCHEMA = 2
 
 
 def as_plain(recipe: Recipe, stage: str | None = None) -> dict[str, Any]:

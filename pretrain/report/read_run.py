@@ -13,6 +13,9 @@ from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
 from pretrain.run.folder import json_mapping
 
+# Types of the entries that the report reads; a damaged file may hold others.
+ROW: dict[str, type] = {"time": dict, "eval": dict, "samples": dict, "skipped": dict}
+ENVIRONMENT: dict[str, type] = {"gpus": list, "packages": dict, "source": dict, "environment": dict}
 MAX_BAD_SAMPLES = 5  # listed per stage
 
 
@@ -117,7 +120,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder. Raises UserError if the folder has no recipe.yaml and no stage, or a file is malformed."""
     recipe = _text(folder / "recipe.yaml")
     settings = _recipe(folder / "recipe.yaml", recipe)
-    described = settings.get("stages") or {}
+    described = _mapping(settings.get("stages"))
     recorded = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
     recorded += [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
     names = dict.fromkeys([*described, *(path.name for path in recorded)])
@@ -128,11 +131,11 @@ def read_run(folder: Path) -> Run:
         )
     return Run(
         folder=folder,
-        name=str((settings.get("run") or {}).get("name") or folder.resolve().name),
+        name=str(_mapping(settings.get("run")).get("name") or folder.resolve().name),
         recipe=recipe,
-        environment=json_mapping(folder / "env.json"),
+        environment=_typed(json_mapping(folder / "env.json"), ENVIRONMENT),
         job=json_mapping(folder / "job.json"),
-        stages=[_stage(folder / name, described.get(name)) for name in names],
+        stages=[_stage(folder / str(name), described.get(name)) for name in names],
     )
 
 
@@ -147,18 +150,31 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return numbers
 
 
-def _stage(folder: Path, settings: dict[str, Any] | None) -> Stage:
+def _stage(folder: Path, settings: Any) -> Stage:
     if settings is None:
-        settings = _recipe(folder / "resolved.yaml", _text(folder / "resolved.yaml")).get("stage") or {}
-    rows = [row for row in metrics_log.read(folder / "metrics.jsonl") if isinstance(row, dict)]
+        settings = _recipe(folder / "resolved.yaml", _text(folder / "resolved.yaml")).get("stage")
     return Stage(
         name=folder.name,
-        settings=settings,
-        rows=[row for row in rows if isinstance(row.get("step"), int)],
-        result=json_mapping(folder / "result.json") or None,
+        settings=_typed(_mapping(settings), {"train": dict}),
+        rows=[_typed(row, ROW) for row in metrics_log.read(folder / "metrics.jsonl")],
+        result=_typed(json_mapping(folder / "result.json"), {"eval": dict, "step": int}) or None,
         bad_samples=metrics_log.read(folder / "bad_samples.jsonl")[:MAX_BAD_SAMPLES],
         started=folder.is_dir(),
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """`value`, or an empty mapping in place of anything else that a damaged file holds."""
+    return value if isinstance(value, dict) else {}
+
+
+def _typed(values: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any]:
+    """`values` without the entries of `kinds` that have another type, as in a damaged file."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in kinds or value is None or isinstance(value, kinds[key])
+    }
 
 
 def _text(path: Path) -> str:
@@ -166,13 +182,16 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}; restore it") from None
 
 
 def _recipe(path: Path, text: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a YAML mapping, as a run writes it")
     return content

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
-from pretrain.run.folder import complete_steps, is_complete, step_of, tag_of
+from pretrain.run.folder import (
+    complete_steps,
+    is_complete,
+    read_mapping,
+    read_record,
+    step_of,
+    tag_of,
+)
 
 Kind = Literal["checkpoint", "folder", "file", "open_clip", "hf"]
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")  # ORG/NAME
@@ -121,13 +125,17 @@ def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
 
 def model_stage(stage_dir: Path) -> Path | None:
     """The folder of the training stage that defines the model; for a merge, that of `copy_rest` or its first input."""
-    path = stage_dir / "resolved.yaml"
-    if not path.is_file():
+    record = read_record(stage_dir)
+    if record is None:
         return None
-    stage = yaml.safe_load(path.read_text())["stage"]
+    stage = record["stage"]
     if stage.get("kind") != "merge":
         return stage_dir
-    parent = locate(stage.get("copy_rest") or next(iter(stage["inputs"])), stage_dir.parent)
+    inputs = stage.get("inputs")
+    address = stage.get("copy_rest") or next(iter(inputs if isinstance(inputs, dict) else ()), None)
+    if address is None:
+        return None
+    parent = locate(address, stage_dir.parent)
     return model_stage(parent.stage_dir) if parent.stage_dir is not None else None
 
 
@@ -205,16 +213,7 @@ def _locate_stage(stage: Path, at: str | None, address: str) -> Located:
 
 def _read_result(stage: Path) -> dict[str, Any] | None:
     """The content of a stage's result.json; None if the stage has not finished. Raises UserError if it is damaged."""
-    path = stage / "result.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a valid result of a stage; delete it to run the stage again")
-    return content
+    return read_mapping(stage / "result.json", "delete it to run the stage again")
 
 
 def _locate_path(path: Path, at: str | None, address: str) -> Located:

@@ -7,6 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.recipe import SCHEMA
+
 STEP = re.compile(r"^step_(\d{8,})$")
 
 
@@ -34,10 +39,45 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(step for step, entry in entries if step is not None and is_complete(entry))
 
 
+def read_mapping(path: Path, advice: str) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None if the file is absent. A damaged one is a UserError that ends in `advice`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON; {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object; {advice}")
+    return content
+
+
+def read_record(stage_dir: Path) -> dict[str, Any] | None:
+    """The content of a stage's resolved.yaml; None if the stage has not started. Raises UserError if it is damaged."""
+    path = stage_dir / "resolved.yaml"
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise UserError(
+            f"{path}: cannot be read: {problem}; delete {stage_dir} to start the stage again"
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
+        raise UserError(f"{path} is not a valid stage record; delete {stage_dir} to start the stage again")
+    if record.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} was written by a version of Dromos with other recipes (schema {record.get('schema', 1)}, this "
+            f"version has {SCHEMA}); use that version, or choose another folder (run.dir=NEW)"
+        )
+    return record
+
+
 def json_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty if the file is absent, damaged or holds another type."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

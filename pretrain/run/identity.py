@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.errors import UserError
 from pretrain.recipe.architectures import read_arch
 from pretrain.recipe.data import Image, Stream
-from pretrain.recipe.dump import SCHEMA, stage_record
+from pretrain.recipe.dump import stage_record
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps
 from pretrain.recipe.schema import Recipe
-from pretrain.run.folder import complete_steps, tag_of
+from pretrain.run.folder import complete_steps, json_mapping, read_record, tag_of
 
 # Keys that must match on resume. `_check_resumable` also refuses another engine.zero or world size, and `_shortened` a
 # shorter length. The other keys of a stage (init_allow, loader, checkpoint, eval, train.micro_batch, train.hours, the
@@ -128,40 +126,19 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
     _check_resumable(folder / stage, old, new, world_size)
 
 
-def read_record(stage_dir: Path) -> dict[str, Any] | None:
-    """The content of a stage's resolved.yaml; None if the stage has not started. Raises UserError if it is damaged."""
-    path = stage_dir / "resolved.yaml"
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "problem", None) or error
-        raise UserError(
-            f"{path}: cannot be read: {problem}; delete {stage_dir} to start the stage again"
-        ) from None
-    if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
-        raise UserError(f"{path} is not a valid stage record; delete {stage_dir} to start the stage again")
-    if record.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path} was written by a version of Dromos with other recipes (schema {record.get('schema', 1)}, this "
-            f"version has {SCHEMA}); use that version, or choose another folder (run.dir=NEW)"
-        )
-    return record
-
-
 def recorded_length(record: dict[str, Any]) -> Length | None:
     """The training length in the content of a resolved.yaml; None for a merge stage."""
-    train = _get(record, ("stage", "train")) or {}
-    unit = next((unit for unit in UNITS if train.get(unit) is not None), None)
-    return None if unit is None else parse_length(f"{train[unit]!r} {unit}")
+    lengths = {unit: _get(record, ("stage", "train", unit)) for unit in UNITS}
+    unit = next((unit for unit in UNITS if lengths[unit] is not None), None)
+    return None if unit is None else parse_length(f"{lengths[unit]!r} {unit}")
 
 
 def _check_other_stages(folder: Path, recipe: Recipe) -> None:
     """Raise UserError if the folder holds stages of a run with another name or seed."""
     for path in sorted(folder.glob("*/resolved.yaml")):
         record = read_record(path.parent) or {}
-        run = record.get("run") or {}
+        run = record.get("run")
+        run = run if isinstance(run, dict) else {}
         for key, mine in (("name", recipe.run.name), ("seed", recipe.run.seed)):
             if run.get(key) != mine:
                 raise UserError(
@@ -181,10 +158,7 @@ def _check_resumable(
     if not steps:
         return
     newest = stage_dir / "checkpoints" / tag_of(steps[-1])
-    try:
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        state = {}
+    state = json_mapping(newest / "state.json")
     saved_zero = _get(old, ("stage", "engine", "zero"))
     zero = _get(new, ("stage", "engine", "zero"))
     if saved_zero != zero:

@@ -15,31 +15,28 @@ BLOCK_BYTES = 1 << 14  # read from the end of a log to find its last line
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a log, up to the first damaged line (a killed process may leave a partial last line)."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The objects of a log. Damaged lines are left out: a killed process may leave a partial last line."""
+    return _read(path)[0]
 
 
-def truncate(path: Path, step: int, last_line: str | None = None) -> None:
-    """Remove the objects after `step`, atomically; a resume at `step` repeats those steps.
+def truncate(path: Path, step: int, last_line: str | None = None) -> list[int]:
+    """Remove the objects after `step` and damaged lines, atomically; a resume at `step` repeats those steps.
 
     last_line: the object of `step` as the checkpoint has it. It is appended if the log lacks that step: a power cut
                while `JsonLog.amend` overwrote it can damage it, and no step before it.
+
+    Returns the numbers of the damaged lines, without a partial last line and one that `last_line` replaces.
     """
-    if not path.exists() and last_line is None:
-        return
-    kept = [row for row in read(path) if row["step"] <= step]
+    rows, damaged = _read(path)
+    kept = [row for row in rows if row["step"] <= step]
     lines = [json.dumps(row) for row in kept]
     if last_line is not None and (not kept or kept[-1]["step"] < step):
         lines.append(last_line)
+        damaged = damaged[:-1]
+    elif not path.exists():
+        return []
     publish(path, "".join(line + "\n" for line in lines).encode())
+    return damaged
 
 
 def valid_json(value: Any) -> Any:
@@ -49,6 +46,27 @@ def valid_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [valid_json(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects with a step, and the numbers of the whole lines that hold none."""
+    rows: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return rows, damaged
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif line.strip():
+            damaged.append(number)
+    # The last line of the split is the one without newline.
+    return rows, [number for number in damaged if number <= content.count(b"\n")]
 
 
 class JsonLog:

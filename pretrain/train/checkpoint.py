@@ -20,7 +20,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank, world_size
-from pretrain.run.folder import complete_steps, tag_of
+from pretrain.run.folder import complete_steps, read_mapping, tag_of
 
 HASH_BLOCK_BYTES = 1 << 22
 # Files of which DeepSpeed writes one per rank, by ZeRO stage; of a model without ZeRO rank 0 alone writes a file.
@@ -106,7 +106,8 @@ def verify_and_read_state(path: Path) -> dict[str, Any]:
     damages = [of_rank for of_rank in gather(damage or _unlisted(path, manifest)) if of_rank]
     if damages:
         raise _damaged(path, damages[0])
-    state = json.loads((path / "state.json").read_text())
+    advice = f"remove {path.name} to resume from the checkpoint before it"
+    state = read_mapping(path / "state.json", advice) or {}
     if missing := missing_rank_file(manifest, state):
         raise _damaged(path, f"{missing} is missing, also in manifest.json")
     return state
@@ -162,9 +163,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         seal = (path / "COMPLETE").read_text()
         manifest = json.loads(content)
         is_whole = not seal or seal == xxhash.xxh64_hexdigest(content)
-        if is_whole and all({"size", "xxh64"} <= set(entry) for entry in manifest.values()):
+        if is_whole and all(
+            isinstance(entry, dict) and {"size", "xxh64"} <= set(entry) for entry in manifest.values()
+        ):
             return manifest
-    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         pass
     raise _damaged(path, "manifest.json is missing or damaged")
 

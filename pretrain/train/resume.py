@@ -51,7 +51,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     if own:
         path = folder / "checkpoints" / tag_of(own[-1])
         check_visible_on_all_ranks(path)
-        return Start(path, own[-1], verify_and_read_state(path), folder / "frozen.safetensors")
+        return Start(path, own[-1], _read_state(path), folder / "frozen.safetensors")
     if stage.continue_ is None:
         return None
     located = from_rank_0(locate(stage.continue_, folder.parent))
@@ -62,7 +62,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
         )
     path = Path(located.path)
     check_visible_on_all_ranks(path)
-    state = verify_and_read_state(path)
+    state = _read_state(path)
     for key, value in (("world_size", world_size), ("zero", stage.engine.zero)):
         if state.get(key) != value:
             raise UserError(
@@ -91,6 +91,18 @@ def check_same_parameters(stage: TrainStage, continued: Path) -> None:
                 f"continue: {stage.continue_}: it was trained with {key} {was}, this stage has {now}; its optimizer "
                 f"state fits no other value: restore {key}, or take only the weights with init: {stage.continue_}"
             )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a verified checkpoint; collective. Raises UserError if it holds no data position."""
+    state = verify_and_read_state(path)
+    order = state.get("order")
+    if not isinstance(order, dict) or not all(isinstance(each, dict) for each in order.values()):
+        raise UserError(
+            f"{path / 'state.json'} is damaged: it has no data position; remove {path.name} to resume from the "
+            "checkpoint before it"
+        )
+    return state
 
 
 def check_visible_on_all_ranks(path: Path) -> None:

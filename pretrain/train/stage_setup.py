@@ -35,7 +35,8 @@ from pretrain.recipe.lengths import check_ends, length_steps, total_steps
 from pretrain.recipe.parameter_names import folded
 from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.run import metrics_log
-from pretrain.run.identity import compare_changeable_keys, compare_versions, read_record
+from pretrain.run.folder import read_record
+from pretrain.run.identity import compare_changeable_keys, compare_versions
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import Start, check_length, resume_data, with_order_of
 from pretrain.train.schedule import peak_rate
@@ -275,8 +276,9 @@ def _resume_folder(context: StageContext, start: Start, total: int) -> None:
     folder, step = context.folder, start.step
     if step < total:  # a finished stage whose train length grew is not finished any more
         (folder / "result.json").unlink(missing_ok=True)
-    metrics_log.truncate(folder / "metrics.jsonl", step, start.state.get("line"))
-    metrics_log.truncate(folder / "bad_samples.jsonl", step)
+    for name, line in (("metrics.jsonl", start.state.get("line")), ("bad_samples.jsonl", None)):
+        for number in metrics_log.truncate(folder / name, step, line):
+            print(f"dromos: warning: {folder / name}:{number}: a damaged line was left out", flush=True)
     record = context.record
     previous = read_record(folder) or record
     changed = compare_changeable_keys(previous, record)

@@ -72,11 +72,8 @@ def test_a_save_on_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_l
         stage = disk.seen / "run/main"
         if disk.pid:
             disk.fill(1 << 20)  # room for one checkpoint, not for two
-        else:  # the first checkpoint, then the limit
-            stopped = start("train_on", tmp_path / "first.log", 0, "", str(path))
-            stopped.wait_for(lambda: complete_steps(stage / "checkpoints"))
-            stopped.send_signal(signal.SIGTERM)
-            assert stopped.code() == 75
+        else:  # a checkpoint, then the limit
+            assert start("train_failing", tmp_path / "first.log", "stop", str(path)).code() == 75
             disk.fill(0)
         before = complete_steps(stage / "checkpoints")
         failed = start("train_on", tmp_path / "full.log", disk.pid, str(disk.full), str(path))
@@ -125,6 +122,8 @@ def train_failing(kind: str, path: str) -> int:
         if kind == "deepspeed":
             self.engine._engine.optimizer.param_groups.append({"lr": 0.0, "params": None})
             return step(self, done, *arguments)
+        if kind == "stop":
+            self.stop.signal_name = "SIGTERM"
         if kind == "bug":
             raise KeyError("a bug")
         if kind == "log":

@@ -15,11 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from data_pipeline.errors import UserError
 from data_pipeline.storage.files import is_remote
-from pretrain.run.folder import complete_steps, tag_of
+from pretrain.run.folder import complete_steps, read_record, tag_of
 
 Schedule = Literal["uniform", "linear", "1-sqrt", "ema"]
 SCHEDULES = ("uniform", "linear", "1-sqrt", "ema")
@@ -150,11 +148,12 @@ def _measure(stage: Path, step: int, unit: str) -> float:
 
 def _lengths(stage: Path) -> dict[str, int]:
     """Tokens per row, padding included, of each stream with text; read from the stage's resolved.yaml."""
-    path = stage / "resolved.yaml"
-    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    streams = (read_record(stage) or {"stage": {}})["stage"].get("data")
     lengths = {}
-    for stream, data in (content.get("stage", {}).get("data") or {}).items():
-        text = data.get("text") if isinstance(data.get("text"), dict) else data
+    for stream, data in (streams if isinstance(streams, dict) else {}).items():
+        if not isinstance(data, dict):
+            continue
+        text: dict[str, Any] = data["text"] if isinstance(data.get("text"), dict) else data
         if isinstance(text.get("length"), int):
             lengths[stream] = text["length"]
     return lengths
