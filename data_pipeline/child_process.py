@@ -6,8 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,12 +21,37 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def job_signals_blocked() -> Iterator[None]:
-    """Block JOB_SIGNALS in this thread. A process started in the block never gets them, not even while it starts."""
+    """Block JOB_SIGNALS in this thread. A process started in the block never gets them, not even while it starts.
+
+    In the main thread their handlers run after the block: the system may give a signal to another thread (of numpy's
+    pool), and Python would run its handler here, in the middle of a start. The new process would then wait for the rest
+    of what it is told, and die of an EOFError.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        yield
+        with _handlers_postponed():
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _handlers_postponed() -> Iterator[None]:
+    """Run the Python handlers of JOB_SIGNALS that come in the block at its end. No effect outside the main thread."""
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in JOB_SIGNALS}
+    with ExitStack() as stack:  # restores all, even if a handler that is restored first raises
+        for number, handler in handlers.items():
+            if callable(handler):
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    for each in came:
+        handler = handlers[signal.Signals(each)]
+        if callable(handler):
+            handler(each, None)
 
 
 def start_module(
@@ -73,7 +99,6 @@ def exit_with_multiprocessing_parent() -> None:
     system.
     """
     import multiprocessing
-    import threading
 
     parent = multiprocessing.parent_process()
     if parent is None:

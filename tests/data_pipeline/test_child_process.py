@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from socket import socketpair
@@ -100,3 +101,25 @@ def test_a_child_gets_the_signal_it_asked_for_when_its_parent_ends() -> None:
     assert os.read(parent.stdout.fileno(), 4) == b"told"
     wait_for(lambda: not alive(int(pid[:-1])), "the grandchild to end")
     parent.stdout.close()
+
+
+def test_a_signal_that_another_thread_gets_is_handled_after_the_block() -> None:
+    """Python runs its handler in the main thread, although that thread blocks the signal."""
+    begin, done = threading.Event(), []
+
+    def get_a_signal() -> None:
+        begin.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    other = threading.Thread(target=get_a_signal)  # started before the block, like numpy's threads
+    other.start()
+    before = [signal.getsignal(number) for number in JOB_SIGNALS]
+    try:
+        with job_signals_blocked():
+            begin.set()
+            other.join()
+            done.append("the block")
+    except KeyboardInterrupt:
+        done.append("the interrupt")
+    assert done == ["the block", "the interrupt"]
+    assert [signal.getsignal(number) for number in JOB_SIGNALS] == before

@@ -106,7 +106,7 @@ def test_a_result_of_another_step_does_not_make_the_newest_checkpoint_a_finished
 
 def test_a_damaged_result_is_named(runs: Path) -> None:
     (runs / "flip/masked/result.json").write_text('{"step": 2')
-    with pytest.raises(UserError, match=r"masked/result\.json is not a valid result"):
+    with pytest.raises(UserError, match=r"masked/result\.json is not valid JSON; delete it to run"):
         locate("masked", runs / "flip")
 
 
