@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import random
+import re
 import struct
 import tarfile
 from collections.abc import Iterator
@@ -230,6 +231,7 @@ def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
     good = builder.make(0, 0, 4)
     reader = builder._rows._readers["t"]
     whole = reader.read
+    details: list[str] = []
     for number, npy in enumerate(spoilt):
         bad = number % 4
 
@@ -239,8 +241,16 @@ def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
         reader.read = read  # type: ignore[method-assign]
         batch = builder.make(0, 0, 4)
         assert batch.skipped == {"t": {"undecodable": 1}}, npy[:200]
+        details.append(str(batch.bad[0]["detail"]))
         assert batch.order_digest == good.order_digest
         assert bad not in batch.tokens[:, 0]
+    assert "None" not in details
+    claims = [
+        re.match(r"the header claims (-?\d+) bytes of uint16, the file has (\d+)", text) for text in details
+    ]
+    sizes = {tuple(map(int, match.groups())) for match in claims if match}
+    assert len(sizes) > 2
+    assert all(claimed != available for claimed, available in sizes)
 
 
 def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:

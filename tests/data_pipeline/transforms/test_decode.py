@@ -14,7 +14,7 @@ from data_pipeline.errors import ContentError
 from data_pipeline.hashing import Purpose, hash64
 from data_pipeline.sources.tar import image_member
 from data_pipeline.transforms.augment import Box, choose_crop, draw_augmentations
-from data_pipeline.transforms.decode import ImageSpec, decode_image
+from data_pipeline.transforms.decode import ImageSpec, _jpeg_eighths, decode_image
 from tests.support.samples import encode, pixels
 
 SMOOTH = np.stack(
@@ -83,6 +83,11 @@ def test_scaled_jpeg_decode_stays_on_the_grid(monkeypatch: pytest.MonkeyPatch) -
             enough = [scale for scale in (1, 2, 3, 4) if min(crop[2:4]) * scale / 8 >= 1.5 * size]
             assert eighths[-1] == min(enough, default=8)
     assert set(eighths) == {1, 2, 3, 4, 8}
+
+
+def test_a_side_below_8_pixels_is_not_scaled() -> None:
+    """Two scales would give it the same size. 8 pixels at 3/8 are 3, which is 1.5 per pixel of 2."""
+    assert [_jpeg_eighths(side, 2) for side in (7, 8, 9)] == [8, 3, 3]
 
 
 @pytest.mark.parametrize("size", [224, 96])

@@ -50,6 +50,7 @@ def test_figures_of_a_steady_run() -> None:
     assert figures.text() == "loss 1.2500  2,048 samples/s  data wait 10%  ETA 0:45"
     figures.add({"step": 11})  # a row without times changes nothing but the step
     assert figures.seconds_left == 44.5
+    assert figures.text() == "loss 1.2500  2,048 samples/s  data wait 10%  ETA 0:44"
 
 
 def test_clock() -> None:

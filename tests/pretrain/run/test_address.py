@@ -64,7 +64,7 @@ def test_run_is_a_path_or_a_name_beside_this_run(runs: Path) -> None:
 
 def test_run_that_is_both_here_and_beside_is_refused(runs: Path) -> None:
     training_stage(Path("flip/tuned"), (1,))
-    with pytest.raises(UserError, match="both stages"):
+    with pytest.raises(UserError, match=r"ambiguous: flip/tuned and \S+flip/tuned are both stages"):
         locate("flip/tuned", runs / "sphinx")
     assert locate("./flip/tuned", runs / "sphinx").step == 1
 
@@ -224,7 +224,9 @@ def test_schemes() -> None:
     assert locate("s3://bucket/run/weights/").path == "s3://bucket/run/weights"
     assert locate("s3://bucket/m.safetensors").kind == "file"
     assert locate("hf://org/name@main").path == "org/name@main"
-    assert locate("open_clip://ViT-B-32/openai") == locate(" open_clip://ViT-B-32/openai ")
+    found = locate("open_clip://ViT-B-32/openai")
+    assert (found.kind, found.path) == ("open_clip", "ViT-B-32/openai")
+    assert found == locate(" open_clip://ViT-B-32/openai ")
     with pytest.raises(UserError, match="unknown scheme ftp"):
         locate("ftp://x/y")
     with pytest.raises(UserError, match="s3://: nothing follows ://"):

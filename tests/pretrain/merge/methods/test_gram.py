@@ -156,6 +156,11 @@ def test_multislerp_of_what_cancels() -> None:
     three = np.full((3, 3), -0.5) + 1.5 * np.eye(3)
     with pytest.raises(UserError, match="w: the directions cancel each other"):
         gram.multislerp(three, np.ones(3) / 3, 1e-8, "w")
+    # A mean direction of exactly eps is one: 0.75 / (1 + 0.5) = 0.5.
+    same = np.ones((3, 3))
+    assert gram.multislerp(same, np.array([0.75, 0.0, 0.0]), 0.5, "w").sum() > 0
+    with pytest.raises(UserError, match="w: the directions cancel each other"):
+        gram.multislerp(same, np.array([0.74, 0.0, 0.0]), 0.5, "w")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])

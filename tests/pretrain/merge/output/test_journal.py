@@ -32,6 +32,9 @@ def written(folder: Path, spans: dict[tuple[int, int], SpanRecord] = SPANS) -> b
 def test_a_journal_that_was_cut_anywhere_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     whole = written(tmp_path / "whole")
     assert whole.count(b"\n") == 1 + len(SPANS)
+    (tmp_path / "ordinary").touch(0o644)  # as the umask has it, and nobody may execute it
+    modes = [path.stat().st_mode for path in (tmp_path / "whole" / JOURNAL, tmp_path / "ordinary")]
+    assert modes[0] == modes[1]
     (tmp_path / "cut").mkdir()
     for length in range(len(whole) + 1):
         (tmp_path / "cut" / JOURNAL).write_bytes(whole[:length])
