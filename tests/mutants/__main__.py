@@ -76,7 +76,7 @@ def measured_map(options: argparse.Namespace) -> CoverageMap:
     for name, test_files in coverage_map.chunks(stale):
         print(f"which lines do {len(test_files)} test files of {name} run?", flush=True)
         found = coverage_map.measure(found, test_files, options.jobs)
-    return found
+    return coverage_map.load()
 
 
 def main(words: Sequence[str]) -> int:

@@ -298,7 +298,7 @@ def run_all(
     """The results of all mutants, `jobs` at a time; `report` is called with each.
 
     At the end every test that killed a mutant runs without one. A test that fails then proves nothing: its mutants
-    run again without it.
+    run again without it, until all tests that killed one pass without.
     """
     for name in LIBRARIES:
         importlib.import_module(name)
@@ -307,11 +307,15 @@ def run_all(
         (folder / str(number)).mkdir(parents=True)
         copies.append(Copy(folder / str(number)))
     results = _run_mutants(mutants, found, seconds, copies, report)
-    for test in _fail_without_mutant(results, found, copies[0]):
-        found.tests[found.tests.index(test)].passed = False
-        doubtful = [r for r in results if r.killed_by in (test.nodeid, test.file)]
-        results = [r for r in results if r not in doubtful]
-        results += _run_mutants([r.mutant for r in doubtful], found, seconds, copies, report)
+    unchecked = results
+    while failing := _fail_without_mutant(unchecked, found, copies[0]):
+        names = {name for test in failing for name in (test.nodeid, test.file)}
+        for test in found.tests:
+            test.passed = test.passed and test.nodeid not in names
+        doubtful = [result for result in results if result.killed_by in names]
+        results = [result for result in results if result not in doubtful]
+        unchecked = _run_mutants([result.mutant for result in doubtful], found, seconds, copies, report)
+        results += unchecked
     return results
 
 
@@ -319,6 +323,8 @@ def _fail_without_mutant(results: Sequence[Result], found: CoverageMap, copy: Co
     killers = {result.killed_by for result in results if result.killed_by}
     tests = [test for test in found.tests if test.nodeid in killers]
     tests += [next(test for test in found.tests if test.file == name) for name in killers if "::" not in name]
+    if not tests:
+        return []
     run = Run(copy, None, Selection(tests), stop=False)
     os.waitpid(run.pid, 0)
     failed = set(json.loads(run.outcome.read_text())["failed"])

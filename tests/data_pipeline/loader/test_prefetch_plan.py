@@ -152,6 +152,13 @@ def test_small_sources_are_fetched_in_larger_units_where_they_fit(tmp_path: Path
     assert len(distinct) <= 0.03 * source.samples
 
 
+def test_a_piece_of_less_than_four_windows_is_one_window(tmp_path: Path) -> None:
+    """A lane consumes it as a whole: 40 samples, at the rows that a lane has in a step."""
+    source, _ = manifest(tmp_path, "a", [20 * LANES, 20 * LANES], 4)
+    builder = builder_of(tmp_path, {"a": source}, 1 << 40)
+    assert window_steps(builder.order, BATCH, ["a"]) == max(4, 40 * LANES // BATCH + 1)
+
+
 def test_a_mixture_fetches_each_source_at_its_share(tmp_path: Path) -> None:
     large, _ = manifest(tmp_path, "a", [10_007] * 105, 4)
     small, _ = manifest(tmp_path, "b", [50, 60], 4)

@@ -22,10 +22,12 @@ from tests.support.steered_workers import Crew, batch_of, buffer_of, item, pixel
 
 def test_memory_of_a_cancelled_item_waits_for_its_last_writer() -> None:
     with pool_of(2) as (pool, crew):
-        pool.submit(item(1), slices=2)
+        cancelled = pool.submit(item(1), slices=2)
         crew.have(2)
         first, second = crew.workers
         pool.cancel()
+        with pytest.raises(KeyError):
+            pool.result(cancelled)
         ticket = pool.submit(item(2), slices=2)
         crew.have(4)
         assert buffer_of(crew, 2) != buffer_of(crew, 1)
