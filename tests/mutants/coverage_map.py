@@ -30,7 +30,7 @@ PHASES = ("setup", "call", "teardown")
 
 @dataclass
 class MeasuredTest:
-    """A test, with the seconds of its phases; `setup` is the longest of its file: fixtures may be those of the module."""
+    """A test, with the seconds of its phases; `setup` is the longest of its file, whose fixtures may be shared."""
 
     nodeid: str
     setup: float
