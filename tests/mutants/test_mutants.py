@@ -73,12 +73,12 @@ def test_texts_annotations_and_symmetric_swaps_are_left_alone() -> None:
 
 
 def test_a_draw_is_repeatable_spread_over_the_files_and_without_doubles() -> None:
-    files = sampling.files_of(["losses", "engine"])
-    drawn = sampling.sample(files, 120, seed=3)
-    assert [m.source for m in drawn] == [m.source for m in sampling.sample(files, 120, seed=3)]
-    assert len({(m.path, m.source) for m in drawn}) == 120
+    files = sampling.files_of(["losses"])
+    drawn = sampling.sample(files, 60, seed=3)
+    assert [m.source for m in drawn] == [m.source for m in sampling.sample(files, 60, seed=3)]
+    assert len({(m.path, m.source) for m in drawn}) == 60
     assert {m.path for m in drawn} == set(files)
-    assert Counter(m.operator for m in drawn).most_common(1)[0][1] < 40
+    assert Counter(m.operator for m in drawn).most_common(1)[0][1] < 20
     lines = {files[0]: {drawn[0].statement}}
     assert {m.statement for m in sampling.sample(files, 5, 0, lines)} <= lines[files[0]]
 
