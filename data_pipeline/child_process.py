@@ -42,16 +42,18 @@ def _handlers_postponed() -> Iterator[None]:
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in JOB_SIGNALS}
-    with ExitStack() as stack:  # restores all, even if a handler that is restored first raises
-        for number, handler in handlers.items():
+    try:
+        with ExitStack() as stack:  # restores all, even if a handler that is restored first raises
+            for number, handler in handlers.items():
+                if callable(handler):
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda number, frame: came.append(number))
+            yield
+    finally:  # also if the process could not be started
+        for each in came:
+            handler = handlers[signal.Signals(each)]
             if callable(handler):
-                stack.callback(signal.signal, number, handler)
-                signal.signal(number, lambda number, frame: came.append(number))
-        yield
-    for each in came:
-        handler = handlers[signal.Signals(each)]
-        if callable(handler):
-            handler(each, None)
+                handler(each, None)
 
 
 def start_module(

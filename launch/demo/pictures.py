@@ -15,6 +15,7 @@ from data_pipeline.batches.evaluation_pass import EvaluationPass
 from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import ImageSpec
+from pretrain.recipe.architectures import arch_patch
 from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds.contrastive import ContrastiveOptions
 from pretrain.recipe.lengths import main_stream
@@ -100,11 +101,11 @@ def masked_cards(stage_dir: Path, count: int = 2) -> MaskedSamples:
     stage, seed = train_stage(stage_dir)
     main = main_stream(stage)
     image, vision = stage.data[main].image, stage.model.vision
-    if image is None or not vision or vision[0].patch is None:
+    patch = arch_patch(vision[0]) if vision else None
+    if image is None or patch is None:
         raise UserError(
             f"{stage_dir}: the stage has no image tower of its own, so there are no patches to show"
         )
-    patch = vision[0].patch
     builder = BatchBuilder(stage_specs(stage, seed, stage_dir.name, (main,))[0])
     try:
         sources = builder.order.refs(0).source

@@ -1,7 +1,6 @@
 """What of a model trains, and at which rate: `model.freeze`, `optimizer.groups`, and the table of both.
 
-Names are those of the parameters of the objective's model and of its frozen tensors outside the model (a tower). A tied
-weight has all its names.
+Names are those of the parameters and frozen buffers of the objective's model. A tied weight has all its names.
 """
 
 from __future__ import annotations

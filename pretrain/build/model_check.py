@@ -21,11 +21,13 @@ def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> lis
     trained parameter, and weights that do not fit; StageNotReady where a stage that it needs has not run.
     """
     with torch.device("meta"):
-        objective, _, _ = build(stage, name, 0, run_dir)
+        objective, _, pretrained = build(stage, name, 0, run_dir)
     check_streams_train(objective, stage)
     table = training_table(objective, stage, peak)
     if stage.init is not None:
         weights = open_weights(stage.init, run_dir)
-        shapes = {tensor: tuple(weights.info(tensor)[1]) for tensor in weights.names()}
+        # What the model has from elsewhere, such as model.vision.init, is not taken from `init`.
+        names = [name for name in weights.names() if name not in pretrained]
+        shapes = {tensor: tuple(weights.info(tensor)[1]) for tensor in names}
         compare(objective.model, shapes, stage.init, stage.init_allow or [])
     return table

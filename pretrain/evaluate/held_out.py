@@ -51,7 +51,18 @@ def _text(error: Exception | None) -> str | None:
 
 def open_pass(spec: StreamSpec, cache: CacheSettings | None) -> EvaluationPass:
     """A pass over the held-out source of `spec`; collective. Raises HeldOutError, also if ranks see other samples."""
-    opened = together(lambda: EvaluationPass(spec, cache=cache))
+    own: list[EvaluationPass] = []
+
+    def open_own() -> EvaluationPass:
+        own.append(EvaluationPass(spec, cache=cache))
+        return own[0]
+
+    try:
+        opened = together(open_own)
+    except HeldOutError:  # this rank may have opened what another one cannot
+        for each in own:
+            each.close()
+        raise
     samples = gather(opened.samples)
     if len(set(samples)) > 1:
         opened.close()

@@ -25,7 +25,7 @@ def export(address: str, format: str, out: str | Path) -> Path:
 
     `open_clip`: `open_clip.create_model_and_transforms("local-dir:OUT")` and `get_tokenizer` load it.
     `transformers`: `AutoModelForCausalLM.from_pretrained(OUT)` and `AutoTokenizer` load it; projector, image
-    delimiters and the frozen tower are in its file `multimodal.safetensors`.
+    delimiters and the vision encoder are in its file `multimodal.safetensors`.
     Raises UserError for an unknown format, weights of another kind, or a folder that exists.
     """
     if format not in FORMATS:

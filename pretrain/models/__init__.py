@@ -1,1 +1,1 @@
-"""The modules of the models: clip.py for FLIP, multimodal.py for SPHINX; masking.py chooses the patches to keep."""
+"""The models: clip.py has two towers, vision_language.py a language model that sees; masking.py chooses patches."""

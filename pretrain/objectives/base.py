@@ -164,7 +164,11 @@ class GlobalObjective(Objective):
                 for name, gradient in gradients.items()
                 if gradient.dim() > 0 or start == 0
             ]
-            engine.backward(torch.stack([product.float() for product in products]).sum())
+            part = torch.stack([product.float() for product in products]).sum() if products else None
+            if (
+                part is not None and part.requires_grad
+            ):  # not if only what is shared trains, on every rank alike
+                engine.backward(part)
             start += len(rows)
         return add_parts({}, loss)
 

@@ -205,7 +205,9 @@ def _check_towers(stage: TrainStage) -> Iterator[tuple[Key, str]]:
 def _check_freeze(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     """Short names of parts that the model lacks, and streams that pass through frozen parts alone."""
     model = stage.model
-    parts = {"vision": bool(model.vision), "text": model.text is not None, "llm": model.llm is not None}
+    towers = model.vision or []
+    has_text = model.text is not None or (model.llm is None and any(tower.arch for tower in towers))
+    parts = {"vision": bool(towers), "text": has_text, "llm": model.llm is not None}
     parts["connector"] = parts["vision"] and parts["llm"]
     for name in SHORT_NAMES:
         if name in model.freeze and not parts[name]:

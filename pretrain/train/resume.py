@@ -77,13 +77,16 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
 def check_same_parameters(stage: TrainStage, continued: Path) -> None:
     """Raise UserError when `continue:` would need optimizer state that the stage in `continued` does not have.
 
-    Its checkpoint has state for the parameters that it trained only, and fp32 weights beside those of its dtype.
+    Its checkpoint has state for the parameters that it trained only, by optimizer group and without their names, and
+    fp32 weights beside those of its dtype.
     """
     record = (read_record(continued) or {}).get("stage", {})
     frozen = sorted((record.get("model") or {}).get("freeze") or [])
+    groups = [group.get("match") for group in (record.get("optimizer") or {}).get("groups") or []]
     dtype = (record.get("engine") or {}).get("dtype", stage.engine.dtype)
     for key, was, now in (
         ("model.freeze", frozen, sorted(stage.model.freeze)),
+        ("optimizer.groups", groups, [group.match for group in stage.optimizer.groups or []]),
         ("engine.dtype", dtype, stage.engine.dtype),
     ):
         if was != now:

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from pretrain.recipe.load import load_recipe
-from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.schema import Group, TrainStage
 from pretrain.train.resume import check_length, find_start, with_order_of
 from tests.support import rank, tiny
 
@@ -61,6 +61,10 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
     engine = stage.engine.model_copy(update={"dtype": "bf16"})
     with pytest.raises(UserError, match=r"with engine\.dtype fp32, this stage has bf16.*init: whole@4"):
         find_start(stage.model_copy(update={"engine": engine}), folder / "new", 1)
+    groups = [Group(match="vision", lr_scale=0.5)]
+    grouped = stage.optimizer.model_copy(update={"groups": groups})
+    with pytest.raises(UserError, match=r"optimizer\.groups \[\], this stage has \['vision'\].*init: whole@4"):
+        find_start(stage.model_copy(update={"optimizer": grouped}), folder / "new", 1)
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):

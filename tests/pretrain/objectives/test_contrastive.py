@@ -110,6 +110,25 @@ def test_cached_features_give_the_gradients_of_the_whole_batch(cuts: tuple[int, 
     assert min(scales) > 1e-6  # no comparison of zeros
 
 
+@pytest.mark.parametrize("cuts", [(0, 5), (0, 2, 5)])
+def test_the_temperature_can_train_alone(cuts: tuple[int, ...]) -> None:
+    """Only the first micro-batch carries its gradient; the others have none."""
+    model = clip({}).double().requires_grad_(False)
+    model.logit_scale.requires_grad_()
+    everything = replace(rows(), images=pictures().double())
+    parts = [part_of(everything, start, stop) for start, stop in pairwise(cuts)]
+    Contrastive(model, stage(0.5)).backward(Autograd(model), "pairs", parts, 5.0)
+    step = 1e-3
+    losses = []
+    for change in (step, -step):
+        with torch.no_grad():
+            model.logit_scale += change
+            losses.append(Contrastive(model, stage(0.5)).loss(model, "pairs", everything, 5.0).total.item())
+            model.logit_scale -= change
+    assert model.logit_scale.grad is not None
+    assert model.logit_scale.grad.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2)
+
+
 def test_the_tower_receives_the_patches_of_each_row_s_own_key() -> None:
     model = clip({})
     seen: list[list[list[int]]] = []
