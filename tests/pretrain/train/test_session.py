@@ -345,20 +345,39 @@ def test_a_shard_without_images_stops_the_rank_with_the_likely_cause(tiny_runs: 
     assert code == 0, printed
 
 
-def test_a_non_finite_loss_stops_the_rank_before_the_update(tiny_runs: Path, tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_are_skipped_until_there_are_too_many(
+    tiny_runs: Path, tmp_path: Path
+) -> None:
+    """The first update ruins the weights. They stay as they are, and the run says where it became infinite."""
     optimizer = {"kind": "adamw", "lr": 1e30}
     recipe = flip(
-        tiny_runs, tmp_path, optimizer=optimizer, schedule={"kind": "constant"}, checkpoint={"every": 1}
-    )
+        tiny_runs, tmp_path, optimizer=optimizer, schedule={"kind": "constant"},
+        checkpoint={"every": 1, "keep": 9},
+    )  # fmt: skip
     code, printed = rank.run(recipe)
     stage = tmp_path / "run" / "main"
     assert code == 1
-    assert re.search(r"step 2: .*loss.* not finite", printed)
+    for number in (2, 3, 4):
+        line = rf"step {number}: loss.* is not finite \(first in the output of \w+.*, stream pairs\); the step was "
+        assert re.search(line + f"skipped, {number - 1} in a row", printed), printed
+    assert re.search(r"step 5: loss.* is not finite .*train.max_skipped is 3.*saved at step 4", printed)
     assert "Traceback" not in printed
-    assert steps(stage) == [1]
-    assert complete_steps(stage / "checkpoints") == [1]
-    assert "checkpoint is from step 1" in printed
+    assert complete_steps(stage / "checkpoints") == [1, 2, 3, 4]
+    ours, theirs = (read_state(f"{stage}@{step}") for step in (1, 4))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logged = rows(stage)
+    assert ["non_finite" in row for row in logged] == [False, True, True, True]
+    assert [row["loss"] is None for row in logged] == [False, True, True, True]
     assert not (stage / "result.json").exists()
+
+    code, printed = rank.run(recipe)  # the count goes on
+    assert code == 1
+    assert "step 5: " in printed
+    assert "was skipped" not in printed
+    code, printed = rank.run(recipe, "train.max_skipped=4")
+    assert code == 1
+    assert rows(stage)[:4] == logged
+    assert steps(stage) == [1, 2, 3, 4, 5]
 
 
 def test_a_tar_that_changes_under_a_run_stops_it_with_a_checkpoint(tmp_path: Path) -> None:
