@@ -125,7 +125,7 @@ def best_step(stage_dir: Path, steps: list[int], address: str) -> int:
 
 def model_stage(stage_dir: Path) -> Path | None:
     """The folder of the training stage that defines the model; for a merge, that of `copy_rest` or its first input."""
-    record = read_record(stage_dir)
+    record = read_record(stage_dir, any_schema=True)
     if record is None:
         return None
     stage = record["stage"]

@@ -52,8 +52,13 @@ def read_mapping(path: Path, advice: str) -> dict[str, Any] | None:
     return content
 
 
-def read_record(stage_dir: Path) -> dict[str, Any] | None:
-    """The content of a stage's resolved.yaml; None if the stage has not started. Raises UserError if it is damaged."""
+def read_record(stage_dir: Path, any_schema: bool = False) -> dict[str, Any] | None:
+    """The content of a stage's resolved.yaml; None if the stage has not started.
+
+    any_schema: also of a version with other recipes, for a reader that builds no model from it, such as a merge
+
+    Raises UserError if the file is damaged or of another schema.
+    """
     path = stage_dir / "resolved.yaml"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -66,10 +71,10 @@ def read_record(stage_dir: Path) -> dict[str, Any] | None:
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("stage"), dict):
         raise UserError(f"{path} is not a valid stage record; delete {stage_dir} to start the stage again")
-    if record.get("schema") != SCHEMA:
+    if not any_schema and record.get("schema") != SCHEMA:
         raise UserError(
             f"{path} was written by a version of Dromos with other recipes (schema {record.get('schema', 1)}, this "
-            f"version has {SCHEMA}); use that version, or choose another folder (run.dir=NEW)"
+            f"version has {SCHEMA}); use that version, or train the stage again in another folder (run.dir=NEW)"
         )
     return record
 

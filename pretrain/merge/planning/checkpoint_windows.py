@@ -148,7 +148,7 @@ def _measure(stage: Path, step: int, unit: str) -> float:
 
 def _lengths(stage: Path) -> dict[str, int]:
     """Tokens per row, padding included, of each stream with text; read from the stage's resolved.yaml."""
-    streams = (read_record(stage) or {"stage": {}})["stage"].get("data")
+    streams = (read_record(stage, any_schema=True) or {"stage": {}})["stage"].get("data")
     lengths = {}
     for stream, data in (streams if isinstance(streams, dict) else {}).items():
         if not isinstance(data, dict):
