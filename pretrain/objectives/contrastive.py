@@ -76,7 +76,8 @@ class Contrastive(GlobalObjective):
 
 def embed(forward: Forward, images: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
     """Features `image` of `images` and `text` of `tokens`, `[rows, width]`, L2-normalised; no patch is masked."""
-    out: dict[str, Tensor] = forward(images=images, tokens=tokens)
+    given = {"images": images, "tokens": tokens}
+    out: dict[str, Tensor] = forward(**{name: value for name, value in given.items() if value is not None})
     return out
 
 

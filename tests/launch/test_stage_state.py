@@ -77,9 +77,12 @@ def test_a_stage_without_a_whole_result_is_not_done(path: Path) -> None:
     (folder / "masked/result.json").write_text("{}")
     assert not is_done(folder, job, recipe)
     in_epochs = with_length(path, "epochs=2")
-    for no_result in ("{}", "[]", '{"step": null}'):
+    for no_result in ("{}", '{"step": null}'):
         finish(in_epochs, folder, "masked", no_result)
         assert not is_done(folder, stage_job(in_epochs, "masked"), in_epochs)
+    (folder / "masked/result.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run/masked/result\.json is damaged: it holds a list"):
+        is_done(folder, job, recipe)
     (folder / "masked/result.json").write_text('{"step": 2')
     with pytest.raises(
         UserError, match=r"run/masked/result\.json is not valid JSON; delete it to run the stage"

@@ -77,7 +77,7 @@ def test_the_command_names_what_only_the_model_tells(tiny_runs: Path, tmp_path: 
     code, printed = checked(recipe, "--model")
     assert code == 0
     assert "  vision     frozen" in printed
-    assert "main: sphinx for 20 steps" in printed
+    assert "main: generative for 20 steps" in printed
     code, printed = checked(
         recipe, "--model", "run.dir=" + str(tmp_path / "run"), "model.vision.init=masked/main"
     )

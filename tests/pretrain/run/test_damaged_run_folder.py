@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from data_pipeline.errors import UserError
 from launch.job import StageJob
@@ -111,7 +112,9 @@ def test_a_state_that_is_no_object_is_named_and_the_checkpoint_before_goes_on(
         state.write_bytes(content)
         manifest = json.loads((newest / "manifest.json").read_text())
         manifest["state.json"] = _entry(content)
-        (newest / "manifest.json").write_text(json.dumps(manifest))
+        sealed = json.dumps(manifest).encode()
+        (newest / "manifest.json").write_bytes(sealed)
+        (newest / "COMPLETE").write_text(xxhash.xxh64_hexdigest(sealed))
         code, printed = rank.run(tiny_runs / "flip.yaml", f"run.dir={run}", "train.steps=4", logs=tmp_path)
         assert code == 2
         assert "Traceback" not in printed

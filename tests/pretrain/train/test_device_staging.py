@@ -9,7 +9,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
 from pretrain.objectives.device_batch import DeviceBatch, to_device
 from pretrain.recipe.data import Image
-from pretrain.train.device_staging import PinnedCopies, Tensors, copies_for, staged
+from pretrain.train.device_staging import PinnedCopies, StagedBatches, Tensors, copies_for
 from tests.support.samples import SIZE, pairs, write_source
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class Recorded:
 def test_the_next_copy_begins_before_the_current_batch_is_computed(batches: list[Batch], count: int) -> None:
     copies = Recorded()
     for number, (rows, batch) in enumerate(
-        zip(staged(batches[:count], IMAGE, CPU, copies), batches[:count], strict=True)
+        zip(StagedBatches(batches[:count], IMAGE, CPU, copies), batches[:count], strict=True)
     ):
         assert equal(rows, to_device(batch, IMAGE, CPU))
         copies.events.append(f"compute {number}")
@@ -63,7 +63,7 @@ def test_the_next_copy_begins_before_the_current_batch_is_computed(batches: list
 
 def test_on_the_cpu_rows_are_moved_one_by_one(batches: list[Batch]) -> None:
     assert copies_for(CPU) is None
-    for rows, batch in zip(staged(batches, IMAGE, CPU, None), batches, strict=True):
+    for rows, batch in zip(StagedBatches(batches, IMAGE, CPU, None), batches, strict=True):
         assert equal(rows, to_device(batch, IMAGE, CPU))
 
 
@@ -75,7 +75,7 @@ def test_pinned_copies_are_right_while_the_gpu_is_busy(batches: list[Batch]) -> 
     assert isinstance(copies, PinnedCopies)
     found = []
     for _ in range(50):
-        for rows in staged(batches, IMAGE, device, copies):
+        for rows in StagedBatches(batches, IMAGE, device, copies):
             torch.cuda._sleep(2_000_000)
             assert rows.images is not None
             found.append((rows.images.double().sum(), rows.tokens.sum(), rows.keys.clone()))

@@ -127,7 +127,7 @@ def test_a_held_out_set_that_vanishes_costs_an_evaluation_and_not_the_run(
     shutil.copytree(tmp_path / "held", tmp_path / "other_held")
     tasks = {"held": task, "other": task | {"path": str(tmp_path / "other_held")}}
     stage = TrainStage.model_validate(given | {"eval": {"zero_shot": tasks}})
-    objective, _ = build(stage, "main", 3, None)
+    objective = build(stage, "main", 3, None).objective
     engine = PlainEngine(objective.model)
     context = StageContext(Recipe(stages={"main": stage}), "main", stage, tmp_path, RUNTIME)
     builders = {spec.name: BatchBuilder(spec) for spec in stage_specs(stage, 3, "main", objective.streams)}

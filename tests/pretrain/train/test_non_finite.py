@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batches.spec import Batch
+from pretrain.objectives import base
 from pretrain.objectives.base import Loss
 from pretrain.train.non_finite import Origin, find_origin
 from tests.pretrain.train.test_evaluation_modes import PlainEngine
@@ -55,7 +55,7 @@ class Model(nn.Module):
         return NoGradient.apply(x * self.scale) if self.cut == "scale" else x * self.scale
 
 
-class Objective:
+class Objective(base.Objective):
     """Two streams; the loss of `captions` is infinite if `spoilt`."""
 
     main, streams = "captions", ("text", "captions")
@@ -71,12 +71,6 @@ class Objective:
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return 1.0
-
-    def metrics(self, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> dict[str, float]:
-        return {}
-
-    def frozen(self) -> dict[str, Tensor]:
-        return {}
 
 
 class Engine(PlainEngine):

@@ -93,7 +93,7 @@ def test_time_limits_and_signals_save_and_the_next_rank_resumes(tiny_runs: Path,
     stopped(code, 1)
 
     early = rank.start(recipe)  # a signal before the first step: it trains one step, saves and stops
-    early.wait_for(lambda: (stage / ".lock").read_text().startswith(f"pid {early.pid} "))
+    early.wait_for(lambda: f'"pid": "{early.pid}"' in (stage / ".lock").read_text())
     early.send_signal(signal.SIGUSR1)
     stopped(early.code(), 2)
 

@@ -15,6 +15,7 @@ from data_pipeline.loader import loader
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.module_weights import write_frozen
+from pretrain.build.objective import Built
 from pretrain.build.streams import cache_settings
 from pretrain.distributed.engine import Runtime
 from pretrain.recipe.schema import Recipe, Schedule, TrainStage
@@ -113,7 +114,8 @@ def test_a_resume_takes_every_frozen_tensor_from_the_file_or_is_refused(tmp_path
     def load(saved_with: str | None) -> Frozen:
         objective = Frozen()
         start = Start(checkpoint, 4, {"frozen": saved_with}, path)
-        load_weights(context(tmp_path), objective, start)  # type: ignore[arg-type]
+        built = Built(objective, {}, frozenset())  # type: ignore[arg-type]
+        load_weights(context(tmp_path), built, start)
         return objective
 
     with pytest.raises(
