@@ -15,6 +15,8 @@ import pytest
 from pydantic import BaseModel
 
 from pretrain.recipe.fields import Length
+from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.kinds.base import ObjectiveOptions
 from pretrain.recipe.schema import Run as RunSection
 from pretrain.recipe.schema import TrainStage
 from tests.support.setting_runs import STEPS, Run, make_data, recipes, train_all
@@ -259,6 +261,8 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = sections(field.annotation)
         if not inner:
             yield key
+        if inner == [ObjectiveOptions]:
+            inner = [spec.options for spec in KINDS.values()]
         for section in inner:
             yield from keys(section, f"{key}.{'*.' if str(field.annotation).startswith('dict') else ''}")
 
