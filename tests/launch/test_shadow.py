@@ -74,7 +74,12 @@ def test_the_whole_script_of_a_slurm_job(folder: Path) -> None:
     (folder / "scontrol").chmod(0o755)
     stages = (StageJob("masked", "train", 20), StageJob("tuned", "train", 10))
     job = Job("r.yaml", "run", stages, on="slurm", python=sys.executable, cluster={"kind": "slurm"})
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n0", "SLURM_JOB_ID": "7"}
+    env = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "n0",
+        "SLURM_JOB_ID": "7",
+    }
     done = subprocess.run(["bash", "-c", render(job)], env=env, capture_output=True, text=True)
     assert "masked: done" in done.stdout, done.stderr  # printed by our launch.slurm.job_step
     assert "the user's own file" not in done.stdout + done.stderr
