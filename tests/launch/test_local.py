@@ -179,6 +179,8 @@ def test_a_loader_on_ray_tells_the_ranks_the_address(recipe: Path, monkeypatch: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, number: signal.Signals) -> None:
     launcher = Launcher(recipe)
+    for rank in (0, 1):  # a rank that has not started dies of the signal
+        launcher.rank("masked", rank)
     wait_for(lambda: launcher.steps("masked") > 2, "three steps")
     launcher.process.send_signal(number)
     code, output = launcher.end()
