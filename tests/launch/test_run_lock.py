@@ -45,7 +45,11 @@ def contents(folder: Path, *without: str) -> dict[str, bytes]:
 
 def test_a_second_launch_is_refused_before_it_touches_anything(recipe: Path) -> None:
     first = Launcher(recipe)
+    logs = [first.run / f"masked/logs/rank_{rank}.log" for rank in (0, 1)]
     wait_for(lambda: first.steps("masked") > 2, "three steps")
+    wait_for(
+        lambda: all(f"rank {rank} of 2" in log.read_text() for rank, log in enumerate(logs)), "both ranks"
+    )
     before = contents(first.run, "metrics.jsonl")
     second = commands.run("run", str(recipe), "optimizer.lr=0.5", "--ranks-per-node", "4")
     assert second.returncode == 2
