@@ -72,6 +72,9 @@ def test_two_nodes_through_a_signal_equal_local(
         return f"{state(slurm, job)}\n{demo.logs('slurm')}\n{slurm.logs()}"
 
     wait_until(lambda: demo.steps("slurm") >= 5, 240, logs)
+    for on in ("slurm", "local"):  # the job's script holds the lock of the run folder
+        code, output = demo.run("slurm", "--on", on, env=slurm.env)
+        assert (code, f"is being written by Slurm job {job}, pid " in output) == (2, True), output
     slurm.command("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: state(slurm, job) == "PENDING", 60, logs)
     stopped = demo.steps("slurm")
