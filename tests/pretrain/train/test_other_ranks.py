@@ -259,9 +259,6 @@ def test_more_skipped_steps_in_a_row_than_allowed_stop_all_ranks_after_a_save(
     assert state["skipped_in_a_row"] == 1
 
 
-ADVICE = "lower loader.workers or train.micro_batch, which change no result, or give the run more memory"
-
-
 @pytest.mark.parametrize(
     ("name", "step", "kind", "own"),
     [
