@@ -23,9 +23,8 @@ def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
         for name, stream in stage.data.items():
             for source, spec in stream.sources.items():
                 yield f"data.{name}.sources.{source}", spec.path
-    for kind, tasks in (("zero_shot", stage.eval.zero_shot), ("perplexity", stage.eval.perplexity)):
-        for name, task in tasks.items():
-            yield f"eval.{kind}.{name}.path", task.path
+    for section, name, path in stage.eval.tasks():
+        yield f"eval.{section}.{name}.path", path
 
 
 def missing_sources(

@@ -140,7 +140,7 @@ def _changed(source: WeightSource, merged: dict[str, Any] | None) -> list[str]:
 
 def _metrics(folder: Path, evaluation: Evaluation) -> dict[str, float]:
     """Held-out metrics of the merged weights, under the same names as in a training stage's result.json."""
-    if not evaluation.zero_shot and not evaluation.perplexity:
+    if not any(evaluation.tasks()):
         return {}
     from pretrain.build.objective import load_trained
     from pretrain.build.tokenizer import stage_tokenizer

@@ -64,7 +64,7 @@ def check(
 
     With --model, each model is built without memory for its weights, and what trains is printed, at which rate:
     expressions that match no parameter, streams without a trained parameter and `init` weights that do not fit are
-    found here. It needs the tokenizers; stages that start from one that has not run are only checked in part.
+    found here. It needs the tokenizers. What comes from a stage that has not run is not checked, and a warning says so.
 
     \b
     Examples:
@@ -116,15 +116,16 @@ def _check_model(name: str, stage: TrainStage, recipe: Recipe) -> bool:
     from pretrain.train.schedule import peak_rate
 
     peak = peak_rate(stage.optimizer, stage.data[main_stream(stage)].batches.largest)
+    unchecked = "the model is"
     try:
-        lines = check_model(stage, name, run_dir(recipe), peak)
+        for line in check_model(stage, name, run_dir(recipe), peak):
+            typer.echo(f"  {line}")
+            unchecked = "the weights of init are"
     except StageNotReady as error:
-        typer.echo(f"  warning: the model is checked only in part: {error}")
-        return True
+        typer.echo(f"  warning: {unchecked} not checked: {error}")
     except UserError as error:
         typer.echo(f"  {error}")
         return False
-    typer.echo("\n".join(f"  {line}" for line in lines))
     return True
 
 

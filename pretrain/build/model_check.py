@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from pretrain.recipe.schema import TrainStage
 from pretrain.weights.source import open_weights
 
 
-def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> list[str]:
-    """Build the model of stage `name` on the meta device, and return the table of what trains.
+def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> Iterator[str]:
+    """Build the model of stage `name` on the meta device, yield the table of what trains, and then check `init`.
 
     Reads the tokenizer and, of the weights of `init`, names and shapes; no data, no other weights. `peak` is the peak
     learning rate. Raises UserError for an expression that matches nothing, a group without effect, a stream without a
@@ -23,11 +24,10 @@ def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> lis
     with torch.device("meta"):
         objective, _, pretrained = build(stage, name, 0, run_dir)
     check_streams_train(objective, stage)
-    table = training_table(objective, stage, peak)
+    yield from training_table(objective, stage, peak)
     if stage.init is not None:
         weights = open_weights(stage.init, run_dir)
         # What the model has from elsewhere, such as model.vision.init, is not taken from `init`.
         names = [name for name in weights.names() if name not in pretrained]
         shapes = {tensor: tuple(weights.info(tensor)[1]) for tensor in names}
         compare(objective.model, shapes, stage.init, stage.init_allow or [])
-    return table

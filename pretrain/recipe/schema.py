@@ -6,6 +6,7 @@ An address names weights: a stage, RUN/STAGE[@STEP], a path, s3://, hf:// or ope
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -208,6 +209,13 @@ class Evaluation(Strict):
     """Name -> zero-shot task. Default: none."""
     perplexity: dict[str, Perplexity] = Field(default_factory=dict)
     """Name -> held-out source. Default: none."""
+
+    def tasks(self) -> Iterator[tuple[str, str, str]]:
+        """(key of the section, name, path) of every task, of whatever kind."""
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, dict):
+                yield from ((key, name, task.path) for name, task in value.items())
 
 
 def parse_list(value: Any) -> Any:

@@ -126,13 +126,13 @@ def _operating_system(error: OSError) -> Failure:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Failure(f"{where}: {what}: raise the limit (ulimit -n), {again}", FAILED)
     if error.errno in UNWRITABLE and path is not None:
-        advice = "make it writable" if error.errno == errno.EROFS else "give this user access to it"
-        return Failure(
-            f"{where}: {what}: {advice}, or choose another folder (run.dir=NEW for a run)", USER_ERROR
-        )
-    if path is None:
-        return Failure(what, FAILED)
-    return Failure(f"{where}: {what}", FAILED)
+        if error.errno == errno.EROFS:
+            advice = "make it writable, or choose another folder (run.dir=NEW for a run)"
+        else:  # the error does not tell a read from a write
+            advice = "give this user access to it; a run may also be written elsewhere (run.dir=NEW)"
+        return Failure(f"{where}: {what}: {advice}", USER_ERROR)
+    place = f"{where}: " if path is not None else ""
+    return Failure(f"{place}{what} ({TRACEBACK}=1 prints the traceback)", FAILED)
 
 
 def _free(where: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.recipe.architectures import read_arch
 from pretrain.recipe.data import Image, Stream
 from pretrain.recipe.dump import stage_record
 from pretrain.recipe.fields import Length, parse_length
@@ -39,17 +38,6 @@ ADDED_KEYS: dict[tuple[str, ...], Any] = {
     ("image", "max_pixels"): Image.model_fields["max_pixels"].default,
     ("share_by",): Stream.model_fields["share_by"].default,
 }
-# Keys that old run folders hold with the default of then, and new ones only where a recipe writes them.
-FORMER_DEFAULTS: dict[tuple[str, ...], Any] = {
-    ("head_width",): 64,
-    ("mlp_ratio",): 4.0,
-    ("positions",): "learnable",
-    ("pool",): "tok",
-    ("model", "text", "width"): 512,
-    ("model", "text", "heads"): 8,
-    ("model", "text", "layers"): 12,
-    ("model", "text", "causal"): True,
-}
 UNITS = ("steps", "samples", "epochs")
 ABSENT = "(absent)"
 
@@ -63,22 +51,9 @@ def compare_identity(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in _identity_keys(new):
         for path, was, now in _differences(_get(old, key), _get(new, key), key):
             defaults = [value for end, value in ADDED_KEYS.items() if path[-len(end) :] == end]
-            if not (was is None and now in defaults) and not _was_default(path, was, now, new):
+            if not (was is None and now in defaults):
                 lines.append(f"{_name(path)}: {_show(was)} -> {_show(now)}")
     return lines + _shortened(old, new)
-
-
-def _was_default(path: tuple[str, ...], was: Any, now: Any, new: dict[str, Any]) -> bool:
-    """True if a key of the model is absent now, and had the default that it still has."""
-    if now is not None or path[:2] != ("stage", "model"):
-        return False
-    arch = next((tower.get("arch") for tower in _get(new, ("stage", "model", "vision")) or []), None)
-    known = (read_arch(arch) or {}) if arch else {}
-    if path[-1] == "pool" and known.get("vision_cfg", {}).get("pool_type", "tok") != "tok":
-        return False
-    if arch and path[-2] == "text":  # now that of the architecture
-        return False
-    return any(path[-len(end) :] == end and was == value for end, value in FORMER_DEFAULTS.items())
 
 
 def compare_changeable_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -173,9 +173,9 @@ class Trainer:
 
     def evaluation_is_due(self, step: int) -> bool:
         """True if the stage has held-out sets and evaluates after `step` steps."""
-        every, settings = self.plan.evaluate_every, self.stage.eval
+        every = self.plan.evaluate_every
         at_step = step == self.plan.total or (every is not None and step > 0 and step % every == 0)
-        return at_step and bool(settings.zero_shot or settings.perplexity)
+        return at_step and any(self.stage.eval.tasks())
 
     def evaluate_into(self, row: dict[str, Any]) -> None:
         """Evaluate, and put the figures into `row`, the last line of metrics.jsonl; collective."""

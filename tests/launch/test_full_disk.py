@@ -57,7 +57,7 @@ def test_a_run_folder_that_cannot_be_made_is_the_users(tmp_path: Path) -> None:
     assert (run.returncode, run.stdout) == (2, "")
     (line,) = run.stderr.splitlines()
     assert line.startswith("dromos: /sys/dromos")
-    assert "or choose another folder (run.dir=NEW for a run)" in line
+    assert "(run.dir=NEW" in line
 
 
 def to_dev_full(recipe: str) -> int:

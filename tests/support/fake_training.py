@@ -190,7 +190,7 @@ def trainer(
         loader=SimpleNamespace(max_bad_fraction=1.0, max_bad_in_shard=max_bad_in_shard),
         schedule=Schedule(kind="constant"),
         train=SimpleNamespace(max_skipped=max_skipped),
-        eval=SimpleNamespace(zero_shot={}, perplexity={"held": None} if evaluate else {}),
+        eval=SimpleNamespace(tasks=lambda: [("perplexity", "held", "x")] if evaluate else []),
         engine=SimpleNamespace(zero=1),
         checkpoint=SimpleNamespace(keep=2),
     )

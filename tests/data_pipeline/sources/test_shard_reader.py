@@ -153,6 +153,14 @@ def test_each_shard_is_scanned_once(
     reader.close()
 
 
+def test_the_tar_that_was_not_used_for_the_longest_time_is_closed(tmp_path: Path) -> None:
+    reader = ShardReader(open_source("a", fill(str(tmp_path), [2] * 3)), files=2)
+    for shard in (0, 1, 0, 2):
+        reader.read(shard, 0)
+    assert list(reader._files) == [0, 2]
+    reader.close()
+
+
 def test_learned_ranges_stay_within_their_limit_and_warn(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = open_source("a", root)
     scans = count_scans(monkeypatch)

@@ -191,6 +191,14 @@ GOOD_JPEG = encode(pixels(0, 0, 64, 64), "JPEG")
 GOOD_PNG = encode(pixels(0, 0, 64, 64))
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "TGA"])
+def test_a_format_that_is_not_listed_is_refused_though_pillow_reads_it(kind: str) -> None:
+    """Each format is code that reads bytes of strangers."""
+    data = encode(pixels(0, 0, 64, 64), kind)
+    with pytest.raises(ContentError, match="not one of JPEG, PNG, WEBP, GIF, BMP"):
+        decode(data, ImageSpec(8), 0, train=True)
+
+
 def test_a_verdict_reads_the_same_on_every_run() -> None:
     details = set()
     for _ in range(2):

@@ -41,23 +41,23 @@ def test_the_model_without_numbers_has_the_table_of_the_real_one(
         expected = training_table(build(stage, "main", 0, run_dir)[0], stage, 0.1)
         with monkeypatch.context() as patch:
             patch.setattr(encoders, "read_state", None)  # the weights of the tower are not read
-            assert check_model(stage, "main", run_dir, 0.1) == expected
+            assert list(check_model(stage, "main", run_dir, 0.1)) == expected
 
 
 def test_weights_that_do_not_fit_are_found_from_their_shapes(tiny_runs: Path) -> None:
     recipe = tiny.sphinx_recipe(tiny_runs, init=str(tiny_runs / "runs" / "sphinx" / "main"))
     run_dir = tiny_runs / "runs" / "other"
-    check_model(stage_of(recipe), "main", run_dir, 0.1)
+    list(check_model(stage_of(recipe), "main", run_dir, 0.1))
     recipe["model"]["llm"]["config"]["num_hidden_layers"] = 1
     with pytest.raises(
         UserError, match=r"llm\.model\.layers\.1\.\* \(9 tensors\): not used by the model(.|\n)*init_allow"
     ):
-        check_model(stage_of(recipe), "main", run_dir, 0.1)
+        list(check_model(stage_of(recipe), "main", run_dir, 0.1))
     recipe["model"]["llm"]["config"]["hidden_size"] = 64
     with pytest.raises(
         UserError, match=r"llm\.model\.norm\.weight: \(32,\) in the weights, \(64,\) in the model"
     ):
-        check_model(stage_of(recipe), "main", run_dir, 0.1)
+        list(check_model(stage_of(recipe), "main", run_dir, 0.1))
 
 
 def checked(recipe: Path, *arguments: str) -> tuple[int, str]:
@@ -81,5 +81,8 @@ def test_the_command_names_what_only_the_model_tells(tiny_runs: Path, tmp_path: 
     code, printed = checked(
         recipe, "--model", "run.dir=" + str(tmp_path / "run"), "model.vision.init=masked/main"
     )
-    assert (code, "warning: the model is checked only in part: masked/main" in printed) == (0, True)
+    assert (code, "warning: the model is not checked: masked/main" in printed) == (0, True)
+    code, printed = checked(recipe, "--model", "init=masked/main")
+    assert (code, "warning: the weights of init are not checked: masked/main" in printed) == (0, True)
+    assert "  vision     frozen" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]  # nothing is written

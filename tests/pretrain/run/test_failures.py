@@ -22,10 +22,10 @@ from pretrain.run.failures import LAST_WORDS, RunStopped, explain, say
         (errno.EDQUOT, "FILE: the disk quota is used up: make room there", 1),
         (errno.EFBIG, "FILE: over the limit on file sizes: raise it (ulimit -f)", 1),
         (errno.EMFILE, "FILE: Too many open files: raise the limit (ulimit -n)", 1),
-        (errno.EIO, "FILE: Input/output error", 1),
+        (errno.EIO, "FILE: Input/output error (DROMOS_TRACEBACK=1 prints the traceback)", 1),
         (errno.EROFS, "FILE: Read-only file system: make it writable, or choose another folder", 2),
-        (errno.EACCES, "FILE: Permission denied: give this user access to it, or choose another folder", 2),
-        (errno.EPERM, "FILE: Operation not permitted: give this user access to it, or choose another", 2),
+        (errno.EACCES, "FILE: Permission denied: give this user access to it; a run may", 2),
+        (errno.EPERM, "FILE: Operation not permitted: give this user access to it; a run may", 2),
         (errno.ENOMEM, "out of memory (", 1),
     ],
 )

@@ -268,39 +268,3 @@ def test_every_key_of_a_stage_is_compared_or_known_to_be_free(kind: str, tmp_pat
         assert bool(compare_identity(whole, without)) is (not is_free and path[-1] != "continue"), name
     for key, is_compared in (("seed", True), ("name", False), ("dir", False)):
         assert bool(compare_identity(whole, changed(whole, ("run", key), "another"))) is is_compared
-
-
-def test_defaults_that_are_no_longer_written_do_not_make_another_recipe() -> None:
-    """Run folders of earlier versions hold the defaults of the towers; only those of an arch have other values now."""
-
-    def record(vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-        return {"stage": {"model": {"vision": [vision], "text": text}}}
-
-    shape = {"width": 32, "layers": 1, "patch": 4}
-    old = record(
-        shape | {"head_width": 64, "mlp_ratio": 4.0, "positions": "learnable", "pool": "tok"},
-        {"width": 512, "heads": 8, "layers": 12, "causal": True},
-    )
-    assert compare_identity(old, record(shape, {})) == []
-    for part, key, value in (
-        (0, "head_width", 32),
-        (0, "pool", "avg"),
-        (1, "heads", 4),
-        (1, "causal", False),
-    ):
-        parts: list[dict[str, Any]] = [
-            dict(old["stage"]["model"]["vision"][0]),
-            dict(old["stage"]["model"]["text"]),
-        ]
-        parts[part][key] = value
-        (line,) = compare_identity(record(*parts), record(shape, {}))
-        assert f".{key}: " in line
-        assert line.endswith("-> (absent)")
-    for arch, differs in (("ViT-B-16", []), ("ViT-L-14-CLIPA", ["pool"])):
-        towers = [{"arch": f"open_clip://{arch}"} | more for more in ({"pool": "tok", "head_width": 64}, {})]
-        found = compare_identity(record(towers[0], {"width": 8}), record(towers[1], {"width": 8}))
-        assert [line.split(":")[0].rpartition(".")[2] for line in found] == differs
-    arch = {"arch": "open_clip://ViT-B-16"}
-    assert compare_identity(record(arch, {"width": 512}), record(arch, {})) == [
-        "model.text.width: 512 -> (absent)"
-    ]
