@@ -231,7 +231,7 @@ class TrainStage(Strict):
     init: str | None = None
     """Address of the initial weights; optimizer, schedule and data start new. Default: random weights."""
     init_allow: Annotated[list[str], BeforeValidator(parse_list)] | None = None
-    """Regular expressions of names: parts of a module that `init` may lack, or hold in vain. Default: none.
+    """Regular expressions of names: parts of a module that `init` may lack, or have unused. Default: none.
 
     Whole modules may always differ, for example a projector after a stage without images; all of it is printed.
     """

@@ -163,16 +163,16 @@ def load_weights(context: StageContext, built: Built, start: Start | None) -> No
 
 
 def _init(context: StageContext, built: Built, init: str) -> None:
-    """Take the weights at `init`; rank 0 prints what they lack and what they hold in vain.
+    """Take the weights at `init`; rank 0 prints what they lack and what of them is not used.
 
-    What `built` has from elsewhere, such as an encoder from `model.vision.init`, stays; the same tensors at `init` are
-    not in vain if they are equal.
+    What `built` has from elsewhere, such as an encoder from `model.vision.init`, stays; equal tensors at `init` count
+    as used.
     """
     model, state = built.objective.model, read_state(init, context.run_dir)
     replaced = {name: state.pop(name) for name in built.pretrained if name in state}
     loaded = load_into(model, state, init, context.stage.init_allow or [])
     own = model.state_dict()
-    in_vain = loaded.unused + [
+    unused = loaded.unused + [
         name for name, tensor in replaced.items() if not torch.equal(own[name].cpu().to(tensor.dtype), tensor)
     ]
     if context.runtime.rank != 0:
@@ -182,7 +182,7 @@ def _init(context: StageContext, built: Built, init: str) -> None:
     held = {*state, *replaced}
     for what, names, others in (
         ("newly initialised", new, targets - {*new}),
-        ("not used", in_vain, held - {*in_vain}),
+        ("not used", unused, held - {*unused}),
     ):
         if names:
             print(f"dromos: init {init}: {what}: {', '.join(folded(names, others))}", flush=True)

@@ -144,7 +144,7 @@ def test_layers_that_the_model_lacks_are_refused_and_named() -> None:
 
 
 def test_the_line_to_write_allows_what_differs_and_keeps_what_was_allowed() -> None:
-    """One layer into three, with another head: what is new and what is in vain, both in part."""
+    """One layer into three, with another head: what is new and what is unused, both in part."""
     state, model = state_of(Layers(1)), Layers(3)
     state["llm.extra.weight"] = torch.zeros(2)
     allow = [r"llm\.layers\.1\..*"]
