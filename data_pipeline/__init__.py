@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.batches.spec import Batch, SourceSpec, TextSpec
+    from data_pipeline.batches.spec import Batch, SourceSpec
     from data_pipeline.errors import ReadError, UserError, WorkerError
     from data_pipeline.storage.cache import CacheSettings
     from data_pipeline.stream import Stream
     from data_pipeline.transforms.captions import CaptionSpec
     from data_pipeline.transforms.decode import ImageSpec
+    from data_pipeline.transforms.text_formats import PackedFormat, RowArray, TextFormat, TextRow, TextSpec
     from data_pipeline.workers.watchdog import StallLimits
 
 __all__ = [
@@ -21,10 +22,14 @@ __all__ = [
     "CacheSettings",
     "CaptionSpec",
     "ImageSpec",
+    "PackedFormat",
     "ReadError",
+    "RowArray",
     "SourceSpec",
     "StallLimits",
     "Stream",
+    "TextFormat",
+    "TextRow",
     "TextSpec",
     "UserError",
     "WorkerError",
@@ -36,11 +41,15 @@ _HOMES = {
     "CacheSettings": "storage.cache",
     "CaptionSpec": "transforms.captions",
     "ImageSpec": "transforms.decode",
+    "PackedFormat": "transforms.text_formats",
     "ReadError": "errors",
+    "RowArray": "transforms.text_formats",
     "SourceSpec": "batches.spec",
     "StallLimits": "workers.watchdog",
     "Stream": "stream",
-    "TextSpec": "batches.spec",
+    "TextFormat": "transforms.text_formats",
+    "TextRow": "transforms.text_formats",
+    "TextSpec": "transforms.text_formats",
     "UserError": "errors",
     "WorkerError": "errors",
 }

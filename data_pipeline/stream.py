@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.order.batch_schedule import BatchSchedule
@@ -17,6 +17,7 @@ from data_pipeline.order.mixture_weights import ShareBy
 from data_pipeline.order.stream_order import StreamOrder, stream_seed
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import PackedFormat, TextFormat
 from data_pipeline.workers.watchdog import StallLimits
 
 
@@ -36,8 +37,9 @@ class Stream:
 
     sources: folder, pattern or file of tars, local or s3://; for a mixture, name -> path or SourceSpec
     batch: rows of the global batch, or first step -> rows for a ramp-up
-    image, text: how pixels and captions are decoded. Without both, samples are packed sequences of `length` tokens
-        (uint16 or uint32 in the tar member `npy`)
+    image, text: how pixels and text are decoded; TextSpec is for captions, another TextFormat may be your own
+    length: short for text=PackedFormat(length): samples are packed sequences of `length` tokens (uint16 or uint32 in
+        the tar member `npy`)
     seed, name: the order depends on both, so two streams of one run differ
     lanes: parts of the global batch that read separate parts of each source; default: the largest common divisor of
         all batches up to 1024 (choose_lanes in data_pipeline/order/stream_order.py)
@@ -62,7 +64,7 @@ class Stream:
         batch: int | Mapping[int, int],
         *,
         image: ImageSpec | None = None,
-        text: TextSpec | None = None,
+        text: TextFormat | None = None,
         length: int | None = None,
         seed: int = 0,
         name: str = "stream",
@@ -75,15 +77,17 @@ class Stream:
         cache: CacheSettings | None = None,
         limits: StallLimits | None = None,
     ) -> None:
+        if length is not None:
+            if image is not None or text is not None:
+                raise UserError(f"data.{name}: write image and text, or the length of packed text, not both")
+            text = PackedFormat(length)
         named = {"source": sources} if isinstance(sources, str) else sources
         specs = {
             key: value if isinstance(value, SourceSpec) else SourceSpec(value) for key, value in named.items()
         }
         self.name = name
         order = stream_seed(seed, "stream", name)
-        spec = StreamSpec(
-            name, order, specs, BatchSchedule.of(batch), lanes, image, text, length, share_by=share_by
-        )
+        spec = StreamSpec(name, order, specs, BatchSchedule.of(batch), lanes, image, text, share_by=share_by)
         cache = cache or CacheSettings.of()
         self._set_loader(
             LocalLoader([spec], rank, world_size, workers, limits=limits, cache=cache, dummy_rows=dummy_rows)

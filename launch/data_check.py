@@ -23,8 +23,8 @@ def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
         for name, stream in stage.data.items():
             for source, spec in stream.sources.items():
                 yield f"data.{name}.sources.{source}", spec.path
-    for section, name, path in stage.eval.tasks():
-        yield f"eval.{section}.{name}.path", path
+    for section, name, task in stage.eval.tasks():
+        yield f"eval.{section}.{name}.path", task.path
 
 
 def missing_sources(

@@ -22,7 +22,8 @@ from pretrain.merge.planning.inputs import open_inputs
 from pretrain.merge.planning.planner import prepare
 from pretrain.merge.planning.request import make_request
 from pretrain.recipe.dump import dump_plain, stage_record
-from pretrain.recipe.schema import Evaluation, MergeStage, Recipe
+from pretrain.recipe.schema import MergeStage, Recipe
+from pretrain.recipe.sections.evaluation import Evaluation
 from pretrain.run.folder import read_mapping
 from pretrain.run.identity import ABSENT, check_run_folder
 from pretrain.run.lock import FolderLock

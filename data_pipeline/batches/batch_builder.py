@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.batches.row_builder import Rejection, Row, RowBuilder
+from data_pipeline.batches.row_builder import Rejection, Row, RowBuilder, open_tokenizer
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order import digest
@@ -17,7 +17,7 @@ from data_pipeline.order.stream_order import SampleRefs, SourceCounts, StreamOrd
 from data_pipeline.sources.manifest import Manifest, open_source
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Augmentation, draw_augmentations
-from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
@@ -83,7 +83,7 @@ class BatchBuilder:
         self.spec = spec
         self.cache = cache
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
-        self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
+        self.tokenizer = open_tokenizer(spec) if tokenizer is None else tokenizer
         self.names = list(spec.sources)
         self.order = order_of(spec, self.manifests)
         self._rows = RowBuilder(spec, self.manifests, self.tokenizer, cache)
@@ -110,7 +110,7 @@ class BatchBuilder:
     def make(self, step: int, start: int, stop: int, pixels: np.ndarray | None = None) -> Batch:
         """Rows [start, stop) of the global batch at `step`; steps and rows count from 0.
 
-        `pixels`, contiguous uint8 [rows, size, size, 3], is used as the memory of the images if given.
+        `pixels`, contiguous uint8 [rows, images, size, size, 3], is used as the memory of the images if given.
 
         order_digest covers the assignment, with attempt 0, crop () and caption -1, because the assignment is known
         before a sample is read. batch_digest covers the served samples. Raises UserError and ReadError.
@@ -119,6 +119,7 @@ class BatchBuilder:
         drawn = self.order.refs(step, start, stop)
         refs = self._in_tars(drawn)
         batch = self._rows.empty_batch(step, start, stop, pixels)
+        images = batch.fields.get("pixels")
         for number, name in enumerate(self.names):
             rows = refs.source == number
             self._rows.expect(name, refs.shard[rows], refs.index[rows])
@@ -128,9 +129,7 @@ class BatchBuilder:
         attempts = np.zeros(stop - start, np.int64)
         skipped: dict[str, Counter[str]] = defaultdict(Counter)
         for i in range(stop - start):
-            served = self._serve(
-                refs, drawn, i, augmentations[i], None if batch.pixels is None else batch.pixels[i]
-            )
+            served = self._serve(refs, drawn, i, augmentations[i], None if images is None else images[i])
             shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.rejections)
             for attempt, (shard, index, error) in enumerate(served.rejections):
                 source = self.names[refs.source[i]]
@@ -168,9 +167,10 @@ class BatchBuilder:
         return replace(refs, index=index)
 
     def _augmentations(self, refs: SampleRefs) -> Sequence[Augmentation | None]:
-        """Augmentations of the assigned samples; None for packed text, which has no random choice."""
+        """Augmentations of the assigned samples; None for text without a random choice."""
         attempts = np.zeros(len(refs.row), np.int64)
-        if self.spec.packed:
+        text = self.spec.text
+        if self.spec.image is None and text is not None and not text.random:
             return [None] * len(attempts)
         return draw_augmentations(self._row_keys(refs, refs.shard, refs.index, attempts))
 
@@ -238,7 +238,7 @@ class BatchBuilder:
             len(served.rejections),
             epoch,
             served.row.crop,
-            served.row.choice,
+            served.row.text.choice,
         )
         batch.order_digest = digest.add(batch.order_digest, assigned)
         batch.batch_digest = digest.add(batch.batch_digest, actual)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.batches.batch_builder import open_sources
-from data_pipeline.batches.row_builder import RowBuilder
+from data_pipeline.batches.row_builder import RowBuilder, open_tokenizer
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order import digest
 from data_pipeline.order.stream_order import row_keys, sample_ids
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
+from data_pipeline.transforms.tokenizers import Tokenizer
 
 
 class EvaluationPass:
@@ -39,7 +39,7 @@ class EvaluationPass:
         self.spec = spec
         self.source = next(iter(spec.sources))
         self.manifests = dict(open_sources(spec) if manifests is None else manifests)
-        self.tokenizer = load_tokenizer(spec.text.tokenizer) if spec.text and tokenizer is None else tokenizer
+        self.tokenizer = open_tokenizer(spec) if tokenizer is None else tokenizer
         self._rows = RowBuilder(spec, self.manifests, self.tokenizer, cache or CacheSettings.of())
         self._ends = np.cumsum(self.manifests[self.source].counts)
 
@@ -83,9 +83,10 @@ class EvaluationPass:
 
     def _fill(self, batch: Batch, i: int, shard: int, index: int) -> dict[str, Any] | None:
         """Build row i of the batch and return its meta; None if the sample is unusable."""
-        out = None if batch.pixels is None else batch.pixels[i]
+        images = batch.fields.get("pixels")
+        out = None if images is None else images[i]
         try:
-            row = self._rows.make(self.source, shard, index, None, out)
+            row = self._rows.make(self.source, shard, index, None, out, with_meta=True)
         except ContentError as error:
             reasons = batch.skipped.setdefault(self.source, {})
             reasons[error.reason] = reasons.get(error.reason, 0) + 1
@@ -98,7 +99,7 @@ class EvaluationPass:
         batch.samples[self.source] += 1
         path = self.manifests[self.source].paths[shard]
         row_digest = digest.row_digest(
-            self.spec.name, batch.start + i, self.source, path, index, 0, 0, row.crop, row.choice
+            self.spec.name, batch.start + i, self.source, path, index, 0, 0, row.crop, row.text.choice
         )
         batch.batch_digest = batch.order_digest = digest.add(batch.batch_digest, row_digest)
         return row.meta

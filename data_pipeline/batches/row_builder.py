@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, image_member
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Augmentation, draw_augmentations
-from data_pipeline.transforms.captions import json_member, pick_caption
+from data_pipeline.transforms.captions import json_member
 from data_pipeline.transforms.decode import decode_image
-from data_pipeline.transforms.tokenizers import Tokenizer, caption_row
+from data_pipeline.transforms.text_formats import TextRow
+from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
@@ -30,21 +30,25 @@ if TYPE_CHECKING:
 RETRY_AFTER = (0.1, 1.0, 4.0)
 
 
+NO_TEXT = TextRow({})
+
+
+def open_tokenizer(spec: StreamSpec) -> Tokenizer | None:
+    """The tokenizer of a stream; None if its text needs none. Raises UserError."""
+    return load_tokenizer(spec.text.tokenizer) if spec.text is not None and spec.text.tokenizer else None
+
+
 @dataclass
 class Row:
     """One row without its pixels.
 
-    tokens: int32 [length]
-    used: tokens that are not padding
+    text: its arrays, and the number of the text among those of the sample
     crop: result of decode_image; () without an image
-    choice: number of the caption among the sample's captions; -1 without captions
     meta: key, caption and json member; only in evaluation
     """
 
-    tokens: np.ndarray
-    used: int
+    text: TextRow
     crop: tuple[int, ...]
-    choice: int
     meta: dict[str, Any] | None = None
 
 
@@ -67,50 +71,38 @@ class RowBuilder:
         self.tokenizer = tokenizer
         self._readers = {name: ShardReader(manifest, cache) for name, manifest in manifests.items()}
 
-    @property
-    def length(self) -> int:
-        """Tokens of a row; 0 in a stream without text."""
-        if self.spec.text is not None:
-            return self.spec.text.length
-        return (self.spec.length or 0) if self.spec.packed else 0
-
     def make(
-        self, source: str, shard: int, index: int, augmentation: Augmentation | None, out: np.ndarray | None
+        self,
+        source: str,
+        shard: int,
+        index: int,
+        augmentation: Augmentation | None,
+        out: np.ndarray | None,
+        with_meta: bool = False,
     ) -> Row:
-        """The row of one sample; its pixels are written to `out`, uint8 [size, size, 3].
+        """The row of one sample; its pixels are written to `out`, uint8 [images, size, size, 3].
 
         Without `augmentation` (evaluation) nothing is random. Raises ContentError if the sample is unusable, ReadError
-        if its bytes cannot be read.
+        if its bytes cannot be read, UserError if the text format does not fit the data.
         """
         sample_key, members = self._read(source, shard, index)
         with activity.decoding(source, shard, index):
-            if self.spec.packed:
-                return Row(self._packed(members, source, shard, sample_key), self.length, (), -1)
-            return self._row(sample_key, members, augmentation, out)
-
-    def _row(
-        self,
-        sample_key: str,
-        members: dict[str, bytes],
-        augmentation: Augmentation | None,
-        out: np.ndarray | None,
-    ) -> Row:
-        crop: tuple[int, ...] = ()
-        if self.spec.image is not None:
-            assert out is not None
-            crop = decode_image(_image_of(members), self.spec.image, augmentation, out)
-        tokens, used, caption, choice = np.zeros(0, np.int32), 0, None, -1
-        if self.spec.text is not None:
-            assert self.tokenizer is not None
-            text = self.spec.text
-            caption, choice = pick_caption(
-                members, augmentation.caption if augmentation else None, text.captions
-            )
-            tokens, used = caption_row(self.tokenizer, caption, text.length)
-        row = Row(tokens, used, crop, choice)
-        if augmentation is None:
-            row.meta = {"key": sample_key, "caption": caption, "json": json_member(members)}
-        return row
+            crop: tuple[int, ...] = ()
+            if self.spec.image is not None:
+                assert out is not None
+                crop = decode_image(_image_of(members), self.spec.image, augmentation, out[0])
+            text = NO_TEXT
+            if self.spec.text is not None:
+                draw = augmentation.caption if augmentation else None
+                try:
+                    text = self.spec.text.row(members, self.tokenizer, draw)
+                except UserError as error:
+                    where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
+                    raise UserError(f"{where}, sample {sample_key!r}: {error}") from None
+            row = Row(text, crop)
+            if with_meta:
+                row.meta = {"key": sample_key, "caption": text.text, "json": json_member(members)}
+            return row
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
         """Announce the next samples of a source, in order, so that they can be read ahead."""
@@ -129,15 +121,9 @@ class RowBuilder:
         return self._readers[source].key(shard, index)
 
     @cached_property
-    def _dummy(self) -> Row:
-        """A dummy row: an empty caption, or one token of packed text. No row of weight 1 is shorter.
-
-        A model computes it like any other row. A row of padding alone would be NaN under an attention mask.
-        """
-        if self.spec.text is not None:
-            assert self.tokenizer is not None
-            return Row(*caption_row(self.tokenizer, "", self.length), (), -1)
-        return Row(np.zeros(self.length, np.int32), min(1, self.length), (), -1)
+    def _dummy(self) -> Mapping[str, np.ndarray | int]:
+        """The arrays of a dummy row, without its pixels."""
+        return self.spec.text.dummy(self.tokenizer) if self.spec.text is not None else {}
 
     def empty_batch(
         self, step: int, start: int, stop: int, pixels: np.ndarray | None = None, dummies: int = 0
@@ -148,9 +134,14 @@ class RowBuilder:
         layout.
         """
         rows = stop - start + dummies
-        if self.spec.image is not None:
-            shape = (rows, self.spec.image.size, self.spec.image.size, 3)
-            pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
+        fields: dict[str, np.ndarray] = {}
+        for name, array in self.spec.arrays.items():
+            shape = (rows, *array.shape)
+            if name != "pixels":
+                fields[name] = np.empty(shape, array.dtype)
+                fields[name][...] = self._dummy[name]
+                continue
+            fields[name] = pixels = np.zeros(shape, np.uint8) if pixels is None else pixels
             if pixels.shape != shape or pixels.dtype != np.uint8 or not pixels.flags.c_contiguous:
                 raise ValueError(
                     f"pixels is {pixels.dtype} {pixels.shape}; expected contiguous uint8 {shape}"
@@ -160,9 +151,7 @@ class RowBuilder:
             step=step,
             start=start,
             stop=stop,
-            pixels=pixels if self.spec.image else None,
-            tokens=np.tile(self._dummy.tokens, (rows, 1)),
-            used=np.full(rows, self._dummy.used, np.int32),
+            fields=fields,
             weights=np.zeros(rows, np.float32),
             sample_ids=np.zeros(rows, np.uint64),
             row_keys=np.zeros(rows, np.uint64),
@@ -170,8 +159,8 @@ class RowBuilder:
 
     def fill_row(self, batch: Batch, i: int, row: Row) -> None:
         """Copy `row` to row i of the batch, which gets weight 1; its pixels are in the batch already."""
-        batch.tokens[i] = row.tokens
-        batch.used[i] = row.used
+        for name, value in row.text.arrays.items():
+            batch.fields[name][i] = value
         batch.weights[i] = 1
 
     def check(self, source: str) -> None:
@@ -180,8 +169,8 @@ class RowBuilder:
         shard = int(np.flatnonzero(counts)[0])
         rejections: list[Rejection] = []
         (augmentation,) = draw_augmentations(np.zeros(1, np.uint64))
-        size = self.spec.image.size if self.spec.image else 0
-        out = np.empty((size, size, 3), np.uint8)
+        pixels = self.spec.arrays.get("pixels")
+        out = np.empty(pixels.shape, np.uint8) if pixels is not None else None
         for number in range(min(8, int(counts[shard]))):
             index = self.manifests[source].tar_position(shard, number)
             try:
@@ -195,15 +184,10 @@ class RowBuilder:
         """The error for a source with several unusable samples in succession; it names the first of them."""
         shard, index, error = rejections[0]
         reasons = sorted({rejected.reason for _, _, rejected in rejections})
-        if self.spec.packed:
-            expected = f"npy with {self.length} packed tokens"
-        else:
-            contents = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
-            if self.spec.text is not None:
-                captions = self.spec.text.captions
-                where = " or ".join(captions.members) if captions else "txt, or caption in json"
-                contents.append(f"a caption ({where})")
-            expected = " and ".join(contents)
+        contents = [f"an image ({', '.join(IMAGE_EXTENSIONS)})"] if self.spec.image else []
+        if self.spec.text is not None:
+            contents.append(self.spec.text.expected)
+        expected = " and ".join(contents)
         return UserError(
             f"data.{self.spec.name}.sources.{source}: all {len(rejections)} samples that were tried are unusable "
             f"({', '.join(reasons)}). First {self.url(source, shard)}, sample "
@@ -243,48 +227,6 @@ class RowBuilder:
                 reader.reopen()
                 time.sleep(wait)
         raise AssertionError("unreachable")
-
-    def _packed(self, members: dict[str, bytes], source: str, shard: int, key: str) -> np.ndarray:
-        """Tokens of a packed sample, int32 [length].
-
-        Raises ContentError for a damaged file, but UserError for tokens of another type or length: then the recipe does
-        not fit the data.
-        """
-        if "npy" not in members:
-            raise ContentError("missing tokens", f"members: {', '.join(members) or 'none'}")
-        try:
-            tokens = _array(members["npy"])
-        except ValueError as error:
-            raise ContentError("undecodable", str(error)) from error
-        if tokens.ndim != 1 or tokens.dtype not in (np.dtype(np.uint16), np.dtype(np.uint32)):
-            mistake = f"{tokens.dtype} {list(tokens.shape)}; packed text is uint16 or uint32 of one dimension"
-        elif len(tokens) != self.length:
-            mistake = (
-                f"{len(tokens)} tokens, but data.{self.spec.name}.length is {self.length}; make them equal"
-            )
-        else:
-            return tokens.astype(np.int32)
-        raise UserError(
-            f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}, sample {key!r}: {mistake}"
-        )
-
-
-def _array(npy: bytes) -> np.ndarray:
-    """The array of an npy file; never unpickles. Raises ValueError."""
-    file = io.BytesIO(npy)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-    # numpy evaluates the header as Python, which can fail in any way, MemoryError included.
-    except Exception as error:
-        raise ValueError(f"invalid header: {type(error).__name__}: {error}") from error
-    claimed, available = prod(shape) * dtype.itemsize, len(npy) - file.tell()
-    if claimed > available:  # checked here, because numpy allocates the claimed size before it reads
-        raise ValueError(f"the header claims {claimed} bytes of {dtype}, the file has {available}")
-    return np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False)
 
 
 def _image_of(members: dict[str, bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""Plain data sent between ranks, workers and actors: SourceSpec, TextSpec, StreamSpec, and `Batch` with its arrays."""
+"""Plain data sent between ranks, workers and actors: SourceSpec, StreamSpec, and `Batch` with its arrays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture_weights import ShareBy
 from data_pipeline.order.state import Segment
-from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import RESERVED, RowArray, TextFormat
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,6 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
-class TextSpec:
-    """Conversion of captions to token rows.
-
-    tokenizer: `clip-bpe`, or the path of a tokenizer.json or its folder
-    length: tokens per row, start and end token included
-    captions: location of the captions and choice among several; None: see `captions.pick_caption`
-    """
-
-    tokenizer: str
-    length: int
-    captions: CaptionSpec | None = None
-
-
-@dataclass(frozen=True)
 class StreamSpec:
     """A named mixture of sources and its global batch.
 
@@ -56,8 +42,9 @@ class StreamSpec:
     share_by: how sources without a weight share the rows
     segments: of a run that continues with a changed mixture, see `StreamOrder.resume`
 
-    With `image` or `text` a sample is an image, a caption or both. With neither it is a packed sequence of `length`
-    tokens, written offline by prepare/pack.py. Raises UserError for values that are invalid whatever the data is.
+    text: how the text of a sample becomes arrays, such as CaptionFormat or PackedFormat
+
+    A sample has an image, a text or both. Raises UserError for values that are invalid whatever the data is.
     """
 
     name: str
@@ -66,15 +53,14 @@ class StreamSpec:
     batch: int | BatchSchedule
     lanes: int | None = None
     image: ImageSpec | None = None
-    text: TextSpec | None = None
-    length: int | None = None
+    text: TextFormat | None = None
     share_by: ShareBy = "size"
     segments: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError(f"data.{self.name}.sources: there are none; write at least one source")
-        if self.packed and self.length is None:
+        if self.image is None and self.text is None:
             raise UserError(
                 f"data.{self.name}: write image, text or both, or the length of the packed sequences"
             )
@@ -92,10 +78,11 @@ class StreamSpec:
                 yield f"image.crop is ({low}, {high}); it must be a range of shares with 0 < low <= high <= 1"
             if self.image.max_pixels < 1:
                 yield f"image.max_pixels is {self.image.max_pixels}; it must be at least 1"
-        if self.text is not None and self.text.length < 3:
-            yield f"text.length is {self.text.length}; a start token, a caption and an end token need at least 3"
-        if self.packed and self.length is not None and self.length < 1:
-            yield f"length is {self.length}; it must be at least 1 token"
+        if self.text is not None:
+            yield from (f"text.{mistake}" for mistake in self.text.mistakes())
+            for name in self.text.arrays:
+                if name in RESERVED:
+                    yield f"text: the format's array {name!r} has a name that every batch uses itself"
         if self.share_by not in get_args(ShareBy):
             yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(ShareBy))}"
 
@@ -114,20 +101,23 @@ class StreamSpec:
         return self.batches.largest
 
     @property
-    def packed(self) -> bool:
-        """True if samples are packed sequences."""
-        return self.image is None and self.text is None
+    def arrays(self) -> dict[str, RowArray]:
+        """The arrays of a row by name: `pixels` with `image`, and those of the text format."""
+        arrays = dict(self.text.arrays) if self.text is not None else {}
+        if self.image is not None:
+            arrays["pixels"] = RowArray("uint8", (1, self.image.size, self.image.size, 3))
+        return arrays
 
 
 @dataclass
 class Batch:
     """Rows [start, stop) of the global batch of one stream at one step; behind them dummy rows, if a rank needs them.
 
-    A dummy row has no sample and weight 0; its pixels are 0 and its tokens are those of an empty caption.
+    A dummy row has no sample and weight 0; its pixels are 0 and its text is that of `TextFormat.dummy`, such as an
+    empty caption.
 
-    pixels: uint8 [rows, size, size, 3], contiguous; None without images
-    tokens: int32 [rows, length]
-    used: int32 [rows], tokens that are not padding
+    fields: name -> array [rows, ...]: `pixels`, uint8 [rows, images, size, size, 3], contiguous, in a stream with
+        images (one each today); and the arrays of the text format, `tokens` and `used` in most
     weights: float32 [rows], 0 for rows without a sample (dummy rows and, in an evaluation, unusable samples), else 1
     sample_ids: uint64 [rows], the same for a sample in every epoch; 0 in dummy rows
     row_keys: uint64 [rows], keys of each row's random choices, such as its masks
@@ -143,9 +133,7 @@ class Batch:
     step: int
     start: int
     stop: int
-    pixels: np.ndarray | None
-    tokens: np.ndarray
-    used: np.ndarray
+    fields: dict[str, np.ndarray]
     weights: np.ndarray
     sample_ids: np.ndarray
     row_keys: np.ndarray
@@ -157,6 +145,37 @@ class Batch:
     meta: list[dict[str, Any]] | None = None
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch, dummy rows included."""
+        return len(self.weights)
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """The only image of each row, a view uint8 [rows, size, size, 3]; None without images.
+
+        Raises ValueError if rows have several images; `fields["pixels"]` has them all.
+        """
+        pixels = self.fields.get("pixels")
+        if pixels is None:
+            return None
+        if pixels.shape[1] != 1:
+            raise ValueError(
+                f"a row of stream {self.stream!r} has {pixels.shape[1]} images; read fields['pixels']"
+            )
+        return pixels[:, 0]
+
+    @property
     def images(self) -> np.ndarray | None:
-        """The pixels as a view uint8 [rows, 3, size, size]; the memory stays channels-last."""
-        return None if self.pixels is None else self.pixels.transpose(0, 3, 1, 2)
+        """The only image of each row, a view uint8 [rows, 3, size, size]; the memory stays channels-last."""
+        pixels = self.pixels
+        return None if pixels is None else pixels.transpose(0, 3, 1, 2)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [rows, length]; length 0 in a stream without text."""
+        return self.fields["tokens"] if "tokens" in self.fields else np.zeros((self.rows, 0), np.int32)
+
+    @property
+    def used(self) -> np.ndarray:
+        """Tokens of each row that are not padding, int32 [rows]."""
+        return self.fields["used"] if "used" in self.fields else np.zeros(self.rows, np.int32)

@@ -20,12 +20,10 @@ from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer
 
-# Smallest slice in rows: an image row takes milliseconds, a packed text row microseconds, so smaller slices cost more
-# than they save.
+# Smallest slice of a stream with images, in rows: smaller slices cost more than they save.
 MIN_IMAGE_ROWS = 8
-MIN_TEXT_ROWS = 256
 # Fields taken from the first slice, not summed. (Arrays and lists are concatenated.)
-COMMON_FIELDS = ("stream", "step", "start", "stop", "pixels", "meta")
+COMMON_FIELDS = ("stream", "step", "start", "stop", "meta")
 
 
 @dataclass(frozen=True)
@@ -104,16 +102,17 @@ def items_of(
             yield WorkItem(spec.name, step, *rows, dummies=last - max(first, rows[1]))
 
 
-def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, int, int, int]:
+def pixel_shape(spec: StreamSpec, rows: int) -> tuple[int, ...]:
     """Shape of the pixels of `rows` rows; it has no elements if the stream has no images."""
-    size = spec.image.size if spec.image is not None else 0
-    return rows, size, size, 3
+    pixels = spec.arrays.get("pixels")
+    return (rows, *pixels.shape) if pixels is not None else (0,)
 
 
 def split_item(item: WorkItem, spec: StreamSpec, slices: int) -> list[WorkItem]:
     """Split an item into at most `slices` items of nearly equal numbers of rows, in order."""
     rows = item.stop - item.start
-    slices = max(1, min(slices, rows // (MIN_TEXT_ROWS if spec.packed else MIN_IMAGE_ROWS)))
+    smallest = MIN_IMAGE_ROWS if spec.image is not None or spec.text is None else spec.text.slice_rows
+    slices = max(1, min(slices, rows // smallest))
     ends = [item.start + rows * i // slices for i in range(slices + 1)]
     return [replace(item, start=a, stop=b) for a, b in pairwise(ends)]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +18,6 @@ from data_pipeline.batches.work_items import (
     WorkItem,
     items_of,
     join_batches,
-    pixel_shape,
 )
 from data_pipeline.errors import UserError
 from data_pipeline.loader.prefetcher import Prefetcher
@@ -162,9 +160,8 @@ class Loader:
         )
 
     def _bytes(self, item: WorkItem) -> int:
-        spec, rows = self.builders[item.stream].spec, item.stop - item.start + item.dummies
-        length = spec.text.length if spec.text else spec.length or 0
-        return prod(pixel_shape(spec, rows)) + 4 * rows * length
+        rows = item.stop - item.start + item.dummies
+        return rows * sum(array.bytes for array in self.builders[item.stream].spec.arrays.values())
 
     def _check_sources(self) -> None:
         try:

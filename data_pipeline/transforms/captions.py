@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class CaptionSpec:
 
 
 def pick_caption(
-    members: dict[str, bytes], draw: int | None, spec: CaptionSpec | None = None
+    members: Mapping[str, bytes], draw: int | None, spec: CaptionSpec | None = None
 ) -> tuple[str, int]:
     """One caption of a sample, and its number among the sample's captions.
 
@@ -73,7 +74,7 @@ def pick_caption(
     return candidates[choice].encode("utf-8", "replace").decode("utf-8").strip(), choice
 
 
-def json_member(members: dict[str, bytes]) -> dict[str, Any]:
+def json_member(members: Mapping[str, bytes]) -> dict[str, Any]:
     """The parsed `json` member; empty if there is none. Raises ContentError `bad json`."""
     if "json" not in members:
         return {}
@@ -94,7 +95,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _default_candidates(members: dict[str, bytes]) -> tuple[list[Any], list[float]]:
+def _default_candidates(members: Mapping[str, bytes]) -> tuple[list[Any], list[float]]:
     """Captions without a CaptionSpec, all with the same score."""
     if "txt" in members:
         return [members["txt"].decode("utf-8", "replace")], [0.0]
@@ -104,7 +105,7 @@ def _default_candidates(members: dict[str, bytes]) -> tuple[list[Any], list[floa
     return captions, [0.0] * len(captions)
 
 
-def _candidates(members: dict[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
+def _candidates(members: Mapping[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
     """Captions of the members that `spec` names, and one score each; minus infinity if its score is not a number."""
     names = (*spec.members, *spec.scores)
     fields = (

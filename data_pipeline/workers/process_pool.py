@@ -141,7 +141,7 @@ class ProcessPool:
             batch = join_batches(parts)
             if job.buffer is not None:
                 shape = pixel_shape(self._specs[batch.stream], batch.stop - batch.start)
-                batch.pixels = self._buffers.hand_out(job.buffer, shape)
+                batch.fields["pixels"] = self._buffers.hand_out(job.buffer, shape)
         return batch
 
     def cancel(self) -> None:
@@ -329,10 +329,9 @@ class ProcessPool:
     def _move_pixels(self, job_slice: _Slice, batch: Batch) -> None:
         """Move pixels that came through a socket to the buffer of the item's other slices."""
         job = job_slice.job
-        if job.buffer is not None and batch.pixels is not None:
-            begin, flat = self._offset(job_slice), batch.pixels.reshape(-1)
+        if job.buffer is not None and "pixels" in batch.fields:
+            begin, flat = self._offset(job_slice), batch.fields.pop("pixels").reshape(-1)
             job.buffer.array(begin + flat.size)[begin:] = flat
-            batch.pixels = None
 
     def _shut_down(self) -> None:
         for worker in self._workers:

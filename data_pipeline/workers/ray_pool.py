@@ -255,4 +255,5 @@ def _writable(batch: Batch) -> Batch:
         value = getattr(batch, field.name)
         if isinstance(value, np.ndarray):
             setattr(batch, field.name, value.copy())
+    batch.fields = {name: array.copy() for name, array in batch.fields.items()}
     return batch

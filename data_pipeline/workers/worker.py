@@ -110,7 +110,7 @@ def serve(channel: socket.socket, builders: Builders) -> None:
                 pixels = _pixels(buffers[work.buffer], work.offset, item.stop - item.start, builder)
             result = builder.make(item.step, item.start, item.stop, pixels)
             if pixels is not None:
-                result.pixels = None
+                del result.fields["pixels"]
         except Exception as error:
             result = picklable_error(error)
         send(channel, (work.number, result))

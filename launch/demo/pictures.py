@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import yaml
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.evaluation_pass import EvaluationPass
-from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.decode import ImageSpec
 from pretrain.recipe.architectures import arch_patch
-from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds.contrastive import ContrastiveOptions
 from pretrain.recipe.lengths import main_stream
 from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.evaluation import Perplexity
 from pretrain.report.page import Card, Picture, data_uri, show_only_patches
 
 if TYPE_CHECKING:
-    from pretrain.objectives.base import Objective
+    from pretrain.objectives.base import Generate, Objective
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def first_rows(name: str, path: str, stream: Stream, rows: int) -> Batch:
         sources={name: SourceSpec(path)},
         batch=rows,
         image=ImageSpec(stream.image.size),
-        text=TextSpec(stream.text.tokenizer, stream.text.length),
+        text=stream.text.row_format(),
     )
     builder = EvaluationPass(spec)
     try:
@@ -151,7 +152,7 @@ def caption_cards(run_dir: Path, stages: Sequence[str], count: int = 6) -> tuple
         return [], missing
     stage = next(iter(models.values()))[1]
     cards = []
-    for domain, figure in stage.eval.perplexity.items():
+    for domain, figure in stage.eval.of(Perplexity).items():
         if figure.stream is None:
             continue
         batch = first_rows(domain, figure.path, stage.data[figure.stream], count)
@@ -175,5 +176,6 @@ def write_captions(objective: Objective, stage: TrainStage, batch: Batch, stream
     tokenizer = stage_tokenizer(stage)
     rows = to_device(batch, settings.image, torch.device("cpu"))
     max_tokens = settings.text.length - 2
-    ids = objective.predict["generate"](rows, tokenizer.start_id, tokenizer.end_id, max_tokens)
+    generate = cast("Generate", objective.predict["generate"])
+    ids = generate(rows, tokenizer.start_id, tokenizer.end_id, max_tokens)
     return [tokenizer.decode(row) for row in ids]

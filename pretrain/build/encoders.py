@@ -1,7 +1,7 @@
-"""Builds the vision encoder of a language model from `model.vision` of a recipe.
+"""Builds a vision encoder from an entry of `model.vision` of a recipe.
 
-`ENCODERS` has one entry per kind of weights address; the modules are in pretrain/models/encoders/. A new architecture
-is a file there and an entry here.
+`ENCODERS` has one entry per place where an encoder comes from; the modules are in pretrain/models/encoders/. A new
+architecture is a file there and an entry here.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.models.encoders.base import Encoder
 from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from pretrain.recipe.lengths import main_stream
-from pretrain.recipe.model import Vision
-from pretrain.run.address import Located, locate
+from pretrain.recipe.sections.model import Vision
+from pretrain.run.address import locate
 
 
 @dataclass(frozen=True)
 class EncoderKind:
     """A kind of encoder.
 
-    open:    (address, its location, run folder) -> the encoder with its weights, and its description: JSON data
+    open:    (entry of model.vision, run folder) -> the encoder with its first weights, and its description: JSON data
     rebuild: description -> the encoder with any weights; those of a resumed stage come from its frozen.safetensors
+    trained: whether the weights of `open` are trained ones
     """
 
-    open: Callable[[str, Located, Path | None], tuple[Encoder, dict[str, Any]]]
+    open: Callable[[Vision, Path | None], tuple[Encoder, dict[str, Any]]]
     rebuild: Callable[[dict[str, Any]], Encoder]
+    trained: bool = True
 
 
 def build_encoder(
     tower: Vision, run_dir: Path | None, frozen: Path | None
 ) -> tuple[Encoder, dict[str, Any], bool]:
-    """(encoder, description, has weights) for the vision tower of a recipe.
+    """(encoder, description, has trained weights) for an entry of model.vision.
 
     If the file `frozen` exists, the stage has begun: the encoder is rebuilt from its description without weights, which
     are in that file; those at `tower.init` may have changed. Raises UserError when there is no encoder for the kind of
@@ -48,25 +50,39 @@ def build_encoder(
     description = read_description(frozen) if frozen is not None else {}
     if description:
         return ENCODERS[description["kind"]].rebuild(description), description, False
-    if tower.init is None:
+    kind = encoder_kind(tower, run_dir)
+    encoder, description = ENCODERS[kind].open(tower, run_dir)
+    return encoder, {"kind": kind, **description}, ENCODERS[kind].trained
+
+
+def encoder_kind(tower: Vision, run_dir: Path | None) -> str:
+    """The key in ENCODERS: `stage` or another kind of the address `init`, else the scheme of `arch` (SCHEME://NAME).
+
+    Raises UserError if there is none.
+    """
+    if tower.init is not None:
+        located = locate(tower.init, run_dir)
+        kind: str = "stage" if located.stage_dir is not None else located.kind
+        where, words = f"model.vision.init: {tower.init}", f"a {kind} address"
+    elif tower.arch is not None:
+        kind = tower.arch.partition("://")[0]
+        where, words = f"model.vision.arch: {tower.arch}", "this architecture"
+    else:
         raise UserError(
             "model.vision.init is missing: the vision tower of a language model must be trained already"
         )
-    located = locate(tower.init, run_dir)
-    kind = "stage" if located.stage_dir is not None else located.kind
     if kind not in ENCODERS:
-        raise UserError(
-            f"model.vision.init: {tower.init}: no encoder can be built from a {kind} address yet; "
-            "use a stage (RUN/STAGE)"
-        )
-    encoder, description = ENCODERS[kind].open(tower.init, located, run_dir)
-    return encoder, {"kind": kind, **description}, True
+        raise UserError(f"{where}: no encoder can be built from {words} yet; use a stage (init: RUN/STAGE)")
+    return kind
 
 
-def open_stage(address: str, located: Located, run_dir: Path | None) -> tuple[Encoder, dict[str, Any]]:
+def open_stage(tower: Vision, run_dir: Path | None) -> tuple[Encoder, dict[str, Any]]:
     """The image tower of a trained stage. Raises UserError when the stage was not trained on images."""
     from pretrain.models.clip import Clip, clip_config  # imports open_clip: seconds
 
+    address = tower.init
+    assert address is not None
+    located = locate(address, run_dir)
     assert located.stage_dir is not None
     _, trained = read_stage(located.stage_dir)
     stream = trained.data[main_stream(trained)]
@@ -86,5 +102,5 @@ def rebuild_stage(description: dict[str, Any]) -> Encoder:
     return OpenClipVit(Clip(description["clip"]).visual)
 
 
-# Kind of address (`stage`, or `Located.kind`) -> encoder.
+# Kind of the address `init` (`stage`, or `Located.kind`), or scheme of `arch` -> encoder.
 ENCODERS: dict[str, EncoderKind] = {"stage": EncoderKind(open_stage, rebuild_stage)}

@@ -60,7 +60,7 @@ def load_into(
 ) -> LoadReport:
     """Copy `state` into the parameters and buffers of `model`.
 
-    Whole modules may be missing in `state`, for example a projector after a text-only stage, or in the model; a part of
+    Whole modules may be missing in `state`, for example a connector after a text-only stage, or in the model; a part of
     a module (some of its layers) only if the regular expressions `allow` (those of `init_allow`; None: there is no such
     key) match all its names. Raises UserError, which names `address`, when shapes differ, when more differs than that,
     or when no name is shared.

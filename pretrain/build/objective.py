@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer
+from pretrain.build.connectors import build_connector
 from pretrain.build.encoders import build_encoder
 from pretrain.build.freezing import apply_freeze
+from pretrain.build.language_models import build_language_model
 from pretrain.build.module_weights import load_into, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
 from pretrain.models.encoders.base import Encoder
-from pretrain.models.vision_language import VisionLanguageModel, new_llm
+from pretrain.models.vision_language import VisionLanguageModel
 from pretrain.objectives.base import Objective
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.generative import Generative
@@ -91,16 +94,9 @@ def build_contrastive(context: BuildContext) -> Built:
 
 def build_generative(context: BuildContext) -> Built:
     """A language model, with a vision encoder if the recipe has model.vision."""
-    stage, tokenizer = context.stage, context.tokenizer
-    llm = stage.model.llm
-    if llm is None or llm.config is None:
-        raise UserError("model.llm.config is missing: the generative objective needs a language model")
-    special_tokens = {
-        "bos_token_id": tokenizer.start_id,
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+    stage = context.stage
     encoder: Encoder | None = None
+    connector: nn.Module | None = None
     description: dict[str, Any] = {}
     has_weights = False
     if stage.model.vision:
@@ -109,8 +105,10 @@ def build_generative(context: BuildContext) -> Built:
         )
     # Seed again: building the encoder used random numbers, although its weights come from another stage.
     seed_weights(context.seed, context.name)
-    model = VisionLanguageModel(new_llm(llm.config, tokenizer.vocab_size, special_tokens), encoder)
-    refuse_dropout(model.llm.config.to_dict())
+    language_model = build_language_model(stage.model.llm, context.tokenizer)
+    if encoder is not None:
+        connector = build_connector(stage.model.connector, encoder.width, language_model.width)
+    model = VisionLanguageModel(language_model, encoder, connector)
     vision = (name for name in model.state_dict() if name.startswith("vision."))
     return Built(Generative(model, stage), description, frozenset(vision if has_weights else ()))
 
@@ -136,15 +134,3 @@ def load_trained(address: str, run_dir: Path | None = None) -> tuple[Objective, 
     load_into(objective.model, read_state(address, run_dir), address)
     objective.model.eval()
     return objective, stage
-
-
-def refuse_dropout(config: dict[str, Any], where: str = "model.llm.config") -> None:
-    """Raise UserError for dropout, which draws from a rank's generator: results would depend on the world size.
-
-    `config` is the resolved one, because some model types have dropout by default.
-    """
-    for key, value in config.items():
-        if isinstance(value, dict):
-            refuse_dropout(value, f"{where}.{key}")
-        elif "drop" in str(key) and isinstance(value, int | float) and value > 0:
-            raise UserError(f"{where}.{key}: {value}: dropout is not supported, set it to 0")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from data_pipeline.batches.spec import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.storage.cache import CacheSettings
-from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
-from pretrain.recipe.data import Image, Stream, Text
-from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
+from data_pipeline.transforms.text_formats import PackedFormat, TextFormat
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.data import Image, Stream
+from pretrain.recipe.sections.evaluation import Task
 
 
 def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamSpec:
@@ -20,8 +21,7 @@ def stream_spec(name: str, stream: Stream, run_seed: int, stage: str) -> StreamS
         batch=stream.batches,
         lanes=stream.lanes,
         image=image_spec(stream.image) if stream.image else None,
-        text=text_spec(stream.text) if stream.text else None,
-        length=stream.length,
+        text=stream.text.row_format() if stream.text else None,
         share_by=stream.share_by,
     )
 
@@ -31,22 +31,22 @@ def image_spec(image: Image) -> ImageSpec:
     return ImageSpec(image.size, image.crop, image.flip, image.max_pixels)
 
 
-def text_spec(text: Text) -> TextSpec:
-    """Caption and tokenizer settings of the workers."""
-    choice = text.captions
-    captions = CaptionSpec(tuple(choice.from_), tuple(choice.scores), choice.top) if choice else None
-    return TextSpec(text.tokenizer, text.length, captions)
-
-
 def stage_specs(stage: TrainStage, run_seed: int, name: str, streams: tuple[str, ...]) -> list[StreamSpec]:
     """StreamSpecs of the streams that the objective trains on, in its order."""
     return [stream_spec(key, stage.data[key], run_seed, name) for key in streams]
 
 
-def evaluation_spec(name: str, task: Perplexity | ZeroShot, stream: Stream | None, batch: int) -> StreamSpec:
-    """A held-out source as a stream, with the image and text settings of the training stream `stream`."""
+def evaluation_spec(
+    name: str, task: Task, stream: Stream | None, batch: int, length: int | None = None
+) -> StreamSpec:
+    """A held-out source as a stream, with the image and text settings of the training stream `stream`.
+
+    Without `stream` it is packed text of `length` tokens.
+    """
     image = stream.image if stream is not None else None
-    text = stream.text if stream is not None else None
+    text: TextFormat | None = PackedFormat(length) if stream is None and length is not None else None
+    if stream is not None and stream.text is not None:
+        text = stream.text.row_format()
     return StreamSpec(
         name=name,
         seed=0,
@@ -54,8 +54,7 @@ def evaluation_spec(name: str, task: Perplexity | ZeroShot, stream: Stream | Non
         batch=batch,
         lanes=None,
         image=ImageSpec(image.size, max_pixels=image.max_pixels) if image else None,
-        text=text_spec(text) if text else None,
-        length=getattr(task, "length", None) if stream is None else stream.length,
+        text=text,
     )
 
 

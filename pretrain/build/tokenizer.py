@@ -17,9 +17,9 @@ def tokenizer_name(stage: TrainStage) -> str:
     if stage.model.llm is not None and stage.model.llm.tokenizer:
         return stage.model.llm.tokenizer
     text = stage.data[main_stream(stage)].text
-    if text is None:
+    if text is None or text.tokenizer_name is None:
         raise UserError("model.llm.tokenizer is missing, and no stream of the stage has a tokenizer either")
-    return text.tokenizer
+    return text.tokenizer_name
 
 
 def stage_tokenizer(stage: TrainStage) -> Tokenizer:
@@ -59,7 +59,7 @@ def _check_row_length(name: str, builder: BatchBuilder, objective: Objective) ->
     if limit is None:
         return
     visual = objective.visual_tokens(name)
-    text = (builder.spec.text.length if builder.spec.text else builder.spec.length) or 0
+    text = builder.spec.text.length if builder.spec.text else 0
     if visual + text > limit:
         raise UserError(
             f"data.{name}: a row has {visual} visual and {text} text tokens, model.llm.config."

@@ -17,7 +17,7 @@ from data_pipeline.storage.cache import CacheSettings
 from pretrain.distributed.collectives import gather
 from pretrain.distributed.engine import Runtime
 from pretrain.objectives.device_batch import DeviceBatch, to_device
-from pretrain.recipe.data import Image
+from pretrain.recipe.sections.data import Image
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def shuffled_images(rows: DeviceBatch) -> DeviceBatch:
     If only one row has weight > 0, it keeps its image.
     """
     assert rows.images is not None
-    order = torch.arange(len(rows), device=rows.tokens.device)
+    order = torch.arange(len(rows), device=rows.weights.device)
     used_rows = torch.nonzero(rows.weights > 0)[:, 0]
     order[used_rows] = torch.roll(used_rows, 1)
-    return replace(rows, images=rows.images[order])
+    return replace(rows, fields={**rows.fields, "images": rows.fields["images"][order]})

@@ -11,7 +11,8 @@ from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.objectives.base import Forward
-from pretrain.recipe.schema import Evaluation, TrainStage
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Context:
     batch:   rows of a held-out batch over all ranks
     """
 
-    predict: Mapping[str, Callable[..., Any]]
+    predict: Mapping[str, Callable[..., object]]
     forward: Forward
     stage: TrainStage
     tokenizer: Tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -20,8 +21,10 @@ from pretrain.evaluate.held_out import (
 )
 from pretrain.evaluate.measure import Context
 from pretrain.losses.normalisation import count_targets
-from pretrain.recipe.data import Stream
-from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage
+from pretrain.objectives.base import TokenNll
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.evaluation import Evaluation, Perplexity
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class PerplexityMeasure:
         """All but those of a stream that the stage does not have."""
         return {
             name: task
-            for name, task in evaluation.perplexity.items()
+            for name, task in evaluation.of(Perplexity).items()
             if (task.stream in stage.data if task.stream is not None else not self.shuffle)
         }
 
     def spec(self, task: Perplexity, stage: TrainStage, batch: int) -> StreamSpec:
-        return evaluation_spec("held_out", task, _stream(task, stage), batch)
+        return evaluation_spec("held_out", task, _stream(task, stage), batch, task.length)
 
     def run(self, context: Context, task: Perplexity) -> float:
         return token_nll(context, task, self.spec(task, context.stage, context.batch), self.shuffle)
@@ -66,7 +69,7 @@ def token_nll(context: Context, task: Perplexity, spec: StreamSpec, shuffle: boo
     """Mean NLL per token over all ranks, in nats. Collective."""
     stream, runtime = _stream(task, context.stage), context.runtime
     image = stream.image if stream is not None else None
-    nll_of = context.predict["nll"]
+    nll_of = cast(TokenNll, context.predict["nll"])
     total = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     with torch.no_grad(), closing(open_pass(spec, context.cache)) as evaluation_pass:
         for rows, host_batch in rank_slices(evaluation_pass, spec, image, runtime):

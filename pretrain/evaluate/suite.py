@@ -20,7 +20,8 @@ from pretrain.evaluate.measure import Context, Measure
 from pretrain.evaluate.perplexity import PerplexityMeasure
 from pretrain.evaluate.zero_shot import ZeroShotMeasure
 from pretrain.objectives.base import Forward, Objective
-from pretrain.recipe.schema import Evaluation, TrainStage
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import Evaluation
 
 # Name in the results -> measure. A new measure is a file beside this one and one line here.
 EVALUATIONS: dict[str, Measure] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from pretrain.build.streams import evaluation_spec
 from pretrain.distributed.collectives import all_sum
 from pretrain.evaluate.held_out import count_unusable, open_pass, rank_slices, report_left_out, together
 from pretrain.evaluate.measure import Context
+from pretrain.objectives.base import Embed
 from pretrain.recipe.lengths import main_stream
-from pretrain.recipe.schema import Evaluation, TrainStage, ZeroShot
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import Evaluation, ZeroShot
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ZeroShotMeasure:
     on_request = False
 
     def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, ZeroShot]:
-        return evaluation.zero_shot
+        return evaluation.of(ZeroShot)
 
     def spec(self, task: ZeroShot, stage: TrainStage, batch: int) -> StreamSpec:
         return evaluation_spec("held_out", task, stage.data[main_stream(stage)], batch)
@@ -90,7 +92,7 @@ def classify(context: Context, task: ZeroShot, spec: StreamSpec) -> dict[str, An
     """
     runtime, stream = context.runtime, context.stage.data[main_stream(context.stage)]
     assert stream.text is not None
-    embed = partial(context.predict["embed"], context.forward)
+    embed = partial(cast(Embed, context.predict["embed"]), context.forward)
     classes = len(task.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.float64, device=runtime.device)
     left_out = torch.zeros(1, dtype=torch.float64, device=runtime.device)

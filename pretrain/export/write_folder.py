@@ -24,7 +24,7 @@ def export(address: str, format: str, out: str | Path) -> Path:
     """Write the weights at `address` to the new folder `out`, which appears only when complete.
 
     `open_clip`: `open_clip.create_model_and_transforms("local-dir:OUT")` and `get_tokenizer` load it.
-    `transformers`: `AutoModelForCausalLM.from_pretrained(OUT)` and `AutoTokenizer` load it; projector, image
+    `transformers`: `AutoModelForCausalLM.from_pretrained(OUT)` and `AutoTokenizer` load it; connector, image
     delimiters and the vision encoder are in its file `multimodal.safetensors`.
     Raises UserError for an unknown format, weights of another kind, or a folder that exists.
     """

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.recipe.architectures import TEXT_KEYS_OF_DATA, arch_mistake, read_arch
-from pretrain.recipe.data import Image, Text
-from pretrain.recipe.model import Model, TextTower, Vision
+from pretrain.recipe.sections.data import Image
+from pretrain.recipe.sections.model import Model, TextTower, Vision
+from pretrain.recipe.sections.text_formats import TextOptions
 
 MAX_SCALE = 100.0  # upper limit of the logit scale in the forward, as in FLIP and CLIP
 
@@ -106,7 +107,9 @@ def vision_config(tower: Vision, image_size: int) -> dict[str, Any]:
     return config
 
 
-def text_config(tower: TextTower, arch: dict[str, Any], text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
+def text_config(
+    tower: TextTower, arch: dict[str, Any], text: TextOptions, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """open_clip's `text_cfg`: that of `arch`, the content of an architecture's file, changed by the keys that are
     written. Without an architecture `arch` is empty.
     """
@@ -131,7 +134,7 @@ def text_config(tower: TextTower, arch: dict[str, Any], text: Text, tokenizer: T
     }
 
 
-def clip_config(model: Model, image: Image, text: Text, tokenizer: Tokenizer) -> dict[str, Any]:
+def clip_config(model: Model, image: Image, text: TextOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     """open_clip's `model_cfg` of a recipe's `model` section."""
     if not model.vision or len(model.vision) != 1 or (model.text is None and not model.vision[0].arch):
         raise UserError(

@@ -1,42 +1,41 @@
-"""A language model that sees: encoder, projector, image delimiters, next-token loss, greedy decoding."""
+"""A language model that sees: encoder, connector, image delimiters, next-token loss, greedy decoding."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.losses.language import next_token_nll, valid_targets
 from pretrain.models.encoders.base import Encoder
-
-
-class Projector(nn.Sequential):
-    """Linear layer and LayerNorm from the width of the towers to that of the language model (SPHINX)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden))
+from pretrain.models.language_model import LanguageModel
 
 
 class VisionLanguageModel(nn.Module):
     """SPHINX's language model: `[start token][start_image][visual tokens][end_image][text]`.
 
-    Without an encoder it is a plain language model for text: it has no projector and no delimiters. An encoder without
+    Without an encoder it is a plain language model for text: it has no connector and no delimiters. An encoder without
     trainable parameters stays in eval mode and runs without gradients.
+
+    connector: module, visual tokens `[rows, n, encoder.width]` -> `[rows, n, language_model.width]`; with `encoder`
     """
 
-    def __init__(self, llm: Any, encoder: Encoder | None) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        encoder: Encoder | None = None,
+        connector: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.llm = llm  # Any: its methods are those of transformers, not of torch.nn.Module
-        hidden = llm.config.hidden_size
-        self.projector: Projector | None = None
+        self.language_model = language_model
+        self.llm = language_model.module
         self.encoder = encoder
         if encoder is not None:
+            assert connector is not None, "visual tokens need a connector"
             self.vision = nn.ModuleList([encoder.module])
-            self.projector = Projector(encoder.width, hidden)
-            std = float(getattr(llm.config, "initializer_range", 0.02))
-            self.start_image = nn.Parameter(torch.randn(1, 1, hidden) * std)
-            self.end_image = nn.Parameter(torch.randn(1, 1, hidden) * std)
+            self.connector = nn.ModuleList([connector])
+            deviation, width = language_model.initial_deviation, language_model.width
+            self.start_image = nn.Parameter(torch.randn(1, 1, width) * deviation)
+            self.end_image = nn.Parameter(torch.randn(1, 1, width) * deviation)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """As nn.Module, but a frozen encoder stays in eval mode."""
@@ -59,13 +58,13 @@ class VisionLanguageModel(nn.Module):
 
         The visual tokens and their two delimiters come after the start token.
         """
-        text = self.llm.get_input_embeddings()(tokens)
+        text = self.language_model.embed(tokens)
         if features is None:
             return text
-        assert self.projector is not None, "visual tokens need a model with an encoder"
+        assert self.encoder is not None, "visual tokens need a model with an encoder"
         rows = len(tokens)
         # Cast to the language model's dtype: fp32 features would promote the whole sequence to fp32.
-        visual = self.projector(features.to(text.dtype))
+        visual = self.connector[0](features.to(text.dtype))
         delimiters = self.start_image.to(text.dtype), self.end_image.to(text.dtype)
         first, last = (part.expand(rows, -1, -1) for part in delimiters)
         return torch.cat([text[:, :1], first, visual, last, text[:, 1:]], dim=1)
@@ -78,31 +77,16 @@ class VisionLanguageModel(nn.Module):
         no attention mask is needed.
         """
         features = None if images is None else self.visual_tokens(images)
-        hidden = self._hidden(self.embed(tokens, features))
+        hidden = self.language_model.hidden(self.embed(tokens, features))
         prefix = 0 if features is None else features.shape[1] + 2
         length = tokens.shape[1]
-        logits = self.llm.get_output_embeddings()(hidden[:, prefix : prefix + length - 1])
+        logits = self.language_model.logits(hidden[:, prefix : prefix + length - 1])
         return next_token_nll(logits, tokens[:, 1:], valid_targets(used, length))
 
     def next_logits(self, tokens: Tensor, features: Tensor | None = None) -> Tensor:
         """Logits `[rows, vocabulary]` of the token after the last one; rows must have no padding."""
-        return self.llm.get_output_embeddings()(self._hidden(self.embed(tokens, features))[:, -1])
-
-    def _hidden(self, embedded: Tensor) -> Tensor:
-        out: Any = self.llm.base_model(inputs_embeds=embedded, use_cache=False)
-        return out.last_hidden_state
-
-
-def new_llm(config: dict[str, Any], vocabulary: int, specials: dict[str, int]) -> nn.Module:
-    """A new fp32 language model from a transformers config, initialised from torch's global random generator.
-
-    vocabulary: number of tokens; specials: token ids such as pad_token_id. `config` overrides both.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {"vocab_size": vocabulary, **specials, **config}
-    kind = settings.pop("model_type")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+        hidden = self.language_model.hidden(self.embed(tokens, features))
+        return self.language_model.logits(hidden[:, -1])
 
 
 def greedy_captions(

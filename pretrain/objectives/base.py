@@ -17,8 +17,35 @@ from torch import Tensor, nn
 from data_pipeline.batches.spec import Batch
 from pretrain.objectives.device_batch import DeviceBatch
 
-# The model's forward: the engine in training, the module itself elsewhere.
+# The model's forward: the engine in training, the module itself elsewhere. What it takes and gives is between an
+# objective and its model.
 Forward = Callable[..., Any]
+
+
+class Embed(Protocol):
+    """`predict["embed"]`: features of images, of captions, or both."""
+
+    def __call__(
+        self, forward: Forward, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`images`: normalised `[rows, 3, size, size]`; `tokens`: int64 `[rows, length]`.
+
+        Returns `image` and `text`, `[rows, width]`, L2-normalised, each if its input is given.
+        """
+
+
+class TokenNll(Protocol):
+    """`predict["nll"]`: negative log-likelihood of tokens."""
+
+    def __call__(self, forward: Forward, rows: DeviceBatch) -> Tensor:
+        """The sum over the target tokens of each row, in nats, fp32 `[rows]`."""
+
+
+class Generate(Protocol):
+    """`predict["generate"]`: tokens behind the images of rows."""
+
+    def __call__(self, rows: DeviceBatch, start: int, end: int, max_tokens: int) -> list[list[int]]:
+        """At most `max_tokens` token ids of each row, without the ids `start` and `end`."""
 
 
 class Backward(Protocol):
@@ -56,12 +83,11 @@ class Objective(ABC):
     exports: tuple[str, ...] = ()
 
     @property
-    def predict(self) -> Mapping[str, Callable[..., Any]]:
+    def predict(self) -> Mapping[str, Callable[..., object]]:
         """What the model can be asked for, by name; an evaluation looks up what it needs and skips the task otherwise.
 
-        embed:    (forward, images=..., tokens=...) -> {"image", "text"}: features `[rows, width]`
-        nll:      (forward, rows) -> negative log-likelihood of each row's tokens in nats, fp32 `[rows]`
-        generate: (rows, start, end, max_tokens) -> generated tokens of each row
+        `embed` is an Embed, `nll` a TokenNll, `generate` a Generate; an objective and its evaluations may agree on
+        others.
         """
         return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Contrastive(GlobalObjective):
         self.mask = stage.options(ContrastiveOptions).image_mask
 
     @property
-    def predict(self) -> Mapping[str, Callable[..., Any]]:
+    def predict(self) -> Mapping[str, Callable[..., object]]:
         return {"embed": embed}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:

@@ -6,7 +6,6 @@ Each stream has its own mean loss per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +35,7 @@ class Generative(Objective):
         self.weights = {name: weights.get(name, 1.0) for name in self.streams}
 
     @property
-    def predict(self) -> Mapping[str, Callable[..., Any]]:
+    def predict(self) -> Mapping[str, Callable[..., object]]:
         return {"nll": self.token_nll, "generate": self.generate}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
@@ -67,5 +66,4 @@ class Generative(Objective):
 
     @property
     def max_length(self) -> int | None:
-        limit: int | None = getattr(self.model.llm.config, "max_position_embeddings", None)
-        return limit
+        return self.model.language_model.max_length

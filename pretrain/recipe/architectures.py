@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pretrain.recipe.model import Vision
 from pretrain.recipe.schema_errors import did_you_mean
+from pretrain.recipe.sections.model import Vision
 
 PREFIX = "open_clip://"
 SUPPORTED = "open_clip's plain vision transformers, for example open_clip://ViT-B-16 or open_clip://ViT-L-14"

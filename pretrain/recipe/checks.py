@@ -11,11 +11,12 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.order.mixture_weights import check_shares, share_mistake
 from pretrain.recipe.architectures import arch_mistake, arch_patch, read_arch
-from pretrain.recipe.data import Stream
 from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.parameter_names import SHORT_NAMES, expression_mistake
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 from pretrain.recipe.schema_errors import did_you_mean
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.evaluation import Perplexity
 from pretrain.recipe.unsupported import unsupported_features
 from pretrain.recipe.yaml_file import Key
 
@@ -193,8 +194,6 @@ def _check_towers(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         if width is not None and width % head:
             yield (*at, "width"), f"{width} is not a multiple of the width of a head, {head}"
     arch = next((tower.arch for tower in model.vision or [] if tower.arch), None)
-    if model.text is None and model.llm is None and arch is None:
-        yield ("model", "text"), "is missing; write text: {width: 512, heads: 8, layers: 12}"
     if model.text is not None:
         known = (read_arch(arch) or {}).get("text_cfg", {}) if arch else {}
         width, heads = model.text.width or known.get("width", 512), model.text.heads or known.get("heads", 8)
@@ -224,7 +223,7 @@ def _check_freeze(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     if "llm" not in model.freeze:
         return
     for name, stream in stage.data.items():
-        if stream.length is not None or "connector" in model.freeze or not parts["connector"]:
+        if stream.image is None or "connector" in model.freeze or not parts["connector"]:
             yield (
                 ("data", name),
                 "no parameter that this stream uses is trained (model.freeze: "
@@ -235,11 +234,17 @@ def _check_freeze(stage: TrainStage) -> Iterator[tuple[Key, str]]:
 def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     if not stage.data:
         yield ("data",), "has no stream; write data.STREAM with sources and batch"
+    needed = KINDS[stage.objective.kind].fields(stage)
     for name, stream in stage.data.items():
         at = ("data", name)
         if not stream.sources:
             yield (*at, "sources"), "has no source; write sources: {NAME: PATH}"
         yield from _check_shares((*at, "sources"), stream)
+        if stream.text is not None:
+            absent = [array for array in needed.get(name, ()) if array not in ("pixels", *stream.text.arrays)]
+            if absent:
+                text = f"{stream.text.format} gives no {' and '.join(absent)}, which {stage.objective.kind} needs"
+                yield (*at, "text", "format"), text
         if stream.lanes is not None and stream.batches.divisor % stream.lanes:
             near = ", ".join(map(str, nearest_divisors(stream.batches.divisor, stream.lanes)))
             yield (
@@ -278,19 +283,21 @@ def _check_evaluation(stage: TrainStage) -> Iterator[tuple[Key, str]]:
     evaluation = stage.eval
     if evaluation.every is not None and evaluation.every.value == 0:
         yield ("eval", "every"), "must be longer than 0; leave it out to evaluate at the end only"
-    if evaluation.zero_shot and "embed" not in KINDS[stage.objective.kind].predicts:
-        kinds = ", ".join(kind for kind, spec in KINDS.items() if "embed" in spec.predicts)
-        yield (
-            ("eval", "zero_shot"),
-            f"needs an image tower and a text tower, as objective.kind: {kinds} has",
-        )
+    unmet = {
+        key: task
+        for key, _, task in evaluation.tasks()
+        if not set(task.needs) <= set(KINDS[stage.objective.kind].predicts)
+    }
+    for key, task in unmet.items():
+        kinds = ", ".join(kind for kind, spec in KINDS.items() if set(task.needs) <= set(spec.predicts))
+        yield ("eval", key), f"needs {task.needs_words}, as objective.kind: {kinds} has"
 
 
 def _check_perplexity(stage: TrainStage | MergeStage, recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """The stream of a perplexity task exists in some stage of the recipe; stages without it skip the task."""
     training = [other for other in recipe.stages.values() if isinstance(other, TrainStage)]
     streams = {stream for other in training for stream in other.data}
-    for name, task in stage.eval.perplexity.items():
+    for name, task in stage.eval.of(Perplexity).items():
         if task.stream is not None and task.stream not in streams:
             text = f"no stage has a stream {task.stream!r}{did_you_mean(task.stream, streams)}"
             yield ("eval", "perplexity", name, "stream"), text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 LENGTH = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBT]?)\s*(steps?|samples?|epochs?)?\s*$")
@@ -19,6 +22,36 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def parse_variant(
+    value: Any,
+    selector: str,
+    variants: Mapping[str, type[Strict]],
+    default: str | None = None,
+    former: Mapping[str, str] | None = None,
+) -> Any:
+    """A section as the class that the value of its key `selector` names; a value that is no map is left to pydantic.
+
+    `default`: the name if the key is absent. `former`: earlier names, for the message. Raises ValidationError.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    name = value.get(selector, default)
+    if name is None:
+        raise _error(selector, "missing", name, "is missing")
+    if not isinstance(name, str) or name not in variants:
+        old = (former or {}).get(str(name))
+        close = [old] if old else difflib.get_close_matches(str(name), variants, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise _error(selector, "variant", name, f"{name!r} is none of {', '.join(variants)}{hint}")
+    return variants[name].model_validate(dict(value))
+
+
+def _error(key: str, name: str, value: Any, message: str) -> ValidationError:
+    problem = PydanticCustomError(name, "{message}", {"message": message})
+    details = InitErrorDetails(type=problem, loc=(key,), input=value)
+    return ValidationError.from_exception_data("section", [details])
 
 
 class Length(Strict):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 SHORT_NAMES = {
     "vision": r"(visual|vision)\..*",
     "text": r"(transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection(\..*)?",
-    "connector": r"(projector|connector)\..*|(start|end)_image",
+    "connector": r"connector\..*|(start|end)_image",
     "llm": r"llm\..*",
 }
 # Parameters whose name is a single word; every other name has a dot.
@@ -53,7 +53,7 @@ def no_match(expression: str, names: Collection[str]) -> str:
 
 
 def folded(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
-    """Names on few lines: `llm.model.layers.{1..2}.* (18 tensors)`, `projector.* (4 tensors)`, `start_image`.
+    """Names on few lines: `llm.model.layers.{1..2}.* (18 tensors)`, `connector.* (4 tensors)`, `start_image`.
 
     `X.*` stands only for names of the list: none of `others` begins with `X.`.
     """

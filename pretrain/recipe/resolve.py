@@ -1,6 +1,7 @@
 """Resolves a recipe: stages over defaults, KEY=VALUE overrides over stages; remembers which override set a key.
 
-Maps merge, lists and scalars replace, null removes; another `objective.kind` removes the old kind's keys. The result
+Maps merge, lists and scalars replace, null removes; another `objective.kind` (or
+`text.format`, ...) removes the keys that the new one does not have. The result
 is still untyped; load.py validates it.
 """
 
@@ -18,6 +19,7 @@ from data_pipeline.errors import UserError
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.schema_errors import did_you_mean, suggest_key
+from pretrain.recipe.variants import key_names, variants_at
 from pretrain.recipe.yaml_file import Document, Key, parse_scalar
 
 # Section -> keys of which at most one may be set: setting one removes the others.
@@ -188,8 +190,14 @@ def apply_override(draft: Draft, override: Override, selected: Sequence[str], st
 def merge_maps(base: dict[str, Any], over: dict[str, Any], at: Key = ()) -> dict[str, Any]:
     """A copy of `base` overlaid with `over`: maps merge, lists and scalars replace, null removes."""
     result = dict(base)
-    if at == ("objective",) and over.get("kind") not in (None, base.get("kind")):
-        result = {}  # the keys of another kind mean nothing here
+    variants = variants_at(at)
+    if variants is not None:
+        name = over.get(variants.selector)
+        if name not in (None, base.get(variants.selector, variants.default)):
+            # The keys that only another kind has mean nothing here.
+            chosen = variants.classes().get(str(name))
+            kept = key_names(chosen) if chosen is not None else []
+            result = {key: value for key, value in base.items() if key in kept}
     remove_alternatives(result, over, at)
     for key, value in over.items():
         old = result.get(key)

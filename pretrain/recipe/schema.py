@@ -6,16 +6,16 @@ An address names weights: a stage, RUN/STAGE[@STEP], a path, s3://, hf:// or ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from pretrain.recipe.data import Stream, parse_source
 from pretrain.recipe.fields import Count, Duration, Length, Strict
 from pretrain.recipe.kinds.base import ObjectiveOptions, Options
 from pretrain.recipe.kinds.parse import parse_objective
-from pretrain.recipe.model import Model
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.evaluation import Evaluation
+from pretrain.recipe.sections.model import Model
 
 
 class Run(Strict):
@@ -171,53 +171,6 @@ class Checkpoint(Strict):
     """Number of newest complete checkpoints that are kept. Default: 3."""
 
 
-class ZeroShot(Strict):
-    """Zero-shot classification of one labelled source."""
-
-    path: str
-    """Folder or brace pattern of tars, as in data.STREAM.sources. Required."""
-    classes: dict[str, str] = Field(default_factory=dict)
-    """Label in the json member -> class name in the prompt. Required."""
-    templates: list[str] = Field(default=["a photo of a {}."], min_length=1)
-    """Prompts; {} is replaced by the class name, and features are averaged. Default: ["a photo of a {}."]."""
-    label: str = "label"
-    """Field of the json member that holds the label. Default: label."""
-
-
-class Perplexity(Strict):
-    """Mean negative log-likelihood (NLL) per token of one held-out source, in nats.
-
-    The key is called perplexity, but the metric is the NLL itself, perplexity/NAME/nll; the perplexity is exp(NLL).
-    """
-
-    path: str
-    """Folder or brace pattern of tars, as in data.STREAM.sources. Required."""
-    stream: str | None = None
-    """Stream whose image and text settings apply. Default: none, for packed text."""
-    length: int | None = Field(None, gt=1)
-    """Tokens per row of packed text; only without `stream`. Default: none."""
-
-
-class Evaluation(Strict):
-    """Held-out evaluation, during the training and at its end."""
-
-    every: Duration | None = None
-    """Length between two evaluations. Default: only at the end of the stage."""
-    batch: int = Field(256, gt=0)
-    """Rows of an evaluation batch, over all ranks. Default: 256."""
-    zero_shot: dict[str, Annotated[ZeroShot, BeforeValidator(parse_source)]] = Field(default_factory=dict)
-    """Name -> zero-shot task. Default: none."""
-    perplexity: dict[str, Perplexity] = Field(default_factory=dict)
-    """Name -> held-out source. Default: none."""
-
-    def tasks(self) -> Iterator[tuple[str, str, str]]:
-        """(key of the section, name, path) of every task, of whatever kind."""
-        for key in type(self).model_fields:
-            value = getattr(self, key)
-            if isinstance(value, dict):
-                yield from ((key, name, task.path) for name, task in value.items())
-
-
 def parse_list(value: Any) -> Any:
     """One text may be written without a list."""
     return [value] if isinstance(value, str) else value
@@ -233,7 +186,7 @@ class TrainStage(Strict):
     init_allow: Annotated[list[str], BeforeValidator(parse_list)] | None = None
     """Regular expressions of names: parts of a module that `init` may lack, or have unused. Default: none.
 
-    Whole modules may always differ, for example a projector after a stage without images; all of it is printed.
+    Whole modules may always differ, for example a connector after a stage without images; all of it is printed.
     """
     continue_: str | None = Field(None, alias="continue")
     """Address of a stage to continue with weights, optimizer, schedule and data position. Default: none."""

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pretrain.recipe.kinds import KINDS
-from pretrain.recipe.kinds.base import ObjectiveOptions
+from pretrain.recipe.sections.evaluation import TASKS, Evaluation
+from pretrain.recipe.variants import variants_at, variants_of
 from pretrain.recipe.yaml_file import Key
 
 TYPE_NAMES = {
@@ -42,7 +42,7 @@ def describe(model: type[BaseModel], key: Key, error: Mapping[str, Any]) -> str:
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
     if kind == "extra_forbidden":
         return f"unknown key{suggest_key(model, key)}"
-    if kind == "kind":
+    if kind == "variant":
         return str(context["message"])
     if kind == "missing":
         return "is missing" + REQUIRED_SECTIONS.get(key, "")
@@ -76,10 +76,11 @@ def suggest_key(model: type[BaseModel], key: Key, allowed: Iterable[str] | None 
 
     `allowed` are the siblings; by default the fields of the section that holds `key`.
     """
-    if key[:-1] == ("objective",):
-        of = [kind for kind, spec in KINDS.items() if key[-1] in spec.options.model_fields]
-        if of:
-            return f" of this objective.kind; it is a key of {' and '.join(of)}"
+    if len(key) == 3 and (key[0], key[2]) == ("data", "length"):  # where packed text was described before
+        return "; packed text is text: {format: packed, length: ...}"
+    variants = variants_at(key[:-1])
+    if variants is not None and (of := variants.having(key[-1])):
+        return f" of this {key[-2]}.{variants.selector}; it is a key of {' and '.join(of)}"
     siblings = fields_below(model, key[:-1]) if allowed is None else sorted(allowed)
     close = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.7)
     if close:
@@ -115,13 +116,14 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _fields(model: type[BaseModel]) -> list[tuple[str, Any]]:
-    """(key in the recipe, annotation) of the fields of a section; `objective` has those of all kinds."""
-    classes: list[type[BaseModel]] = [model]
-    if model is ObjectiveOptions:
-        classes += [spec.options for spec in KINDS.values()]
-    found = {
+    """(key in the recipe, annotation) of the fields of a section; one with variants has those of all of them."""
+    variants = variants_of(model)
+    classes: list[type[BaseModel]] = [model, *(variants.classes().values() if variants else ())]
+    found: dict[str, Any] = {
         info.alias or name: info.annotation for one in classes for name, info in one.model_fields.items()
     }
+    if model is Evaluation:
+        found |= {name: dict[str, task] for name, task in TASKS.items()}  # type: ignore[valid-type]
     return list(found.items())
 
 

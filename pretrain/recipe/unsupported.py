@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.recipe.kinds import KINDS
-from pretrain.recipe.model import Vision
 from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import ZeroShot
+from pretrain.recipe.sections.model import Vision
 from pretrain.recipe.yaml_file import Key
 
 
@@ -56,17 +57,12 @@ UNSUPPORTED: tuple[Feature, ...] = (
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
         ("data",),
-        lambda s: any(d.text is not None and d.text.format != "caption" for d in s.data.values()),
-        "a text format other than caption",
-    ),
-    Feature(
-        ("data",),
-        lambda s: any(d.text is not None and d.text.template is not None for d in s.data.values()),
-        "a conversation template",
+        lambda s: any(d.text is not None and not d.text.available for d in s.data.values()),
+        "a text format other than caption and packed",
     ),
     Feature(
         ("eval", "zero_shot"),
-        lambda s: any(not task.classes for task in s.eval.zero_shot.values()),
+        lambda s: any(not task.classes for task in s.eval.of(ZeroShot).values()),
         "zero-shot evaluation without a list of classes (write eval.zero_shot.NAME.classes)",
     ),
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from pretrain.recipe.data import Image, Stream
 from pretrain.recipe.dump import stage_record
 from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.lengths import length_steps
 from pretrain.recipe.schema import Recipe
+from pretrain.recipe.sections.data import Image, Stream
 from pretrain.run.folder import complete_steps, json_mapping, read_record, tag_of
 
 # Keys that must match on resume. `_check_resumable` also refuses another engine.zero or world size, and `_shortened` a

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.batches.spec import Batch
 from pretrain.objectives.device_batch import DeviceBatch, device_rows, host_tensors, to_device
-from pretrain.recipe.data import Image
+from pretrain.recipe.sections.data import Image
 
 Tensors = dict[str, Tensor]
 

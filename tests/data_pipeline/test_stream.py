@@ -237,7 +237,7 @@ def test_a_stream_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monke
         ({"image": ImageSpec(SIZE, crop=(0.5, 1.5))}, r"image\.crop is \(0\.5, 1\.5\)"),
         ({"image": ImageSpec(SIZE, max_pixels=0)}, r"image\.max_pixels is 0"),
         ({"text": TextSpec("clip-bpe", 2)}, r"text\.length is 2; .* at least 3"),
-        ({"length": 0}, r"stream\.length is 0; it must be at least 1 token"),
+        ({"length": 0}, r"stream\.text\.length is 0; it must be at least 1 token"),
         ({"length": LENGTH, "share_by": "root"}, r"share_by is 'root'; write one of size, sqrt"),
         ({"length": LENGTH, "workers": -1}, r"loader\.workers.* is -1; .* 0 for a thread"),
     ],

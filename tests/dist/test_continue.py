@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.transforms.text_formats import PackedFormat
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import UserError
 from pretrain.recipe.load import load_recipe
@@ -69,5 +70,5 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):
         with_order_of(
-            [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, length=9)], start.state["order"], "whole@4"
+            [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, text=PackedFormat(9))], start.state["order"], "whole@4"
         )

@@ -20,6 +20,7 @@ from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.order import digest
 from data_pipeline.order.stream_order import row_keys, sample_ids
 from data_pipeline.sources.shard_reader import ShardReader
+from data_pipeline.transforms.text_formats import PackedFormat
 from tests.data_pipeline.transforms.test_every_image import png
 from tests.support.samples import LENGTH, encode, members, pairs, pixels, write_packed, write_source
 
@@ -132,7 +133,7 @@ def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
 
 def test_a_packed_stream_on_pairs_names_the_expected_members(tmp_path: Path) -> None:
     source = write_source(tmp_path / "pairs", [3])
-    spec = StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=2, length=LENGTH)
+    spec = StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=2, text=PackedFormat(LENGTH))
     with pytest.raises(
         UserError, match=r"missing tokens.*Expected of every sample: npy with 8 packed tokens"
     ):
@@ -184,7 +185,9 @@ def test_lasting_io_errors_stop_with_the_url(
 
 def test_a_deleted_shard_stops_the_run(tmp_path: Path, hurried: None) -> None:
     source = write_packed(tmp_path / "packed", [3, 3])
-    builder = BatchBuilder(StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, length=LENGTH))
+    builder = BatchBuilder(
+        StreamSpec("text", 0, {"a": SourceSpec(str(source))}, batch=6, text=PackedFormat(LENGTH))
+    )
     (source / "00001.tar").unlink()
     with pytest.raises(ReadError, match=r"00001\.tar.*No such file"):
         builder.make(0, 0, 6)

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import storage
-from data_pipeline.batches.spec import Batch, SourceSpec, TextSpec
+from data_pipeline.batches.spec import Batch, SourceSpec
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.index.build import build_index
 from data_pipeline.storage import object_store
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.stream import Stream
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import TextSpec
 from tests.support.faulty_proxy import KINDS, Proxy
 from tests.support.s3_server import faulty_s3
 from tests.support.samples import LENGTH, SIZE, members, write_source, write_tokenizer

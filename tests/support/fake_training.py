@@ -57,9 +57,10 @@ def batch(stream: str, step: int, start: int, stop: int, bad: Collection[int] = 
         step,
         start,
         stop,
-        pixels=None,
-        tokens=np.array([[step + row] * LENGTH for row in rows], np.int32),
-        used=np.array([1 + row % LENGTH for row in rows], np.int32),
+        fields={
+            "tokens": np.array([[step + row] * LENGTH for row in rows], np.int32),
+            "used": np.array([1 + row % LENGTH for row in rows], np.int32),
+        },
         weights=np.ones(len(rows), np.float32),
         sample_ids=np.array([step + row for row in rows], np.uint64),
         row_keys=np.array(rows, np.uint64),

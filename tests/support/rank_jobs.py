@@ -18,7 +18,8 @@ from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.measure import Context
 from pretrain.evaluate.suite import EVALUATIONS
 from pretrain.losses.contrastive import contrastive, repeated_caption_floor
-from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import Perplexity, ZeroShot
 from pretrain.train.checkpoint import save, verify_and_read_state
 from pretrain.train.resume import check_visible_on_all_ranks
 from pretrain.train.step_totals import StepTotals

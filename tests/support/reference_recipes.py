@@ -157,7 +157,7 @@ def clamped(root: Path, init: str, tower: str = "") -> dict[str, Any]:
 
 
 def sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
-    """Text before captions: under ZeRO-3 the projector's first gradient comes from the third stream."""
+    """Text before captions: under ZeRO-3 the connector's first gradient comes from the third stream."""
     captions = pairs_stream(root) | {"batch": 8}
     captions["text"] = captions["text"] | {"captions": {"from": ["txt", "json.others"]}}
     return {
@@ -169,9 +169,9 @@ def sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
                 "sources": {"text": str(root / "text"), "web": {"path": str(root / "web"), "repeat": 2}},
                 "batch": {0: 4, 6: 6},
                 "share_by": "sqrt",
-                "length": PACKED,
+                "text": {"format": "packed", "length": PACKED},
             },
-            "web": {"sources": {"web": str(root / "web")}, "batch": 2, "length": PACKED},
+            "web": {"sources": {"web": str(root / "web")}, "batch": 2, "text": {"format": "packed", "length": PACKED}},
         },
         "model": {
             "llm": {
@@ -188,6 +188,7 @@ def sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
                 },
             },
             "vision": {"init": tower},
+            "connector": {"kind": "linear", "norm": True},
             "freeze": ["vision"],
         },
         "objective": {"kind": "generative", "weights": {"text": 0.7, "captions": 1.6}},
@@ -207,10 +208,10 @@ def sphinx(root: Path, init: str, tower: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def projector(root: Path, init: str, tower: str) -> dict[str, Any]:
-    """Only projector and image delimiters train; the language model has tied embeddings."""
+def connector(root: Path, init: str, tower: str) -> dict[str, Any]:
+    """Only connector and image delimiters train; the language model has tied embeddings."""
     recipe = sphinx(root, init, tower)
-    recipe["run"] = {"name": "projector", "dir": str(root / "runs" / "projector"), "seed": 6}
+    recipe["run"] = {"name": "connector", "dir": str(root / "runs" / "connector"), "seed": 6}
     recipe["data"] = {"captions": recipe["data"]["captions"]}
     recipe["model"]["llm"]["config"]["tie_word_embeddings"] = True
     recipe["model"]["freeze"] = ["vision", "llm"]
@@ -255,9 +256,9 @@ CASES: dict[str, Callable[[Path, str, str], dict[str, Any]]] = {
     "flip": flip,
     "clamped": clamped,
     "sphinx": sphinx,
-    "projector": projector,
+    "connector": connector,
     "uneven_flip": uneven_flip,
     "uneven_sphinx": uneven_sphinx,
 }
 # Cases whose vision tower is that of a trained FLIP.
-WITH_TOWER = ("sphinx", "projector", "uneven_sphinx")
+WITH_TOWER = ("sphinx", "connector", "uneven_sphinx")

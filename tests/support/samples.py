@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.batches.spec import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import TextSpec
 
 SIZE = 12
 LENGTH = 8

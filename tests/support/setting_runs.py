@@ -98,12 +98,17 @@ def sphinx(root: Path) -> Run:
     return shared | {
         "run": {"dir": str(root / "runs" / "sphinx"), "seed": 3},
         "data": {
-            "text": {"sources": {"t": str(root / "text")}, "batch": 4, "length": LENGTH},
+            "text": {
+                "sources": {"t": str(root / "text")},
+                "batch": 4,
+                "text": {"format": "packed", "length": LENGTH},
+            },
             "pairs": pairs,
         },
         "model": {
             "llm": {"tokenizer": str(root / "words"), "config": llm | {"num_key_value_heads": 2}},
             "vision": {"init": str(root / "runs" / "flip" / "main")},
+            "connector": {"kind": "linear", "norm": True},
             "freeze": ["vision"],
         },
         "objective": {"kind": "generative"},

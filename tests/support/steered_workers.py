@@ -36,7 +36,7 @@ def batch_of(item: WorkItem, pixels: np.ndarray | None) -> Batch:
     numbers = np.arange(item.start, item.stop)
     keys = (item.step * 1000 + numbers).astype(np.uint64)
     return Batch(
-        "pairs", item.step, item.start, item.stop, pixels, np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32),
+        "pairs", item.step, item.start, item.stop, {} if pixels is None else {"pixels": pixels[:, None]},
         np.ones(rows, np.float32), keys, keys,
     )  # fmt: skip
 

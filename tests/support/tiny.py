@@ -102,11 +102,15 @@ def flip_recipe(root: Path, **sections: Any) -> dict[str, Any]:
 
 
 def sphinx_recipe(root: Path, **sections: Any) -> dict[str, Any]:
-    """A recipe with text before captions: the projector's first gradient comes from the second stream."""
+    """A recipe with text before captions: the connector's first gradient comes from the second stream."""
     return {
         "run": {"name": "sphinx", "dir": str(root / "runs" / "sphinx"), "seed": 3},
         "data": {
-            "text": {"sources": {"text": str(root / "text")}, "batch": 4, "length": LENGTH},
+            "text": {
+                "sources": {"text": str(root / "text")},
+                "batch": 4,
+                "text": {"format": "packed", "length": LENGTH},
+            },
             "captions": pairs_stream(root),
         },
         "model": {
@@ -124,6 +128,7 @@ def sphinx_recipe(root: Path, **sections: Any) -> dict[str, Any]:
                 },
             },
             "vision": {"init": "flip/main"},
+            "connector": {"kind": "linear", "norm": True},
             "freeze": ["vision"],
         },
         "objective": {"kind": "generative", "weights": {"text": 0.7, "captions": 1.3}},

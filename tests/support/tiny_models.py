@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.build.language_models import causal_model
 from pretrain.models.clip import Clip, clip_config
+from pretrain.models.connectors import Linear
 from pretrain.models.encoders.base import Encoder
-from pretrain.models.vision_language import VisionLanguageModel, new_llm
-from pretrain.recipe.data import Image, Text
-from pretrain.recipe.model import Model
+from pretrain.models.vision_language import VisionLanguageModel
+from pretrain.recipe.sections.data import Image
+from pretrain.recipe.sections.model import Model
+from pretrain.recipe.sections.text_formats import CaptionOptions
 
 SIZE, LENGTH, ROWS = 16, 7, 5
 VISION = {"width": 16, "layers": 2, "head_width": 8, "patch": 4}
@@ -45,7 +48,7 @@ def clip_config_of(
 ) -> dict[str, Any]:
     """open_clip's config of a recipe with these keys over VISION and TEXT."""
     model = Model.model_validate({"embed": embed, "vision": VISION | vision, "text": TEXT | (text or {})})
-    return clip_config(model, Image(size=SIZE), Text(length=LENGTH), Words())
+    return clip_config(model, Image(size=SIZE), CaptionOptions(length=LENGTH), Words())
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -84,10 +87,12 @@ class Tokens(Encoder):
 
 
 def multimodal(encoder: Encoder | None = Tokens(16), **config: Any) -> VisionLanguageModel:
-    """A language model of the Llama family in fp64, with a projector unless `encoder` is None."""
+    """A language model of the Llama family in fp64, with a connector unless `encoder` is None."""
     torch.manual_seed(0)
     specials = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = VisionLanguageModel(new_llm(LLAMA | config, 11, specials), encoder).double()
+    language_model = causal_model(LLAMA | config, 11, specials)
+    connector = None if encoder is None else Linear(encoder.width, language_model.width, norm=True)
+    model = VisionLanguageModel(language_model, encoder, connector).double()
     randomise(model)
     return model
 

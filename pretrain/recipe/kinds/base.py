@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from pretrain.recipe.data import Stream
 from pretrain.recipe.fields import Strict
-from pretrain.recipe.model import Model
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.model import Model
 from pretrain.recipe.yaml_file import Key
 
 Problems = Iterator[tuple[Key, str]]
@@ -43,7 +43,8 @@ class KindSpec:
     options:     class of its `objective` section
     check:       stage -> (key, message) of each rule between sections that the stage breaks
     unsupported: stage -> (key, words) of each feature that this version does not implement, as in unsupported.py
-    fields:      stage -> names of the arrays that the rows of each stream must have, by stream
+    fields:      stage -> names of the arrays that the rows of each stream must have, by stream: `pixels` of an image,
+                 and those of its text format
     predicts:    what a model of this kind can be asked for in an evaluation, see pretrain/objectives/base.py
     """
 
@@ -55,9 +56,15 @@ class KindSpec:
 
 
 def check_pair(name: str, stream: Stream) -> Problems:
-    """A stream of captioned images has an image and a text section."""
-    if stream.length is not None:
-        yield ("data", name, "length"), "is for packed text; a stream with images has text.length instead"
+    """A stream of images with text has both sections, and a text format that goes with images."""
+    if stream.text is not None and not stream.text.with_images:
+        if stream.image is not None:
+            yield (
+                ("data", name, "image"),
+                f"does not go with text.format {stream.text.format}; remove one of them",
+            )
+            return
+        yield ("data", name, "text", "format"), f"{stream.text.format} is text without images"
     for part in ("image", "text"):
         if getattr(stream, part) is None:
-            yield ("data", name, part), "is missing; a stream of images with captions needs image and text"
+            yield ("data", name, part), "is missing; a stream of images with text needs image and text"

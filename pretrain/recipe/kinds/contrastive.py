@@ -28,6 +28,8 @@ def check(stage: Sections) -> Problems:
         yield ("data",), f"contrastive takes exactly one stream, of images with captions; here: {streams}"
     for name, stream in stage.data.items():
         yield from check_pair(name, stream)
+    if stage.model.text is None and not any(tower.arch for tower in stage.model.vision or []):
+        yield ("model", "text"), "is missing; write text: {width: 512, heads: 8, layers: 12}"
     if not stage.model.vision:
         yield ("model", "vision"), "is missing; contrastive trains a vision tower"
     if stage.model.llm is not None:
@@ -49,7 +51,7 @@ def unsupported(stage: Sections) -> Problems:
 
 def fields(stage: Sections) -> Mapping[str, tuple[str, ...]]:
     """Arrays of the rows of each stream."""
-    return dict.fromkeys(stage.data, ("pixels", "tokens"))
+    return dict.fromkeys(stage.data, ("pixels", "tokens", "used"))
 
 
 SPEC = KindSpec(ContrastiveOptions, check, unsupported, fields, predicts=("embed",))

@@ -21,13 +21,15 @@ def check(stage: Sections) -> Problems:
     """Rules of a stage with this objective."""
     llm, images = stage.model.llm, False
     for name, stream in stage.data.items():
-        if stream.image is not None or stream.text is not None:
+        if stream.image is not None or (stream.text is not None and stream.text.with_images):
             images = True
             yield from check_pair(name, stream)
     if llm is None or (llm.init is None) == (llm.config is None):
         yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
     if images and not stage.model.vision:
         yield ("model", "vision"), "is missing; a stream with images needs a vision tower"
+    if stage.model.vision and stage.model.connector is None:
+        yield ("model", "connector"), "is missing; write connector: {kind: linear, norm: true}"
     for index, tower in enumerate(stage.model.vision or []):
         if tower.init is None:
             key = ("model", "vision", str(index), "init")
@@ -53,18 +55,17 @@ def unsupported(stage: Sections) -> Problems:
         yield ("model", "vision"), words
     if towers and "vision" not in stage.model.freeze:
         yield ("model", "freeze"), "training the vision tower (write model.freeze: [vision])"
-    if any(not (stream.length or stream.image or stream.text) for stream in stage.data.values()):
+    if any(stream.image is None and stream.text is None for stream in stage.data.values()):
         yield (
             ("data",),
-            "a stream whose image size and tokenizer follow from the model (write data.STREAM.image and .text, or "
-            "data.STREAM.length for packed text)",
+            "a stream whose image size and tokenizer follow from the model (write data.STREAM.image and .text)",
         )
 
 
 def fields(stage: Sections) -> Mapping[str, tuple[str, ...]]:
     """Arrays of the rows of each stream: a stream without an image section is text."""
     return {
-        name: ("tokens",) if stream.image is None else ("pixels", "tokens")
+        name: ("tokens", "used") if stream.image is None else ("pixels", "tokens", "used")
         for name, stream in stage.data.items()
     }
 

@@ -27,6 +27,7 @@ from data_pipeline.order import digest
 from data_pipeline.order.stream_order import row_keys, sample_ids
 from data_pipeline.transforms.augment import choose_crop, draw_augmentations
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import PackedFormat
 from tests.support.samples import LENGTH, SIZE, WORDS, members, pairs, write_packed, write_source
 
 ARRAYS = ("pixels", "tokens", "used", "weights", "sample_ids", "row_keys")
@@ -121,13 +122,13 @@ def test_any_split_over_ranks_is_the_same_batch(
 
 def test_pixels_go_into_the_memory_that_is_given(mixture: tuple[Path, StreamSpec]) -> None:
     builder = BatchBuilder(mixture[1])
-    memory = np.full((5, SIZE, SIZE, 3), 77, np.uint8)
+    memory = np.full((5, 1, SIZE, SIZE, 3), 77, np.uint8)
     batch = builder.make(1, 3, 7, pixels=memory[:4])
-    np.testing.assert_array_equal(memory[:4], builder.make(1, 3, 7).pixels)
+    np.testing.assert_array_equal(memory[:4, 0], builder.make(1, 3, 7).pixels)
     assert np.shares_memory(batch.pixels, memory)
     assert (memory[4] == 77).all()
-    for wrong in (memory, memory[:4, :, ::-1], memory[:4].astype(np.int8)):
-        with pytest.raises(ValueError, match=r"expected contiguous uint8 \(4, 12, 12, 3\)"):
+    for wrong in (memory, memory[:4, :, :, ::-1], memory[:4].astype(np.int8)):
+        with pytest.raises(ValueError, match=r"expected contiguous uint8 \(4, 1, 12, 12, 3\)"):
             builder.make(1, 3, 7, pixels=wrong)
 
 
@@ -175,7 +176,7 @@ def test_seed_changes_order_and_crops(mixture: tuple[Path, StreamSpec]) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_packed_text(tmp_path: Path, dtype: type) -> None:
     source = write_packed(tmp_path / "packed", [4, 3], dtype=dtype)
-    spec = StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=7, length=LENGTH)
+    spec = StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=7, text=PackedFormat(LENGTH))
     builder = BatchBuilder(spec)
     batch = builder.make(0, 0, 7)
     refs = builder.order.refs(0)
@@ -191,13 +192,15 @@ def test_packed_text(tmp_path: Path, dtype: type) -> None:
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"length": LENGTH + 1}, rf"00000\.tar.*9 tokens, but data\.text\.length is {LENGTH}"),
+        ({"length": LENGTH + 1}, rf"00000\.tar.*9 tokens, but text\.length is {LENGTH}"),
         ({"dtype": np.int64}, r"00000\.tar.*int64 \[8\]; packed text is uint16 or uint32"),
     ],
 )
 def test_packed_text_of_another_shape_is_named(tmp_path: Path, written: dict, message: str) -> None:
     source = write_packed(tmp_path / "packed", [4], **written)
-    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, length=LENGTH))
+    builder = BatchBuilder(
+        StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=2, text=PackedFormat(LENGTH))
+    )
     for attempt in (builder.check, lambda: builder.make(0, 0, 2)):
         with pytest.raises(UserError, match=message):
             attempt()
@@ -227,7 +230,9 @@ def spoilt_npy() -> Iterator[bytes]:
 def test_spoilt_packed_text_is_replaced_and_counted(tmp_path: Path) -> None:
     spoilt = list(spoilt_npy())
     source = write_packed(tmp_path / "t", [4])
-    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, length=LENGTH))
+    builder = BatchBuilder(
+        StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=4, text=PackedFormat(LENGTH))
+    )
     good = builder.make(0, 0, 4)
     reader = builder._rows._readers["t"]
     whole = reader.read
@@ -257,7 +262,9 @@ def test_pickles_in_packed_text_are_never_loaded(tmp_path: Path) -> None:
     out = io.BytesIO()
     np.save(out, np.array([print] * LENGTH, dtype=object), allow_pickle=True)
     source = write_source(tmp_path / "packed", [1], {(0, 0): {"npy": out.getvalue()}})
-    builder = BatchBuilder(StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, length=LENGTH))
+    builder = BatchBuilder(
+        StreamSpec("text", 3, {"t": SourceSpec(str(source))}, batch=1, text=PackedFormat(LENGTH))
+    )
     with pytest.raises(UserError, match=r"undecodable.*allow_pickle"):
         builder.check()
 
@@ -266,7 +273,7 @@ def test_a_stream_without_content_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.x: write image, text or both, or the length"):
         StreamSpec("x", 0, {"a": SourceSpec("p")}, batch=2)
     with pytest.raises(UserError, match=r"data\.x\.sources: there are none; write at least one source"):
-        StreamSpec("x", 0, {}, batch=2, length=4)
+        StreamSpec("x", 0, {}, batch=2, text=PackedFormat(4))
 
 
 def test_evaluation_is_one_pass_in_manifest_order(tmp_path: Path) -> None:

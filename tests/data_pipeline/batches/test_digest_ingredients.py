@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.batches.batch_builder import BatchBuilder
-from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import Batch, SourceSpec, StreamSpec
 from data_pipeline.order.digest import row_digest
 from data_pipeline.order.stream_order import row_keys, sample_ids, stream_seed
 from data_pipeline.transforms.captions import CaptionSpec
+from data_pipeline.transforms.text_formats import TextSpec
 from tests.support.ingredients import assert_each_changes
 from tests.support.samples import LENGTH, members, pairs, write_source
 

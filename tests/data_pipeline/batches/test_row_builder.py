@@ -16,6 +16,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.index.build import build_index
+from data_pipeline.transforms.text_formats import PackedFormat
 from tests.support.samples import LENGTH, write_packed
 
 COUNTS = [5, 4, 3]
@@ -61,7 +62,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def builder(tmp_path: Path) -> BatchBuilder:
     source = write_packed(tmp_path / "t", COUNTS)
     build_index(str(source))
-    return BatchBuilder(StreamSpec("text", 1, {"t": SourceSpec(str(source))}, batch=12, length=LENGTH))
+    return BatchBuilder(
+        StreamSpec("text", 1, {"t": SourceSpec(str(source))}, batch=12, text=PackedFormat(LENGTH))
+    )
 
 
 def served(builder: BatchBuilder) -> list[int]:

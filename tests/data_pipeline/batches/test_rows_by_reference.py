@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.batches.spec import SourceSpec, TextSpec
+from data_pipeline import PackedFormat, TextFormat, TextSpec
+from data_pipeline.batches.spec import SourceSpec
 from data_pipeline.stream import Stream
 from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
@@ -40,8 +41,7 @@ def opened(settings: dict[str, Any], rank: int, world_size: int) -> Stream:
         },
         settings["batch"],
         image=ImageSpec(image["size"], tuple(image["crop"]), image["flip"]) if image else None,
-        text=TextSpec(text["tokenizer"], text["length"], captions) if text else None,
-        length=settings.get("length"),
+        text=text_format(text, captions) if text else None,
         seed=SEED,
         name="rows",
         lanes=settings.get("lanes"),
@@ -49,6 +49,12 @@ def opened(settings: dict[str, Any], rank: int, world_size: int) -> Stream:
         rank=rank,
         world_size=world_size,
     )
+
+
+def text_format(text: dict[str, Any], captions: CaptionSpec | None) -> TextFormat:
+    if text.get("format") == "packed":
+        return PackedFormat(text["length"])
+    return TextSpec(text["tokenizer"], text["length"], captions)
 
 
 def reference(settings: dict[str, Any]) -> list[list[Row]]:

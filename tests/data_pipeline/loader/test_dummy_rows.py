@@ -21,6 +21,7 @@ from data_pipeline.batches.work_items import items_of, largest_share, rows_of
 from data_pipeline.loader.loader import Loader, LocalLoader
 from data_pipeline.loader.prefetch_plan import PrefetchPlan
 from data_pipeline.sources.shard_reader import ShardReader
+from data_pipeline.transforms.text_formats import PackedFormat
 from data_pipeline.transforms.tokenizers import load_tokenizer
 from data_pipeline.workers.thread_pool import ThreadPool
 from tests.support.samples import LENGTH, SIZE, pairs, write_packed, write_source
@@ -40,7 +41,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
     packed = write_packed(root / "packed", [9, 6])
     return [
         dataclasses.replace(images, batch={0: 7, 2: 3}, lanes=1),
-        StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=1, length=LENGTH),
+        StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=1, text=PackedFormat(LENGTH)),
     ]
 
 
@@ -56,7 +57,7 @@ def truth(specs: list[StreamSpec]) -> list[dict[str, Batch]]:
 @given(st.integers(1, 3000), st.integers(1, 70), st.one_of(st.none(), st.integers(1, 40)))
 def test_the_rows_of_ranks_tile_the_batch(batch: int, world_size: int, micro_batch: int | None) -> None:
     """Ranks differ by at most one row; with dummy rows all have the micro-batches of the rank with most rows."""
-    spec: Any = StreamSpec("pairs", 0, {"x": SourceSpec("x")}, batch=batch, length=4)
+    spec: Any = StreamSpec("pairs", 0, {"x": SourceSpec("x")}, batch=batch, text=PackedFormat(4))
     shares = [rows_of(rank, world_size, batch) for rank in range(world_size)]
     assert [row for start, stop in shares for row in range(start, stop)] == list(range(batch))
     sizes = [stop - start for start, stop in shares]

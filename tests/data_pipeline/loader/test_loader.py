@@ -26,6 +26,7 @@ from data_pipeline.batches.work_items import WorkItem, micro_batches
 from data_pipeline.errors import ReadError, WorkerError
 from data_pipeline.loader import loader as loader_module
 from data_pipeline.loader.loader import Loader, LocalLoader
+from data_pipeline.transforms.text_formats import PackedFormat
 from data_pipeline.workers import process_pool, thread_pool
 from data_pipeline.workers.pool import Pool
 from data_pipeline.workers.process_pool import ProcessPool
@@ -48,7 +49,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> list[StreamSpec]:
             first=write_source(root / "first", [5, 9]),
             second=write_source(root / "second", [4]),
         ),
-        StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=4, length=LENGTH),
+        StreamSpec("text", 4, {"t": SourceSpec(str(packed))}, batch=4, text=PackedFormat(LENGTH)),
     ]
 
 
@@ -303,7 +304,7 @@ def test_look_ahead_is_bounded_in_bytes(
         def _open_pool(self) -> Pool:
             return counting
 
-    monkeypatch.setattr(loader_module, "AHEAD_BYTES", rows_ahead * (SIZE * SIZE * 3 + 4 * LENGTH))
+    monkeypatch.setattr(loader_module, "AHEAD_BYTES", rows_ahead * (SIZE * SIZE * 3 + 4 * LENGTH + 4))
     with Counted(specs[:1], 0, 1, 3, micro_batch=4) as loader:
         for _ in loader.steps(0, 9):
             ahead = sum(counting.held.values())
@@ -401,7 +402,9 @@ SCRIPT = f"""
 import json, sys, time
 from data_pipeline.loader.loader import LocalLoader
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-loader = LocalLoader([StreamSpec("text", 4, {{"t": SourceSpec(sys.argv[1])}}, batch=4, length={LENGTH})], 0, 1, 2)
+from data_pipeline.transforms.text_formats import PackedFormat
+sources = {{"t": SourceSpec(sys.argv[1])}}
+loader = LocalLoader([StreamSpec("text", 4, sources, batch=4, text=PackedFormat({LENGTH}))], 0, 1, 2)
 next(loader.steps(0, 5))
 print(json.dumps(loader.worker_pids), flush=True)
 if sys.argv[2] == "stay":

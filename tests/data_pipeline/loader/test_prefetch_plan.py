@@ -16,6 +16,7 @@ from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.offset_file import OffsetFile, check_of, pack_starts
 from data_pipeline.storage.cache import ByteRange, CacheSettings
+from data_pipeline.transforms.text_formats import PackedFormat
 
 BATCH = 64
 LANES = 16  # four rows of each lane in every batch
@@ -50,7 +51,7 @@ def manifest(folder: Path, name: str, counts: list[int], blocks: int) -> tuple[M
 
 def builder_of(tmp_path: Path, sources: dict[str, Manifest], limit: int, **weights: float) -> BatchBuilder:
     specs = {name: SourceSpec(source.root, weight=weights.get(name)) for name, source in sources.items()}
-    spec = StreamSpec("text", 7, specs, batch=BATCH, lanes=LANES, length=8)
+    spec = StreamSpec("text", 7, specs, batch=BATCH, lanes=LANES, text=PackedFormat(8))
     return BatchBuilder(spec, sources, None, CacheSettings(str(tmp_path / "cache"), limit))
 
 

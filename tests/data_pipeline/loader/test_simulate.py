@@ -19,6 +19,7 @@ from data_pipeline.order.source_order import run_length
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.stream import Stream
+from data_pipeline.transforms.text_formats import PackedFormat
 from tests.support.s3_server import faulty_s3
 from tests.support.samples import LENGTH, write_packed
 
@@ -32,7 +33,7 @@ def source(name: str, counts: list[int], each: int = 2048) -> Manifest:
 
 def spec_of(batch: int, lanes: int | None = None, **sources: float | None) -> StreamSpec:
     specs = {name: SourceSpec(f"s3://nowhere/{name}", weight=weight) for name, weight in sources.items()}
-    return StreamSpec("text", 3, specs, batch, lanes, length=8)
+    return StreamSpec("text", 3, specs, batch, lanes, text=PackedFormat(8))
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])

@@ -14,6 +14,7 @@ from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.batches.work_items import items_of
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
+from data_pipeline.transforms.text_formats import PackedFormat
 
 SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).flatmap(
     lambda later: st.integers(1, 9).map(lambda rows: {0: rows, **later})
@@ -21,7 +22,7 @@ SCHEDULES = st.dictionaries(st.integers(1, 25), st.integers(1, 9), max_size=4).f
 
 
 def spec(batch: Any) -> StreamSpec:
-    return StreamSpec("pairs", 0, {"a": SourceSpec("a")}, BatchSchedule.of(batch), length=8)
+    return StreamSpec("pairs", 0, {"a": SourceSpec("a")}, BatchSchedule.of(batch), text=PackedFormat(8))
 
 
 @given(SCHEDULES, st.integers(0, 60))

@@ -23,6 +23,7 @@ from data_pipeline.storage import object_store
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.storage.cached_ranges import fetch, read_chunks
 from data_pipeline.storage.object_store import RetryPolicy, version_of
+from data_pipeline.transforms.text_formats import PackedFormat
 from tests.support.counting_store import ROOT, Body, Fault, Objects, counting_store, refusal
 from tests.support.samples import LENGTH, write_packed
 
@@ -287,7 +288,7 @@ def test_no_level_repeats_the_tries_of_the_one_below(
     store.put("00000.tar", tar)
     counts, sizes = np.array([5]), np.array([len(tar)])
     manifest = Manifest("t", ROOT, ["00000.tar"], counts, sizes, "tar", "")
-    spec = StreamSpec("text", 1, {"t": SourceSpec(ROOT)}, batch=5, length=LENGTH)
+    spec = StreamSpec("text", 1, {"t": SourceSpec(ROOT)}, batch=5, text=PackedFormat(LENGTH))
     cache = CacheSettings(str(tmp_path / "cache"), 10**9) if cached else None
     builder = BatchBuilder(spec, {"t": manifest}, cache=cache)
     store.faults = itertools.repeat(refusal("SlowDown", 503))

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from data_pipeline.batches.batch_builder import BatchBuilder
-from data_pipeline.batches.spec import TextSpec
 from data_pipeline.hashing import hash64, key64
 from data_pipeline.order.stream_order import row_keys, stream_seed
 from data_pipeline.transforms.augment import Augmentation, choose_crop, draw_augmentations
 from data_pipeline.transforms.captions import CaptionSpec, pick_caption
+from data_pipeline.transforms.text_formats import TextSpec
 from tests.support.samples import LENGTH, SIZE, members, pairs, pixels, write_source
 
 MANY = 6000

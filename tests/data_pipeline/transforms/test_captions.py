@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.evaluation_pass import EvaluationPass
-from data_pipeline.batches.spec import TextSpec
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.order.digest import row_digest
 from data_pipeline.transforms.augment import draw_augmentations
 from data_pipeline.transforms.captions import CaptionSpec, pick_caption
-from pretrain.build.streams import text_spec
-from pretrain.recipe.data import Text
+from data_pipeline.transforms.text_formats import TextSpec
+from pretrain.recipe.sections.text_formats import CaptionOptions
 from tests.support.samples import LENGTH, members, pairs, write_source
 
 LAION_COCO = {
@@ -168,8 +167,11 @@ def test_the_choice_is_part_of_the_digest_and_of_the_row(tmp_path: Path) -> None
 def test_a_recipe_says_it_in_three_fields() -> None:
     written = {"from": ["txt", "json.all_captions"], "scores": [None, "json.all_similarities"], "top": 2}
     wanted = CaptionSpec(("txt", "json.all_captions"), (None, "json.all_similarities"), 2)
-    assert text_spec(Text.model_validate({"captions": written})).captions == wanted
-    assert text_spec(Text()).captions is None
+    written_format = CaptionOptions.model_validate(
+        {"captions": written, "tokenizer": "words", "length": 9}
+    ).row_format()
+    assert written_format == TextSpec("words", 9, wanted)
+    assert CaptionOptions().row_format() == TextSpec("clip-bpe", 32, None)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.batches.work_items import WorkItem, join_batches, split_item
 from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.transforms.text_formats import PackedFormat
 from data_pipeline.workers import ipc, shared_memory
 from data_pipeline.workers.process_pool import ProcessPool
 from data_pipeline.workers.shared_memory import SharedBufferPool
@@ -177,13 +178,13 @@ def test_pixels_go_through_shared_memory_and_not_through_the_socket(
 
 def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: Path) -> None:
     builder = BatchBuilder(spec)
-    text = StreamSpec("text", 0, {"t": spec.sources["web"]}, batch=2048, length=8)
+    text = StreamSpec("text", 0, {"t": spec.sources["web"]}, batch=2048, text=PackedFormat(8))
     packed = StreamSpec(
         "text",
         4,
         {"t": type(spec.sources["web"])(str(write_packed(tmp_path / "t", [9])))},
         batch=600,
-        length=8,
+        text=PackedFormat(8),
     )
     assert [len(split_item(WorkItem("text", 0, 0, 2048), text, pieces)) for pieces in (1, 3, 9)] == [1, 3, 8]
     for each, made, rows in ((spec, builder, BATCH), (packed, BatchBuilder(packed), 600)):
@@ -193,7 +194,7 @@ def test_slices_tile_an_item_and_join_to_the_whole(spec: StreamSpec, tmp_path: P
             parts = [made.make(3, item.start, item.stop) for item in items]
             found, want = join_batches(parts), made.make(3, 0, rows)
             for name, value in vars(want).items():
-                np.testing.assert_array_equal(getattr(found, name), value)
+                np.testing.assert_equal(getattr(found, name), value)
     assert builder.make(3, 0, BATCH).skipped
 
 

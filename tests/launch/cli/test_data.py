@@ -17,7 +17,7 @@ from data_pipeline.storage.files import publish_table
 from launch.cli.data import app
 from launch.cli.data_reports import ProgressLine
 from pretrain.build.streams import stream_spec
-from pretrain.recipe.data import Stream
+from pretrain.recipe.sections.data import Stream
 
 runner = CliRunner()
 
@@ -162,7 +162,11 @@ def test_a_view_is_made_and_a_recipe_uses_it(root: str) -> None:
         in done.stdout
     )
     stream = Stream.model_validate(
-        {"sources": {"a": {"path": root, "view": "wide"}}, "length": 4, "batch": 3}
+        {
+            "sources": {"a": {"path": root, "view": "wide"}},
+            "text": {"format": "packed", "length": 4},
+            "batch": 3,
+        }
     )
     source = stream_spec("text", stream, 0, "stage").sources["a"]
     assert open_source("a", source.path, source.view).samples == 9

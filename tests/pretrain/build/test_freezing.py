@@ -15,10 +15,10 @@ from pretrain.recipe.schema import Optimizer, TrainStage
 from tests.support.tiny_models import clip, multimodal
 
 FREE = [
-    "projector.0.weight",
-    "projector.0.bias",
-    "projector.1.weight",
-    "projector.1.bias",
+    "connector.0.linear.weight",
+    "connector.0.linear.bias",
+    "connector.0.norm.weight",
+    "connector.0.norm.bias",
     "start_image",
     "end_image",
 ]
@@ -50,7 +50,8 @@ class TwoTowers:
 def stage(*groups: dict[str, Any], freeze: list[str] | None = None, **streams: bool) -> TrainStage:
     """A stage with these streams: True for one with images."""
     data = {
-        name: {"sources": {"a": "x"}} | ({"image": {"size": 16}, "text": {}} if images else {"length": 8})
+        name: {"sources": {"a": "x"}}
+        | ({"image": {"size": 16}, "text": {}} if images else {"text": {"format": "packed", "length": 8}})
         for name, images in (streams or {"text": False, "captions": True}).items()
     }
     optimizer = {"lr": 0.01, "weight_decay": 0.2} | ({"groups": list(groups)} if groups else {})
@@ -69,7 +70,7 @@ def trained(objective: Any) -> set[str]:
 def test_what_an_expression_matches_does_not_train(expression: str) -> None:
     objective: Any = Captioner()
     every = trained(objective)
-    pattern = {"llm": r"llm\..*", "connector": r"projector\..*|start_image|end_image"}.get(
+    pattern = {"llm": r"llm\..*", "connector": r"connector\..*|start_image|end_image"}.get(
         expression, expression
     )
     apply_freeze(objective, [expression])
@@ -89,7 +90,7 @@ def test_vision_is_the_tower_beside_the_model() -> None:
         ("text", "'text' matches no parameter; nearest: .*; short names: vision, connector, llm"),
         ("visual", "'visual' matches no parameter; nearest: .*vision"),
         (r"llm\.layers\.0\..*", r"nearest: llm\.model\.layers"),
-        (r"projector", r"'projector' matches no parameter; nearest: projector"),  # a module is no parameter
+        (r"llm\.model", "matches no parameter; nearest: llm"),  # a module is no parameter
         (r"llm\.(", "is not a valid regular expression"),
     ],
 )

@@ -41,7 +41,7 @@ def stage(kind: str, tokenizer: str, **model: Any) -> TrainStage:
     given: dict[str, Any] = {
         "contrastive": {"data": {"pairs": pairs}, "model": {"vision": VISION, "text": TEXT, "embed": 8}},
         "generative": {
-            "data": {"text": {"sources": {"a": "x"}, "length": 8}},
+            "data": {"text": {"sources": {"a": "x"}, "text": {"format": "packed", "length": 8}}},
             "model": {"llm": {"tokenizer": tokenizer, "config": LLAMA}},
         },
     }[kind]
@@ -100,10 +100,16 @@ def test_the_language_model_does_not_depend_on_the_tower_before_it(tokenizer: st
     frozen = tmp_path / "frozen.safetensors"
     described = {"kind": "stage", "clip": clip_config_of({})}
     write_frozen(frozen, {f"vision.0.{name}": t for name, t in tower.items()}, described)
-    with_tower = build(stage("generative", tokenizer, vision={"init": "x"}), "main", 3, None, frozen)[0]
+    with_tower = build(
+        stage("generative", tokenizer, vision={"init": "x"}, connector={"norm": True}),
+        "main",
+        3,
+        None,
+        frozen,
+    )[0]
     found, alone = weights(with_tower), weights(made(stage("generative", tokenizer)))
     assert {name.split(".")[0] for name in set(found) - set(alone)} == {
-        "projector",
+        "connector",
         "start_image",
         "end_image",
         "vision",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.batches.spec import SourceSpec, StreamSpec, TextSpec
+from data_pipeline.batches.spec import SourceSpec, StreamSpec
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.stream_order import stream_seed
 from data_pipeline.transforms.captions import CaptionSpec
 from data_pipeline.transforms.decode import ImageSpec
+from data_pipeline.transforms.text_formats import PackedFormat, TextSpec
 from pretrain.build.streams import evaluation_spec, stage_specs, stream_spec
-from pretrain.recipe.data import Stream
-from pretrain.recipe.schema import Perplexity, TrainStage, ZeroShot
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.data import Stream
+from pretrain.recipe.sections.evaluation import Perplexity, ZeroShot
 
+PACKED = {"format": "packed"}
 CAPTIONS = {"from": ["txt", "json.all"], "scores": [None, "json.scores"], "top": 2}
 WRITTEN = {
     "sources": {
@@ -53,14 +56,16 @@ def test_a_stream_has_all_its_settings() -> None:
 
 
 def test_packed_text_has_its_length_and_a_stream_may_take_another_stage_s_order() -> None:
-    stream = Stream.model_validate({"sources": {"a": "x"}, "length": 9, "order_as": "masked"})
+    stream = Stream.model_validate(
+        {"sources": {"a": "x"}, "text": PACKED | {"length": 9}, "order_as": "masked"}
+    )
     found = stream_spec("text", stream, 7, "tuned")
-    assert (found.length, found.packed, found.lanes) == (9, True, None)
+    assert (found.text, found.image, found.lanes) == (PackedFormat(9), None, None)
     assert found.seed == stream_seed(7, "masked", "text") != stream_seed(7, "tuned", "text")
 
 
 def test_the_objective_says_which_streams_and_in_which_order() -> None:
-    data = {name: {"sources": {"a": "x"}, "length": 9} for name in ("one", "two", "three")}
+    data = {name: {"sources": {"a": "x"}, "text": PACKED | {"length": 9}} for name in ("one", "two", "three")}
     stage = TrainStage.model_validate(
         {"data": data, "objective": {"kind": "generative"}, "train": {"steps": 1}}
     )
@@ -78,7 +83,8 @@ def test_an_evaluation_sees_the_image_as_training_does_but_without_crop_and_flip
 
 
 def test_packed_held_out_text_has_the_length_of_its_task_or_stream() -> None:
-    alone = evaluation_spec("held_out", Perplexity(path="held", length=9), None, 12)
-    assert (alone.length, alone.image, alone.text) == (9, None, None)
-    stream = Stream.model_validate({"sources": {"a": "x"}, "length": 11})
-    assert evaluation_spec("held_out", Perplexity(path="held", stream="text"), stream, 12).length == 11
+    alone = evaluation_spec("held_out", Perplexity(path="held"), None, 12, 9)
+    assert (alone.image, alone.text) == (None, PackedFormat(9))
+    stream = Stream.model_validate({"sources": {"a": "x"}, "text": PACKED | {"length": 11}})
+    task = Perplexity(path="held", stream="text")
+    assert evaluation_spec("held_out", task, stream, 12).text == PackedFormat(11)

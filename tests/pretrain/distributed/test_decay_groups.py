@@ -34,12 +34,18 @@ CLIP_DOES_NOT = [
     *(BLOCK + name for name in ("mlp.c_fc.bias", "mlp.c_proj.bias")),
 ]
 SPHINX_DECAYS = [
-    *("llm.model.embed_tokens.weight", "llm.lm_head.weight", "projector.0.weight"),
+    *("llm.model.embed_tokens.weight", "llm.lm_head.weight", "connector.0.linear.weight"),
     *(LAYER + f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *(LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
 ]
 SPHINX_DOES_NOT = [
-    *("start_image", "end_image", "projector.0.bias", "projector.1.weight", "projector.1.bias"),
+    *(
+        "start_image",
+        "end_image",
+        "connector.0.linear.bias",
+        "connector.0.norm.weight",
+        "connector.0.norm.bias",
+    ),
     *("llm.model.norm.weight", LAYER + "input_layernorm.weight", LAYER + "post_attention_layernorm.weight"),
 ]
 
@@ -81,7 +87,7 @@ def test_fixed_positions_and_frozen_parts_are_in_no_group() -> None:
     check(model, CLIP_DECAYS, CLIP_DOES_NOT, ("visual.positional_embedding", "transformer.*"))
 
 
-def test_of_a_language_model_with_projector_and_delimiters() -> None:
+def test_of_a_language_model_with_connector_and_delimiters() -> None:
     check(multimodal(), SPHINX_DECAYS, SPHINX_DOES_NOT)
 
 
@@ -90,11 +96,11 @@ def test_tied_weights_are_one_parameter() -> None:
     check(model, SPHINX_DECAYS, SPHINX_DOES_NOT, ("llm.lm_head.weight",))
 
 
-def test_a_frozen_language_model_leaves_the_projector() -> None:
+def test_a_frozen_language_model_leaves_the_connector() -> None:
     model = multimodal()
     model.llm.requires_grad_(False)
-    assert names(model) == (["projector.0.weight"], ["start_image", "end_image", "projector.0.bias",
-                                                     "projector.1.weight", "projector.1.bias"])  # fmt: skip
+    assert names(model) == (["connector.0.linear.weight"], ["start_image", "end_image", "connector.0.linear.bias",
+                                                     "connector.0.norm.weight", "connector.0.norm.bias"])  # fmt: skip
 
 
 def test_a_matrix_has_two_sides_longer_than_one() -> None:

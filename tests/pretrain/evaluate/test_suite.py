@@ -26,7 +26,8 @@ from pretrain.evaluate.held_out import shuffled_images
 from pretrain.evaluate.measure import Context
 from pretrain.evaluate.suite import EVALUATIONS, SINGLE_PROCESS, evaluate, flat_scalars
 from pretrain.objectives.device_batch import DeviceBatch
-from pretrain.recipe.schema import Evaluation, Perplexity, TrainStage, ZeroShot
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import Evaluation, Perplexity, ZeroShot
 from tests.support import tiny
 
 CLASSES = {"red": "crimson", "green": "grassy", "blue": "navy blue", "white": "snow white"}
@@ -176,7 +177,7 @@ def caption_nats(objective: Any, stage: TrainStage, sample: Sample, shown: Sampl
     middle = tokenizer.encode(sample.caption)[: tiny.LENGTH - 2]
     ids = torch.tensor([tokenizer.start_id, *middle, tokenizer.end_id])
     words = model.llm.get_input_embeddings()(ids)
-    seen = model.projector(model.visual_tokens(normalised(shown, stage, "captions")))[0]
+    seen = model.connector[0](model.visual_tokens(normalised(shown, stage, "captions")))[0]
     row = torch.cat([words[:1], model.start_image[0], seen, model.end_image[0], words[1:]])
     logits = model.llm(inputs_embeds=row[None]).logits[0, -len(ids) : -1].double()
     return F.cross_entropy(logits, ids[1:], reduction="sum").item(), len(ids) - 1
@@ -233,13 +234,13 @@ def test_shuffled_images_belong_to_another_usable_sample(
 
 def test_no_usable_row_keeps_its_own_image() -> None:
     weights = torch.tensor([0.0, 1, 1, 0, 1, 0, 0])
-    images = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
+    images = torch.arange(7.0)[:, None, None, None, None].expand(7, 1, 3, 2, 2)
     none = torch.zeros(7, dtype=torch.long)
-    rows = DeviceBatch(images, none[:, None], none, weights, none, none, 2)
+    rows = DeviceBatch({"images": images}, weights, none, none, 2)
     shown = shuffled_images(rows).images
     assert shown is not None
     assert shown[weights > 0, 0, 0, 0].tolist() == [4, 1, 2]
-    assert rows.images is images
+    assert rows.fields["images"] is images
 
 
 @pytest.mark.parametrize(("batch", "world"), [(8, 1), (20, 1), (8, 2), (20, 2), (20, 4)])
@@ -265,14 +266,12 @@ def test_text_nll_is_the_brute_force_mean_on_any_number_of_slices(
 
 def test_the_suite_equals_its_measures(sphinx: tuple[Any, TrainStage], tiny_runs: Path) -> None:
     objective, stage = sphinx
-    evaluation = Evaluation(
-        batch=8,
-        perplexity={
-            "text": Perplexity(path=str(tiny_runs / "text"), length=tiny.LENGTH),
-            "pairs": Perplexity(path=str(tiny_runs / "pairs"), stream="captions"),
-            "elsewhere": Perplexity(path=str(tiny_runs / "pairs"), stream="no_such_stream"),
-        },
-    )
+    tasks = {
+        "text": {"path": str(tiny_runs / "text"), "length": tiny.LENGTH},
+        "pairs": {"path": str(tiny_runs / "pairs"), "stream": "captions"},
+        "elsewhere": {"path": str(tiny_runs / "pairs"), "stream": "no_such_stream"},
+    }
+    evaluation = Evaluation.model_validate({"batch": 8, "perplexity": tasks})
     found = evaluate(
         objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, evaluation, shuffle=True
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.evaluate.zero_shot import classifier
-from pretrain.recipe.schema import ZeroShot
+from pretrain.recipe.sections.evaluation import ZeroShot
 from tests.support.tiny_models import Words
 
 CPU = torch.device("cpu")

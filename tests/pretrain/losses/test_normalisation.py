@@ -15,8 +15,8 @@ from pretrain.losses.normalisation import count_rows, count_targets, part_of_glo
 def batch(used: list[int], weights: list[float], start: int = 0) -> Batch:
     rows = len(used)
     return Batch(
-        stream="s", step=0, start=start, stop=start + rows, pixels=None,
-        tokens=np.zeros((rows, 4), np.int32), used=np.array(used, np.int32),
+        stream="s", step=0, start=start, stop=start + rows,
+        fields={"tokens": np.zeros((rows, 4), np.int32), "used": np.array(used, np.int32)},
         weights=np.array(weights, np.float32), sample_ids=np.zeros(rows, np.uint64),
         row_keys=np.zeros(rows, np.uint64),
     )  # fmt: skip

@@ -14,8 +14,9 @@ from data_pipeline.errors import UserError
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.masking import keep_patches
 from pretrain.recipe.architectures import arch_mistake
-from pretrain.recipe.data import Image, Text
 from pretrain.recipe.schema import Model
+from pretrain.recipe.sections.data import Image
+from pretrain.recipe.sections.text_formats import CaptionOptions
 from tests.support import plain_clip
 from tests.support.tiny_models import LENGTH, ROWS, SIZE, TEXT, VISION, Words, pictures, randomise, sentences
 from tests.support.tiny_models import clip as build
@@ -162,7 +163,9 @@ def peers(
     known = open_clip.get_model_config(arch)
     shape = {"width": None, "layers": None, "patch": None, "head_width": None, "arch": f"open_clip://{arch}"}
     section = {"vision": shape | vision, "text": text or None, **model}
-    written = clip_config(Model.model_validate(section), Image(size=SIZE), Text(length=LENGTH), Words())
+    written = clip_config(
+        Model.model_validate(section), Image(size=SIZE), CaptionOptions(length=LENGTH), Words()
+    )
     torch.manual_seed(0)
     ours = Clip(written).double()
     randomise(ours)
@@ -229,7 +232,7 @@ def test_only_a_written_key_overrides_the_architecture() -> None:
     assert config(shape | {"pool": "tok"})["vision_cfg"]["pool_type"] == "tok"
     assert config(shape, {"causal": True})["text_cfg"]["no_causal_mask"] is False
     plain = {"vision": shape, "text": None}
-    alone = clip_config(Model.model_validate(plain), Image(size=SIZE), Text(length=LENGTH), Words())
+    alone = clip_config(Model.model_validate(plain), Image(size=SIZE), CaptionOptions(length=LENGTH), Words())
     assert {key: alone["text_cfg"][key] for key in ("width", "heads", "layers")} == {
         key: known["text_cfg"][key] for key in ("width", "heads", "layers")
     }
@@ -249,7 +252,7 @@ def test_every_architecture_is_built_as_open_clip_builds_it_or_refused() -> None
             continue
         known = open_clip.get_model_config(arch)
         vision, text = known["vision_cfg"] | {"layers": 1}, known["text_cfg"] | {"layers": 1}
-        image, length = Image(size=vision["image_size"]), Text(length=text["context_length"])
+        image, length = Image(size=vision["image_size"]), CaptionOptions(length=text["context_length"])
         section = {"vision": {"arch": f"open_clip://{arch}", "layers": 1}, "text": {"layers": 1}}
         text |= {"vocab_size": Words.vocab_size}
         text = {key: value for key, value in text.items() if "tokenizer" not in key}

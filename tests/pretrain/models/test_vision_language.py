@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.build.language_models import causal_model
+from pretrain.models.connectors import Linear
 from pretrain.models.encoders.open_clip_vit import OpenClipVit
-from pretrain.models.vision_language import Projector, VisionLanguageModel, greedy_captions, new_llm
+from pretrain.models.vision_language import VisionLanguageModel, greedy_captions
 from tests.support.tiny_models import LENGTH, LLAMA, ROWS, clip, multimodal, pictures, sentences
 
 USED = [3, 4, 5, 6, 7]
@@ -26,7 +28,7 @@ def by_hand(model: VisionLanguageModel, ids: list[int], seen: Tensor | None) -> 
     words = [table[token] for token in ids]
     if seen is None:
         return torch.stack(words)
-    linear, norm = model.projector[0], model.projector[1]  # type: ignore[index]
+    linear, norm = model.connector[0].linear, model.connector[0].norm
     image = []
     for token in seen:
         x = linear.weight @ token + linear.bias
@@ -105,29 +107,31 @@ def test_features_take_the_type_of_the_language_model() -> None:
     torch.testing.assert_close(found, exact, rtol=0.03, atol=0.1)
 
 
-def test_a_projector_is_a_linear_layer_and_a_layer_norm() -> None:
+def test_a_linear_connector_ends_with_a_layer_norm_if_it_is_asked_for() -> None:
     torch.manual_seed(3)
-    projector = Projector(16, 24).double()
-    out = projector(visual())
+    plain = Linear(16, 24, norm=False).double()
+    expected = visual() @ plain.linear.weight.T + plain.linear.bias
+    torch.testing.assert_close(plain(visual()), expected, rtol=1e-12, atol=1e-12)
+    out = Linear(16, 24, norm=True).double()(visual())
     assert out.shape == (ROWS, 3, 24)
     torch.testing.assert_close(out.mean(-1), torch.zeros(ROWS, 3).double(), rtol=0, atol=1e-9)
     torch.testing.assert_close(out.var(-1, unbiased=False), torch.ones(ROWS, 3).double(), rtol=0, atol=1e-3)
 
 
-def test_a_text_model_has_neither_projector_nor_delimiters() -> None:
+def test_a_text_model_has_neither_connector_nor_delimiters() -> None:
     assert {name.split(".")[0] for name, _ in multimodal(None).named_parameters()} == {"llm"}
     names = {name.split(".")[0] for name, _ in multimodal().named_parameters()}
-    assert names == {"llm", "projector", "start_image", "end_image"}
+    assert names == {"llm", "connector", "start_image", "end_image"}
 
 
 def test_a_new_model_has_the_vocabulary_and_the_ids_of_the_tokenizer_unless_its_config_says_otherwise() -> (
     None
 ):
     specials = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 4}
-    model: Any = new_llm(LLAMA, 11, specials)
+    model: Any = causal_model(LLAMA, 11, specials).module
     assert model.get_input_embeddings().weight.shape == (11, 24)
     assert {name: getattr(model.config, name) for name in specials} == specials
-    other: Any = new_llm(LLAMA | {"vocab_size": 16, "pad_token_id": 3}, 11, specials)
+    other: Any = causal_model(LLAMA | {"vocab_size": 16, "pad_token_id": 3}, 11, specials).module
     assert (other.config.vocab_size, other.config.pad_token_id, other.config.bos_token_id) == (16, 3, 5)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +18,7 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.recipe.schema import TrainStage
 from tests.support import plain_clip
-from tests.support.rows import batch, device_batch, part_of
+from tests.support.rows import batch, device_batch, part_of, with_images
 from tests.support.tiny_models import ROWS, Words, clip, pictures, sentences
 
 KEYS = np.array([11, 2**63 + 5, 7, 12, 2**64 - 1], np.uint64)
@@ -94,7 +93,7 @@ class Autograd:
 def test_cached_features_give_the_gradients_of_the_whole_batch(cuts: tuple[int, ...], ids: list[int]) -> None:
     """Of all parameters, the temperature included; in float64, so that only a wrong formula differs."""
     whole, parted = clip({}).double(), clip({}).double()
-    everything = replace(rows(ids=ids), images=pictures().double())
+    everything = with_images(rows(ids=ids), pictures().double())
     expected = Contrastive(whole, stage(0.5)).loss(whole, "pairs", everything, 20.0).total
     expected.backward()
     engine = Autograd(parted)
@@ -115,7 +114,7 @@ def test_the_temperature_can_train_alone(cuts: tuple[int, ...]) -> None:
     """Only the first micro-batch carries its gradient; the others have none."""
     model = clip({}).double().requires_grad_(False)
     model.logit_scale.requires_grad_()
-    everything = replace(rows(), images=pictures().double())
+    everything = with_images(rows(), pictures().double())
     parts = [part_of(everything, start, stop) for start, stop in pairwise(cuts)]
     Contrastive(model, stage(0.5)).backward(Autograd(model), "pairs", parts, 5.0)
     step = 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.objectives.device_batch import to_device
-from pretrain.recipe.data import Image
+from pretrain.recipe.sections.data import Image
 from tests.support.rows import batch
 
 CPU = torch.device("cpu")

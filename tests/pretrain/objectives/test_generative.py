@@ -24,8 +24,8 @@ def stage(weights: dict[str, float] | None = None, **streams: Any) -> TrainStage
     source = {"sources": {"a": "x"}}
     data = {
         "captions": source | {"image": {}, "text": {}},
-        "text": source | {"length": 7},
-        "code": source | {"length": 7},
+        "text": source | {"text": {"format": "packed", "length": 7}},
+        "code": source | {"text": {"format": "packed", "length": 7}},
     }
     return TrainStage.model_validate(
         {"data": data, "objective": {"kind": "generative", "weights": weights}, "train": {"steps": 1}}

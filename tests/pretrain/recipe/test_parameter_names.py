@@ -33,7 +33,7 @@ def test_every_parameter_of_the_models_belongs_to_one_short_name() -> None:
 
 def test_an_expression_matches_whole_names() -> None:
     assert matching(r"llm\.model\.layers\.[12]\..*", LAYERS + REST) == LAYERS[3:]
-    assert matching("llm", LAYERS + REST + ["projector.0.bias"]) == LAYERS + REST
+    assert matching("llm", LAYERS + REST + ["connector.0.linear.bias"]) == LAYERS + REST
     assert matching(r"llm\.lm_head", REST) == []
 
 
@@ -55,7 +55,7 @@ def test_what_the_text_of_an_expression_tells(expression: str, words: str | None
 
 
 def test_the_nearest_names_are_named() -> None:
-    text = no_match(r"llm\.model\.layer\.1\..*", [*LAYERS, *REST, "projector.0.bias"])
+    text = no_match(r"llm\.model\.layer\.1\..*", [*LAYERS, *REST, "connector.0.linear.bias"])
     assert text.startswith(r"'llm\\.model\\.layer\\.1\\..*' matches no parameter; nearest: llm.model.layers,")
     assert text.endswith("short names: connector, llm")
 
@@ -66,8 +66,8 @@ def test_the_nearest_names_are_named() -> None:
         (LAYERS[3:], LAYERS[:3] + REST, ["llm.model.layers.{1..2}.* (6 tensors)"]),
         (LAYERS[:3] + LAYERS[6:], LAYERS[3:6], ["llm.model.layers.{0,2}.* (6 tensors)"]),
         (LAYERS[::3], LAYERS[1::3] + REST, ["llm.model.layers.{0..2}.q.weight (3 tensors)"]),
-        (LAYERS + REST, ["projector.0.bias"], ["llm.* (11 tensors)"]),
-        (["start_image", "projector.0.bias"], [], ["projector.0.bias", "start_image"]),
+        (LAYERS + REST, ["connector.0.linear.bias"], ["llm.* (11 tensors)"]),
+        (["start_image", "connector.0.linear.bias"], [], ["connector.0.linear.bias", "start_image"]),
         (
             ["a.0.b.1.w", "a.0.b.2.w", "a.1.b.1.w"],
             ["a.0.b.0.w", "a.1.b.0.w"],

@@ -19,7 +19,8 @@ from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.lengths import length_steps, length_warnings, main_stream, total_steps
 from pretrain.recipe.load import load_recipe, run_dir
 from pretrain.recipe.resolve import merge_maps
-from pretrain.recipe.schema import MergeStage, Recipe, TrainStage, ZeroShot
+from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
+from pretrain.recipe.sections.evaluation import ZeroShot
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.identity import compare_identity
 from pretrain.train.schedule import peak_rate
@@ -545,9 +546,9 @@ def test_only_a_part_that_the_model_has_can_be_frozen(kind: str, parts: set[str]
 
 SPHINX = """
 data:
-  text: {sources: {a: x}, batch: 4, length: 8}
+  text: {sources: {a: x}, batch: 4, text: {format: packed, length: 8}}
   captions: {sources: {b: y}, batch: 4, image: {size: 32}, text: {tokenizer: clip-bpe, length: 8}}
-model: {llm: {config: {model_type: llama}}, vision: {init: flip/tuned}, freeze: [vision]}
+model: {llm: {config: {model_type: llama}}, vision: {init: flip/tuned}, connector: {}, freeze: [vision]}
 objective: {kind: generative}
 optimizer: {lr: 1}
 train: {steps: 1}

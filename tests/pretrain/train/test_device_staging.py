@@ -8,7 +8,7 @@ import torch
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
 from pretrain.objectives.device_batch import DeviceBatch, to_device
-from pretrain.recipe.data import Image
+from pretrain.recipe.sections.data import Image
 from pretrain.train.device_staging import PinnedCopies, StagedBatches, Tensors, copies_for
 from tests.support.samples import SIZE, pairs, write_source
 
@@ -24,9 +24,11 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
 
 
 def equal(a: DeviceBatch, b: DeviceBatch) -> bool:
-    return a.longest == b.longest and all(
-        torch.equal(value, getattr(b, name)) for name, value in vars(a).items() if name != "longest"
-    )
+    names = ("weights", "sample_ids", "keys")
+    found = [(getattr(a, name), getattr(b, name)) for name in names]
+    found += [(a.fields[name], b.fields[name]) for name in ("images", "tokens", "used")]
+    same = (a.longest, a.fields.keys()) == (b.longest, b.fields.keys())
+    return same and all(torch.equal(one, other) for one, other in found)
 
 
 class Recorded:

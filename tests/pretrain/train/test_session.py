@@ -139,7 +139,7 @@ def test_init_takes_the_weights_and_nothing_else(tiny_runs: Path, tmp_path: Path
 
 
 def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) -> None:
-    """The weights of a text-only stage: a language model without projector and delimiters."""
+    """The weights of a text-only stage: a language model without connector and delimiters."""
     runs = tiny_runs / "runs"
     words = {
         name: t for name, t in read_state(str(runs / "sphinx" / "main")).items() if name.startswith("llm.")
@@ -151,7 +151,7 @@ def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) ->
     code, printed = rank.run(tiny.write_recipe(tmp_path / "recipe.yaml", recipe))
     assert code == 0, printed
     assert re.findall(r"newly initialised: (.*)", printed) == [
-        "end_image, projector.* (4 tensors), start_image"
+        "connector.* (4 tensors), end_image, start_image"
     ]
     assert "not used" not in printed
     after = read_state(str(tmp_path / "run" / "main"))

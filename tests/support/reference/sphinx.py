@@ -82,7 +82,9 @@ class Sphinx:
         with torch.no_grad():
             images = towers.normalised([row.pixels], settings["image"])
             tokens = towers.vision_tokens(images, self.tower, self.tower_settings)[0]
-        projected = towers.norm(towers.linear(tokens, weights, "projector.0"), weights, "projector.1")
+        projected = towers.norm(
+            towers.linear(tokens, weights, "connector.0.linear"), weights, "connector.0.norm"
+        )
         return torch.cat([weights["start_image"][0], projected, weights["end_image"][0]])
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from tests.support.reference.rows import Row, batch_schedule
 # Vectors, norms, biases, the logit scale and single learned tokens do not decay: by name, not by shape.
 NOT_DECAYED = re.compile(
     r"(.*\.)?(bias|in_proj_bias|class_embedding|logit_scale|start_image|end_image"
-    r"|(ln_\w+|norm|\w+layernorm|projector\.1)\.weight)"
+    r"|(ln_\w+|norm|\w+layernorm|connector\.0\.norm)\.weight)"
 )
 
 

@@ -59,15 +59,15 @@ def flip_shapes(model: Mapping[str, Any], size: int, length: int, vocabulary: in
 
 
 def sphinx_shapes(llm: Mapping[str, Tensor], hidden: int, tower_width: int | None) -> Shapes:
-    """Parameters of SPHINX: transformers' own names below `llm.`, the projector and the image delimiters."""
+    """Parameters of SPHINX: transformers' own names below `llm.`, the connector and the image delimiters."""
     found: Shapes = {f"llm.{name}": tuple(tensor.shape) for name, tensor in llm.items()}
     if tower_width is None:
         return found
     return found | {
-        "projector.0.weight": (hidden, tower_width),
-        "projector.0.bias": (hidden,),
-        "projector.1.weight": (hidden,),
-        "projector.1.bias": (hidden,),
+        "connector.0.linear.weight": (hidden, tower_width),
+        "connector.0.linear.bias": (hidden,),
+        "connector.0.norm.weight": (hidden,),
+        "connector.0.norm.bias": (hidden,),
         "start_image": (1, 1, hidden),
         "end_image": (1, 1, hidden),
     }

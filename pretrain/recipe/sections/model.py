@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from pretrain.recipe.fields import Strict
+from pretrain.recipe.fields import Strict, parse_variant
 
 
 class Vision(Strict):
@@ -75,6 +75,34 @@ class Llm(Strict):
     """Path of a tokenizer.json or of the folder that holds it. Default: that of the streams."""
 
 
+class ConnectorOptions(Strict):
+    """From visual tokens to the width of the language model."""
+
+    available: ClassVar[bool] = True
+    """False for a kind that recipes may name but this version does not have."""
+
+    kind: str = "linear"
+    """A name in CONNECTOR_KINDS. Default: linear."""
+
+
+class LinearConnector(ConnectorOptions):
+    """One linear layer."""
+
+    kind: Literal["linear"] = "linear"
+    """linear. Default: linear."""
+    norm: bool = False
+    """A LayerNorm behind the layer, as in SPHINX. Default: false."""
+
+
+# `model.connector.kind` -> class of the section. `CONNECTORS` in pretrain/build/parts.py builds them.
+CONNECTOR_KINDS: dict[str, type[ConnectorOptions]] = {"linear": LinearConnector}
+
+
+def parse_connector(value: Any) -> Any:
+    """A `connector` section as the keys of its kind. Raises ValidationError at the key that is wrong."""
+    return parse_variant(value, "kind", CONNECTOR_KINDS, default="linear")
+
+
 class Views(Strict):
     """Views into which an image is cut for the towers (not available yet)."""
 
@@ -102,6 +130,8 @@ class Model(Strict):
     """The text tower of a contrastive model. Default: that of `vision.arch`, else none."""
     llm: Llm | None = None
     """The language model of a generative model. Default: none."""
+    connector: Annotated[SerializeAsAny[ConnectorOptions], BeforeValidator(parse_connector)] | None = None
+    """What connects vision towers and language model; required where there are both. Default: none."""
     views: Views | None = None
     """Views of an image (not available yet). Default: the whole image once."""
     freeze: list[str] = Field(default_factory=list)

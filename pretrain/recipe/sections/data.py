@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
-from data_pipeline.transforms.captions import CaptionSpec
 from pretrain.recipe.fields import Count, Strict
+from pretrain.recipe.sections.text_formats import TextOptions, parse_text
 
 
 def parse_batch(value: Any) -> Any:
@@ -75,37 +75,6 @@ class Image(Strict):
     """Standard deviation of R, G and B, on the scale 0 to 1. Default: the deviation of CLIP (OpenAI)."""
 
 
-class Captions(Strict):
-    """Candidate captions of a sample; each time the sample is read, one of them is drawn."""
-
-    from_: list[str] = Field(alias="from")
-    """Members with one caption or a list of captions: txt, json.caption, json.all_captions. Required."""
-    scores: list[str | None] = Field(default_factory=list)
-    """For each entry of `from`, the json.FIELD with its scores, or null. Default: no scores."""
-    top: int | None = Field(None, ge=1)
-    """Number of candidates: those with the highest scores, or the first ones without scores. Default: all."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Captions:
-        CaptionSpec(tuple(self.from_), tuple(self.scores), self.top)  # raises UserError for a contradiction
-        return self
-
-
-class Text(Strict):
-    """From a caption to a row of tokens."""
-
-    format: Literal["caption", "dialogue", "prefix_suffix"] = "caption"
-    """How a sample becomes tokens; only caption is available yet. Default: caption."""
-    template: str | None = None
-    """Conversation template of a dialogue, for example vicuna (not available yet). Default: none."""
-    tokenizer: str = "clip-bpe"
-    """`clip-bpe`, or the path of a tokenizer.json or of the folder that holds it. Default: clip-bpe."""
-    length: int = Field(32, gt=2)
-    """Tokens per row: start token, caption, end token, padding. Longer captions are cut. Default: 32."""
-    captions: Captions | None = None
-    """Where captions are. Default: the member txt, else the first caption field of the member json."""
-
-
 class Stream(Strict):
     """A named mixture of sources that an objective consumes, and its global batch."""
 
@@ -122,12 +91,10 @@ class Stream(Strict):
     """Sources without `weight` share rows by size, or by the square root of size. Default: size."""
     order_as: str | None = None
     """Stage whose order, crops and masks this stream repeats. Default: its own."""
-    length: int | None = Field(None, gt=1)
-    """Tokens per row of a packed text stream; not for streams with images. Default: none."""
     image: Image | None = None
     """Image settings. Default: none, which makes this a text stream."""
-    text: Text | None = None
-    """Caption settings. Default: none, for packed text, which is tokenised beforehand."""
+    text: Annotated[SerializeAsAny[TextOptions], BeforeValidator(parse_text)] | None = None
+    """Text settings. Default: none, a stream of images alone."""
 
     @property
     def batches(self) -> BatchSchedule:
