@@ -144,10 +144,10 @@ def _metrics(folder: Path, evaluation: Evaluation) -> dict[str, float]:
     if not any(evaluation.tasks()):
         return {}
     from pretrain.build.objective import load_trained
-    from pretrain.build.tokenizer import stage_tokenizer
+    from pretrain.build.tokenizer import optional_tokenizer
     from pretrain.evaluate.suite import SINGLE_PROCESS, evaluate, flat_scalars
 
     objective, trained = load_trained(str(folder / "weights"))
     return flat_scalars(
-        evaluate(objective, objective.model, trained, stage_tokenizer(trained), SINGLE_PROCESS, evaluation)
+        evaluate(objective, objective.model, trained, optional_tokenizer(trained), SINGLE_PROCESS, evaluation)
     )

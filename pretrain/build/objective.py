@@ -23,7 +23,7 @@ from pretrain.build.freezing import apply_freeze
 from pretrain.build.language_models import build_language_model
 from pretrain.build.module_weights import load_into, read_state
 from pretrain.build.saved_stage import read_stage
-from pretrain.build.tokenizer import stage_tokenizer
+from pretrain.build.tokenizer import optional_tokenizer, stage_tokenizer
 from pretrain.models.encoders.base import Encoder
 from pretrain.models.vision_language import VisionLanguageModel
 from pretrain.objectives.base import Objective
@@ -40,14 +40,20 @@ class BuildContext:
 
     run_dir: the run folder, where stage names in addresses are looked up; None outside a run
     frozen:  frozen.safetensors of the stage; the file may not exist
+    optional_tokenizer: that of the stage, if any part of it names one
     """
 
     stage: TrainStage
     name: str
     seed: int
-    tokenizer: Tokenizer
+    optional_tokenizer: Tokenizer | None
     run_dir: Path | None
     frozen: Path | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the stage. Raises UserError if there is none."""
+        return self.optional_tokenizer or stage_tokenizer(self.stage)
 
 
 class Built(NamedTuple):
@@ -68,7 +74,7 @@ def build(stage: TrainStage, name: str, seed: int, run_dir: Path | None, frozen:
     Raises UserError.
     """
     seed_weights(seed, name)
-    context = BuildContext(stage, name, seed, stage_tokenizer(stage), run_dir, frozen)
+    context = BuildContext(stage, name, seed, optional_tokenizer(stage), run_dir, frozen)
     built = BUILDERS[stage.objective.kind](context)
     apply_freeze(built.objective, stage.model.freeze)
     return built

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_pipeline.errors import UserError
+from pretrain.recipe.plugins import import_plugins
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import model_stage
 from pretrain.run.folder import read_record
@@ -24,6 +25,7 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
             f"{stage_dir}: its model is unknown: resolved.yaml is missing there, or an input of its merge does not "
             "come from a Dromos run"
         )
+    import_plugins()
     record = read_record(folder) or {}
     try:
         return str(record["name"]), TrainStage.model_validate(record["stage"])

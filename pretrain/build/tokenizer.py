@@ -14,24 +14,36 @@ from pretrain.recipe.schema import TrainStage
 
 def tokenizer_name(stage: TrainStage) -> str:
     """The tokenizer of a stage: that of the language model, else that of the main stream. Raises UserError."""
+    name = _tokenizer_name(stage)
+    if name is None:
+        raise UserError("model.llm.tokenizer is missing, and no stream of the stage has a tokenizer either")
+    return name
+
+
+def _tokenizer_name(stage: TrainStage) -> str | None:
     if stage.model.llm is not None and stage.model.llm.tokenizer:
         return stage.model.llm.tokenizer
     text = stage.data[main_stream(stage)].text
-    if text is None or text.tokenizer_name is None:
-        raise UserError("model.llm.tokenizer is missing, and no stream of the stage has a tokenizer either")
-    return text.tokenizer_name
+    return text.tokenizer_name if text is not None else None
 
 
 def stage_tokenizer(stage: TrainStage) -> Tokenizer:
-    """The tokenizer that `tokenizer_name` names."""
+    """The tokenizer that `tokenizer_name` names. Raises UserError."""
     return load_tokenizer(tokenizer_name(stage))
+
+
+def optional_tokenizer(stage: TrainStage) -> Tokenizer | None:
+    """The same; None if no part of the stage names a tokenizer, as where text has a format of its own."""
+    name = _tokenizer_name(stage)
+    return load_tokenizer(name) if name is not None else None
 
 
 def check_tokens(stage: TrainStage, objective: Objective, builders: Mapping[str, BatchBuilder]) -> None:
     """Raise UserError unless all streams use the stage's tokenizer and their rows fit into the language model."""
-    tokenizer = stage_tokenizer(stage)
+    tokenizer = optional_tokenizer(stage)
     for name, builder in builders.items():
-        _check_tokenizer(name, builder, tokenizer.fingerprint, tokenizer_name(stage))
+        if tokenizer is not None:
+            _check_tokenizer(name, builder, tokenizer.fingerprint, tokenizer_name(stage))
         _check_row_length(name, builder, objective)
 
 

@@ -21,13 +21,14 @@ class Context:
 
     predict: see `Objective.predict`
     forward: the model's forward; the engine in training
+    tokenizer: that of the stage, if any part of it names one
     batch:   rows of a held-out batch over all ranks
     """
 
     predict: Mapping[str, Callable[..., object]]
     forward: Forward
     stage: TrainStage
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     runtime: Runtime
     batch: int
     cache: CacheSettings | None = None

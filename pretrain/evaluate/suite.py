@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.build.objective import load_trained
 from pretrain.build.streams import cache_settings
-from pretrain.build.tokenizer import stage_tokenizer
+from pretrain.build.tokenizer import optional_tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.evaluate.held_out import HeldOutError
 from pretrain.evaluate.measure import Context, Measure
@@ -45,7 +45,7 @@ def evaluate(
     objective: Objective,
     forward: Forward,
     stage: TrainStage,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     runtime: Runtime,
     evaluation: Evaluation | None = None,
     shuffle: bool = False,
@@ -115,5 +115,5 @@ def evaluate_weights(address: str, shuffle: bool = False) -> dict[str, Any]:
     """
     objective, stage = load_trained(address)
     return evaluate(
-        objective, objective.model, stage, stage_tokenizer(stage), SINGLE_PROCESS, shuffle=shuffle
+        objective, objective.model, stage, optional_tokenizer(stage), SINGLE_PROCESS, shuffle=shuffle
     )

@@ -92,6 +92,7 @@ def classify(context: Context, task: ZeroShot, spec: StreamSpec) -> dict[str, An
     """
     runtime, stream = context.runtime, context.stage.data[main_stream(context.stage)]
     assert stream.text is not None
+    assert context.tokenizer is not None, "prompts need a tokenizer"
     embed = partial(cast(Embed, context.predict["embed"]), context.forward)
     classes = len(task.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.float64, device=runtime.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ TEXT_KEYS = TEXT_KEYS_OF_DATA | {
     "width", "heads", "layers", "mlp_ratio", "ls_init_value", "no_causal_mask", "pool_type", "proj_bias", "proj_type",
     "act_kwargs", "norm_kwargs",
 }  # fmt: skip
+# Scheme of `arch` (SCHEME://NAME) -> why an architecture cannot be built, or None. `ENCODERS` in
+# pretrain/build/encoders.py has the same schemes; open_clip's are checked here.
+OTHER_SCHEMES: dict[str, Callable[[str], str | None]] = {}
 TEXT_POOLS = ("argmax", "eos", "last", "first")
 
 
@@ -46,6 +50,9 @@ def arch_mistake(arch: str, with_text: bool = True) -> str | None:
 
     `with_text`: the text tower is needed too.
     """
+    scheme = arch.partition("://")[0]
+    if scheme in OTHER_SCHEMES:
+        return OTHER_SCHEMES[scheme](arch)
     folder = _folder()
     if folder is None:
         return None

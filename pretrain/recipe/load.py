@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import UserError
 from pretrain.recipe.checks import Problem, check_stage, check_stages, unsupported_problems
+from pretrain.recipe.plugins import import_plugins
 from pretrain.recipe.resolve import Draft, apply_override, parse_override, read_draft
 from pretrain.recipe.schema import MergeStage, Recipe, Run, TrainStage
 from pretrain.recipe.schema_errors import describe, did_you_mean
@@ -30,6 +31,7 @@ def load_recipe(
     list; None: all stages. `runnable` raises for features of the selected stages that this version does not
     implement. `strict` raises for an override of a stage that is not selected, because it would change nothing.
     """
+    import_plugins()
     document = load_yaml(path)
     draft = read_draft(document)
     selected = select_stages(stage, list(draft.stages), document.path)

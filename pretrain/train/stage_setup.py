@@ -25,7 +25,7 @@ from pretrain.build.freezing import check_streams_train, group_names, training_t
 from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
 from pretrain.build.objective import Built, build
 from pretrain.build.streams import cache_settings, stage_specs
-from pretrain.build.tokenizer import check_tokens, stage_tokenizer
+from pretrain.build.tokenizer import check_tokens, optional_tokenizer
 from pretrain.distributed.engine import Engine, ParameterGroup, Runtime
 from pretrain.evaluate.suite import check_held_out, evaluate, flat_scalars
 from pretrain.objectives.base import Objective
@@ -302,7 +302,7 @@ def make_evaluation(
 
     Beside them it returns the names of the tasks whose data could not be read, with the reasons.
     """
-    tokenizer = stage_tokenizer(context.stage)
+    tokenizer = optional_tokenizer(context.stage)
 
     def metrics() -> tuple[dict[str, float], dict[str, str]]:
         engine.train(False)

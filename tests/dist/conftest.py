@@ -15,7 +15,9 @@ def run_ranks(module: str, jobs: Any, world: int, folder: Path) -> str:
     """Call `main(jobs)` of a module in `world` ranks; return rank 0's output, or fail with that of a failed rank."""
     port = free_port()
     forks = [
-        fork(module, "main", (jobs,), rank_environment(rank, world, port), folder / f"ranks.{world}.{rank}.log")
+        fork(
+            module, "main", (jobs,), rank_environment(rank, world, port), folder / f"ranks.{world}.{rank}.log"
+        )
         for rank in range(world)
     ]
     wait_all(forks)

@@ -89,11 +89,17 @@ def saved(folder: Path, zero: int, dtype: str) -> Values:
 
 
 @pytest.mark.parametrize(("zero", "dtype"), JOBS)
-def test_every_update_is_that_of_adamw_with_the_options_of_the_recipe(root: Path, zero: int, dtype: str) -> None:
+def test_every_update_is_that_of_adamw_with_the_options_of_the_recipe(
+    root: Path, zero: int, dtype: str
+) -> None:
     for step, expected in enumerate(reference(dtype)):
         found = saved(root / f"{zero}-{dtype}" / f"step-{step}", zero, dtype)
         for name, values in expected.items():
             for key in ("weights", "exp_avg", "exp_avg_sq"):
                 torch.testing.assert_close(
-                    found[name][key], values[key], rtol=1e-5, atol=1e-7, msg=lambda text: f"{name} {key}, step {step}: {text}"
+                    found[name][key],
+                    values[key],
+                    rtol=1e-5,
+                    atol=1e-7,
+                    msg=lambda text: f"{name} {key}, step {step}: {text}",
                 )

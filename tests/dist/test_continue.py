@@ -64,11 +64,15 @@ def test_a_continued_stage_is_the_uninterrupted_one(tmp_path: Path) -> None:
         find_start(stage.model_copy(update={"engine": engine}), folder / "new", 1)
     groups = [Group(match="vision", lr_scale=0.5)]
     grouped = stage.optimizer.model_copy(update={"groups": groups})
-    with pytest.raises(UserError, match=r"optimizer\.groups \[\], this stage has \['vision'\].*init: whole@4"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.groups \[\], this stage has \['vision'\].*init: whole@4"
+    ):
         find_start(stage.model_copy(update={"optimizer": grouped}), folder / "new", 1)
     with pytest.raises(UserError, match="is at step 4 already"):
         check_length(start, stage, folder / "new", 4)
     with pytest.raises(UserError, match=r"streams pairs, this stage has captions"):
         with_order_of(
-            [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, text=PackedFormat(9))], start.state["order"], "whole@4"
+            [StreamSpec("captions", 0, {"x": SourceSpec("x")}, 8, text=PackedFormat(9))],
+            start.state["order"],
+            "whole@4",
         )

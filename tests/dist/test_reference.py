@@ -93,7 +93,11 @@ def test_the_cases_exercise_what_they_are_for(cases: Cases, case: str) -> None:
     assert not clip or any(row["grad_norm"] > 1.2 * clip for row in reference.steps)
     rows = [row for of_step in objective.rows[objective.main] for row in of_step]
     assert len({row.used for row in rows}) > 3
-    assert {reason for row in rows for _, reason in row.attempts} == {"undecodable", "missing image", "missing caption"}
+    assert {reason for row in rows for _, reason in row.attempts} == {
+        "undecodable",
+        "missing image",
+        "missing caption",
+    }
     if recipe["data"][objective.main]["image"].get("flip"):
         assert 0.2 < sum(row.crop[-1] for row in rows) / len(rows) < 0.8
     initial = {name: tensor.double() for name, tensor in cases.initial[case].items()}
@@ -115,4 +119,7 @@ def check_flip_case(cases: Cases, case: str, objective: Flip) -> None:
         halves.append(sum((counts[0] & counts[1]).values()))
     assert sum(halves) >= 5
     assert sum(row["loss_floor"] > 0 for row in cases.reference(case).steps) >= 5
-    assert len({row["eval"]["zero_shot/colours/top1"] for row in cases.reference(case).steps if "eval" in row}) > 2
+    assert (
+        len({row["eval"]["zero_shot/colours/top1"] for row in cases.reference(case).steps if "eval" in row})
+        > 2
+    )

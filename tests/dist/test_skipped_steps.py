@@ -49,8 +49,16 @@ def named(folder: Path) -> dict[str, torch.Tensor]:
     found = {f"{name} exp_avg": tensor for name, tensor in moments.first.items()}
     found |= {f"{name} exp_avg_sq": tensor for name, tensor in moments.second.items()}
     groups = load(min(folder.glob("*model_states.pt")))["param_shapes"]
-    flat = [load(path)["optimizer_state_dict"]["fp32_flat_groups"] for path in sorted(folder.glob("*optim_states.pt"))]
-    stage_3(groups, [{n: {"weights": each} for n, each in enumerate(of_rank)} for of_rank in flat], "weights", found)
+    flat = [
+        load(path)["optimizer_state_dict"]["fp32_flat_groups"]
+        for path in sorted(folder.glob("*optim_states.pt"))
+    ]
+    stage_3(
+        groups,
+        [{n: {"weights": each} for n, each in enumerate(of_rank)} for of_rank in flat],
+        "weights",
+        found,
+    )
     return found
 
 
