@@ -1,0 +1,151 @@
+"""Sections whose keys depend on one of them, and the dicts behind them: both halves of each have the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.build.connectors import CONNECTORS
+from pretrain.build.language_models import LANGUAGE_MODELS
+from pretrain.build.objective import BUILDERS
+from pretrain.evaluate.suite import EVALUATIONS
+from pretrain.recipe.dump import as_plain
+from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.load import load_recipe
+from pretrain.recipe.resolve import merge_maps
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import TASKS, Evaluation, Perplexity, ZeroShot
+from pretrain.recipe.sections.model import CONNECTOR_KINDS, Llm
+from pretrain.recipe.sections.text_formats import TEXT_FORMATS
+from tests.support import tiny
+
+
+def test_what_a_recipe_can_name_can_be_built() -> None:
+    assert set(KINDS) == set(BUILDERS)
+    assert set(CONNECTOR_KINDS) == set(CONNECTORS)
+    assert set(LANGUAGE_MODELS) <= set(Llm.model_fields)
+    assert set(TASKS) <= set(EVALUATIONS)
+    for name, task in TASKS.items():
+        assert EVALUATIONS[name].needs == task.needs
+
+
+@pytest.mark.parametrize("name", [name for name, options in TEXT_FORMATS.items() if options.available])
+def test_a_format_gives_the_arrays_that_its_section_promises(name: str) -> None:
+    options = TEXT_FORMATS[name].model_validate({"format": name, "length": 9})
+    made = options.row_format()
+    assert set(made.arrays) == set(options.arrays)
+    assert (made.length, made.tokenizer) == (9, options.tokenizer_name)
+
+
+@pytest.mark.parametrize("name", [name for name, options in TEXT_FORMATS.items() if not options.available])
+def test_a_format_that_is_not_there_yet_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"text\.format: {name} is not available yet"):
+        TEXT_FORMATS[name].model_validate({"format": name, "length": 9}).row_format()
+
+
+CAPTION = {"tokenizer": "words", "length": 40, "captions": {"from": ["txt"]}}
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "expected"),
+    [
+        (CAPTION, {"length": 9}, CAPTION | {"length": 9}),
+        (CAPTION, {"format": "caption"}, CAPTION | {"format": "caption"}),
+        (CAPTION, {"format": "packed"}, {"format": "packed", "length": 40}),
+        ({"format": "packed", "length": 40}, {"format": "caption"}, {"format": "caption", "length": 40}),
+        (CAPTION, {"format": "nothing"}, {"format": "nothing"}),
+    ],
+)
+def test_another_format_drops_the_keys_that_only_the_old_one_has(
+    base: dict[str, Any], over: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    merged = merge_maps({"data": {"pairs": {"text": base}}}, {"data": {"pairs": {"text": over}}})
+    assert merged["data"]["pairs"]["text"] == expected
+    # A stream that is called text is no text section.
+    stream = merge_maps(
+        {"data": {"text": {"batch": 4, "lanes": 2}}}, {"data": {"text": {"format": "packed"}}}
+    )
+    assert stream["data"]["text"] == {"batch": 4, "lanes": 2, "format": "packed"}
+
+
+def refused(root: Path, *overrides: str) -> str:
+    path = tiny.write_recipe(root / "recipe.yaml", tiny.sphinx_recipe(root))
+    with pytest.raises(UserError) as found:
+        load_recipe(path, overrides)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "data.text.length=9",
+            "data.text.length: unknown key; packed text is text: {format: packed, length: ...}",
+        ),
+        (
+            "data.text.text.format=pakced",
+            "'pakced' is none of caption, packed, dialogue, prefix_suffix; did you mean",
+        ),
+        ("data.text.text.tokenizer=words", "unknown key of this text.format; it is a key of caption"),
+        ("data.text.text.format=[packed]", "['packed'] is none of caption"),
+        (
+            "data.captions.text.format=dialogue",
+            "a text format other than caption and packed is not available yet",
+        ),
+        ("data.text.image={}", "data.text.image: does not go with text.format packed"),
+        ("data.captions.text={format: packed, length: 9}", "data.captions.image: does not go with"),
+        ("model.connector=null", "model.connector: is missing; write connector: {kind: linear, norm: true}"),
+        ("model.connector.kind=qformer", "model.connector.kind: 'qformer' is none of linear"),
+        ("model.connector.nrom=true", "unknown key; did you mean 'norm'?"),
+        (
+            "eval.perplexity.held={path: x, lenght: 9}",
+            "eval.perplexity.held.lenght: unknown key; did you mean 'length'",
+        ),
+        (
+            "eval.perplexity.held={length: nine, path: [x]}",
+            "eval.perplexity.held.path: must be text, not ['x']",
+        ),
+        ("eval.perplexty.held.path=x", "eval.perplexty: unknown key; did you mean 'perplexity'?"),
+        ("eval.perplexity=x", "eval.perplexity: must be a map"),
+        ("eval.zero_shot={held: x}", "eval.zero_shot: needs an image tower and a text tower"),
+    ],
+)
+def test_a_mistake_is_said_at_its_key(tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused(tmp_path, override)
+
+
+def test_all_mistakes_of_a_task_are_said(tmp_path: Path) -> None:
+    lines = refused(tmp_path, "eval.perplexity={a: {path: x, stream: 3}, b: {length: 1}}").splitlines()
+    assert len(lines) == 3
+    for words in ("a.stream: must be text", "b.path: is missing", "b.length: must be greater than 1"):
+        assert any(f"eval.perplexity.{words}" in line for line in lines), (words, lines)
+
+
+def test_tasks_keep_their_class_through_a_resolved_recipe(tmp_path: Path) -> None:
+    sections = tiny.sphinx_recipe(tmp_path)
+    sections["eval"] = {
+        "every": 2,
+        "perplexity": {"a": {"path": "x", "stream": "captions"}, "b": {"path": "y"}},
+    }
+    plain = as_plain(load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", sections)))
+    again = TrainStage.model_validate(yaml.safe_load(yaml.safe_dump(plain))["stages"]["main"])
+    assert again.eval.of(Perplexity) == {
+        "a": Perplexity(path="x", stream="captions"),
+        "b": Perplexity(path="y"),
+    }
+    assert again.eval.of(ZeroShot) == {}
+    assert [(key, name, task.path) for key, name, task in again.eval.tasks()] == [
+        ("perplexity", "a", "x"),
+        ("perplexity", "b", "y"),
+    ]
+    assert plain["stages"]["main"]["data"]["text"]["text"] == {"format": "packed", "length": tiny.LENGTH}
+    assert plain["stages"]["main"]["model"]["connector"] == {"kind": "linear", "norm": True}
+
+
+def test_a_path_alone_is_a_task() -> None:
+    given = Evaluation.model_validate({"perplexity": {"a": "data/held"}})
+    assert given.of(Perplexity) == {"a": Perplexity(path="data/held")}
