@@ -7,7 +7,6 @@ import importlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,36 +134,54 @@ class Copy:
             cwd=ROOT, check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         compiled = (str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*.so"))
-        for name in [*listed.split("\0"), *compiled]:
-            if name and (ROOT / name).is_file():
-                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.root / name)
-        for link, place in (
-            (folder / "shared", ROOT.parent / "shared"),
-            (self.root / ".venv", Path(sys.prefix)),
-        ):
-            if place.exists():
-                link.symlink_to(place)
+        names = [name for name in (*listed.split("\0"), *compiled) if name and (ROOT / name).is_file()]
+        # Restored from these, not from the working tree, which may change while the mutants run.
+        self.originals = {name: (ROOT / name).read_bytes() for name in names}
+        self.modes = {name: (ROOT / name).stat().st_mode for name in names}
+        self.states: dict[str, tuple[int, int]] = {}
         # Python trusts a compiled file whose source has the recorded second and size: every write gets its own second.
         self.times = itertools.count(int(time.time()) - 10_000_000)
+        places = ((folder / "shared", ROOT.parent / "shared"), (self.root / ".venv", Path(sys.prefix)))
+        self.links = {link: place for link, place in places if place.exists()}
+        self.repair()
+
+    def repair(self) -> None:
+        """Write every file again that is gone or changed: a mutant of code that removes files may remove the copy."""
+        for name, content in self.originals.items():
+            path = self.root / name
+            if self.states.get(name) != _state(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(path, content)
+                path.chmod(self.modes[name])
+                self.states[name] = _state(path)
+        for link, place in self.links.items():
+            if not link.is_symlink():
+                link.symlink_to(place)
 
     @contextlib.contextmanager
     def mutated(self, mutant: Mutant | None) -> Iterator[None]:
         if mutant is None:
             yield
             return
-        path = self.root / mutant.path
-        original = path.read_text()
+        self._write(self.root / mutant.path, mutant.source.encode())
         try:
-            self._write(path, mutant.source)
             yield
         finally:
-            self._write(path, original)
+            self.repair()
 
-    def _write(self, path: Path, text: str) -> None:
-        path.write_text(text)
+    def _write(self, path: Path, content: bytes) -> None:
+        path.write_bytes(content)
         second = next(self.times)
         os.utime(path, (second, second))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Time of change and size; of a file that is gone (0, -1)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, -1
+    return status.st_mtime_ns, status.st_size
 
 
 class Outcome:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -167,3 +169,17 @@ def test_a_slip_is_noticed_only_by_a_test_that_looks(tmp_path: Path, monkeypatch
     assert [(r.status, r.killed_by) for r in results] == [("killed", nodeid), ("survived", "")]
     report.write_json(tmp_path / "last.json", results, [])
     assert report.read_survivors(tmp_path / "last.json") == [mutants[1]]
+
+
+def test_a_copy_that_a_mutant_removed_is_whole_for_the_next_one(tmp_path: Path) -> None:
+    copy = runner.Copy(tmp_path)
+    changed, gone = copy.root / "pretrain/train/schedule.py", copy.root / "data_pipeline"
+    before = {path: path.read_bytes() for path in (changed, gone / "hashing.py", copy.root / ".ci/run")}
+    with copy.mutated(mutant_at(1)):
+        assert changed.read_bytes() != before[changed]
+        shutil.rmtree(gone)
+        (copy.root / ".venv").unlink()
+        (copy.root / ".ci/run").write_text("exit 1")
+    assert {path: path.read_bytes() for path in before} == before
+    assert os.access(copy.root / ".ci/run", os.X_OK)
+    assert (copy.root / ".venv").is_symlink()
