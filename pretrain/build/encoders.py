@@ -1,25 +1,26 @@
 """Builds a vision encoder from an entry of `model.vision` of a recipe.
 
-`ENCODERS` has one entry per place where an encoder comes from; the modules are in pretrain/models/encoders/. A new
-architecture is a file there and an entry here.
+`ENCODERS` has one entry per place where an encoder comes from: a kind of address, or a scheme of `arch`. What is read
+there decides the architecture; the modules are in pretrain/models/encoders/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import UserError
-from pretrain.build.module_weights import load_into, read_description, read_state
+from pretrain.build.module_weights import load_whole, read_description, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import stage_tokenizer
-from pretrain.models.encoders.base import Encoder
+from pretrain.models.encoders.base import Encoder, Preprocessing
 from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from pretrain.recipe.lengths import main_stream
+from pretrain.recipe.sections.data import Stream
 from pretrain.recipe.sections.model import Vision
 from pretrain.run.address import locate
 
@@ -28,7 +29,8 @@ from pretrain.run.address import locate
 class EncoderKind:
     """A kind of encoder.
 
-    open:    (entry of model.vision, run folder) -> the encoder with its first weights, and its description: JSON data
+    open:    (entry of model.vision, run folder) -> the encoder with its first weights, and its description: JSON data.
+             On torch's meta device (a check of the model) it must not read weights
     rebuild: description -> the encoder with any weights; those of a resumed stage come from its frozen.safetensors
     trained: whether the weights of `open` are trained ones
     """
@@ -69,10 +71,12 @@ def encoder_kind(tower: Vision, run_dir: Path | None) -> str:
         where, words = f"model.vision.arch: {tower.arch}", "this architecture"
     else:
         raise UserError(
-            "model.vision.init is missing: the vision tower of a language model must be trained already"
+            "model.vision: write init (the address of a trained tower) or arch (SCHEME://NAME, a new one)"
         )
     if kind not in ENCODERS:
-        raise UserError(f"{where}: no encoder can be built from {words} yet; use a stage (init: RUN/STAGE)")
+        raise UserError(
+            f"{where}: no encoder can be built from {words}; there are encoders for {', '.join(ENCODERS)}"
+        )
     return kind
 
 
@@ -91,15 +95,36 @@ def open_stage(tower: Vision, run_dir: Path | None) -> tuple[Encoder, dict[str, 
     config = clip_config(trained.model, stream.image, stream.text, stage_tokenizer(trained))
     clip = Clip(config)
     if torch.get_default_device().type != "meta":  # a model without numbers, for a check, needs no weights
-        load_into(clip, read_state(address, run_dir), address)
-    return OpenClipVit(clip.visual), {"clip": config}
+        load_whole(clip, read_state(address, run_dir), address)
+    seen = Preprocessing(stream.image.size, stream.image.mean, stream.image.std)
+    return OpenClipVit(clip.visual, seen), {"clip": config, "image": asdict(seen)}
 
 
 def rebuild_stage(description: dict[str, Any]) -> Encoder:
     """The image tower of a stage by its description, with new weights."""
     from pretrain.models.clip import Clip
 
-    return OpenClipVit(Clip(description["clip"]).visual)
+    seen = description.get("image")
+    visual = Clip(description["clip"]).visual
+    return OpenClipVit(
+        visual, Preprocessing(seen["size"], tuple(seen["mean"]), tuple(seen["std"])) if seen else None
+    )
+
+
+def check_preprocessing(encoder: Encoder, data: Mapping[str, Stream]) -> None:
+    """Raise UserError for a stream whose images are not those that the encoder was trained with."""
+    seen = encoder.preprocessing
+    for name, stream in data.items():
+        if seen is None or stream.image is None:
+            continue
+        image = Preprocessing(stream.image.size, stream.image.mean, stream.image.std)
+        for key in ("size", "mean", "std"):
+            if getattr(image, key) != getattr(seen, key):
+                raise UserError(
+                    f"data.{name}.image.{key} is {getattr(image, key)}, but the tower at model.vision.init was trained "
+                    f"with {getattr(seen, key)}; write image: {{size: {seen.size}, mean: {list(seen.mean)}, std: "
+                    f"{list(seen.std)}}}"
+                )
 
 
 # Kind of the address `init` (`stage`, or `Located.kind`), or scheme of `arch` -> encoder.

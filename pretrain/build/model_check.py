@@ -27,7 +27,9 @@ def check_model(stage: TrainStage, name: str, run_dir: Path, peak: float) -> Ite
     yield from training_table(objective, stage, peak)
     if stage.init is not None:
         weights = open_weights(stage.init, run_dir)
-        # What the model has from elsewhere, such as model.vision.init, is not taken from `init`.
-        names = [name for name in weights.names() if name not in pretrained]
-        shapes = {tensor: tuple(weights.info(tensor)[1]) for tensor in names}
+        shapes = {tensor: tuple(weights.info(tensor)[1]) for tensor in weights.names()}
+        own = {name: tuple(t.shape) for name, t in objective.model.state_dict().items() if name in pretrained}
+        if any(shapes.get(name) != shape for name, shape in own.items()):
+            # What the model has from elsewhere, such as model.vision.init, is not taken from `init` then.
+            shapes = {tensor: shape for tensor, shape in shapes.items() if tensor not in own}
         compare(objective.model, shapes, stage.init, stage.init_allow or [])

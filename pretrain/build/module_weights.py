@@ -43,6 +43,24 @@ def read_state(address: str, run_dir: Path | None = None) -> dict[str, Tensor]:
     return {name: to_tensor(source, name) for name in source.names()}
 
 
+def has_whole(weights: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> bool:
+    """Whether weights have all tensors of a part of a model, in its shapes; False for a part without tensors."""
+    return bool(part) and all(
+        name in weights and weights[name].shape == tensor.shape for name, tensor in part.items()
+    )
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor], address: str) -> None:
+    """Copy `state` into a module that must find all its parameters there; what else is in `state` is left alone.
+
+    Raises UserError as `load_into` does, and for a parameter that `state` lacks.
+    """
+    report = load_into(module, state, address)
+    if report.new:
+        names = ", ".join(folded(report.new, {name for name, _ in module.named_parameters()} - {*report.new}))
+        raise UserError(f"{address}: has no weights for {names}; name weights of the whole module")
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """Names that differ between a model and the weights loaded into it.

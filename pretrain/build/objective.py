@@ -18,7 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.build.connectors import build_connector
-from pretrain.build.encoders import build_encoder
+from pretrain.build.encoders import build_encoder, check_preprocessing
 from pretrain.build.freezing import apply_freeze
 from pretrain.build.language_models import build_language_model
 from pretrain.build.module_weights import load_into, read_state
@@ -106,10 +106,12 @@ def build_generative(context: BuildContext) -> Built:
     description: dict[str, Any] = {}
     has_weights = False
     if stage.model.vision:
+        seed_weights(context.seed, f"{context.name}/vision")  # not the numbers of the language model
         encoder, description, has_weights = build_encoder(
             stage.model.vision[0], context.run_dir, context.frozen
         )
-    # Seed again: building the encoder used random numbers, although its weights come from another stage.
+        check_preprocessing(encoder, stage.data)
+    # Seed again: building the encoder used random numbers, also if its weights come from another stage.
     seed_weights(context.seed, context.name)
     language_model = build_language_model(stage.model.llm, context.tokenizer)
     if encoder is not None:

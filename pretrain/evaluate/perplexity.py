@@ -20,7 +20,6 @@ from pretrain.evaluate.held_out import (
     shuffled_images,
 )
 from pretrain.evaluate.measure import Context
-from pretrain.losses.normalisation import count_targets
 from pretrain.objectives.base import TokenNll
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.sections.data import Stream
@@ -43,11 +42,12 @@ class PerplexityMeasure:
         return self.shuffle
 
     def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, Perplexity]:
-        """All but those of a stream that the stage does not have."""
+        """All but those of a stream that the stage does not have, and of one without images if they are shuffled."""
         return {
             name: task
             for name, task in evaluation.of(Perplexity).items()
-            if (task.stream in stage.data if task.stream is not None else not self.shuffle)
+            if (task.stream is None or task.stream in stage.data)
+            and not (self.shuffle and (task.stream is None or stage.data[task.stream].image is None))
         }
 
     def spec(self, task: Perplexity, stage: TrainStage, batch: int) -> StreamSpec:
@@ -74,9 +74,9 @@ def token_nll(context: Context, task: Perplexity, spec: StreamSpec, shuffle: boo
     with torch.no_grad(), closing(open_pass(spec, context.cache)) as evaluation_pass:
         for rows, host_batch in rank_slices(evaluation_pass, spec, image, runtime):
             inputs = shuffled_images(rows) if shuffle else rows
-            nll = nll_of(context.forward, inputs)
+            nll, targets = nll_of(context.forward, inputs)
             total[0] += (nll.double() * (rows.weights > 0)).sum()
-            total[1] += count_targets(host_batch)
+            total[1] += (targets * (rows.weights > 0)).sum()
             total[2] += count_unusable(host_batch)
     nats, tokens, left_out = all_sum(total).tolist()
     report_left_out(task.path, tokens, left_out, runtime)

@@ -37,8 +37,8 @@ class Embed(Protocol):
 class TokenNll(Protocol):
     """`predict["nll"]`: negative log-likelihood of tokens."""
 
-    def __call__(self, forward: Forward, rows: DeviceBatch) -> Tensor:
-        """The sum over the target tokens of each row, in nats, fp32 `[rows]`."""
+    def __call__(self, forward: Forward, rows: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """The sum over the target tokens of each row, in nats, fp32 `[rows]`, and their number, int64 `[rows]`."""
 
 
 class Generate(Protocol):
@@ -93,9 +93,10 @@ class Objective(ABC):
 
     @abstractmethod
     def loss_denominator(self, stream: str, batch: Batch) -> float:
-        """One micro-batch's part of the denominator of the stream's loss, in rows or tokens.
+        """One micro-batch's part of the denominator of the stream's loss, in rows or tokens: an integer.
 
-        `StepTotals` sums the parts of all micro-batches and ranks before the forward pass.
+        A row of weight 1 should count at least 1, because the total of a stream must not be 0. `StepTotals` sums the
+        parts of all micro-batches and ranks before the forward pass.
         """
 
     @abstractmethod

@@ -36,7 +36,7 @@ class Generative(Objective):
 
     @property
     def predict(self) -> Mapping[str, Callable[..., object]]:
-        return {"nll": self.token_nll, "generate": self.generate}
+        return {"nll": self.nll, "generate": self.generate}
 
     def loss_denominator(self, stream: str, batch: Batch) -> float:
         return count_targets(batch)
@@ -44,6 +44,10 @@ class Generative(Objective):
     def token_nll(self, forward: Forward, rows: DeviceBatch) -> Tensor:
         """Summed negative log-likelihood of each row's tokens, `[rows]`, in nats; skips all-padding columns."""
         return forward(tokens=rows.tokens[:, : rows.longest], used=rows.used, images=rows.images)
+
+    def nll(self, forward: Forward, rows: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """`token_nll`, and the number of tokens of each row that it covers, int64 `[rows]`."""
+        return self.token_nll(forward, rows), (rows.used - 1).clamp(min=0)
 
     def loss(self, forward: Forward, stream: str, rows: DeviceBatch, loss_denominator: float) -> Loss:
         nll = self.token_nll(forward, rows)

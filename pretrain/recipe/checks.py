@@ -20,6 +20,9 @@ from pretrain.recipe.sections.evaluation import Perplexity
 from pretrain.recipe.unsupported import unsupported_features
 from pretrain.recipe.yaml_file import Key
 
+# Keys of model.vision that describe a new tower.
+OF_A_NEW_TOWER = ("arch", "width", "layers", "head_width", "patch", "mlp_ratio", "positions", "pool")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -178,6 +181,10 @@ def _check_towers(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         mistake = arch_mistake(tower.arch) if tower.arch else None
         if mistake:
             yield (*at, "arch"), mistake
+        if tower.init is not None:
+            ignored = [key for key in OF_A_NEW_TOWER if getattr(tower, key) is not None]
+            for key in ignored:
+                yield (*at, key), f"has no effect beside init: {tower.init}; leave it out"
         if mistake or tower.init is not None:
             continue
         missing = [key for key in ("width", "layers", "patch") if getattr(tower, key) is None]
@@ -241,10 +248,15 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
             yield (*at, "sources"), "has no source; write sources: {NAME: PATH}"
         yield from _check_shares((*at, "sources"), stream)
         if stream.text is not None:
-            absent = [array for array in needed.get(name, ()) if array not in ("pixels", *stream.text.arrays)]
-            if absent:
-                text = f"{stream.text.format} gives no {' and '.join(absent)}, which {stage.objective.kind} needs"
-                yield (*at, "text", "format"), text
+            kind, has, reads = stage.objective.kind, stream.text.arrays, needed.get(name, ())
+            for verb, arrays in (
+                ("gives no", [array for array in reads if array not in ("pixels", *has)]),
+                ("gives", [array for array in has if array not in reads]),
+            ):
+                if arrays:
+                    why = "needs" if verb == "gives no" else "does not read"
+                    text = f"{stream.text.format} {verb} {' and '.join(arrays)}, which {kind} {why}"
+                    yield (*at, "text", "format"), text
         if stream.lanes is not None and stream.batches.divisor % stream.lanes:
             near = ", ".join(map(str, nearest_divisors(stream.batches.divisor, stream.lanes)))
             yield (

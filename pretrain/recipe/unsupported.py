@@ -56,11 +56,6 @@ UNSUPPORTED: tuple[Feature, ...] = (
     ),
     Feature(("model", "views"), lambda s: s.model.views is not None, "cutting an image into several views"),
     Feature(
-        ("data",),
-        lambda s: any(d.text is not None and not d.text.available for d in s.data.values()),
-        "a text format other than caption and packed",
-    ),
-    Feature(
         ("eval", "zero_shot"),
         lambda s: any(not task.classes for task in s.eval.of(ZeroShot).values()),
         "zero-shot evaluation without a list of classes (write eval.zero_shot.NAME.classes)",
@@ -71,4 +66,9 @@ UNSUPPORTED: tuple[Feature, ...] = (
 def unsupported_features(stage: TrainStage) -> list[tuple[Key, str]]:
     """(key, words) of every unsupported feature that a training stage uses."""
     general = [(feature.key, feature.words) for feature in UNSUPPORTED if feature.used(stage)]
+    general += [
+        (("data", name, "text", "format"), stream.text.format)
+        for name, stream in stage.data.items()
+        if stream.text is not None and not stream.text.available
+    ]
     return general + list(KINDS[stage.objective.kind].unsupported(stage))

@@ -22,7 +22,7 @@ from data_pipeline.storage.files import publish
 from data_pipeline.transforms.decode import decoder_versions
 from data_pipeline.workers.watchdog import StallLimits
 from pretrain.build.freezing import check_streams_train, group_names, training_table
-from pretrain.build.module_weights import load_into, read_frozen, read_state, write_frozen
+from pretrain.build.module_weights import has_whole, load_into, read_frozen, read_state, write_frozen
 from pretrain.build.objective import Built, build
 from pretrain.build.streams import cache_settings, stage_specs
 from pretrain.build.tokenizer import check_tokens, optional_tokenizer
@@ -148,8 +148,7 @@ def check_stage(
 def load_weights(context: StageContext, built: Built, start: Start | None) -> None:
     """Weights that the engine does not restore: `init` of a new stage, the frozen tensors of a resumed one.
 
-    Parameters that `built` has from elsewhere, such as those of `model.vision.init`, stay. Raises UserError when
-    frozen.safetensors is not the file that the checkpoint was saved with.
+    Raises UserError when frozen.safetensors is not the file that the checkpoint was saved with.
     """
     if start is not None:
         tensors = _frozen_of(start, built.objective)
@@ -165,24 +164,26 @@ def load_weights(context: StageContext, built: Built, start: Start | None) -> No
 def _init(context: StageContext, built: Built, init: str) -> None:
     """Take the weights at `init`; rank 0 prints what they lack and what of them is not used.
 
-    What `built` has from elsewhere, such as an encoder from `model.vision.init`, stays; equal tensors at `init` count
-    as used.
+    A part that `built` has from elsewhere, such as an encoder from `model.vision.init`, is taken from `init` too if
+    `init` has it whole: an earlier stage may have trained it. An encoder of another shape stays.
     """
     model, state = built.objective.model, read_state(init, context.run_dir)
-    replaced = {name: state.pop(name) for name in built.pretrained if name in state}
-    loaded = load_into(model, state, init, context.stage.init_allow or [])
     own = model.state_dict()
-    unused = loaded.unused + [
-        name for name, tensor in replaced.items() if not torch.equal(own[name].cpu().to(tensor.dtype), tensor)
-    ]
+    elsewhere = {name: own[name].clone() for name in built.pretrained}
+    left = {}
+    if not has_whole(state, elsewhere):
+        left = {name: state.pop(name) for name in elsewhere if name in state}
+    loaded = load_into(model, state, init, context.stage.init_allow or [])
     if context.runtime.rank != 0:
         return
-    new = [name for name in loaded.new if name not in built.pretrained]
+    replaced = [name for name, tensor in elsewhere.items() if not torch.equal(own[name], tensor)]
+    unused = [*loaded.unused, *left]
+    new = [name for name in loaded.new if name not in elsewhere]
     targets = {name for name, _ in model.named_parameters()}
-    held = {*state, *replaced}
     for what, names, others in (
         ("newly initialised", new, targets - {*new}),
-        ("not used", unused, held - {*unused}),
+        ("not used", unused, {*state, *left} - {*unused}),
+        ("used in place of model.vision.init", replaced, {*own} - {*replaced}),
     ):
         if names:
             print(f"dromos: init {init}: {what}: {', '.join(folded(names, others))}", flush=True)
@@ -263,7 +264,7 @@ def _begin_folder(
     """resolved.yaml and frozen.safetensors of a new stage; deletes logs of an attempt without a checkpoint."""
     sync(context.run_dir)  # the launcher made the stage's folder, for its own logs
     _write_record(context)
-    if frozen:
+    if frozen or description:  # a resume builds the encoder from the description, also if all of it trains
         used = objective.frozen()  # in the dtype of the engine, but without elements under ZeRO-3
         tensors = {name: tensor.to(used[name].dtype) for name, tensor in frozen.items()}
         write_frozen(context.frozen_path, tensors, description)

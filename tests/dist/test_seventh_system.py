@@ -398,7 +398,10 @@ def test_it_trains_on_two_ranks_with_two_workers_is_evaluated_and_exported(tmp_p
             "data.pairs.text={format: caption}",
             "caption gives no letters and seen and number, which number needs",
         ),
+        ("data.pairs.text.length=[]", "data.pairs.text.length: must be a whole number, not []"),
         ("model.vision.arch=toy://cubes", "there is only toy://patches"),
+        ("objective={kind: contrastive}", "contrastive builds open_clip://ARCH, no other architecture"),
+        ("objective={kind: contrastive}", "letters gives letters and seen and number, which contrastive does not read"),
         ("eval.number_error.held.mos=1", "unknown key; did you mean 'most'"),
         (
             "eval.zero_shot={a: {path: x}}",

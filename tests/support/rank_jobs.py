@@ -216,9 +216,9 @@ def colours(images: torch.Tensor | None = None, tokens: torch.Tensor | None = No
     return {"text": F.one_hot((tokens[:, 1] + 2) % 3, 3).float()}  # the word "0" has token 10
 
 
-def sum_of_targets(forward: Any, given: Any) -> torch.Tensor:
-    """As the NLL of a row."""
-    return given.tokens[:, 1:].float().sum(1)
+def sum_of_targets(forward: Any, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the NLL of a row; all tokens but the first are its targets."""
+    return given.tokens[:, 1:].float().sum(1), given.used - 1
 
 
 def embed(forward: Any, **given: Any) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     """Measures over held-out sources, in batches that the ranks share unevenly, or of which some rank has no row."""
     rows: dict[str, list[int]] = {"perplexity": [], "zero_shot": []}
 
-    def counted_sum(forward: Any, given: Any) -> torch.Tensor:
+    def counted_sum(forward: Any, given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rows["perplexity"].append(len(given))
         return sum_of_targets(forward, given)
 

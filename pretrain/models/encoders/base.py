@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The images with which an encoder was trained.
+
+    size: height and width, in pixels
+    mean, std: of R, G and B, on the scale 0 to 1
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 class Encoder(ABC):
@@ -12,9 +26,11 @@ class Encoder(ABC):
 
     module: its parameters; `VisionLanguageModel` registers it as `vision.N`, so that the engine moves, casts and
     shards it
+    preprocessing: what it expects of images; None if it takes any, as a new one may
     """
 
     module: nn.Module
+    preprocessing: Preprocessing | None = None
 
     @property
     @abstractmethod
@@ -28,4 +44,8 @@ class Encoder(ABC):
 
     @abstractmethod
     def tokens(self, images: Tensor) -> Tensor:
-        """Normalised images `[rows, 3, size, size]` -> `[rows, token_count, width]`."""
+        """Normalised images, fp32 `[rows, 3, size, size]` -> `[rows, token_count, width]` in the module's own dtype.
+
+        The engine may have cast the module to bf16 and, under ZeRO-3, sharded it: cast the images, and call submodules
+        rather than read their weights.
+        """

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain.models.encoders.base import Encoder
+from pretrain.models.encoders.base import Encoder, Preprocessing
 
 
 class OpenClipVit(Encoder):
@@ -15,8 +15,9 @@ class OpenClipVit(Encoder):
     SPHINX uses CLIP's ViT so (llama_ens.py of LLaMA2-Accessory).
     """
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: nn.Module, preprocessing: Preprocessing | None = None) -> None:
         self.module = visual
+        self.preprocessing = preprocessing
         self._visual: Any = visual  # its attributes are open_clip's
 
     @property

@@ -43,8 +43,8 @@ class KindSpec:
     options:     class of its `objective` section
     check:       stage -> (key, message) of each rule between sections that the stage breaks
     unsupported: stage -> (key, words) of each feature that this version does not implement, as in unsupported.py
-    fields:      stage -> names of the arrays that the rows of each stream must have, by stream: `pixels` of an image,
-                 and those of its text format
+    fields:      stage -> names of the arrays of each stream that the objective reads, by stream: `pixels` of an image,
+                 and those of its text format, which must give these and no others
     predicts:    what a model of this kind can be asked for in an evaluation, see pretrain/objectives/base.py
     """
 
@@ -57,7 +57,7 @@ class KindSpec:
 
 def check_pair(name: str, stream: Stream) -> Problems:
     """A stream of images with text has both sections, and a text format that goes with images."""
-    if stream.text is not None and not stream.text.with_images:
+    if stream.text is not None and stream.text.images == "none":
         if stream.image is not None:
             yield (
                 ("data", name, "image"),

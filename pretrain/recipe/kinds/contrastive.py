@@ -30,6 +30,13 @@ def check(stage: Sections) -> Problems:
         yield from check_pair(name, stream)
     if stage.model.text is None and not any(tower.arch for tower in stage.model.vision or []):
         yield ("model", "text"), "is missing; write text: {width: 512, heads: 8, layers: 12}"
+    for index, tower in enumerate(stage.model.vision or []):
+        scheme = (tower.arch or "").rpartition("://")[0] or "open_clip"
+        if scheme != "open_clip":
+            yield (
+                ("model", "vision", str(index), "arch"),
+                "contrastive builds open_clip://ARCH, no other architecture",
+            )
     if not stage.model.vision:
         yield ("model", "vision"), "is missing; contrastive trains a vision tower"
     if stage.model.llm is not None:

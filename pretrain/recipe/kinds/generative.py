@@ -21,7 +21,7 @@ def check(stage: Sections) -> Problems:
     """Rules of a stage with this objective."""
     llm, images = stage.model.llm, False
     for name, stream in stage.data.items():
-        if stream.image is not None or (stream.text is not None and stream.text.with_images):
+        if stream.image is not None or (stream.text is not None and stream.text.images == "needed"):
             images = True
             yield from check_pair(name, stream)
     if llm is None or (llm.init is None) == (llm.config is None):
@@ -31,9 +31,9 @@ def check(stage: Sections) -> Problems:
     if stage.model.vision and stage.model.connector is None:
         yield ("model", "connector"), "is missing; write connector: {kind: linear, norm: true}"
     for index, tower in enumerate(stage.model.vision or []):
-        if tower.init is None:
-            key = ("model", "vision", str(index), "init")
-            yield key, "is missing; generative needs a trained vision tower"
+        if tower.init is None and tower.arch is None:
+            key = ("model", "vision", str(index))
+            yield key, "needs init, the address of a trained tower"
     if stage.model.text is not None:
         yield ("model", "text"), "is not used by generative; the language model is model.llm"
     if "text" in stage.model.freeze:
@@ -50,7 +50,10 @@ def check(stage: Sections) -> Problems:
 def unsupported(stage: Sections) -> Problems:
     """Features of this kind that are not implemented."""
     towers = stage.model.vision or []
-    if any("://" in (tower.init or "") for tower in towers):
+    new_clip = [
+        tower for tower in towers if tower.init is None and (tower.arch or "").startswith("open_clip://")
+    ]
+    if new_clip or any("://" in (tower.init or "") for tower in towers):
         words = "a vision tower that was not trained by a dromos run (write model.vision.init: RUN/STAGE)"
         yield ("model", "vision"), words
     if towers and "vision" not in stage.model.freeze:

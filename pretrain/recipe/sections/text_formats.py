@@ -25,8 +25,8 @@ class TextOptions(Strict):
     """False for a format that recipes may name but this version does not have."""
     arrays: ClassVar[tuple[str, ...]] = ("tokens", "used")
     """Names of the arrays that the format gives to a row."""
-    with_images: ClassVar[bool] = True
-    """Whether a stream of images can have this text."""
+    images: ClassVar[Literal["needed", "allowed", "none"]] = "needed"
+    """Whether a stream with this text has images."""
 
     format: str = "caption"
     """How a sample becomes tokens: a name in TEXT_FORMATS. Default: caption."""
@@ -88,7 +88,7 @@ class CaptionOptions(TextOptions):
 class PackedOptions(TextOptions):
     """Sequences of tokens that `dromos data pack` or another tool wrote beforehand."""
 
-    with_images = False
+    images = "none"
 
     format: Literal["packed"]
     """packed. Required."""
@@ -105,6 +105,7 @@ class DialogueOptions(TextOptions):
     """Questions and answers in turn (not available yet)."""
 
     available = False
+    images = "allowed"
 
     format: Literal["dialogue"]
     """dialogue (not available yet). Required."""
@@ -120,6 +121,7 @@ class PrefixSuffixOptions(TextOptions):
     """A prompt that is not learnt, and the answer that is (not available yet)."""
 
     available = False
+    images = "allowed"
 
     format: Literal["prefix_suffix"]
     """prefix_suffix (not available yet). Required."""

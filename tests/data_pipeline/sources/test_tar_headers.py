@@ -17,7 +17,7 @@ from data_pipeline.index.build import build_index
 from data_pipeline.sources.manifest import open_source
 from data_pipeline.sources.scan import scan, scan_file
 from data_pipeline.sources.shard_reader import ShardReader
-from data_pipeline.sources.tar import BufferedTar, Member, iter_members, parse_sample
+from data_pipeline.sources.tar import BufferedTar, Member, _number, iter_members, parse_sample
 
 BLOCK = 512
 GIB = 1 << 30
@@ -240,3 +240,9 @@ def test_a_buffered_tar_returns_the_bytes_of_the_tar() -> None:
             start = chance.randrange(len(data))
             stop = start + chance.randrange(1, 1200)
             assert tar[start:stop] == data[start:stop]
+
+
+@pytest.mark.parametrize("number", [0, 1, 8**11, 2**63, 2**88, 2**95 - 1])
+def test_a_number_in_base_256_has_all_bits_but_the_first(number: int) -> None:
+    field = (number | 1 << 95).to_bytes(12, "big")
+    assert _number(field, 0, "a.tar") == number

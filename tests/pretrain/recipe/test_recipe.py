@@ -208,7 +208,7 @@ def test_the_demo_recipes_are_runnable(path: Path) -> None:
                 "model.llm.init",
                 "stages.real.data",
                 "stages.synthetic.data",
-                "stages.instruct.data",
+                "stages.instruct.data.dialogues.text.format",
             },
         ),
     ],

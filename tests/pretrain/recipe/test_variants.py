@@ -94,10 +94,19 @@ def refused(root: Path, *overrides: str) -> str:
         ("data.text.text.format=[packed]", "['packed'] is none of caption"),
         (
             "data.captions.text.format=dialogue",
-            "a text format other than caption and packed is not available yet",
+            "data.captions.text.format: dialogue is not available yet",
         ),
         ("data.text.image={}", "data.text.image: does not go with text.format packed"),
         ("data.captions.text={format: packed, length: 9}", "data.captions.image: does not go with"),
+        ("model.vision.patch=4", "model.vision.0.patch: has no effect beside init: flip/main; leave it out"),
+        (
+            "model.vision={width: 8, layers: 1, patch: 4}",
+            "model.vision.0: needs init, the address of a trained tower",
+        ),
+        (
+            "model.vision={arch: 'open_clip://ViT-B-16'}",
+            "model.vision: a vision tower that was not trained by a dromos",
+        ),
         ("model.connector=null", "model.connector: is missing; write connector: {kind: linear, norm: true}"),
         ("model.connector.kind=qformer", "model.connector.kind: 'qformer' is none of linear"),
         ("model.connector.nrom=true", "unknown key; did you mean 'norm'?"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.storage.durable import write_errors
 from data_pipeline.storage.files import publish
-from pretrain.run.failures import LAST_WORDS, RunStopped, explain, say
+from pretrain.run.failures import LAST_WORDS, RunStopped, drop_unwritable_output, explain, say
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,45 @@ def test_no_other_descriptor_is_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch.setenv(LAST_WORDS, str(file.fileno()))
         say("the cause")
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_message_on_the_pipe_is_cut_to_what_one_write_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    monkeypatch.setenv(LAST_WORDS, str(writer))
+    say("x" * 5000)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b"dromos: " + b"x" * (4096 - 8)  # PIPE_BUF: longer ones may interleave
+
+
+def test_output_that_cannot_be_written_is_dropped(tmp_path: Path) -> None:
+    """In a process of its own: its stdout is a full disk, its stderr a file."""
+    lines = (
+        "import os, sys; from pretrain.run.failures import drop_unwritable_output as drop; "
+        "print('lost'); drop(); os.write(1, b'also lost'); "
+    )
+    with open("/dev/full", "wb") as full, (tmp_path / "errors").open("wb") as errors:
+        code = subprocess.run(
+            [sys.executable, "-c", lines + "print('kept', file=sys.stderr)"],
+            stdout=full,
+            stderr=errors,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        ).returncode
+    assert (code, (tmp_path / "errors").read_text()) == (0, "kept\n")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_only_the_stream_that_fails_is_replaced(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    class Full:
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    replaced: list[tuple[str, int]] = []
+    monkeypatch.setattr(sys, {1: "stdout", 2: "stderr"}[number], Full())
+    monkeypatch.setattr(
+        os, "dup2", lambda source, to: replaced.append((os.readlink(f"/proc/self/fd/{source}"), to))
+    )
+    before = set(os.listdir("/proc/self/fd"))
+    drop_unwritable_output()
+    assert replaced == [("/dev/null", number)]
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -15,9 +15,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import decoder_versions
+from launch.cli.app import app
 from pretrain.build.module_weights import read_frozen, read_state
 from pretrain.distributed.engine import Engine, ParameterGroup, join_process_group
 from pretrain.run.folder import complete_steps
@@ -162,6 +164,31 @@ def test_init_names_the_modules_that_are_new(tiny_runs: Path, tmp_path: Path) ->
     assert all(
         torch.equal(t, tower[f"visual.{name}"]) for name, t in frozen.items() if f"visual.{name}" in tower
     )
+
+
+def test_a_tower_at_init_comes_before_that_of_model_vision_init(tiny_runs: Path, tmp_path: Path) -> None:
+    """An earlier stage may have trained it. One of another shape is not taken, and that is said."""
+    runs = tiny_runs / "runs"
+    parent = read_state(str(runs / "sphinx" / "main"))
+    name = "vision.0.conv1.weight"
+    for number, (changed, line) in enumerate(
+        (
+            (parent[name] + 1, f"used in place of model.vision.init: {name}"),
+            (parent[name][:, :, :2, :2].contiguous(), "not used: vision.* (32 tensors)"),
+        )
+    ):
+        save_file(parent | {name: changed}, tmp_path / f"{number}.safetensors")
+        recipe = tiny.sphinx_recipe(tiny_runs, init=str(tmp_path / f"{number}.safetensors"), **FIRST_STEP)
+        recipe["run"] = {"name": "run", "dir": str(tmp_path / str(number)), "seed": 11}
+        recipe["model"]["vision"] = {"init": str(runs / "flip" / "main")}
+        path = tiny.write_recipe(tmp_path / "recipe.yaml", recipe)
+        checked = CliRunner().invoke(app, ["recipe", "check", str(path), "--model"])
+        assert checked.exit_code == 0, checked.output
+        code, printed = rank.run(path)
+        assert code == 0, printed
+        assert line in printed
+        after = read_state(str(tmp_path / str(number) / "main"))
+        assert torch.equal(after[name], changed if number == 0 else parent[name])
 
 
 def test_init_that_would_drop_layers_is_refused_until_it_is_allowed(tiny_runs: Path, tmp_path: Path) -> None:

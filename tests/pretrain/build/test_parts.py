@@ -1,0 +1,96 @@
+"""What a stage lacks is said by key; what a stage folder lacks, by file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.errors import UserError
+from pretrain.build.connectors import build_connector
+from pretrain.build.language_models import build_language_model
+from pretrain.build.objective import build
+from pretrain.build.saved_stage import read_stage
+from pretrain.build.tokenizer import optional_tokenizer, stage_tokenizer, tokenizer_name
+from pretrain.recipe import SCHEMA
+from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.model import LinearConnector, Llm
+from tests.support.samples import write_tokenizer
+from tests.support.tiny_models import LLAMA, Words
+
+PACKED = {"sources": {"a": "x"}, "text": {"format": "packed", "length": 8}}
+
+
+def stage(**sections: Any) -> TrainStage:
+    given = {"data": {"text": PACKED}, "objective": {"kind": "generative"}, "train": {"steps": 1}}
+    return TrainStage.model_validate(given | sections)
+
+
+def test_the_tokenizer_is_that_of_the_language_model_else_of_the_main_stream(tmp_path: Path) -> None:
+    folder = str(write_tokenizer(tmp_path / "words"))
+    captions = {"sources": {"a": "x"}, "image": {}, "text": {"tokenizer": folder}}
+    both = stage(data={"text": PACKED, "captions": captions})
+    assert tokenizer_name(both) == folder
+    assert stage_tokenizer(both).vocab_size == 20
+    of_model = stage(data=both.data, model={"llm": {"config": LLAMA, "tokenizer": "elsewhere"}})
+    assert tokenizer_name(of_model) == "elsewhere"
+
+
+@pytest.mark.parametrize("data", [{"text": PACKED}, {"images": {"sources": {"a": "x"}, "image": {}}}])
+def test_a_stage_without_a_tokenizer_is_refused_where_one_is_needed(data: dict[str, Any]) -> None:
+    given = stage(data=data, model={"llm": {"config": LLAMA}})
+    assert optional_tokenizer(given) is None
+    for needs in (tokenizer_name, stage_tokenizer, lambda each: build(each, "main", 0, None)):
+        with pytest.raises(
+            UserError, match=r"model\.llm\.tokenizer is missing, and no stream of the stage has"
+        ):
+            needs(given)
+
+
+@pytest.mark.parametrize(
+    ("llm", "written"), [(None, "none"), (Llm(), "none"), (Llm(init="hf://a/b"), "none")]
+)
+def test_a_language_model_comes_from_somewhere(llm: Llm | None, written: str) -> None:
+    with pytest.raises(UserError, match=rf"^model\.llm: .*needs exactly one of config; here: {written}$"):
+        build_language_model(llm, Words())
+
+
+def test_a_connector_is_never_guessed() -> None:
+    with pytest.raises(
+        UserError, match=r"^model\.connector is missing; write connector: \{kind: linear, norm"
+    ):
+        build_connector(None, 3, 4)
+    made = build_connector(LinearConnector(norm=True), 3, 4)
+    assert {name: tuple(p.shape) for name, p in made.named_parameters()} == {
+        "linear.weight": (4, 3), "linear.bias": (4,), "norm.weight": (4,), "norm.bias": (4,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"stage": {}}, "'name'"),
+        ({"name": "main", "stage": {"train": {"steps": 1}}}, "objective Field required"),
+        (
+            {"name": "main", "stage": {"objective": {"kind": "soup"}, "train": {"steps": 1}}},
+            "'soup' is none of",
+        ),
+    ],
+)
+def test_a_record_that_is_no_stage_is_named(tmp_path: Path, record: dict[str, Any], words: str) -> None:
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump({"schema": SCHEMA} | record))
+    with pytest.raises(UserError, match="is not a valid stage record") as found:
+        read_stage(tmp_path)
+    message = str(found.value)
+    assert message.startswith(f"{tmp_path / 'resolved.yaml'} is not a valid stage record: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_folder_without_a_record_has_an_unknown_model(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}: its model is unknown: resolved\.yaml is missing there"
+    ):
+        read_stage(tmp_path)
