@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.build.connectors import build_connector
+from pretrain.build.encoders import build_encoder, check_preprocessing
 from pretrain.build.language_models import build_language_model
+from pretrain.build.module_weights import has_whole, load_whole
 from pretrain.build.objective import build
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import optional_tokenizer, stage_tokenizer, tokenizer_name
+from pretrain.models.encoders.base import Preprocessing
 from pretrain.recipe import SCHEMA
 from pretrain.recipe.schema import TrainStage
-from pretrain.recipe.sections.model import LinearConnector, Llm
+from pretrain.recipe.sections.data import Image
+from pretrain.recipe.sections.model import LinearConnector, Llm, Vision
 from tests.support.samples import write_tokenizer
-from tests.support.tiny_models import LLAMA, Words
+from tests.support.tiny_models import LLAMA, Tokens, Words
 
 PACKED = {"sources": {"a": "x"}, "text": {"format": "packed", "length": 8}}
 
@@ -94,3 +100,58 @@ def test_a_folder_without_a_record_has_an_unknown_model(tmp_path: Path) -> None:
         UserError, match=rf"^{tmp_path}: its model is unknown: resolved\.yaml is missing there"
     ):
         read_stage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ({"size": 32}, None),
+        ({"size": 48}, "size is 48, .* was trained with 32"),
+        ({"size": 32, "mean": [0.5, 0.5, 0.5]}, r"mean is \(0\.5, 0\.5, 0\.5\)"),
+        ({"size": 32, "std": [0.5, 0.5, 0.5]}, r"std is \(0\.5, 0\.5, 0\.5\)"),
+    ],
+)
+def test_an_encoder_gets_the_images_that_it_knows(written: dict[str, Any], key: str | None) -> None:
+    default = Image(size=32)
+    encoder = Tokens(3)
+    data = stage(
+        data={"text": PACKED, "captions": {"sources": {"a": "x"}, "image": written, "text": {}}}
+    ).data
+    check_preprocessing(encoder, data)  # it takes any
+    encoder.preprocessing = Preprocessing(32, default.mean, default.std)
+    if key is None:
+        check_preprocessing(encoder, data)
+        return
+    line = re.escape(f"write image: {{size: 32, mean: {list(default.mean)}, std: {list(default.std)}}}")
+    with pytest.raises(UserError, match=rf"^data\.captions\.image\.{key}.*{line}$"):
+        check_preprocessing(encoder, data)
+
+
+def test_whole_weights_are_whole() -> None:
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    state = {name: tensor + 1 for name, tensor in linear.state_dict().items()}
+    load_whole(linear, state | {"more.weight": torch.ones(1)}, "x")
+    assert torch.equal(linear.state_dict()["1.weight"], state["1.weight"])
+    part = {name: tensor for name, tensor in state.items() if not name.startswith("1.")}
+    with pytest.raises(
+        UserError, match=r"^x: has no weights for 1\.\* \(2 tensors\); name weights of the whole"
+    ):
+        load_whole(linear, part, "x")
+    assert has_whole(state | {"more": torch.ones(1)}, {"0.weight": torch.ones(2, 2)})
+    assert not has_whole(state, {"0.weight": torch.ones(2, 3)})
+    assert not has_whole(part, {"0.weight": torch.ones(2, 2), "1.weight": torch.ones(2)})
+    assert not has_whole(state, {})
+
+
+@pytest.mark.parametrize(
+    ("tower", "words"),
+    [
+        ({"width": 8}, "model.vision: write init"),
+        ({"arch": "toy://x"}, "model.vision.arch: toy://x: no encoder can be built from this architecture"),
+        ({"init": "hf://a/b"}, "model.vision.init: hf://a/b: no encoder can be built from a hf address"),
+    ],
+)
+def test_an_encoder_comes_from_somewhere(tower: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as found:
+        build_encoder(Vision.model_validate(tower), None, None)
+    assert words in str(found.value)

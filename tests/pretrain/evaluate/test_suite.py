@@ -232,6 +232,18 @@ def test_shuffled_images_belong_to_another_usable_sample(
     assert found != pytest.approx(result_of("perplexity", sphinx, task, batch), rel=1e-6)
 
 
+def test_only_captions_of_images_get_other_images(sphinx: tuple[Any, TrainStage]) -> None:
+    _, stage = sphinx
+    tasks = {"packed": {"path": "x", "length": 9}, "text": {"path": "x", "stream": "text"}}
+    tasks |= {
+        "captions": {"path": "x", "stream": "captions"},
+        "none": {"path": "x", "stream": "no_such_stream"},
+    }
+    evaluation = Evaluation.model_validate({"perplexity": tasks})
+    assert set(EVALUATIONS["perplexity"].tasks(evaluation, stage)) == {"packed", "text", "captions"}
+    assert set(EVALUATIONS["perplexity_shuffled"].tasks(evaluation, stage)) == {"captions"}
+
+
 def test_no_usable_row_keeps_its_own_image() -> None:
     weights = torch.tensor([0.0, 1, 1, 0, 1, 0, 0])
     images = torch.arange(7.0)[:, None, None, None, None].expand(7, 1, 3, 2, 2)
