@@ -55,7 +55,7 @@ def find_start(stage: TrainStage, folder: Path, world_size: int) -> Start | None
     if stage.continue_ is None:
         return None
     located = from_rank_0(locate(stage.continue_, folder.parent))
-    if located.kind != "checkpoint" or located.stage_dir is None or located.step is None:
+    if located.stage_dir is None or located.step is None:  # only a checkpoint has a step
         raise UserError(
             f"continue: {stage.continue_} is not a training stage of a run, so it has no optimizer state to "
             f"continue from; to take only its weights, write init: {stage.continue_}"

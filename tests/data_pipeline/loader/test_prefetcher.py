@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,8 @@ from data_pipeline import storage
 from data_pipeline.batches.spec import SourceSpec
 from data_pipeline.batches.work_items import BuilderSetup
 from data_pipeline.index.build import build_index
-from data_pipeline.loader.prefetcher import MAX_STARTS, Prefetcher
+from data_pipeline.loader import prefetcher
+from data_pipeline.loader.prefetcher import MAX_STARTS, Position, Prefetcher
 from data_pipeline.storage.cache import Cache, CacheSettings
 from data_pipeline.stream import Stream
 from tests.data_pipeline.loader.test_loader import wait_until
@@ -275,3 +278,58 @@ def test_a_prefetcher_whose_index_is_gone_says_so_in_a_line(
     assert "no samples are fetched ahead: " in said
     assert ".gone is gone" in said
     assert "Traceback" not in said
+
+
+def test_units_that_no_later_step_needs_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plan:
+        """Nothing to fetch; step n needs unit n."""
+
+        is_waiting = False
+
+        def __init__(self, *_: object) -> None:
+            self.first = 0
+
+        def single_sample_steps(self) -> int:
+            return 2
+
+        def next_group(self, step: int, last: int) -> None:
+            return None
+
+        def next_fetch(self) -> None:
+            return None
+
+        def release_before(self, step: int) -> list[str]:
+            released = [f"unit {number}" for number in range(self.first, step)]
+            self.first = max(self.first, step)
+            return released
+
+    class RecordingCache:
+        def __init__(self) -> None:
+            self.released: list[str] = []
+            self.warming: list[bool] = []
+
+        def release(self, unit: str) -> None:
+            self.released.append(unit)
+
+        def set_warming(self, warming: bool) -> None:
+            self.warming.append(warming)
+
+    monkeypatch.setattr(prefetcher, "PrefetchPlan", Plan)
+    downloader = prefetcher._Downloader.__new__(prefetcher._Downloader)
+    downloader._builders, downloader._rank, downloader._world_size, downloader._limit = [], 0, 1, 1
+    downloader._changed, downloader._position = threading.Condition(), None
+    downloader._in_flight = downloader._changes = 0
+    cache: Any = RecordingCache()
+    downloader._cache = cache
+    begun = Position(0, 9, 0)
+    downloader.set_position(begun)
+    thread = threading.Thread(target=downloader._serve_pass, args=(None, begun), daemon=True)
+    thread.start()
+    for step in (1, 4):
+        downloader.set_position(Position(0, 9, step))
+        wait_until(lambda step=step: len(cache.released) == step)  # type: ignore[misc]
+    assert cache.released == [f"unit {number}" for number in range(4)]
+    assert set(cache.warming) == {False}
+    downloader.set_position(Position(5, 9, 5))  # another pass ends this one
+    thread.join(10)
+    assert not thread.is_alive()

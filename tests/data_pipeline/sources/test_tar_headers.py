@@ -246,3 +246,11 @@ def test_a_buffered_tar_returns_the_bytes_of_the_tar() -> None:
 def test_a_number_in_base_256_has_all_bits_but_the_first(number: int) -> None:
     field = (number | 1 << 95).to_bytes(12, "big")
     assert _number(field, 0, "a.tar") == number
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [(b"0000644\0", 0o644), (b"   644 \0", 0o644), (b"644\0trash", 0o644), (b"\0" * 8, 0), (b"       7", 7)],
+)
+def test_an_octal_number_ends_at_its_first_nul(field: bytes, number: int) -> None:
+    assert _number(field, 0, "a.tar") == number

@@ -99,6 +99,7 @@ def test_the_nth_kept_sample_is_found(data: st.DataObject) -> None:
         path = f"{folder}/v-0123456789abcdef.bits"
         Path(path).write_bytes(content)
         view = pickle.loads(pickle.dumps(View("v", path, first, np.array(counts, np.int64))))
+        assert view.digest == "0123456789abcdef"
         if places:
             at = np.array(places)[random.permutation(len(places))]
             want = [int(np.flatnonzero(masks[shard])[k]) for shard, k in at]

@@ -218,3 +218,14 @@ def test_other_protocols_are_read_too() -> None:
     assert storage.read_range("memory://folder/a.bin", 2, 5) == b"23456"
     assert storage.read_bytes("memory://folder/a.bin") == b"0123456789"
     assert storage.size("memory://folder/a.bin") == 10
+
+
+def test_reads_of_a_store_that_is_not_s3_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        def cat_file(self, url: str, start: int, end: int) -> bytes:
+            return DATA[start:end]
+
+    monkeypatch.setattr(object_store, "_reader", lambda url: Memory())
+    gets, count = object_store.requests.gets, object_store.requests.bytes
+    assert object_store.read("memory://a", 10, 70, None, 0) == DATA[10:70]
+    assert (object_store.requests.gets - gets, object_store.requests.bytes - count) == (1, 60)

@@ -15,7 +15,7 @@ from data_pipeline.activity import Activity
 from data_pipeline.batches.work_items import WorkItem
 from data_pipeline.errors import WorkerError
 from data_pipeline.workers import shared_memory
-from data_pipeline.workers.process_pool import SLICES_PER_WORKER, ProcessPool
+from data_pipeline.workers.process_pool import MAX_FAILED_STARTS, SLICES_PER_WORKER, ProcessPool
 from data_pipeline.workers.watchdog import StallLimits
 from tests.support.steered_workers import Crew, batch_of, buffer_of, item, pixels_of, pool_of
 
@@ -297,3 +297,18 @@ def test_no_memory_is_shared_whatever_workers_and_users_do(
         numbers = [buffer_of(crew, step) for step in range(1000, 1006)]
         assert None not in numbers
         assert len(set(numbers)) == 6
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pool_gives_up_after_a_stated_number_of_workers_that_die_without_work(workers: int) -> None:
+    with pool_of(workers) as (pool, crew):
+        for number in range(MAX_FAILED_STARTS * workers):
+            crew.wait(lambda number=number: crew.started == workers + number)  # type: ignore[misc]
+            crew.have(0)
+            crew.workers[0].die()
+        ticket = pool.submit(item(1))
+        with pytest.raises(
+            WorkerError, match=r"loader workers die while they start \(.*lower loader\.workers"
+        ):
+            pool.result(ticket)
+        assert crew.started == workers + MAX_FAILED_STARTS * workers - 1

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.batches.batch_builder import BatchBuilder
-from data_pipeline.batches.spec import StreamSpec
+from data_pipeline.batches.spec import Batch, StreamSpec
+from data_pipeline.batches.work_items import BuilderSetup, WorkItem
 from data_pipeline.errors import UserError, WorkerError
 from data_pipeline.loader.loader import LocalLoader
+from data_pipeline.workers import ray_pool
 from data_pipeline.workers.isolation import CRASHED
 from data_pipeline.workers.watchdog import StallLimits
 from tests.data_pipeline.loader.test_loader import wait_until
@@ -287,3 +289,19 @@ def test_no_cluster_is_one_message(spec: StreamSpec, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     with pytest.raises(UserError, match=r"no Ray cluster at 192\.0\.2\.1:6379.*ray start --head.*--on ray"):
         RayLoader([spec], 0, 1, 1)
+
+
+def test_an_actor_builds_a_suspected_item_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: what Ray calls in an actor."""
+    monkeypatch.chdir(tmp_path)  # the actor changes to the folder that it is given
+    spec = pairs(tmp_path, batch=4, a=write_source(tmp_path / "a", [6]))
+    builder = BatchBuilder(spec)
+    actor = ray_pool.BatchActor([BuilderSetup.of(builder)], str(tmp_path), StallLimits(30, 60), {})
+    made, known_bad = actor.make_isolated(WorkItem("pairs", 0, 1, 3))
+    assert isinstance(made, Batch)
+    assert known_bad == {"pairs": {}}
+    want = builder.make(0, 1, 3)
+    assert made.batch_digest == want.batch_digest
+    np.testing.assert_array_equal(made.pixels, want.pixels)
+    refused, _ = actor.make_isolated(WorkItem("nobody", 0, 1, 3))
+    assert isinstance(refused, Exception)

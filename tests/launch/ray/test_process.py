@@ -174,10 +174,15 @@ def test_a_named_cluster_is_used_and_none_started(
 def test_a_ray_that_does_not_start_is_told_with_its_output(environ: dict[str, str], tmp_path: Path) -> None:
     environ["RAY_DOES"] = "fail"
     with (
-        pytest.raises(RuntimeError, match=r"(?s)Ray ended at its start.*no memory for the object store"),
+        pytest.raises(
+            RuntimeError, match=r"(?s)Ray ended at its start.*no memory for the object store"
+        ) as told,
         local_head.ray_for_job(JOB, environ),
     ):
         pytest.fail("the block ran without Ray")
+    assert (
+        str(told.value).split("\n")[1].startswith("dromos: ")
+    )  # all of the output, from its first character
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

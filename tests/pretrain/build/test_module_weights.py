@@ -254,3 +254,9 @@ def test_frozen_tensors_are_absent_or_whole_after_a_power_cut_and_stay(tmp_path:
         if found:
             assert torch.equal(found["w"], (first, second)[description["number"]]["w"])
         assert description.get("number", -1) >= len(outcome.promised) - 1, outcome.after
+
+
+def test_a_wrong_shape_has_no_advice_about_names() -> None:
+    text = refusal(Reader(6), state_of(Reader(8)))
+    assert "None" not in text
+    assert "init_allow" not in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -88,3 +90,29 @@ def test_pinned_copies_are_right_while_the_gpu_is_busy(batches: list[Batch]) -> 
         torch.testing.assert_close(images.cpu(), rows.images.double().sum())
         assert torch.equal(tokens.cpu(), rows.tokens.sum())
         assert torch.equal(keys.cpu(), rows.keys)
+
+
+def test_memory_of_a_pinned_copy_is_kept_for_the_stream_that_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU: the calls that torch needs before memory of one stream is used in another."""
+    calls: list[Any] = []
+
+    class Stream:
+        def wait_event(self, event: str) -> None:
+            calls.append(("wait", event))
+
+    class Copied:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_stream(self, stream: Stream) -> None:
+            calls.append(("record", self.name, stream))
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    copies = PinnedCopies.__new__(PinnedCopies)
+    copies._device = CPU
+    moved = {name: Copied(name) for name in ("tokens", "pixels")}
+    assert copies.finish((moved, "copied")) is moved  # type: ignore[arg-type, comparison-overlap]
+    assert calls == [("wait", "copied"), ("record", "tokens", stream), ("record", "pixels", stream)]

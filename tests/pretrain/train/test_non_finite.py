@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batches.spec import Batch
+from pretrain.distributed import engine as real
 from pretrain.objectives import base
 from pretrain.objectives.base import Loss
 from pretrain.train.non_finite import Origin, find_origin
@@ -143,3 +144,13 @@ def test_a_gradient_of_the_models_own_parameter_alone_is_named_by_the_parameter(
     objective = Objective()
     objective.model.scale.register_hook(lambda gradient: gradient * math.nan)
     assert origin(objective) == Origin("text", "gradient", "scale")
+
+
+def test_parameters_with_a_gradient_that_is_not_finite_are_named() -> None:
+    engine = real.Engine.__new__(real.Engine)
+    engine.module = torch.nn.Sequential(*(torch.nn.Linear(2, 3) for _ in range(3)))
+    for number, value in enumerate((1.0, float("nan"), float("-inf"))):
+        weight = engine.module[number].weight
+        weight.grad = torch.ones_like(weight)
+        weight.grad[2, 1] = value
+    assert engine.non_finite_gradients() == {"1.weight", "2.weight"}
