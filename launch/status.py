@@ -1,8 +1,9 @@
-"""State of a run, read from its folder alone: state, step, loss and newest checkpoint of each stage."""
+"""State of a run, read from its folder alone: state, step, loss, newest checkpoint and incidents of each stage."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.folder import complete_steps, json_mapping
+from pretrain.run.incidents import read_incidents
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,26 @@ def run_status(run: str | Path) -> list[StageStatus]:
     if not isinstance(stages, dict):
         raise UserError(f"{path}: not a resolved recipe (it has no stages)")
     return [_stage(folder / str(name), str(name), content) for name, content in stages.items()]
+
+
+def status_lines(run: str | Path) -> Iterator[str]:
+    """The lines of `dromos status`: one per stage, then one each for its skipped steps and failed evaluations.
+
+    Reads the whole metrics.jsonl of each stage, unlike `run_status`. Raises UserError if `run` is not a run folder.
+    """
+    for stage in run_status(run):
+        yield stage.line()
+        incidents = read_incidents(Path(run) / stage.name / "metrics.jsonl")
+        if incidents.skipped:
+            yield "  " + _told("step", "skipped, a loss or the gradient was not finite", incidents.skipped)
+        if incidents.failed:
+            yield "  " + _told("evaluation", "failed", incidents.failed)
+
+
+def _told(what: str, happened: str, incidents: Sequence[object]) -> str:
+    """`1 evaluation failed: ...`, `3 evaluations failed; the last: ...`."""
+    number, last = len(incidents), incidents[-1]
+    return f"1 {what} {happened}: {last}" if number == 1 else f"{number} {what}s {happened}; the last: {last}"
 
 
 def _stage(folder: Path, name: str, content: Any) -> StageStatus:

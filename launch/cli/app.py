@@ -196,14 +196,17 @@ def report(run: RunFolder) -> None:
 def status(run: RunFolder) -> None:
     """Show the state of each stage of a run.
 
+    Below a stage: how many of its steps were skipped because a loss or the gradient was not finite, and how many of its
+    evaluations failed, with the last one of each.
+
     \b
     Example:
       dromos status runs/demo/flip
     """
-    from launch.status import run_status
+    from launch.status import status_lines
 
-    for stage in run_status(run):
-        typer.echo(stage.line())
+    for line in status_lines(run):
+        typer.echo(line)
 
 
 @app.command(name="list")

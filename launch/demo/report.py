@@ -20,9 +20,10 @@ from launch.demo.sections import (
     zero_shot_section,
 )
 from pretrain.report import sections
+from pretrain.report.formatting import duration
 from pretrain.report.page import Block, Collapsible, Gallery, Page, Section, Tile, Tiles, render
 from pretrain.report.read_run import Run, read_run
-from pretrain.report.sections import FLOOR_TEXT, duration, loss_plot
+from pretrain.report.sections import FLOOR_TEXT, loss_plot
 
 CAPTIONERS = ("real", "synthetic", "mix")
 Summary = Mapping[str, Any]

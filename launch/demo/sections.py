@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.report.formatting import duration
 from pretrain.report.page import Matrix, Plot, Section, Table
 from pretrain.report.plots import Level, Line, bar_plot, line_plot
 from pretrain.report.read_run import Run
-from pretrain.report.sections import STEP, duration
+from pretrain.report.sections import STEP
 
 TEXT_FIGURE = "perplexity/text/nll"
 ZERO_SHOT = "zero_shot/digits/top1"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.storage.files import publish
+from pretrain.report.formatting import duration, number
 from pretrain.report.page import Page, Tile, Tiles, render
 from pretrain.report.read_run import Run, read_run
 from pretrain.report.sections import (
-    duration,
     environment,
     evaluations,
     losses,
-    number,
     optimisation,
     recipes,
     samples,
@@ -35,10 +34,15 @@ def build_page(run: Run) -> Page:
     done = sum(stage.state == "done" for stage in run.stages)
     seconds = sum(stage.sum_of("time/step") + stage.sum_of("time/eval") for stage in run.stages)
     served = sum(sum(stage.samples().values()) for stage in run.stages)
-    replaced = sum(sum(stage.skipped().values()) for stage in run.stages)
+    replaced = sum(sum(stage.replaced().values()) for stage in run.stages)
+    skipped = sum(len(stage.incidents().skipped) for stage in run.stages)
     tiles = [
         Tile(f"{done} of {len(run.stages)}", "stages done"),
-        Tile(number(sum(stage.step for stage in run.stages)), "optimizer steps"),
+        Tile(
+            number(sum(stage.step for stage in run.stages)),
+            "optimizer steps",
+            f"{number(skipped)} skipped" if skipped else "",
+        ),
         Tile(number(served), "samples served", f"{number(replaced)} replaced"),
         Tile(duration(seconds), "in training steps and evaluations"),
     ]

@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """One legend entry. `colour` is an index into the page's palette; `mark` is line, thin, dashed or bar."""
+    """One legend entry. `colour` is an index into the page's palette; `mark` is line, thin, dashed or tick."""
 
     label: str
     colour: int
@@ -38,7 +38,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. The first `left` columns are text, the others numbers; `boxed` places the table beside plots."""
+    """A table. The first `left` columns are text, the others numbers; `boxed` places the table beside plots.
+
+    `wraps` breaks long text in the last column; other cells keep to one line.
+    """
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
@@ -46,6 +49,7 @@ class Table:
     left: int = 1
     title: str = ""
     boxed: bool = False
+    wraps: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from pretrain.report.page import LegendEntry, Plot
 
 COLOURS = 8
+MARK_COLOUR = COLOURS - 2
 MAX_POINTS = 400
 INCHES = (5.0, 3.0)
 # matplotlib draws in these placeholder colours; `inline_svg` replaces them by the style sheet's variables.
@@ -86,14 +87,17 @@ def line_plot(
     log: bool = False,
     note: str = "",
     whole_steps: bool = True,
+    marks: Sequence[float] = (),
+    marked: str = "",
 ) -> Plot:
     """Plot curves. `x` and `y` are the axis labels with units; `log` sets a log scale for y.
 
-    `whole_steps` restricts the ticks of x to integers.
+    `whole_steps` restricts the ticks of x to integers. `marks` are values of x that get a short vertical bar at the
+    lower edge; the legend calls them `marked`.
     """
 
     def draw(axes: Any) -> None:
-        from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullLocator
 
         for level in levels:
             axes.axhline(level.value, color=PALETTE[level.colour], linestyle=(0, (4, 3)), linewidth=1.4)
@@ -109,11 +113,24 @@ def line_plot(
                 marker="o" if curve.markers or len(values) == 1 else None,
                 markersize=4.5,
             )
+        if len(marks):
+            marked_places = distinct(marks)
+            axes.plot(
+                marked_places,
+                [0.04] * len(marked_places),
+                transform=axes.get_xaxis_transform(),  # y as a part of the axis
+                color=PALETTE[MARK_COLOUR],
+                linestyle="",
+                marker="|",
+                markersize=11,
+                markeredgewidth=1.6,
+                clip_on=False,
+            )
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axes.yaxis.set_major_locator(_log_ticks(*axes.get_ylim()))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole_steps))
@@ -121,6 +138,7 @@ def line_plot(
 
     legend = [curve.legend_entry for curve in curves]
     legend += [LegendEntry(level.label, level.colour, "dashed") for level in levels]
+    legend += [LegendEntry(marked, MARK_COLOUR, "tick")] if len(marks) else []
     return Plot(title, _svg(title, draw), legend, note)
 
 
@@ -153,6 +171,26 @@ def downsample(
     parts = np.linspace(0, len(values), max_points + 1).astype(int)[:-1]
     counts = np.diff([*parts, len(values)])
     return np.add.reduceat(places, parts) / counts, np.add.reduceat(values, parts) / counts
+
+
+def _log_ticks(low: float, high: float) -> Any:
+    """The tick locator of a log axis: 3 to about 10 labels for any range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    decades = math.log10(high / low)
+    if decades < 1:
+        return MaxNLocator(6)
+    return LogLocator(10, (1, 2, 5) if decades < 3 else (1,))
+
+
+def distinct(places: Sequence[float], most: int = MAX_POINTS) -> list[float]:
+    """Return at most `most` of the ascending values, those that a plot can tell apart: the first in each interval."""
+    values = np.asarray(places, float)
+    if len(values) <= most:
+        return values.tolist()
+    intervals = np.linspace(values[0], values[-1], most + 1)[1:-1]
+    _, first = np.unique(np.searchsorted(intervals, values, side="right"), return_index=True)
+    return values[first].tolist()
 
 
 def smooth(y: Sequence[float], window: int) -> np.ndarray:

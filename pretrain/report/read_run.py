@@ -12,6 +12,7 @@ import yaml
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
 from pretrain.run.folder import json_mapping
+from pretrain.run.incidents import Incidents
 
 # Types of the entries that the report reads; a damaged file may hold others.
 ROW: dict[str, type] = {"time": dict, "eval": dict, "samples": dict, "skipped": dict}
@@ -76,11 +77,24 @@ class Stage:
                 values.append(value)
         return metrics
 
-    def final_metrics(self) -> dict[str, float]:
-        """Return the metrics of the result; without a result, those of the last evaluation."""
-        if self.result is not None and self.result.get("eval"):
-            return dict(flat(self.result["eval"]))
-        return {key: values[-1] for key, (_, values) in self.evaluations().items()}
+    def final_metrics(self) -> dict[str, tuple[int | None, float]]:
+        """Return {metric: (step, value)} of the result, else of the last evaluation; None for a merge's step.
+
+        If an evaluation failed at the end, its metrics are those of an earlier step.
+        """
+        found: dict[str, tuple[int | None, float]] = {
+            key: (steps[-1], values[-1]) for key, (steps, values) in self.evaluations().items()
+        }
+        result = self.result or {}
+        step = None if self.is_merge else result.get("step")
+        return found | {key: (step, value) for key, value in flat(result.get("eval") or {})}
+
+    def incidents(self) -> Incidents:
+        """Return the steps that were skipped and the evaluations that failed."""
+        found = Incidents()
+        for row in self.rows:
+            found.add(row)
+        return found
 
     def samples(self) -> Counter[str]:
         """Return the number of samples served, by stream."""
@@ -89,7 +103,7 @@ class Stage:
             counts.update(row.get("samples") or {})
         return counts
 
-    def skipped(self) -> Counter[tuple[str, str]]:
+    def replaced(self) -> Counter[tuple[str, str]]:
         """Return the number of samples replaced, by (source, reason)."""
         counts: Counter[tuple[str, str]] = Counter()
         for row in self.rows:

@@ -12,11 +12,20 @@ from typing import Any
 
 import yaml
 
+from pretrain.report.formatting import duration, number, plural
+from pretrain.report.incidents import (
+    FAILED_TEXT,
+    SKIPPED_TEXT,
+    failed_evaluations,
+    incident_notes,
+    skipped_steps,
+)
 from pretrain.report.page import Block, Collapsible, Plot, Section, Table
 from pretrain.report.plots import COLOURS, Line, line_plot, smooth, smoothing_window
 from pretrain.report.read_run import Run, Stage
 
 STEP = "step of the stage"
+SKIPPED = "skipped step"
 FLOOR = "lower bound of the loss (repeated captions)"
 Runs = Sequence[Run]
 
@@ -48,13 +57,12 @@ def stages(runs: Runs) -> Section:
     head = ["stage", "state", "steps", "time", "samples/s", "data wait", "loss, first → last"]
     section.blocks.append(Table(head, [_stage_row(label, stage) for label, stage in labelled], left=2))
     metrics = [
-        (label, key, value)
+        [label, key, number(value), "–" if step is None else number(step)]
         for label, stage in labelled
-        for key, value in sorted(stage.final_metrics().items())
+        for key, (step, value) in sorted(stage.final_metrics().items())
     ]
     if metrics:
-        rows = [[label, key, number(value)] for label, key, value in metrics]
-        section.blocks.append(Table(["stage", "held-out metric", "last value"], rows, left=2))
+        section.blocks.append(Table(["stage", "held-out metric", "last value", "at step"], metrics, left=2))
     absent = [label for label, stage in labelled if not stage.started]
     if absent:
         section.missing.append(f"Not started, so not shown below: {', '.join(absent)}.")
@@ -63,6 +71,7 @@ def stages(runs: Runs) -> Section:
         for label, stage in labelled
         if stage.state == "not finished"
     ]
+    section.missing += incident_notes(labelled)
     return section
 
 
@@ -90,11 +99,16 @@ def _stage_row(label: str, stage: Stage) -> list[str]:
 
 
 def losses(runs: Runs) -> Section:
-    """One plot per stage: the loss, its parts, and its lower bound if it was logged."""
+    """One plot per stage: the loss, its parts, and its lower bound if it was logged. Then the skipped steps."""
     found = [(label, stage) for label, stage in logged_stages(runs) if stage.column("loss")[1]]
     section = Section("Loss", "Loss: not logged yet")
+    skipped = skipped_steps(logged_stages(runs))
     if not found:
-        section.missing = ["No stage has logged a loss yet."]
+        if skipped is not None:
+            section.title = "Loss: no step had a finite loss"
+            section.text, section.blocks = [SKIPPED_TEXT], [skipped]
+        else:
+            section.missing = ["No stage has logged a loss yet."]
         return section
     ends = [(label, stage.column("loss")[1]) for label, stage in found]
     section.title = "Loss: " + ", ".join(
@@ -104,6 +118,9 @@ def losses(runs: Runs) -> Section:
     if any(stage.column("loss_floor")[1] for _, stage in found):
         section.text = [*section.text, FLOOR_TEXT]
     section.blocks += [loss_plot(label, stage) for label, stage in found]
+    if skipped is not None:
+        section.text = [*section.text, SKIPPED_TEXT]
+        section.blocks.append(skipped)
     return section
 
 
@@ -130,7 +147,8 @@ def loss_plot(label: str, stage: Stage) -> Plot:
     note = f"Thin line: every step. Thick line: mean over {window} steps." if window > 1 else ""
     if len(parts) > 1:
         note = f"The loss is the weighted sum of its parts. {note}"
-    return line_plot(f"Loss of {label}", curves, STEP, "loss (nats)", note=note)
+    marks = [each.step for each in stage.incidents().skipped]
+    return line_plot(f"Loss of {label}", curves, STEP, "loss (nats)", note=note, marks=marks, marked=SKIPPED)
 
 
 def evaluations(runs: Runs) -> Section:
@@ -140,15 +158,21 @@ def evaluations(runs: Runs) -> Section:
         for key, (steps, values) in stage.evaluations().items():
             by_metric.setdefault(key, []).append((label, steps, values))
     section = Section("Held-out metrics", "Held-out metrics: no evaluation has run")
+    failed = failed_evaluations(logged_stages(runs))
     if not by_metric:
-        section.missing = [
-            "No evaluation has run: the recipe has no eval section, or training has not reached an evaluation step."
-        ]
+        if failed is not None:
+            section.title = "Held-out metrics: every evaluation failed"
+            section.text, section.blocks = [FAILED_TEXT], [failed]
+        else:
+            section.missing = [
+                "No evaluation has run: the recipe has no eval section, or training has not reached an evaluation "
+                "step."
+            ]
         return section
     ends = [f"{key} {number(curves[-1][2][-1])} ({curves[-1][0]})" for key, curves in by_metric.items()]
     section.title = "On held-out data: " + ", ".join(ends[:2])
     section.text = [
-        "Measured during training on data that no stage trains on. The last point of a line is the end of the stage."
+        "Measured during training on data that no stage trains on; a finished stage is also measured at its last step."
     ]
     for key, curves in by_metric.items():
         drawn = [
@@ -156,6 +180,9 @@ def evaluations(runs: Runs) -> Section:
             for index, (label, steps, values) in enumerate(curves)
         ]
         section.blocks.append(line_plot(key, drawn, STEP, unit_of(key)))
+    if failed is not None:
+        section.text = [*section.text, FAILED_TEXT]
+        section.blocks.append(failed)
     return section
 
 
@@ -236,7 +263,7 @@ def samples(runs: Runs) -> Section:
     total = sum(count for _, _, count in served)
     replaced: Counter[tuple[str, str, str]] = Counter()
     for label, stage in found:
-        for (source, reason), count in stage.skipped().items():
+        for (source, reason), count in stage.replaced().items():
             replaced[label, source, reason] += count
     bad = sum(replaced.values())
     share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad else "none were replaced"
@@ -324,23 +351,3 @@ def recipes(runs: Runs) -> Section:
             recorded = {stage.name: stage.settings for stage in run.stages}
             section.blocks.append(Collapsible(f"{run.folder}", yaml.safe_dump(recorded, sort_keys=False)))
     return section
-
-
-def number(value: float) -> str:
-    """Format integers with thousands separators, other numbers with four significant digits."""
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def plural(count: Any, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 96 becomes "1 min 36 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

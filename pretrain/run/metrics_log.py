@@ -19,6 +19,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return _read(path)[0]
 
 
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of a log; None if the line is damaged or its object has no step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def truncate(path: Path, step: int, last_line: str | None = None) -> list[int]:
     """Remove the objects after `step` and damaged lines, atomically; a resume at `step` repeats those steps.
 
@@ -57,11 +66,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     except FileNotFoundError:
         return rows, damaged
     for number, line in enumerate(content.split(b"\n"), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        row = parse(line)
+        if row is not None:
             rows.append(row)
         elif line.strip():
             damaged.append(number)

@@ -15,6 +15,7 @@ from pretrain.distributed.engine import Engine
 from pretrain.objectives.base import Objective
 from pretrain.objectives.device_batch import DeviceBatch
 from pretrain.run.failures import RunStopped
+from pretrain.run.incidents import Origin
 
 # In the order in which a computation meets them.
 KINDS = ("output", "loss", "gradient")
@@ -22,24 +23,6 @@ KINDS = ("output", "loss", "gradient")
 
 class NonFinite(RunStopped):
     """More steps in a row than train.max_skipped have a loss or a gradient that is not finite."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the first value that is not finite appeared.
-
-    stream: the stream whose rows were computed
-    kind:   one of KINDS
-    module: name of the module for an output, of the parameter's module for a gradient; None for a loss
-    """
-
-    stream: str
-    kind: str
-    module: str | None
-
-    def __str__(self) -> str:
-        where = f"the {self.kind} of {self.module}" if self.module else "the loss"
-        return f"first in {where}, stream {self.stream}"
 
 
 @dataclass

@@ -25,11 +25,12 @@ from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Schedule, TrainStage
 from pretrain.run.failures import RunStopped, explain
+from pretrain.run.incidents import HARDWARE, Origin
 from pretrain.run.metrics_log import JsonLog, read
 from pretrain.train import checkpoint
 from pretrain.train.bad_samples import BadFraction, BadShards, TooManyBadSamples
 from pretrain.train.device_staging import StagedBatches, copies_for
-from pretrain.train.non_finite import NonFinite, Origin, find_origin
+from pretrain.train.non_finite import NonFinite, find_origin
 from pretrain.train.schedule import learning_rate
 from pretrain.train.step_totals import StepBatches, StepTotals
 from pretrain.train.stop_signals import StopFlag
@@ -291,9 +292,7 @@ class Trainer:
             return
         step, most = row["step"], self.stage.train.max_skipped
         given = row["non_finite"]
-        origin = (
-            Origin(**given["origin"]) if given["origin"] else "not when computed again: suspect the hardware"
-        )
+        origin = Origin(**given["origin"]) if given["origin"] else HARDWARE
         text = f"step {step}: {', '.join(given['values'])} is not finite ({origin})"
         if self.skipped_in_a_row < most:
             self.skipped_in_a_row += 1

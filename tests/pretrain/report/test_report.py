@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from data_pipeline.errors import UserError
 from pretrain.report import write
 from pretrain.report.page import data_uri, render_code, show_only_patches
-from pretrain.report.plots import Level, Line, downsample, line_plot, smooth, smoothing_window
+from pretrain.report.plots import Level, Line, distinct, downsample, line_plot, smooth, smoothing_window
 from tests.support.report_runs import (
     ParsedPage,
     check_self_contained,
@@ -93,6 +94,94 @@ def test_samples_are_counted_by_stream_and_replaced_ones_by_reason(run: Path) ->
     assert seen.row("real", "scenes", "missing caption")[3] == "1"
     assert "5,600 samples were served, 6 (0.107%) were replaced" in seen.text
     assert seen.row("real", "undecodable", "000017", "s/3.tar")
+
+
+def not_finite(row: dict[str, Any], values: list[str], origin: dict[str, Any] | None) -> None:
+    """Make a row that of a skipped step, as the trainer writes it."""
+    row |= dict.fromkeys((*values, "grad_norm"))
+    row["non_finite"] = {"values": values, "origin": origin, "in_a_row": 1}
+
+
+def test_skipped_steps_are_counted_listed_and_marked(run: Path) -> None:
+    rows = masked_rows(80)
+    not_finite(
+        rows[16], ["loss", "loss/pairs"], {"stream": "pairs", "kind": "output", "module": "visual.mlp"}
+    )
+    not_finite(rows[17], ["loss", "loss/pairs"], {"stream": "pairs", "kind": "loss", "module": None})
+    not_finite(rows[40], ["grad_norm"], None)
+    write_stage(run / "masked", rows, {"zero_shot/digits/top1": 0.9})
+    page = read(run)
+    seen = check_self_contained(page)
+    assert "100 optimizer steps 3 skipped" in seen.text
+    assert (
+        "Stage masked: 3 steps skipped because a loss or the gradient was not finite (the last: step 41)."
+        in seen.text
+    )
+    assert seen.row("masked", "17")[2:] == ["loss, loss/pairs", "pairs", "the output of visual.mlp"]
+    assert seen.row("masked", "18")[2:] == ["loss, loss/pairs", "pairs", "the loss"]
+    assert seen.row("masked", "41")[2:] == ["grad_norm", "–", "not when computed again: suspect the hardware"]
+    assert "Stage real: " not in seen.text
+    masked, real = page.split("<h3>Loss of masked</h3>")[1].split("<h3>Loss of real</h3>")
+    assert [part.count('class="tick"') for part in (masked, real)] == [1, 0]
+    assert "skipped step" in masked
+
+
+def test_a_run_without_incidents_does_not_mention_them(run: Path) -> None:
+    text = ParsedPage(read(run)).text
+    assert "kipped" not in text
+    assert "failed" not in text
+
+
+def test_a_stage_that_only_skipped_has_no_loss_and_says_why(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "nan", {"masked": TRAIN})
+    rows = masked_rows(3)
+    for row in rows:
+        not_finite(row, ["loss", "loss/pairs"], None)
+    write_stage(folder / "masked", rows, None)
+    seen = ParsedPage(read(folder))
+    assert "Loss: no step had a finite loss" in seen.text
+    assert "No stage has logged a loss yet." not in seen.text
+    assert seen.row("masked", "2")[2] == "loss, loss/pairs"
+    assert seen.row("masked", "not finished")[6] == "–"
+
+
+def test_failed_evaluations_are_counted_and_listed_with_their_reason(run: Path) -> None:
+    rows = masked_rows(80)
+    reason = "/held/<digits>/00003.tar: No such file or directory"
+    for step in (20, 80):
+        rows[step - 1].pop("eval")
+        rows[step - 1]["eval_failed"] = {"zero_shot/digits": reason}
+    write_stage(run / "masked", rows, {})
+    seen = check_self_contained(read(run))
+    assert "Stage masked: 2 evaluations failed (the last: zero_shot/digits at step 80)." in seen.text
+    assert seen.row("masked", "20") == ["masked", "20", "zero_shot/digits", reason]
+    assert seen.row("masked", "80") == ["masked", "80", "zero_shot/digits", reason]
+    # The figure is that of step 70, the last evaluation that did not fail, and is not called that of the end.
+    assert seen.row("masked", "zero_shot/digits/top1")[2:] == ["0.8", "70"]
+
+
+def test_a_page_on_which_every_evaluation_failed_does_not_say_that_none_ran(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "gone", {"masked": TRAIN})
+    rows = [step_row(step, {"pairs": 2.0}, {"pairs": 8}) for step in range(1, 4)]
+    rows[1]["eval_failed"] = {"zero_shot/digits": "gone"}
+    write_stage(folder / "masked", rows, None)
+    seen = ParsedPage(read(folder))
+    assert "Held-out metrics: every evaluation failed" in seen.text
+    assert "No evaluation has run" not in seen.text
+    assert seen.row("masked", "2")[2:] == ["zero_shot/digits", "gone"]
+
+
+def test_a_table_of_incidents_is_limited_to_the_last_and_says_how_many_there_are(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "many", {"masked": TRAIN})
+    rows = masked_rows(1500)
+    for row in rows[100:1400]:
+        not_finite(row, ["loss", "loss/pairs"], None)
+    write_stage(folder / "masked", rows, None)
+    seen = ParsedPage(read(folder))
+    assert "Stage masked: 1,300 steps skipped" in seen.text
+    assert "Skipped steps: the last 20 of each stage, 1,300 in all" in seen.text
+    listed = [int(row[1]) for row in seen.cells if row[0] == "masked" and row[1].isdigit()]
+    assert listed == list(range(1381, 1401))
 
 
 def test_every_stage_has_its_curves_and_flip_its_floor(run: Path) -> None:
@@ -201,6 +290,39 @@ def test_a_plotted_curve_has_the_values_of_the_data() -> None:
     (level,) = paths(plot.svg, "var(--c7)")
     assert {round(slope * height + offset, 4) for _, height in level} == {1.5}
     assert [(key.label, key.mark) for key in plot.legend] == [("a", "line"), ("floor", "dashed")]
+
+
+def test_marks_stand_at_their_steps() -> None:
+    """The marks' x in the drawing is the same affine map of the step as the curve's."""
+    x, y = [0, 10, 30, 40], [5.0, 1.0, 2.0, 4.0]
+    plot = line_plot("loss", [Line("a", x, y, 1)], "step", "nats", marks=[10, 25], marked="skipped step")
+    ((*points,),) = paths(plot.svg, "var(--c1)")
+    slope, offset = np.polyfit([place for place, _ in points], x, 1)
+    marks = re.findall(r'<use href="[^"]*" x="([^"]*)" y="[^"]*" style="[^"]*var\(--c6\)', plot.svg)
+    np.testing.assert_allclose(np.array(marks, float) * slope + offset, [10, 25], atol=1e-3)
+    assert [(key.label, key.mark, key.colour) for key in plot.legend][1:] == [("skipped step", "tick", 6)]
+
+
+def test_many_marks_are_thinned_to_what_a_plot_can_show() -> None:
+    steps = sorted({*range(1, 3000), 10_000, 50_000})
+    kept = distinct(steps, most=100)
+    assert set(kept) <= set(steps)
+    assert len(kept) <= 100
+    width = (50_000 - 1) / 100
+    for step in steps:  # something is drawn within the width of one interval of every mark
+        assert min(abs(step - place) for place in kept) <= width
+    assert distinct([3, 4, 9], most=3) == [3, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.7), (0.31, 0.44), (1.0, 9.5), (2.0, 19.0), (0.1, 60.0), (0.002, 300.0)]
+)
+def test_a_log_axis_has_a_few_labels_whatever_its_range(low: float, high: float) -> None:
+    values = list(np.geomspace(low, high, 20))
+    plot = line_plot("norm", [Line("a", list(range(20)), values, 0)], "x", "y", log=True)
+    labels = re.findall(r'<text style="[^"]*text-anchor: end[^"]*"[^>]*>([^<]*)</text>', plot.svg)
+    assert 3 <= len(labels) <= 10, labels
+    assert all(low / 2 <= float(label) <= high * 2 for label in labels), labels
 
 
 def test_long_curves_are_thinned_without_moving_their_mean() -> None:
