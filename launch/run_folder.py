@@ -14,6 +14,7 @@ from launch.environment import capture
 from launch.job import Job
 from pretrain.recipe.dump import dump
 from pretrain.recipe.schema import Recipe
+from pretrain.run.failures import RunStopped
 
 
 def open_run(job: Job, recipe: Recipe) -> None:
@@ -33,13 +34,16 @@ def open_run(job: Job, recipe: Recipe) -> None:
 
 @contextmanager
 def rollback_on_error(job: Job, *names: str) -> Iterator[None]:
-    """Restore the run folder if the block raises UserError or OSError. Covers the files of `open_run` and `names`."""
+    """Restore the run folder if the block raises UserError, OSError or RunStopped.
+
+    Covers the files of `open_run` and `names`.
+    """
     paths = [job.folder / name for name in ("recipe.yaml", "job.json", "env.json", *names)]
     paths.append(Path(job.workdir) / job.recipe_copy)
     before = {path: path.read_bytes() for path in paths if path.exists()}
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError, RunStopped):
         for path in paths:
             with suppress(OSError):  # the disk may be full
                 if path not in before:

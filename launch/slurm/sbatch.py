@@ -24,6 +24,7 @@ from launch.run_lock import SLURM_END_STATES, run_lock, scontrol_show, slurm_fie
 from launch.supervise.output import print_line
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
+from pretrain.run.failures import RunStopped, explain
 from pretrain.run.lock import LOCK
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -167,7 +168,7 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
     """Write RUN/job.sbatch, submit it, and print where its logs are; returns the exit code.
 
     With `wait`, returns when the job has ended. Raises UserError, and restores the run folder, if sbatch refuses or if
-    another launch or job writes into the folder.
+    another launch or job writes into the folder; RunStopped if job.json cannot be written for the accepted job.
     """
     if shutil.which("sbatch") is None:
         raise UserError(
@@ -175,12 +176,15 @@ def submit(job: Job, recipe: Recipe, console: Console, wait: bool = False) -> in
         )
     text = render(job)
     # A job that starts at once waits for this lock. job.json must name the job before another launch may look.
-    with run_lock(job, console):
+    with run_lock(job, console) as lock:
         with rollback_on_error(job, SCRIPT):  # files first: an accepted job may start at once
             open_run(job, recipe)
             publish(job.folder / SCRIPT, text.encode())
             job_id = _sbatch(job.folder / SCRIPT)
-        publish(job.folder / "job.json", dataclasses.replace(job, job_id=job_id).to_json().encode())
+            lock.keep()  # the job may have opened it: in a new file, a second launch would not see its lock
+            unrecorded = _record(job, job_id)
+        if unrecorded is not None:  # after the block: the job needs the files
+            raise unrecorded
     folder = job.run_dir if Path(job.workdir) == Path.cwd() else str(job.folder)
     print_line(
         console, f"submitted job {job_id}: {job.nodes} x {job.ranks_per_node} ranks, {folder}/{SCRIPT}"
@@ -202,6 +206,38 @@ def _sbatch(script: Path) -> str:
     if done.returncode:
         raise UserError(f"sbatch refused the job (--dry-run prints the script):\n{done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
+
+
+def _record(job: Job, job_id: str) -> RunStopped | None:
+    """Write the number of an accepted job into job.json, by which a second launch learns of it.
+
+    If that fails, the job is cancelled and RunStopped raised: nothing would keep a second job out of the folder. The
+    error is returned instead if the job could not be cancelled, and so will run.
+    """
+    path = job.folder / "job.json"
+    try:
+        publish(path, dataclasses.replace(job, job_id=job_id).to_json().encode())
+        return None
+    except (OSError, KeyboardInterrupt) as error:
+        explained = explain(error)
+        reason = explained.message if explained is not None else "interrupted"
+        if _scancel(job_id):
+            raise RunStopped(
+                f"{reason}. Slurm had accepted job {job_id}; it was cancelled, because {path} does not name it"
+            ) from error
+        return RunStopped(
+            f"{reason}. Slurm has accepted job {job_id}, and scancel failed; {path} does not name the job, so a second "
+            f"launch would not notice it. Cancel it with: scancel {job_id}, or start nothing in {job.folder} until it "
+            "has ended"
+        )
+
+
+def _scancel(job_id: str) -> bool:
+    """Cancel a job; False if Slurm did not take the request."""
+    try:
+        return subprocess.run(["scancel", job_id], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def without_job_variables(environ: dict[str, str]) -> dict[str, str]:

@@ -54,6 +54,10 @@ class FolderLock:
             self.file.close()
             raise
 
+    def keep(self) -> None:
+        """Not remove the lock file after an error: another process may have it open."""
+        self.created = False
+
     def release(self, remove: bool = False) -> None:
         """Release the lock; safe to call twice. With `remove`, delete the lock file too."""
         if self.file.closed:

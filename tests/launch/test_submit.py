@@ -23,6 +23,7 @@ from launch.slurm import sbatch
 from pretrain.recipe.dump import dump
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.schema import TrainStage
+from pretrain.run.failures import RunStopped
 from tests.support.launching import write_recipe
 
 
@@ -264,3 +265,85 @@ def test_a_refused_job_leaves_the_folder_as_it_was(recipe: Path) -> None:
     with pytest.raises(UserError, match="sbatch refused"):
         run(str(recipe), **flags, overrides=["run.dir=deep/run", "optimizer.lr=5e-4"])  # type: ignore[arg-type]
     assert files() == before
+
+
+@pytest.fixture
+def unwritable_record(recipe: Path) -> Path:
+    """An sbatch that accepts job 7 and puts a folder in the place of job.json, and an scancel that keeps its arguments.
+
+    Returns the run folder, which an earlier submission has filled.
+    """
+    keep_scripts(recipe)
+    assert run(str(recipe), on="slurm", ranks_per_node=1) == 0
+    program(recipe, "sbatch", "rm run/job.json; mkdir run/job.json; echo 7")
+    program(recipe, "scancel", 'echo "$@" >> cancelled')
+    return recipe.parent / "run"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_accepted_job_that_cannot_be_recorded_is_cancelled(recipe: Path, unwritable_record: Path) -> None:
+    before = names(unwritable_record)
+    with pytest.raises(RunStopped) as told:
+        run(str(recipe), on="slurm", ranks_per_node=1, overrides=["optimizer.lr=5e-4"])
+    assert str(told.value).startswith(f"{unwritable_record}/job.json: Is a directory")
+    assert "Slurm had accepted job 7; it was cancelled" in str(told.value)
+    assert (recipe.parent / "cancelled").read_text() == "7\n"
+    assert names(unwritable_record) == before  # without the new copy of the recipe
+    assert rate("run/recipe.yaml") == 1e-3
+
+
+@pytest.mark.parametrize("scancel", ["exit 1", None])
+def test_an_accepted_job_that_can_be_neither_recorded_nor_cancelled_is_named_and_keeps_its_files(
+    recipe: Path, unwritable_record: Path, monkeypatch: pytest.MonkeyPatch, scancel: str | None
+) -> None:
+    if scancel:
+        program(recipe, "scancel", scancel)
+    else:
+        (recipe.parent / "bin/scancel").unlink()
+        monkeypatch.setenv("PATH", f"{recipe.parent / 'bin'}:/nowhere")
+        program(recipe, "sbatch", "/bin/rm run/job.json; /bin/mkdir run/job.json; echo 7")
+    before = names(unwritable_record)
+    with pytest.raises(RunStopped) as told:
+        run(str(recipe), on="slurm", ranks_per_node=1, overrides=["optimizer.lr=5e-4"])
+    for words in ("accepted job 7, and scancel failed", "scancel 7", f"start nothing in {unwritable_record}"):
+        assert words in str(told.value)
+    (copy,) = names(unwritable_record) - before
+    assert rate(f"run/{copy}") == rate("run/recipe.yaml") == 5e-4
+
+
+@pytest.mark.parametrize("scancel", ["exit 0", "exit 1"])
+def test_the_lock_of_an_accepted_job_is_not_taken_from_it(recipe: Path, scancel: str) -> None:
+    """A job that started has opened the file of the first submission: its lock must count for the next launch."""
+    start = "exec 8<>run/.lock; sleep 600 8<&8 >/dev/null 2>&1 & echo $! > job"
+    program(recipe, "sbatch", f"{start}; rm run/job.json; mkdir run/job.json; echo 7")
+    program(recipe, "scancel", scancel)
+    with pytest.raises(RunStopped):
+        run(str(recipe), on="slurm", ranks_per_node=1)
+    job = int((recipe.parent / "job").read_text())
+    try:
+        lock = (recipe.parent / "run/.lock").stat()
+        opened = os.stat(f"/proc/{job}/fd/8")
+        assert (lock.st_dev, lock.st_ino) == (opened.st_dev, opened.st_ino)
+    finally:
+        os.kill(job, signal.SIGKILL)
+
+
+def test_ctrl_c_between_sbatch_and_the_record_cancels_the_job(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(recipe, "sbatch", "echo 7")
+    program(recipe, "scancel", 'echo "$@" >> cancelled')
+    published = sbatch.publish
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if path.name == "job.json":
+            raise KeyboardInterrupt
+        published(path, content)
+
+    monkeypatch.setattr(sbatch, "publish", interrupted)
+    with pytest.raises(RunStopped, match=r"^interrupted\. Slurm had accepted job 7; it was cancelled"):
+        run(str(recipe), on="slurm", ranks_per_node=1)
+    assert (recipe.parent / "cancelled").read_text() == "7\n"
