@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from data_pipeline.errors import ReadError, UserError
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN
 from pretrain.run.failures import RunStopped, drop_unwritable_output, explain, print_traceback, say
+from pretrain.run.folder import complete_steps
 
 if TYPE_CHECKING:
     from pretrain.train.session import Session
@@ -32,22 +33,37 @@ def main(recipe_path: str, stage_name: str, overrides: Sequence[str] = ()) -> in
         code = DONE if session.train() else RUN_AGAIN
     except Exception as error:
         failed = True
-        code = _tell(error)
+        code = _tell(error, session)
     finally:
         gc.enable()  # also after an error at the start
         closed = _close(session, tell=not failed)
     return code or closed
 
 
-def _tell(error: Exception) -> int:
+def _tell(error: Exception, session: Session | None) -> int:
     """Print what happened and what to do; returns the exit code. Raises an error that only its traceback explains."""
     failure = explain(error)
     if failure is None:
         raise error
     in_words = isinstance(error, UserError | RunStopped | ReadError)
-    say(failure.message if in_words else f"{failure.message}; the newest complete checkpoint is kept")
+    say(failure.message if in_words else failure.message + _kept(session))
     print_traceback(error)
     return failure.code
+
+
+def _kept(session: Session | None) -> str:
+    """The end of a message: what a resume starts from. Empty if the stage was not opened, or cannot be read."""
+    if session is None:
+        return ""
+    try:
+        steps = complete_steps(session.context.folder / "checkpoints")
+    except OSError:
+        return ""
+    return (
+        f"; the newest complete checkpoint, of step {steps[-1]}, is kept"
+        if steps
+        else "; no checkpoint is complete yet"
+    )
 
 
 def _close(session: Session | None, tell: bool) -> int:
@@ -56,7 +72,7 @@ def _close(session: Session | None, tell: bool) -> int:
         if session is not None:
             session.close()
     except Exception as error:
-        return _tell(error) if tell else FAILED
+        return _tell(error, session) if tell else FAILED
     return DONE
 
 

@@ -90,9 +90,9 @@ def test_a_save_on_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_l
             else "over the limit"
         )
         assert re.search(rf"{disk.folder}/run/main/checkpoints/step_0000000\d\.tmp.*: {what}", line), line
-        assert "then run it again; the newest complete checkpoint is kept" in line
         kept = complete_steps(stage / "checkpoints")
         assert kept == (before or [2])
+        assert f"then run it again; the newest complete checkpoint, of step {kept[-1]}, is kept" in line
         assert (stage / "checkpoints/latest").read_text() == f"step_{kept[-1]:08d}"
         assert list((stage / "checkpoints").glob("step_*.tmp"))  # the half one does not count
         disk.make_room()
@@ -163,9 +163,28 @@ def test_a_failure_is_one_line_with_what_to_do(
     failed = start("train_failing", tmp_path / "log", kind, str(path))
     assert failed.code() == 1, failed.output
     line = the_line(failed.log)
-    for word in (*words, "the newest complete checkpoint is kept"):
+    for word in (*words, "; the newest complete checkpoint, of step 2, is kept"):
         assert word in line
     assert complete_steps(tmp_path / "run/main/checkpoints") == [2]
+
+
+def test_a_failure_before_the_first_checkpoint_promises_none(data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path / "r.yaml", tmp_path / "run", checkpoint={"every": STEPS})
+    failed = start("train_failing", tmp_path / "log", "host", str(path))
+    assert failed.code() == 1, failed.output
+    line = the_line(failed.log)
+    assert line.endswith("; no checkpoint is complete yet")
+    assert "kept" not in line
+    assert complete_steps(tmp_path / "run/main/checkpoints") == []
+
+
+def test_a_stage_whose_folder_cannot_be_made_says_nothing_of_checkpoints(data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path / "r.yaml", Path("/sys/dromos/run"))
+    failed = start("train_on", tmp_path / "log", 0, str(tmp_path / "not full"), str(path))
+    assert failed.code() == 2, failed.output
+    line = the_line(failed.log)
+    assert line.startswith("dromos: /sys/dromos")
+    assert "checkpoint" not in line
 
 
 def test_a_bug_keeps_its_traceback(data: Path, tmp_path: Path) -> None:
