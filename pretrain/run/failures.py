@@ -128,11 +128,24 @@ def _operating_system(error: OSError) -> Failure:
     if error.errno in UNWRITABLE and path is not None:
         if error.errno == errno.EROFS:
             advice = "make it writable, or choose another folder (run.dir=NEW for a run)"
-        else:  # the error does not tell a read from a write
-            advice = "give this user access to it; a run may also be written elsewhere (run.dir=NEW)"
+        elif _may_read(where):  # so it was to be written, or it is new
+            advice = "give this user write access, or choose another folder (run.dir=NEW for a run)"
+        else:
+            advice = "give this user read access to it and to the folders above it"
         return Failure(f"{where}: {what}: {advice}", USER_ERROR)
     place = f"{where}: " if path is not None else ""
     return Failure(f"{place}{what} ({TRACEBACK}=1 prints the traceback)", FAILED)
+
+
+def _may_read(where: str) -> bool:
+    """True for a path that this user may read, also if it does not exist yet; False if a folder above it is closed."""
+    try:
+        os.stat(where)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return os.access(where, os.R_OK)
 
 
 def _free(where: str) -> str:

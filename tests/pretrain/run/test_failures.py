@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,8 @@ from pretrain.run.failures import LAST_WORDS, RunStopped, drop_unwritable_output
         (errno.EMFILE, "FILE: Too many open files: raise the limit (ulimit -n)", 1),
         (errno.EIO, "FILE: Input/output error (DROMOS_TRACEBACK=1 prints the traceback)", 1),
         (errno.EROFS, "FILE: Read-only file system: make it writable, or choose another folder", 2),
-        (errno.EACCES, "FILE: Permission denied: give this user access to it; a run may", 2),
-        (errno.EPERM, "FILE: Operation not permitted: give this user access to it; a run may", 2),
+        (errno.EACCES, "FILE: Permission denied: give this user write access, or choose another", 2),
+        (errno.EPERM, "FILE: Operation not permitted: give this user write access, or choose another", 2),
         (errno.ENOMEM, "out of memory (", 1),
     ],
 )
@@ -38,6 +41,68 @@ def test_an_error_of_the_system(tmp_path: Path, number: int, words: str, code: i
     assert words.replace("FILE", path) in failure.message
     assert failure.code == code
     assert "\n" not in failure.message
+
+
+@pytest.fixture
+def anyone(tmp_path: Path) -> Iterator[Callable[[Callable[[], object]], str]]:
+    """Runs an action as a user who is not root, and returns what is said about its error."""
+
+    def told(action: Callable[[], object]) -> str:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.getuid() == 0:
+                    os.setuid(65534)
+                action()
+            except OSError as error:
+                failure = explain(error)
+                os.write(writing, failure.message.encode() if failure is not None else b"a traceback")
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading) as file:
+            text = file.read()
+        os.waitpid(child, 0)
+        return text
+
+    folder = Path(tempfile.mkdtemp())  # tmp_path is closed to other users
+    folder.chmod(0o755)
+    (tmp_path / "open").symlink_to(folder)
+    yield told
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_file_that_may_not_be_read_gets_no_advice_about_the_run_folder(
+    tmp_path: Path, anyone: Callable[[Callable[[], object]], str]
+) -> None:
+    folder = (tmp_path / "open").resolve()
+    closed = folder / "closed"
+    closed.mkdir()
+    for path in (folder / "00000.tar", closed / "00001.tar"):
+        path.write_bytes(b"")
+    (folder / "00000.tar").chmod(0)
+    closed.chmod(0)
+    advice = "give this user read access to it and to the folders above it"
+    for path in (folder / "00000.tar", closed / "00001.tar"):
+        assert anyone(path.open) == f"{path}: Permission denied: {advice}"
+    assert anyone(lambda: os.listdir(closed)) == f"{closed}: Permission denied: {advice}"
+
+
+def test_a_place_that_may_not_be_written_gets_advice_about_the_run_folder(
+    tmp_path: Path, anyone: Callable[[Callable[[], object]], str]
+) -> None:
+    folder = (tmp_path / "open").resolve()
+    (folder / "job.json").write_text("{}")
+    folder.chmod(0o555)
+    (folder / "job.json").chmod(0o444)
+    advice = "give this user write access, or choose another folder (run.dir=NEW for a run)"
+    assert (
+        anyone(lambda: publish(folder / "job.json", b"")) == f"{folder}/job.json: Permission denied: {advice}"
+    )
+    assert anyone((folder / "run").mkdir) == f"{folder}/run: Permission denied: {advice}"
 
 
 @pytest.mark.parametrize(
