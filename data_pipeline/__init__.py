@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.batches.spec import Batch, SourceSpec
-    from data_pipeline.errors import ReadError, UserError, WorkerError
+    from data_pipeline.errors import ContentError, ReadError, UserError, WorkerError
     from data_pipeline.storage.cache import CacheSettings
     from data_pipeline.stream import Stream
     from data_pipeline.transforms.captions import CaptionSpec
@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "CacheSettings",
     "CaptionSpec",
+    "ContentError",
     "ImageSpec",
     "PackedFormat",
     "ReadError",
@@ -40,6 +41,7 @@ _HOMES = {
     "Batch": "batches.spec",
     "CacheSettings": "storage.cache",
     "CaptionSpec": "transforms.captions",
+    "ContentError": "errors",
     "ImageSpec": "transforms.decode",
     "PackedFormat": "transforms.text_formats",
     "ReadError": "errors",

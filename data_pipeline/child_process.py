@@ -57,17 +57,21 @@ def _handlers_postponed() -> Iterator[None]:
 
 
 def start_module(
-    module: str, descriptors: Sequence[int], variables: Mapping[str, str] | None = None
+    module: str,
+    descriptors: Sequence[int],
+    variables: Mapping[str, str] | None = None,
+    folders: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m MODULE DESCRIPTORS... PARENT`; PARENT, this process's id, is for `die_with` in the child.
 
     The child inherits these file descriptors (not those below 0, which mean "none"), reads nothing from stdin, imports
-    the same dromos as this process, and gets the environment `variables` in addition. JOB_SIGNALS do not reach it.
+    the same dromos as this process, and gets the environment `variables` in addition. It finds modules in `folders`,
+    too, behind all others. JOB_SIGNALS do not reach it.
     """
     import subprocess
 
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH"), *folders) if part)
     with job_signals_blocked():
         return subprocess.Popen(
             # -P: a file in the working directory cannot shadow a module.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Augmentation, draw_augmentations
 from data_pipeline.transforms.captions import json_member
 from data_pipeline.transforms.decode import decode_image
-from data_pipeline.transforms.text_formats import TextRow
+from data_pipeline.transforms.text_formats import TextRow, checked_arrays, failure_of
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -96,12 +96,19 @@ class RowBuilder:
                 draw = augmentation.caption if augmentation else None
                 try:
                     text = self.spec.text.row(members, self.tokenizer, draw)
-                except UserError as error:
+                    text = replace(text, arrays=checked_arrays(self.spec.text, text.arrays))
+                except (ContentError, ReadError):
+                    raise
+                except Exception as error:  # a format may be anybody's code
                     where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
-                    raise UserError(f"{where}, sample {sample_key!r}: {error}") from None
+                    told = error if isinstance(error, UserError) else failure_of(self.spec.text, error)
+                    raise UserError(f"{where}, sample {sample_key!r}: {told}") from error
             row = Row(text, crop)
             if with_meta:
-                row.meta = {"key": sample_key, "caption": text.text, "json": json_member(members)}
+                # Packed text is tokenised: nothing reads its json, which may be damaged.
+                read_json = self.spec.image is not None or text.text is not None
+                fields = json_member(members) if read_json else {}
+                row.meta = {"key": sample_key, "caption": text.text, "json": fields}
             return row
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
@@ -121,9 +128,16 @@ class RowBuilder:
         return self._readers[source].key(shard, index)
 
     @cached_property
-    def _dummy(self) -> Mapping[str, np.ndarray | int]:
-        """The arrays of a dummy row, without its pixels."""
-        return self.spec.text.dummy(self.tokenizer) if self.spec.text is not None else {}
+    def _dummy(self) -> Mapping[str, np.ndarray]:
+        """The arrays of a dummy row, without its pixels. Raises UserError."""
+        text = self.spec.text
+        if text is None:
+            return {}
+        try:
+            return checked_arrays(text, text.dummy(self.tokenizer))
+        except Exception as error:
+            told = error if isinstance(error, UserError) else failure_of(text, error)
+            raise UserError(f"data.{self.spec.name}: a dummy row: {told}") from error
 
     def empty_batch(
         self, step: int, start: int, stop: int, pixels: np.ndarray | None = None, dummies: int = 0

@@ -61,9 +61,7 @@ class StreamSpec:
         if not self.sources:
             raise UserError(f"data.{self.name}.sources: there are none; write at least one source")
         if self.image is None and self.text is None:
-            raise UserError(
-                f"data.{self.name}: write image, text or both, or the length of the packed sequences"
-            )
+            raise UserError(f"data.{self.name}: write image, text or both")
         mistake = next(self._mistakes(), None)
         if mistake is not None:
             raise UserError(f"data.{self.name}.{mistake}")
@@ -80,9 +78,11 @@ class StreamSpec:
                 yield f"image.max_pixels is {self.image.max_pixels}; it must be at least 1"
         if self.text is not None:
             yield from (f"text.{mistake}" for mistake in self.text.mistakes())
-            for name in self.text.arrays:
+            for name, array in self.text.arrays.items():
                 if name in RESERVED:
                     yield f"text: the format's array {name!r} has a name that every batch uses itself"
+                if mistake := array.mistake():
+                    yield f"text: the format's array {name!r}: {mistake}"
         if self.share_by not in get_args(ShareBy):
             yield f"share_by is {self.share_by!r}; write one of {', '.join(get_args(ShareBy))}"
 

@@ -5,19 +5,23 @@ Also `BuilderSetup`, which lets another process build the same batches.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
+from data_pipeline.errors import UserError
 from data_pipeline.order import digest
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.storage.cache import CacheSettings
+from data_pipeline.transforms.text_formats import PackedFormat
 from data_pipeline.transforms.tokenizers import Tokenizer
 
 # Smallest slice of a stream with images, in rows: smaller slices cost more than they save.
@@ -53,6 +57,30 @@ class BuilderSetup:
     def of(builder: BatchBuilder) -> BuilderSetup:
         """The setup of a builder."""
         return BuilderSetup(builder.spec, builder.manifests, builder.tokenizer, builder.cache)
+
+    def import_folder(self) -> str | None:
+        """The folder in which another process finds the module of the text format; None for one of dromos.
+
+        Raises UserError for a format that no other process can import.
+        """
+        text = self.spec.text
+        if text is None or type(text).__module__.startswith("data_pipeline."):
+            return None
+        module, name = sys.modules[type(text).__module__], type(text).__qualname__
+        if module.__name__ == "__main__" or "<locals>" in name:
+            raise UserError(
+                f"data.{self.spec.name}.text: workers cannot import the text format {name}, which is defined "
+                f"in {'a function' if '<locals>' in name else 'the script itself'}; move it to a module beside the "
+                "script, or use no workers"
+            )
+        if module.__file__ is None:
+            return None
+        depth = module.__name__.count(".") + (Path(module.__file__).name == "__init__.py")
+        return str(Path(module.__file__).resolve().parents[depth])
+
+    def without_content(self) -> BuilderSetup:
+        """The setup for a process that needs only the order and places of samples, and imports no text format."""
+        return replace(self, spec=replace(self.spec, image=None, text=PackedFormat(1)), tokenizer=None)
 
     def builder(self) -> BatchBuilder:
         """A new builder with this setup."""

@@ -141,7 +141,7 @@ class Prefetcher:
     """Handle of the prefetcher process in the loader: starts it, sends positions, restarts it a few times, stops it."""
 
     def __init__(self, setups: Sequence[BuilderSetup], rank: int, world_size: int) -> None:
-        self._arguments = (list(setups), rank, world_size)
+        self._arguments = ([setup.without_content() for setup in setups], rank, world_size)
         self._caches = [Cache(setup.cache) for setup in setups if setup.cache is not None]
         self._starts = 0
         self._position: Position | None = None

@@ -27,11 +27,24 @@ RESERVED = ("pixels", "images", "weights", "sample_ids", "keys", "row_keys")
 class RowArray:
     """A named array of a row: a batch has it as `[rows, *shape]`.
 
-    dtype: a numpy dtype; integers reach the device as int64, other types as they are
+    dtype: a numpy dtype of bools, integers or floats; integers reach the device as int64 (uint64 with its bits), other
+        types as they are
     """
 
     dtype: str
     shape: tuple[int, ...] = ()
+
+    def mistake(self) -> str | None:
+        """Why a batch cannot have such an array; None if it can."""
+        try:
+            kind = np.dtype(self.dtype).kind
+        except TypeError as error:
+            return str(error)
+        if kind not in "biuf":
+            return f"dtype {self.dtype} is none of bool, integer and float"
+        if not all(isinstance(side, int) and side >= 0 for side in self.shape):
+            return f"{self.shape} is not a shape"
+        return None
 
     @property
     def bytes(self) -> int:
@@ -48,7 +61,7 @@ class TextRow:
     text: what was chosen, for evaluations; None for text that was tokenised beforehand
     """
 
-    arrays: Mapping[str, np.ndarray | int]
+    arrays: Mapping[str, np.ndarray | float]
     choice: int = -1
     text: str | None = None
 
@@ -89,7 +102,7 @@ class TextFormat(ABC):
         """
 
     @abstractmethod
-    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | int]:
+    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | float]:
         """The arrays of a dummy row. A model computes it like any other row: its result must be finite."""
 
     def mistakes(self) -> Iterator[str]:
@@ -125,7 +138,7 @@ class CaptionFormat(TextFormat):
         tokens, used = caption_row(tokenizer, caption, self.length)
         return TextRow({"tokens": tokens, "used": used}, choice, caption)
 
-    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | int]:
+    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | float]:
         """An empty caption. A row of padding alone would be NaN under an attention mask."""
         assert tokenizer is not None
         tokens, used = caption_row(tokenizer, "", self.length)
@@ -167,13 +180,54 @@ class PackedFormat(TextFormat):
             raise UserError(f"{len(tokens)} tokens, but text.length is {self.length}; make them equal")
         return TextRow({"tokens": tokens.astype(np.int32), "used": self.length})
 
-    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | int]:
+    def dummy(self, tokenizer: Tokenizer | None) -> Mapping[str, np.ndarray | float]:
         """One token: no row of weight 1 is shorter."""
         return {"tokens": np.zeros(self.length, np.int32), "used": min(1, self.length)}
 
     def mistakes(self) -> Iterator[str]:
         if self.length < 1:
             yield f"length is {self.length}; it must be at least 1 token"
+
+
+def checked_arrays(text: TextFormat, given: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
+    """What a format gave for a row, as the arrays that it promised. Raises UserError if it is something else.
+
+    A wrong shape would be repeated by numpy, and a value out of range would become another one, without a word.
+    """
+    promised = text.arrays
+    if given.keys() != promised.keys():
+        raise UserError(
+            f"the text format {_name(text)} gave the arrays {', '.join(given) or 'none'}; it says "
+            f"{', '.join(promised) or 'none'}"
+        )
+    return {name: _checked(text, name, given[name], array) for name, array in promised.items()}
+
+
+def _checked(text: TextFormat, name: str, value: np.ndarray | float, array: RowArray) -> np.ndarray:
+    found = np.asarray(value)
+    if found.shape == array.shape:
+        if found.dtype == array.dtype:
+            return found
+        kinds = found.dtype.kind, np.dtype(array.dtype).kind
+        with np.errstate(invalid="ignore"):  # NaN as an integer: compared below
+            cast = found.astype(array.dtype) if kinds[0] in "biuf" else found
+        # A float may lose digits; any other value must stay the same.
+        if kinds[0] in "biuf" and (kinds == ("f", "f") or np.array_equal(cast, found)):
+            return cast
+    which = ", which does not hold these values" if found.shape == array.shape else ""
+    raise UserError(
+        f"the text format {_name(text)} gave {found.dtype} {list(found.shape)} for the array {name!r}; it says "
+        f"{array.dtype} {list(array.shape)}{which}"
+    )
+
+
+def failure_of(text: TextFormat, error: Exception) -> str:
+    """What to say of an error that a format should not have raised."""
+    return f"the text format {_name(text)} failed: {type(error).__name__}: {error}"
+
+
+def _name(text: TextFormat) -> str:
+    return f"{type(text).__module__}.{type(text).__qualname__}"
 
 
 # The name of the caption format in the public interface of data_pipeline.

@@ -24,9 +24,15 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 
 class SetupFile:
-    """An anonymous file with the builder setups, written once and read by every worker."""
+    """An anonymous file with the builder setups, written once and read by every worker.
+
+    folders: where the modules of their text formats are
+    """
 
     def __init__(self, setups: Sequence[BuilderSetup]) -> None:
+        """Raises UserError for a text format that no other process can import."""
+        folders = {setup.import_folder() for setup in setups}
+        self.folders = sorted(folder for folder in folders if folder is not None)
         self.descriptor = write_shared(list(setups))
 
     def close(self) -> None:
@@ -48,7 +54,10 @@ class WorkerProcess:
         descriptors = (child_channel.fileno(), setups.descriptor, status)
         try:
             self._process = start_module(
-                "data_pipeline.workers.worker", descriptors, dict.fromkeys(THREAD_VARIABLES, "1")
+                "data_pipeline.workers.worker",
+                descriptors,
+                dict.fromkeys(THREAD_VARIABLES, "1"),
+                setups.folders,
             )
         finally:
             child_channel.close()

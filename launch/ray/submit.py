@@ -20,6 +20,7 @@ from launch.cluster import RayCluster, parse_cluster
 from launch.job import Job
 from launch.supervise.output import print_line
 from pretrain.recipe.dump import dump
+from pretrain.recipe.plugins import VARIABLE
 from pretrain.recipe.schema import Recipe
 from pretrain.run.exit_codes import DONE, FAILED, RUN_AGAIN, USER_ERROR
 
@@ -88,7 +89,9 @@ def submission(job: Job, recipe: str) -> dict[str, Any]:
     payload = pack_payload(job, recipe)
     # Ray's default of 3 s is too short for a save.
     stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(cluster_of(job).stop_seconds)}
-    env = {**job.env, **stop, PAYLOAD: payload}
+    # sbatch passes the environment of the person who submits; a Ray job has none of it.
+    plugins = {VARIABLE: os.environ[VARIABLE]} if os.environ.get(VARIABLE) else {}
+    env = {**plugins, **job.env, **stop, PAYLOAD: payload}
     if (size := len(json.dumps(env))) > MAX_ENV_BYTES:
         raise UserError(
             f"--on ray: the recipe and the cluster file's env take {size:,} bytes when packed, and a Ray job "

@@ -21,6 +21,8 @@ TORCH_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# What modules were called in runs of earlier versions.
+FORMER_NAMES = {"projector.0.": "connector.0.linear.", "projector.1.": "connector.0.norm."}
 # Mismatches that an error lists one by one.
 LISTED_MISMATCHES = 20
 
@@ -84,6 +86,7 @@ def load_into(
     or when no name is shared.
     """
     targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    state = {_present_name(name, targets): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     report = compare(model, shapes, address, allow)
     tied = [
@@ -141,6 +144,14 @@ def compare(
         advice = f"\nif the rest is to start without them, write init_allow: [{quoted}]"
     _refuse(address, mismatches, advice)
     return report
+
+
+def _present_name(name: str, targets: Mapping[str, Tensor]) -> str:
+    """The name that a tensor has today; FORMER_NAMES has those of runs of earlier versions."""
+    if name in targets:
+        return name
+    renamed = (new + name.removeprefix(old) for old, new in FORMER_NAMES.items() if name.startswith(old))
+    return next((candidate for candidate in renamed if candidate in targets), name)
 
 
 def _long_sides(shape: tuple[int, ...]) -> tuple[int, ...]:

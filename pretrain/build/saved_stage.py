@@ -30,5 +30,12 @@ def read_stage(stage_dir: Path) -> tuple[str, TrainStage]:
     try:
         return str(record["name"]), TrainStage.model_validate(record["stage"])
     except (KeyError, ValidationError) as error:
-        problem = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            found = error.errors(include_url=False)[0]
+            where = ".".join(map(str, found["loc"]))
+            problem = (
+                f"{where}: {found['msg']}; a run of an earlier version cannot be read, train the stage again"
+            )
+        else:
+            problem = f"it has no {error}"
         raise UserError(f"{folder / 'resolved.yaml'} is not a valid stage record: {problem}") from None

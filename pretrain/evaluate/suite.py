@@ -88,6 +88,11 @@ def check_held_out(objective: Objective, stage: TrainStage) -> None:
     Raises UserError that names the path.
     """
     cache = cache_settings(stage)
+    for key, name, _ in stage.eval.tasks():
+        if key not in EVALUATIONS:
+            raise UserError(
+                f"eval.{key}.{name}: there is no measure for it; EVALUATIONS has {', '.join(EVALUATIONS)}"
+            )
     for measure in measures_of(objective).values():
         for task in measure.tasks(stage.eval, stage).values():
             try:

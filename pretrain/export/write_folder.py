@@ -11,6 +11,7 @@ from pretrain.build.objective import load_trained
 from pretrain.export.open_clip import write_open_clip
 from pretrain.export.transformers import write_transformers
 from pretrain.objectives.base import Objective
+from pretrain.recipe.plugins import import_plugins
 from pretrain.recipe.schema import TrainStage
 
 # `--format` -> function that writes the folder. `Objective.exports` names those that fit its model.
@@ -28,6 +29,7 @@ def export(address: str, format: str, out: str | Path) -> Path:
     delimiters and the vision encoder are in its file `multimodal.safetensors`.
     Raises UserError for an unknown format, weights of another kind, or a folder that exists.
     """
+    import_plugins()
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose {' or '.join(FORMATS)}")
     target = Path(out)

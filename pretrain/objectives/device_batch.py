@@ -30,7 +30,7 @@ class DeviceBatch:
     keys: Tensor
     """int64 `[rows]`, key of all random choices of the row."""
     longest: int
-    """Number of tokens of the longest row, at least 2; later columns are all padding."""
+    """Number of tokens of the longest row, at least 2; later columns of `tokens` are all padding."""
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -81,7 +81,12 @@ def device_rows(moved: Mapping[str, Tensor], batch: Batch, image: Image | None) 
     fields = {name: tensor for name, tensor in moved.items() if name not in (*OF_EVERY_BATCH, "pixels")}
     if "pixels" in moved and image is not None:
         fields["images"] = _normalised(moved["pixels"], image)
-    return DeviceBatch(fields, longest=max(2, int(batch.used.max(initial=0))), **own)
+    return DeviceBatch(fields, longest=max(2, _longest(batch)), **own)
+
+
+def _longest(batch: Batch) -> int:
+    """Tokens of the longest row; where nothing says how many are padding, all."""
+    return int(batch.used.max(initial=0)) if "used" in batch.fields else batch.tokens.shape[1]
 
 
 def _normalised(pixels: Tensor, image: Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recipes: load.py reads and checks a file, schema.py and data.py document every key."""
+"""Recipes: load.py reads and checks a file, schema.py, sections/ and kinds/ document every key."""
 
 # Version of the recipes in resolved.yaml. 1: kinds flip and sphinx. 2: kinds contrastive and generative.
 SCHEMA = 2

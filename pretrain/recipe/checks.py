@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,16 +247,7 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
         if not stream.sources:
             yield (*at, "sources"), "has no source; write sources: {NAME: PATH}"
         yield from _check_shares((*at, "sources"), stream)
-        if stream.text is not None:
-            kind, has, reads = stage.objective.kind, stream.text.arrays, needed.get(name, ())
-            for verb, arrays in (
-                ("gives no", [array for array in reads if array not in ("pixels", *has)]),
-                ("gives", [array for array in has if array not in reads]),
-            ):
-                if arrays:
-                    why = "needs" if verb == "gives no" else "does not read"
-                    text = f"{stream.text.format} {verb} {' and '.join(arrays)}, which {kind} {why}"
-                    yield (*at, "text", "format"), text
+        yield from _check_arrays(at, stream, stage.objective.kind, needed.get(name, ()))
         if stream.lanes is not None and stream.batches.divisor % stream.lanes:
             near = ", ".join(map(str, nearest_divisors(stream.batches.divisor, stream.lanes)))
             yield (
@@ -276,6 +267,26 @@ def _check_streams(stage: TrainStage) -> Iterator[tuple[Key, str]]:
                     (*at, "image", "size"),
                     f"{stream.image.size} is not a multiple of the patch size ({patches[0]} pixels)",
                 )
+
+
+def _check_arrays(at: Key, stream: Stream, kind: str, reads: Sequence[str]) -> Iterator[tuple[Key, str]]:
+    """The objective reads all arrays of the stream, and no others."""
+    if stream.image is not None and stream.text is not None and stream.text.images == "none":
+        yield (*at, "image"), f"does not go with text.format {stream.text.format}; remove one of them"
+        return
+    if "pixels" in reads and stream.image is None:
+        yield (*at, "image"), f"is missing; {kind} needs the images of this stream"
+    if "pixels" not in reads and stream.image is not None:
+        yield (*at, "image"), f"has no effect: {kind} does not read the images of this stream"
+    of_text = [array for array in reads if array != "pixels"]
+    if of_text and stream.text is None:
+        yield (*at, "text"), f"is missing; {kind} needs the text of this stream"
+    if stream.text is not None:
+        has, name = stream.text.arrays, stream.text.format
+        if absent := [array for array in of_text if array not in has]:
+            yield (*at, "text", "format"), f"{name} gives no {' and '.join(absent)}, which {kind} needs"
+        if unread := [array for array in has if array not in of_text]:
+            yield (*at, "text", "format"), f"{name} gives {' and '.join(unread)}, which {kind} does not read"
 
 
 def _check_shares(at: Key, stream: Stream) -> Iterator[tuple[Key, str]]:
@@ -310,6 +321,11 @@ def _check_perplexity(stage: TrainStage | MergeStage, recipe: Recipe) -> Iterato
     training = [other for other in recipe.stages.values() if isinstance(other, TrainStage)]
     streams = {stream for other in training for stream in other.data}
     for name, task in stage.eval.of(Perplexity).items():
+        if (task.stream is None) == (task.length is None):
+            yield (
+                ("eval", "perplexity", name),
+                "needs exactly one of stream (whose images and text it has) and length (of packed text)",
+            )
         if task.stream is not None and task.stream not in streams:
             text = f"no stage has a stream {task.stream!r}{did_you_mean(task.stream, streams)}"
             yield ("eval", "perplexity", name, "stream"), text

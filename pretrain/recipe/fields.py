@@ -37,21 +37,27 @@ def parse_variant(
     """
     if not isinstance(value, Mapping):
         return value
+    value = {key: item for key, item in value.items() if key != selector or item is not None}
     name = value.get(selector, default)
     if name is None:
-        raise _error(selector, "missing", name, "is missing")
+        raise _error(selector, "missing", name, "")
     if not isinstance(name, str) or name not in variants:
         old = (former or {}).get(str(name))
         close = [old] if old else difflib.get_close_matches(str(name), variants, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise _error(selector, "variant", name, f"{name!r} is none of {', '.join(variants)}{hint}")
-    return variants[name].model_validate(dict(value))
+    return variants[name].model_validate(value)
 
 
 def _error(key: str, name: str, value: Any, message: str) -> ValidationError:
-    problem = PydanticCustomError(name, "{message}", {"message": message})
+    problem = variant_error(message) if name == "variant" else name
     details = InitErrorDetails(type=problem, loc=(key,), input=value)
     return ValidationError.from_exception_data("section", [details])
+
+
+def variant_error(message: str) -> PydanticCustomError:
+    """The error of a section whose selector names no variant."""
+    return PydanticCustomError("variant", "{message}", {"message": message})
 
 
 class Length(Strict):

@@ -2,7 +2,8 @@
 
 The environment variable DROMOS_PLUGINS names its modules, separated by commas. Every process that reads a recipe
 imports them first: commands, ranks, jobs. (Loader workers need no list: a text format reaches them as a pickled object,
-whose module they import.) A recipe itself never names code.
+whose module they import. Put formats into a module that imports no torch: it would take seconds and most of a GB in
+each worker.) A recipe itself never names code.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def import_plugins() -> None:
             continue
         try:
             import_module(name.strip())
-        except ImportError as error:
-            raise UserError(
-                f"{VARIABLE}: {name.strip()} cannot be imported: {error}; correct the name, or add its folder to "
-                "PYTHONPATH, on every node"
-            ) from error
+        except (Exception, SystemExit) as error:  # anything can happen in somebody's module
+            absent = isinstance(error, ModuleNotFoundError) and name.strip().startswith(error.name or "?")
+            advice = "; correct the name, or add its folder to PYTHONPATH, on every node" if absent else ""
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{VARIABLE}: {name.strip()} cannot be imported: {what}{advice}") from error

@@ -1,8 +1,7 @@
 """Resolves a recipe: stages over defaults, KEY=VALUE overrides over stages; remembers which override set a key.
 
-Maps merge, lists and scalars replace, null removes; another `objective.kind` (or
-`text.format`, ...) removes the keys that the new one does not have. The result
-is still untyped; load.py validates it.
+Maps merge, lists and scalars replace, null removes; another `objective.kind` (or `text.format`, see variants.py)
+removes the keys that the new one does not have. The result is still untyped; load.py validates it.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def suggest_key(model: type[BaseModel], key: Key, allowed: Iterable[str] | None 
     `allowed` are the siblings; by default the fields of the section that holds `key`.
     """
     if len(key) == 3 and (key[0], key[2]) == ("data", "length"):  # where packed text was described before
-        return "; packed text is text: {format: packed, length: ...}"
+        return (
+            "; the length belongs to text: {length: ...}, and {format: packed, length: ...} for packed text"
+        )
     variants = variants_at(key[:-1])
     if variants is not None and (of := variants.having(key[-1])):
         return f" of this {key[-2]}.{variants.selector}; it is a key of {' and '.join(of)}"

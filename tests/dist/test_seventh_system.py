@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import closing
@@ -56,6 +58,7 @@ from tests.support.rank import start_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 PATCH, WIDTH = 8, 6
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # The text format: letters in place of tokens, a mask that a draw decides, and the number that is to be predicted.
@@ -366,10 +369,14 @@ def test_it_trains_on_two_ranks_with_two_workers_is_evaluated_and_exported(tmp_p
         for name in ("loss", "squared_error", "grad_norm"):
             assert one[name] == pytest.approx(two[name], rel=1e-5)
 
-    done = CliRunner().invoke(
-        app, ["export", str(stage), "--format", "numbers", "--out", str(tmp_path / "out")]
+    # In a process of its own, which has no entries but those that the variable adds.
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "export", str(stage), "--format", "numbers", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "out" / "numbers.safetensors")
     assert {name: value.shape for name, value in weights.items()} == {
         "vision.0.weight": (WIDTH, 3 * PATCH * PATCH),
@@ -421,6 +428,14 @@ def test_without_the_variable_nobody_knows_it(tmp_path: Path, monkeypatch: pytes
     shown = CliRunner().invoke(app, ["recipe", "check", recipe])
     assert shown.exit_code == 2
     assert "objective.kind: 'number' is none of contrastive, generative" in " ".join(shown.output.split())
+    for name, content in (("a_syntax", "def"), ("a_bug", "1 / 0"), ("an_end", "raise SystemExit(3)")):
+        (tmp_path / f"{name}.py").write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv(VARIABLE, name)
+        shown = CliRunner().invoke(app, ["recipe", "check", recipe])
+        assert shown.exit_code == 2
+        assert f"DROMOS_PLUGINS: {name} cannot be imported: " in " ".join(shown.output.split())
+        assert "correct the name" not in shown.output
     monkeypatch.setenv(VARIABLE, "no_such_module")
     shown = CliRunner().invoke(app, ["recipe", "check", recipe])
     assert shown.exit_code == 2

@@ -53,18 +53,3 @@ class KindSpec:
     unsupported: Callable[[Sections], Problems]
     fields: Callable[[Sections], Mapping[str, tuple[str, ...]]]
     predicts: tuple[str, ...]
-
-
-def check_pair(name: str, stream: Stream) -> Problems:
-    """A stream of images with text has both sections, and a text format that goes with images."""
-    if stream.text is not None and stream.text.images == "none":
-        if stream.image is not None:
-            yield (
-                ("data", name, "image"),
-                f"does not go with text.format {stream.text.format}; remove one of them",
-            )
-            return
-        yield ("data", name, "text", "format"), f"{stream.text.format} is text without images"
-    for part in ("image", "text"):
-        if getattr(stream, part) is None:
-            yield ("data", name, part), "is missing; a stream of images with text needs image and text"

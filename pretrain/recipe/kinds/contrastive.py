@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain.recipe.kinds.base import KindSpec, ObjectiveOptions, Problems, Sections, check_pair
+from pretrain.recipe.kinds.base import KindSpec, ObjectiveOptions, Problems, Sections
 
 
 class ContrastiveOptions(ObjectiveOptions):
@@ -26,8 +26,6 @@ def check(stage: Sections) -> Problems:
     if len(stage.data) > 1:
         streams = ", ".join(stage.data)
         yield ("data",), f"contrastive takes exactly one stream, of images with captions; here: {streams}"
-    for name, stream in stage.data.items():
-        yield from check_pair(name, stream)
     if stage.model.text is None and not any(tower.arch for tower in stage.model.vision or []):
         yield ("model", "text"), "is missing; write text: {width: 512, heads: 8, layers: 12}"
     for index, tower in enumerate(stage.model.vision or []):
@@ -39,6 +37,8 @@ def check(stage: Sections) -> Problems:
             )
     if not stage.model.vision:
         yield ("model", "vision"), "is missing; contrastive trains a vision tower"
+    if stage.model.connector is not None:
+        yield ("model", "connector"), "is not used by contrastive; a connector is for a language model"
     if stage.model.llm is not None:
         yield ("model", "llm"), "is not used by contrastive; the text tower is model.text"
     if "llm" in stage.model.freeze:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pretrain.recipe.kinds.base import KindSpec, ObjectiveOptions, Problems, Sections, check_pair
+from pretrain.recipe.kinds.base import KindSpec, ObjectiveOptions, Problems, Sections
+from pretrain.recipe.sections.data import Stream
 
 
 class GenerativeOptions(ObjectiveOptions):
@@ -17,13 +18,13 @@ class GenerativeOptions(ObjectiveOptions):
     """Stream name -> factor on the stream's loss (a mean per token). Default: 1 for each stream."""
 
 
+# Addresses of weights from which no encoder is built yet.
+ELSEWHERE = ("hf", "open_clip", "s3", "http", "https")
+
+
 def check(stage: Sections) -> Problems:
     """Rules of a stage with this objective."""
-    llm, images = stage.model.llm, False
-    for name, stream in stage.data.items():
-        if stream.image is not None or (stream.text is not None and stream.text.images == "needed"):
-            images = True
-            yield from check_pair(name, stream)
+    llm, images = stage.model.llm, any(_has_images(stream) for stream in stage.data.values())
     if llm is None or (llm.init is None) == (llm.config is None):
         yield ("model", "llm"), "needs exactly one of init (an address) and config (a new model)"
     if images and not stage.model.vision:
@@ -53,7 +54,8 @@ def unsupported(stage: Sections) -> Problems:
     new_clip = [
         tower for tower in towers if tower.init is None and (tower.arch or "").startswith("open_clip://")
     ]
-    if new_clip or any("://" in (tower.init or "") for tower in towers):
+    elsewhere = [tower for tower in towers if (tower.init or "").partition("://")[0] in ELSEWHERE]
+    if new_clip or elsewhere:
         words = "a vision tower that was not trained by a dromos run (write model.vision.init: RUN/STAGE)"
         yield ("model", "vision"), words
     if towers and "vision" not in stage.model.freeze:
@@ -66,11 +68,17 @@ def unsupported(stage: Sections) -> Problems:
 
 
 def fields(stage: Sections) -> Mapping[str, tuple[str, ...]]:
-    """Arrays of the rows of each stream: a stream without an image section is text."""
+    """Arrays of the rows of each stream; none for one whose image size and tokenizer follow from the model."""
     return {
-        name: ("tokens", "used") if stream.image is None else ("pixels", "tokens", "used")
+        name: ("pixels", "tokens", "used") if _has_images(stream) else ("tokens", "used")
         for name, stream in stage.data.items()
+        if stream.image is not None or stream.text is not None
     }
+
+
+def _has_images(stream: Stream) -> bool:
+    """Whether a stream has images, or should have them because of its text."""
+    return stream.image is not None or (stream.text is not None and stream.text.images == "needed")
 
 
 SPEC = KindSpec(GenerativeOptions, check, unsupported, fields, predicts=("nll", "generate"))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from pretrain.recipe.fields import Duration, Strict
+from pretrain.recipe.fields import Duration, Strict, variant_error
 from pretrain.recipe.sections.data import parse_source
 
 
@@ -100,8 +100,8 @@ class Evaluation(Strict):
         return parsed
 
     def of(self, kind: type[TaskKind]) -> dict[str, TaskKind]:
-        """Name -> task of one kind."""
-        tasks = (self.__pydantic_extra__ or {}).values()
+        """Name -> task of one kind, a class in TASKS."""
+        tasks = [named for key, named in (self.__pydantic_extra__ or {}).items() if TASKS[key] is kind]
         return {name: task for named in tasks for name, task in named.items() if isinstance(task, kind)}
 
     def tasks(self) -> Iterator[tuple[str, str, Task]]:
@@ -120,7 +120,8 @@ def _parse_task(key: str, name: str, task: Any, errors: list[InitErrorDetails]) 
         for item in error.errors(include_url=False):
             errors.append(
                 InitErrorDetails(
-                    type=item["type"],
+                    # pydantic builds its own errors again from their name; others need an object.
+                    type=item["type"] if item["type"] != "variant" else variant_error(item["ctx"]["message"]),
                     loc=(key, name, *item["loc"]),
                     input=item["input"],
                     ctx=item.get("ctx", {}),

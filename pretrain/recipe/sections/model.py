@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
@@ -77,9 +77,6 @@ class Llm(Strict):
 
 class ConnectorOptions(Strict):
     """From visual tokens to the width of the language model."""
-
-    available: ClassVar[bool] = True
-    """False for a kind that recipes may name but this version does not have."""
 
     kind: str = "linear"
     """A name in CONNECTOR_KINDS. Default: linear."""

@@ -86,7 +86,7 @@ class CaptionOptions(TextOptions):
 
 
 class PackedOptions(TextOptions):
-    """Sequences of tokens that `dromos data pack` or another tool wrote beforehand."""
+    """Sequences of tokens that data_pipeline.prepare.pack or another tool wrote beforehand."""
 
     images = "none"
 

@@ -20,6 +20,7 @@ from pretrain.build.module_weights import (
     write_frozen,
 )
 from tests.support.recorded_files import recorded
+from tests.support.tiny_models import multimodal
 
 
 class Reader(nn.Module):
@@ -254,6 +255,20 @@ def test_frozen_tensors_are_absent_or_whole_after_a_power_cut_and_stay(tmp_path:
         if found:
             assert torch.equal(found["w"], (first, second)[description["number"]]["w"])
         assert description.get("number", -1) >= len(outcome.promised) - 1, outcome.after
+
+
+def test_a_connector_of_an_earlier_version_has_its_old_name() -> None:
+    model = multimodal()
+    old = {
+        name.replace("connector.0.linear", "projector.0").replace("connector.0.norm", "projector.1"): tensor
+        + 1
+        for name, tensor in state_of(model).items()
+    }
+    assert sum(name.startswith("projector.") for name in old) == 4
+    expected = {name: tensor + 1 for name, tensor in state_of(model).items()}
+    report = load_into(model, old, "old")
+    assert (report.new, report.unused) == ([], [])
+    assert same(state_of(model), expected)
 
 
 def test_a_wrong_shape_has_no_advice_about_names() -> None:

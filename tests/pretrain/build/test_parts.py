@@ -77,8 +77,11 @@ def test_a_connector_is_never_guessed() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"stage": {}}, "'name'"),
-        ({"name": "main", "stage": {"train": {"steps": 1}}}, "objective Field required"),
+        ({"stage": {}}, "it has no 'name'"),
+        (
+            {"name": "main", "stage": {"train": {"steps": 1}}},
+            "objective: Field required; a run of an earlier version cannot be read",
+        ),
         (
             {"name": "main", "stage": {"objective": {"kind": "soup"}, "train": {"steps": 1}}},
             "'soup' is none of",

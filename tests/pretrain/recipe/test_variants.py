@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from pydantic import BeforeValidator, ValidationError
 
 from data_pipeline.errors import UserError
 from pretrain.build.connectors import CONNECTORS
@@ -15,12 +16,14 @@ from pretrain.build.objective import BUILDERS
 from pretrain.evaluate.suite import EVALUATIONS
 from pretrain.recipe.dump import as_plain
 from pretrain.recipe.kinds import KINDS
+from pretrain.recipe.kinds.base import ObjectiveOptions
+from pretrain.recipe.kinds.parse import parse_objective
 from pretrain.recipe.load import load_recipe
 from pretrain.recipe.resolve import merge_maps
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.sections.evaluation import TASKS, Evaluation, Perplexity, ZeroShot
-from pretrain.recipe.sections.model import CONNECTOR_KINDS, Llm
-from pretrain.recipe.sections.text_formats import TEXT_FORMATS
+from pretrain.recipe.sections.model import CONNECTOR_KINDS, LinearConnector, Llm
+from pretrain.recipe.sections.text_formats import TEXT_FORMATS, CaptionOptions
 from tests.support import tiny
 
 
@@ -84,7 +87,7 @@ def refused(root: Path, *overrides: str) -> str:
     [
         (
             "data.text.length=9",
-            "data.text.length: unknown key; packed text is text: {format: packed, length: ...}",
+            "data.text.length: unknown key; the length belongs to text: {length: ...}, and {format: packed",
         ),
         (
             "data.text.text.format=pakced",
@@ -120,6 +123,19 @@ def refused(root: Path, *overrides: str) -> str:
         ),
         ("eval.perplexty.held.path=x", "eval.perplexty: unknown key; did you mean 'perplexity'?"),
         ("eval.perplexity=x", "eval.perplexity: must be a map"),
+        ("eval.perplexity={path: x, stream: captions}", "eval.perplexity.path: needs exactly one of stream"),
+        (
+            "eval.perplexity={a: {path: x, stream: captions, length: 9}}",
+            "eval.perplexity.a: needs exactly one of stream",
+        ),
+        (
+            "data.captions.image=null",
+            "data.captions.image: is missing; generative needs the images of this stream",
+        ),
+        (
+            "data.captions.text=null",
+            "data.captions.text: is missing; generative needs the text of this stream",
+        ),
         ("eval.zero_shot={held: x}", "eval.zero_shot: needs an image tower and a text tower"),
     ],
 )
@@ -138,13 +154,13 @@ def test_tasks_keep_their_class_through_a_resolved_recipe(tmp_path: Path) -> Non
     sections = tiny.sphinx_recipe(tmp_path)
     sections["eval"] = {
         "every": 2,
-        "perplexity": {"a": {"path": "x", "stream": "captions"}, "b": {"path": "y"}},
+        "perplexity": {"a": {"path": "x", "stream": "captions"}, "b": {"path": "y", "length": 9}},
     }
     plain = as_plain(load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", sections)))
     again = TrainStage.model_validate(yaml.safe_load(yaml.safe_dump(plain))["stages"]["main"])
     assert again.eval.of(Perplexity) == {
         "a": Perplexity(path="x", stream="captions"),
-        "b": Perplexity(path="y"),
+        "b": Perplexity(path="y", length=9),
     }
     assert again.eval.of(ZeroShot) == {}
     assert [(key, name, task.path) for key, name, task in again.eval.tasks()] == [
@@ -158,3 +174,37 @@ def test_tasks_keep_their_class_through_a_resolved_recipe(tmp_path: Path) -> Non
 def test_a_path_alone_is_a_task() -> None:
     given = Evaluation.model_validate({"perplexity": {"a": "data/held"}})
     assert given.of(Perplexity) == {"a": Perplexity(path="data/held")}
+
+
+def test_a_selector_that_is_null_is_the_default(tmp_path: Path) -> None:
+    found = load_recipe(
+        tiny.write_recipe(tmp_path / "recipe.yaml", tiny.sphinx_recipe(tmp_path)),
+        ["model.connector={kind: null, norm: true}", "data.captions.text={format: null, length: 9}"],
+    ).stages["main"]
+    assert isinstance(found, TrainStage)
+    assert found.model.connector == LinearConnector(norm=True)
+    assert found.data["captions"].text == CaptionOptions(length=9)
+
+
+def test_a_contrastive_stage_has_no_connector(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.flip_recipe(tmp_path))
+    with pytest.raises(UserError, match=r"model\.connector: is not used by contrastive"):
+        load_recipe(path, ["model.connector.norm=true"])
+    for part in ("image", "text"):
+        with pytest.raises(
+            UserError, match=rf"data\.pairs\.{part}: is missing; contrastive needs the {part}"
+        ):
+            load_recipe(path, [f"data.pairs.{part}=null"])
+
+
+def test_tasks_of_one_kind_are_not_those_of_its_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Perplexity):
+        options: Annotated[ObjectiveOptions, BeforeValidator(parse_objective)] | None = None
+
+    monkeypatch.setitem(TASKS, "other", Other)
+    mine = {"a": {"path": "x", "length": 9}}
+    found = Evaluation.model_validate({"perplexity": {"a": {"path": "y", "length": 3}}, "other": mine})
+    assert found.of(Perplexity) == {"a": Perplexity(path="y", length=3)}
+    assert found.of(Other) == {"a": Other(path="x", length=9)}
+    with pytest.raises(ValidationError, match="'nothing' is none of contrastive, generative"):
+        Evaluation.model_validate({"other": {"a": {"path": "x", "options": {"kind": "nothing"}}}})
