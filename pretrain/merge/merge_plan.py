@@ -117,7 +117,8 @@ class Plan:
     companions:   file name -> file to copy, or its content.
     stage_dir:    stage folder whose resolved.yaml describes the model.
     notes:        shown to the user before the merge starts.
-    rows_digests: per source, the digest of its embeddings' row maps; empty if the rows are read as stored.
+    rows_digests: per source, the digest of its embeddings' row maps and the key of its state dict; empty if its
+                  rows are read as stored and no key chose among state dicts.
     """
 
     addresses: tuple[str, ...]

@@ -146,6 +146,9 @@ class MergeSpec(Strict):
         SHARD_SIZE, description="Bytes of tensors in one file, such as 5GB."
     )
     vocabulary: Vocabulary | None = Field(None, description="Rule for inputs of different vocabularies.")
+    key: str | None = Field(
+        None, description="State dict to read in torch files that hold several, such as model_ema."
+    )
 
     def to_request(self) -> Request:
         """As plain data, with windows expanded. Raises UserError for contradictory options."""
@@ -169,6 +172,7 @@ class MergeSpec(Strict):
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
             vocabulary=self.vocabulary,
+            key=self.key,
             notes=tuple(checkpoint_windows.notes(addresses)) if self.window is not None else (),
         )
 
@@ -235,16 +239,19 @@ def load_spec(path: str | Path) -> MergeSpec | MergekitFile:
 
 
 def prepare_spec(
-    spec: MergeSpec | MergekitFile, max_shard_size: int | None = None, seed: int | None = None
+    spec: MergeSpec | MergekitFile,
+    max_shard_size: int | None = None,
+    seed: int | None = None,
+    key: str | None = None,
 ) -> tuple[Plan, OpenedInputs]:
-    """Open and plan a spec. `max_shard_size` and `seed` come from the command line.
+    """Open and plan a spec. `max_shard_size`, `seed` and `key` come from the command line.
 
-    A dromos spec may have both as keys; setting one twice raises UserError. A mergekit file has neither.
+    A dromos spec may have them as keys; setting one twice raises UserError. A mergekit file has none of them.
     """
     if isinstance(spec, MergekitFile):
-        opened = open_mergekit(spec)
-        return plan_mergekit(spec, opened, max_shard_size or SHARD_SIZE, seed or 0), opened
-    flags = {"max_shard_size": max_shard_size, "seed": seed}
+        opened = open_mergekit(spec, key=key)
+        return plan_mergekit(spec, opened, max_shard_size or SHARD_SIZE, seed or 0, key), opened
+    flags = {"max_shard_size": max_shard_size, "seed": seed, "key": key}
     flags = {name: value for name, value in flags.items() if value is not None}
     if twice := sorted(flags.keys() & spec.model_fields_set):
         raise UserError(f"{', '.join(twice)}: also set in the spec; set it in one place")
@@ -256,7 +263,8 @@ def replan(record: dict[str, Any], run_dir: Path | None = None) -> tuple[Plan, O
     """Plan again from `Plan.request`, which merge.json stores as `asked`."""
     if "mergekit" in record:
         file = parse(record["file"], record["mergekit"])
-        opened = open_mergekit(file, run_dir)
-        return plan_mergekit(file, opened, record["max_shard_size"], record["seed"]), opened
+        key = record.get("key")
+        opened = open_mergekit(file, run_dir, key)
+        return plan_mergekit(file, opened, record["max_shard_size"], record["seed"], key), opened
     (plan,), opened = prepare(Request.from_dict(record), run_dir=run_dir)
     return plan, opened

@@ -149,10 +149,13 @@ def exact_sum(values: Iterable[float]) -> float:
 # BF16 and the 8-bit floats have no numpy type and are stored as their bits.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "F8_E5M2": np.dtype("u1"),
-    "F8_E4M3": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
+    "F8_E4M3": np.dtype("u1"), "F8_E8M0": np.dtype("u1"), "F8_E4M3FNUZ": np.dtype("u1"),
+    "F8_E5M2FNUZ": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"), "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
 }  # fmt: skip
+# Dtypes of safetensors whose elements are no whole bytes: codes of quantised weights.
+PACKED_DTYPES = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # bits of an element
 MAX_DIMENSIONS = 64
 TensorInfo = tuple[str, tuple[int, ...]]  # dtype in safetensors spelling, shape
 

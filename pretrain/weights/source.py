@@ -21,11 +21,13 @@ from pretrain.weights.digests import fingerprint
 from pretrain.weights.dtypes import TensorInfo, elements
 from pretrain.weights.folder import FROZEN, UNSUPPORTED, Folder, refuse_pointer, weight_files
 from pretrain.weights.formats.safetensors_file import SafetensorsFile, short
-from pretrain.weights.formats.torch_file import StateDict
+from pretrain.weights.formats.state_dict import StateDict
 from pretrain.weights.formats.zero_shards import ZeroShards, is_zero_folder
 from pretrain.weights.formats.zero_universal import UniversalCheckpoint, is_universal
 from pretrain.weights.origins import origins
 from pretrain.weights.tied_weights import tie_setting, tied_names
+from pretrain.weights.unusable import refuse_empty
+from pretrain.weights.wrapper_names import unwrapped
 
 ELEMENTS_PER_COMPARISON = 1 << 20
 
@@ -52,11 +54,14 @@ class WeightSource:
                   single file whose folder is not used.
     config_error: the reason why an output cannot use this source's config; None if it can use it.
     rows_digest:  digest of the row maps of its embeddings; empty if the rows are read as stored.
+    key:          the key of the state dict that was chosen in its torch files; None if none was chosen.
     folder_notes: notes about the choice of weight files.
+    reading:      notes about tensors that are read otherwise than stored; a merge shows them for every input.
     """
 
     config_error: str | None = None
     rows_digest: str = ""
+    key: str | None = None
     folder_notes: Sequence[str] = ()
 
     def __init__(
@@ -77,8 +82,21 @@ class WeightSource:
                 if name in self._reader_by_name:
                     raise UserError(f"{address}: {name} is stored in two files, one of them {file}")
                 self._reader_by_name.setdefault(name, reader)
+        self.reading: list[str] = []
+        self._stored: dict[str, str] = {}  # name -> its stored name, if they differ
         self.tied: dict[str, str] = {}
-        self._tie(tied or {})
+        self._tie(self._unwrap(tied or {}))
+
+    def _unwrap(self, tied: Mapping[str, str]) -> Mapping[str, str]:
+        """Remove the wrappers from all names; returns `tied` with the new names."""
+        new, removed = unwrapped([*self._reader_by_name, *tied])
+        if removed is None:
+            return tied
+        self._stored = {new[name]: name for name in self._reader_by_name}
+        self._reader_by_name = {new[name]: reader for name, reader in self._reader_by_name.items()}
+        self.frozen = frozenset(new.get(name, name) for name in self.frozen)
+        self.reading.append(f"{self.address}: {removed}")
+        return {new[alias]: new.get(name, name) for alias, name in tied.items()}
 
     def _tie(self, tied: Mapping[str, str]) -> None:
         self.tied |= {alias: name for alias, name in tied.items() if name in self._reader_by_name}
@@ -99,14 +117,14 @@ class WeightSource:
 
     def info(self, name: str) -> TensorInfo:
         """dtype in safetensors spelling (F32, BF16, ...) and shape."""
-        return self._reader_by_name[name].info(name)
+        return self._reader_by_name[name].info(self._stored.get(name, name))
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flat tensor, read-only, in the storage type (BF16: its bits as uint16).
 
         Raises UserError if the file changed since it was opened, ReadError if the object store does not answer.
         """
-        return self._reader_by_name[name].read(name, start, stop)
+        return self._reader_by_name[name].read(self._stored.get(name, name), start, stop)
 
     def array(self, name: str) -> np.ndarray:
         """A whole tensor in its shape; BF16 is widened to float32, which is exact."""
@@ -157,9 +175,11 @@ class WeightSource:
         return {name: known.get(name) or fingerprint(file) for name, file in _short_names(self.files).items()}
 
 
-def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
+def open_weights(address: str, run_dir: Path | None = None, key: str | None = None) -> WeightSource:
     """Open the weights at `address` (see pretrain.run.address). Reads headers only.
 
+    key: of the state dict to read in torch files that hold several (`model_ema`, `model.encoder`); other formats
+         ignore it, and `WeightSource.key` stays None.
     Raises UserError naming the missing, damaged or unreadable file.
     """
     located = locate(address, run_dir)
@@ -168,16 +188,17 @@ def open_weights(address: str, run_dir: Path | None = None) -> WeightSource:
     elif located.kind == "open_clip":
         located = Located("file", hub.fetch_open_clip(address, located.path))
     if located.kind == "file":
-        source = _open_file(address, located)
+        source = _open_file(address, located, key)
     else:
-        source = _open_folder(address, *_resolve_folder(located, address))
+        source = _open_folder(address, *_resolve_folder(located, address), key)
     frozen_file = located.stage_dir / FROZEN if located.stage_dir is not None else None
     if frozen_file is not None and frozen_file.is_file():
         source._add_frozen(LocalFile(frozen_file))
+    refuse_empty(address, source)
     return source
 
 
-def _open_file(address: str, located: Located) -> WeightSource:
+def _open_file(address: str, located: Located, key: str | None) -> WeightSource:
     """Open a weight file, with its folder's companions if the folder holds no other weights."""
     if located.path.endswith(".gguf"):
         raise UserError(f"{address}: {UNSUPPORTED['*.gguf']}")
@@ -186,8 +207,9 @@ def _open_file(address: str, located: Located) -> WeightSource:
     if located.path.endswith(".safetensors"):
         source = WeightSource(address, located, {file.name: SafetensorsFile(file)}, [file], folder=folder)
     else:
-        state = StateDict(file)
+        state = StateDict(file, key)
         source = WeightSource(address, located, {file.name: state}, [file], state.tied, folder=folder)
+        source.key = key
     if folder is not None:
         source._tie(_recorded_ties(source))
     source.folder_notes = [note] if note else []
@@ -242,7 +264,7 @@ def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]
     return Located("checkpoint", folder.url, None, step), folder
 
 
-def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource:
+def _open_folder(address: str, located: Located, folder: Folder, key: str | None) -> WeightSource:
     if located.kind == "checkpoint":
         shards = ZeroShards(folder)
         return WeightSource(address, located, {folder.url: shards}, shards.files, shards.tied, shards.frozen)
@@ -255,7 +277,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
     placed, folder_notes = weight_files(folder, address)
     for name, expected in placed.items():
         files.append(file := folder.open(name))
-        reader = SafetensorsFile(file) if name.endswith(".safetensors") else StateDict(file)
+        reader = SafetensorsFile(file) if name.endswith(".safetensors") else StateDict(file, key)
         if isinstance(reader, StateDict):
             tied |= reader.tied
         absent = sorted(expected - {*reader.names(), *tied})
@@ -266,6 +288,7 @@ def _open_folder(address: str, located: Located, folder: Folder) -> WeightSource
         readers[file.name] = reader
     source = WeightSource(address, located, readers, files, tied, frozenset(), folder)
     source.folder_notes = folder_notes
+    source.key = key if any(isinstance(reader, StateDict) for reader in readers.values()) else None
     source._tie(_recorded_ties(source))
     return source
 

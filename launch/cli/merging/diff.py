@@ -23,6 +23,7 @@ def diff(
     top: flags.Top = 10,
     picture: flags.Picture = None,
     csv: flags.Csv = None,
+    key: flags.Key = None,
     json: flags.DiffJson = False,
 ) -> None:
     """Compare two models, tensor by tensor.
@@ -43,7 +44,7 @@ def diff(
 
     csv, picture = (path.expanduser() if path is not None else None for path in (csv, picture))
     check_outputs(csv, picture)
-    result = compare(a, b)
+    result = compare(a, b, key)
     write_files(result, depth, csv, picture)
     if json:
         typer.echo(as_json(result.plain(depth)))
@@ -74,14 +75,14 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: cannot be written; choose a file name in a folder that you can write to")
 
 
-def compare(a: str, b: str) -> Diff:
+def compare(a: str, b: str, key: str | None = None) -> Diff:
     """Compare the models at two addresses, with a progress bar."""
     from launch.cli.progress_bar import counting
     from pretrain.merge.diff.compare import compare_sources
+    from pretrain.merge.planning.inputs import open_all
     from pretrain.weights.dtypes import elements
-    from pretrain.weights.source import open_weights
 
-    first, second = open_weights(a), open_weights(b)
+    first, second = open_all([a, b], None, key)
     common = set(first.names()) & set(second.names())
     total = sum(elements(first.info(name)[1]) for name in common)
     with counting("comparing", total, unit="elements") as bar:

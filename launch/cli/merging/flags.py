@@ -112,6 +112,12 @@ Vocabulary = _flag(
     "HOW",
     "For inputs with different vocabularies: first, pad, or by token: intersect, union.",
 )
+Key = _flag(
+    str | None,
+    "--key",
+    "NAME",
+    "The state dict to read in .pt, .pth or .bin files that hold several, such as model_ema or model.encoder.",
+)
 Dtype = _flag(
     str | None, "--dtype", "bf16|fp16|fp32|fp64", "Type of the merged tensors; default: as in the inputs."
 )

@@ -39,6 +39,7 @@ def merge(
     layers: flags.Layers = None,
     curve: flags.Curve = None,
     vocabulary: flags.Vocabulary = None,
+    key: flags.Key = None,
     out: flags.Out = None,
     dtype: flags.Dtype = None,
     max_shard_size: flags.ShardSize = None,
@@ -69,7 +70,7 @@ def merge(
         "t": t, "normalize": normalize, "window": window, "only": only, "exclude": exclude,
         "copy_rest": copy_rest, "vocabulary": vocabulary, "dtype": dtype,
     }  # fmt: skip
-    plan, opened = plan_merge(values, inputs, rule, layers, curve, spec, max_shard_size, seed)
+    plan, opened = plan_merge(values, inputs, rule, layers, curve, spec, max_shard_size, seed, key)
     text = plan_text(plan, opened, as_json) if dry_run else write_merge(plan, opened, out, durable, as_json)
     typer.echo(text)
 
@@ -83,6 +84,7 @@ def plan_merge(
     spec_file: str | None,
     max_shard_size: str | None,
     seed: int | None,
+    key: str | None = None,
 ) -> tuple[Plan, OpenedInputs]:
     """Plan the merge that the flags or the spec file describe. Raises UserError."""
     from pretrain.merge.planning.output_layout import parse_size
@@ -93,7 +95,7 @@ def plan_merge(
         spec = flags.read_spec(spec_file, values | others)
     else:
         spec = flags.spec_of(inputs, rule, layers, curve, **values)
-    return prepare_spec(spec, parse_size(max_shard_size) if max_shard_size else None, seed)
+    return prepare_spec(spec, parse_size(max_shard_size) if max_shard_size else None, seed, key)
 
 
 def plan_text(plan: Plan, opened: OpenedInputs, as_json: bool) -> str:

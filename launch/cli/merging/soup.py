@@ -25,6 +25,7 @@ def soup(
     exclude: flags.Exclude = None,
     copy_rest: flags.CopyRest = None,
     vocabulary: flags.Vocabulary = None,
+    key: flags.Key = None,
     dtype: flags.Dtype = None,
 ) -> None:
     """Find the greedy soup of several models (Wortsman et al. 2022, arXiv 2203.05482).
@@ -53,6 +54,7 @@ def soup(
         "exclude": exclude,
         "copy_rest": copy_rest,
         "vocabulary": vocabulary,
+        "key": key,
         "dtype": dtype,
     }
     typer.echo(write_soup(inputs, out, command, uniform, metric, lower_is_better, tensors))

@@ -31,6 +31,7 @@ def sweep(
     exclude: flags.Exclude = None,
     copy_rest: flags.CopyRest = None,
     vocabulary: flags.Vocabulary = None,
+    key: flags.Key = None,
     dtype: flags.Dtype = None,
     dry_run: flags.DryRun = False,
 ) -> None:
@@ -65,6 +66,7 @@ def sweep(
         "exclude": exclude,
         "copy_rest": copy_rest,
         "vocabulary": vocabulary,
+        "key": key,
         "dtype": dtype,
     }
     plans, opened = plan_sweep(a, b, values, method=method, **tensors)

@@ -22,7 +22,9 @@ from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import FLOATS, elements
 from pretrain.weights.source import WeightSource, open_weights, same_tensor
+from pretrain.weights.unusable import adapter_problem, quantised_problem
 
+OPAQUE = ("F8", "C")  # dtypes that begin so are compared by their bytes
 MEASURES = ("elements", "relative_l2", "cosine", "max_abs", "sign_agreement", "equal", "not_finite")
 
 
@@ -57,7 +59,9 @@ class Diff:
     rows:           tensors of both models with the same shape, in the order of the first model.
     only_a, only_b: names that only one of the models has.
     reshaped:       name -> its two shapes, if they differ.
-    opaque:         name -> True if the bytes are equal, for 8-bit floats, which are not compared as numbers.
+    notes:          about tensors that are read otherwise than stored.
+    opaque:         name -> True if the bytes are equal, for 8-bit floats and complex numbers, which are not compared
+                    as numbers.
     """
 
     a: str
@@ -67,6 +71,7 @@ class Diff:
     only_b: tuple[str, ...] = ()
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     opaque: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def numbers(self) -> tuple[Row, ...]:
@@ -118,6 +123,7 @@ class Diff:
                 name: [list(shape_a), list(shape_b)] for name, (shape_a, shape_b) in self.reshaped.items()
             },
             "8-bit floats, same bytes": self.opaque,
+            "notes": list(self.notes),
         }
 
 
@@ -126,15 +132,17 @@ def diff(
     b: str,
     *,
     run_dir: Path | None = None,
+    key: str | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Diff:
     """Compare the models at two addresses, tensor by tensor, in constant memory.
 
+    key:      of the state dict to read in torch files.
     progress: receives numbers of compared elements.
     Raises UserError for an address that cannot be opened.
     """
-    return compare_sources(open_weights(a, run_dir), open_weights(b, run_dir), threads, progress)
+    return compare_sources(open_weights(a, run_dir, key), open_weights(b, run_dir, key), threads, progress)
 
 
 def compare_sources(
@@ -154,7 +162,7 @@ def compare_sources(
             (dtype_a, shape_a), (dtype_b, shape_b) = a.info(name), b.info(name)
             if shape_a != shape_b:
                 reshaped[name] = shape_a, shape_b
-            elif dtype_a.startswith("F8") or dtype_b.startswith("F8"):
+            elif dtype_a.startswith(OPAQUE) or dtype_b.startswith(OPAQUE):
                 opaque[name] = same_tensor(a, name, b, name)
             else:
                 measured = distance(Term(0, name), Term(1, name), workers)
@@ -170,7 +178,14 @@ def compare_sources(
         tuple(name for name in b.names() if name not in in_both),
         reshaped,
         opaque,
+        (*_cautions(a), *_cautions(b)),
     )
+
+
+def _cautions(source: WeightSource) -> list[str]:
+    """Notes about a source whose tensors say less than they seem to: adapters and codes."""
+    problems = [adapter_problem(source), quantised_problem(source)]
+    return [*source.reading, *(f"{source.address}: {problem}" for problem in problems if problem is not None)]
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Distance]:
@@ -233,7 +248,7 @@ def lines(result: Diff, depth: int, top: int) -> list[str]:
     output = [f"A  {result.a}", f"B  {result.b}"]
     if result.same:
         output.append(f"the same: {len(result.rows)} tensors, {overall.count:,} elements, all of them equal")
-        return output
+        return output + [f"note: {note}" for note in result.notes]
     modules = sorted(result.modules(depth).items(), key=lambda item: (_by_distance(item[1]), item[0]))
     output += ["", *table(("module", *columns), [_cells(n, d) for n, d in [*modules, ("all", overall)]])]
     if top:
@@ -273,7 +288,8 @@ def _cells(name: str, measured: Distance) -> tuple[str, ...]:
 
 def _remarks(result: Diff) -> list[str]:
     """Tensors that were not compared or not summed, and numbers of elements that are not finite."""
-    rows = _grouped_names("only in A", result.only_a) + _grouped_names("only in B", result.only_b)
+    rows = [f"note: {note}" for note in result.notes]
+    rows += _grouped_names("only in A", result.only_a) + _grouped_names("only in B", result.only_b)
     rows += [
         f"shape: {n}  {list(shape_a)} in A, {list(shape_b)} in B"
         for n, (shape_a, shape_b) in result.reshaped.items()
@@ -282,7 +298,8 @@ def _remarks(result: Diff) -> list[str]:
     integers = [row for row in result.rows if row.name not in summed]
     rows += [f"integer: {row.name}  {_unequal(row.distance)}" for row in integers]
     rows += [
-        f"8-bit: {n}  {'the same bytes' if equal else 'other bytes'}" for n, equal in result.opaque.items()
+        f"not measured (8-bit or complex): {n}  {'the same bytes' if equal else 'other bytes'}"
+        for n, equal in result.opaque.items()
     ]
     not_finite = [(r.name, r.distance.count - r.distance.compared) for r in result.rows]
     rows += [

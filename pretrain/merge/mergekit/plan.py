@@ -13,21 +13,25 @@ from pretrain.merge.mergekit.tensor_recipe import OutputTensor, TensorResolver
 from pretrain.merge.mergekit.vocabulary import remap_to_tokenizer
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
 from pretrain.merge.planning.assemble import assemble, mismatch_error
-from pretrain.merge.planning.inputs import OpenedInputs, quantised_inputs
+from pretrain.merge.planning.inputs import OpenedInputs, open_all, quantised_inputs, refuse_adapters
 from pretrain.merge.planning.lineage import lineage_notes
 from pretrain.merge.planning.rules import split_layer
 from pretrain.merge.vocabulary.align import VocabularyMismatch, aligned
 from pretrain.weights.companions import with_layers
-from pretrain.weights.source import WeightSource, open_weights
+from pretrain.weights.source import WeightSource
 
 # Substrings of the names of tensors before the first layer. All other tensors outside layers come after the last layer,
 # including `embed_out`, the head of GPT-NeoX.
 FIRST, LAST = ("embed", "wte", "wpe"), "embed_out"
 
 
-def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> OpenedInputs:
-    """Open every model of the file, the base first, and align vocabularies as the file sets it."""
-    opened = [open_weights(model, run_dir) for model in _addresses(file)]
+def open_mergekit(file: MergekitFile, run_dir: Path | None = None, key: str | None = None) -> OpenedInputs:
+    """Open every model of the file, the base first, and align vocabularies as the file sets it.
+
+    key: of the state dict to read in torch files.
+    """
+    opened = open_all(_addresses(file), run_dir, key)
+    refuse_adapters(opened)
     models = len(file.models())
     text, template_notes = chosen_template(opened[:models], file.template)
     sources, notes = _aligned(file, opened)
@@ -36,7 +40,9 @@ def open_mergekit(file: MergekitFile, run_dir: Path | None = None) -> OpenedInpu
     return OpenedInputs(sources, models, notes=(*notes, *template_notes))
 
 
-def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int, seed: int = 0) -> Plan:
+def plan_mergekit(
+    file: MergekitFile, opened: OpenedInputs, max_shard_size: int, seed: int = 0, key: str | None = None
+) -> Plan:
     """Plan a mergekit file whose models `open_mergekit` opened. Raises one UserError that lists every mismatch."""
     sources = opened.sources
     index = {model: number for number, model in enumerate(file.models())}
@@ -63,9 +69,10 @@ def plan_mergekit(file: MergekitFile, opened: OpenedInputs, max_shard_size: int,
         inputs=opened.inputs,
         method=file.method,
         weights=[],
-        request={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size},
+        request={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size}
+        | ({"key": key} if key is not None else {}),
         dtype=file.dtype,
-        notes=[*file.notes, *opened.notes, *ties, *lineage_notes(sources)],
+        notes=[*file.notes, *resolver.notes, *opened.notes, *ties, *lineage_notes(sources)],
     )
     return plan if taken is None else replace(plan, companions=with_layers(plan.companions, taken))
 

@@ -42,6 +42,7 @@ class TensorResolver:
         self, file: MergekitFile, sources: Sequence[WeightSource], index: dict[str, int], seed: int
     ) -> None:
         self._problems: list[str] = []
+        self.notes: list[str] = []
         self._wrong_parameters: dict[str, list[str]] = {}  # error -> tensors
         self._file, self._sources, self._index, self._seed = file, sources, index, seed
         self._names_by_source = [set(source.names()) for source in sources]
@@ -91,9 +92,11 @@ class TensorResolver:
     ) -> PlannedTensor | None:
         """Copy a tensor that is not floating point; it must be equal in every input."""
         if self._file.method != "passthrough" and any(dtype.startswith("F8") for dtype, _ in infos):
-            advice = "8-bit floats cannot be mixed; convert them to 16 bits first"
+            advice = "8-bit floats cannot be mixed; name the weights in 16 bits that they were made from"
             self._problems.append(f"{tensor.name}: dtype {infos[0][0]}: {advice}")
             return None
+        if infos[0][0].startswith("C"):
+            self.notes.append(f"{tensor.name}: {infos[0][0]}, complex numbers are copied, not mixed")
         first = self._sources[terms[0].source]
         for term in terms[1:]:
             if not same_tensor(first, terms[0].name, self._sources[term.source], term.name):

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Treatment
 from pretrain.merge.planning.output_layout import Layout, lay_out
+from pretrain.merge.vocabulary.align import tokens_without_rows
 from pretrain.weights.companions import with_dtype
 from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.source import WeightSource
@@ -61,7 +62,11 @@ def assemble(
     """
     if (config_error := sources[main].config_error) is not None:
         raise UserError(f"{config_error}; the output needs the config of {sources[main].address}")
-    layout = lay_out({tensor.name: tensor.info for tensor in planned}, max_shard_size)
+    infos = {tensor.name: tensor.info for tensor in planned}
+    beyond = tokens_without_rows(sources[main].companions, infos, sources[main].address)
+    if beyond is not None and sources[main].rows_digest:  # a vocabulary rule chose rows and tokens
+        raise UserError(f"{sources[main].address}: {beyond}; choose another vocabulary rule")
+    layout = lay_out(infos, max_shard_size)
     jobs = _jobs(planned, sources, layout)
     present = {tensor.name for tensor in planned}
     if frozen is not None:
@@ -80,8 +85,15 @@ def assemble(
         tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
         companions=with_dtype(sources[main].companions, dtype),
         stage_dir=sources[main].located.stage_dir,
-        notes=(*notes, *sources[main].notes),
-        rows_digests=tuple(source.rows_digest for source in sources),
+        notes=(
+            *notes,
+            *([beyond] if beyond is not None else []),
+            *(note for source in sources for note in source.reading),
+            *sources[main].notes,
+        ),
+        rows_digests=tuple(
+            source.rows_digest + (f" key {source.key}" if source.key else "") for source in sources
+        ),
     )
 
 

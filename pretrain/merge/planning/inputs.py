@@ -10,9 +10,7 @@ from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
 from pretrain.weights.companions import read_config
 from pretrain.weights.source import WeightSource, open_weights
-
-# Dtypes of packed quantisation codes. Positions and other counters are I64.
-CODE_DTYPES = ("U8", "I8", "I16", "I32")
+from pretrain.weights.unusable import CODE_DTYPES, QUANTISED, adapter_problem, quantised_problem
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,15 @@ class OpenedInputs:
 
 
 def open_inputs(
-    inputs: Sequence[str], others: Sequence[str | None] = (), run_dir: Path | None = None
+    inputs: Sequence[str],
+    others: Sequence[str | None] = (),
+    run_dir: Path | None = None,
+    key: str | None = None,
 ) -> OpenedInputs:
-    """Open every address. Each of `others` is the address or letter (A, B, ...) of an input, or another address."""
+    """Open every address. Each of `others` is the address or letter (A, B, ...) of an input, or another address.
+
+    key: of the state dict to read in torch files (pretrain.weights.source.open_weights).
+    """
     addresses, named = list(inputs), {}
     for other in others:
         if other is None:
@@ -48,15 +52,37 @@ def open_inputs(
         if other not in addresses:
             addresses.append(other)
         named[other] = addresses.index(other)
-    return OpenedInputs([open_weights(address, run_dir) for address in addresses], len(inputs), named)
+    sources = open_all(addresses, run_dir, key)
+    refuse_adapters(sources)
+    return OpenedInputs(sources, len(inputs), named)
+
+
+def open_all(addresses: Sequence[str], run_dir: Path | None, key: str | None) -> list[WeightSource]:
+    """Open every address. Raises UserError if `key` is given and none of them is a torch file."""
+    sources = [open_weights(address, run_dir, key) for address in addresses]
+    if key is not None and all(source.key is None for source in sources):
+        raise UserError(
+            f"--key {key}: chooses a state dict in a torch file (.pt, .pth, .bin), but none of the inputs is one; "
+            "leave it out"
+        )
+    return sources
+
+
+def refuse_adapters(sources: Sequence[WeightSource]) -> None:
+    """Raises UserError for sources that are adapters, or hold adapters that are not merged."""
+    problems = [(source, adapter_problem(source)) for source in sources]
+    if lines := [f"{source.address}: {problem}" for source, problem in problems if problem is not None]:
+        raise UserError("\n".join(lines))
 
 
 def quantised(source: WeightSource) -> str | None:
-    """A description of the quantisation of a source; None if it is not quantised.
+    """What is wrong with a quantised source; None if it is not quantised.
 
-    Requires both a quantization_config and a tensor of codes, because weights that were converted back to 16 bits
-    often keep the config.
+    Codes are recognised by the names and dtypes of their tensors. A quantization_config alone is not enough, because
+    weights that were converted back to 16 bits often keep it; it makes any tensor of a code's dtype count.
     """
+    if (problem := quantised_problem(source)) is not None:
+        return f"{source.address}: {problem}"
     config = read_config(source.companions)
     settings = config.get("quantization_config") if config is not None else None
     if not isinstance(settings, dict):
@@ -64,13 +90,11 @@ def quantised(source: WeightSource) -> str | None:
     for name in source.names():
         dtype = source.info(name)[0]
         if dtype in CODE_DTYPES or dtype.startswith(("F8", "F6", "F4")):
-            return f"{source.address}: quantised ({settings.get('quant_method', 'by its config')}): {name} is {dtype}"
+            method = settings.get("quant_method", "by its config")
+            return f"{source.address}: quantised ({method}): {name} is {dtype}; {QUANTISED}"
     return None
 
 
 def quantised_inputs(sources: Sequence[WeightSource]) -> list[str]:
     """One error line per quantised source; quantised weights cannot be mixed."""
-    advice = "quantisation codes cannot be averaged; name the weights before quantisation, or convert them to 16 bits"
-    return [
-        f"{description}; {advice}" for source in sources if (description := quantised(source)) is not None
-    ]
+    return [problem for source in sources if (problem := quantised(source)) is not None]

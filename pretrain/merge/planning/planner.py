@@ -22,7 +22,7 @@ ADVICE = {
     "missing": "--only limits what is mixed; --copy-rest names the model that the other tensors are copied from",
     "shape": "tensors of different shapes cannot be mixed: exclude them with --exclude and copy them with --copy-rest",
     "dtype": "--dtype sets the output dtype",
-    "f8": "8-bit floats cannot be mixed: convert them to 16 bits, or copy them with --exclude and --copy-rest",
+    "f8": "8-bit floats cannot be mixed: name the weights in 16 bits that they were made from",
     "rule": "correct or remove the rules",
     "differ": "--copy-rest names the model whose tensors are copied",
     "none": "--only, --exclude and the rules select the tensors to mix",
@@ -67,6 +67,7 @@ class Planner:
         self._names_of = [set(source.names()) for source in sources]
         self._problems: list[tuple[str, str]] = []  # (key of ADVICE, description)
         self._left_out: list[str] = []
+        self._notes: list[str] = []
         self._slots: list[Slot] = []
         order = [rest for rest in (self.rest, self.base) if rest is not None] + list(range(self.inputs))
         every = dict.fromkeys(name for i in order for name in sources[i].names())
@@ -120,7 +121,12 @@ class Planner:
             dtype=self.dtype,
             frozen=self._frozen,
             left_out=self._left_out,
-            notes=[*self.request.notes, *duplicate_notes(self.sources), *lineage_notes(self.sources)],
+            notes=[
+                *self.request.notes,
+                *self._notes,
+                *duplicate_notes(self.sources),
+                *lineage_notes(self.sources),
+            ],
         )
 
     def _blend(self, slot: Slot, weights: Sequence[float], first: int) -> Blend:
@@ -200,10 +206,13 @@ class Planner:
             self._slots.append(Slot(name, infos[0], "mixed", None))
         elif any(dtype.startswith("F8") for dtype in dtypes):
             self._problems.append(("f8", f"{name}: dtype {dtypes[0]} cannot be mixed"))
-        elif self.rest is not None:
-            self._from_rest(name, "integer")
         else:
-            self._slots.append(Slot(name, infos[0], "integer", None))
+            if any(dtype.startswith("C") for dtype in dtypes):
+                self._notes.append(f"{name}: {dtypes[0]}, complex numbers are copied, not mixed")
+            if self.rest is not None:
+                self._from_rest(name, "integer")
+            else:
+                self._slots.append(Slot(name, infos[0], "integer", None))
 
     def _from_rest(self, name: str, treatment: Treatment) -> None:
         assert self.rest is not None
@@ -256,7 +265,7 @@ def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
     Raises UserError if it mixes embeddings of different vocabularies without a rule.
     """
     copied = [rule.copy_from for rule in request.rules]
-    opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir)
+    opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir, request.key)
     mixes = Rules(request).mixes
     return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixes))
 

@@ -55,7 +55,7 @@ class Request:
                 `weights` are already normalized; weights of rules are normalized later.
     rescale:    DARE: divide kept entries by the density.
     seed:       of DARE's random draw.
-    only, exclude, rules, copy_rest, dtype, max_shard_size, vocabulary: as in pretrain.merge.spec.
+    only, exclude, rules, copy_rest, dtype, max_shard_size, vocabulary, key: as in pretrain.merge.spec.
     notes:      additional notes for the plan.
     """
 
@@ -75,6 +75,7 @@ class Request:
     dtype: str | None = None
     max_shard_size: int = SHARD_SIZE
     vocabulary: str | None = None
+    key: str | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

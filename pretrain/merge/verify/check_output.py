@@ -28,11 +28,13 @@ from pretrain.merge.verify.recompute import (
     open_inputs_of,
     read_digest,
 )
-from pretrain.merge.vocabulary.align import EMBEDDING
+from pretrain.merge.vocabulary.align import EMBEDDING, tokens_without_rows
+from pretrain.weights.companions import companions_of
 from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.folder import FROZEN, Folder
 from pretrain.weights.formats.safetensors_file import SafetensorsFile
 from pretrain.weights.source import WeightSource
+from pretrain.weights.unusable import empty_problem
 
 CHUNKS = 32  # recomputed chunks by default
 
@@ -127,10 +129,13 @@ def _check_all(
             report.add("good", f"{len(tensors)} tensors in {_counted(len(intact), 'file')}: unchanged")
         _check_finite(report, {job.name: job for _, job in jobs}, record.get("overflow") or {})
         _check_places(report, folder, record, jobs, tensors, files)
+        if (empty := empty_problem(tensors)) is not None:
+            report.add("wrong", empty)
 
         # 3. The other files.
         changed = _check_other_files(report, folder, record)
         _check_config(report, folder, tensors, "config.json" in changed)
+        _check_tokens(report, folder, record, tensors)
 
         # 4. The inputs, and chunks that are recomputed from them.
         _check_inputs(report, record, jobs, intact, count, seed, workers, threads, progress)
@@ -237,6 +242,21 @@ def _check_config(report: Report, folder: Folder, tensors: Mapping[str, TensorIn
         report.add("wrong", f"config.json: {text}")
     if checked and not changed and not mismatches:
         report.add("good", f"config.json matches the tensors ({', '.join(checked)})")
+
+
+def _check_tokens(
+    report: Report, folder: Folder, record: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Check that every token has an embedding row; only a note if the tokenizer is that of an input, unchanged."""
+    try:
+        beyond = tokens_without_rows(companions_of(folder)[0], tensors, folder.url)
+    except UserError as error:
+        report.add("wrong", str(error))
+        return
+    if beyond is not None:
+        request = record.get("asked") or {}
+        ruled = request.get("vocabulary") or (request.get("mergekit") or {}).get("tokenizer_source")
+        report.add("wrong" if ruled else "note", beyond)
 
 
 def _size_mismatches(

@@ -38,7 +38,7 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
     states: list[tuple[str, str]] = []
     for entry in record["inputs"]:
         try:
-            source = open_weights(str(entry["path"]))
+            source = open_weights(str(entry["path"]), key=entry.get("key"))
             now, then = source.hashes(), dict(entry["files"])
         except ReadError as error:  # the input stays unchecked; the output itself can still be checked
             sources.append(None)

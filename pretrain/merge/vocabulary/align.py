@@ -6,13 +6,14 @@ The rules are first, union, intersect (token by token) and pad (row by row).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
+from pretrain.merge.vocabulary.named_tokens import tokens_beyond
 from pretrain.merge.vocabulary.remapped_source import RemappedSource, RowMap, stored_name
 from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
@@ -24,6 +25,7 @@ from pretrain.merge.vocabulary.tokenizer_json import (
     with_tokenizer,
 )
 from pretrain.weights.companions import adapted_config, as_json, read_companion
+from pretrain.weights.dtypes import TensorInfo
 from pretrain.weights.folder import parse_json
 from pretrain.weights.source import WeightSource
 
@@ -135,6 +137,20 @@ def _note_unrecognised_tensors(
         f"{', '.join(unrecognised[:3])}{more}: as long as the vocabulary, but not a known name of an embedding or "
         "head; its rows are not remapped"
     ]
+
+
+def tokens_without_rows(
+    companions: Mapping[str, Path | bytes], infos: Mapping[str, TensorInfo], where: str
+) -> str | None:
+    """What is wrong if tokens beside a model with the tensors `infos` have no embedding row; None if all have one.
+
+    None, too, without a tokenizer, and for models with several embeddings of different lengths.
+    """
+    rows = {shape[0] for name, (_, shape) in infos.items() if is_embedding(name) and len(shape) == 2}
+    if len(rows) != 1:
+        return None
+    tokenizer = read_tokenizer(companions, where)
+    return None if tokenizer is None else tokens_beyond(companions, tokenizer.ids, rows.pop(), where)
 
 
 def is_embedding(name: str) -> bool:

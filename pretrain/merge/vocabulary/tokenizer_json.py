@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
+from pretrain.merge.vocabulary.named_tokens import without_missing
 from pretrain.merge.vocabulary.tokenizer_legacy import read_ids
 from pretrain.weights.companions import adapted_config, as_json, read_companion
 from pretrain.weights.folder import parse_json
@@ -234,7 +235,13 @@ def renumbered_companions(
             if name == "config.json":
                 content = adapted_config(content, {"vocab_size": rows})
             out[name] = as_json(content)
-    return _with_added_tokens(out, joined, tokenizer.where)
+    return without_missing(_with_added_tokens(out, joined, tokenizer.where), ids, tokenizer.where)
+
+
+def _tokens_of(joined: bytes) -> set[str]:
+    """All tokens of a tokenizer.json."""
+    tokenizer = read_tokenizer({FILE: joined}, "the joint tokenizer")
+    return set(tokenizer.ids) if tokenizer is not None else set()
 
 
 def _with_added_tokens(companions: Companions, joined: bytes, where: str) -> dict[str, Path | bytes]:
@@ -289,7 +296,8 @@ def with_tokenizer(
     theirs = {name: content for name, content in donor.items() if is_tokenizer_file(name)}
     if joined is not None:
         theirs = {name: c for name, c in theirs.items() if name.startswith(("tokenizer_config", "special"))}
-        theirs = _with_added_tokens(theirs, joined, where) | {FILE: joined}
+        theirs = without_missing(_with_added_tokens(theirs, joined, where), _tokens_of(joined), where)
+        theirs |= {FILE: joined}
     adapted: dict[str, Path | bytes] = {**out, **theirs}
     for name in ("config.json", "generation_config.json"):
         content = parse_json(read_companion(adapted[name]), f"{where}: {name}") if name in adapted else None

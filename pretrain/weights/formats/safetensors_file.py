@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
-from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, TensorInfo, elements
+from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS, PACKED_DTYPES, TensorInfo, elements
 
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 MAX_HEADER = 100_000_000  # as in the reference library
@@ -98,6 +98,11 @@ class SafetensorsFile:
             begin, end = entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise self._broken(f"{name}: its entry must have dtype, shape and two data_offsets") from None
+        if isinstance(dtype, str) and dtype in PACKED_DTYPES:
+            raise UserError(
+                f"{self.path}: {name} has the dtype {dtype}, codes of {PACKED_DTYPES[dtype]} bits of a quantised "
+                "model, which cannot be read as numbers; name the weights before quantisation"
+            )
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._broken(f"{name}: unknown dtype {dtype!r}")
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):

@@ -1,24 +1,20 @@
-"""torch.save files without torch: tensors are read in place, and `StateDict` finds the state dict in a checkpoint."""
+"""torch.save files without torch: tensors are read in place."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile, open_file
-from pretrain.weights.dtypes import TensorInfo
-from pretrain.weights.formats.safetensors_file import is_name, short
-from pretrain.weights.formats.torch_pickle import Unpickler
+from pretrain.weights.formats.safetensors_file import short
+from pretrain.weights.formats.torch_pickle import NotNeeded, Unpickler
 from pretrain.weights.formats.torch_tensor import Storage, Tensor
 from pretrain.weights.formats.zip_directory import STORED, ZipDirectory
 
 MAX_PICKLE = 64 << 20
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-DDP_PREFIX = "module."  # DistributedDataParallel adds it to every name; open_clip's checkpoints keep it
 
 
 class TorchFile:
@@ -54,13 +50,18 @@ class TorchFile:
     def refused(self, error: Exception) -> UserError:
         """The UserError for a file that is not what torch.save writes."""
         why = short(str(error) or type(error).__name__)
+        if isinstance(error, NotNeeded):
+            return UserError(
+                f"{self.name}: refused: {why}; if you trust the file, load it with torch and save its "
+                "state_dict() alone"
+            )
         return UserError(f"{self.name}: refused: {why}; only files written by torch.save can be read")
 
     def read_strided_cached(self, tensor: Tensor) -> np.ndarray:
         """All elements of a strided remote tensor, flat. Caches the last tensor, because a tensor is read in chunks."""
         with self._lock:
             if self._last_strided is None or self._last_strided[0] is not tensor:
-                self._last_strided = tensor, tensor.strided().reshape(-1)
+                self._last_strided = tensor, np.ascontiguousarray(tensor.strided()).reshape(-1)
             return self._last_strided[1]
 
     def _archive(self) -> ZipDirectory:
@@ -85,62 +86,3 @@ class TorchFile:
         if not self.file.remote:
             self.directory.start(entry)
         return storage
-
-
-class StateDict:
-    """A flat state dict at the top level of a file or under one of STATE_DICT_KEYS.
-
-    tied: name that shares its memory with an earlier tensor -> name of that tensor; tied names are not in `names()`.
-    """
-
-    def __init__(self, file: ByteFile | Path | str) -> None:
-        archive = TorchFile(file)
-        content: Any = archive.content
-        for _ in STATE_DICT_KEYS:
-            inner = next(
-                (
-                    content[k]
-                    for k in STATE_DICT_KEYS
-                    if isinstance(content, dict) and _is_dict(content.get(k))
-                ),
-                None,
-            )
-            if inner is None:
-                break
-            content = inner
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{archive.name}: contains no state dict; write a file with `torch.save(model.state_dict(), ...)`"
-            )
-        found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if not found:
-            raise UserError(
-                f"{archive.name}: contains no tensors at the top level or under {', '.join(STATE_DICT_KEYS)}; "
-                "put the state dict there"
-            )
-        for name in found:
-            if not is_name(name):
-                raise UserError(f"{archive.name}: the tensor name {ascii(name)[:80]} is not printable text")
-        if all(name.startswith(DDP_PREFIX) for name in found):
-            found = {name.removeprefix(DDP_PREFIX): value for name, value in found.items()}
-        self.tied: dict[str, str] = {}
-        self._tensors: dict[str, Tensor] = {}
-        first: dict[object, str] = {}
-        for name, tensor in found.items():
-            if tensor.numel and (same := first.setdefault(tensor.memory_key, name)) != name:
-                self.tied[name] = same
-            else:
-                self._tensors[name] = tensor
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._tensors[name].dtype, self._tensors[name].shape
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._tensors[name].read(start, stop)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) > 0

@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 from pretrain.weights.dtypes import DTYPES, MAX_DIMENSIONS
+from pretrain.weights.formats.safetensors_file import short
 from pretrain.weights.formats.torch_tensor import Storage, Tensor, checked_tensor
 
 STORAGES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8", "ComplexFloatStorage": "C64",
 }  # fmt: skip
+STORAGE_MODULES = ("torch", "torch.storage", "torch.cuda")
 TORCH_DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
-    "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "complex64": "C64",
 }  # fmt: skip
+# Names in torch.* that torch's own safe loader reads and that hold no weights: other dtypes, quantisation schemes (kept
+# as their names), and the old classes of tensors (inert).
+OTHER_DTYPE = re.compile(r"(b?complex|q?u?int|bits|float)\d\w*|per_(tensor|channel)_\w+")
+TENSOR_CLASS = re.compile(r"torch(\.cuda)?(\.sparse)?\.[A-Z]\w*Tensor")
+OTHER_STORAGE = re.compile(r"(\w+)Storage")
 MAX_OPERATIONS = 4_000_000  # enough for about 100,000 tensors; an operation may allocate a hundred bytes
 
 
@@ -45,6 +54,14 @@ class Stub:
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
     args: tuple[Any, ...]
+
+
+class Unread(Stub):
+    """Replacement for a tensor that is not read as numbers; `args[0]` says what it is."""
+
+
+class NotNeeded(pickle.UnpicklingError):
+    """The pickle names a class or function that loading weights does not need."""
 
 
 class Dict(dict[Any, Any]):
@@ -71,7 +88,9 @@ class Function:
         raise pickle.UnpicklingError("it sets attributes on a function")
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
+def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor | Unread:
+    if isinstance(storage, Unread):
+        return storage
     if not isinstance(storage, Storage):
         raise pickle.UnpicklingError("it contains a tensor without storage")
     return checked_tensor(storage, storage.dtype, offset, shape, stride)
@@ -79,9 +98,11 @@ def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Ten
 
 def _rebuild_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
-) -> Tensor:
-    if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
+) -> Tensor | Unread:
+    if not isinstance(storage, Storage) or not isinstance(dtype, str):
         raise pickle.UnpicklingError("it contains a tensor without storage or of an unknown dtype")
+    if dtype not in DTYPES:
+        return Unread(f"of dtype {dtype}")
     return checked_tensor(storage, dtype, offset, shape, stride)
 
 
@@ -92,6 +113,30 @@ def _from_type(rebuild: Any, _type: Any, args: Any, _state: Any) -> Any:
 
 
 def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _unread(what: str) -> Function:
+    return Function(lambda *_: Unread(what))
+
+
+def _counter(items: Any = None) -> dict[Any, Any]:
+    if items is not None and not isinstance(items, dict):
+        raise pickle.UnpicklingError("it contains a Counter that is not built from a dict")
+    return dict(items or {})
+
+
+def _complex(*parts: Any) -> complex:
+    if len(parts) > 2 or not all(isinstance(part, int | float) for part in parts):
+        raise pickle.UnpicklingError("it contains a complex number that is not built from numbers")
+    return complex(*parts)
+
+
+def _bytes(data: Any = b"", encoding: Any = "latin-1") -> bytes:
+    if isinstance(data, str) and encoding in ("latin-1", "latin1"):
+        return data.encode("latin-1")
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError("it contains a bytearray that is not built from bytes")
     return data
 
 
@@ -135,6 +180,22 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): Function(_rebuild_v3),
     ("torch._utils", "_rebuild_parameter"): Function(_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
+    ("collections", "Counter"): Function(_counter),
+    ("builtins", "complex"): Function(_complex),
+    ("__builtin__", "complex"): Function(_complex),
+    ("builtins", "bytearray"): Function(_bytes),
+    ("__builtin__", "bytearray"): Function(_bytes),
+    ("torch._utils", "_rebuild_tensor"): Function(_rebuild),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(_parameter),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): Function(_parameter),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unread(
+        "of an accelerator, stored as a numpy array"
+    ),
+    ("torch._utils", "_rebuild_qtensor"): _unread("quantised by torch"),
+    ("torch._utils", "_rebuild_sparse_tensor"): _unread("sparse"),
+    ("torch._utils", "_rebuild_nested_tensor"): _unread("nested"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unread("without data (on the meta device)"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _unread("one rank's part of a distributed tensor"),
     **{("torch", name): dtype for name, dtype in TORCH_DTYPES.items()},
 }
 # Replaced by inert objects: they describe optimizers, arguments and RNG states, which weights do not need.
@@ -143,7 +204,9 @@ INERT = {
     ("pathlib", "PosixPath"), ("pathlib", "Path"), ("numpy", "dtype"), ("numpy", "ndarray"),
     ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+    ("torch.serialization", "_get_layout"), ("torch.distributed.device_mesh", "DeviceMesh"),
 }  # fmt: skip
+INERT_MODULES = ("deepspeed.", "torch.distributed.tensor.")  # all of their classes
 # Opcodes that torch.save never writes, and opcodes that allocate memory of a claimed size.
 FORBIDDEN_CODES = {
     pickle.EXT1: "an extension code", pickle.EXT2: "an extension code", pickle.EXT4: "an extension code",
@@ -179,14 +242,24 @@ class Unpickler(_PythonUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
-        if module in ("torch", "torch.storage") and name in STORAGES:
+        if module in STORAGE_MODULES and name in STORAGES:
             return Storage, STORAGES[name], name == "UntypedStorage"
-        if (module, name) in INERT or module == "deepspeed" or module.startswith("deepspeed."):
+        if module in STORAGE_MODULES and (storage := OTHER_STORAGE.fullmatch(name)):
+            return Unread, storage[1], False
+        if module == "torch" and OTHER_DTYPE.fullmatch(name):
+            return name
+        if (
+            (module, name) in INERT
+            or f"{module}.".startswith(INERT_MODULES)
+            or TENSOR_CLASS.fullmatch(f"{module}.{name}")
+        ):
             return type("Stub", (Stub,), {})
-        raise pickle.UnpicklingError(f"it uses {module}.{name}, which is not needed to load weights")
+        raise NotNeeded(f"it uses {module}.{name}, which is not needed to load weights")
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> Storage | Unread:
         kind, (marker, dtype, untyped), key, _location, count = pid
+        if kind == "storage" and marker is Unread:
+            return Unread(f"of torch's {short(dtype)} type")
         if (
             kind != "storage"
             or marker is not Storage

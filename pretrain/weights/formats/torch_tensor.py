@@ -85,7 +85,8 @@ class Tensor:
             return self.storage.file.read_strided_cached(self)[start:stop]
         row = elements(self.shape[1:])
         first = start // row
-        return self.strided()[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
+        rows = np.ascontiguousarray(self.strided()[first : -(-stop // row)]).reshape(-1)
+        return rows[start - first * row : stop - first * row]
 
     def strided(self) -> np.ndarray:
         """The tensor in its shape, as a read-only strided view."""

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from data_pipeline.errors import UserError
+from pretrain.weights.dtypes import elements
 from pretrain.weights.formats.safetensors_file import SafetensorsFile, layout
 
 TENSORS = {
@@ -36,6 +37,32 @@ def test_layout_is_the_reference_writer_s() -> None:
     for name, array in TENSORS.items():
         mine[offsets[name] : offsets[name] + array.nbytes] = array.tobytes()
     assert bytes(mine) == save(TENSORS, metadata={"format": "pt"})
+
+
+def test_every_dtype_of_the_reference_library(tmp_path: Path) -> None:
+    """Each dtype that torch and safetensors write is read and laid out as there; packed ones are named."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save as save_torch
+
+    names = [
+        "bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "float8_e8m0fnu", "float8_e4m3fnuz",
+        "float8_e5m2fnuz", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32", "complex64",
+        "float64", "int64", "uint64",
+    ]  # fmt: skip
+    raw = torch.arange(16, dtype=torch.uint8) % 2
+    tensors = {name: raw.clone().view(getattr(torch, name)) for name in names}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(save_torch(tensors, {"format": "pt"}))
+    file = SafetensorsFile(path)
+    for name in names:
+        assert file.read(name, 0, elements(file.info(name)[1])).tobytes() == bytes(raw.tolist())
+    assert layout({name: file.info(name) for name in names}, {"format": "pt"})[0] == file.header
+    path.write_bytes(save_torch({"packed": raw.view(torch.float4_e2m1fn_x2)}))
+    with pytest.raises(
+        UserError, match="packed has the dtype F4, codes of 4 bits of a quantised model"
+    ) as error:
+        SafetensorsFile(path)
+    assert "truncated" not in str(error.value)
 
 
 def test_layout_does_not_depend_on_the_order_given() -> None:

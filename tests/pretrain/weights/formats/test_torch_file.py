@@ -18,6 +18,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from pretrain.weights.formats import torch_pickle
+from pretrain.weights.formats.state_dict import StateDict
 from pretrain.weights.formats.torch_file import TorchFile
 from pretrain.weights.formats.torch_tensor import Tensor
 
@@ -104,6 +105,86 @@ def test_an_enumeration_as_any_python_pickles_it(
         content = TorchFile(archive(tmp_path / f"{len(pickled)}.pt", pickled)).content
         assert content["step"] == 3
         assert content["stage"].args == reduced[1][-1:]
+
+
+def test_strided_tensors_of_any_shape(tmp_path: Path) -> None:
+    """Columns and other views: every range is contiguous, as its readers need it, with torch's values."""
+    base = torch.randn(10, 6)
+    content = {
+        "column": base[:, 2],
+        "column_as_matrix": base[:, 2:3],
+        "row_as_matrix": base.t()[2:3],
+        "every_third": base.reshape(-1)[::3],
+        "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+        "scalar": base[3, 2],
+        "expanded": base[:1, 0].expand(7),
+    }
+    torch.save(content, tmp_path / "x.pt")
+    read = TorchFile(tmp_path / "x.pt").content
+    for name, expected in content.items():
+        count, flat = expected.numel(), expected.reshape(-1).numpy()
+        for start, stop in [
+            (0, count),
+            (count // 3, count),
+            (0, count - count // 3),
+            (count // 2, count // 2),
+        ]:
+            got = read[name].read(start, stop)
+            assert got.view(np.uint8).tobytes() == flat[start:stop].tobytes(), (name, start, stop)
+
+
+def test_what_a_scheduler_and_others_keep_beside_the_weights(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20])
+    state = {
+        "state_dict": {"w": torch.arange(3.0)},
+        "scheduler": scheduler.state_dict(),
+        "z": 1 + 2j,
+        "raw": bytearray(b"ab"),
+        "layout": torch.strided,
+        "other": torch.complex128,
+        "scheme": torch.per_tensor_affine,
+        "sparse": torch.eye(2).to_sparse(),
+        "double": torch.ones(2, dtype=torch.complex128),
+        "meta": torch.empty(2, device="meta"),
+    }
+    torch.save(state, tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=True)
+    read = TorchFile(tmp_path / "x.pt").content
+    np.testing.assert_array_equal(read["state_dict"]["w"].read(0, 3), [0, 1, 2])
+    assert read["scheduler"]["milestones"] == {10: 1, 20: 1}
+    assert (read["z"], read["raw"]) == (1 + 2j, b"ab")
+
+
+def test_every_name_that_torch_s_safe_loader_allows(tmp_path: Path) -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    for full in _get_allowed_globals():
+        module, _, name = full.rpartition(".")
+        code = b"\x80\x02" + f"c{module}\n{name}\n0N.".encode()
+        assert TorchFile(archive(tmp_path / "x.pt", code)).content is None, full
+
+
+def test_tensors_that_are_no_plain_numbers_are_named(tmp_path: Path) -> None:
+    """Beside the weights they are ignored; among the weights they would be lost."""
+    odd = {
+        "sparse": torch.eye(2).to_sparse(),
+        "double": torch.ones(2, dtype=torch.complex128),
+        "meta": torch.empty(2, device="meta"),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    }
+    for name, tensor in odd.items():
+        torch.save({"w": torch.ones(2), name: tensor}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=f"x.pt: {name} is a tensor .*cannot be merged"):
+            StateDict(tmp_path / "x.pt")
+
+
+def test_the_refusal_of_a_class_says_what_to_do(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), "when": __import__("datetime").date(2026, 1, 1)}, tmp_path / "x.pt")
+    with pytest.raises(
+        UserError, match=r"datetime\.date, which is not needed.*save its state_dict\(\) alone"
+    ):
+        TorchFile(tmp_path / "x.pt")
 
 
 class Evil:
