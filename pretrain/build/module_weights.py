@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path,
         metadata={"format": "pt"},
     )
+    grant_by_umask(path)
+
+
+def grant_by_umask(path: Path) -> None:
+    """Give a file the mode of any new file; safetensors creates its files for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        probe = Path(folder) / "probe"
+        probe.touch()
+        path.chmod(probe.stat().st_mode & 0o777)
 
 
 def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -199,6 +209,7 @@ def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, 
     metadata = {"format": "pt", "towers": json.dumps(description, sort_keys=True)}
     with write_errors(path):
         save_file(whole, temporary, metadata=metadata)
+        grant_by_umask(temporary)
         sync(temporary)
     temporary.replace(path)
     sync(path.parent)

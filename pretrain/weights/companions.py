@@ -96,12 +96,21 @@ def read_config(companions: Mapping[str, Path | bytes]) -> dict[str, Any] | None
 
 
 def with_dtype(companions: Mapping[str, Path | bytes], dtype: str | None) -> dict[str, Path | bytes]:
-    """The companions with `dtype` (safetensors spelling) in config.json, under the dtype keys that it has."""
+    """The companions with `dtype` (safetensors spelling) in config.json, under the dtype keys that it has.
+
+    Its sections (`text_config`, ...) get it too, where they had the same dtype as the whole.
+    """
     config = read_config(companions) if dtype is not None else None
     keys = [key for key in DTYPE_KEYS if config is not None and key in config]
     if config is None or dtype is None or not keys or all(config[key] == TORCH_NAMES[dtype] for key in keys):
         return dict(companions)
-    return {**companions, CONFIG: as_json(config | dict.fromkeys(keys, TORCH_NAMES[dtype]))}
+    before = {config[key] for key in keys if isinstance(config[key], str)}
+    sections = {
+        name: part | {key: TORCH_NAMES[dtype] for key in DTYPE_KEYS if part.get(key) in before}
+        for name, part in config.items()
+        if isinstance(part, dict)
+    }
+    return {**companions, CONFIG: as_json(config | sections | dict.fromkeys(keys, TORCH_NAMES[dtype]))}
 
 
 def with_layers(companions: Mapping[str, Path | bytes], taken: Sequence[int]) -> dict[str, Path | bytes]:

@@ -220,7 +220,10 @@ def weight_files(folder: Folder, address: str) -> tuple[dict[str, set[str]], lis
         index = f"{name}{INDEX}"
         if name in folder:
             files = {name: set[str]()}
-            shards = _by_index(folder, index) if index in folder else files
+            try:
+                shards = _by_index(folder, index) if index in folder else files
+            except UserError:  # it was left from an earlier, sharded copy
+                shards = {}
             note = f"{folder.url}: reads {name}, as transformers does, not the shards of {index}"
             return files, [] if shards.keys() == files.keys() else [note]
         if index in folder:

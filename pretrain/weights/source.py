@@ -56,6 +56,7 @@ class WeightSource:
     rows_digest:  digest of the row maps of its embeddings; empty if the rows are read as stored.
     key:          the key of the state dict that was chosen in its torch files; None if none was chosen.
     folder_notes: notes about the choice of weight files.
+    renamed:      name in the files, without wrappers -> name, where `rename` changed it.
     reading:      notes about tensors that are read otherwise than stored; a merge shows them for every input.
     """
 
@@ -83,6 +84,7 @@ class WeightSource:
                     raise UserError(f"{address}: {name} is stored in two files, one of them {file}")
                 self._reader_by_name.setdefault(name, reader)
         self.reading: list[str] = []
+        self.renamed: dict[str, str] = {}
         self._stored: dict[str, str] = {}  # name -> its stored name, if they differ
         self.tied: dict[str, str] = {}
         self._tie(self._unwrap(tied or {}))
@@ -161,6 +163,15 @@ class WeightSource:
     def frozen_file(self) -> Path | None:
         """frozen.safetensors of the stage that wrote the weights; None if the stage froze nothing."""
         return next((Path(file.name) for file in self.files if Path(file.name).name == FROZEN), None)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names: name -> new name."""
+        for name, new in names.items():
+            self._reader_by_name[new] = self._reader_by_name.pop(name)
+            self._stored[new] = self._stored.pop(name, name)
+        self.frozen = frozenset(names.get(name, name) for name in self.frozen)
+        self.tied = {names.get(alias, alias): names.get(name, name) for alias, name in self.tied.items()}
+        self.renamed = dict(names)
 
     def check_unchanged(self) -> None:
         """Raises UserError if a file differs from the one that was opened."""
@@ -267,10 +278,25 @@ def _remote_step(stage: str, which: str, address: str) -> tuple[Located, Folder]
 def _open_folder(address: str, located: Located, folder: Folder, key: str | None) -> WeightSource:
     if located.kind == "checkpoint":
         shards = ZeroShards(folder)
-        return WeightSource(address, located, {folder.url: shards}, shards.files, shards.tied, shards.frozen)
+        return WeightSource(
+            address,
+            located,
+            {folder.url: shards},
+            shards.files,
+            shards.tied,
+            shards.frozen,
+            _folder_of(folder),
+        )
     if is_universal(folder):
         universal = UniversalCheckpoint(folder)
-        return WeightSource(address, located, {folder.url: universal}, universal.files, universal.tied)
+        return WeightSource(
+            address,
+            located,
+            {folder.url: universal},
+            universal.files,
+            universal.tied,
+            folder=_folder_of(folder),
+        )
     readers: dict[str, Reader] = {}
     files: list[ByteFile] = []
     tied: dict[str, str] = {}
@@ -293,13 +319,32 @@ def _open_folder(address: str, located: Located, folder: Folder, key: str | None
     return source
 
 
+def _folder_of(checkpoint: Folder) -> Folder | None:
+    """The folder above a DeepSpeed checkpoint if it holds config and tokenizer, as transformers' Trainer has it."""
+    above, _, name = checkpoint.url.rstrip("/").rpartition("/")
+    if not above or not name:
+        return None
+    try:
+        folder = Folder(above)
+    except UserError:  # unreadable
+        return None
+    return folder if "latest" in folder and "config.json" in folder else None
+
+
 def _recorded_ties(source: WeightSource) -> dict[str, str]:
     """Tied names from merge.json, else from config.json."""
     folder = source.folder
     assert folder is not None
     record: Any = folder.json("merge.json") if "merge.json" in folder else None
     if isinstance(record, dict) and isinstance(record.get("tied"), dict):
-        return {str(alias): str(name) for alias, name in record["tied"].items()}
+        recorded = {str(alias): str(name) for alias, name in record["tied"].items()}
+        stored = set(source.names())
+        # A record beside weights that were written later may call a tensor tied that is stored with other values.
+        return {
+            alias: name
+            for alias, name in recorded.items()
+            if alias not in stored or (name in stored and same_tensor(source, alias, source, name))
+        }
     config: Any = folder.json("config.json") if "config.json" in folder else None
 
     def equal(name: str, stored: str) -> bool:

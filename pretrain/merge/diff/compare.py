@@ -21,6 +21,7 @@ from pretrain.merge.figures import table
 from pretrain.merge.merge_plan import Term
 from pretrain.merge.methods.blocks import Workers
 from pretrain.weights.dtypes import FLOATS, elements
+from pretrain.weights.renamed import described, renamings
 from pretrain.weights.source import WeightSource, open_weights, same_tensor
 from pretrain.weights.unusable import adapter_problem, quantised_problem
 
@@ -152,6 +153,9 @@ def compare_sources(
     progress: Callable[[int], None] | None = None,
 ) -> Diff:
     """`diff` for sources that are open already."""
+    if renamed := renamings(b, a):
+        b.rename(renamed)
+        b.reading.append(f"{b.address}: {described(renamed)}, as in {a.address}")
     names_b = set(b.names())
     common = [name for name in a.names() if name in names_b]
     rows: list[Row] = []

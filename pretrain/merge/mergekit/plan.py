@@ -13,9 +13,16 @@ from pretrain.merge.mergekit.tensor_recipe import OutputTensor, TensorResolver
 from pretrain.merge.mergekit.vocabulary import remap_to_tokenizer
 from pretrain.merge.mergekit.yaml_file import MergekitFile, Slice
 from pretrain.merge.planning.assemble import assemble, mismatch_error
-from pretrain.merge.planning.inputs import OpenedInputs, open_all, quantised_inputs, refuse_adapters
+from pretrain.merge.planning.inputs import (
+    OpenedInputs,
+    align_names,
+    open_all,
+    quantised_inputs,
+    refuse_adapters,
+)
 from pretrain.merge.planning.lineage import lineage_notes
 from pretrain.merge.planning.rules import split_layer
+from pretrain.merge.planning.settings import settings_notes
 from pretrain.merge.vocabulary.align import VocabularyMismatch, aligned
 from pretrain.weights.companions import with_layers
 from pretrain.weights.source import WeightSource
@@ -32,6 +39,7 @@ def open_mergekit(file: MergekitFile, run_dir: Path | None = None, key: str | No
     """
     opened = open_all(_addresses(file), run_dir, key)
     refuse_adapters(opened)
+    align_names(opened, 0)
     models = len(file.models())
     text, template_notes = chosen_template(opened[:models], file.template)
     sources, notes = _aligned(file, opened)
@@ -72,7 +80,14 @@ def plan_mergekit(
         request={"mergekit": file.values, "file": file.path, "seed": seed, "max_shard_size": max_shard_size}
         | ({"key": key} if key is not None else {}),
         dtype=file.dtype,
-        notes=[*file.notes, *resolver.notes, *opened.notes, *ties, *lineage_notes(sources)],
+        notes=[
+            *file.notes,
+            *resolver.notes,
+            *opened.notes,
+            *ties,
+            *lineage_notes(sources),
+            *settings_notes(sources[: opened.inputs]),
+        ],
     )
     return plan if taken is None else replace(plan, companions=with_layers(plan.companions, taken))
 

@@ -17,6 +17,7 @@ from pretrain.merge.mergekit.yaml_file import (
     Slice,
 )
 from pretrain.merge.planning.assemble import Blend, PlannedTensor
+from pretrain.merge.planning.inputs import LEFT_OUT, RECOMPUTED
 from pretrain.merge.planning.request import normalized
 from pretrain.merge.vocabulary.align import is_vocabulary
 from pretrain.weights.dtypes import FLOATS, TensorInfo
@@ -61,6 +62,9 @@ class TensorResolver:
             for model_input, name in zip(tensor.part.inputs, tensor.names, strict=True)
         ]
         absent = [term for _, term in inputs if term.name not in self._names_by_source[term.source]]
+        if absent and RECOMPUTED.search(tensor.name):
+            self.notes.append(f"{tensor.name}: {LEFT_OUT}")
+            return None
         if absent:
             where = ", ".join(f"{letter(t.source)} ({self._sources[t.source].address})" for t in absent)
             tie = self._sources[absent[0].source].tied.get(absent[0].name)

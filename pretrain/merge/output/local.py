@@ -37,7 +37,7 @@ class LocalOutput:
     def open(self, stack: ExitStack, workers: Workers) -> int:
         """Create the files at full size, so that a full disk is an error before the work starts; write headers."""
         for file in self.plan.files:
-            opened = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            opened = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, opened)
             self.files.append(opened)
             if os.fstat(opened).st_size != file.size:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Tr
 from pretrain.merge.planning.output_layout import Layout, lay_out
 from pretrain.merge.vocabulary.align import tokens_without_rows
 from pretrain.weights.companions import with_dtype
-from pretrain.weights.dtypes import TensorInfo
+from pretrain.weights.dtypes import FLOATS, TensorInfo, elements
 from pretrain.weights.source import WeightSource
 
-MAX_LISTED = 200  # mismatches in an error message
+MAX_LISTED = 10  # groups of mismatches in an error message
+NUMBER = re.compile(r"(?<=\.)\d+(?=[.:])")  # of a layer or an expert in a name
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def assemble(
     """Plan the tensors `planned`, which fill the output files in this order. The other arguments are fields of Plan.
 
     main:  index of the source whose config, tokenizer and tied names the output has.
-    dtype: dtype to write into config.json; None keeps it.
+    dtype: dtype to write into config.json; None: that of most elements, so that a library does not round them.
     Raises UserError if the output cannot use the config of `main`.
     """
     if (config_error := sources[main].config_error) is not None:
@@ -83,7 +86,9 @@ def assemble(
         frozen=frozen,
         left_out=tuple(left_out),
         tied={n: to for n, to in sources[main].tied.items() if to in present and n not in present},
-        companions=with_dtype(sources[main].companions, dtype),
+        companions=with_dtype(
+            sources[main].companions, dtype if dtype is not None else _most_common_float(infos)
+        ),
         stage_dir=sources[main].located.stage_dir,
         notes=(
             *notes,
@@ -95,6 +100,15 @@ def assemble(
             source.rows_digest + (f" key {source.key}" if source.key else "") for source in sources
         ),
     )
+
+
+def _most_common_float(infos: Mapping[str, TensorInfo]) -> str | None:
+    """The floating-point dtype of most elements; None without floats."""
+    counts: Counter[str] = Counter()
+    for dtype, shape in infos.values():
+        if dtype in FLOATS:
+            counts[dtype] += elements(shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 
 def _jobs(
@@ -126,9 +140,17 @@ def _jobs(
 
 
 def mismatch_error(names: str, problems: Sequence[str], advice: str) -> UserError:
-    """The UserError that lists the mismatches of the inputs `names`, at most MAX_LISTED of them."""
-    listed = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
-    unlisted = len(problems) - MAX_LISTED
+    """The UserError that lists the mismatches of the inputs `names`: at most MAX_LISTED groups of them.
+
+    Mismatches that differ only in the numbers of layers are one group.
+    """
+    groups: dict[str, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(NUMBER.sub("*", problem), []).append(problem)
+    shown = list(groups.items())[:MAX_LISTED]
+    lines = [same[0] if len(same) == 1 else f"{pattern} ({len(same)} tensors)" for pattern, same in shown]
+    listed = "".join(f"\n  {line}" for line in lines)
+    unlisted = len(problems) - sum(len(same) for _, same in shown)
     return UserError(
         f"cannot merge {names}, {len(problems)} mismatch{'es' if len(problems) > 1 else ''}:{listed}"
         + (f"\n  ... and {unlisted} more" if unlisted > 0 else "")

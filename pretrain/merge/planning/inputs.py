@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,16 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
 from pretrain.weights.companions import read_config
+from pretrain.weights.renamed import described, renamings
 from pretrain.weights.source import WeightSource, open_weights
 from pretrain.weights.unusable import CODE_DTYPES, QUANTISED, adapter_problem, quantised_problem
+
+# Buffers that models compute when they are built; older versions of transformers stored them, newer ones do not.
+RECOMPUTED = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rope\.freqs|embeddings\.position_ids"
+    r"|attn\.masked_bias|attention\.masked_bias)$"
+)
+LEFT_OUT = "not in all inputs, left out: a model computes it when it is built"
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def open_inputs(
         named[other] = addresses.index(other)
     sources = open_all(addresses, run_dir, key)
     refuse_adapters(sources)
+    align_names(sources, next((named[other] for other in others if other is not None), 0))
     return OpenedInputs(sources, len(inputs), named)
 
 
@@ -66,6 +76,16 @@ def open_all(addresses: Sequence[str], run_dir: Path | None, key: str | None) ->
             "leave it out"
         )
     return sources
+
+
+def align_names(sources: Sequence[WeightSource], reference: int) -> None:
+    """Read every source under the tensor names of sources[reference], whose config the output has."""
+    for source in sources:
+        if source is not sources[reference] and (renamed := renamings(source, sources[reference])):
+            source.rename(renamed)
+            source.reading.append(
+                f"{source.address}: {described(renamed)}, as in {sources[reference].address}"
+            )
 
 
 def refuse_adapters(sources: Sequence[WeightSource]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import NATIVE_BASE_METHODS, Method, Options, Plan, Term, Treatment, letter
 from pretrain.merge.planning.assemble import Blend, PlannedTensor, assemble, mismatch_error
-from pretrain.merge.planning.inputs import OpenedInputs, open_inputs, quantised_inputs
+from pretrain.merge.planning.inputs import LEFT_OUT, RECOMPUTED, OpenedInputs, open_inputs, quantised_inputs
 from pretrain.merge.planning.lineage import duplicate_notes, lineage_notes
 from pretrain.merge.planning.request import Request
 from pretrain.merge.planning.rules import Rules
+from pretrain.merge.planning.settings import settings_notes
 from pretrain.merge.vocabulary.align import aligned
 from pretrain.weights.dtypes import FLOATS, TensorInfo
 from pretrain.weights.source import WeightSource
@@ -126,6 +127,7 @@ class Planner:
                 *self._notes,
                 *duplicate_notes(self.sources),
                 *lineage_notes(self.sources),
+                *settings_notes(self.sources[: self.inputs]),
             ],
         )
 
@@ -169,6 +171,9 @@ class Planner:
         elif len(holders) < self.inputs or (self.base is not None and name not in self._names_of[self.base]):
             if self.rest is not None:
                 self._from_rest(name, "rest")
+            elif RECOMPUTED.search(name):
+                self._left_out.append(name)
+                self._notes.append(f"{name}: {LEFT_OUT}")
             else:
                 self._missing(name)
         elif all(name in source.frozen for source in self.sources[: self.inputs]):
@@ -265,7 +270,7 @@ def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
     Raises UserError if it mixes embeddings of different vocabularies without a rule.
     """
     copied = [rule.copy_from for rule in request.rules]
-    opened = open_inputs(request.inputs, [request.base, request.copy_rest, *copied], run_dir, request.key)
+    opened = open_inputs(request.inputs, [request.copy_rest, request.base, *copied], run_dir, request.key)
     mixes = Rules(request).mixes
     return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixes))
 

@@ -39,6 +39,7 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
     for entry in record["inputs"]:
         try:
             source = open_weights(str(entry["path"]), key=entry.get("key"))
+            source.rename(entry.get("renamed") or {})
             now, then = source.hashes(), dict(entry["files"])
         except ReadError as error:  # the input stays unchecked; the output itself can still be checked
             sources.append(None)
