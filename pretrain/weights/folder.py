@@ -53,6 +53,8 @@ UNSUPPORTED = {
     "model_index.json": "a diffusers pipeline; name one of its parts, such as unet or transformer",
     "*.h5": "TensorFlow weights; save them as safetensors with transformers",
     "*.msgpack": "Flax weights; save them as safetensors with transformers",
+    "consolidated.*.model-diff.pth": "differences to a base model; LLaMA2-Accessory adds them to it when it loads both",
+    "*.distcp": "parts of a torch.distributed.checkpoint without its file .metadata; copy that file too",
     "consolidated.*.pth": "Meta's tensor-parallel shards; convert them with transformers first",
 }
 
@@ -293,7 +295,7 @@ def _weight_folders_below(folder: Folder) -> list[str]:
             )
         except UserError:  # unreadable folder
             continue
-        found += [subfolder.url for subfolder in deeper if subfolder.matching(*WEIGHT_PATTERNS)]
+        found += [subfolder.url for subfolder in deeper if subfolder.matching(*WEIGHT_PATTERNS, "*.distcp")]
     return found[-MAX_FOLDERS_SUGGESTED:]
 
 

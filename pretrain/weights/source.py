@@ -20,6 +20,8 @@ from pretrain.weights.byte_file import ByteFile, LocalFile, open_file
 from pretrain.weights.digests import fingerprint
 from pretrain.weights.dtypes import TensorInfo, elements
 from pretrain.weights.folder import FROZEN, UNSUPPORTED, Folder, refuse_pointer, weight_files
+from pretrain.weights.formats.accessory import AccessoryCheckpoint, is_accessory
+from pretrain.weights.formats.dcp import DcpCheckpoint, is_dcp
 from pretrain.weights.formats.safetensors_file import SafetensorsFile, short
 from pretrain.weights.formats.state_dict import StateDict
 from pretrain.weights.formats.zero_shards import ZeroShards, is_zero_folder
@@ -297,6 +299,11 @@ def _open_folder(address: str, located: Located, folder: Folder, key: str | None
             universal.tied,
             folder=_folder_of(folder),
         )
+    if is_dcp(folder) or is_accessory(folder):
+        parts = DcpCheckpoint(folder, key) if is_dcp(folder) else AccessoryCheckpoint(folder, key)
+        source = WeightSource(address, located, {folder.url: parts}, parts.files, folder=folder)
+        source.key = key
+        return source
     readers: dict[str, Reader] = {}
     files: list[ByteFile] = []
     tied: dict[str, str] = {}

@@ -12,6 +12,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from pretrain.weights.byte_file import ByteFile
 from pretrain.weights.dtypes import TensorInfo
+from pretrain.weights.formats.chunked_tensor import ChunkedTensor
 from pretrain.weights.formats.safetensors_file import is_name, short
 from pretrain.weights.formats.torch_file import TorchFile
 from pretrain.weights.formats.torch_pickle import Unread
@@ -23,6 +24,7 @@ NOT_WEIGHTS = re.compile(
     r"optim|sched|scaler|rng|random|callback|^loops$|hyper|sampler|dataloader|frozen_param|^arg|^config$",
     re.IGNORECASE,
 )
+TENSORS = (Tensor, ChunkedTensor)
 MAX_DEPTH, MAX_NAMED = 5, 6
 Place = tuple[str, ...]
 
@@ -78,7 +80,7 @@ def select(content: Any, key: str | None, where: str) -> dict[str, Any]:
         if inner is None:
             break
         chosen, path = chosen[inner], (*path, inner)
-    found = {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
+    found = {name: value for name, value in chosen.items() if isinstance(value, TENSORS)}
     unread = {name: value for name, value in chosen.items() if isinstance(value, Unread)}
     for name, value in unread.items():
         raise UserError(
@@ -117,7 +119,7 @@ def state_dicts(content: Any, path: Place = ()) -> Iterator[tuple[Place, Mapping
         if id(value) in seen or len(place) > len(path) + MAX_DEPTH:
             continue
         seen.add(id(value))
-        if isinstance(value, dict) and any(isinstance(t, Tensor) and t.shape for t in value.values()):
+        if isinstance(value, dict) and any(isinstance(t, TENSORS) and t.shape for t in value.values()):
             yield place, value
         items = value.items() if isinstance(value, dict) else ((str(i), item) for i, item in enumerate(value))
         below = [
@@ -152,7 +154,7 @@ def _choices(content: Any, path: Place, before: str) -> str:
 
 def _listed(found: list[tuple[Place, Mapping[Any, Any]]]) -> str:
     texts = [
-        f"{'.'.join(place)} ({sum(isinstance(t, Tensor) for t in held.values())} tensors)"
+        f"{'.'.join(place)} ({sum(isinstance(t, TENSORS) for t in held.values())} tensors)"
         for place, held in found[:MAX_NAMED]
     ]
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
