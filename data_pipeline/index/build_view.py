@@ -22,7 +22,8 @@ from data_pipeline.index.filter_expression import Filter, parse, resolve
 from data_pipeline.index.folder import check_writable, index_lock
 from data_pipeline.index.parallel import map_shards
 from data_pipeline.sources.manifest import Manifest, open_source, parquet_url, stats_url, wrong_count_error
-from data_pipeline.sources.tar import iter_members, open_tar, split_name
+from data_pipeline.sources.tar import open_tar, split_name
+from data_pipeline.sources.tar_members import iter_members
 from data_pipeline.sources.views import (
     NUMBER_COLUMNS,
     VIEW_FORMAT,

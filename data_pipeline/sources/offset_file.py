@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import TAR_BLOCK_BYTES
+from data_pipeline.sources.tar_members import TAR_BLOCK_BYTES
 
 GROUP = 64  # entries that share a base
 MAX_OFFSET = (2**32 - 1) * TAR_BLOCK_BYTES  # bytes

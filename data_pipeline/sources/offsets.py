@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.sources.offset_file import GROUP, OffsetFile, block_bytes, check_of
-from data_pipeline.sources.tar import TAR_BLOCK_BYTES
+from data_pipeline.sources.tar_members import TAR_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from data_pipeline.sources.manifest import Manifest

@@ -23,7 +23,7 @@ from data_pipeline.sources.fetch_units import Units
 from data_pipeline.sources.manifest import Manifest
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import sample_starts
-from data_pipeline.sources.tar import TAR_BLOCK_BYTES
+from data_pipeline.sources.tar_members import TAR_BLOCK_BYTES
 from data_pipeline.storage.cache import ByteRange, Cache, CacheSettings
 from data_pipeline.storage.cache_cleanup import OFFSETS_PREFIX
 from data_pipeline.storage.cached_ranges import fetch, read_chunks, read_direct

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import TAR_BLOCK_BYTES
+from data_pipeline.sources.tar_members import TAR_BLOCK_BYTES
 
 INDEX_SUFFIXES = (".tar.idx", ".idx")
 ENERGON_INFO = ".nv-meta/.info.json"

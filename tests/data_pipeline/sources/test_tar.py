@@ -13,14 +13,8 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import UserError
-from data_pipeline.sources.tar import (
-    TAR_BLOCK_BYTES,
-    Sample,
-    TarWriter,
-    iter_members,
-    member_table,
-    split_name,
-)
+from data_pipeline.sources.tar import Sample, TarWriter, member_table, split_name
+from data_pipeline.sources.tar_members import TAR_BLOCK_BYTES, iter_members
 
 SAMPLES = {
     "000000000": {"txt": b"a red circle", "jpg": b"\xff\xd8" + bytes(700), "json": b"{}"},
