@@ -5,6 +5,8 @@ A retry after a UserError or a ContentError fails again. A retry after a ReadErr
 
 from __future__ import annotations
 
+MAX_DETAIL = 1000  # a sample can have thousands of members, whose names a message would list
+
 
 class UserError(ValueError):
     """The user's input is invalid. The message says what, where and what to do; the command line exits with code 2."""
@@ -14,10 +16,11 @@ class ContentError(Exception):
     """A sample was read completely, but its content is unusable; another sample replaces it.
 
     reason: a short category, such as `undecodable`, under which replaced samples are counted
-    detail: one line for bad_samples.jsonl, the same on every run
+    detail: one line for bad_samples.jsonl, the same on every run; cut after MAX_DETAIL characters
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from data_pipeline.index.folder import (
 )
 from data_pipeline.index.parallel import map_shards
 from data_pipeline.index.shard_record import ScannedShard, ShardRecord, scan_shard, write_part
+from data_pipeline.sources.left_out import LeftOutWarning
 from data_pipeline.sources.manifest import (
     INDEX_FOLDER,
     Manifest,
@@ -114,8 +116,11 @@ def build_index(
         write_index(content, folder, order, tokenizer)
     storage.remove(parts)
     remove_empty(parts_folder)
+    with warnings.catch_warnings():  # the caller prints what is left out
+        warnings.simplefilter("ignore", LeftOutWarning)
+        manifest = open_source(os.path.basename(root) or root, path)
     return IndexResult(
-        open_source(os.path.basename(root) or root, path),
+        manifest,
         scanned=len(todo),
         reused=len(urls) - len(todo),
         bytes=sum(size for _, _, size, _ in todo),

@@ -230,7 +230,7 @@ def _keys(url: str, size: int) -> list[str]:
     """Keys of the samples of a tar, in order."""
     keys: list[str] = []
     with open_tar(url, size) as data:
-        for _, name, _, _ in iter_members(data, url):
+        for _, name, *_ in iter_members(data, url):
             parts = split_name(name)
             if parts is not None and (not keys or keys[-1] != parts[0]):
                 keys.append(parts[0])

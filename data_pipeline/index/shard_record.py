@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from data_pipeline.storage.parquet_table import column, read_table, text_column
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MAX_EXTENSIONS = 64  # names with dots can give a sample thousands of extensions
+
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
@@ -28,8 +31,10 @@ class ShardRecord:
     version: text that changes with the file (modification time or hash of the ETag), "" if there is none
     width, check: bytes per entry and hash of its block in the offset file
     fingerprint: hash of names, sizes and offsets of the members
-    members: JSON, extension -> samples that have it; imageless: samples without an image
+    members: JSON, extension -> samples that have it, for the MAX_EXTENSIONS most frequent
+    imageless: samples without an image
     split: JSON, first few keys whose members are not adjacent
+    left_out: JSON of `LeftOut`: what is in no sample
     """
 
     path: str
@@ -42,6 +47,7 @@ class ShardRecord:
     members: str
     imageless: int
     split: str
+    left_out: str
 
     def matches(self, size: int, version: str) -> bool:
         """True if the file is known to be unchanged since its scan."""
@@ -69,6 +75,7 @@ COLUMN_TYPES = {
     "members": "string",
     "imageless": "int64",
     "split": "string",
+    "left_out": "string",
 }
 
 
@@ -97,9 +104,10 @@ def _record(path: str, size: int, version: str, scan: Scan, block: bytes, width:
         width,
         check_of(block, scan.samples),
         scan.fingerprint,
-        json.dumps(scan.members, sort_keys=True),
+        json.dumps(dict(Counter(scan.members).most_common(MAX_EXTENSIONS)), sort_keys=True),
         scan.imageless,
         json.dumps(scan.split),
+        scan.left_out.to_json(),
     )
 
 
@@ -124,7 +132,7 @@ def from_table(table: pa.Table) -> list[ShardRecord]:
         name: text_column(table, name) if kind == "string" else column(table, name).tolist()
         for name, kind in COLUMN_TYPES.items()
     }
-    for name, kind in (("members", dict), ("split", list)):
+    for name, kind in (("members", dict), ("split", list), ("left_out", dict)):
         columns[name] = [sys.intern(value) for value in columns[name]]  # equal in nearly all shards
         if not all(isinstance(json.loads(value), kind) for value in set(columns[name])):
             raise ValueError(f"column {name} has unexpected JSON")

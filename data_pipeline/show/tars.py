@@ -13,6 +13,7 @@ from data_pipeline import storage
 from data_pipeline.errors import ContentError, UserError
 from data_pipeline.show import beside_tars
 from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share, shorten
+from data_pipeline.sources.left_out import LeftOut, LeftOutWarning, combined
 from data_pipeline.sources.manifest import (
     Manifest,
     SourceError,
@@ -27,6 +28,8 @@ from data_pipeline.transforms.captions import json_member, pick_caption
 
 # Examining a tar in an object store downloads all of it.
 EXAMINED_REMOTE_TARS = 2
+MAX_HEADERS_BYTES = 64 << 10  # of headers between the members of a sample
+LISTED_EXTENSIONS = 32
 
 
 def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> None:
@@ -48,8 +51,10 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
     # 2. Members and captions of the examined tars.
     examine = min(examine, EXAMINED_REMOTE_TARS) if storage.is_remote(path) else examine
     examined = evenly_spaced(existing, examine)
-    tables = report.tables = _read_tables(examined, report)
+    left_out: dict[str, LeftOut] = {}
+    tables = report.tables = _read_tables(examined, report, left_out)
     samples = [sample for table in tables.values() for sample in table]
+    _report_left_out(path, report, manifest, combined(left_out), len(samples))
     members = Counter(extension for sample in samples for extension in sample.members)
     report.problems.extend(_missing_members(samples, members))
     parquet_files = {url: parquet_url(url) for url in examined if storage.exists(parquet_url(url))}
@@ -61,7 +66,8 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
     about["fingerprint"] = manifest.fingerprint if manifest else None
     about["tokenizer"] = manifest.tokenizer if manifest else None
     about["examined"] = {"shards": len(examined), "samples": len(samples)}
-    about["members"] = dict(sorted(members.items()))
+    about["members"] = dict(sorted(members.most_common(LISTED_EXTENSIONS)))
+    about["other_members"] = len(members) - len(about["members"])
 
     # 3. The files beside the tars.
     beside_tars.inspect_beside_tars(report, storage.root_of(path), manifest)
@@ -76,11 +82,16 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
 
 
 def read_members(url: str, sample: Sample) -> dict[str, bytes]:
-    """Read one sample as {extension: content}. Its members are adjacent in the tar, so one read is enough."""
+    """Read one sample as {extension: content}. Its members are adjacent in the tar, so one read is enough.
+
+    Members that are hard links to others may be far away; then each is read alone.
+    """
     if not sample.members:
         return {}
     start = min(offset for offset, _ in sample.members.values())
     stop = max(offset + length for offset, length in sample.members.values())
+    if stop - start > 2 * sum(length for _, length in sample.members.values()) + MAX_HEADERS_BYTES:
+        return {name: storage.read_range(url, *place) for name, place in sample.members.items()}
     span = storage.read_range(url, start, stop - start)
     return {
         extension: span[offset - start : offset - start + length]
@@ -92,7 +103,7 @@ def summarize(key: str, members: dict[str, bytes]) -> dict[str, Any]:
     """Return the key, the member sizes in bytes and the caption; for packed text, its documents and array shape."""
     summary: dict[str, Any] = {
         "key": key,
-        "members": {name: len(data) for name, data in sorted(members.items())},
+        "members": {name: len(data) for name, data in sorted(members.items())[:LISTED_EXTENSIONS]},
     }
     if "npy" in members:
         summary["tokens"] = _array_shape(members["npy"])
@@ -123,6 +134,7 @@ def _open(path: str, report: SourceReport) -> Manifest | None:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", LeftOutWarning)
             manifest = open_source(path, path)
     except SourceError as error:
         report.problems.append(error.reason)
@@ -131,8 +143,24 @@ def _open(path: str, report: SourceReport) -> Manifest | None:
     return manifest
 
 
-def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sample]]:
-    """Return the samples of each readable tar. Unreadable tars and wrong counts become problems."""
+def _report_left_out(
+    path: str, report: SourceReport, manifest: Manifest | None, examined: LeftOut, samples: int
+) -> None:
+    """Report what is in no sample: of all tars where the index or a scan of all headers says it, else `examined`."""
+    if manifest is not None and manifest.counted_by in ("manifest", "tar"):
+        examined, samples = manifest.left_out, manifest.samples
+    for reason, sentence in examined.sentences(path).items():
+        (report.problems if examined.is_problem(reason, samples) else report.notes).append(sentence)
+    report.about["left_out"] = examined.counts
+
+
+def _read_tables(
+    urls: Sequence[str], report: SourceReport, left_out: dict[str, LeftOut]
+) -> dict[str, list[Sample]]:
+    """Return the samples of each readable tar, and in `left_out` what is in none.
+
+    Unreadable tars and wrong counts become problems.
+    """
     problems = report.problems
     try:
         stats = read_stats(urls)
@@ -142,7 +170,8 @@ def _read_tables(urls: Sequence[str], report: SourceReport) -> dict[str, list[Sa
     tables = {}
     for url in urls:
         try:
-            tables[url] = member_table(url)
+            left_out[url] = LeftOut()
+            tables[url] = member_table(url, left_out=left_out[url])
         except UserError as error:
             # `_open` may have listed this error already, with the number of complete samples at its end.
             if not any(problem.startswith(str(error)) for problem in problems):

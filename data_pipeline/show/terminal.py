@@ -56,6 +56,7 @@ def facts(about: dict[str, Any]) -> list[tuple[str, str]]:
     if "members" in about:
         examined = about["examined"]
         listed = ", ".join(f"{name} {count:,}" for name, count in about["members"].items())
+        listed += f" and {about['other_members']:,} more" if about.get("other_members") else ""
         named.append(
             ("members", f"{listed or 'none'} (in {examined['shards']:,} of {about['shards']:,} shards)")
         )

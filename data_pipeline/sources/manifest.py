@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,8 +15,9 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
 from data_pipeline.sources import sidecars
+from data_pipeline.sources.left_out import LeftOut, LeftOutWarning, combined, from_json
 from data_pipeline.sources.offset_file import OffsetFile
-from data_pipeline.sources.scan import sample_starts
+from data_pipeline.sources.scan import scan_file
 from data_pipeline.sources.views import View, open_view
 from data_pipeline.storage.files import PathNotFoundError
 from data_pipeline.storage.parquet_table import column, digest, read_table
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 CountedBy = Literal["manifest", "stats", "sidecar", "tar"]
 INDEX_FOLDER = "_index"
-INDEX_FORMAT = "3"
+INDEX_FORMAT = "4"
 OFFSETS_NAME = r"offsets-[0-9a-f]{16}\.bin"  # pattern of an offset file's name
 PREPARE_HINT = (
     "correct the path; if a recipe prepares this data, run: dromos data prepare RECIPE "
@@ -59,6 +61,7 @@ class Manifest:
     view, kept: name and bitmap of the view, None without a view
     offsets: offset file of the index, None without an index
     versions: uint64 [shards], content versions in an object store (see object_store.version_of); None for local files
+    left_out: what the tars hold that is in no sample; empty where counts come from files of other tools
     """
 
     name: str
@@ -73,6 +76,7 @@ class Manifest:
     offsets: OffsetFile | None = None
     kept: View | None = None
     versions: np.ndarray | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def samples(self) -> int:
@@ -127,6 +131,8 @@ def open_source(name: str, path: str, view: str | None = None) -> Manifest:
     Counts come from the index if there is one, else from img2dataset's `SHARD_stats.json` ("successes"), else from
     the index files of other tools beside the tars, else from the headers of the tars.
 
+    Warns (LeftOutWarning) about links and files that are in no sample.
+
     Raises SourceError if the path or a shard does not exist, or if the index or the view is older than the shards;
     ReadError if the disk or the object store fails.
     """
@@ -135,6 +141,8 @@ def open_source(name: str, path: str, view: str | None = None) -> Manifest:
             manifest = _open(name, path)
         except PathNotFoundError as error:
             raise UserError(f"{error}; {PREPARE_HINT}") from None
+        for sentence in manifest.left_out.sentences(f"source {name!r}").values():
+            warnings.warn(sentence, LeftOutWarning, stacklevel=2)
         return manifest if view is None else manifest.with_view(view)
     except UserError as error:
         raise SourceError(name, str(error)) from None
@@ -151,8 +159,10 @@ def _open(name: str, path: str) -> Manifest:
     if indexed is not None:
         manifest = _from_index(name, root, urls, lengths, *indexed)
     else:
-        counts, counted_by, tokenizer = count_shards(root, urls, lengths)
+        left_out: dict[str, LeftOut] = {}
+        counts, counted_by, tokenizer = count_shards(root, urls, lengths, left_out)
         manifest = make_manifest(name, root, urls, lengths, counts, counted_by, tokenizer)
+        manifest = replace(manifest, left_out=combined(left_out))
     if not tags:
         return manifest
     return replace(manifest, versions=np.array([tags.get(url, 0) for url in urls], np.uint64))
@@ -210,9 +220,11 @@ def shard_lengths(urls: Sequence[str], path: str, tags: dict[str, int] | None = 
 
 
 def count_shards(
-    root: str, urls: Sequence[str], lengths: dict[str, int]
+    root: str, urls: Sequence[str], lengths: dict[str, int], left_out: dict[str, LeftOut]
 ) -> tuple[list[int], CountedBy, str | None]:
     """Return the counts of the shards, their origin, and the tokenizer of packed text.
+
+    Fills `left_out` for the shards that are scanned, by path below the root.
 
     If the counts come from several origins, the slowest one used is returned: tar, then sidecar, then stats.
     """
@@ -224,7 +236,11 @@ def count_shards(
         counted |= sidecars.count_samples(root, uncounted, lengths)
         counted_by = "sidecar"
     if len(counted) < len(urls):
-        counted |= {url: len(sample_starts(url, url)) - 1 for url in urls if url not in counted}
+        for url in urls:
+            if url not in counted:
+                scanned = scan_file(url, lengths[url])
+                counted[url] = scanned.samples
+                left_out[storage.path_below(root, url)] = scanned.left_out
         counted_by = "tar"
     return [counted[url] for url in urls], counted_by, tokenizer_of(stats)
 
@@ -329,7 +345,17 @@ def _from_index(
         )
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
     offset_file = OffsetFile(offsets, blocks, widths, checks)
-    return make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)
+    manifest = make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)
+    return replace(manifest, left_out=_left_out(table, rows))
+
+
+def _left_out(table: pa.Table, rows: np.ndarray) -> LeftOut:
+    """What the shards in the given rows of an index leave out. Raises UserError if the column is damaged."""
+    column_of = table["left_out"]
+    if column_of.unique().to_pylist() in ([], ["{}"]):
+        return LeftOut()
+    paths, texts = table["path"].to_pylist(), column_of.to_pylist()
+    return combined({paths[row]: from_json(texts[row]) for row in rows.tolist() if texts[row] != "{}"})
 
 
 def wrong_count_error(url: str, expected: int, found: int, counted_in: str) -> UserError:

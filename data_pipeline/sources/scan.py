@@ -10,9 +10,9 @@ import numpy as np
 import xxhash
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.left_out import DOTTED, LeftOut, dotted_images
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, open_tar, split_name
 from data_pipeline.sources.tar_members import (
-    TAR_BLOCK_BYTES,
     Member,
     SliceableBytes,
     TruncatedTarError,
@@ -31,6 +31,7 @@ class Scan:
     members: extension -> number of samples that have it
     imageless: number of samples without an image member
     split: first few keys whose members are not adjacent, so that one key counts as several samples
+    left_out: links and files that are in no sample
     """
 
     starts: np.ndarray
@@ -38,6 +39,7 @@ class Scan:
     members: dict[str, int]
     imageless: int
     split: list[str]
+    left_out: LeftOut
 
     @property
     def samples(self) -> int:
@@ -46,9 +48,10 @@ class Scan:
 
 def scan(data: SliceableBytes, where: str) -> Scan:
     """Scan a tar's headers. Raises as `iter_members` does; a TruncatedTarError has the number of complete samples."""
-    walk = _Walk(where)
+    left_out = LeftOut()
+    walk = _Walk(where, left_out)
     try:
-        return walk.scan(iter_members(data, where))
+        return walk.scan(iter_members(data, where, left_out=left_out))
     except TruncatedTarError as error:
         raise type(error)(
             f"{error}; it holds {walk.complete_samples()} complete samples before {error.place}"
@@ -69,13 +72,14 @@ def sample_starts(source: str | bytes, where: str) -> np.ndarray:
 class _Walk:
     """State of a scan, which is of use also after the scan failed."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, left_out: LeftOut) -> None:
         self._where = where
+        self._left_out = left_out
         self._starts: list[int] = []
         self._sets: Counter[tuple[str, ...]] = (
             Counter()
         )  # extensions of a sample -> samples before the last one
-        self._last: tuple[str, ...] = ()  # extensions of the last sample
+        self._last: dict[str, None] = {}  # extensions of the last sample
 
     def complete_samples(self) -> int:
         """Samples of which no member is missing: the last one counts if an earlier one has the same extensions."""
@@ -90,29 +94,33 @@ class _Walk:
         split: list[str] = []
         end = 0
         last: str | None = None
-        extensions: tuple[str, ...] = ()
-        for first, name, offset, size in members:
+        extensions: dict[
+            str, None
+        ] = {}  # a dict, because names with dots can give a sample thousands of members
+        for first, name, offset, size, stop in members:
             parts = split_name(name)
             if parts is None:
+                self._left_out.add_name(name)
                 continue
             key, extension = parts
             if key != last:
                 if last is not None:
-                    extension_sets[extensions] += 1
+                    extension_sets[tuple(extensions)] += 1
                 if key in keys and len(split) < MAX_SPLIT_KEYS:
                     split.append(key)
                 keys.add(key)
                 starts.append(first)
-                last, extensions = key, ()
+                last, extensions = key, {}
+                self._last = extensions
             if extension in extensions:
                 raise UserError(f"{where}: sample {key!r} has two members .{extension}; make the shard again")
-            extensions += (extension,)
-            self._last = extensions
+            extensions[extension] = None
             names.append(name)
             contents.append((offset, size))
-            end = offset + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+            end = stop
         if last is not None:
-            extension_sets[extensions] += 1
+            extension_sets[tuple(extensions)] += 1
+        self._count_dotted(names)
         state = xxhash.xxh64("\0".join(names).encode("utf-8", "surrogateescape"))
         state.update(np.array(contents, np.int64).tobytes())
         by_extension: Counter[str] = Counter()
@@ -124,5 +132,22 @@ class _Walk:
             if set(present).isdisjoint(IMAGE_EXTENSIONS)
         )
         return Scan(
-            np.array([*starts, end], np.int64), state.hexdigest(), dict(by_extension), imageless, split
+            np.array([*starts, end], np.int64),
+            state.hexdigest(),
+            dict(by_extension),
+            imageless,
+            split,
+            self._left_out,
         )
+
+    def _count_dotted(self, names: list[str]) -> None:
+        """Count the images behind a second dot; `names` are searched for the first one only if there are any."""
+        found: set[str] = set()
+        number = 0
+        for extensions, samples in self._sets.items():
+            dotted = dotted_images(extensions, IMAGE_EXTENSIONS)
+            found.update(dotted)
+            number += samples * len(dotted)
+        if number:
+            first = next(name for name in names if (split_name(name) or ("", ""))[1] in found)
+            self._left_out.add(DOTTED, first, number)

@@ -14,12 +14,16 @@ from data_pipeline.errors import UserError
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, stats_url, wrong_count_error
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import sample_starts
-from data_pipeline.sources.tar import Sample, parse_sample
+from data_pipeline.sources.tar import Sample, member_table, parse_sample
+from data_pipeline.sources.tar_members import LinkOutsideError
 
 if TYPE_CHECKING:
     from data_pipeline.sources.fetch_units import Units
     from data_pipeline.sources.remote_shards import RemoteShards
     from data_pipeline.storage.cache import CacheSettings
+
+
+MAX_LINKED_TABLES = 4  # tars with hard links whose members are kept in memory
 
 
 class ShardReader:
@@ -43,6 +47,7 @@ class ShardReader:
         self._warned = False
         self._files: OrderedDict[int, int] = OrderedDict()
         self._max_files = files
+        self._linked_tables: OrderedDict[int, list[Sample]] = OrderedDict()
         self._remote: RemoteShards | None = None
         if storage.is_remote(manifest.root):
             from data_pipeline.sources.remote_shards import RemoteShards
@@ -78,6 +83,7 @@ class ShardReader:
 
     def reopen(self) -> None:
         """Close files and drop fetched bytes, which may be stale; byte ranges from scans stay."""
+        self._linked_tables.clear()
         while self._files:
             os.close(self._files.popitem()[1])
         if self._remote is not None:
@@ -94,6 +100,8 @@ class ShardReader:
         span = self._span(shard, index, start, stop)
         try:
             return parse_sample(span, "the span"), span
+        except LinkOutsideError:
+            return self._parse_linked(shard, index)
         except UserError as error:
             url = self.manifest.url(shard)
             raise UserError(
@@ -101,6 +109,28 @@ class ShardReader:
                 "scanned, so it was changed or damaged since; make it again, then run: "
                 f"dromos data index {self.manifest.root}"
             ) from error
+
+    def _parse_linked(self, shard: int, index: int) -> tuple[Sample, bytes]:
+        """`_parse` of a sample with hard links to files of other samples: its members are read one by one."""
+        url = self.manifest.url(shard)
+        table = self._linked_tables.get(shard)
+        if table is None:
+            table = self._linked_tables[shard] = member_table(url)
+            if len(self._linked_tables) > MAX_LINKED_TABLES:
+                self._linked_tables.popitem(last=False)
+        expected = int(self.manifest.tar_counts[shard])
+        if len(table) != expected:
+            raise wrong_count_error(url, expected, len(table), self._counted_in(url))
+        versions = self.manifest.versions
+        version = 0 if versions is None else int(versions[shard])
+        contents: list[bytes] = []
+        members: dict[str, tuple[int, int]] = {}
+        position = 0
+        for extension, (offset, size) in table[index].members.items():
+            contents.append(storage.read_range(url, offset, size, int(self.manifest.sizes[shard]), version))
+            members[extension] = position, size
+            position += size
+        return Sample(table[index].key, members), b"".join(contents)
 
     def _scan(self, shard: int) -> None:
         """Find the byte ranges of a shard's samples. Raises UserError if their number is not the manifest's count."""

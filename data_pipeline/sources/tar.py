@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,12 +12,11 @@ from typing import BinaryIO
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from data_pipeline.sources.left_out import DOTTED, META_MEMBER, LeftOut, dotted_images
 from data_pipeline.sources.tar_members import BufferedTar, Member, SliceableBytes, iter_members
 
 # The image of a sample is its member with the first of these extensions.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-# webdataset skips members such as __index__/x.json: they describe the tar and belong to no sample.
-META_MEMBER = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +100,22 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def member_table(source: str | os.PathLike[str] | bytes, name: str | None = None) -> list[Sample]:
+def member_table(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, left_out: LeftOut | None = None
+) -> list[Sample]:
     """Samples of a tar, in its order, from the headers alone.
 
-    source: path, s3:// URL or content of the tar; name: its name in error messages.
+    source: path, s3:// URL or content of the tar; name: its name in error messages
+    left_out: counts what is in no sample
     A sample's members must be adjacent, as webdataset requires. Raises UserError for a damaged or truncated tar.
     """
     if isinstance(source, bytes):
-        return group_members(iter_members(source, name or "the tar"), name or "the tar")
+        where = name or "the tar"
+        return group_members(iter_members(source, where, left_out=left_out), where, left_out)
     path = os.fspath(source)
     name = name or path
     with open_tar(path) as data:
-        return group_members(iter_members(data, name), name)
+        return group_members(iter_members(data, name, left_out=left_out), name, left_out)
 
 
 @contextmanager
@@ -143,12 +145,14 @@ def _refuse_empty(url: str, size: int) -> None:
         raise UserError(f"{url} is empty (0 bytes); make it again or remove it")
 
 
-def group_members(members: Iterator[Member], where: str) -> list[Sample]:
+def group_members(members: Iterator[Member], where: str, left_out: LeftOut | None = None) -> list[Sample]:
     """Group adjacent members into samples. Raises UserError if a sample has two members of one extension."""
     table: list[Sample] = []
-    for _, member, offset, length in members:
+    for _, member, offset, length, _ in members:
         parts = split_name(member)
         if parts is None:
+            if left_out is not None:
+                left_out.add_name(member)
             continue
         key, extension = parts
         if not table or table[-1].key != key:
@@ -156,6 +160,11 @@ def group_members(members: Iterator[Member], where: str) -> list[Sample]:
         if extension in table[-1].members:
             raise UserError(f"{where}: sample {key!r} has two members .{extension}; make the shard again")
         table[-1].members[extension] = (offset, length)
+    if left_out is not None:
+        for sample in table:
+            dotted = dotted_images(sample.members, IMAGE_EXTENSIONS)
+            if dotted:
+                left_out.add(DOTTED, f"{sample.key}.{dotted[0]}", len(dotted))
     return table
 
 

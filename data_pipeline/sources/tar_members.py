@@ -5,6 +5,7 @@ Contents are not read.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 from zlib import adler32
 
 from data_pipeline.errors import UserError
+from data_pipeline.sources.left_out import HARD, SPECIAL, SYMBOLIC, LeftOut
 
 TAR_BLOCK_BYTES = 512
 ZERO_BLOCK = bytes(TAR_BLOCK_BYTES)
@@ -22,6 +24,7 @@ ADLER_MODULUS = 65521
 MAX_EXTENSION_BYTES = 1 << 20  # of a GNU long name or of pax records, which are read into memory
 # Headers about a later one: GNU long name and long link, pax records, those of Solaris, and those of all later members.
 EXTENSION_KINDS = b"LKxXg"
+LEFT_OUT_KINDS = {b"2": SYMBOLIC, b"3": SPECIAL, b"4": SPECIAL, b"6": SPECIAL}
 # Writers pad a tar with zeros to a multiple of their record. Records of up to 20 blocks (the default of GNU tar, bsdtar
 # and Python) are accepted at any size of the tar, larger ones (tar -b) only if its size is a multiple of them.
 DEFAULT_RECORD_BYTES = 20 * TAR_BLOCK_BYTES
@@ -39,13 +42,15 @@ class SliceableBytes(Protocol):
 class Member(NamedTuple):
     """A regular file in a tar: `size` bytes of content at byte `offset`.
 
-    `first` is the byte of its first header; a long name has its own header before that of the file.
+    `first` is the byte of its first header; a long name has its own header before that of the file. `stop` is the byte
+    after its padding, where the next header begins. A hard link has its own headers, and the content of its target.
     """
 
     first: int
     name: str
     offset: int
     size: int
+    stop: int
 
 
 class BufferedTar:
@@ -80,23 +85,32 @@ class TruncatedTarError(UserError):
     place = "the cut"
 
 
+class LinkOutsideError(UserError):
+    """A span of a tar has a hard link to a file outside of it."""
+
+
 class StrayBytesError(TruncatedTarError):
     """More than padding follows the end-of-archive mark of a tar, so members may be lost."""
 
     place = "that mark"
 
 
-def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Iterator[Member]:
-    """Iterate over the regular files of a tar, in order; reads ustar, GNU long names and pax headers.
+def iter_members(
+    data: SliceableBytes, where: str, is_span: bool = False, left_out: LeftOut | None = None
+) -> Iterator[Member]:
+    """Iterate over the files of a tar, in order; reads ustar, GNU long names and pax headers, and follows hard links.
 
     With `is_span`, `data` is a part of a tar that ends before another header, so it needs no end-of-archive mark.
+    `left_out` counts the links that lead out of the tar, and special files.
     Raises UserError with the byte position if a header is damaged, TruncatedTarError if the tar is cut off,
-    StrayBytesError if more than padding follows its end-of-archive mark.
+    StrayBytesError if more than padding follows its end-of-archive mark, LinkOutsideError for a link out of a span.
     """
     end, first, position = len(data), 0, 0
     long_name: str | None = None
+    long_link: str | None = None
     pax: dict[str, str] = {}
     extended = False  # True after headers that extend the next one
+    links: _HardLinks | None = None
     while True:
         header = data[position : position + TAR_BLOCK_BYTES]
         if len(header) < TAR_BLOCK_BYTES:
@@ -123,31 +137,91 @@ def iter_members(data: SliceableBytes, where: str, is_span: bool = False) -> Ite
         if kind in b"123456":
             size = 0
         if content + size > end:
-            expected = f"the member at byte {position} should end at byte {content + size}"
-            raise _truncated(where, f"{expected}, but the file ends at byte {end}")
+            raise _truncated(
+                where,
+                f"the member at byte {position} should end at byte {content + size}, but the file ends at byte {end}",
+            )
         position = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-        if kind in b"07\0":
-            name = pax.get("path") or long_name or _name(raw_name, magic, prefix)
-            if extended:
-                long_name, pax, extended = None, {}, False
-            # Old tars mark a folder only by its trailing slash.
-            if name[-1:] != "/":
-                yield Member(first, name, content, size)
-            first = position
-        elif kind in EXTENSION_KINDS:
-            _check_extension_size(size, content, where)
-            if kind == b"L":
-                long_name = _text(data[content : content + size])
-            elif kind in b"xX":  # of two, the first decides, as in tarfile
-                pax = _pax_records(data[content : content + size], where) | pax
-            elif kind == b"g":
-                _check_global(_pax_records(data[content : content + size], where), where)
+        if kind in EXTENSION_KINDS:
+            long_name, long_link, pax = _extend(kind, data, content, size, where, (long_name, long_link, pax))
             extended = extended or kind != b"g"
             first = first if extended else position
+            continue
+        name = pax.get("path") or long_name or _name(raw_name, magic, prefix)
+        if kind in b"07\0":
+            # Old tars mark a folder only by its trailing slash.
+            if name[-1:] != "/":
+                yield Member(first, name, content, size, position)
+                if links is not None:
+                    links.add(name, content, size)
+        elif kind == b"1":
+            links = links or _HardLinks(data, first, where)
+            target = links.find(pax.get("linkpath") or long_link or _text(header[157:257]))
+            if target is not None:
+                yield Member(first, name, *target, position)
+            elif is_span:
+                raise LinkOutsideError(f"{where}: {name} is a hard link to a file outside of it")
+            elif left_out is not None:
+                left_out.add(HARD, name)
         elif kind == b"S":
             raise _sparse(where)
-        else:
-            long_name, pax, extended, first = None, {}, False, position
+        elif left_out is not None and kind in LEFT_OUT_KINDS:
+            left_out.add(LEFT_OUT_KINDS[kind], name)
+        if extended:
+            long_name, long_link, pax, extended = None, None, {}, False
+        first = position
+
+
+class _HardLinks:
+    """Finds the targets of hard links: the last file of that name before the link. Built at the first link of a tar."""
+
+    def __init__(self, data: SliceableBytes, stop: int, where: str) -> None:
+        """Walks again over the headers before byte `stop`, which have no hard link."""
+        self._places: dict[str, tuple[int, int]] = {}
+        for member in iter_members(_Before(data, stop), where, is_span=True):
+            self.add(member.name, member.offset, member.size)
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        self._places[posixpath.normpath(name)] = offset, size
+
+    def find(self, name: str) -> tuple[int, int] | None:
+        """(offset, size) of a file's content."""
+        return self._places.get(posixpath.normpath(name))
+
+
+class _Before:
+    """The bytes of a tar before `stop`."""
+
+    def __init__(self, data: SliceableBytes, stop: int) -> None:
+        self._data, self._stop = data, stop
+
+    def __len__(self) -> int:
+        return self._stop
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        return self._data[part.start : min(part.stop, self._stop)]
+
+
+def _extend(
+    kind: bytes,
+    data: SliceableBytes,
+    content: int,
+    size: int,
+    where: str,
+    known: tuple[str | None, str | None, dict[str, str]],
+) -> tuple[str | None, str | None, dict[str, str]]:
+    """(long name, long link, pax records) of the next member, from the `known` ones and one more header about it."""
+    long_name, long_link, pax = known
+    _check_extension_size(size, content, where)
+    if kind == b"L":
+        long_name = _text(data[content : content + size])
+    elif kind == b"K":
+        long_link = _text(data[content : content + size])
+    elif kind in b"xX":  # of two, the first decides, as in tarfile
+        pax = _pax_records(data[content : content + size], where) | pax
+    elif kind == b"g":
+        _check_global(_pax_records(data[content : content + size], where), where)
+    return long_name, long_link, pax
 
 
 def _check_end(data: SliceableBytes, mark: int, where: str, is_unexpected: bool) -> None:

@@ -60,6 +60,8 @@ def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
         seconds = max(indexed.seconds, 1e-6)
         size += f"; {indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
     yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {manifest.fingerprint}", False
+    for sentence in manifest.left_out.sentences(path).values():
+        yield sentence, True
     for group in indexed.findings.duplicates[:MAX_LISTED]:
         more = f" and {len(group) - MAX_LISTED:,} more" if len(group) > MAX_LISTED else ""
         yield f"{path}: the same samples are in {', '.join(group[:MAX_LISTED])}{more}; keep one of them", True

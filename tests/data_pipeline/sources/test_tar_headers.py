@@ -79,7 +79,11 @@ def by_tarfile(source: Path | bytes) -> list[Member]:
     """Regular files of a tar, by the standard library."""
     opened = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     with opened, tarfile.open(fileobj=opened) as tar:
-        return [Member(m.offset, m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
+        return [
+            Member(m.offset, m.name, m.offset_data, m.size, m.offset_data + -(-m.size // BLOCK) * BLOCK)
+            for m in tar.getmembers()
+            if m.isreg()
+        ]
 
 
 def samples_of(members: list[Member]) -> list[list[Member]]:
