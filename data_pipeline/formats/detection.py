@@ -60,7 +60,7 @@ def detect(path: str) -> Format:
 
     A damaged file has the format that its name claims; reading it raises the error.
     """
-    files, kind = _files(path)
+    files, kind = _files(storage.normal(path))
     if kind == "tar":
         return Format("tars", TITLES["tars"], "tars", tuple(files))
     if kind == "parquet":

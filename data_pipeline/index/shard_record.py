@@ -47,7 +47,7 @@ class ShardRecord:
     members: str
     imageless: int
     split: str
-    left_out: str
+    left_out: str = "{}"
 
     def matches(self, size: int, version: str) -> bool:
         """True if the file is known to be unchanged since its scan."""

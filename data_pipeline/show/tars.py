@@ -152,6 +152,8 @@ def _report_left_out(
     for reason, sentence in examined.sentences(path).items():
         (report.problems if examined.is_problem(reason, samples) else report.notes).append(sentence)
     report.about["left_out"] = examined.counts
+    for sentence, is_missing in storage.unread_files(path).sentences(path):
+        (report.problems if is_missing else report.notes).append(sentence)
 
 
 def _read_tables(

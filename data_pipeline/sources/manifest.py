@@ -143,6 +143,8 @@ def open_source(name: str, path: str, view: str | None = None) -> Manifest:
             raise UserError(f"{error}; {PREPARE_HINT}") from None
         for sentence in manifest.left_out.sentences(f"source {name!r}").values():
             warnings.warn(sentence, LeftOutWarning, stacklevel=2)
+        for sentence, _ in storage.unread_files(path).sentences(path):
+            warnings.warn(f"source {name!r}: {sentence}", LeftOutWarning, stacklevel=2)
         return manifest if view is None else manifest.with_view(view)
     except UserError as error:
         raise SourceError(name, str(error)) from None

@@ -7,11 +7,9 @@ from data_pipeline.storage.files import (
     NoFilesError,
     PathNotFoundError,
     exists,
-    is_pattern,
     is_remote,
     join,
     list_files,
-    list_shards,
     local_path,
     open_bytes,
     path_below,
@@ -23,17 +21,19 @@ from data_pipeline.storage.files import (
     read_many,
     read_range,
     remove,
-    root_of,
     size,
     sizes,
 )
+from data_pipeline.storage.listing import listed
 from data_pipeline.storage.object_store import filesystem, store_errors
+from data_pipeline.storage.source_path import Unread, is_pattern, list_shards, normal, root_of, unread_files
 
 __all__ = [
     "SHARD_SUFFIX",
     "TEMPORARY",
     "NoFilesError",
     "PathNotFoundError",
+    "Unread",
     "exists",
     "filesystem",
     "is_pattern",
@@ -41,8 +41,10 @@ __all__ = [
     "join",
     "list_files",
     "list_shards",
+    "listed",
     "local_path",
     "make_folder",
+    "normal",
     "open_bytes",
     "path_below",
     "publish",
@@ -58,4 +60,5 @@ __all__ = [
     "sizes",
     "store_errors",
     "sync",
+    "unread_files",
 ]

@@ -22,7 +22,6 @@ from data_pipeline.storage import object_store
 from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.object_store import filesystem, store_errors, with_retries
 
-PATTERN = re.compile(r"[{*?\[]")
 SHARD_SUFFIX = ".tar"
 TEMPORARY = ".tmp"
 PARALLEL_READS = 16  # small remote files that read_many fetches at the same time
@@ -181,37 +180,6 @@ def open_bytes(url: str) -> BinaryIO:
     return open(local_path(url), "rb")
 
 
-def is_pattern(path: str) -> bool:
-    """True for brace patterns ({00000..00031}) and shell patterns (*, ?, [)."""
-    return PATTERN.search(path) is not None
-
-
-def root_of(path: str) -> str:
-    """Folder that a source's shard paths are relative to: the folder itself, or the one before the first pattern."""
-    path = local_path(path)
-    match = PATTERN.search(path)
-    if match:
-        return path[: match.start()].rpartition("/")[0]
-    if path.endswith(SHARD_SUFFIX):
-        return path.rpartition("/")[0]
-    return path.rstrip("/")
-
-
-def list_shards(path: str) -> list[str]:
-    """URLs of the tars of a source, without `file://`.
-
-    A folder gives the tars directly in it, sorted by name. Subfolders are not searched, because train/ and test/ are
-    often beside each other. A brace pattern gives all its expansions in their order, without a check that the files
-    exist; `*`, `?` and `[` give the existing files, sorted. Raises UserError if there are none.
-    """
-    path = local_path(path)
-    if is_pattern(path):
-        return _expand(path)
-    if path.endswith(SHARD_SUFFIX):
-        return [path]
-    return list_files(path, SHARD_SUFFIX)
-
-
 def list_files(path: str, suffix: str) -> list[str]:
     """URLs of the files in a folder that end in `suffix`, sorted by name.
 
@@ -223,33 +191,6 @@ def list_files(path: str, suffix: str) -> list[str]:
     if not files:
         raise NoFilesError(f"{path} holds no {suffix} files{_advice(path, names, suffix)}")
     return [join(path, name) for name in files]
-
-
-def _expand(path: str) -> list[str]:
-    """URLs that a brace or shell pattern gives."""
-    import braceexpand
-
-    try:
-        expansions = list(braceexpand.braceexpand(path))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not a valid brace pattern ({error}); an example is data/{{00000..00031}}.tar"
-        ) from None
-    shards: list[str] = []
-    for pattern in expansions:
-        if not re.search(r"[*?\[]", pattern):
-            shards.append(pattern)
-        elif is_remote(pattern):
-            shards += with_retries(pattern, partial(_glob_remote, pattern))
-        else:
-            shards += sorted(glob.glob(pattern))
-    if not shards:
-        raise UserError(f"no file matches {path}; correct the pattern or create the data")
-    return shards
-
-
-def _glob_remote(pattern: str, store: Any) -> list[str]:
-    return sorted(store.unstrip_protocol(name) for name in store.glob(pattern))
 
 
 def _list_remote(path: str, store: Any) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline import storage
 from data_pipeline.batches.batch_builder import open_sources
 from data_pipeline.errors import UserError
 from data_pipeline.loader.simulate import StreamLoad, simulate
@@ -61,6 +62,8 @@ def index_lines(path: str, indexed: IndexResult) -> Iterator[tuple[str, bool]]:
         size += f"; {indexed.bytes / 1e6 / seconds:,.0f} MB/s, {indexed.samples / seconds:,.0f} samples/s"
     yield f"{path}: {shards}, {manifest.samples:,} samples, {size}; {manifest.fingerprint}", False
     for sentence in manifest.left_out.sentences(path).values():
+        yield sentence, True
+    for sentence, _ in storage.unread_files(path).sentences(path):
         yield sentence, True
     for group in indexed.findings.duplicates[:MAX_LISTED]:
         more = f" and {len(group) - MAX_LISTED:,} more" if len(group) > MAX_LISTED else ""
