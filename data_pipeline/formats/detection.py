@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
+from data_pipeline.storage.file_kind import COMPRESSED, describe_kind, file_kind
 
 Family = Literal["tars", "pairs", "outcomes", "documents", "lines", "conversations", "prompted", "unknown"]
 # The first suffix in this order that occurs in a folder decides its kind.
@@ -23,7 +24,6 @@ SUFFIXES = {
 }
 # Files beside the data: statistics, tokenizers, configurations.
 NOT_DATA = ("_stats.json", "tokenizer.json", "tokenizer_config.json", "config.json", "packed.json")
-COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 TITLES = {
     "tars": "tars",
     "cc3m": "CC3M lines (caption, tab, url)",
@@ -105,9 +105,11 @@ def _file_kind(file: str) -> str:
         raise UserError(f"{file} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder; name the files instead") from None
-    for mark, program in COMPRESSION_MAGIC.items():
-        if first.startswith(mark):
-            raise UserError(f"{file} is compressed with {program}; decompress it")
+    kind = file_kind(first)
+    if kind in COMPRESSED or kind == "zip":
+        raise UserError(f"{file} is compressed with {kind}; decompress it")
+    if kind in ("lfs", "html", "xml", "empty") or (kind == "parquet" and claimed not in (None, "parquet")):
+        raise UserError(str(describe_kind(kind, file)))
     found = _kind_by_bytes(first) or claimed
     if found is None:
         raise UserError(f"{file} begins with {first[:16]!r}, which is not one of: {KNOWN_FORMATS}")

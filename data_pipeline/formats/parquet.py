@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
+from data_pipeline.storage.file_kind import HEAD_BYTES, describe_kind, file_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,8 +51,12 @@ def open_checked(file: str) -> Iterator[BinaryIO]:
         # pyarrow raises OSError for damage inside a column, too; an error of the disk has an errno.
         if isinstance(error, ReadError) or getattr(error, "errno", None) is not None:
             raise
+        with storage.store_errors(file), storage.open_bytes(file) as opened:
+            head = opened.read(HEAD_BYTES)
+        kind = file_kind(head)
+        other = describe_kind(kind, file) if kind in ("lfs", "html", "xml", "empty") else None
         raise UserError(
-            f"{file} is not a parquet file, or cut off ({error}); download or write it again"
+            other or f"{file} is not a parquet file, or cut off ({error}); download or write it again"
         ) from None
 
 

@@ -15,6 +15,7 @@ from zlib import adler32
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.left_out import HARD, SPECIAL, SYMBOLIC, LeftOut
+from data_pipeline.storage.file_kind import checksums, describe_kind, file_kind
 
 TAR_BLOCK_BYTES = 512
 ZERO_BLOCK = bytes(TAR_BLOCK_BYTES)
@@ -116,6 +117,8 @@ def iter_members(
         if len(header) < TAR_BLOCK_BYTES:
             if is_span and position == end and not extended:
                 return
+            if not position:
+                _check_kind(header, where)
             raise _truncated(where, f"{end} bytes and no end-of-archive mark, so its writer was interrupted")
         raw_name, raw_size, checksum, kind, magic, prefix = HEADER.unpack(header)
         try:
@@ -294,14 +297,24 @@ def _check_global(records: Mapping[str, str], where: str) -> None:
 
 
 def _check_header(header: bytes, position: int, where: str) -> None:
-    """Raise UserError for a header with a wrong checksum; the exact check behind the fast one of iter_members."""
-    if position == 0 and header[:2] == b"\x1f\x8b":
-        raise UserError(f"{where} is compressed with gzip; unpack it, because ranges of it cannot be read")
-    stated = _number(header[148:156], position, where)
-    if stated != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    """Raise UserError for a header with a wrong checksum; the exact check behind the fast one of iter_members.
+
+    As GNU tar and Python do, it takes a sum of signed bytes too: old writers used it for names that are not ASCII.
+    """
+    if position == 0:
+        _check_kind(header, where)
+    if _number(header[148:156], position, where) not in checksums(header):
         raise UserError(
-            f"{where} is not a tar, or is damaged: wrong checksum in the header at byte {position}"
+            f"{where} is not a tar, or is damaged: wrong checksum in the header at byte {position}; fetch or make it "
+            "again"
         )
+
+
+def _check_kind(head: bytes, where: str) -> None:
+    """Raise UserError if the first bytes are those of a file of another kind."""
+    other = describe_kind(file_kind(head), where)
+    if other is not None:
+        raise UserError(other)
 
 
 def _number(field: bytes, position: int, where: str) -> int:
@@ -311,9 +324,12 @@ def _number(field: bytes, position: int, where: str) -> int:
     digits = field.split(b"\0", 1)[0].strip()
     if digits and not re.fullmatch(rb"[0-7]+", digits):
         if position == 0:
-            raise UserError(f"{where} is not a tar: its first 512 bytes are not a tar header")
+            raise UserError(
+                f"{where} is not a tar: its first 512 bytes are not a tar header; correct the path, or fetch it again"
+            )
         raise UserError(
-            f"{where} is damaged: no header at byte {position}, where the next member should start"
+            f"{where} is damaged: no header at byte {position}, where the next member should start; fetch or make it "
+            "again"
         )
     return int(digits or b"0", 8)
 
@@ -334,7 +350,7 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     records: dict[str, str] = {}
     position = 0
     try:
-        while position < len(data):
+        while position < len(data) and data[position]:  # some writers pad the records with NULs
             space = data.index(b" ", position)
             length = int(data[position:space])
             key, separator, value = data[space + 1 : position + length - 1].partition(b"=")

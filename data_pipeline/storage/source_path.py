@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import files
+from data_pipeline.storage.file_kind import HEAD_BYTES, describe_kind, file_kind
 from data_pipeline.storage.files import SHARD_SUFFIX, is_remote, join, local_path
 from data_pipeline.storage.listing import listed
 from data_pipeline.storage.object_store import with_retries
@@ -90,6 +91,11 @@ def list_shards(path: str) -> list[str]:
         return _expand(path, folder, rest)
     if path.endswith(SHARD_SUFFIX) and not os.path.isdir(path):
         return [path]
+    if not is_remote(path) and os.path.isfile(path):
+        with open(path, "rb") as opened:
+            other = describe_kind(file_kind(opened.read(HEAD_BYTES)), path)
+        if other is not None:
+            raise UserError(other)
     return files.list_files(path, SHARD_SUFFIX)
 
 
@@ -100,8 +106,8 @@ def _exists(path: str) -> bool:
 def _split(path: str) -> tuple[str, str]:
     """(folder, pattern below it); without a pattern, the second is the last part of the path.
 
-    A part of the path that exists as it is written belongs to the folder. On a store, only names that are hardly meant as
-    a pattern are looked for: with `[`, or with a brace that is not closed.
+    A part of the path that exists as it is written belongs to the folder. On a store, only names that are hardly meant
+    as a pattern are looked for: with `[`, or with a brace that is not closed.
     """
     path = local_path(path)
     if not PATTERN.search(path):

@@ -259,3 +259,68 @@ def test_a_number_in_base_256_has_all_bits_but_the_first(number: int) -> None:
 )
 def test_an_octal_number_ends_at_its_first_nul(field: bytes, number: int) -> None:
     assert _number(field, 0, "a.tar") == number
+
+
+def signed(raw: bytes) -> bytes:
+    """The header with a sum of signed bytes, as some old writers make it."""
+    blank = raw[:148] + b" " * 8 + raw[156:]
+    return raw[:148] + b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in blank) + raw[156:]
+
+
+@pytest.mark.parametrize("name", ["blå.txt", "日本語.txt", "é" * 40 + ".txt"])
+def test_signed_checksums_are_read(name: str) -> None:
+    plain = header(name, 3) + padded(b"abc")
+    old = signed(plain[:BLOCK]) + plain[BLOCK:]
+    assert old != plain
+    want = by_tarfile(plain + bytes(10240))
+    assert by_tarfile(old + bytes(10240)) == want
+    assert list(iter_members(old + bytes(10240), "a.tar")) == want
+    wrong = bytearray(old)
+    wrong[0] ^= 1
+    with pytest.raises(UserError, match="wrong checksum"):
+        list(iter_members(bytes(wrong) + bytes(10240), "a.tar"))
+
+
+@pytest.mark.parametrize("nuls", [1, 7, 511, 512, 600])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_pax_records_that_are_padded_with_nuls_are_read(nuls: int, kind: bytes) -> None:
+    """The size of the pax header counts the NULs behind the records."""
+    whole = pax({"mtime": "1.5", "comment": "größe"}, kind)
+    body = whole[BLOCK:].rstrip(b"\0") + bytes(nuls)
+    data = header("pax", len(body), kind) + padded(body) + header("a.txt", 3) + padded(b"abc") + bytes(10240)
+    (want,) = by_tarfile(data)
+    (found,) = iter_members(data, "a.tar")
+    assert found[1:] == want[1:]
+    assert scan(data, "a.tar").samples == 1
+
+
+@pytest.mark.parametrize("samples", [1, 2, 10])
+@pytest.mark.parametrize("cut", ["at the end", "in a header", "in the next member"])
+def test_whole_samples_before_a_cut_are_counted(samples: int, cut: str) -> None:
+    data = b"".join(
+        header(f"{n}.{extension}", 600) + padded(b"x" * 600)
+        for n in range(samples)
+        for extension in ("jpg", "txt")
+    )
+    rest = {
+        "at the end": b"",
+        "in a header": header("z.jpg", 9)[:100],
+        "in the next member": header("z.jpg", 900),
+    }[cut]
+    with pytest.raises(UserError, match=rf"it holds {samples} complete samples before the cut"):
+        scan(data + rest, "a.tar")
+    if samples > 1:  # with one sample, nothing says which members a sample has
+        last = 2 * BLOCK + BLOCK  # header and content of the last member
+        with pytest.raises(UserError, match=rf"it holds {samples - 1} complete samples before the cut"):
+            scan(data[:-last], "a.tar")
+
+
+@pytest.mark.parametrize("case", ["signed_checksum"])
+def test_the_headers_that_people_met(shared: Path, case: str) -> None:
+    path = next((shared / "cases/data/odd_headers" / case).glob("*.tar"))
+    assert scan_file(str(path)).samples == len(samples_of(by_tarfile(path))) == 10
+
+
+def test_the_tar_without_an_end_that_people_met(shared: Path) -> None:
+    with pytest.raises(UserError, match=r"no end-of-archive mark.*it holds 10 complete samples"):
+        scan_file(str(shared / "cases/data/no_end_mark/no_end/00000.tar"))
