@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
+from data_pipeline.sources.manifest import INDEX_FOLDER, SourceError, open_source, shard_lengths
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 
 # The folder that `dromos data prepare` writes.
 PREPARED = "data/demo"
+MAX_SCANNED_BYTES = 256 << 20  # of tars without an index, whose headers `recipe check` reads
 # Packages that decoding needs; they come with the `train` extra.
 DECODERS = ("simplejpeg", "PIL", "tokenizers")
 
@@ -30,21 +34,56 @@ def source_paths(stage: TrainStage | MergeStage) -> Iterator[tuple[str, str]]:
 def missing_sources(
     recipe: Recipe, stages: Iterable[str], remote: bool = True
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (stage, key, path, error) for each path that has no tars.
+    """Yields (stage, key, path, error) for each path that has no tars, or whose address is not read.
 
     A path that several keys name is reported once, for the first of them. Without `remote`, paths in object stores are
     assumed to exist.
     """
+    for name, key, path in _distinct_paths(recipe, stages):
+        try:
+            if storage.is_remote(storage.normal(path)):
+                if remote:
+                    storage.list_shards(path)
+            else:
+                shard_lengths(storage.list_shards(path), path)
+        except UserError as error:
+            yield name, key, path, str(error)
+
+
+def source_warnings(recipe: Recipe, stages: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields (stage, key, sentence) about what sources on this machine hold that training does not read, or cannot.
+
+    The headers of tars without an index are read only if the tars are small: they say what no other file does.
+    """
+    for name, key, path in _distinct_paths(recipe, stages):
+        with suppress(UserError):  # missing_sources names it
+            if storage.is_remote(storage.normal(path)):
+                continue
+            size = sum(shard_lengths(storage.list_shards(path), path).values())
+            if size > MAX_SCANNED_BYTES and not storage.exists(
+                storage.join(storage.root_of(path), f"{INDEX_FOLDER}/shards.parquet")
+            ):
+                for sentence, _ in storage.unread_files(path).sentences(path):
+                    yield name, key, sentence
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    open_source(key.rpartition(".")[2], path)
+                except SourceError as error:
+                    yield name, key, error.reason
+            for warning in caught:
+                yield name, key, str(warning.message)
+
+
+def _distinct_paths(recipe: Recipe, stages: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(stage, key, path) of the data of stages; a path that several keys name only for the first of them."""
     seen: set[str] = set()
     for name in stages:
         for key, path in source_paths(recipe.stages[name]):
-            if path in seen or (storage.is_remote(path) and not remote):
-                continue
-            seen.add(path)
-            try:
-                storage.list_shards(path)
-            except UserError as error:
-                yield name, key, path, str(error)
+            if path not in seen:
+                seen.add(path)
+                yield name, key, path
 
 
 def is_prepared(path: str, recipe: Recipe) -> bool:

@@ -12,7 +12,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import xxhash
 
@@ -41,9 +40,11 @@ from data_pipeline.sources.manifest import (
     tokenizer_of,
     wrong_count_error,
 )
+from data_pipeline.sources.sidecars import Count, read_counts
 
 PARTS_FOLDER = "parts"
 MAX_PART_BYTES = 16 << 20  # of offsets, after which a part is written
+MAX_LISTED_PROBLEMS = 10
 COMPARED_RANGES = 3  # byte ranges of two shards with equal headers that are compared
 COMPARED_BYTES = 64 << 10  # per range
 # Called with shards scanned, shards to scan, and the samples and bytes of those scanned.
@@ -77,7 +78,8 @@ def build_index(
     is written first, under a name that contains its hash; shards.parquet, which names it, is published last, so a
     reader sees the old index or the new one.
 
-    Raises one UserError that lists all tars that are damaged or contradict their `_stats.json`; the others stay saved.
+    Raises one UserError about all tars that are damaged or contradict their `_stats.json` or the index file of another
+    tool; the others stay saved.
     """
     # 1. List the shards, and load their records of earlier runs.
     urls = storage.list_shards(path)
@@ -104,7 +106,9 @@ def build_index(
     parts_folder = storage.join(folder, PARTS_FOLDER)
     problems, samples = _scan(content, todo, jobs, progress, parts_folder, part_seconds, parts)
     seconds = time.monotonic() - began
-    _check_stats(stats, urls, paths, content, problems)
+    stated = {url: Count(each["successes"], stats_url(url)) for url, each in stats.items()}
+    _check_counts(stated, urls, paths, content, problems)
+    _check_counts(read_counts(root, urls, sizes), urls, paths, content, problems)
     if problems:
         raise _problems_error(path, root, list(problems.values()), len(urls))
     if not sum(content.records[below].count for below in paths):
@@ -172,26 +176,30 @@ def _scan(
     return problems, samples
 
 
-def _check_stats(
-    stats: dict[str, dict[str, Any]],
+def _check_counts(
+    stated: dict[str, Count],
     urls: Sequence[str],
     paths: Sequence[str],
     content: IndexContent,
     problems: dict[str, str],
 ) -> None:
-    """Add to `problems` the shards that do not hold as many samples as their statistics say."""
+    """Add to `problems` the shards that do not hold as many samples as a file beside them says; `stated` is by URL."""
     for url, below in zip(urls, paths, strict=True):
-        if url in stats and below in content.records and url not in problems:
-            expected, found = stats[url]["successes"], content.records[below].count
+        if url in stated and below in content.records and url not in problems:
+            expected, found = stated[url].samples, content.records[below].count
             if expected != found:
-                problems[url] = str(wrong_count_error(url, expected, found, stats_url(url)))
+                problems[url] = str(wrong_count_error(url, expected, found, stated[url].where))
 
 
 def _problems_error(path: str, root: str, problems: list[str], shards: int) -> UserError:
     if len(problems) == 1 and shards == 1:
         return UserError(problems[0])
+    first = "; ".join(problems[:MAX_LISTED_PROBLEMS])
+    more = (
+        f"; and {len(problems) - MAX_LISTED_PROBLEMS:,} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
+    )
     return UserError(
-        f"{len(problems)} of the {shards} tars of {path} cannot be indexed: {'; '.join(problems)}. Make these again "
+        f"{len(problems)} of the {shards} tars of {path} cannot be indexed: {first}{more}. Make these again "
         f"or remove them, then run: dromos data index {root}; the others are saved in "
         f"{storage.join(root, INDEX_FOLDER)}/{PARTS_FOLDER} and will not be scanned again"
     )

@@ -23,6 +23,7 @@ from data_pipeline.sources.manifest import (
     stats_url,
     wrong_count_error,
 )
+from data_pipeline.sources.sidecars import Count, read_counts
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
 from data_pipeline.transforms.captions import json_member, pick_caption
 
@@ -52,7 +53,7 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
     examine = min(examine, EXAMINED_REMOTE_TARS) if storage.is_remote(path) else examine
     examined = evenly_spaced(existing, examine)
     left_out: dict[str, LeftOut] = {}
-    tables = report.tables = _read_tables(examined, report, left_out)
+    tables = report.tables = _read_tables(path, examined, report, left_out)
     samples = [sample for table in tables.values() for sample in table]
     _report_left_out(path, report, manifest, combined(left_out), len(samples))
     members = Counter(extension for sample in samples for extension in sample.members)
@@ -156,8 +157,17 @@ def _report_left_out(
         (report.problems if is_missing else report.notes).append(sentence)
 
 
+def _counts_of_others(path: str, urls: Sequence[str], report: SourceReport) -> dict[str, Count]:
+    """Counts in the index files of other tools, by URL; warnings about them become notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        counts = read_counts(storage.root_of(path), urls, storage.sizes(urls))
+    report.notes.extend(str(warning.message) for warning in caught)
+    return counts
+
+
 def _read_tables(
-    urls: Sequence[str], report: SourceReport, left_out: dict[str, LeftOut]
+    path: str, urls: Sequence[str], report: SourceReport, left_out: dict[str, LeftOut]
 ) -> dict[str, list[Sample]]:
     """Return the samples of each readable tar, and in `left_out` what is in none.
 
@@ -169,6 +179,7 @@ def _read_tables(
     except UserError as error:
         problems.append(str(error))
         stats = {}
+    others = _counts_of_others(path, urls, report)
     tables = {}
     for url in urls:
         try:
@@ -182,6 +193,10 @@ def _read_tables(
         if url in stats and stats[url]["successes"] != len(tables[url]):
             problems.append(
                 str(wrong_count_error(url, stats[url]["successes"], len(tables[url]), stats_url(url)))
+            )
+        if url in others and others[url].samples != len(tables[url]):
+            problems.append(
+                str(wrong_count_error(url, others[url].samples, len(tables[url]), others[url].where))
             )
         if stats and url not in stats:
             problems.append(

@@ -365,5 +365,5 @@ def wrong_count_error(url: str, expected: int, found: int, counted_in: str) -> U
     folder = url.rpartition("/")[0]
     return UserError(
         f"{url} holds {found} samples, but {counted_in} says {expected}; the order of samples depends on the counts: "
-        f"make the shard again, or correct that file and run: dromos data index {folder}"
+        f"make the shard again, or correct or remove that file, then run: dromos data index {folder}"
     )

@@ -14,6 +14,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest, stats_url, wrong_count_error
 from data_pipeline.sources.offsets import Offsets
 from data_pipeline.sources.scan import sample_starts
+from data_pipeline.sources.sidecars import read_counts
 from data_pipeline.sources.tar import Sample, member_table, parse_sample
 from data_pipeline.sources.tar_members import LinkOutsideError
 
@@ -153,11 +154,14 @@ class ShardReader:
         """Name of the file that the count of a shard comes from, for messages."""
         if self.manifest.counted_by == "manifest":
             return f"the index {storage.join(self.manifest.root, INDEX_FOLDER)}"
-        return {
-            "stats": stats_url(url),
-            "sidecar": "the index file of another tool (.idx, .nv-meta or wids)",
-            "tar": "an earlier scan of it",
-        }[self.manifest.counted_by]
+        if self.manifest.counted_by == "tar":
+            return "an earlier scan of it"
+        if storage.exists(stats_url(url)):
+            return stats_url(url)
+        counts = read_counts(self.manifest.root, [url], storage.sizes([url]))
+        return (
+            counts[url].where if url in counts else "the index file of another tool (.idx, .nv-meta or wids)"
+        )
 
     def _span(self, shard: int, index: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a shard. Raises UserError if a local tar ends earlier."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from data_pipeline import storage
 from data_pipeline.errors import UserError
@@ -27,22 +28,37 @@ MAX_WIDS_FILES, MAX_WIDS_BYTES = 8, 64 << 20
 PARALLEL_READS = 16
 
 
+class Count(NamedTuple):
+    """Samples of a shard according to the file `where`."""
+
+    samples: int
+    where: str
+
+
 def count_samples(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]:
-    """Shard URL -> samples, for the shards that an index file of another tool covers; `sizes` are bytes by URL.
+    """Shard URL -> samples, as `read_counts`."""
+    return {url: count.samples for url, count in read_counts(root, urls, sizes).items()}
+
+
+def read_counts(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, Count]:
+    """Shard URL -> count, for the shards that an index file of another tool covers; `sizes` are bytes by URL.
 
     Warns about files that are damaged or do not match their tars, and ignores them.
     """
-    counts: dict[str, int] = {}
+    counts: dict[str, Count] = {}
     for listed in (_energon_info(root, urls), _wids(root, urls, sizes)):
         counts |= {url: count for url, count in listed.items() if url not in counts}
     index_files = _index_files([url for url in urls if url not in counts])
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         read = pool.map(lambda item: _count_in(*item), index_files.values())
-        counts |= {url: count for url, count in zip(index_files, read, strict=True) if count is not None}
-    for url in [url for url, count in counts.items() if count > sizes[url] // TAR_BLOCK_BYTES]:
+        for (url, (where, _)), samples in zip(index_files.items(), read, strict=True):
+            if samples is not None:
+                counts[url] = Count(samples, where)
+    for url in [url for url, count in counts.items() if count.samples > sizes[url] // TAR_BLOCK_BYTES]:
         _warn(
             url,
-            f"an index file says {counts.pop(url)} samples, more than fit into the {sizes[url]} bytes of the tar",
+            f"an index file says {counts.pop(url).samples} samples, more than fit into the {sizes[url]} bytes of the "
+            "tar",
         )
     return counts
 
@@ -78,7 +94,7 @@ def _count_in(where: str, size: int) -> int | None:
     return size // 8 - 1
 
 
-def _energon_info(root: str, urls: Sequence[str]) -> dict[str, int]:
+def _energon_info(root: str, urls: Sequence[str]) -> dict[str, Count]:
     """Counts in Energon's `.info.json` of the folder or of its parent, whose paths start with the folder's name."""
     above, _, folder = root.rpartition("/")
     for base, start in ((root, ""), (above, f"{folder}/")):
@@ -89,17 +105,17 @@ def _energon_info(root: str, urls: Sequence[str]) -> dict[str, int]:
         if not isinstance(counts, dict):
             _warn(where, "it has no shard_counts")
             continue
-        found: dict[str, int] = {}
+        found: dict[str, Count] = {}
         for url in urls:
             count = counts.get(start + storage.path_below(root, url))
             if _is_count(count):
-                found[url] = count
+                found[url] = Count(count, where)
         if found:
             return found
     return {}
 
 
-def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, int]:
+def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, Count]:
     """Counts in a wids index in the folder: JSON with a `shardlist` of {url, nsamples, filesize}."""
     try:
         names = storage.list_files(root, ".json")
@@ -107,25 +123,40 @@ def _wids(root: str, urls: Sequence[str], sizes: dict[str, int]) -> dict[str, in
         return {}
     lengths = storage.sizes([name for name in names if not name.endswith("_stats.json")])
     names = [name for name, length in lengths.items() if length <= MAX_WIDS_BYTES]
-    by_name = {url.rpartition("/")[2]: url for url in urls}
+    by_path = {storage.path_below(root, url): url for url in urls}
     for where in names[:MAX_WIDS_FILES]:
         shards = _json(where).get("shardlist")
         if not isinstance(shards, list):
             continue
-        found: dict[str, int] = {}
+        shards = [shard for shard in shards if isinstance(shard, dict)]
+        bases = Counter(str(shard.get("url", "")).rpartition("/")[2] for shard in shards)
+        found: dict[str, Count] = {}
         for shard in shards:
-            url = (
-                by_name.get(str(shard.get("url", "")).rpartition("/")[2]) if isinstance(shard, dict) else None
-            )
+            url = _shard_of(str(shard.get("url", "")), by_path, bases)
             if url is None or not _is_count(shard.get("nsamples")):
                 continue
             if shard.get("filesize", sizes[url]) != sizes[url]:
                 _warn(where, f"it says that {url} has {shard['filesize']} bytes, but it has {sizes[url]}")
                 continue
-            found[url] = shard["nsamples"]
+            found[url] = Count(shard["nsamples"], where)
         if found:
             return found
     return {}
+
+
+def _shard_of(listed: str, by_path: dict[str, str], bases: Counter[str]) -> str | None:
+    """URL of the shard that a wids index calls `listed`: a path below its folder, or an address elsewhere.
+
+    `by_path` maps the path of a shard below the folder to its URL. Of an address elsewhere, the longest end that is
+    such a path decides; its last part alone only if it is no other shard's of the list.
+    """
+    parts = [part for part in listed.split("/") if part not in ("", ".")]
+    for start in range(len(parts)):
+        url = by_path.get("/".join(parts[start:]))
+        if url is not None:
+            is_base = start == len(parts) - 1 and start > 0
+            return None if is_base and bases[parts[-1]] > 1 else url
+    return None
 
 
 def _json(where: str) -> dict[str, Any]:

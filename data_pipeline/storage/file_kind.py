@@ -14,7 +14,6 @@ MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\xfd7zXZ\0": "xz",
     b"\x04\x22\x4d\x18": "lz4",
-    b"\x5d\0\0": "lzma",
     b"\x1f\x9d": "compress",
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!\x1a\x07": "rar",
@@ -54,6 +53,10 @@ def file_kind(head: bytes, size: int | None = None) -> str:
         head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
     ):  # a frame before those of zstd, as pzstd writes
         return "zstd"
+    if head.startswith(b"]\0\0") and head[3:13].strip(
+        b"\0"
+    ):  # old lzma has no magic: its settings, then the size
+        return "lzma"
     kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
     if kind is not None:
         return kind

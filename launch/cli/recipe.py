@@ -60,7 +60,7 @@ def check(
     """Check a recipe before it costs anything.
 
     Checks keys, values, the rules between them, and that the sources exist. Prints one line per stage. A missing
-    source is a warning: it may be on another machine, or not made yet.
+    source is a warning: it may be on another machine, or not made yet. So is what lies in the sources and is not read.
 
     With --model, each model is built without memory for its weights, and what trains is printed, at which rate:
     expressions that match no parameter, streams without a trained parameter and `init` weights that do not fit are
@@ -73,7 +73,7 @@ def check(
 
     Exit codes: 0 it can run, 2 it is wrong or needs features that this version lacks (each is named).
     """
-    from launch.data_check import is_prepared, missing_sources
+    from launch.data_check import is_prepared, missing_sources, source_warnings
     from pretrain.recipe.checks import unsupported_problems
     from pretrain.recipe.lengths import length_warnings
     from pretrain.recipe.load import load_recipe
@@ -95,6 +95,8 @@ def check(
             wrong |= not _check_model(name, stage, loaded)
     missing_data = list(missing_sources(loaded, loaded.stages, remote=False))
     for name, key, _, text in missing_data:
+        typer.echo(f"warning: {name}.{key}: {text}", err=True)
+    for name, key, text in source_warnings(loaded, loaded.stages):
         typer.echo(f"warning: {name}.{key}: {text}", err=True)
     if any(is_prepared(path, loaded) for _, _, path, _ in missing_data):
         typer.echo(f"make the data with: dromos data prepare {recipe}", err=True)

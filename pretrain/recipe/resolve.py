@@ -19,7 +19,7 @@ from pretrain.recipe.fields import Length, parse_length
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.schema_errors import did_you_mean, suggest_key
 from pretrain.recipe.variants import key_names, variants_at
-from pretrain.recipe.yaml_file import Document, Key, parse_scalar
+from pretrain.recipe.yaml_file import Document, Key, whole_value
 
 # Section -> keys of which at most one may be set: setting one removes the others.
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
@@ -141,7 +141,7 @@ def parse_override(text: str, stages: Iterable[str]) -> Override:
             f"override {text!r}: write KEY=VALUE, for example train.steps=500 or {stages[0]}.train.steps=500"
         )
     try:
-        value = parse_scalar(raw)
+        value = whole_value(raw)
     except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or error
         raise UserError(

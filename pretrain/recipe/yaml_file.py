@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -66,6 +67,35 @@ def load_yaml(path: str | Path, noun: str = "recipe") -> Document:
 def parse_scalar(text: str) -> Any:
     """The value of `KEY=VALUE` on a command line, parsed as YAML."""
     return yaml.load(text, Loader=_Loader)
+
+
+def whole_value(text: str) -> Any:
+    """`parse_scalar`, but no part of the text is lost: YAML ends a value at ` #`, and drops `&name` and `!tag`.
+
+    A text whose end YAML takes for a comment, such as a folder `set #1`, is returned whole. Raises ValueError for
+    another value of which YAML would keep less than is written.
+    """
+    value = parse_scalar(text)
+    if "#" not in text and "&" not in text and "!" not in text:
+        return value
+    outer = (yaml.StreamStartToken, yaml.StreamEndToken, yaml.BlockEndToken)
+    tokens = [token for token in yaml.scan(text, Loader=yaml.SafeLoader) if not isinstance(token, outer)]
+    is_marked = any(isinstance(token, yaml.AnchorToken | yaml.TagToken) for token in tokens)
+    kept = text[: tokens[-1].end_mark.index] if tokens else ""
+    dropped = text[len(kept) :].strip()
+    if not is_marked and dropped.startswith("#"):
+        is_plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
+        if not tokens or (is_plain and isinstance(value, str)):
+            return text.strip()
+    inner = "#" in text and any(
+        "#" in text[first.end_mark.index : second.start_mark.index]
+        for first, second in itertools.pairwise(tokens)
+    )
+    if is_marked or dropped or inner:
+        raise ValueError(
+            "YAML reads it with a comment, an anchor or a tag; write the value in quotes: 'KEY=\"VALUE\"'"
+        )
+    return value
 
 
 class _Strict(yaml.constructor.SafeConstructor):

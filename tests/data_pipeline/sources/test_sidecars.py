@@ -18,9 +18,10 @@ import pytest
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.index.build import build_index
+from data_pipeline.show import describe
 from data_pipeline.sources import manifest
 from data_pipeline.sources.manifest import open_source
-from data_pipeline.sources.scan import sample_starts
+from data_pipeline.sources.scan import Scan, scan_file
 from data_pipeline.sources.shard_reader import ShardReader
 from tests.support.s3_server import s3_server
 from tests.support.tars import Entry, truth, write_entries
@@ -60,11 +61,11 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the scans of each tar for its sample count, by file name."""
     counted: Counter[str] = Counter()
 
-    def counting(source: str | bytes, where: str) -> np.ndarray:
-        counted[where.rpartition("/")[2]] += 1
-        return sample_starts(source, where)
+    def counting(url: str, size: int | None = None) -> Scan:
+        counted[url.rpartition("/")[2]] += 1
+        return scan_file(url, size)
 
-    monkeypatch.setattr(manifest, "sample_starts", counting)
+    monkeypatch.setattr(manifest, "scan_file", counting)
     return counted
 
 
@@ -147,9 +148,14 @@ def test_a_wrong_dali_count_is_an_error(tmp_path: Path) -> None:
         dali(root / f"{shard}.tar")
     reader = ShardReader(open_source("a", str(root)))
     with pytest.raises(
-        UserError, match=r"0\.tar holds 12 samples, but the index file of another tool .* says \d+"
+        UserError, match=r"0\.tar holds 12 samples, but .*/0\.idx says \d+; .*correct or remove that file"
     ):
         reader.read(0, 0)
+    with pytest.raises(UserError, match=r"3 of the 3 tars .*0\.idx says"):
+        build_index(str(root))
+    assert sum(".idx says" in problem for problem in describe(str(root))["problems"]) == 3
+    for shard in range(SHARDS):
+        (root / f"{shard}.idx").unlink()
     build_index(str(root))
     check(root)
 
@@ -207,9 +213,7 @@ def test_an_impossible_count_is_ignored(root: Path) -> None:
 def test_a_wrong_wids_count_is_an_error(root: Path) -> None:
     wids(root, nsamples=3)
     reader = ShardReader(open_source("a", str(root)))
-    with pytest.raises(
-        UserError, match=r"1\.tar holds 13 samples, but the index file of another tool .* says 3"
-    ):
+    with pytest.raises(UserError, match=r"1\.tar holds 13 samples, but .*/train\.json says 3"):
         reader.read(1, 0)
 
 
@@ -237,6 +241,81 @@ def test_offsets_are_ignored(tmp_path: Path) -> None:
         energon(root / f"{shard}.tar", [offset + 512 for offset in offsets])
     assert open_source("a", str(root)).counted_by == "sidecar"
     check(root)
+
+
+WRONG = {
+    "dali": lambda root: (root / "1.idx").write_text("v1.2 99\n"),
+    "energon": lambda root: energon(root / "1.tar", [0, 512, 1024]),
+    "energon info": lambda root: info(root, {"0.tar": 12, "1.tar": 3, "2.tar": 14}),
+    "wids": lambda root: (root / "index.json").write_text(
+        json.dumps({"shardlist": [{"url": f"{n}.tar", "nsamples": (12, 5, 14)[n]} for n in range(SHARDS)]})
+    ),
+}
+
+
+def info(root: Path, counts: dict[str, int]) -> None:
+    (root / ".nv-meta").mkdir()
+    (root / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": counts}))
+
+
+@pytest.mark.parametrize("with_stats", [False, True])
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_count_is_held_against_the_tar(tmp_path: Path, kind: str, with_stats: bool) -> None:
+    """As that of `_stats.json` is, by show and index, also where a right `_stats.json` decides the count."""
+    root = fill(tmp_path / "source")
+    if with_stats:
+        for shard in range(SHARDS):
+            (root / f"{shard}_stats.json").write_text(json.dumps({"successes": 12 + shard}))
+    WRONG[kind](root)
+    message = (
+        r"1\.tar holds 13 samples, but .*/(1\.idx|1\.tar\.idx|\.nv-meta/\.info\.json|index\.json) says \d+"
+    )
+    problems = [problem for problem in describe(str(root))["problems"] if re.search(message, problem)]
+    assert len(problems) == 1
+    with pytest.raises(UserError, match=message):
+        build_index(str(root))
+
+
+@pytest.mark.parametrize("start", ["", "./", "/elsewhere/set/", "http://host/set/", "s3://bucket/set/"])
+def test_wids_shards_are_matched_by_path(tmp_path: Path, start: str) -> None:
+    """Two folders have a 0.tar each; the counts and sizes of one are not held against the other."""
+    (tmp_path / "source").mkdir()
+    for folder, shard in (("a", 0), ("b", 2)):
+        write_entries(fill(tmp_path / "source" / folder) / "0.tar", entries(shard), tarfile.GNU_FORMAT)
+    root = tmp_path / "source"
+    listed = [
+        {
+            "url": f"{start}{folder}/0.tar",
+            "nsamples": count,
+            "filesize": (root / folder / "0.tar").stat().st_size,
+        }
+        for folder, count in (("a", 12), ("b", 14))
+    ]
+    for order in (listed, listed[::-1]):
+        (root / "index.json").write_text(json.dumps({"wids_version": 1, "shardlist": order}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opened = open_source("a", f"{root}/{{a,b}}/0.tar")
+        assert (opened.counted_by, opened.counts.tolist()) == ("sidecar", [12, 14])
+    assert describe(f"{root}/{{a,b}}/0.tar")["problems"] == []
+    # Below a, the last part of an address could be that of either shard: neither is taken.
+    (root / "a" / "index.json").write_text(json.dumps({"shardlist": listed}))
+    (root / "a" / "1.tar").unlink()
+    (root / "a" / "2.tar").unlink()
+    assert open_source("a", str(root / "a")).counts.tolist() == [12]
+
+
+def test_the_files_that_people_met(shared: Path) -> None:
+    source = shared / "cases/data/counts_of_others"
+    about = describe(str(source / "dali_wrong"))
+    assert any(
+        "0.tar holds 10 samples" in problem and "0.idx says 12" in problem for problem in about["problems"]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened = open_source("a", f"{source}/wids_two/{{a,b}}/0.tar")
+    assert (opened.counted_by, opened.counts.tolist()) == ("sidecar", [10, 6])
+    assert describe(f"{source}/wids_two/{{a,b}}/0.tar")["problems"] == []
 
 
 def test_our_index_has_priority(root: Path) -> None:

@@ -267,7 +267,7 @@ def signed(raw: bytes) -> bytes:
     return raw[:148] + b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in blank) + raw[156:]
 
 
-@pytest.mark.parametrize("name", ["blå.txt", "日本語.txt", "é" * 40 + ".txt"])
+@pytest.mark.parametrize("name", ["blå.txt", "日本語.txt", "é" * 9 + ".txt"])
 def test_signed_checksums_are_read(name: str) -> None:
     plain = header(name, 3) + padded(b"abc")
     old = signed(plain[:BLOCK]) + plain[BLOCK:]
