@@ -110,7 +110,7 @@ def build_index(
     _check_counts(stated, urls, paths, content, problems)
     _check_counts(read_counts(root, urls, sizes), urls, paths, content, problems)
     if problems:
-        raise _problems_error(path, root, list(problems.values()), len(urls))
+        raise _problems_error(path, root, problems, len(urls))
     if not sum(content.records[below].count for below in paths):
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
 
@@ -191,13 +191,14 @@ def _check_counts(
                 problems[url] = str(wrong_count_error(url, expected, found, stated[url].where))
 
 
-def _problems_error(path: str, root: str, problems: list[str], shards: int) -> UserError:
+def _problems_error(path: str, root: str, problems: dict[str, str], shards: int) -> UserError:
+    """One error about all tars in `problems`: the messages of the first ones, the names of the others."""
+    messages = list(problems.values())
     if len(problems) == 1 and shards == 1:
-        return UserError(problems[0])
-    first = "; ".join(problems[:MAX_LISTED_PROBLEMS])
-    more = (
-        f"; and {len(problems) - MAX_LISTED_PROBLEMS:,} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
-    )
+        return UserError(messages[0])
+    first = "; ".join(messages[:MAX_LISTED_PROBLEMS])
+    others = list(problems)[MAX_LISTED_PROBLEMS:]
+    more = f"; and {len(others):,} more: {storage.listed(paths_below(root, others))}" if others else ""
     return UserError(
         f"{len(problems)} of the {shards} tars of {path} cannot be indexed: {first}{more}. Make these again "
         f"or remove them, then run: dromos data index {root}; the others are saved in "

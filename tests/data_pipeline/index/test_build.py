@@ -435,3 +435,17 @@ def test_large_members_of_a_remote_tar_are_not_fetched(s3: str, tmp_path: Path) 
     before = requests.bytes
     assert build_index(root).samples == 3
     assert requests.bytes - before < 20 << 20
+
+
+def test_the_error_about_many_broken_tars_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(400):
+        (tmp_path / "a" / f"{number:05d}.tar").write_bytes(b"x" * 100)
+    write_shard(str(tmp_path / "a" / "good.tar"), 0, 3)
+    with pytest.raises(UserError) as caught:
+        build_index(str(tmp_path / "a"))
+    text = str(caught.value)
+    assert text.startswith("400 of the 401 tars")
+    assert "; and 390 more: 00010.tar to 00399.tar (390)" in text
+    assert text.count(" is cut off") == 10
+    assert len(text) < 5000
