@@ -26,7 +26,7 @@ MAX_LINES_IN_ANY_FUNCTION = 75
 # Left may import right. A unit is a folder or a file directly below the table's folder; all of them may import "*".
 MAY_IMPORT = {
     "data_pipeline": {
-        "*": "errors hashing activity child_process native",
+        "*": "errors hashing activity child_process native text_encoding",
         "stream": "loader workers batches transforms order storage",
         "loader": "workers batches sources order storage",
         "workers": "batches",

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from data_pipeline import storage
+from data_pipeline.errors import ContentError
 from data_pipeline.formats.laion import Pair
 from data_pipeline.formats.records import BadRecord
 from data_pipeline.formats.text_records import MAX_RECORD_BYTES, lines, open_text
+from data_pipeline.text_encoding import decode_line
 
 # Users add this header row, because img2dataset needs column names.
 HEADER = ("caption", "url")
@@ -18,7 +20,8 @@ def read_pairs(path: str, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Pair | 
     """Yield a Pair or a BadRecord per line; memory does not grow with the file.
 
     Quotes have no meaning: the public file quotes nothing. Blank lines and a header "caption<TAB>url" are skipped.
-    Reasons of a BadRecord: `no tab`, `more than two columns`, `not UTF-8`, `missing url`, `line too long`.
+    Reasons of a BadRecord: `no tab`, `more than two columns`, `not UTF-8`, `NUL in text`,
+    `missing url`, `line too long`.
     """
     with open_text(path) as file:
         yield from pairs_of(path, file, max_bytes)
@@ -31,20 +34,19 @@ def pairs_of(path: str, file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> It
         if line is None:
             yield BadRecord(path, place, "line too long", f"over {max_bytes} bytes")
             continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
         try:
-            columns = line.decode().split("\t")
-        except UnicodeDecodeError as error:
-            yield BadRecord(path, place, "not UTF-8", str(error))
+            text = decode_line(line)
+        except ContentError as error:
+            yield BadRecord(path, place, error.reason, error.detail)
             continue
+        if not text.strip():
+            continue
+        columns = text.split("\t")
         if number == 1 and tuple(column.strip().lower() for column in columns) == HEADER:
             continue
         if len(columns) != 2:
             reason = "no tab" if len(columns) == 1 else "more than two columns"
-            yield BadRecord(path, place, reason, f"{line.decode()[:80]!r}")
+            yield BadRecord(path, place, reason, f"{text[:80]!r}")
             continue
         caption, url = (column.strip() for column in columns)
         if not url:

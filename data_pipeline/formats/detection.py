@@ -11,6 +11,7 @@ from typing import Any, Literal
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.storage.file_kind import COMPRESSED, describe_kind, file_kind
+from data_pipeline.text_encoding import is_utf16, without_bom
 
 Family = Literal["tars", "pairs", "outcomes", "documents", "lines", "conversations", "prompted", "unknown"]
 # The first suffix in this order that occurs in a folder decides its kind.
@@ -121,7 +122,9 @@ def _kind_by_bytes(first: bytes) -> str | None:
         return "parquet"
     if first[257:262] == b"ustar":
         return "tar"
-    begin = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if is_utf16(first):
+        first = first.decode("utf-16", "ignore").encode()
+    begin = without_bom(first).lstrip()
     if begin[:1] == b"{" or (begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b"]", b"[")):
         return "json"
     return "tsv" if b"\t" in first.split(b"\n", 1)[0] and b"\0" not in first else None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
+from data_pipeline.formats.records import BadRecord, check_image_path
 from data_pipeline.formats.text_records import MAX_RECORD_BYTES, open_text, parse_records
+from data_pipeline.text_encoding import check_text
 
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
@@ -53,7 +54,7 @@ def read_conversations(
     `images`: the image folder, if the user named one; absolute paths below it are accepted. Memory does not grow with
     the file. Reasons of a BadRecord besides those of `text_records.records`: `no object`, `no turns`, `bad turn`,
     `unknown role`, `wrong turn order`, `no answer`, `unsafe image path`, `missing image`, `<image> count`, `bad id`,
-    `not UTF-8`.
+    `not UTF-8`, `NUL in text`.
     """
     with open_text(path) as file:
         yield from conversations_of(path, file, images, max_bytes)
@@ -105,9 +106,10 @@ def _turn(turn: Any, number: int, role_field: str, text_field: str) -> Turn:
         raise ContentError(
             "bad turn", f"{text_field!r} of turn {number} is {type(turn.get(text_field)).__name__}, not text"
         )
-    if SURROGATE.search(text):
-        raise ContentError("not UTF-8", f"turn {number}")
-    return Turn(role, text)
+    try:
+        return Turn(role, check_text(text))
+    except ContentError as error:
+        raise ContentError(error.reason, f"turn {number}: {error.detail}") from None
 
 
 def _text(content: Any) -> str | None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ContentError, UserError
 from data_pipeline.formats import parquet
 from data_pipeline.formats.parquet import Column, match_columns, missing_columns, python_values, type_problems
 from data_pipeline.formats.records import BadRecord
+from data_pipeline.text_encoding import check_text
 
 # Names in lower case: LAION's files have URL and TEXT, copies of them url and text. If a table has two
 # similarities, ViT-L/14's is used, because the dataset was filtered with it.
@@ -123,8 +124,9 @@ def missing_pair_columns(names: Sequence[str]) -> list[str]:
 def read_pairs(path: str, rows: int = 1024) -> Iterator[Pair | BadRecord]:
     """Yield every row of every parquet file of `path`, in order: a Pair, or a BadRecord.
 
-    Reads `rows` rows at a time and only the columns of a Pair. Reasons of a BadRecord: `missing url`, `not UTF-8`.
-    Raises UserError, with the file, if a required column is missing or has a wrong type, or if the file is damaged.
+    Reads `rows` rows at a time and only the columns of a Pair. Reasons of a BadRecord: `missing url`, `not UTF-8`,
+    `NUL in text`. Raises UserError, with the file, if a required column is missing or has a wrong type, or if the file
+    is damaged.
     """
     for file in parquet.list_files(path):
         with parquet.open_file(file) as source:
@@ -159,8 +161,11 @@ def _pair(row: Mapping[str, Any], file: str, number: int) -> Pair | BadRecord:
     url = (row["url"] or "").strip()
     if not url:
         return BadRecord(file, place, "missing url")
-    own = _blank_to_none(row.get("caption"))
-    captions, scores = _generated(row)
+    try:
+        own = _caption(row.get("caption"))
+        captions, scores = _generated(row)
+    except ContentError as error:
+        return BadRecord(file, place, error.reason, error.detail)
     generated = "top caption" in row or "captions" in row
     if not generated:
         captions, scores = ((own,), (None,)) if own else ((), ())
@@ -194,19 +199,23 @@ def _generated(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float | N
     ranked = sorted(
         zip(texts, numbers, strict=True), key=lambda pair: math.inf if pair[1] is None else -pair[1]
     )
-    top = _blank_to_none(row.get("top caption"))
+    top = _caption(row.get("top caption"))
     if top is not None:
         scored[top] = next((score for text, score in ranked if (text or "").strip() == top), None)
     for text, score in ranked:
-        kept = _blank_to_none(text)
+        kept = _caption(text)
         if kept is not None:
             scored.setdefault(kept, score)
     return tuple(scored), tuple(scored.values())
 
 
 def _blank_to_none(text: str | None) -> str | None:
-    text = (text or "").strip()
-    return text or None
+    return (text or "").strip() or None
+
+
+def _caption(text: str | None) -> str | None:
+    """The stripped caption, None if it is blank. Raises ContentError `NUL in text`."""
+    return check_text(text or "").strip() or None
 
 
 def _number(value: Any) -> float | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from data_pipeline.errors import ContentError
-from data_pipeline.formats.records import SURROGATE, BadRecord, check_image_path
+from data_pipeline.formats.records import BadRecord, check_image_path
 from data_pipeline.formats.text_records import MAX_RECORD_BYTES, open_text, parse_records
+from data_pipeline.text_encoding import check_text
 
 # Boxes y0 x0 y1 x1 in 1024 bins, and masks in 128 codewords; the vocabulary has no tokens for other numbers.
 LOCATION_TOKEN = re.compile(r"<(loc|seg)(\d*)>")
@@ -36,7 +37,7 @@ def read_prompted(
     """Yield (place, Prompted or BadRecord) per line, in order; memory does not grow with the file.
 
     Reasons of a BadRecord besides those of `text_records.records`: `no object`, `no prefix or suffix`, `bad text`,
-    `not UTF-8`, `unsafe image path`, `missing image`, `bad location token`.
+    `not UTF-8`, `NUL in text`, `unsafe image path`, `missing image`, `bad location token`.
     """
     with open_text(path) as file:
         yield from prompted_of(path, file, images, max_bytes)
@@ -69,8 +70,10 @@ def _field_text(value: dict[str, Any], field: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise ContentError("bad text", f"{field} is {type(text).__name__}, not text")
-    if SURROGATE.search(text):
-        raise ContentError("not UTF-8", field)
+    try:
+        text = check_text(text)
+    except ContentError as error:
+        raise ContentError(error.reason, f"{field}: {error.detail}") from None
     for kind, number in LOCATION_TOKEN.findall(text):
         digits, bins = BINS[kind]
         if len(number) != digits or int(number) >= bins:

@@ -11,7 +11,6 @@ from data_pipeline.errors import ContentError
 UNSAFE = "unsafe image path"
 # Control characters, and lone surrogates, which replace bytes that are not UTF-8 (see text_records.py).
 CONTROL_OR_SURROGATE = re.compile("[\x00-\x1f\ud800-\udfff]")
-SURROGATE = re.compile("[\ud800-\udfff]")
 URL_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 

@@ -1,4 +1,7 @@
-"""Lines, JSONL and JSON lists record by record, in memory that does not grow with the file."""
+"""Lines, JSONL and JSON lists record by record, in memory that does not grow with the file.
+
+Files are UTF-8, or UTF-16 with its byte order mark; marks are removed, also those inside joined files.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, TypeVar, cast
 
 from data_pipeline import storage
 from data_pipeline.errors import ContentError
 from data_pipeline.formats.records import BadRecord
+from data_pipeline.text_encoding import decode_line, is_utf16, without_bom
 
 MAX_RECORD_BYTES = 8 << 20  # default limit of a line, and in characters of an entry of a list
 CHUNK_BYTES = 1 << 18
@@ -41,12 +45,12 @@ def records(path: str, file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Ite
     """Yield (place, JSON value) per record: "entry 3" (from 0) of a list, or "line 4" (from 1) of lines.
 
     A list begins with "[", lines do not. An unreadable value is a BadRecord: `bad json`, `nested too deeply`,
-    `not UTF-8`, `record too long`. Reading continues after a bad line; a bad entry ends a list, because the start of
-    the next entry is unknown.
+    `not UTF-8`, `NUL in text`, `record too long`. Reading continues after a bad line; a bad entry ends a list, because
+    the start of the next entry is unknown.
     """
     start = file.read(4096)
     file.seek(0)
-    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+    if without_bom(start).lstrip()[:1] == b"[":
         yield from _entries(path, file, max_bytes)
     else:
         yield from _lines(path, file, max_bytes)
@@ -58,14 +62,12 @@ def _lines(path: str, file: BinaryIO, max_bytes: int) -> Iterator[tuple[str, Any
         if line is None:
             yield place, BadRecord(path, place, "record too long", f"over {max_bytes} bytes")
             continue
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
         try:
-            yield place, json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield place, BadRecord(path, place, "not UTF-8", str(error))
+            text = decode_line(line)
+            if text.strip():
+                yield place, json.loads(text)
+        except ContentError as error:
+            yield place, BadRecord(path, place, error.reason, error.detail)
         except ValueError as error:
             yield place, BadRecord(path, place, "bad json", str(error))
         except RecursionError:
@@ -162,13 +164,75 @@ class _Text:
 
 @contextmanager
 def open_text(path: str) -> Iterator[BinaryIO]:
-    """Open a file for `lines`. A remote file is buffered, because its own readline ignores the size limit."""
-    with storage.store_errors(path), storage.open_bytes(path) as file:
-        if isinstance(file, io.BufferedReader):
-            yield file
-        else:
-            with io.BufferedReader(cast(io.RawIOBase, file), 1 << 20) as buffered:
-                yield buffered
+    """Open a file for `lines`; UTF-16 is read as UTF-8.
+
+    A remote file is buffered, because its own readline ignores the size limit.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(storage.store_errors(path))
+        file = stack.enter_context(storage.open_bytes(path))
+        if not isinstance(file, io.BufferedReader):
+            file = stack.enter_context(io.BufferedReader(cast(io.RawIOBase, file), 1 << 20))
+        if is_utf16(file.peek(4)[:4]):
+            file = stack.enter_context(io.BufferedReader(_Utf16AsUtf8(file), CHUNK_BYTES))
+        yield file
+
+
+def bytes_read(file: BinaryIO) -> int:
+    """Bytes of the file on disk that have been read from a file of `open_text`."""
+    raw = getattr(file, "raw", None)
+    return raw.consumed if isinstance(raw, _Utf16AsUtf8) else file.tell()
+
+
+class _Utf16AsUtf8(io.RawIOBase):
+    """A UTF-16 file as UTF-8 bytes. What is no UTF-16 becomes bytes that are no UTF-8, so its line is refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._restart()
+
+    def _restart(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
+        self._ready = b""
+        self._position = 0
+
+    @property
+    def consumed(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if (offset, whence) != (0, io.SEEK_SET):
+            raise io.UnsupportedOperation("a UTF-16 file can only be read from its start")
+        self._file.seek(0)
+        self._restart()
+        return 0
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._file.read(CHUNK_BYTES)
+            try:
+                text = self._decoder.decode(data, final=not data)
+            except UnicodeDecodeError:  # half a character at the end
+                self._ready = b"\xff"
+                self._decoder.reset()
+                break
+            self._ready = text.encode("utf-8", "surrogatepass")
+            if not data:
+                break
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        self._position += count
+        return count
 
 
 def lines(file: BinaryIO, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[int, bytes | None]]:

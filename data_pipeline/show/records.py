@@ -19,7 +19,7 @@ from data_pipeline.formats import (
 )
 from data_pipeline.formats.parquet import Column, match_columns, nearest_name, type_problems
 from data_pipeline.formats.records import BadRecord
-from data_pipeline.formats.text_records import open_text
+from data_pipeline.formats.text_records import bytes_read, open_text
 from data_pipeline.show.source_report import BadRecordCounts, SourceReport, evenly_spaced, format_share
 from data_pipeline.show.statistics import STATISTICS, PictureStatistics, RecordStatistics
 
@@ -137,12 +137,12 @@ def _read_text_files(
     """Read lines or entries. If the limit cuts off a file, estimate the number of records from the bytes read."""
     family = report.form.family
     limit = _records_per_file(files)
-    bytes_read = records = 0
+    read = records = 0
     complete = len(files) == len(sizes)
     for file in files:
         with open_text(file) as opened:
             added = _add_records(islice(TEXT_READERS[family](file, opened, images), limit), statistics, bad)
-            bytes_read += opened.tell()
+            read += bytes_read(opened)
             records += added
             complete = complete and added < limit
     if complete:
@@ -150,8 +150,8 @@ def _read_text_files(
         report.about["counted_by"] = "records"
         if not records:
             report.problems.append(f"the {len(files):,} files hold no records")
-    elif bytes_read:
-        report.about["estimated"] = round(records * report.about["bytes"] / bytes_read)
+    elif read:
+        report.about["estimated"] = round(records * report.about["bytes"] / read)
 
 
 def _records_per_file(files: list[str]) -> int:

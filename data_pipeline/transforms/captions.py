@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import ContentError, UserError
+from data_pipeline.text_encoding import check_text, decode_text
 
 JSON_PREFIX = "json."
-# Fields of the json member that may contain captions, in order of preference; read if there is no txt member.
+# Fields of the json member that may contain captions, in order of preference; read if txt is absent or blank.
 # img2dataset and most other tools write `caption`; LAION-COCO writes the best of its captions to `top_caption`.
 CAPTION_FIELDS = ("caption", "captions", "top_caption", "all_captions")
 
@@ -59,27 +60,28 @@ def pick_caption(
     """One caption of a sample, and its number among the sample's captions.
 
     `draw`, below 2**64, chooses one of the usable captions (of the best `spec.top`); None takes the first or best one.
-    Without `spec`, the candidates are the txt member, else the first of CAPTION_FIELDS in the json member with a
-    caption. Raises ContentError: `missing caption` if all are blank or absent, `bad json`.
+    Without `spec`, the candidates are the txt member if it has text, else the first of CAPTION_FIELDS in the json
+    member with a caption. The draw has no influence on the verdict: one bad candidate makes the sample unusable.
+    Raises ContentError: `missing caption` if all are blank or absent, `bad json`, `not UTF-8`, `NUL in text`.
     """
     candidates, scores = _default_candidates(members) if spec is None else _candidates(members, spec)
-    usable = [number for number, text in enumerate(candidates) if _is_text(text)]
+    usable = [number for number, text in enumerate(candidates) if text]
     if not usable:
         raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
     usable.sort(key=lambda number: -scores[number])
     if spec is not None and spec.top is not None:
         usable = usable[: spec.top]
     choice = usable[0 if draw is None else draw * len(usable) >> 64]
-    # A lone surrogate is legal in JSON but not in UTF-8.
-    return candidates[choice].encode("utf-8", "replace").decode("utf-8").strip(), choice
+    return candidates[choice], choice
 
 
 def json_member(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The parsed `json` member; empty if there is none. Raises ContentError `bad json`."""
+    """The parsed `json` member; empty if there is none. Raises ContentError: `bad json`, `not UTF-8`, `NUL in text`."""
     if "json" not in members:
         return {}
+    text = decode_text(members["json"])  # json would also accept UTF-16 without a mark, and lone surrogates
     try:
-        value = json.loads(members["json"])
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ContentError("bad json", str(error)) from error
     if not isinstance(value, dict):
@@ -87,25 +89,28 @@ def json_member(members: Mapping[str, bytes]) -> dict[str, Any]:
     return value
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _default_candidates(members: Mapping[str, bytes]) -> tuple[list[Any], list[float]]:
+def _texts(value: Any) -> list[str]:
+    """The captions of a json field, stripped; "" for an entry that is no text. Raises ContentError."""
+    return [check_text(text).strip() if isinstance(text, str) else "" for text in _as_list(value)]
+
+
+def _default_candidates(members: Mapping[str, bytes]) -> tuple[list[str], list[float]]:
     """Captions without a CaptionSpec, all with the same score."""
     if "txt" in members:
-        return [members["txt"].decode("utf-8", "replace")], [0.0]
+        text = decode_text(members["txt"]).strip()
+        if text or "json" not in members:
+            return [text], [0.0]
     fields = json_member(members)
-    lists = (_as_list(fields.get(field)) for field in CAPTION_FIELDS)
-    captions = next((texts for texts in lists if any(map(_is_text, texts))), [])
+    lists = (_texts(fields.get(field)) for field in CAPTION_FIELDS)
+    captions = next((texts for texts in lists if any(texts)), [])
     return captions, [0.0] * len(captions)
 
 
-def _candidates(members: Mapping[str, bytes], spec: CaptionSpec) -> tuple[list[Any], list[float]]:
+def _candidates(members: Mapping[str, bytes], spec: CaptionSpec) -> tuple[list[str], list[float]]:
     """Captions of the members that `spec` names, and one score each; minus infinity if its score is not a number."""
     names = (*spec.members, *spec.scores)
     fields = (
@@ -114,18 +119,18 @@ def _candidates(members: Mapping[str, bytes], spec: CaptionSpec) -> tuple[list[A
         else {}
     )
 
-    def values(name: str) -> list[Any]:
+    def texts(name: str) -> list[str]:
         if name.startswith(JSON_PREFIX):
-            return _as_list(fields.get(name.removeprefix(JSON_PREFIX)))
-        return [members[name].decode("utf-8", "replace")] if name in members else []
+            return _texts(fields.get(name.removeprefix(JSON_PREFIX)))
+        return [decode_text(members[name]).strip()] if name in members else []
 
-    captions: list[Any] = []
+    captions: list[str] = []
     scores: list[float] = []
     for name, scored_by in zip(spec.members, spec.scores or [None] * len(spec.members), strict=True):
-        texts = values(name)
-        known = [] if scored_by is None else [_score(value) for value in values(scored_by)]
-        captions += texts
-        scores += (known + [-math.inf] * len(texts))[: len(texts)]
+        found = texts(name)
+        numbers = [] if scored_by is None else _as_list(fields.get(scored_by.removeprefix(JSON_PREFIX)))
+        captions += found
+        scores += ([_score(value) for value in numbers] + [-math.inf] * len(found))[: len(found)]
     return captions, scores
 
 

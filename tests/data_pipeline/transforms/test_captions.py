@@ -44,8 +44,8 @@ def test_caption_comes_from_txt_then_json() -> None:
     json_member = json.dumps({"caption": "from json"}).encode()
     assert pick_caption({"txt": b" from txt \n", "json": json_member}, 1) == ("from txt", 0)
     assert pick_caption({"json": json_member}, 1) == ("from json", 0)
-    assert pick_caption({"txt": b"caf\xe9"}, 1) == ("caf�", 0)
-    assert pick_caption({"json": rb'{"caption": "lone \ud800 surrogate"}'}, 1) == ("lone ? surrogate", 0)
+    assert pick_caption({"txt": b" \r\n", "json": json_member}, 1) == ("from json", 0)
+    assert pick_caption({"txt": b"", "json": json_member}, 1) == ("from json", 0)
 
 
 def test_one_of_several_captions_is_chosen_by_key() -> None:
@@ -68,7 +68,8 @@ def test_one_of_several_captions_is_chosen_by_key() -> None:
         ({"json": b'{"caption": []}'}, "missing caption"),
         ({"json": b'{"caption'}, "bad json"),
         ({"json": b"[1]"}, "bad json"),
-        ({"json": b"\xff\xfe\x00"}, "bad json"),
+        ({"txt": b"", "json": b"{}"}, "missing caption"),
+        ({"txt": b"", "json": b'{"caption'}, "bad json"),
         ({"json": b"[" * 100_000}, "bad json"),
     ],
 )
