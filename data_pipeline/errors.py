@@ -16,10 +16,12 @@ class ContentError(Exception):
     """A sample was read completely, but its content is unusable; another sample replaces it.
 
     reason: a short category, such as `undecodable`, under which replaced samples are counted
-    detail: one line for bad_samples.jsonl, the same on every run; cut after MAX_DETAIL characters
+    detail: one line for bad_samples.jsonl, the same on every run; it may quote the sample, so it is cut to MAX_DETAIL
+        characters, and characters that would move the cursor of a terminal become blanks
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        detail = "".join(letter if letter.isprintable() else " " for letter in detail)
         detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from data_pipeline import activity
 from data_pipeline.batches.spec import Batch, StreamSpec
 from data_pipeline.errors import ContentError, ReadError, UserError
 from data_pipeline.sources.manifest import Manifest
+from data_pipeline.sources.sample_check import SAMPLES_AT_START, read_sample
 from data_pipeline.sources.shard_reader import ShardReader
-from data_pipeline.sources.tar import IMAGE_EXTENSIONS, image_member
+from data_pipeline.sources.tar import IMAGE_EXTENSIONS
 from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Augmentation, draw_augmentations
 from data_pipeline.transforms.captions import json_member
 from data_pipeline.transforms.decode import decode_image
-from data_pipeline.transforms.text_formats import TextRow, checked_arrays, failure_of
+from data_pipeline.transforms.text_formats import TextFormat, TextRow, checked_arrays, failure_of
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,30 +87,36 @@ class RowBuilder:
         if its bytes cannot be read, UserError if the text format does not fit the data.
         """
         sample_key, members = self._read(source, shard, index)
+        image, text_format = self.spec.image, self.spec.text
+        decode = read_text = None
+        if image is not None:
+            assert out is not None
+            decode = partial(decode_image, spec=image, augmentation=augmentation, out=out[0])
+        if text_format is not None:
+            draw = augmentation.caption if augmentation else None
+            read_text = partial(self._text, text_format, draw=draw)
         with activity.decoding(source, shard, index):
-            crop: tuple[int, ...] = ()
-            if self.spec.image is not None:
-                assert out is not None
-                crop = decode_image(_image_of(members), self.spec.image, augmentation, out[0])
-            text = NO_TEXT
-            if self.spec.text is not None:
-                draw = augmentation.caption if augmentation else None
-                try:
-                    text = self.spec.text.row(members, self.tokenizer, draw)
-                    text = replace(text, arrays=checked_arrays(self.spec.text, text.arrays))
-                except (ContentError, ReadError):
-                    raise
-                except Exception as error:  # a format may be anybody's code
-                    where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
-                    told = error if isinstance(error, UserError) else failure_of(self.spec.text, error)
-                    raise UserError(f"{where}, sample {sample_key!r}: {told}") from error
-            row = Row(text, crop)
+            try:
+                crop, text = read_sample(members, decode, read_text)
+            except (ContentError, ReadError):
+                raise
+            except Exception as error:  # a format may be anybody's code
+                where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
+                told = error if isinstance(error, UserError) else failure_of(text_format, error)
+                raise UserError(f"{where}, sample {sample_key!r}: {told}") from error
+            text = text or NO_TEXT
+            row = Row(text, crop or ())
             if with_meta:
                 # Packed text is tokenised: nothing reads its json, which may be damaged.
                 read_json = self.spec.image is not None or text.text is not None
                 fields = json_member(members) if read_json else {}
                 row.meta = {"key": sample_key, "caption": text.text, "json": fields}
             return row
+
+    def _text(self, text_format: TextFormat, members: Mapping[str, bytes], draw: int | None) -> TextRow:
+        """What a format makes of a sample, compared with what it promises."""
+        row = text_format.row(members, self.tokenizer, draw)
+        return replace(row, arrays=checked_arrays(text_format, row.arrays))
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
         """Announce the next samples of a source, in order, so that they can be read ahead."""
@@ -178,14 +185,14 @@ class RowBuilder:
         batch.weights[i] = 1
 
     def check(self, source: str) -> None:
-        """Raise UserError if the first samples of a source, up to 8, are all unusable."""
+        """Raise UserError if the first SAMPLES_AT_START samples of a source are all unusable."""
         counts = self.manifests[source].counts
         shard = int(np.flatnonzero(counts)[0])
         rejections: list[Rejection] = []
         (augmentation,) = draw_augmentations(np.zeros(1, np.uint64))
         pixels = self.spec.arrays.get("pixels")
         out = np.empty(pixels.shape, np.uint8) if pixels is not None else None
-        for number in range(min(8, int(counts[shard]))):
+        for number in range(min(SAMPLES_AT_START, int(counts[shard]))):
             index = self.manifests[source].tar_position(shard, number)
             try:
                 self.make(source, shard, index, augmentation, out)
@@ -241,10 +248,3 @@ class RowBuilder:
                 reader.reopen()
                 time.sleep(wait)
         raise AssertionError("unreachable")
-
-
-def _image_of(members: dict[str, bytes]) -> bytes:
-    extension = image_member(members)
-    if extension is None:
-        raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
-    return members[extension]

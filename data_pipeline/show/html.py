@@ -12,8 +12,14 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.show.charts import Figure, histogram, scatter
 from data_pipeline.show.inspection import inspect_source
-from data_pipeline.show.samples import ConversationCard, Picture, conversation_cards, decode_samples
-from data_pipeline.show.source_report import BadRecordCounts, SourceReport, format_share
+from data_pipeline.show.samples import (
+    ConversationCard,
+    Picture,
+    conversation_cards,
+    require_pillow,
+    sample_pictures,
+)
+from data_pipeline.show.source_report import SourceReport
 from data_pipeline.show.terminal import facts, format_bytes, format_percent, sample_count
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -59,6 +65,7 @@ def write_page(path: str, out: str, show: int = 24, images: str | None = None) -
     `images` is the folder of the images that an instruction file names; the default is the folder of that file.
     Raises UserError as `inspect_source` does, and if Pillow is not installed.
     """
+    require_pillow()
     report = inspect_source(path, first=show, images=images)
     storage.publish(out, render_page(report, show, images).encode("utf-8", "replace"))
     return report
@@ -90,7 +97,7 @@ def _environment() -> Any:
 
 
 def build_page(report: SourceReport, show: int, images: str | None = None) -> Page:
-    """Build the content of the page. Reads and decodes images, and adds unusable ones to the report's problems."""
+    """Build the content of the page. Reads the images that it shows."""
     about = report.about
     page = Page(
         title=about["path"].rstrip("/").rpartition("/")[2] or about["path"],
@@ -113,7 +120,7 @@ def build_page(report: SourceReport, show: int, images: str | None = None) -> Pa
     if not (page.pictures or page.conversations or page.documents):
         page.records = about["first"]
         page.records_head = "documents" if about["kind"] == "packed text" else "caption"
-    # `_add_pictures` adds measurements and problems, so these come last.
+    # `_add_pictures` adds measurements, so these come last.
     figures = _figures(report)
     page.figures = [figure for figure in figures if figure.svg]
     page.figures_text = _figures_text(report, [figure for figure in figures if not figure.svg])
@@ -126,11 +133,12 @@ def build_page(report: SourceReport, show: int, images: str | None = None) -> Pa
 
 
 def _add_pictures(page: Page, report: SourceReport, show: int) -> None:
-    decoded = decode_samples(report.tables, show)
-    spec = decoded.spec
-    page.pictures, page.size = decoded.pictures, spec.size
+    decoded = report.decoded
+    assert decoded is not None
+    page.pictures, spec = sample_pictures(decoded.pictured, show)
+    page.size = spec.size
     page.pictures_text = (
-        f"{len(decoded.pictures)} of {sample_count(report.about)} samples, evenly spaced over the examined shards and "
+        f"{len(page.pictures)} of {sample_count(report.about)} samples, evenly spaced over the examined shards and "
         f"decoded as in training. The frame on the left image is a random crop as training draws it: "
         f"{spec.crop[0]:.0%} to {spec.crop[1]:.0%} of the area, with a random flip. The right image is this crop at "
         f"{spec.size} × {spec.size} pixels."
@@ -140,15 +148,6 @@ def _add_pictures(page: Page, report: SourceReport, show: int) -> None:
     tokens = _token_counts(decoded.measurements.captions)
     if tokens:
         report.series["tokens"] = tokens
-    bad = BadRecordCounts()
-    for record in decoded.bad:
-        bad.add(record)
-    if bad.counts:
-        listed = ", ".join(f"{reason} {count:,}" for reason, count in bad.counts.most_common())
-        report.problems.append(
-            f"{format_share(len(decoded.bad), decoded.examined)} samples decoded are unusable: {listed}"
-        )
-    page.bad += _with_file_names(bad.examples)
 
 
 def _with_file_names(examples: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -1,11 +1,11 @@
-"""Decodes samples for the HTML page: images with their training crops, conversations with their boxes."""
+"""Pictures for the HTML page: images with their training crops, conversations with their boxes."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +14,24 @@ import xxhash
 
 from data_pipeline import storage
 from data_pipeline.errors import ContentError, UserError
-from data_pipeline.formats.records import BadRecord, image_url
-from data_pipeline.show.tars import default_caption, json_fields, read_members
+from data_pipeline.formats.records import image_url
+from data_pipeline.show.members import default_caption, json_fields, read_members
+from data_pipeline.sources.sample_check import image_bytes
 from data_pipeline.sources.tar import Sample, image_member
 from data_pipeline.transforms.augment import draw_augmentations
-from data_pipeline.transforms.captions import pick_caption
-from data_pipeline.transforms.decode import FORMATS, ImageSpec, as_rgb, decode_image
+from data_pipeline.transforms.decode import (
+    ImageSpec,
+    as_rgb,
+    decode_image,
+    open_image,
+    upright_orientation,
+    upright_size,
+)
 
 CROP_SCALE = (0.4, 1.0)  # share of the area
 CROP_SIZES = (224, 112, 64, 32)  # pixels
 MAX_SIDE = 420  # pixels of an uncropped image on the page
 MAX_PNG_PIXELS = 64 * 64  # an image of at most this many pixels is embedded without loss
-DECODED_SAMPLES = 240
 MAX_CAPTION = 600  # characters shown of a caption
 MAX_URL = 300
 MAX_TURN = 1500
@@ -35,17 +41,6 @@ PILLOW_MISSING = "the HTML page needs Pillow: pip install 'dromos[train]', or om
 # PaliGemma's box: y0 x0 y1 x1, each in 1024 bins.
 LOC_BOX = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>")
 TOKENS = re.compile(r"<image>|(?:<(?:loc|seg)\d+>)+")
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """One value per decoded sample: pixels, bytes of the image file, words of the caption, and the caption."""
-
-    width: list[float] = field(default_factory=list)
-    height: list[float] = field(default_factory=list)
-    bytes: list[float] = field(default_factory=list)
-    words: list[float] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,6 @@ class Picture:
 
 
 @dataclass
-class DecodedSamples:
-    """Result of `decode_samples`: `pictures` for some samples, measurements of all, and the unusable ones."""
-
-    spec: ImageSpec
-    examined: int = 0
-    pictures: list[Picture] = field(default_factory=list)
-    measurements: Measurements = field(default_factory=Measurements)
-    bad: list[BadRecord] = field(default_factory=list)
-
-
-@dataclass
 class ConversationCard:
     """One conversation on the page.
 
@@ -97,32 +81,15 @@ class ConversationCard:
     missing: list[str] = field(default_factory=list)
 
 
-def decode_samples(tables: Mapping[str, Sequence[Sample]], show: int) -> DecodedSamples:
-    """Decode up to DECODED_SAMPLES samples, evenly spaced over the tars, and keep images of `show` of them.
+def sample_pictures(places: Sequence[tuple[str, Sample]], show: int) -> tuple[list[Picture], ImageSpec]:
+    """Up to `show` of the samples (tar and sample), evenly spaced, and the size and crops that were chosen for them.
 
-    `tables` maps a tar to its samples. Images are decoded and captions chosen as in training; the random crops depend
-    on the key of the sample. Raises UserError if Pillow is not installed.
+    The images can be decoded. The random crops depend on the key of the sample.
     """
-    require_pillow()
-    places = [(url, sample) for url, table in tables.items() for sample in table]
-    number = min(DECODED_SAMPLES, len(places))
+    spec = ImageSpec(_crop_size(places), CROP_SCALE, flip=True)
+    number = min(show, len(places))
     chosen = [places[i * len(places) // number] for i in range(number)]
-    decoded = DecodedSamples(ImageSpec(_crop_size(chosen), CROP_SCALE, flip=True))
-    shown = {i * number // show for i in range(show)}
-    for i, (url, sample) in enumerate(chosen):
-        decoded.examined += 1
-        members = read_members(url, sample)
-        try:
-            picture = _decode(url, sample, members, decoded, i in shown)
-            if picture is not None:
-                decoded.pictures.append(picture)
-            text, _ = pick_caption(members, None)
-        except ContentError as error:
-            decoded.bad.append(BadRecord(url, sample.key, error.reason, error.detail))
-            continue
-        decoded.measurements.captions.append(text)
-        decoded.measurements.words.append(len(text.split()))
-    return decoded
+    return [_picture(url, sample, spec) for url, sample in chosen], spec
 
 
 def conversation_cards(records: Sequence[Mapping[str, Any]], root: str) -> tuple[list[ConversationCard], int]:
@@ -182,55 +149,27 @@ def location_boxes(text: str) -> list[tuple[float, float, float, float]]:
     return boxes
 
 
-def _decode(
-    url: str, sample: Sample, members: dict[str, bytes], decoded: DecodedSamples, show: bool
-) -> Picture | None:
-    """Decode and measure one sample; return its image if `show`. Raises ContentError for an unusable image."""
-    spec = decoded.spec
-    extension = image_member(members)
-    if extension is None:
-        raise ContentError("missing image", f"members: {', '.join(members) or 'none'}")
-    data = members[extension]
-    if show:
-        picture = decode_picture(
-            data,
-            spec,
-            sample.key,
-            member=extension,
-            shard=url.rpartition("/")[2],
-            caption=default_caption(members)[:MAX_CAPTION],
-            url=str(json_fields(members).get("url") or "")[:MAX_URL],
-        )
-        width, height = picture.width, picture.height
-    else:
-        decode_image(data, spec, None, np.empty((spec.size, spec.size, 3), np.uint8))
-        picture, (width, height) = None, _upright_size(data)
-    decoded.measurements.width.append(width)
-    decoded.measurements.height.append(height)
-    decoded.measurements.bytes.append(len(data))
-    return picture
-
-
-def _open(data: bytes) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def _upright_size(data: bytes) -> tuple[int, int]:
-    with _open(data) as image:
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-        return (image.height, image.width) if turned else image.size
+def _picture(url: str, sample: Sample, spec: ImageSpec) -> Picture:
+    members = read_members(url, sample)
+    return decode_picture(
+        image_bytes(members),
+        spec,
+        sample.key,
+        member=image_member(members),
+        shard=url.rpartition("/")[2],
+        caption=default_caption(members)[:MAX_CAPTION],
+        url=str(json_fields(members).get("url") or "")[:MAX_URL],
+    )
 
 
 def _thumbnail(data: bytes) -> tuple[str, tuple[int, int]]:
     """Return the upright image scaled down to MAX_SIDE, as a data URI, and its original (width, height)."""
     from PIL import ImageOps
 
-    size = _upright_size(data)
-    with _open(data) as image:
+    size = upright_size(data)
+    with open_image(data) as image:
         image.draft("RGB", (2 * MAX_SIDE, 2 * MAX_SIDE))
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = upright_orientation(data, image)
         small = as_rgb(image)
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     if orientation != 1:
@@ -241,19 +180,12 @@ def _thumbnail(data: bytes) -> tuple[str, tuple[int, int]]:
 
 def _crop_size(chosen: Sequence[tuple[str, Sample]]) -> int:
     """Return the largest of CROP_SIZES that is at most the median shorter side of about nine images."""
-    sides = sorted(_shorter_sides(chosen[:: max(1, len(chosen) // 9)]))
+    sides = sorted(
+        min(upright_size(image_bytes(read_members(url, sample))))
+        for url, sample in chosen[:: max(1, len(chosen) // 9)]
+    )
     median = sides[len(sides) // 2] if sides else CROP_SIZES[0]
     return next((size for size in CROP_SIZES if size <= median), CROP_SIZES[-1])
-
-
-def _shorter_sides(chosen: Sequence[tuple[str, Sample]]) -> Iterator[int]:
-    for url, sample in chosen:
-        members = read_members(url, sample)
-        extension = image_member(members)
-        try:
-            yield min(_upright_size(members[extension])) if extension else 0
-        except Exception:  # `_decode` reports unusable images
-            continue
 
 
 def _conversation_card(record: Mapping[str, Any], root: str) -> ConversationCard:

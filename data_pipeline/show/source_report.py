@@ -16,6 +16,30 @@ EXAMINED_FILES = 16
 SHOWN_RECORDS = 5
 
 
+@dataclass(frozen=True)
+class Measurements:
+    """One value per decoded sample: pixels, bytes of the image file, words of the caption, and the caption."""
+
+    width: list[float] = field(default_factory=list)
+    height: list[float] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+    words: list[float] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DecodedSamples:
+    """Samples that were decoded as in training: how many, their measurements, and the unusable ones.
+
+    pictured: (tar, sample) of those whose image could be decoded
+    """
+
+    examined: int = 0
+    pictured: list[tuple[str, Sample]] = field(default_factory=list)
+    measurements: Measurements = field(default_factory=Measurements)
+    bad: list[BadRecord] = field(default_factory=list)
+
+
 @dataclass
 class SourceReport:
     """The findings about a source. Inspectors fill it in; the terminal and the HTML page display it.
@@ -23,7 +47,8 @@ class SourceReport:
     `about` is JSON-able and always has: path, format (a slug), kind (its title), shards (number of files), samples
     (None if unknown), bytes, counted_by, first (records), notes (unusual, usable) and problems (to be fixed). Its
     other keys depend on the format. `series` maps the name of a measurement to one value per examined record.
-    `first_documents` holds the first documents in full, as (url, text). `tables` maps each examined tar to its samples.
+    `first_documents` holds the first documents in full, as (url, text). `tables` maps each examined tar to its samples;
+    `decoded` holds those that were decoded.
     """
 
     form: Format
@@ -31,6 +56,7 @@ class SourceReport:
     series: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     first_documents: list[tuple[str, str]] = field(default_factory=list)
     tables: dict[str, list[Sample]] = field(default_factory=dict)
+    decoded: DecodedSamples | None = None
 
     @property
     def problems(self) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 from data_pipeline import storage
-from data_pipeline.errors import ContentError, UserError
+from data_pipeline.errors import UserError
 from data_pipeline.show import beside_tars
-from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share, shorten
+from data_pipeline.show.decoded_samples import judge_packed, judge_samples
+from data_pipeline.show.members import LISTED_EXTENSIONS, read_members, summarize
+from data_pipeline.show.source_report import SourceReport, evenly_spaced, format_share
 from data_pipeline.sources.left_out import LeftOut, LeftOutWarning, combined
 from data_pipeline.sources.manifest import (
     Manifest,
@@ -23,14 +22,12 @@ from data_pipeline.sources.manifest import (
     stats_url,
     wrong_count_error,
 )
+from data_pipeline.sources.sample_check import lacks_caption, lacks_image
 from data_pipeline.sources.sidecars import Count, read_counts
 from data_pipeline.sources.tar import IMAGE_EXTENSIONS, Sample, image_member, member_table
-from data_pipeline.transforms.captions import json_member, pick_caption
 
 # Examining a tar in an object store downloads all of it.
 EXAMINED_REMOTE_TARS = 2
-MAX_HEADERS_BYTES = 64 << 10  # of headers between the members of a sample
-LISTED_EXTENSIONS = 32
 
 
 def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> None:
@@ -70,7 +67,13 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
     about["members"] = dict(sorted(members.most_common(LISTED_EXTENSIONS)))
     about["other_members"] = len(members) - len(about["members"])
 
-    # 3. The files beside the tars.
+    # 3. Content: the first samples and others, judged as in training.
+    if about["kind"] == "packed text":
+        judge_packed(report, tables)
+    else:
+        judge_samples(report, tables)
+
+    # 4. The files beside the tars.
     beside_tars.inspect_beside_tars(report, storage.root_of(path), manifest)
     if about["kind"] == "img2dataset":
         beside_tars.compare_with_parquet(report, tables, parquet_files)
@@ -80,54 +83,6 @@ def inspect_tars(report: SourceReport, path: str, examine: int, first: int) -> N
         for url, table in list(tables.items())[:1]
         for sample in table[:first]
     ]
-
-
-def read_members(url: str, sample: Sample) -> dict[str, bytes]:
-    """Read one sample as {extension: content}. Its members are adjacent in the tar, so one read is enough.
-
-    Members that are hard links to others may be far away; then each is read alone.
-    """
-    if not sample.members:
-        return {}
-    start = min(offset for offset, _ in sample.members.values())
-    stop = max(offset + length for offset, length in sample.members.values())
-    if stop - start > 2 * sum(length for _, length in sample.members.values()) + MAX_HEADERS_BYTES:
-        return {name: storage.read_range(url, *place) for name, place in sample.members.items()}
-    span = storage.read_range(url, start, stop - start)
-    return {
-        extension: span[offset - start : offset - start + length]
-        for extension, (offset, length) in sample.members.items()
-    }
-
-
-def summarize(key: str, members: dict[str, bytes]) -> dict[str, Any]:
-    """Return the key, the member sizes in bytes and the caption; for packed text, its documents and array shape."""
-    summary: dict[str, Any] = {
-        "key": key,
-        "members": {name: len(data) for name, data in sorted(members.items())[:LISTED_EXTENSIONS]},
-    }
-    if "npy" in members:
-        summary["tokens"] = _array_shape(members["npy"])
-        documents = json_fields(members).get("documents")
-        listed = documents if isinstance(documents, list) else []
-        summary["caption"] = ", ".join(str(d.get("url", "")) for d in listed if isinstance(d, dict))
-    else:
-        summary["caption"] = shorten(default_caption(members))
-    return summary
-
-
-def default_caption(members: dict[str, bytes]) -> str:
-    """Return the first caption of those that training draws from by default; "" if there is none."""
-    with suppress(ContentError):
-        return pick_caption(members, None)[0]
-    return ""
-
-
-def json_fields(members: dict[str, bytes]) -> dict[str, Any]:
-    """Return the json member; an empty dict if it is absent, malformed or not an object."""
-    with suppress(ContentError):
-        return json_member(members)
-    return {}
 
 
 def _open(path: str, report: SourceReport) -> Manifest | None:
@@ -214,11 +169,11 @@ def _missing_members(samples: Sequence[Sample], members: Counter[str]) -> list[s
         lacking = [sample for sample in samples if "npy" not in sample.members]
         return [_missing_member(lacking, samples, "no npy member")] if lacking else []
     problems = []
-    without_image = [sample for sample in samples if image_member(sample.members) is None]
+    without_image = [sample for sample in samples if lacks_image(sample.members)]
     if without_image:
         names = "/".join(IMAGE_EXTENSIONS)
         problems.append(_missing_member(without_image, samples, f"no image member ({names})"))
-    without_caption = [sample for sample in samples if not sample.members.keys() & {"txt", "json"}]
+    without_caption = [sample for sample in samples if lacks_caption(sample.members)]
     if without_caption:
         problems.append(_missing_member(without_caption, samples, "no member for a caption (txt or json)"))
     return problems
@@ -256,13 +211,3 @@ def _note_repeated_keys(report: SourceReport, tables: dict[str, list[Sample]]) -
             else f"{first_shard} holds two samples with the key {key} that are not adjacent: "
             "the members of a sample must be adjacent"
         )
-
-
-def _array_shape(data: bytes) -> str:
-    import numpy as np
-
-    try:
-        row = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError):
-        return "not an array"
-    return f"{row.dtype} {list(row.shape)}"

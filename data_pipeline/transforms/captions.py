@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ JSON_PREFIX = "json."
 # Fields of the json member that may contain captions, in order of preference; read if txt is absent or blank.
 # img2dataset and most other tools write `caption`; LAION-COCO writes the best of its captions to `top_caption`.
 CAPTION_FIELDS = ("caption", "captions", "top_caption", "all_captions")
+
+
+MAX_LISTED = 8  # names of members or fields in a message
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,24 @@ def pick_caption(
     candidates, scores = _default_candidates(members) if spec is None else _candidates(members, spec)
     usable = [number for number, text in enumerate(candidates) if text]
     if not usable:
-        raise ContentError("missing caption", f"members: {', '.join(members) or 'none'}")
+        raise ContentError("missing caption", _description(members))
     usable.sort(key=lambda number: -scores[number])
     if spec is not None and spec.top is not None:
         usable = usable[: spec.top]
     choice = usable[0 if draw is None else draw * len(usable) >> 64]
     return candidates[choice], choice
+
+
+def _description(members: Mapping[str, bytes]) -> str:
+    """What a sample without caption has: its members, and the fields of its json, one of which may be the caption."""
+    listed = f"members: {', '.join(list(members)[:MAX_LISTED]) or 'none'}"
+    with suppress(ContentError):
+        fields = list(json_member(members))[:MAX_LISTED]
+        if fields:
+            listed += (
+                f"; json has {', '.join(fields)}; text.captions.from can name another field (json.FIELD)"
+            )
+    return listed
 
 
 def json_member(members: Mapping[str, bytes]) -> dict[str, Any]:

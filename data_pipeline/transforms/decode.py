@@ -217,7 +217,7 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, augmentation: Augmentation
     if size is not None:
         _check_pixels(*size, spec)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             _check_pixels(*image.size, spec)
             jpeg = _orientation(data) if image.format in ("JPEG", "MPO") else None
             rgb = as_rgb(image)
@@ -234,6 +234,27 @@ def _decode_with_pillow(data: bytes, spec: ImageSpec, augmentation: Augmentation
         raise ContentError("undecodable", f"{type(error).__name__}: {error}") from error
     crop, (x, y, w, h) = _crop_boxes(rgb.width, rgb.height, orientation, spec, augmentation)
     return _CroppedPixels(rgb.crop((x, y, x + w, y + h)), (0, 0, w, h), orientation, crop)
+
+
+def open_image(data: bytes) -> PIL.Image.Image:
+    """Open one of FORMATS with Pillow. Raises whatever Pillow raises; decoding the pixels may raise more."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def upright_orientation(data: bytes, image: PIL.Image.Image) -> int:
+    """EXIF orientation, 1 to 8, of an image that Pillow opened from `data`; the one that `decode_image` applies."""
+    if image.format in ("JPEG", "MPO"):
+        return jpeg_markers(data)[0]
+    return exif_orientation(image.info.get("exif") or b"")
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file after EXIF orientation. Raises whatever Pillow raises."""
+    with open_image(data) as image:
+        turned = upright_orientation(data, image) >= 5
+        return (image.height, image.width) if turned else image.size
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

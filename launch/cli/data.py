@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,8 @@ def show(
             ]
     if as_json:
         text = json.dumps(described, indent=2, ensure_ascii=False)
+        # JSON escapes the control characters below the blank, but not these, which terminals obey, too.
+        text = re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
         typer.echo(text.encode("utf-8", "replace").decode())
     else:
         _print(described, 5 if samples is None else samples)

@@ -18,7 +18,9 @@ from data_pipeline.index.build_view import Rule, build_view
 from data_pipeline.show import describe, render
 from tests.data_pipeline.formats.test_instructions import talk
 from tests.data_pipeline.formats.test_laion import LAION_2B, write
-from tests.support.samples import write_source
+from tests.support.samples import encode, pixels, write_source
+
+PICTURE = encode(pixels(0, 0, 4, 4), "JPEG")
 
 
 def shown(about: dict[str, Any]) -> str:
@@ -201,7 +203,7 @@ def test_prompts(tmp_path: Path) -> None:
 
 
 def rows(count: int, failed: int = 0) -> list[img2dataset.Row]:
-    good = [img2dataset.Row(f"u{n}", f"caption {n}", b"x" * 9, 4, 4) for n in range(count)]
+    good = [img2dataset.Row(f"u{n}", f"caption {n}", PICTURE, 4, 4) for n in range(count)]
     reasons = ["HTTP Error 404: Not Found", "image too small"]
     bad = [
         img2dataset.Row(f"f{n}", "c", None, status=img2dataset.FAILURES[n % 2], error_message=reasons[n % 2])
@@ -275,7 +277,7 @@ def test_members_of_a_sample_that_are_not_adjacent_are_noted(tmp_path: Path) -> 
 
 
 def test_six_digits_missing_captions_and_other_pictures_are_fine(tmp_path: Path) -> None:
-    kinds = [img2dataset.Row("u", "c" if n else None, b"x", 4, 4, extension=kind)
+    kinds = [img2dataset.Row("u", "c" if n else None, PICTURE, 4, 4, extension=kind)
              for n, kind in enumerate(("jpg", "jpeg", "png", "webp"))]  # fmt: skip
     img2dataset.write_shard(str(tmp_path), 12, kinds, digits=6)
     about = describe(str(tmp_path))

@@ -20,10 +20,12 @@ from data_pipeline.index.build import build_index
 from data_pipeline.show import describe, render
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import ImageSpec
+from tests.support.samples import encode, pixels
 
 
 def rows(count: int) -> list[img2dataset.Row]:
-    return [img2dataset.Row(f"u{n}", f"caption [bold]{n}", b"x" * 9, 4, 4) for n in range(count)]
+    picture = encode(pixels(0, 0, 4, 4), "JPEG")
+    return [img2dataset.Row(f"u{n}", f"caption [bold]{n}", picture, 4, 4) for n in range(count)]
 
 
 @pytest.fixture
@@ -89,14 +91,16 @@ def test_problems_are_reported(folder: str) -> None:
 
 def test_samples_without_image_or_caption(tmp_path: Path) -> None:
     with TarWriter(tmp_path / "0.tar") as tar:
-        tar.write("a", {"jpg": b"", "txt": b""})
-        tar.write("b", {"txt": b""})
-        tar.write("c", {"png": b""})
+        tar.write("a", {"png": encode(pixels(0, 0)), "txt": b"a dot"})
+        tar.write("b", {"txt": b"a dot"})
+        tar.write("c", {"png": encode(pixels(0, 1))})
     about = describe(str(tmp_path))
     assert about["kind"] == "webdataset tars"
     assert about["problems"] == [
         "1 of 3 samples examined have no image member (jpg/jpeg/png/webp/gif/bmp); the first is b",
         "1 of 3 samples examined have no member for a caption (txt or json); the first is c",
+        "2 of 3 (66.7 %) samples decoded are unusable: missing image 1, missing caption 1; the first is b in "
+        f"{tmp_path}/0.tar. Training replaces such samples; write them again or leave them out",
     ]
 
 
