@@ -276,12 +276,14 @@ def test_members_of_a_sample_that_are_not_adjacent_are_noted(tmp_path: Path) -> 
     assert any("two samples with the key a that are not adjacent" in note for note in about["notes"])
 
 
-def test_six_digits_missing_captions_and_other_pictures_are_fine(tmp_path: Path) -> None:
+def test_six_digits_and_other_pictures_are_fine_and_a_null_caption_is_told(tmp_path: Path) -> None:
     kinds = [img2dataset.Row("u", "c" if n else None, PICTURE, 4, 4, extension=kind)
              for n, kind in enumerate(("jpg", "jpeg", "png", "webp"))]  # fmt: skip
     img2dataset.write_shard(str(tmp_path), 12, kinds, digits=6)
     about = describe(str(tmp_path))
-    assert (about["kind"], about["problems"], about["notes"]) == ("img2dataset", [], [])
+    assert (about["kind"], about["verdicts"], about["notes"]) == ("img2dataset", {"missing caption": 1}, [])
+    (problem,) = about["problems"]
+    assert "1 of 4 (25.0 %) samples decoded are unusable: missing caption 1; the first is 0000120000" in problem
     assert about["members"] == {"jpeg": 1, "jpg": 1, "json": 4, "png": 1, "txt": 3, "webp": 1}
 
 
@@ -309,7 +311,7 @@ def test_the_index_views_and_sidecars_beside_a_source(tmp_path: Path) -> None:
     assert about["views"] == [{"name": "some", "rule": "caption != 'caption 3'", "samples": 5}]
     assert about["sidecars"] == {".tar.idx": 1, ".nv-meta/.info.json": 1}
     assert "some: keeps 5 samples, caption != 'caption 3'" in shown(about)
-    img2dataset.write_shard(str(tmp_path), 0, rows(7))
+    img2dataset.write_shard(str(tmp_path), 0, rows(16))
     about = describe(str(tmp_path))
     assert about["index"] == "unusable"
     assert any("when it was indexed" in problem for problem in about["problems"])
