@@ -131,9 +131,12 @@ class BatchBuilder:
         for i in range(stop - start):
             served = self._serve(refs, drawn, i, augmentations[i], None if images is None else images[i])
             shards[i], indices[i], attempts[i] = served.shard, served.index, len(served.rejections)
+            source = self.names[refs.source[i]]
+            if served.rejections:
+                # The assigned sample counts, once. Unusable replacements for it are lines of bad_samples.jsonl only:
+                # otherwise a source could have more replaced samples than samples.
+                skipped[source][served.rejections[0][2].reason] += 1
             for attempt, (shard, index, error) in enumerate(served.rejections):
-                source = self.names[refs.source[i]]
-                skipped[source][error.reason] += 1
                 place = {"step": step, "row": int(refs.row[i])}
                 place |= {"epoch": int(refs.epoch[i]), "attempt": attempt}
                 batch.bad.append(place | self._rows.bad_sample_record(source, shard, index, error))

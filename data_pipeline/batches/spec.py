@@ -122,10 +122,11 @@ class Batch:
     sample_ids: uint64 [rows], the same for a sample in every epoch; 0 in dummy rows
     row_keys: uint64 [rows], keys of each row's random choices, such as its masks
     samples: source -> rows served
-    skipped: source -> reason -> samples replaced
+    skipped: source -> reason -> samples replaced; each row counts once, for the reason of the sample assigned to it
     batch_digest: sum mod 2^64 of the digests of the served rows
     order_digest: sum mod 2^64 of the digests of the assigned rows, independent of replacements
-    bad: one line of bad_samples.jsonl for each replaced sample
+    bad: one line of bad_samples.jsonl for each unusable sample that was tried: the assigned one is `attempt` 0, those
+        after it are replacements that could not be used either
     meta: key, caption and json member of each row; only in evaluation
     """
 

@@ -270,7 +270,8 @@ def samples(runs: Runs) -> Section:
     section = Section("Samples", f"{number(total)} samples were served, {share}")
     section.text = [
         "An unusable sample (damaged image, no caption) is replaced by another sample of its source, counted by "
-        "reason, and listed in bad_samples.jsonl of its stage."
+        "reason, and listed in bad_samples.jsonl of its stage. That file has a line per try: a replacement that is "
+        "unusable, too, has attempt 1 or more."
     ]
     if served:
         rows = [[label, stream, number(count)] for label, stream, count in served]

@@ -129,5 +129,5 @@ def likely_cause(url: str, lines: list[Line]) -> str:
 
 def _members(detail: str) -> list[str]:
     """Member names in the detail of a missing image or caption; empty for any other detail."""
-    listed = detail.removeprefix("members: ")
-    return [] if listed in ("none", detail) else listed.split(", ")
+    listed = detail.removeprefix("members: ").partition(";")[0]
+    return [] if listed == "none" or not detail.startswith("members: ") else listed.split(", ")

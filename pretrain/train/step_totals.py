@@ -29,7 +29,7 @@ class StepTotals:
     rows:              stream -> rows of the global batch, without the dummy rows of the ranks
     samples:           source -> samples served
     skipped:           source -> reason -> samples replaced
-    bad:               the lines of bad_samples.jsonl
+    bad:               the lines of bad_samples.jsonl, one per unusable sample that was tried
     stop:              a rank received a stop signal or reached train.hours
     failed:            a rank could not read its data
     batch_digest, order_digest: 16 hex digits
@@ -68,7 +68,7 @@ class StepTotals:
 
 
 def _gather_replaced(batches: list[Batch]) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
-    """Replaced samples of all ranks: counts by source and reason, and one line per sample in row order."""
+    """Replaced samples of all ranks: counts by source and reason, and one line per try in row order."""
     counts: dict[str, Counter[str]] = {}
     bad: list[dict[str, Any]] = []
     for of_rank in gather([(batch.skipped, batch.bad) for batch in batches]):

@@ -324,3 +324,18 @@ def test_images_alone_need_no_captions(tmp_path: Path) -> None:
     batch = BatchBuilder(spec).make(0, 0, 3)
     assert batch.tokens.shape == (3, 0)
     assert batch.images.any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(("usable", "epochs"), [(7, 1), (10, 1), (10, 3), (19, 2)])
+def test_skipped_counts_samples_and_bad_has_every_try(usable: int, epochs: int, tmp_path: Path) -> None:
+    """Of 20 samples, all but `usable` are bad: each epoch replaces each of them once, with one or more tries."""
+    write_source(tmp_path / "s", [20], {(0, n): {"png": b"x", "txt": b"x"} for n in range(usable, 20)})
+    spec = StreamSpec("pairs", 0, {"s": SourceSpec(str(tmp_path / "s"))}, batch=20, image=ImageSpec(SIZE))
+    builder = BatchBuilder(spec)
+    batches = [builder.make(step, 0, 20) for step in range(epochs)]
+    for batch in batches:
+        assert batch.skipped == {"s": {"undecodable": 20 - usable}}
+        assert sum(line["attempt"] == 0 for line in batch.bad) == 20 - usable
+        assert batch.samples == {"s": 20}
+    if usable <= 10:
+        assert sum(len(batch.bad) for batch in batches) > epochs * (20 - usable)

@@ -283,7 +283,9 @@ def test_six_digits_and_other_pictures_are_fine_and_a_null_caption_is_told(tmp_p
     about = describe(str(tmp_path))
     assert (about["kind"], about["verdicts"], about["notes"]) == ("img2dataset", {"missing caption": 1}, [])
     (problem,) = about["problems"]
-    assert "1 of 4 (25.0 %) samples decoded are unusable: missing caption 1; the first is 0000120000" in problem
+    assert (
+        "1 of 4 (25.0 %) samples decoded are unusable: missing caption 1; the first is 0000120000" in problem
+    )
     assert about["members"] == {"jpeg": 1, "jpg": 1, "json": 4, "png": 1, "txt": 3, "webp": 1}
 
 

@@ -322,12 +322,16 @@ def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Pa
     stage = tmp_path / "run" / "main"
     code, printed = rank.run(recipe)
     assert code == 1
-    named = (stage / "bad_samples.jsonl").read_text().splitlines()
+    named = [json.loads(line) for line in (stage / "bad_samples.jsonl").read_text().splitlines()]
+    replaced = sum(line["attempt"] == 0 for line in named)  # each row once, however many tries it took
+    assert 0 < replaced < len(named)
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["skipped"].get("noisy", {}).get("undecodable", 0) for row in rows) == replaced
     # 7 steps of 32 are the first to reach the 200 samples below which no fraction is judged.
-    message = f"step 7: {len(named)} of the last 224 samples of noisy were replaced"
+    message = f"step 7: {replaced} of the last 224 samples of noisy were replaced"
     assert message in printed
     assert "Traceback" not in printed
-    assert all(int(json.loads(line)["key"]) % 5 == 4 for line in named)
+    assert all(int(line["key"]) % 5 == 4 for line in named)
     assert not (stage / "result.json").exists()
 
     code, printed = rank.run(recipe)  # it was stopped at its last step, so it is still not finished
