@@ -17,7 +17,13 @@ import numpy as np
 
 from data_pipeline.errors import ContentError
 from data_pipeline.transforms.augment import Augmentation, Box, choose_crop, stored_box
-from data_pipeline.transforms.image_headers import claimed_size, count_scans, exif_orientation, jpeg_markers
+from data_pipeline.transforms.image_headers import (
+    claimed_size,
+    count_scans,
+    exif_orientation,
+    jpeg_markers,
+    without_unused_chunks,
+)
 from data_pipeline.transforms.resize import resize
 
 if TYPE_CHECKING:
@@ -240,7 +246,7 @@ def open_image(data: bytes) -> PIL.Image.Image:
     """Open one of FORMATS with Pillow. Raises whatever Pillow raises; decoding the pixels may raise more."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.open(io.BytesIO(without_unused_chunks(data)), formats=FORMATS)
 
 
 def upright_orientation(data: bytes, image: PIL.Image.Image) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import struct
 
 ORIENTATION_TAG = 0x0112
+PNG_MARK = b"\x89PNG\r\n\x1a\n"
+# Texts and the colour profile (PNG specification, 11.3): no pixel depends on them.
+UNUSED_PNG_CHUNKS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 EXIF_PREFIX = b"Exif\x00\x00"
 # JPEG markers without a length field: fill, TEM, RST0 to RST7, SOI.
 MARKERS_WITHOUT_LENGTH = {0xFF, 0x01, *range(0xD0, 0xD9)}
@@ -20,7 +23,7 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     late to refuse a decompression bomb.
     """
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
+        if data[:8] == PNG_MARK:
             return struct.unpack_from(">II", data, 16)
         if data[:3] == b"GIF":
             return struct.unpack_from("<HH", data, 6)
@@ -33,6 +36,26 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     except struct.error:
         return None
     return None
+
+
+def without_unused_chunks(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile; other bytes, and PNGs without such chunks, are returned unchanged.
+
+    Pillow unpacks these chunks, and refuses the image if one of them unpacks to more than 1 MiB.
+    """
+    if data[:8] != PNG_MARK:
+        return data
+    kept: list[bytes] = []
+    start, at = 0, 8
+    while at + 12 <= len(data):  # length, name, content, checksum
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if end > len(data):  # cut off: left to the decoder
+            break
+        if data[at + 4 : at + 8] in UNUSED_PNG_CHUNKS:
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
