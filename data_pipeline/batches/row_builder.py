@@ -102,7 +102,13 @@ class RowBuilder:
                 raise
             except Exception as error:  # a format may be anybody's code
                 where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
-                told = error if isinstance(error, UserError) else failure_of(text_format, error)
+                if text_format is None and not isinstance(error, UserError):
+                    raise
+                told = (
+                    error
+                    if isinstance(error, UserError) or text_format is None
+                    else failure_of(text_format, error)
+                )
                 raise UserError(f"{where}, sample {sample_key!r}: {told}") from error
             text = text or NO_TEXT
             row = Row(text, crop or ())

@@ -17,11 +17,12 @@ import numpy as np
 import xxhash
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ContentError, UserError
 from data_pipeline.index.filter_expression import Filter, parse, resolve
 from data_pipeline.index.folder import check_writable, index_lock
 from data_pipeline.index.parallel import map_shards
 from data_pipeline.sources.manifest import Manifest, open_source, parquet_url, stats_url, wrong_count_error
+from data_pipeline.sources.sample_keys import match_keys, shorter_keys
 from data_pipeline.sources.tar import open_tar, split_name
 from data_pipeline.sources.tar_members import iter_members
 from data_pipeline.sources.views import (
@@ -33,6 +34,7 @@ from data_pipeline.sources.views import (
     views_folder,
 )
 from data_pipeline.storage.parquet_table import digest, read_table
+from data_pipeline.text_encoding import decode_text, is_utf16, without_bom
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -199,9 +201,10 @@ def _apply_rule(rule: Rule, url: str, _path: str, size: int, _version: str) -> _
         mask, found = (positions >= 0).tolist(), np.unique(positions[positions >= 0])
     is_match = dict(zip(names, mask, strict=True))
     matched = {key for key, match in is_match.items() if match}
-    kept = np.fromiter((is_match.get(key, False) for key in keys), bool, len(keys))
-    absent = len(matched.difference(keys))
-    without_row = sum(key not in is_match for key in keys)
+    rows = match_keys(keys, is_match)
+    kept = np.fromiter((is_match.get(row, False) for row in rows), bool, len(rows))
+    absent = len(matched.difference(rows))
+    without_row = sum(row not in is_match for row in rows)
     return _shard_view(url, kept, found, len(matched), absent, without_row)
 
 
@@ -261,11 +264,24 @@ def _ids(url: str) -> np.ndarray:
     elif url.endswith(".npy"):
         listed = _from_array(url)
     else:
-        listed = [line.strip() for line in storage.read_bytes(url).splitlines()]
+        listed = _from_lines(url)
     ids = np.unique(np.array([each for each in listed if each], dtype=np.bytes_))
     if not ids.size:
         raise UserError(f"{url} lists no ids; name a file with one id per line, a .npy or a .parquet file")
     return ids
+
+
+def _from_lines(url: str) -> list[bytes]:
+    """Ids of a text file, UTF-8 or UTF-16, without byte order marks; bytes, because keys of tars may be any bytes."""
+    data = storage.read_bytes(url)
+    if is_utf16(data[:4]):
+        try:
+            data = decode_text(data).encode()
+        except ContentError as error:
+            raise UserError(f"{url}: {error}") from None
+    if b"\0" in data:
+        raise UserError(f"{url} contains NUL, so it is no list of ids; name a text file with one id per line")
+    return [without_bom(line).strip() for line in data.splitlines()]
 
 
 def _from_array(url: str) -> list[bytes]:
@@ -283,7 +299,18 @@ def _from_array(url: str) -> list[bytes]:
 
 
 def _positions(ids: np.ndarray, keys: list[str]) -> np.ndarray:
-    """Position of each key in the sorted ids, -1 if it is not there: int64 [keys]."""
+    """Position of each key in the sorted ids, -1 if it is not there: int64 [keys]. See `match_keys` for folders."""
+    positions = _exact_positions(ids, keys)
+    unknown = [keys[number] for number in np.flatnonzero(positions < 0).tolist()]
+    shorter = [name for key in unknown for name in shorter_keys(key)]
+    listed = {name for name, at in zip(shorter, _exact_positions(ids, shorter), strict=True) if at >= 0}
+    if not listed:
+        return positions
+    listed |= {key for key, at in zip(keys, positions, strict=True) if at >= 0}
+    return _exact_positions(ids, match_keys(keys, listed))
+
+
+def _exact_positions(ids: np.ndarray, keys: list[str]) -> np.ndarray:
     if not keys:
         return np.zeros(0, np.int64)
     encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)

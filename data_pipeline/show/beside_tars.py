@@ -11,6 +11,7 @@ from data_pipeline.formats.img2dataset import Outcome, OutcomeCounts, mismatched
 from data_pipeline.show.source_report import BadRecordCounts, SourceReport, format_share
 from data_pipeline.sources.manifest import INDEX_FOLDER, Manifest
 from data_pipeline.sources.offsets import Offsets, missing_offsets_error
+from data_pipeline.sources.sample_keys import match_keys
 from data_pipeline.sources.sidecars import ENERGON_INFO, INDEX_SUFFIXES
 from data_pipeline.sources.tar import Sample
 from data_pipeline.sources.views import views_folder
@@ -39,6 +40,7 @@ def compare_with_parquet(
     """
     sums, bad = OutcomeCounts(), BadRecordCounts()
     in_tars = 0
+    packed_again: list[tuple[str, str, str]] = []
     for tar, parquet_file in parquet_files.items():
         success_keys = _read_successes(parquet_file, sums, bad, report)
         sums.shards += success_keys is not None
@@ -46,7 +48,16 @@ def compare_with_parquet(
             continue
         tar_keys = [sample.key for sample in tables[tar]]
         in_tars += len(tar_keys)
-        _compare_keys(report, tar, parquet_file, success_keys, tar_keys)
+        prefixed = _compare_keys(report, tar, parquet_file, success_keys, tar_keys)
+        if prefixed is not None:
+            packed_again.append((tar, *prefixed))
+    if packed_again:
+        tar, key, name = packed_again[0]
+        report.notes.append(
+            f"{format_share(len(packed_again), len(parquet_files))} tars examined have folders before the keys of "
+            f"their parquet files, such as {key} for {name} in {tar}: they were packed again. They are joined without "
+            "the folders"
+        )
     without = [tar for tar in tables if tar not in parquet_files]
     if without:
         report.notes.append(
@@ -141,8 +152,10 @@ def _read_successes(
 
 def _compare_keys(
     report: SourceReport, tar: str, parquet_file: str, success_keys: set[str], tar_keys: Sequence[str]
-) -> None:
-    in_tar = set(tar_keys)
+) -> tuple[str, str] | None:
+    """Report keys that are in one of both only. Return the first key with folders before it, and without them."""
+    names = match_keys(tar_keys, success_keys)
+    in_tar = set(names)
     missing, extra = sorted(success_keys - in_tar), sorted(in_tar - success_keys)
     if missing:
         report.problems.append(
@@ -155,6 +168,7 @@ def _compare_keys(
             f"{extra[0]}. The two files are from different runs: download this shard again"
         )
     stem = tar.rpartition("/")[2].removesuffix(".tar")
-    odd = mismatched_key(stem, tar_keys)
+    odd = mismatched_key(stem, names)
     if odd is not None:
         report.notes.append(f"{tar}: {odd}; perhaps the tar was renamed")
+    return next(((key, name) for key, name in zip(tar_keys, names, strict=True) if key != name), None)
