@@ -98,18 +98,9 @@ class RowBuilder:
         with activity.decoding(source, shard, index):
             try:
                 crop, text = read_sample(members, decode, read_text)
-            except (ContentError, ReadError):
-                raise
-            except Exception as error:  # a format may be anybody's code
+            except UserError as error:
                 where = f"data.{self.spec.name}.sources.{source}: {self.url(source, shard)}"
-                if text_format is None and not isinstance(error, UserError):
-                    raise
-                told = (
-                    error
-                    if isinstance(error, UserError) or text_format is None
-                    else failure_of(text_format, error)
-                )
-                raise UserError(f"{where}, sample {sample_key!r}: {told}") from error
+                raise UserError(f"{where}, sample {sample_key!r}: {error}") from error
             text = text or NO_TEXT
             row = Row(text, crop or ())
             if with_meta:
@@ -121,7 +112,12 @@ class RowBuilder:
 
     def _text(self, text_format: TextFormat, members: Mapping[str, bytes], draw: int | None) -> TextRow:
         """What a format makes of a sample, compared with what it promises."""
-        row = text_format.row(members, self.tokenizer, draw)
+        try:
+            row = text_format.row(members, self.tokenizer, draw)
+        except (ContentError, UserError):
+            raise
+        except Exception as error:  # a format may be anybody's code
+            raise UserError(failure_of(text_format, error)) from error
         return replace(row, arrays=checked_arrays(text_format, row.arrays))
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:

@@ -107,8 +107,8 @@ def build_index(
     problems, samples = _scan(content, todo, jobs, progress, parts_folder, part_seconds, parts)
     seconds = time.monotonic() - began
     stated = {url: Count(each["successes"], stats_url(url)) for url, each in stats.items()}
-    _check_counts(stated, urls, paths, content, problems)
-    _check_counts(read_counts(root, urls, sizes), urls, paths, content, problems)
+    for counts in (stated, read_counts(root, urls, sizes)):
+        _check_counts(counts, urls, paths, content, problems)
     if problems:
         raise _problems_error(path, root, problems, len(urls))
     if not sum(content.records[below].count for below in paths):
@@ -120,11 +120,8 @@ def build_index(
         write_index(content, folder, order, tokenizer)
     storage.remove(parts)
     remove_empty(parts_folder)
-    with warnings.catch_warnings():  # the caller prints what is left out
-        warnings.simplefilter("ignore", LeftOutWarning)
-        manifest = open_source(os.path.basename(root) or root, path)
     return IndexResult(
-        manifest,
+        _open_quietly(path, root),
         scanned=len(todo),
         reused=len(urls) - len(todo),
         bytes=sum(size for _, _, size, _ in todo),
@@ -132,6 +129,13 @@ def build_index(
         seconds=seconds,
         findings=compare_shards(root, [content.records[below] for below in paths]),
     )
+
+
+def _open_quietly(path: str, root: str) -> Manifest:
+    """The source as training opens it; what is left out is told by the caller."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        return open_source(os.path.basename(root) or root, path)
 
 
 def _version(url: str, tags: dict[str, int]) -> str:

@@ -270,27 +270,7 @@ def _by_token(
     for tokenizer, count in zip(tokenizers, rows, strict=True):
         if max(tokenizer.ids.values(), default=-1) >= count:
             raise UserError(f"{tokenizer.where}: has token ids beyond the {count} rows of its embeddings")
-    first = tokenizers[0].ids
-    if rule == "intersect":
-        common = [
-            t
-            for t in sorted(first, key=lambda t: first[t])
-            if all(t in tokenizer.ids for tokenizer in tokenizers)
-        ]
-        ids = {token: number for number, token in enumerate(common)}
-        total = len(ids)
-        if not common:
-            raise UserError("vocabulary: intersect: the tokenizers have no token in common")
-    elif rule == "first":
-        ids, total = dict(first), rows[0]
-    else:
-        ids = dict(first)
-        free = max(ids.values(), default=-1) + 1
-        for theirs in (tokenizer.ids for tokenizer in tokenizers[1:]):
-            extra = [token for token in sorted(theirs, key=lambda t: theirs[t]) if token not in ids]
-            ids |= {token: free + place for place, token in enumerate(extra)}
-            free += len(extra)
-        total = max(rows[0], free)
+    ids, total = _joint_ids(tokenizers, rows, rule)
     joined = joint_tokenizer_json(tokenizers, ids) if rule != "first" else b""
     holder = {t: next(k for k, tokenizer in enumerate(tokenizers) if t in tokenizer.ids) for t in ids}
     remappings: list[Remapping] = []
@@ -327,6 +307,32 @@ def _by_token(
         )
         remappings.append((RowMap.of(owner, row), companions, notes, config_error))
     return remappings
+
+
+def _joint_ids(tokenizers: Sequence[Tokenizer], rows: Sequence[int], rule: str) -> tuple[dict[str, int], int]:
+    """The ids of the tokens of the output, and its number of rows. Raises UserError if no token is left."""
+    first = tokenizers[0].ids
+    if rule == "intersect":
+        common = [
+            t
+            for t in sorted(first, key=lambda t: first[t])
+            if all(t in tokenizer.ids for tokenizer in tokenizers)
+        ]
+        ids = {token: number for number, token in enumerate(common)}
+        total = len(ids)
+        if not common:
+            raise UserError("vocabulary: intersect: the tokenizers have no token in common")
+    elif rule == "first":
+        ids, total = dict(first), rows[0]
+    else:
+        ids = dict(first)
+        free = max(ids.values(), default=-1) + 1
+        for theirs in (tokenizer.ids for tokenizer in tokenizers[1:]):
+            extra = [token for token in sorted(theirs, key=lambda t: theirs[t]) if token not in ids]
+            ids |= {token: free + place for place, token in enumerate(extra)}
+            free += len(extra)
+        total = max(rows[0], free)
+    return ids, total
 
 
 def _required(tokenizer: Tokenizer | None, source: WeightSource, rule: str) -> Tokenizer:

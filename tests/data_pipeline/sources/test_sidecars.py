@@ -297,7 +297,9 @@ def test_wids_shards_are_matched_by_path(tmp_path: Path, start: str) -> None:
             warnings.simplefilter("error")
             opened = open_source("a", f"{root}/{{a,b}}/0.tar")
         assert (opened.counted_by, opened.counts.tolist()) == ("sidecar", [12, 14])
-    assert describe(f"{root}/{{a,b}}/0.tar")["problems"] == []
+    # Their pictures are no pictures, which is another problem.
+    problems = describe(f"{root}/{{a,b}}/0.tar")["problems"]
+    assert [problem for problem in problems if "samples decoded are unusable" not in problem] == []
     # Below a, the last part of an address could be that of either shard: neither is taken.
     (root / "a" / "index.json").write_text(json.dumps({"shardlist": listed}))
     (root / "a" / "1.tar").unlink()

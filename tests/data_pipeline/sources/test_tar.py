@@ -139,7 +139,7 @@ def test_a_tar_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
         if cut >= end + TAR_BLOCK_BYTES:
             assert member_table(data[:cut]) == whole
         else:
-            with pytest.raises(UserError, match=r"cut off|not a tar"):
+            with pytest.raises(UserError, match=r"cut off|not a tar" if cut else r"is empty \(0 bytes\)"):
                 member_table(data[:cut], "x.tar")
 
 
