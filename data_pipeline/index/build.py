@@ -88,12 +88,12 @@ def build_index(
     tags: dict[str, int] = {}
     sizes = shard_lengths(urls, path, tags)
     stats = read_stats(urls)
-    tokenizer = tokenizer_of(stats)
     paths = paths_below(root, urls)
     check_writable(root, paths)
     content = IndexContent(root)
     load_index(content, root)
-    parts = load_parts(content, storage.join(folder, PARTS_FOLDER))
+    parts_folder = storage.join(folder, PARTS_FOLDER)
+    parts = load_parts(content, parts_folder)
 
     # 2. Scan the shards without a valid record.
     todo = [
@@ -103,7 +103,6 @@ def build_index(
         if below not in content.records or not content.records[below].matches(sizes[url], version)
     ]
     began = time.monotonic()
-    parts_folder = storage.join(folder, PARTS_FOLDER)
     problems, samples = _scan(content, todo, jobs, progress, parts_folder, part_seconds, parts)
     seconds = time.monotonic() - began
     stated = {url: Count(each["successes"], stats_url(url)) for url, each in stats.items()}
@@ -111,13 +110,13 @@ def build_index(
         _check_counts(counts, urls, paths, content, problems)
     if problems:
         raise _problems_error(path, root, problems, len(urls))
-    if not sum(content.records[below].count for below in paths):
+    if not any(content.records[below].count for below in paths):
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
 
     # 3. Write the index, then remove the parts.
     with index_lock(folder):
         order = _index_order(path, root, paths, content)
-        write_index(content, folder, order, tokenizer)
+        write_index(content, folder, order, tokenizer_of(stats))
     storage.remove(parts)
     remove_empty(parts_folder)
     return IndexResult(
