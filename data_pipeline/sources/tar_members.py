@@ -117,9 +117,7 @@ def iter_members(
         if len(header) < TAR_BLOCK_BYTES:
             if is_span and position == end and not extended:
                 return
-            if not position:
-                _check_kind(header, where)
-            raise _truncated(where, f"{end} bytes and no end-of-archive mark, so its writer was interrupted")
+            raise _ends_early(header, position, end, where)
         raw_name, raw_size, checksum, kind, magic, prefix = HEADER.unpack(header)
         try:
             # The lower half of Adler-32 is one more than the sum of the bytes, modulo 65521, and far faster.
@@ -173,6 +171,13 @@ def iter_members(
         if extended:
             long_name, long_link, pax, extended = None, None, {}, False
         first = position
+
+
+def _ends_early(header: bytes, position: int, end: int, where: str) -> UserError:
+    """The error for data that ends where a header should begin. Raises UserError for a file that is no tar."""
+    if not position:
+        _check_kind(header, where)
+    return _truncated(where, f"{end} bytes and no end-of-archive mark, so its writer was interrupted")
 
 
 class _HardLinks:
