@@ -42,10 +42,12 @@ def open_inputs(
     others: Sequence[str | None] = (),
     run_dir: Path | None = None,
     key: str | None = None,
+    main: str | None = None,
 ) -> OpenedInputs:
     """Open every address. Each of `others` is the address or letter (A, B, ...) of an input, or another address.
 
-    key: of the state dict to read in torch files (pretrain.weights.source.open_weights).
+    key:  of the state dict to read in torch files (pretrain.weights.source.open_weights).
+    main: the one of `others` that gives the config, and so the names of the tensors; default: the first input.
     """
     addresses, named = list(inputs), {}
     for other in others:
@@ -63,7 +65,7 @@ def open_inputs(
         named[other] = addresses.index(other)
     sources = open_all(addresses, run_dir, key)
     refuse_adapters(sources)
-    align_names(sources, next((named[other] for other in others if other is not None), 0))
+    align_names(sources, named[main] if main is not None else 0)
     return OpenedInputs(sources, len(inputs), named)
 
 

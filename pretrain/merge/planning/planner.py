@@ -270,7 +270,9 @@ def open_request(request: Request, run_dir: Path | None = None) -> OpenedInputs:
     Raises UserError if it mixes embeddings of different vocabularies without a rule.
     """
     copied = [rule.copy_from for rule in request.rules]
-    opened = open_inputs(request.inputs, [request.copy_rest, request.base, *copied], run_dir, request.key)
+    others = [request.base, request.copy_rest, *copied]
+    main = request.copy_rest or request.base
+    opened = open_inputs(request.inputs, others, run_dir, request.key, main)
     mixes = Rules(request).mixes
     return replace(opened, sources=aligned(opened.sources, request.vocabulary, mixes))
 

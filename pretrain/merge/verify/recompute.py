@@ -39,7 +39,6 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
     for entry in record["inputs"]:
         try:
             source = open_weights(str(entry["path"]), key=entry.get("key"))
-            source.rename(entry.get("renamed") or {})
             now, then = source.hashes(), dict(entry["files"])
         except ReadError as error:  # the input stays unchecked; the output itself can still be checked
             sources.append(None)
@@ -53,6 +52,8 @@ def open_inputs_of(record: Mapping[str, Any]) -> tuple[list[WeightSource | None]
             states.append((GONE, f"{error}{relative}"))
             continue
         changed = sorted(name for name in {**now, **then} if now.get(name) != then.get(name))
+        if not changed:
+            source.rename(entry.get("renamed") or {})
         sources.append(source if not changed else None)
         states.append((CHANGED, ", ".join(changed)) if changed else (UNCHANGED, ""))
     request = record.get("asked") or {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pretrain.merge.vocabulary.tokenizer_json import (
     FILE,
     STALE,
     Tokenizer,
+    is_tokenizer_file,
     joint_tokenizer_json,
     read_tokenizer,
     renumbered_companions,
@@ -149,8 +151,14 @@ def tokens_without_rows(
     rows = {shape[0] for name, (_, shape) in infos.items() if is_embedding(name) and len(shape) == 2}
     if len(rows) != 1:
         return None
-    tokenizer = read_tokenizer(companions, where)
-    return None if tokenizer is None else tokens_beyond(companions, tokenizer.ids, rows.pop(), where)
+    files = {name: read_companion(content) for name, content in companions.items() if is_tokenizer_file(name)}
+    return _tokens_beyond(tuple(sorted(files.items())), rows.pop(), where)
+
+
+@lru_cache(maxsize=2)  # a sweep asks for every beta, and tokenizer.json has megabytes
+def _tokens_beyond(files: tuple[tuple[str, bytes], ...], rows: int, where: str) -> str | None:
+    tokenizer = read_tokenizer(dict(files), where)
+    return None if tokenizer is None else tokens_beyond(dict(files), tokenizer.ids, rows, where)
 
 
 def is_embedding(name: str) -> bool:
