@@ -64,13 +64,13 @@ def quantised_problem(tensors: Tensors) -> str | None:
             CODES.search(name) or (len(shape) > 1 and name.rpartition(".")[2] == "weight")
         )
         if codes:
-            return f"quantised: {name} is {dtype}; {QUANTISED}"
+            return f"{name} is {dtype}; {QUANTISED}"
         if dtype.startswith("F8_E8M0"):
-            return f"quantised: {name} is {dtype}, a scale of block-wise codes; {QUANTISED}"
+            return f"{name} is {dtype}, a scale of block-wise codes; {QUANTISED}"
     if any(tensors.info(name)[0].startswith("F8") for name in names):
         scale = next((name for name in names if SCALES.search(name)), None)
         if scale is not None:
-            return f"quantised: {scale} scales its 8-bit floats; {QUANTISED}"
+            return f"{scale} scales its 8-bit floats; {QUANTISED}"
     return None
 
 

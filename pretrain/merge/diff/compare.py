@@ -188,8 +188,10 @@ def compare_sources(
 
 def _cautions(source: WeightSource) -> list[str]:
     """Notes about a source whose tensors say less than they seem to: adapters and codes."""
-    problems = [adapter_problem(source), quantised_problem(source)]
-    return [*source.reading, *(f"{source.address}: {problem}" for problem in problems if problem is not None)]
+    adapter, codes = adapter_problem(source), quantised_problem(source)
+    notes = [adapter] if adapter is not None else []
+    notes += [f"quantised: {codes}"] if codes is not None else []
+    return [*source.reading, *(f"{source.address}: {note}" for note in notes)]
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, Distance]:

@@ -103,10 +103,11 @@ def quantised(source: WeightSource) -> str | None:
     Codes are recognised by the names and dtypes of their tensors. A quantization_config alone is not enough, because
     weights that were converted back to 16 bits often keep it; it makes any tensor of a code's dtype count.
     """
-    if (problem := quantised_problem(source)) is not None:
-        return f"{source.address}: {problem}"
     config = read_config(source.companions)
     settings = config.get("quantization_config") if config is not None else None
+    if (problem := quantised_problem(source)) is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return f"{source.address}: quantised{f' ({method})' if method else ''}: {problem}"
     if not isinstance(settings, dict):
         return None
     for name in source.names():

@@ -179,7 +179,7 @@ def test_sharded_hf_folder_gives_a_folder_of_its_own(tmp_path: Path) -> None:
     ("name", "why"), [("../x.safetensors", "not a file of this folder"), ("y.safetensors", "does not exist")]
 )
 def test_index_with_a_foreign_or_missing_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
-    folder = write(tmp_path / "a", {"w": floats(0, 2)})
+    folder = write(tmp_path / "a", {"w": floats(0, 2)}, "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(UserError, match=why):
         open_weights(str(folder))

@@ -213,7 +213,7 @@ CODES = {"q.qweight": np.ones((2, 2), np.int32), "q.scales": floats(1, 2)}
         ),
         ('{"quantization_config": {}}', {"w": np.ones(2, np.uint8)}, r"quantised \(by its config\): w is U8"),
         ('{"quantization_config": {"quant_method": "fp8"}}', {"w": floats(1, 2)}, None),
-        ("{}", CODES, None),
+        ("{}", CODES, r"quantised: q\.qweight is I32"),
     ],
 )
 def test_quantised_models_are_refused(
