@@ -88,12 +88,12 @@ def build_index(
     tags: dict[str, int] = {}
     sizes = shard_lengths(urls, path, tags)
     stats = read_stats(urls)
+    tokenizer = tokenizer_of(stats)
     paths = paths_below(root, urls)
     check_writable(root, paths)
     content = IndexContent(root)
     load_index(content, root)
-    parts_folder = storage.join(folder, PARTS_FOLDER)
-    parts = load_parts(content, parts_folder)
+    parts = load_parts(content, storage.join(folder, PARTS_FOLDER))
 
     # 2. Scan the shards without a valid record.
     todo = [
@@ -103,24 +103,23 @@ def build_index(
         if below not in content.records or not content.records[below].matches(sizes[url], version)
     ]
     began = time.monotonic()
+    parts_folder = storage.join(folder, PARTS_FOLDER)
     problems, samples = _scan(content, todo, jobs, progress, parts_folder, part_seconds, parts)
     seconds = time.monotonic() - began
-    stated = {url: Count(each["successes"], stats_url(url)) for url, each in stats.items()}
-    for counts in (stated, read_counts(root, urls, sizes)):
-        _check_counts(counts, urls, paths, content, problems)
+    _check_counts(stats, read_counts(root, urls, sizes), urls, paths, content, problems)
     if problems:
         raise _problems_error(path, root, problems, len(urls))
-    if not any(content.records[below].count for below in paths):
+    if not sum(content.records[below].count for below in paths):
         raise UserError(f"the {len(urls)} tars in {root} hold no samples; make the data again")
 
     # 3. Write the index, then remove the parts.
     with index_lock(folder):
         order = _index_order(path, root, paths, content)
-        write_index(content, folder, order, tokenizer_of(stats))
+        write_index(content, folder, order, tokenizer)
     storage.remove(parts)
     remove_empty(parts_folder)
     return IndexResult(
-        _open_quietly(path, root),
+        _open_quietly(root, path),
         scanned=len(todo),
         reused=len(urls) - len(todo),
         bytes=sum(size for _, _, size, _ in todo),
@@ -128,13 +127,6 @@ def build_index(
         seconds=seconds,
         findings=compare_shards(root, [content.records[below] for below in paths]),
     )
-
-
-def _open_quietly(path: str, root: str) -> Manifest:
-    """The source as training opens it; what is left out is told by the caller."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LeftOutWarning)
-        return open_source(os.path.basename(root) or root, path)
 
 
 def _version(url: str, tags: dict[str, int]) -> str:
@@ -180,18 +172,31 @@ def _scan(
 
 
 def _check_counts(
-    stated: dict[str, Count],
+    stats: dict[str, dict[str, Any]],
+    others: dict[str, Count],
     urls: Sequence[str],
     paths: Sequence[str],
     content: IndexContent,
     problems: dict[str, str],
 ) -> None:
-    """Add to `problems` the shards that do not hold as many samples as a file beside them says; `stated` is by URL."""
+    """Add to `problems` the shards that do not hold as many samples as a file beside them says.
+
+    stats: content of `_stats.json` by URL; others: counts in the index files of other tools, by URL
+    """
+    of_stats = {url: Count(each["successes"], stats_url(url)) for url, each in stats.items()}
     for url, below in zip(urls, paths, strict=True):
-        if url in stated and below in content.records and url not in problems:
-            expected, found = stated[url].samples, content.records[below].count
-            if expected != found:
-                problems[url] = str(wrong_count_error(url, expected, found, stated[url].where))
+        for stated in (of_stats.get(url), others.get(url)):
+            if stated is not None and below in content.records and url not in problems:
+                expected, found = stated.samples, content.records[below].count
+                if expected != found:
+                    problems[url] = str(wrong_count_error(url, expected, found, stated.where))
+
+
+def _open_quietly(root: str, path: str) -> Manifest:
+    """The indexed source; the caller of `build_index` prints what it leaves out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        return open_source(os.path.basename(root) or root, path)
 
 
 def _problems_error(path: str, root: str, problems: dict[str, str], shards: int) -> UserError:

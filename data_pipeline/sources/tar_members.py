@@ -138,10 +138,8 @@ def iter_members(
         if kind in b"123456":
             size = 0
         if content + size > end:
-            raise _truncated(
-                where,
-                f"the member at byte {position} should end at byte {content + size}, but the file ends at byte {end}",
-            )
+            expected = f"the member at byte {position} should end at byte {content + size}"
+            raise _truncated(where, f"{expected}, but the file ends at byte {end}")
         position = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if kind in EXTENSION_KINDS:
             long_name, long_link, pax = _extend(kind, data, content, size, where, (long_name, long_link, pax))

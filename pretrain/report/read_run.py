@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
-from pretrain.run.folder import json_mapping
+from pretrain.run.folder import LEFT_OUT, json_mapping
 from pretrain.run.incidents import Incidents
 
 # Types of the entries that the report reads; a damaged file may hold others.
@@ -30,6 +30,7 @@ class Stage:
     result: dict[str, Any] | None = None
     bad_samples: list[dict[str, Any]] = field(default_factory=list)
     started: bool = False
+    left_out: dict[str, Any] = field(default_factory=dict)  # source -> reason -> files in no sample
 
     @property
     def is_merge(self) -> bool:
@@ -174,6 +175,7 @@ def _stage(folder: Path, settings: Any) -> Stage:
         result=_typed(json_mapping(folder / "result.json"), {"eval": dict, "step": int}) or None,
         bad_samples=metrics_log.read(folder / "bad_samples.jsonl")[:MAX_BAD_SAMPLES],
         started=folder.is_dir(),
+        left_out={source: _mapping(counts) for source, counts in json_mapping(folder / LEFT_OUT).items()},
     )
 
 

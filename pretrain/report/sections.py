@@ -289,6 +289,16 @@ def samples(runs: Runs) -> Section:
         section.blocks.append(Table(head, examples, left=4, title="The first replaced samples"))
     else:
         section.text = [*section.text, "No sample was replaced, so there is no table of reasons."]
+    left_out = [
+        [label, source, reason, number(count)]
+        for label, stage in found
+        for source, counts in stage.left_out.items()
+        for reason, count in counts.items()
+        if isinstance(count, int)
+    ]
+    if left_out:
+        head = ["stage", "source", "kind", "files"]
+        section.blocks.append(Table(head, left_out, left=3, title="Files in the tars that are in no sample"))
     return section
 
 

@@ -13,6 +13,7 @@ from data_pipeline.errors import UserError
 from pretrain.recipe import SCHEMA
 
 STEP = re.compile(r"^step_(\d{8,})$")
+LEFT_OUT = "left_out.json"  # in a stage's folder: source -> reason -> files in its tars that are in no sample
 
 
 def tag_of(step: int) -> str:

@@ -81,6 +81,7 @@ class Session:
         # 4. Run folder: the first files that are written.
         if runtime.rank == 0:
             setup.prepare_folder(context, objective, frozen, built.description, start, plan.total, accepted)
+            setup.write_left_out(context, builders)
         del frozen  # whole tensors, of which ZeRO-3 keeps a part per rank during the training
         # 5. Evaluation and loader. After the barrier, the files of the run folder exist on every rank.
         evaluate = setup.make_evaluation(context, objective, engine)

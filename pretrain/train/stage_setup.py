@@ -6,6 +6,7 @@ or a missing source leaves the rest of the run folder as it was.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from pretrain.recipe.lengths import check_ends, length_steps, total_steps
 from pretrain.recipe.parameter_names import folded
 from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.run import metrics_log
-from pretrain.run.folder import read_record
+from pretrain.run.folder import LEFT_OUT, read_record
 from pretrain.run.identity import compare_changeable_keys, compare_versions
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import Start, check_length, resume_data, with_order_of
@@ -289,6 +290,21 @@ def _resume_folder(context: StageContext, start: Start, total: int) -> None:
         print(f"dromos: changed since it was saved: {line}", flush=True)
     for line in compare_versions(previous, record):
         print(f"dromos: warning: {line}", flush=True)
+
+
+def write_left_out(context: StageContext, builders: dict[str, BatchBuilder]) -> None:
+    """left_out.json, for the report: source -> reason -> files in its tars that are in no sample; on rank 0 only."""
+    counts = {
+        f"{stream}.{source}": manifest.left_out.counts
+        for stream, builder in builders.items()
+        for source, manifest in builder.manifests.items()
+        if manifest.left_out.counts
+    }
+    path = context.folder / LEFT_OUT
+    if counts:
+        publish(path, json.dumps(counts, indent=1).encode())
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_record(context: StageContext) -> None:

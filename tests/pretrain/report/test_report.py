@@ -371,3 +371,14 @@ def test_pictures_keep_their_pixels_and_masks_hide_whole_patches() -> None:
 def test_backticks_become_code_and_nothing_else_does() -> None:
     assert render_code("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"
     assert render_code("one ` alone <i>") == "one ` alone &lt;i&gt;"
+
+
+def test_files_that_are_in_no_sample_are_counted(run: Path) -> None:
+    assert "in no sample" not in read(run)
+    (run / "real" / "left_out.json").write_text(
+        json.dumps({"text.scenes": {"symbolic links": 1234}, "odd": 3})
+    )
+    page = read(run)
+    assert "Files in the tars that are in no sample" in page
+    assert "symbolic links" in page
+    assert "1,234" in page
