@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import ContentError, UserError
 from data_pipeline.storage.file_kind import COMPRESSED, describe_kind, file_kind
-from data_pipeline.text_encoding import is_utf16, without_bom
+from data_pipeline.text_encoding import decode_line, is_utf16, without_bom
 
 Family = Literal["tars", "pairs", "outcomes", "documents", "lines", "conversations", "prompted", "unknown"]
 # The first suffix in this order that occurs in a folder decides its kind.
@@ -22,12 +23,14 @@ SUFFIXES = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
+    ".csv": "tsv",
 }
 # Files beside the data: statistics, tokenizers, configurations.
 NOT_DATA = ("_stats.json", "tokenizer.json", "tokenizer_config.json", "config.json", "packed.json")
 TITLES = {
     "tars": "tars",
     "cc3m": "CC3M lines (caption, tab, url)",
+    "open_clip": "open_clip's CSV (filepath, tab, title)",
     "refinedweb": "RefinedWeb documents",
     "fineweb": "FineWeb documents",
     "documents": "documents",
@@ -40,7 +43,7 @@ TITLES = {
 }
 KNOWN_FORMATS = (
     "tars of webdataset or img2dataset; parquet of LAION, COYO, DataComp, RefinedWeb or FineWeb; CC3M's .tsv; "
-    "json or jsonl of LLaVA, ShareGPT or PaliGemma"
+    "open_clip's .csv, with tabs between the columns; json or jsonl of LLaVA, ShareGPT or PaliGemma"
 )
 # (url, text) rows whose texts have at least this mean length are web pages, else captions.
 MIN_PAGE_CHARACTERS = 400
@@ -67,7 +70,7 @@ def detect(path: str) -> Format:
     if kind == "parquet":
         return _table(files)
     if kind == "tsv":
-        return Format("cc3m", TITLES["cc3m"], "lines", tuple(files))
+        return _lines(files)
     return _json(files)
 
 
@@ -111,7 +114,8 @@ def _file_kind(file: str) -> str:
         raise UserError(f"{file} is compressed with {kind}; decompress it")
     if kind in ("lfs", "html", "xml", "empty") or (kind == "parquet" and claimed not in (None, "parquet")):
         raise UserError(str(describe_kind(kind, file)))
-    found = _kind_by_bytes(first) or claimed
+    # A table with commas between the columns has no known format.
+    found = _kind_by_bytes(first) or (None if file.endswith(".csv") else claimed)
     if found is None:
         raise UserError(f"{file} begins with {first[:16]!r}, which is not one of: {KNOWN_FORMATS}")
     return found
@@ -128,6 +132,20 @@ def _kind_by_bytes(first: bytes) -> str | None:
     if begin[:1] == b"{" or (begin[:1] == b"[" and begin[1:].lstrip()[:1] in (b"{", b"]", b"[")):
         return "json"
     return "tsv" if b"\t" in first.split(b"\n", 1)[0] and b"\0" not in first else None
+
+
+def _lines(files: Sequence[str]) -> Format:
+    from data_pipeline.formats.cc3m import header_columns
+    from data_pipeline.formats.text_records import lines, open_text
+
+    columns = None
+    with open_text(files[0]) as opened:
+        line = next((line for _, line in lines(opened)), None)
+    if line is not None:
+        with suppress(ContentError):
+            columns = header_columns(decode_line(line))
+    name = "open_clip" if columns is not None and columns.of_paths else "cc3m"
+    return Format(name, TITLES[name], "lines", tuple(files))
 
 
 def _table(files: Sequence[str]) -> Format:

@@ -105,8 +105,8 @@ class PairStatistics(RecordStatistics):
     def finish(self) -> None:
         if is_swapped(self.first_pairs):
             self.report.problems.append(
-                "the first column holds URLs and the second holds text; CC3M's order is caption, tab, URL: "
-                "swap the columns"
+                "the first column holds URLs or paths and the second holds text; CC3M's order is caption, tab, URL: "
+                "swap the columns, or write a header such as filepath, tab, title (open_clip's)"
             )
         empty = self.missing["captions"]
         if empty and empty == self.usable:

@@ -83,7 +83,8 @@ def show(
     """Show sources: format, samples, problems.
 
     Reads tars (webdataset, img2dataset, packed text); parquet of LAION, LAION-COCO, COYO, DataComp, RefinedWeb and
-    FineWeb; CC3M's .tsv; json and jsonl of LLaVA, ShareGPT and PaliGemma. SRC is a folder, a pattern or a file.
+    FineWeb; CC3M's .tsv; open_clip's .csv; json and jsonl of LLaVA, ShareGPT and PaliGemma. SRC is a folder, a
+    pattern or a file.
 
     \b
     Examples:
