@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch, StreamSpec
@@ -118,9 +119,12 @@ def rewrite(path: Path, content: bytes) -> None:
 
 
 def usable(data: bytes) -> bool:
-    """Pillow's word on an image, the whole of it decoded."""
+    """Pillow's word on an image, the whole of it decoded, without its limits on the texts of a PNG."""
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            mock.patch.multiple(PngImagePlugin, MAX_TEXT_CHUNK=1 << 30, MAX_TEXT_MEMORY=1 << 31),
+        ):
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
                 if image.width * image.height > 25_000_000:
