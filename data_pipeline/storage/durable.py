@@ -78,7 +78,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 def sync_tree(path: str | os.PathLike[str]) -> None:
     """Flush all files and folders below a folder, and its own entries, to disk (fsync)."""
-    for folder, _, names in os.walk(path, topdown=False):
+    for folder, _, names in os.walk(path):
         for name in names:
             sync(os.path.join(folder, name))
         sync(folder)
