@@ -83,7 +83,7 @@ def is_done(folder: Path, stage: StageJob, recipe: Recipe) -> bool:
     # Steps do not decide for a length in epochs, or in samples if the batch changed during the run. The stage is
     # done if the run that finished had the same length.
     finished, current = read_record(folder / stage.name), stage_record(recipe, stage.name)
-    return finished is not None and recorded_length(finished) == recorded_length(current)
+    return recorded_length(finished) == recorded_length(current)
 
 
 def reads_any(recipe: Recipe, name: str, folder: Path, stages: Iterable[StageJob]) -> bool:

@@ -101,8 +101,8 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
     _check_resumable(folder / stage, old, new, world_size)
 
 
-def recorded_length(record: dict[str, Any]) -> Length | None:
-    """The training length in the content of a resolved.yaml; None for a merge stage."""
+def recorded_length(record: dict[str, Any] | None) -> Length | None:
+    """The training length in the content of a resolved.yaml; None for a merge stage, and for no record."""
     lengths = {unit: _get(record, ("stage", "train", unit)) for unit in UNITS}
     unit = next((unit for unit in UNITS if lengths[unit] is not None), None)
     return None if unit is None else parse_length(f"{lengths[unit]!r} {unit}")
