@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.activity import Activity
 from data_pipeline.batches.work_items import WorkItem
 from data_pipeline.workers import worker_handle
 from data_pipeline.workers.ipc import receive
@@ -25,7 +26,7 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
     """The workers' ends of the channels, in the order of their start; no process is started."""
     opened: list[socket.socket] = []
 
-    def start(module: str, descriptors: Sequence[int], variables: Any = None) -> Any:
+    def start(module: str, descriptors: Sequence[int], variables: Any, folders: Sequence[str]) -> Any:
         opened.append(socket.socket(fileno=os.dup(descriptors[0])))
         return SimpleNamespace(pid=0, kill=lambda: None, wait=lambda: 0)
 
@@ -100,3 +101,34 @@ def test_a_buffer_is_sent_to_every_worker_once_and_every_one_forgets_it(
         worker.send(work(buffer=1, size=4096), buffers[1], {1})
         assert sent(channel)[1] == (0 if number < 2 else 1)
     os.close(buffers[1].descriptor)
+
+
+def test_a_worker_on_a_system_without_anonymous_memory_shows_no_activity(
+    channels: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_handle, "has_anonymous_memory", lambda: False)
+    setups = SetupFile([])
+    worker = WorkerProcess(setups)
+    assert worker.inspect() == Activity()
+    worker.kill()
+    setups.close()
+
+
+def test_the_ends_for_a_worker_that_cannot_start_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: whoever keeps the error keeps the objects of its frames, too."""
+    given: list[int] = []
+
+    def start(module: str, descriptors: Sequence[int], variables: Any, folders: Sequence[str]) -> Any:
+        given.extend(descriptors)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(worker_handle, "start_module", start)
+    setups = SetupFile([])
+    with pytest.raises(OSError, match="no more processes") as kept:
+        WorkerProcess(setups)
+    channel, _, status = given
+    for closed in (channel, status):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(closed)
+    setups.close()
+    assert kept.traceback
