@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import SourceSpec, StreamSpec
-from data_pipeline.loader.prefetch_plan import PrefetchPlan, window_steps
+from data_pipeline.loader.prefetch_plan import PrefetchPlan, _unit_ranges, window_steps
 from data_pipeline.order.source_order import RUNS_PER_WINDOW
 from data_pipeline.sources.fetch_units import UNIT_BYTES, Units
 from data_pipeline.sources.manifest import Manifest
@@ -189,3 +189,11 @@ def test_samples_are_read_alone_for_a_small_part_of_an_epoch(tmp_path: Path) -> 
     assert (
         PrefetchPlan([builder_of(tmp_path, {"b": few}, 1 << 40)], 0, 1, 1 << 40, 0).single_sample_steps() == 1
     )
+
+
+def test_units_are_fetched_in_the_order_of_their_first_use(tmp_path: Path) -> None:
+    source, _ = manifest(tmp_path, "a", [100] * 4, 4)
+    units = builder_of(tmp_path, {"a": source}, 1 << 40).units("a")
+    assert units is not None
+    found = list(_unit_ranges(units, np.array([2, 0, 2, 3, 0, 1]), np.array([5, 9, 6, 0, 9, 50])))
+    assert [unit.url for unit in found] == [f"s3://nowhere/a/{shard}.tar" for shard in (2, 0, 3, 1)]

@@ -232,6 +232,14 @@ def test_a_global_header_that_renames_or_resizes_all_members_is_refused(key: str
         list(iter_members(b"".join(blocks) + bytes(1024), "a.tar"))
 
 
+def test_a_scan_counts_members_and_samples_without_an_image() -> None:
+    headers = [header(name, 0) for name in ("a.jpg", "a.txt", "b.txt", "c.png")]
+    found = scan(b"".join(headers) + bytes(2 * BLOCK), "t.tar")
+    assert (found.samples, found.members, found.imageless) == (3, {"jpg": 1, "txt": 2, "png": 1}, 1)
+    empty = scan(bytes(2 * BLOCK), "t.tar")
+    assert (empty.samples, empty.members, empty.imageless) == (0, {}, 0)
+
+
 def test_a_buffered_tar_returns_the_bytes_of_the_tar() -> None:
     """Random slices, forwards and backwards, beyond both buffer sizes and the end."""
     chance = random.Random(3)

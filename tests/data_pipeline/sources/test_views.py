@@ -26,9 +26,13 @@ from data_pipeline.index import parallel
 from data_pipeline.index.build import build_index
 from data_pipeline.index.build_view import Rule, build_view
 from data_pipeline.sources.manifest import open_source
+from data_pipeline.sources.offsets import Offsets
+from data_pipeline.sources.remote_shards import RemoteShards
+from data_pipeline.sources.scan import scan_file
 from data_pipeline.sources.shard_reader import ShardReader
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.sources.views import SAMPLES_PER_BLOCK, View, bitmap_content, pack_bits
+from data_pipeline.storage.cache import CacheSettings
 from tests.support.s3_server import s3_server
 from tests.support.samples import members, pairs
 
@@ -157,6 +161,19 @@ def test_training_visits_each_kept_sample_once_and_unchanged(root: str, tmp_path
         assert (batch.pixels[number] == first.pixels[theirs[sample]]).all()  # type: ignore[index]
     reads = {(int(s), int(k)) for s, k in zip(*_drawn(spec), strict=True)}
     assert reads != set(places)  # the order draws indices among the kept samples
+
+
+def test_of_a_store_the_unit_of_a_kept_sample_is_fetched(root: str, tmp_path: Path) -> None:
+    build_index(root)
+    build_view(root, "good", Rule(where=WHERE))
+    source = open_source("a", root, "good")
+    cache = CacheSettings(str(tmp_path / "cache"), 1)  # so small that a unit is one sample
+    shards = RemoteShards(source, Offsets(source), cache)
+    for shard, index in kept_places():
+        unit = shards._unit(shard, index)
+        starts = scan_file(f"{root}/{shard:05d}.tar").starts
+        assert [unit.start, unit.stop] == starts[index : index + 2].tolist()
+    shards.close()
 
 
 def _drawn(spec: Any) -> tuple[np.ndarray, np.ndarray]:

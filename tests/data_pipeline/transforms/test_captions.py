@@ -79,6 +79,12 @@ def test_a_sample_without_caption_is_a_verdict(members: dict[str, bytes], reason
     assert verdict.value.reason == reason
 
 
+def test_a_verdict_on_a_json_member_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(ContentError) as verdict:
+        pick_caption({"json": b'{"caption'}, 0)
+    assert verdict.value.detail == "Unterminated string starting at: line 1 column 2 (char 1)"
+
+
 def test_without_a_txt_the_usual_fields_are_looked_through_in_turn() -> None:
     assert pick_caption(sample(**LAION_COCO), None) == ("red car for sale", 0)
     del (fields := dict(LAION_COCO))["caption"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.transforms.tokenizers import caption_row, load_tokenizer
+from data_pipeline.transforms.tokenizers import ClipTokenizer, caption_row, load_tokenizer
 from tests.support.samples import write_tokenizer
 
 CAPTIONS = [
@@ -133,6 +134,14 @@ def test_rows_hold_start_caption_end_padding(tmp_path: Path) -> None:
     assert (row.tolist(), used) == ([1, a, red, 2], 4)
     row, used = caption_row(ours, "", 4)
     assert (row.tolist(), used) == ([1, 2, 0, 0], 2)
+
+
+def test_clip_bpe_without_open_clip_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"clip-bpe needs open_clip's vocabulary.*pip install 'dromos\[train\]'"
+    ):
+        ClipTokenizer()
 
 
 def test_missing_and_wrong_tokenizers_are_named(tmp_path: Path) -> None:

@@ -119,3 +119,22 @@ def test_cancel_drops_every_item_and_close_ends_every_actor(ray: counted_ray.Ray
     assert pool.result(again).step == 9
     pool.close()
     assert ray.killed == ray.actors
+
+
+def test_items_of_a_cluster_that_is_gone_are_dropped_without_an_error(
+    ray: counted_ray.Ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[counted_ray.Reference] = []
+
+    def cancel(reference: counted_ray.Reference) -> None:
+        asked.append(reference)
+        raise counted_ray.RayError("no connection")
+
+    monkeypatch.setattr(ray, "cancel", cancel)
+    pool = RayPool([], 1, first_node=0)
+    for step in range(2):
+        pool.submit(item(step))
+    pool.cancel()
+    assert len(asked) == 2
+    pool.cancel()
+    assert len(asked) == 2  # nothing is left
