@@ -106,6 +106,12 @@ def test_options_of_a_small_job() -> None:
     assert options(hostile)["output"] == "/w/a b/runs/100%%j/slurm-%j.log"
 
 
+def test_the_script_says_what_each_stage_is() -> None:
+    lines = render(JOB).splitlines()
+    assert "# masked: training, 2 x 4 ranks" in lines
+    assert "# mix: merge, one process" in lines
+
+
 def test_equal_jobs_render_equal_scripts() -> None:
     assert render(Job.from_json(JOB.to_json())) == render(JOB)
 

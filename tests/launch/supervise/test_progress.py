@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
+from launch.supervise import progress
 from launch.supervise.progress import TAIL_BYTES, Metrics, PlainView, Tail, clock, view
 
 
@@ -37,6 +40,21 @@ def test_tail_starts_near_the_end_of_a_long_file(tmp_path: Path) -> None:
     assert steps[-1] == 20000
     assert 0 < len(steps) <= TAIL_BYTES / len(row(1))
     assert steps == list(range(steps[0], 20001))
+
+
+def test_a_view_that_starts_late_shows_the_figures_of_one_from_the_start(tmp_path: Path) -> None:
+    """Also with rows of 600 bytes, and a rate that grows all the time."""
+    rows = [
+        {"step": step, "time": {"step": 0.5, "samples_per_second": 100 * step}, "more": "x" * 520}
+        for step in range(1, 501)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    whole, late = Metrics(500), Metrics(500)
+    for each in rows:
+        whole.add(each)
+    for each in Tail(tmp_path / "metrics.jsonl").read():
+        late.add(each)
+    assert late.text() == whole.text()
 
 
 def test_figures_of_a_steady_run() -> None:
@@ -86,3 +104,21 @@ def test_a_bar_where_there_is_a_terminal(tmp_path: Path) -> None:
     assert "7/50" in out.getvalue()
     assert "loss 2.0000" in out.getvalue()
     assert isinstance(view("masked", tmp_path, 50, Console(file=io.StringIO())), PlainView)
+
+
+def test_a_bar_is_drawn_at_most_ten_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(row(7))
+    out = io.StringIO()
+    with view("masked", tmp_path, 50, Console(file=out, force_terminal=True, width=80)) as bar:
+        bar.update()
+        path.write_text(row(7) + row(8))
+        clock.now += 0.09
+        bar.update()
+        assert "7/50" in out.getvalue()
+        assert "8/50" not in out.getvalue()
+        clock.now += 0.02
+        bar.update()
+        assert "8/50" in out.getvalue()
