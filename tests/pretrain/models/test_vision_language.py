@@ -100,6 +100,10 @@ def test_features_take_the_type_of_the_language_model() -> None:
     """fp32 features of a frozen tower must not turn the whole sequence into fp32; the losses are fp32."""
     model = multimodal().bfloat16()
     assert model.embed(sentences(), visual().float()).dtype == torch.bfloat16
+    for delimiter in (model.start_image, model.end_image):
+        delimiter.data = delimiter.data.float()
+        assert model.embed(sentences(), visual()).dtype == torch.bfloat16
+        delimiter.data = delimiter.data.bfloat16()
     found = model(tokens=sentences(), used=torch.tensor(USED), images=visual().float())
     assert found.dtype == torch.float32
     with torch.no_grad():

@@ -141,6 +141,16 @@ def called(module: str, inner: str) -> Exception:
     return raised(module, {"below": scope["below"]})
 
 
+def test_of_a_long_text_the_begin_is_told() -> None:
+    text = "DefaultCPUAllocator: " + "".join(f"{number} " for number in range(1000))
+    failure = explain(RuntimeError(f"\n {text}\nand more"))
+    assert failure is not None
+    assert failure.message.startswith(f"out of memory ({text[:400]} ...): lower loader.workers")
+    failure = explain(RuntimeError(text[:400]))
+    assert failure is not None
+    assert failure.message.startswith(f"out of memory ({text[:400]}): lower loader.workers")
+
+
 def test_only_an_error_inside_a_library_is_explained() -> None:
     for inner in ("deepspeed.runtime.engine", "torch.distributed.distributed_c10d"):
         failure = explain(called("pretrain.distributed.engine", inner))

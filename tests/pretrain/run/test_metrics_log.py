@@ -110,6 +110,15 @@ def test_the_last_line_is_amended_and_no_other(tmp_path: Path, before: int, leng
     assert path.read_text() == "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 99}])
 
 
+def test_a_line_behind_an_empty_one_is_amended_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('\n{"step": 1}\n')
+    log = JsonLog(path)
+    log.amend({"step": 1, "loss": 0.5})
+    log.close()
+    assert path.read_text() == '\n{"step": 1, "loss": 0.5}\n'
+
+
 def test_a_line_that_a_cut_damaged_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     last = json.dumps(ROWS[2])

@@ -18,7 +18,7 @@ from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import Batch
 from pretrain.build.objective import build
 from pretrain.build.streams import stage_specs
-from pretrain.distributed.engine import Runtime
+from pretrain.distributed.engine import Engine, Runtime
 from pretrain.recipe.schema import Recipe, TrainStage
 from pretrain.train.stage_setup import StageContext, make_evaluation
 from pretrain.train.trainer import Plan, Trainer
@@ -152,3 +152,13 @@ def test_a_held_out_set_that_vanishes_costs_an_evaluation_and_not_the_run(
     assert line.startswith("dromos: step 2: the evaluation zero_shot/held failed: ")
     assert str(tmp_path / "held") in line
     assert line.endswith("; its figures of this step are missing, the training goes on")
+
+
+def test_a_step_after_an_evaluation_is_in_train_mode_again() -> None:
+    """As `Trainer.step` and `make_evaluation` ask for it, of the engine that a run has."""
+    engine = object.__new__(Engine)
+    engine._engine = torch.nn.Dropout()
+    engine.train(False)
+    assert not engine._engine.training
+    engine.train()
+    assert engine._engine.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from data_pipeline.errors import UserError
 from data_pipeline.sources.tar import TarWriter
 from data_pipeline.transforms.decode import decoder_versions
 from launch.cli.app import app
 from pretrain.build.module_weights import read_frozen, read_state
-from pretrain.distributed.engine import Engine, ParameterGroup, join_process_group
+from pretrain.distributed.engine import Engine, ParameterGroup, Runtime, join_process_group
 from pretrain.run.folder import complete_steps
+from pretrain.train import session, stop_signals
 from pretrain.train.main import main
 from tests.support import forks, rank, tiny
 from tests.support.launching import alive
@@ -311,6 +315,29 @@ def test_the_settings_of_the_recipe_apply_after_a_load(tmp_path: Path) -> None:
     assert forked.code() == 0, forked.log.read_text()
 
 
+def weights_after_a_step_of_rate_0(dtype: str) -> int:
+    """Runs in a fork: 0 if neither the start of the engine nor a step of rate 0 changes a weight."""
+    runtime = join_process_group()
+    model = nn.Linear(3, 4)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    engine = Engine(model, 0, dtype, (0.9, 0.95), 1e-8, 0.5, 0, runtime)
+    after = list(engine.module.parameters())
+    with engine.accumulate():
+        engine.backward(engine(torch.ones(2, 3, dtype=after[0].dtype)).sum())
+    engine.step(0.0)
+    print(before, after)
+    return int(not all(torch.equal(old.to(new.dtype), new) for old, new in zip(before, after, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_engine_that_starts_leaves_the_weights_as_they_are(tmp_path: Path, dtype: str) -> None:
+    """In bf16, stage 0 starts with a step without gradients, which must not decay the weights."""
+    environment = forks.rank_environment(0, 1, forks.free_port())
+    job = "weights_after_a_step_of_rate_0"
+    forked = forks.fork(__name__, job, (dtype,), environment, tmp_path / "log")
+    assert forked.code() == 0, forked.log.read_text()
+
+
 def test_too_many_replaced_samples_stop_the_rank_with_their_number(tiny_runs: Path, tmp_path: Path) -> None:
     with TarWriter(tmp_path / "noisy" / "00000.tar") as tar:
         for number in range(60):
@@ -454,3 +481,32 @@ def test_a_training_does_not_import_the_compiler(tiny_runs: Path, tmp_path: Path
         tmp_path / "log",
     )
     assert forked.code() == 0, forked.log.read_text()
+
+
+@pytest.mark.parametrize("rank_number", [0, 1])
+def test_only_the_rank_that_writes_frozen_tensors_holds_them(
+    monkeypatch: pytest.MonkeyPatch, rank_number: int
+) -> None:
+    """The engine of ZeRO-3 frees the whole tensors of a rank that holds none of them."""
+    setup = mock.MagicMock()
+    setup.open_streams.return_value = mock.MagicMock(), []
+    setup.open_engine.side_effect = InterruptedError
+    monkeypatch.setattr(session, "setup", setup)
+    monkeypatch.setattr(session, "find_start", lambda *given: None)
+    opened = object.__new__(session.Session)
+    runtime = Runtime(rank_number, 2, rank_number, torch.device("cpu"))
+    opened.context = mock.MagicMock(runtime=runtime)
+    with pytest.raises(InterruptedError):
+        opened.train()
+    assert setup.build_objective.return_value.objective.frozen.call_count == (1 if rank_number == 0 else 0)
+
+
+def test_the_collector_runs_again_after_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> None:
+        assert not gc.isenabled()
+        raise UserError("no such recipe")
+
+    monkeypatch.setattr(session, "Session", refuse)
+    monkeypatch.setattr(stop_signals, "StopFlag", object)  # the signals of this process stay as they are
+    assert main("recipe.yaml", "main") == 2
+    assert gc.isenabled()
