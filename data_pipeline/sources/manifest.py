@@ -348,11 +348,17 @@ def _from_index(
     tokenizer = (table.schema.metadata or {}).get(b"tokenizer", b"").decode() or None
     offset_file = OffsetFile(offsets, blocks, widths, checks)
     manifest = make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)
-    return replace(manifest, left_out=_left_out(table, rows))
+    try:
+        return replace(manifest, left_out=_left_out(table, rows))
+    except (KeyError, ValueError, AttributeError) as error:  # a column that the digest does not cover is damaged
+        where = f"{root}/{INDEX_FOLDER}/shards.parquet"
+        raise UserError(f"{where} is not a valid index ({type(error).__name__}: {error}); {advice}") from None
 
 
 def _left_out(table: pa.Table, rows: np.ndarray) -> LeftOut:
-    """What the shards in the given rows of an index leave out. Raises UserError if the column is damaged."""
+    """What the shards in the given rows of an index leave out. Raises KeyError, ValueError or AttributeError if the
+    column is damaged.
+    """
     column_of = table["left_out"]
     if column_of.unique().to_pylist() in ([], ["{}"]):
         return LeftOut()
