@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.support import reference_recipes as recipes
 from tests.support.reference import weights
@@ -74,14 +72,6 @@ def test_decayed_parameters_by_name(cases: Cases, job: Job) -> None:
     saved = weights.read_moments(cases.checkpoint(job, 1), cases.reference(job.case).first)
     decay = cases.recipes[job.case]["optimizer"]["weight_decay"]
     assert saved.decay == {name: 0.0 if NOT_DECAYED.fullmatch(name) else decay for name in saved.decay}
-
-
-@pytest.mark.parametrize("job", [job for job in JOBS if job.case in recipes.WITH_TOWER], ids=str)
-def test_the_frozen_tower_is_that_of_its_stage(cases: Cases, job: Job) -> None:
-    frozen = load_file(cases.run(job) / "frozen.safetensors")
-    tower = {f"vision.0.{name}": tensor for name, tensor in cases.tower().items()}
-    assert {name for name in frozen if name.startswith("vision.0.")} == set(tower)
-    assert all(torch.equal(frozen[name], tensor) for name, tensor in tower.items())
 
 
 @each_case
