@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import Method, Options, Plan, TensorJob, Term, Treatment
 from pretrain.merge.planning.output_layout import Layout, lay_out
+from pretrain.merge.planning.settings import export_notes
 from pretrain.merge.vocabulary.align import tokens_without_rows
 from pretrain.weights.companions import with_dtype
 from pretrain.weights.dtypes import FLOATS, TensorInfo, elements
@@ -95,6 +96,7 @@ def assemble(
             *([beyond] if beyond is not None else []),
             *(note for source in sources for note in source.reading),
             *sources[main].notes,
+            *export_notes(sources[main]),
         ),
         rows_digests=tuple(
             source.rows_digest + (f" key {source.key}" if source.key else "") for source in sources

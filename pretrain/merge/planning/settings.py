@@ -8,6 +8,8 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from pretrain.merge.merge_plan import letter
+from pretrain.run.address import model_stage
+from pretrain.run.folder import read_record
 from pretrain.weights.companions import CONFIG, read_companion
 from pretrain.weights.folder import parse_json
 from pretrain.weights.source import WeightSource
@@ -35,6 +37,24 @@ def settings_notes(sources: Sequence[WeightSource]) -> list[str]:
                 "model"
             )
     return notes
+
+
+def export_notes(source: WeightSource) -> list[str]:
+    """A note if the output's model is a stage of a CLIP model: open_clip needs a config that a stage does not have."""
+    stage_dir = source.located.stage_dir
+    stage = model_stage(stage_dir) if stage_dir is not None else None
+    record = read_record(stage, any_schema=True) if stage is not None else None
+    objective = record["stage"].get("objective") if record is not None else None
+    if (
+        not isinstance(objective, dict)
+        or objective.get("kind") != "contrastive"
+        or OPEN_CLIP in source.companions
+    ):
+        return []
+    return [
+        "open_clip does not load the output itself; dromos export OUT --format open_clip --out DIR writes a folder that "
+        "it loads"
+    ]
 
 
 def _settings(source: WeightSource) -> Iterator[tuple[str, Any]]:

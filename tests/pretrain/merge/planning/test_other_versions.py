@@ -19,6 +19,7 @@ from pretrain.merge.execute import execute
 from pretrain.merge.spec import load_spec, prepare_spec
 from pretrain.merge.verify.check_output import verify
 from tests.support.merge_inputs import floats, write, write_bf16
+from tests.support.zero_runs import finish, recipe, training
 
 CORE = ("embed_tokens.weight", "layers.0.q.weight", "layers.1.q.weight", "norm.weight")
 
@@ -206,3 +207,13 @@ def test_the_umask_decides_who_reads_the_output(tmp_path: Path, umask: int) -> N
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
     assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_a_merge_of_clip_stages_says_how_open_clip_loads_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    made = recipe(tmp_path / "r", a=training(), b=training())
+    stages = [finish(made, n, tmp_path / "r", {"visual.w": floats(s, 3)}) for s, n in enumerate("ab")]
+    notes = plan([str(stage) for stage in stages], beta=0.5).notes
+    assert sum("dromos export OUT --format open_clip" in note for note in notes) == 1
+    plain = [str(write(tmp_path / n, {"visual.w": floats(s, 3)})) for s, n in enumerate("cd")]
+    assert not any("open_clip" in note for note in plan(plain, beta=0.5).notes)
