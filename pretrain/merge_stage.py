@@ -74,6 +74,7 @@ def run_merge_stage(
             "step": 0,
             "eval": _metrics(folder, stage.eval),
             "plan": merged[0]["plan"],
+            "notes": list(plan.notes),
             "weights": dict(zip(stage.inputs, plan.weights, strict=True)),
             "seconds": round(time.monotonic() - began, 3),
         }

@@ -71,7 +71,9 @@ def merge(job: Job, stage: StageJob, recipe: Recipe, console: Console) -> int:
         with signals_interrupt():
             from pretrain.merge_stage import run_merge_stage
 
-            run_merge_stage(recipe, stage.name, job.folder)
+            result = run_merge_stage(recipe, stage.name, job.folder)
+            for note in result.get("notes", []):
+                print_line(console, f"{stage.name}: note: {note}")
     except KeyboardInterrupt:
         print_line(console, f"{stage.name}: interrupted")
         return RUN_AGAIN

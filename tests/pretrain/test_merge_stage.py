@@ -42,6 +42,7 @@ def test_mix(run: tuple[Recipe, Path]) -> None:
     folder = run_dir / "mix"
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["weights"] == {"real": 0.4, "synthetic": 0.6}
+    assert any("dromos export" in note for note in result["notes"])
     found = locate("mix", run_dir)
     assert (found.kind, found.stage_dir) == ("folder", folder)
     source = open_weights("mix", run_dir)

@@ -52,8 +52,8 @@ def export_notes(source: WeightSource) -> list[str]:
     ):
         return []
     return [
-        "open_clip does not load the output itself; dromos export OUT --format open_clip --out DIR writes a folder that "
-        "it loads"
+        "open_clip does not load the output itself; dromos export OUT --format open_clip --out DIR writes a "
+        "folder that it loads"
     ]
 
 

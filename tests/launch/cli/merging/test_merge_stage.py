@@ -90,9 +90,9 @@ def test_a_command_checks_opens_and_hashes_the_inputs_of_a_merge_stage_once(
         checked.append(folder)
         return is_finished(stage, folder)
 
-    def count_open(address: str, run_dir: Path | None = None) -> WeightSource:
+    def count_open(address: str, run_dir: Path | None = None, key: str | None = None) -> WeightSource:
         opened.append(address)
-        return open_weights(address, run_dir)
+        return open_weights(address, run_dir, key)
 
     def count_hash(source: WeightSource) -> dict[str, str]:
         hashed.append(source.address)
@@ -106,7 +106,9 @@ def test_a_command_checks_opens_and_hashes_the_inputs_of_a_merge_stage_once(
         for calls in (checked, opened, hashed):
             calls.clear()
         assert run_job(path, ranks_per_node=1) == 0
-        assert printed in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert printed in output
+        assert ("mix: note: " in output) == (printed == "mix: merging")
         assert checked == [tmp_path / "run" / "mix"]
         assert opened == hashed == ["masked", "tuned"]
 
