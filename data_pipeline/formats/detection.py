@@ -112,7 +112,7 @@ def _file_kind(file: str) -> str:
     kind = file_kind(first)
     if kind in COMPRESSED or kind == "zip":
         raise UserError(f"{file} is compressed with {kind}; decompress it")
-    if kind in ("lfs", "html", "xml", "empty") or (kind == "parquet" and claimed not in (None, "parquet")):
+    if kind in ("lfs", "html", "xml") or (kind == "parquet" and claimed not in (None, "parquet")):
         raise UserError(str(describe_kind(kind, file)))
     # A table with commas between the columns has no known format.
     found = _kind_by_bytes(first) or (None if file.endswith(".csv") else claimed)
