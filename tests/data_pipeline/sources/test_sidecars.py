@@ -304,7 +304,10 @@ def test_wids_shards_are_matched_by_path(tmp_path: Path, start: str) -> None:
     (root / "a" / "index.json").write_text(json.dumps({"shardlist": listed}))
     (root / "a" / "1.tar").unlink()
     (root / "a" / "2.tar").unlink()
-    assert open_source("a", str(root / "a")).counts.tolist() == [12]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened = open_source("a", str(root / "a"))
+    assert (opened.counted_by, opened.counts.tolist()) == ("tar", [12])
 
 
 def test_the_files_that_people_met(shared: Path) -> None:
