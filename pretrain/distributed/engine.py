@@ -235,11 +235,9 @@ class Engine:
         self._engine.step()
         measured = self._clipped.norm if self._clipped else self._engine.get_global_grad_norm()
         norm = float(measured or 0.0)
-        if math.isfinite(norm) and self._engine.was_step_applied():
-            return norm
         for gradient in kept:
             gradient.zero_()
-        return None
+        return norm if math.isfinite(norm) and self._engine.was_step_applied() else None
 
     def discard(self) -> None:
         """Forget the gradients of `accumulate` without an update; weights and optimizer state keep their bits.

@@ -13,9 +13,10 @@ from torch import nn
 from pretrain.distributed.collectives import barrier
 from pretrain.distributed.engine import Engine, join_process_group, leave_process_group
 
-# Steps by name; all but `good` must be skipped.
-WITHOUT = ("good", "good", "good")
-WITH = ("loss", "good", "gradient", "loss", "constant", "good", "constant", "good", "gradient")
+# Steps by name; all but those of GOOD must be skipped. `early`: without the second stream, so without a gradient of `late`.
+GOOD = ("good", "early")
+WITHOUT = ("good", "early", "early", "good", "good")
+WITH = ("loss", "good", "gradient", "early", "loss", "early", "constant", "good", "constant", "good", "gradient")
 
 
 class Toy(nn.Module):
@@ -39,7 +40,7 @@ def step(engine: Engine, kind: str, number: int, rank: int) -> float | None:
     dtype = next(engine.module.parameters()).dtype
     engine.train()
     with engine.accumulate():
-        for second in (False, True):
+        for second in (False,) if kind == "early" else (False, True):
             x = torch.randn(4, 5, generator=generator).to(dtype)
             if kind == "loss" and rank:
                 x[0, 0] = math.nan
@@ -58,7 +59,7 @@ def train(kinds: tuple[str, ...], zero: int, dtype: str, folder: Path, runtime: 
     engine = Engine(Toy(), zero, dtype, (0.9, 0.95), 1e-8, 0.1, 0.5, runtime)
     good = itertools.count()
     for number, kind in enumerate(kinds):
-        if kind == "good":
+        if kind in GOOD:
             assert step(engine, kind, next(good), runtime.rank) is not None
             continue
         engine.save(folder, f"{number}-before")
