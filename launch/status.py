@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from data_pipeline.errors import UserError
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.folder import complete_steps, json_mapping
 from pretrain.run.incidents import read_incidents
+from pretrain.run.metrics_log import parse
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,15 @@ def _stage(folder: Path, name: str, content: Any) -> StageStatus:
 
 
 def last_row(path: Path, tail: int = 1 << 20) -> dict[str, Any]:
-    """The last complete row of a JSON-lines file; {} if there is none. Reads the last `tail` bytes."""
+    """The last whole row of a metrics.jsonl; {} if there is none. Reads the last `tail` bytes."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - tail))
             lines = file.read().splitlines()
     except FileNotFoundError:
         return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # still being written
-        if isinstance(row, dict):
-            return row
-    return {}
+    rows = (parse(line) for line in reversed(lines))  # the last line may still be being written
+    return next((row for row in rows if row is not None), {})
 
 
 def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:

@@ -17,6 +17,7 @@ import numpy as np
 from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.mixture import Cycle
+from data_pipeline.order.saved_state import check_state
 from data_pipeline.order.source_order import LaneLayout
 
 
@@ -66,9 +67,9 @@ class Segment:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> Segment:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError if `fields` is not a segment."""
+        """Inverse of `to_json`, for a state that has passed `check_state`."""
         base = {name: SourceBase(**base_fields) for name, base_fields in fields["base"].items()}
-        cycles = tuple((int(at), tuple(weights)) for at, weights in fields["cycles"])
+        cycles = tuple((at, tuple(weights)) for at, weights in fields["cycles"])
         values = {key: value for key, value in fields.items() if key != "counts"}
         values |= {"count_hashes": fields["counts"], "sources": tuple(fields["sources"])}
         return Segment(**{**values, "base": base, "cycles": cycles})
@@ -168,16 +169,11 @@ def resume_segments(
     state: Mapping[str, Any], now: Segment, seed: str, lanes: int, batches: BatchSchedule, accept_change: bool
 ) -> ResumeResult:
     """Segments with which a stream of mixture `now` continues after `state`; see StreamOrder.resume."""
-    try:
-        before = tuple(Segment.from_json(fields) for fields in state["segments"])
-        step, served = int(state["step"]), int(state["consumed_per_lane"])
-        fixed = [("seed", state["seed"], seed), ("lanes", state["lanes"], lanes)]
-        free = [("batch", state["batch"], batches.to_json()), *_compared_values(before[-1], now)]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"the checkpoint's data position cannot be read ({error!r}): another version of dromos wrote it, or it is "
-            "damaged. Resume with that version or from another checkpoint, or start a new run from the weights alone"
-        ) from error
+    check_state(state)
+    before = tuple(Segment.from_json(fields) for fields in state["segments"])
+    step, served = state["step"], state["consumed_per_lane"]
+    fixed = [("seed", state["seed"], seed), ("lanes", state["lanes"], lanes)]
+    free = [("batch", state["batch"], batches.to_json()), *_compared_values(before[-1], now)]
     fixed_changes, free_changes = (
         [f"{key} changed from {old} to {new}" for key, old, new in values if old != new]
         for values in (fixed, free)

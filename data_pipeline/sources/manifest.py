@@ -350,7 +350,11 @@ def _from_index(
     manifest = make_manifest(name, root, urls, lengths, counts, "manifest", tokenizer, offset_file)
     try:
         return replace(manifest, left_out=_left_out(table, rows))
-    except (KeyError, ValueError, AttributeError) as error:  # a column that the digest does not cover is damaged
+    except (
+        KeyError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a column that the digest does not cover is damaged
         where = f"{root}/{INDEX_FOLDER}/shards.parquet"
         raise UserError(f"{where} is not a valid index ({type(error).__name__}: {error}); {advice}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from launch.supervise.output import print_line
+from pretrain.run.metrics_log import parse
 
 LINE_SECONDS = 10.0  # between two lines without a terminal
 REDRAW_SECONDS = 0.1  # between two updates of the bar
@@ -43,15 +44,7 @@ class Tail:
             return []
         whole = data[: data.rfind(b"\n") + 1]  # ignore a last line without newline: it is still being written
         self.offset += len(whole)
-        return [row for line in whole.splitlines() if (row := _parse(line)) is not None]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        return [row for line in whole.splitlines() if (row := parse(line)) is not None]
 
 
 class Metrics:
@@ -98,7 +91,7 @@ class Metrics:
 
 
 def _smooth(old: float | None, new: float | None) -> float | None:
-    if not isinstance(new, int | float):
+    if not isinstance(new, int | float) or not math.isfinite(new):
         return old
     return new if old is None else 0.9 * old + 0.1 * new
 

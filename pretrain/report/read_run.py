@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,13 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.run import metrics_log
+from pretrain.run.bad_sample_log import BadSamples, read_bad_samples
 from pretrain.run.folder import LEFT_OUT, json_mapping
 from pretrain.run.incidents import Incidents
 
 # Types of the entries that the report reads; a damaged file may hold others.
 ROW: dict[str, type] = {"time": dict, "eval": dict, "samples": dict, "skipped": dict}
 ENVIRONMENT: dict[str, type] = {"gpus": list, "packages": dict, "source": dict, "environment": dict}
-MAX_BAD_SAMPLES = 5  # listed per stage
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Stage:
     settings: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] | None = None
-    bad_samples: list[dict[str, Any]] = field(default_factory=list)
+    bad_samples: BadSamples = field(default_factory=lambda: BadSamples([], 0))
     started: bool = False
     left_out: dict[str, Any] = field(default_factory=dict)  # source -> reason -> files in no sample
 
@@ -50,12 +51,12 @@ class Stage:
         return steps if isinstance(steps, int) else None
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the steps and values at which a metric was logged. `time/NAME` is NAME of the row's "time" object."""
+        """Return the steps and finite values of a logged metric. `time/NAME` is NAME of the row's "time" object."""
         steps, values = [], []
         for row in self.rows:
             holder = row.get("time") or {} if key.startswith("time/") else row
             value = holder.get(key.removeprefix("time/"))
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 steps.append(row["step"])
                 values.append(float(value))
         return steps, values
@@ -171,12 +172,23 @@ def _stage(folder: Path, settings: Any) -> Stage:
     return Stage(
         name=folder.name,
         settings=_typed(_mapping(settings), {"train": dict}),
-        rows=[_typed(row, ROW) for row in metrics_log.read(folder / "metrics.jsonl")],
+        rows=[_row(row) for row in metrics_log.read(folder / "metrics.jsonl")],
         result=_typed(json_mapping(folder / "result.json"), {"eval": dict, "step": int}) or None,
-        bad_samples=metrics_log.read(folder / "bad_samples.jsonl")[:MAX_BAD_SAMPLES],
+        bad_samples=read_bad_samples(folder / "bad_samples.jsonl"),
         started=folder.is_dir(),
         left_out={source: _mapping(counts) for source, counts in json_mapping(folder / LEFT_OUT).items()},
     )
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without counts that are no whole numbers, as in a damaged file."""
+    row = _typed(row, ROW)
+    skipped = {source: _counts(reasons) for source, reasons in (row.get("skipped") or {}).items()}
+    return row | {"samples": _counts(row.get("samples")), "skipped": skipped}
+
+
+def _counts(value: Any) -> dict[str, int]:
+    return {name: count for name, count in _mapping(value).items() if type(count) is int}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

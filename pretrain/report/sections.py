@@ -26,6 +26,7 @@ from pretrain.report.read_run import Run, Stage
 
 STEP = "step of the stage"
 SKIPPED = "skipped step"
+MAX_BAD_SAMPLES = 5  # listed per stage
 FLOOR = "lower bound of the loss (repeated captions)"
 Runs = Sequence[Run]
 
@@ -266,7 +267,7 @@ def samples(runs: Runs) -> Section:
         for (source, reason), count in stage.replaced().items():
             replaced[label, source, reason] += count
     bad = sum(replaced.values())
-    share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad else "none were replaced"
+    share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad and total else "none were replaced"
     section = Section("Samples", f"{number(total)} samples were served, {share}")
     section.text = [
         "An unusable sample (damaged image, no caption) is replaced by another sample of its source, counted by "
@@ -281,12 +282,13 @@ def samples(runs: Runs) -> Section:
         head = ["stage", "source", "reason", "replaced"]
         section.blocks.append(Table(head, lost, left=3, title="Replaced samples by source and reason"))
         examples = [
-            [label, *(str(entry.get(key, "")) for key in ("reason", "key", "url"))]
+            [label, entry["reason"], entry["key"], entry["url"]]
             for label, stage in found
-            for entry in stage.bad_samples
+            for entry in stage.bad_samples.lines[:MAX_BAD_SAMPLES]
         ]
-        head = ["stage", "reason", "sample", "shard"]
-        section.blocks.append(Table(head, examples, left=4, title="The first replaced samples"))
+        if examples:
+            head = ["stage", "reason", "sample", "shard"]
+            section.blocks.append(Table(head, examples, left=4, title="The first replaced samples"))
     else:
         section.text = [*section.text, "No sample was replaced, so there is no table of reasons."]
     left_out = [
@@ -299,6 +301,9 @@ def samples(runs: Runs) -> Section:
     if left_out:
         head = ["stage", "source", "kind", "files"]
         section.blocks.append(Table(head, left_out, left=3, title="Files in the tars that are in no sample"))
+    section.missing += [
+        f"Stage {label}: {stage.bad_samples.note}" for label, stage in found if stage.bad_samples.damaged
+    ]
     return section
 
 

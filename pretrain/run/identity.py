@@ -102,10 +102,19 @@ def check_run_folder(run_dir: str | Path, recipe: Recipe, stage: str, world_size
 
 
 def recorded_length(record: dict[str, Any] | None) -> Length | None:
-    """The training length in the content of a resolved.yaml; None for a merge stage, and for no record."""
+    """The training length in the content of a resolved.yaml; None for a merge stage, and for no record.
+
+    Raises UserError for a damaged one.
+    """
     lengths = {unit: _get(record, ("stage", "train", unit)) for unit in UNITS}
     unit = next((unit for unit in UNITS if lengths[unit] is not None), None)
-    return None if unit is None else parse_length(f"{lengths[unit]!r} {unit}")
+    try:
+        return None if unit is None else parse_length(f"{lengths[unit]!r} {unit}")
+    except ValueError:
+        raise UserError(
+            f"resolved.yaml of stage {record.get('name')} is damaged: train.{unit} is {lengths[unit]!r}; restore it, "
+            "or delete the stage's folder to start the stage again"
+        ) from None
 
 
 def _check_other_stages(folder: Path, recipe: Recipe) -> None:
@@ -142,7 +151,7 @@ def _check_resumable(
             f"is not available yet: continue with {saved_zero}, or start a stage with init: {stage_dir}"
         )
     saved = state.get("world_size")
-    if world_size is not None and saved is not None and saved != world_size:
+    if world_size is not None and isinstance(saved, int) and saved != world_size:
         raise UserError(
             f"{newest} was saved by {saved} ranks; resuming with {world_size} is not available yet: "
             f"continue with {saved} ranks, or start a stage with init: {stage_dir}"

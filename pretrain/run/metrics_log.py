@@ -16,7 +16,7 @@ BLOCK_BYTES = 1 << 14  # read from the end of a log to find its last line
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The objects of a log. Damaged lines are left out: a killed process may leave a partial last line."""
-    return _read(path)[0]
+    return read_with_damage(path)[0]
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
@@ -36,7 +36,7 @@ def truncate(path: Path, step: int, last_line: str | None = None) -> list[int]:
 
     Returns the numbers of the damaged lines, without a partial last line and one that `last_line` replaces.
     """
-    rows, damaged = _read(path)
+    rows, damaged = read_with_damage(path)
     kept = [row for row in rows if row["step"] <= step]
     lines = [json.dumps(row) for row in kept]
     if last_line is not None and (not kept or kept[-1]["step"] < step):
@@ -57,7 +57,7 @@ def valid_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_with_damage(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The objects with a step, and the numbers of the whole lines that hold none."""
     rows: list[dict[str, Any]] = []
     damaged: list[int] = []

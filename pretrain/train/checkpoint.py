@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from data_pipeline.storage.durable import make_folder, sync, write_errors
 from data_pipeline.storage.files import publish
 from pretrain.distributed.collectives import barrier, from_rank_0, gather, rank, world_size
 from pretrain.run.folder import complete_steps, read_mapping, tag_of
+from pretrain.run.metrics_log import parse
 
 HASH_BLOCK_BYTES = 1 << 22
 # Files of which DeepSpeed writes one per rank, by ZeRO stage; of a model without ZeRO rank 0 alone writes a file.
@@ -108,9 +110,45 @@ def verify_and_read_state(path: Path) -> dict[str, Any]:
         raise _damaged(path, damages[0])
     advice = f"remove {path.name} to resume from the checkpoint before it"
     state = read_mapping(path / "state.json", advice) or {}
+    if damage := damaged_field(state, path.name):
+        raise _damaged(path, f"state.json is damaged: {damage}")
     if missing := missing_rank_file(manifest, state):
         raise _damaged(path, f"{missing} is missing, also in manifest.json")
     return state
+
+
+def damaged_field(state: dict[str, Any], name: str) -> str | None:
+    """A sentence about a field of a state.json that the trainer does not write so; None if there is none.
+
+    `name` is the folder name of the checkpoint. The data position, `order`, is not checked here.
+    """
+    step, line = state.get("step"), state.get("line")
+    whole = {
+        "step": step is None or (_is_count(step) and tag_of(step) == name),
+        "world_size": _is_count(state.get("world_size", 1)) and state.get("world_size") != 0,
+        "zero": state.get("zero", 0) in (0, 1, 2, 3) and _is_count(state.get("zero", 0)),
+        "skipped_in_a_row": _is_count(state.get("skipped_in_a_row", 0)),
+        "frozen": isinstance(state.get("frozen", ""), str | None),
+        "line": line is None or (isinstance(line, str) and parse(line.encode()) is not None),
+        "replaced": _all_of(
+            state.get("replaced", {}), lambda window: isinstance(window, list) and all(map(_is_pair, window))
+        ),
+        "bad_shards": _all_of(state.get("bad_shards", {}), _is_pair),
+    }
+    key = next((key for key, is_whole in whole.items() if not is_whole), None)
+    return None if key is None else f"{key} is {reprlib.repr(state[key])}"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _all_of(value: Any, is_whole: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_whole, value.values()))
 
 
 def missing_rank_file(names: Iterable[str], state: dict[str, Any]) -> str | None:

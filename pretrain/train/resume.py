@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.batches.batch_builder import BatchBuilder
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.errors import UserError
+from data_pipeline.order.saved_state import check_state
 from pretrain.distributed.collectives import from_rank_0, gather
 from pretrain.recipe.schema import TrainStage
 from pretrain.run.address import locate
@@ -97,7 +98,7 @@ def check_same_parameters(stage: TrainStage, continued: Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a verified checkpoint; collective. Raises UserError if it holds no data position."""
+    """The state.json of a verified checkpoint; collective. Raises UserError for a damaged or absent data position."""
     state = verify_and_read_state(path)
     order = state.get("order")
     if not isinstance(order, dict) or not all(isinstance(each, dict) for each in order.values()):
@@ -105,6 +106,16 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path / 'state.json'} is damaged: it has no data position; remove {path.name} to resume from the "
             "checkpoint before it"
         )
+    for name, position in order.items():
+        try:
+            check_state(position)
+        except UserError as error:
+            raise UserError(f"{path / 'state.json'}: stream {name}: {error}") from None
+        if tag_of(position["step"]) != path.name:
+            raise UserError(
+                f"{path / 'state.json'} is damaged: its position of stream {name} is that of step {position['step']}; "
+                f"remove {path.name} to resume from the checkpoint before it"
+            )
     return state
 
 

@@ -67,6 +67,8 @@ class Session:
         # 1. Start: own newest checkpoint, else that of `continue:`, else step 0.
         start = find_start(stage, context.folder, runtime.world_size)
         first = start.step if start is not None else 0
+        if start is not None:
+            setup.check_frozen(start)
         # 2. Model with fresh weights, data at its position, lengths in steps; then the checks that need all three.
         built = setup.build_objective(context, start)
         objective = built.objective

@@ -72,8 +72,20 @@ class StageContext:
         return stage_record(self.recipe, self.name) | {"versions": decoder_versions()}
 
 
+def check_frozen(start: Start) -> None:
+    """Raise UserError if frozen.safetensors is not the file that the checkpoint of `start` was saved with."""
+    if hash_file(start.frozen) != start.state.get("frozen"):
+        raise UserError(
+            f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or "
+            f"{_start_again(start)}"
+        )
+
+
 def build_objective(context: StageContext, start: Start | None) -> Built:
-    """The objective with the weights of its first step, but for `init:`; the engine moves it to the device."""
+    """The objective with the weights of its first step, but for `init:`; the engine moves it to the device.
+
+    For a `start` that has passed `check_frozen`: its frozen.safetensors describes the encoder.
+    """
     frozen = start.frozen if start is not None else None
     return build(context.stage, context.name, context.recipe.run.seed, context.run_dir, frozen)
 
@@ -190,27 +202,26 @@ def _init(context: StageContext, built: Built, init: str) -> None:
             print(f"dromos: init {init}: {what}: {', '.join(folded(names, others))}", flush=True)
 
 
+def _start_again(start: Start) -> str:
+    return f"delete {start.checkpoint.parent.parent} to start again"
+
+
 def _frozen_of(start: Start, objective: Objective) -> dict[str, Tensor]:
     """The tensors of the frozen.safetensors with which the checkpoint of `start` was saved: all that are frozen now.
 
     A checkpoint holds no frozen parameters, so one that the file lacks would silently stay as initialised.
     """
-    saved_with, advice = start.state.get("frozen"), f"delete {start.checkpoint.parent.parent} to start again"
-    if hash_file(start.frozen) != saved_with:
-        raise UserError(
-            f"{start.frozen} is not the file that {start.checkpoint.name} was saved with; restore it, or {advice}"
-        )
     tensors = read_frozen(start.frozen)
     missing = [name for name in objective.frozen() if name not in tensors]
     if missing:
         what = (
             "has no tensor"
-            if saved_with
+            if start.state.get("frozen")
             else f"was not saved with {start.checkpoint.name}, and holds no tensor"
         )
         raise UserError(
-            f"{start.frozen} {what} {missing[0]}, which this stage freezes; {advice}, or write init: for a new stage "
-            "that freezes other parts"
+            f"{start.frozen} {what} {missing[0]}, which this stage freezes; {_start_again(start)}, or write init: "
+            "for a new stage that freezes other parts"
         )
     return tensors
 

@@ -24,6 +24,7 @@ from pretrain.distributed.collectives import all_sum, from_rank_0, gather
 from pretrain.distributed.engine import Engine, Runtime
 from pretrain.objectives.base import Objective
 from pretrain.recipe.schema import Schedule, TrainStage
+from pretrain.run.bad_sample_log import read_bad_samples
 from pretrain.run.failures import RunStopped, explain
 from pretrain.run.incidents import HARDWARE, Origin
 from pretrain.run.metrics_log import JsonLog, read
@@ -333,7 +334,10 @@ class Trainer:
             raise TooManyBadSamples(message)
 
     def _shard_message(self, url: str | None) -> str | None:
-        return url and self.bad_shards.message(url, read(self.stage_dir / "bad_samples.jsonl"))
+        if url is None:
+            return None
+        logged = read_bad_samples(self.stage_dir / "bad_samples.jsonl")
+        return f"{self.bad_shards.message(url, logged.lines)} {logged.note}".rstrip()
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`; collective. The logs reach the disk first: a resume needs their rows."""

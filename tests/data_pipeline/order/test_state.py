@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.order.batch_schedule import BatchSchedule
 from data_pipeline.order.state import ResumeResult, Segment
 from data_pipeline.order.stream_order import SourceCounts, StreamOrder, choose_lanes
+from tests.support.damaged_json import Missing, at, damaged
 
 PRINTS = {"a": "f1", "b": "f2"}
 
@@ -147,23 +150,69 @@ def test_a_source_whose_samples_changed_starts_a_new_pass_and_no_other_does(
         assert (name in segments[-1].unvisited) is (name in renewed)
 
 
+CANNOT_BE_READ = r"cannot be read \((.*)\): another version of dromos wrote it, or it is damaged"
+
+
 def test_what_is_no_state_is_refused() -> None:
     whole = order().state(10, PRINTS)
     segment = whole["segments"][0]
     older = {key: segment[key] for key in ("first_step", "mixture_hash", "fingerprints", "samples")}
-    broken = [
-        {"step": 3},
-        whole | {"segments": [older]},
-        whole | {"segments": []},
-        whole | {"segments": None},
-        whole | {"segments": [{"first_step": 0}]},
-        whole | {"segments": [segment | {"base": ["b"]}]},
-        whole | {"segments": [segment | {"cycles": [["x", [1]]]}]},
-        whole | {"step": "x"},
-    ]
-    for state in broken:
-        with pytest.raises(UserError, match=r"cannot be read .*another version of dromos wrote it"):
+    broken: list[tuple[Any, str]] = [
+        ([], r"it is \[\], not an object"),
+        ({"step": 3}, "consumed_per_lane is missing"),
+        (whole | {"segments": [older]}, r"segments\[0\].base is missing"),
+        (whole | {"segments": [segment | {"more": 1}]}, r"segments\[0\].more is unknown"),
+        (whole | {"segments": []}, "segments is"),
+        (whole | {"segments": [segment | {"first_step": 11}]}, "first_step of the segments"),
+        (whole | {"segments": [segment, segment | {"consumed_per_lane": 99}]}, "not at 99 and ascending"),
+        (whole | {"segments": [segment | {"sources": ["a"]}]}, "samples has the sources a, b, not a"),
+        (whole | {"segments": [segment | {"cycles": [[0, [0, 0]]]}]}, r"cycles\[0\] is \[0, 0\], not 2 weights"),
+        (whole | {"segments": [segment | {"cycles": [[0, [2**31, 1]]]}]}, "with a sum from 1 to 2147483648"),
+        (whole | {"segments": [segment, segment | {"first_step": 11}]}, r"first_step of the segments is \[0, 11\]"),
+        (whole | {"segments": [segment | {"cycles": [[0, [1, 3]], [5, [1, 0]], [4, [0, 1]]]}]}, "begin at .0, 5, 4"),
+        (whole | {"segments": [segment | {"sources": ["a", "b", "b"]}]}, "not a list of different names"),
+        (whole | {"segments": [segment | {"samples": {"a": 0, "b": 100}}]}, "samples.a is 0, not a whole number of at"),
+        (whole | {"step": "10"}, "step is '10', not a whole number of at least 0"),
+        (whole | {"step": 2**60}, "step is"),
+        (whole | {"seed": "7"}, "seed is '7', not 16 hex digits"),
+        (whole | {"batch": "many"}, "batch: 'many' is not a whole number"),
+    ]  # fmt: skip
+    for base, words in (
+        ({"segment": 1}, "at most 0"),
+        ({"passes": "1/0"}, "fraction"),
+        ({"passes": "-1"}, "at least 0"),
+    ):
+        bases = segment["base"] | {"a": {"segment": 0, "first_epoch": 0, "passes": "0"} | base}
+        broken.append((whole | {"segments": [segment | {"base": bases}]}, words))
+    for state, words in broken:
+        with pytest.raises(UserError, match=CANNOT_BE_READ) as caught:
             order().resume(state, PRINTS)
+        assert re.search(words, str(caught.value)), (words, str(caught.value))
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_damage_at_any_place_is_refused_and_named(accept: bool) -> None:
+    """A place of a state with two segments is missing, of another type or negative; other texts are compared."""
+    segments = order(weight=2).resume(order().state(10, PRINTS), PRINTS, accept_change=True).segments
+    sources = [
+        SourceCounts("a", np.array([60, 40]), weight=1),
+        SourceCounts("b", np.array([50, 0, 50]), weight=2),
+    ]
+    now = StreamOrder(sources, 16, 8, 7, segments=segments)
+    whole = json.loads(json.dumps(now.state(20, PRINTS)))
+    resumed = now.resume(whole, PRINTS).segments
+    assert resumed == tuple(Segment.from_json(fields) for fields in whole["segments"])
+    for place, value, state in damaged(whole):
+        # `consumed` is for people. A stream may have no fingerprints, and one segment.
+        optional = value is Missing and (place[-2:-1] == ("fingerprints",) or place == ("segments", 1))
+        if place[0] == "consumed" or optional:
+            continue
+        if type(value) is type(at(whole, place)) and value != -1:
+            with suppress(UserError):
+                now.resume(state, PRINTS, accept_change=accept)
+        else:
+            with pytest.raises(UserError, match=CANNOT_BE_READ):
+                now.resume(state, PRINTS, accept_change=accept)
 
 
 def test_lanes_default_to_the_largest_divisor_up_to_1024() -> None:

@@ -82,7 +82,14 @@ def test_the_table_of_stages_holds_what_the_metrics_add_up_to(run: Path) -> None
 def test_samples_are_counted_by_stream_and_replaced_ones_by_reason(run: Path) -> None:
     (run / "real" / "bad_samples.jsonl").write_text(
         json.dumps(
-            {"step": 5, "source": "scenes", "reason": "undecodable", "key": "000017", "url": "s/3.tar"}
+            {
+                "step": 5,
+                "source": "scenes",
+                "reason": "undecodable",
+                "key": "000017",
+                "url": "s/3.tar",
+                "detail": "",
+            }
         )
         + "\n"
     )
@@ -94,6 +101,32 @@ def test_samples_are_counted_by_stream_and_replaced_ones_by_reason(run: Path) ->
     assert seen.row("real", "scenes", "missing caption")[3] == "1"
     assert "5,600 samples were served, 6 (0.107%) were replaced" in seen.text
     assert seen.row("real", "undecodable", "000017", "s/3.tar")
+
+
+def test_damaged_lines_of_bad_samples_are_counted_and_left_out(run: Path) -> None:
+    whole = {"step": 5, "reason": "undecodable", "key": "000017", "url": "s/3.tar", "detail": ""}
+    lines = [{"step": 5, "reason": "undecodable"}, whole, {"reason": "no step"}, whole | {"url": 3}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{half\n" + '{"the end'
+    (run / "real" / "bad_samples.jsonl").write_text(text)
+    seen = ParsedPage(read(run))
+    assert "Stage real: 4 lines of bad_samples.jsonl are damaged and left out." in seen.text
+    assert [row for row in seen.cells if row[:2] == ["real", "undecodable"]] == [
+        ["real", "undecodable", "000017", "s/3.tar"]
+    ]
+    (run / "real" / "bad_samples.jsonl").write_text("{half\n")
+    seen = ParsedPage(read(run))
+    assert "Stage real: 1 line of bad_samples.jsonl is damaged and left out." in seen.text
+    assert "The first replaced samples" not in seen.text
+
+
+def test_replaced_samples_without_a_number_of_samples_are_no_error(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "odd", {"masked": TRAIN})
+    rows = [
+        step_row(1, {"pairs": 2.0}, {"pairs": 8}, skipped={"web": {"undecodable": 2, "odd": "x"}, "other": 3})
+    ]
+    rows[0]["samples"] = {"pairs": "x"}
+    write_stage(folder / "masked", rows, None)
+    assert ParsedPage(read(folder)).row("masked", "web", "undecodable")[3] == "2"
 
 
 def not_finite(row: dict[str, Any], values: list[str], origin: dict[str, Any] | None) -> None:
@@ -246,7 +279,7 @@ def test_text_from_the_run_folder_is_escaped(tmp_path: Path) -> None:
     rows[0] |= {"skipped": {HOSTILE: {HOSTILE: 1}}, "eval": {HOSTILE: 0.5}}
     write_stage(folder / "masked", rows, {HOSTILE: 0.5})
     (folder / "masked" / "bad_samples.jsonl").write_text(
-        json.dumps({"reason": HOSTILE, "key": HOSTILE}) + "\n"
+        json.dumps({"step": 1, "reason": HOSTILE, "key": HOSTILE, "url": HOSTILE, "detail": ""}) + "\n"
     )
     (folder / "env.json").write_text(json.dumps({"host": HOSTILE, "packages": {HOSTILE: HOSTILE}}))
     page = read(folder)

@@ -16,6 +16,7 @@ import xxhash
 from data_pipeline.errors import UserError
 from pretrain.run.folder import complete_steps, tag_of
 from pretrain.train.checkpoint import missing_rank_file, save, verify_and_read_state
+from tests.support.damaged_json import Missing, damaged
 from tests.support.recorded_files import Outcome, recorded
 
 
@@ -267,3 +268,45 @@ def test_a_rank_whose_files_were_never_written_is_named(tmp_path: Path) -> None:
 
     path = save(tmp_path, 3, {"step": 3, "world_size": 2, "zero": 1}, write, 1)
     assert "*_optim_states.pt of rank 1 is missing" in refusal(path)
+
+
+STATE = {
+    "step": 5, "world_size": 2, "zero": 1, "order": {}, "replaced": {"web": [[8, 0], [8, 1]]},
+    "bad_shards": {"web/00000.tar": [0, 2]}, "skipped_in_a_row": 0, "frozen": "028dd2b809e1e436",
+    "line": '{"step": 5, "loss": 2.5}',
+}  # fmt: skip
+
+
+def test_a_field_of_another_type_in_state_json_is_named(tmp_path: Path) -> None:
+    """Hashes match: the file was written so."""
+
+    def write(folder: Path, tag: str) -> None:
+        (folder / tag).mkdir()
+        for name in (
+            "mp_rank_00_model_states.pt",
+            *(f"zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in (0, 1)),
+        ):
+            (folder / tag / name).write_bytes(b"")
+
+    path = save(tmp_path, 5, STATE, write, 1)
+    assert verify_and_read_state(path) == STATE
+    assert verify_and_read_state(save(tmp_path, 5, STATE | {"frozen": None, "line": None}, write, 1))
+    named = set()
+    for place, value, state in damaged(STATE):
+        if value is Missing or place[0] == "order" or (place, value) in FREE:
+            continue
+        save(tmp_path, 5, state, write, 1)
+        with pytest.raises(UserError) as told:
+            verify_and_read_state(path)
+        words = f"checkpoint {path}: state.json is damaged: {place[0]} is "
+        assert str(told.value).startswith(words), (place, value, str(told.value))
+        assert str(told.value).endswith("Remove step_00000005 to resume from the checkpoint before it.")
+        named.add(place[0])
+    assert named == STATE.keys() - {"order"}
+
+
+# Values that a whole state.json may hold too.
+FREE = [
+    (("step",), None), (("frozen",), "x"), (("frozen",), None), (("line",), None), (("replaced", "web", 0), [1, 2]),
+    (("replaced", "web", 1), [1, 2]), (("bad_shards", "web/00000.tar"), [1, 2]),
+]  # fmt: skip

@@ -21,7 +21,7 @@ from pretrain.distributed.engine import Runtime
 from pretrain.recipe.schema import Recipe, Schedule, TrainStage
 from pretrain.train.checkpoint import hash_file
 from pretrain.train.resume import Start
-from pretrain.train.stage_setup import StageContext, load_weights, make_plan, open_loader
+from pretrain.train.stage_setup import StageContext, check_frozen, load_weights, make_plan, open_loader
 from pretrain.train.trainer import GroupRate, Plan
 
 
@@ -115,6 +115,7 @@ def test_a_resume_takes_every_frozen_tensor_from_the_file_or_is_refused(tmp_path
         objective = Frozen()
         start = Start(checkpoint, 4, {"frozen": saved_with}, path)
         built = Built(objective, {}, frozenset())  # type: ignore[arg-type]
+        check_frozen(start)
         load_weights(context(tmp_path), built, start)
         return objective
 
