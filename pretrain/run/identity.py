@@ -108,12 +108,16 @@ def recorded_length(record: dict[str, Any] | None) -> Length | None:
     """
     lengths = {unit: _get(record, ("stage", "train", unit)) for unit in UNITS}
     unit = next((unit for unit in UNITS if lengths[unit] is not None), None)
+    if unit is None:
+        return None
     try:
-        return None if unit is None else parse_length(f"{lengths[unit]!r} {unit}")
+        length: Length = parse_length(f"{lengths[unit]!r} {unit}")
+        return length
     except ValueError:
+        stage = _get(record, ("name",))
         raise UserError(
-            f"resolved.yaml of stage {record.get('name')} is damaged: train.{unit} is {lengths[unit]!r}; restore it, "
-            "or delete the stage's folder to start the stage again"
+            f"resolved.yaml of stage {stage} is damaged: train.{unit} is {lengths[unit]!r}; restore it, or delete the "
+            "stage's folder to start the stage again"
         ) from None
 
 
