@@ -267,7 +267,8 @@ def samples(runs: Runs) -> Section:
         for (source, reason), count in stage.replaced().items():
             replaced[label, source, reason] += count
     bad = sum(replaced.values())
-    share = f"{number(bad)} ({bad / total:.3%}) were replaced" if bad and total else "none were replaced"
+    part = f" ({bad / total:.3%})" if total else ""
+    share = f"{number(bad)}{part} were replaced" if bad else "none were replaced"
     section = Section("Samples", f"{number(total)} samples were served, {share}")
     section.text = [
         "An unusable sample (damaged image, no caption) is replaced by another sample of its source, counted by "

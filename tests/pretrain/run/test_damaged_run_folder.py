@@ -25,7 +25,7 @@ from pretrain.report import write
 from pretrain.report.read_run import read_run
 from pretrain.run import metrics_log
 from pretrain.run.address import locate
-from pretrain.run.folder import complete_steps
+from pretrain.run.folder import LEFT_OUT, complete_steps
 from pretrain.run.identity import check_run_folder
 from pretrain.train.checkpoint import verify_and_read_state
 from tests.support import rank
@@ -103,6 +103,7 @@ def test_no_reader_raises_anything_but_a_line_for_the_user(
         ("main/result.json", (None, "x", -1, [1, 2], {"a": 1})),
         ("main/metrics.jsonl", (None, "x", [1, 2], {"a": 1}, math.nan)),
         ("main/bad_samples.jsonl", (None, 3, [1, 2])),
+        (f"main/{LEFT_OUT}", (None, "x", 2.5, [1, 2], {"a": 1})),
         ("main/resolved.yaml", ("x", [1, 2])),
         ("recipe.yaml", ("x", [1, 2])),
     ],
@@ -119,7 +120,7 @@ def test_damage_at_any_place_of_a_file_is_a_line_for_the_user(
     )
     whole = yaml.safe_load(text) if name.endswith("yaml") else json.loads(text)
     found = readers(run, tiny_runs / "flip.yaml")
-    if name not in ("main/metrics.jsonl", "main/bad_samples.jsonl", "env.json"):
+    if name.endswith(".yaml") or name in ("job.json", "main/result.json"):
         found.pop("report")
     number = 0
     for place, value, content in damaged(whole, others):
@@ -170,6 +171,7 @@ def eventful_run(tiny_runs: Path, folder: Path) -> Path:
     }
     (run / "main/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "main/bad_samples.jsonl").write_text(json.dumps(BAD_SAMPLE) + "\n")
+    (run / "main" / LEFT_OUT).write_text(json.dumps({"pairs": {"links": 3, "no extension": 2}}))
     return run
 
 
