@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 
 from data_pipeline import storage
 from data_pipeline.errors import ReadError, UserError
-from data_pipeline.sources.manifest import INDEX_FOLDER, SourceError, open_source, shard_lengths
 from pretrain.recipe.schema import MergeStage, Recipe, TrainStage
 
 # The folder that `dromos data prepare` writes.
@@ -45,7 +44,10 @@ def missing_sources(
                 if remote:
                     storage.list_shards(path)
             else:
-                shard_lengths(storage.list_shards(path), path)
+                shards = storage.list_shards(path)
+                from data_pipeline.sources.manifest import shard_lengths  # imports numpy
+
+                shard_lengths(shards, path)
         except UserError as error:
             yield name, key, path, str(error)
 
@@ -59,7 +61,11 @@ def source_warnings(recipe: Recipe, stages: Iterable[str]) -> Iterator[tuple[str
         with suppress(UserError):  # missing_sources names it
             if storage.is_remote(storage.normal(path)):
                 continue
-            size = sum(shard_lengths(storage.list_shards(path), path).values())
+            shards = storage.list_shards(path)
+            # Imported where there is a source: it imports numpy.
+            from data_pipeline.sources.manifest import INDEX_FOLDER, SourceError, open_source, shard_lengths
+
+            size = sum(shard_lengths(shards, path).values())
             if size > MAX_SCANNED_BYTES and not storage.exists(
                 storage.join(storage.root_of(path), f"{INDEX_FOLDER}/shards.parquet")
             ):

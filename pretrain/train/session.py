@@ -104,10 +104,8 @@ class Session:
             previous_state=start.state if start is not None and not accepted else None,
             frozen_hash=from_rank_0(hash_file(context.frozen_path) if runtime.rank == 0 else None),
         )
-        if first >= plan.total:
-            self.trainer.check_bad(
-                first
-            )  # a run stopped by a bad-sample limit at its last step is not finished
+        if first >= plan.total:  # a run stopped by a bad-sample limit at its last step is not finished
+            self.trainer.check_bad(first)
         # The collector was off since `main`; what the start created is excluded from every later collection.
         gc.freeze()
         gc.enable()

@@ -105,9 +105,10 @@ def test_a_missing_path_is_named(root: str) -> None:
 
 
 def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file, not a folder"):
-        storage.list_shards(str(tmp_path / "a.txt"))
+    for content, message in ((b"", r"is empty \(0 bytes\)"), (b"words", "is a file, not a folder")):
+        (tmp_path / "a.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            storage.list_shards(str(tmp_path / "a.txt"))
 
 
 def test_unbalanced_braces_are_an_error(tmp_path: Path) -> None:

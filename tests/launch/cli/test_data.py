@@ -18,8 +18,15 @@ from launch.cli.data import app
 from launch.cli.data_reports import ProgressLine
 from pretrain.build.streams import stream_spec
 from pretrain.recipe.sections.data import Stream
+from tests.support.samples import encode, pixels
 
 runner = CliRunner()
+
+
+def picture(shard: int, index: int) -> bytes:
+    """A JPEG of a size of its own; what follows its end mark is not read."""
+    image = encode(pixels(shard, index, 8, 8), "JPEG")
+    return image + bytes(1000 + 100 * index - len(image))
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def root(tmp_path: Path) -> str:
     for shard in range(3):
         with TarWriter(tmp_path / f"{shard}.tar") as tar:
             for index in range(10):
-                tar.write(f"{shard}{index}", {"txt": b"word", "jpg": bytes(100 * index)})
+                tar.write(f"{shard}{index}", {"txt": b"word", "jpg": picture(shard, index)})
         rows = [{"key": f"{shard}{index}", "width": 10 * index} for index in range(11)]
         publish_table(tmp_path / f"{shard}.parquet", pa.Table.from_pylist(rows))
     return str(tmp_path)

@@ -15,10 +15,10 @@ import pytest
 from pydantic import BaseModel
 
 from pretrain.recipe.fields import Length
-from pretrain.recipe.kinds import KINDS
-from pretrain.recipe.kinds.base import ObjectiveOptions
 from pretrain.recipe.schema import Run as RunSection
 from pretrain.recipe.schema import TrainStage
+from pretrain.recipe.sections.evaluation import TASKS, Evaluation
+from pretrain.recipe.variants import variants_of
 from tests.support.setting_runs import STEPS, Run, make_data, recipes, train_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,7 +143,6 @@ CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "data.*.lanes": ("flip", [f"{PAIR}lanes=2"], data),
     "data.*.share_by": ("flip", [f"{PAIR}share_by=sqrt"], data),
     "data.*.order_as": ("flip", [f"main.{PAIR}order_as=other"], data),
-    "data.*.length": ("sphinx", ["data.text.length=9"], refused("data.text.length is 9")),
     "data.*.image.size": ("flip", [f"{IMAGE}size=16"], first_loss),
     "data.*.image.crop": ("flip", [f"{IMAGE}crop=[0.2, 1.0]"], draws),
     "data.*.image.flip": ("flip", [f"{IMAGE}flip=true"], draws),
@@ -182,8 +181,11 @@ CHANGES: dict[str, tuple[str, list[str], Check]] = {
     "model.views.tiles": ("flip", ["model.views.tiles=2x2"], LATER),
     "model.views.global": ("flip", ["model.views.global=first"], LATER),
     "model.freeze": ("flip", ["model.freeze=[text]"], update),
-    "data.*.text.format": ("flip", ["data.pairs.text.format=dialogue"], LATER),
-    "data.*.text.template": ("flip", ["data.pairs.text.template=vicuna"], LATER),
+    "data.*.text.format": ("flip", ["data.pairs.text={format: dialogue, length: 8}"], LATER),
+    "data.*.text.template": (
+        "flip", ["data.pairs.text={format: dialogue, length: 8, template: vicuna}"], LATER,
+    ),
+    "model.connector.norm": ("sphinx", ["model.connector.norm=false"], first_loss),
     "objective.image_mask": ("flip", ["objective.image_mask=0.75"], first_loss),
     "objective.text_mask": ("flip", ["objective.text_mask=0.5"], LATER),
     "objective.weights": ("sphinx", ["objective.weights={text: 0.5}"], weighted),
@@ -235,6 +237,7 @@ ELSEWHERE = {
     "run.accept_change": "tests/pretrain/train/test_accept_change.py::test_a_shard_is_added_while_the_batch_ramps_up",
     "kind": "tests/pretrain/test_merge_stage.py::",
     "init_allow": "tests/pretrain/train/test_session.py::test_init_that_would_drop_layers",
+    "model.connector.kind": "tests/pretrain/recipe/test_variants.py::test_a_mistake_is_said_at_its_key",
     "objective.kind": "tests/pretrain/train/test_every_setting.py::CHANGES",  # both kinds are trained here
     "optimizer.kind": "pretrain/recipe/schema.py::Literal",
     "loader.backend": "tests/pretrain/train/test_stage_setup.py::test_the_loader",
@@ -261,8 +264,12 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = sections(field.annotation)
         if not inner:
             yield key
-        if inner == [ObjectiveOptions]:
-            inner = [spec.options for spec in KINDS.values()]
+        variants = variants_of(inner[0]) if len(inner) == 1 else None
+        if variants is not None:
+            inner = list(variants.classes().values())
+        if inner == [Evaluation]:
+            for task, keys_of in TASKS.items():
+                yield from keys(keys_of, f"{key}.{task}.*.")
         for section in inner:
             yield from keys(section, f"{key}.{'*.' if str(field.annotation).startswith('dict') else ''}")
 

@@ -57,7 +57,13 @@ def test_lengths_and_rates_of_a_batch_that_grows(tmp_path: Path) -> None:
     order: Any = SimpleNamespace(batches=batches, steps=batches.steps, samples_per_epoch=lambda: 100)
     stage = context(
         tmp_path,
-        data={"text": {"sources": {"a": "x"}, "length": 4, "batch": {0: 8, 10: 64}}},
+        data={
+            "text": {
+                "sources": {"a": "x"},
+                "text": {"format": "packed", "length": 4},
+                "batch": {0: 8, 10: 64},
+            }
+        },
         train={"samples": 208, "hours": 2},
         schedule={"warmup": "81 samples"},
         optimizer={
