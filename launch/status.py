@@ -11,6 +11,7 @@ from data_pipeline.errors import UserError
 from pretrain.recipe.yaml_file import load_yaml
 from pretrain.run.folder import complete_steps, json_mapping
 from pretrain.run.incidents import read_incidents
+from pretrain.run.lock import holder
 from pretrain.run.metrics_log import parse
 
 
@@ -19,7 +20,7 @@ class StageStatus:
     """One stage of a run. steps: its length, None where the recipe alone does not determine it."""
 
     name: str
-    state: str  # done, started or waiting
+    state: str  # done, running, not finished or not started; a merge that runs counts as not finished
     step: int
     steps: int | None
     loss: float | None
@@ -28,7 +29,7 @@ class StageStatus:
     def line(self) -> str:
         of = f"/{self.steps}" if self.steps else ""
         parts = [
-            f"{self.name:<16} {self.state:<8} step {self.step}{of}"
+            f"{self.name:<16} {self.state:<12} step {self.step}{of}"
             if self.step
             else f"{self.name:<16} {self.state}"
         ]
@@ -56,7 +57,8 @@ def run_status(run: str | Path) -> list[StageStatus]:
 def status_lines(run: str | Path) -> Iterator[str]:
     """The lines of `dromos status`: one per stage, then one each for its skipped steps and failed evaluations.
 
-    Reads the whole metrics.jsonl of each stage, unlike `run_status`. Raises UserError if `run` is not a run folder.
+    The last line says who writes into the run folder, if anybody does. Reads the whole metrics.jsonl of each stage,
+    unlike `run_status`. Raises UserError if `run` is not a run folder.
     """
     for stage in run_status(run):
         yield stage.line()
@@ -65,6 +67,8 @@ def status_lines(run: str | Path) -> Iterator[str]:
             yield "  " + _told("step", "skipped, a loss or the gradient was not finite", incidents.skipped)
         if incidents.failed:
             yield "  " + _told("evaluation", "failed", incidents.failed)
+    if (who := holder(Path(run))) is not None:
+        yield f"being written by {who}"
 
 
 def _told(what: str, happened: str, incidents: Sequence[object]) -> str:
@@ -78,7 +82,12 @@ def _stage(folder: Path, name: str, content: Any) -> StageStatus:
     last = last_row(folder / "metrics.jsonl")
     saved = complete_steps(folder / "checkpoints")
     step = (result or last).get("step")
-    state = "done" if result else "started" if folder.is_dir() else "waiting"
+    if result:
+        state = "done"
+    elif holder(folder) is not None:
+        state = "running"
+    else:
+        state = "not finished" if folder.is_dir() else "not started"
     train = content.get("train") if isinstance(content, dict) else None
     steps = train.get("steps") if isinstance(train, dict) else None
     loss = last.get("loss")

@@ -196,8 +196,9 @@ def report(run: RunFolder) -> None:
 def status(run: RunFolder) -> None:
     """Show the state of each stage of a run.
 
-    Below a stage: how many of its steps were skipped because a loss or the gradient was not finite, and how many of its
-    evaluations failed, with the last one of each.
+    A stage is done, running, not finished (it was stopped; `dromos run` resumes it) or not started. Below it: how many
+    of its steps were skipped because a loss or the gradient was not finite, and how many of its evaluations failed,
+    with the last one of each. The last line names the process or job that writes into the folder.
 
     \b
     Example:

@@ -76,6 +76,19 @@ def check_unlocked(folder: Path, where: str = "run.dir") -> None:
         _locked(folder, fcntl.LOCK_SH, GRACE_SECONDS, where).close()
 
 
+def holder(folder: Path) -> str | None:
+    """Who holds the lock of `folder`, in words; None if nobody does, or if this cannot be seen. Creates nothing."""
+    try:
+        with open(folder / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return describe_record(_record(file))
+    except OSError:
+        pass
+    return None
+
+
 def write_record(file: TextIO, about: Mapping[str, str]) -> None:
     """Say in an open lock file that this process holds the lock; `about` may name another `pid`."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

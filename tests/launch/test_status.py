@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from launch.cli.app import app
-from launch.status import status_lines
+from launch.status import run_status, status_lines
+from pretrain.run.lock import FolderLock
 from tests.support.report_runs import step_row, write_run, write_stage
 
 TRAIN = {"kind": "train", "train": {"steps": 80}}
@@ -58,3 +61,29 @@ def test_skipped_steps_and_failed_evaluations_stand_below_their_stage(run: Path)
     ]
     assert len(lines) == 8
     assert CliRunner().invoke(app, ["status", str(run)]).stdout.splitlines() == lines
+
+
+def states(run: Path) -> list[tuple[str, str]]:
+    return [(stage.name, stage.state) for stage in run_status(run)]
+
+
+def test_a_stage_runs_as_long_as_its_lock_is_held(run: Path) -> None:
+    (run / "calm/result.json").write_text(json.dumps({"step": 30}))
+    idle = [("masked", "not finished"), ("real", "not finished"), ("calm", "done"), ("late", "not started")]
+    assert states(run) == idle
+    launcher, rank = FolderLock(run, about={"what": "dromos run"}), FolderLock(run / "real")
+    try:
+        assert states(run) == [idle[0], ("real", "running"), *idle[2:]]
+        lines = list(status_lines(run))
+        assert "real             running      step 30/80  loss 2.0000" in lines
+        assert lines[-1].startswith(f"being written by dromos run, pid {os.getpid()} on ")
+    finally:
+        rank.release()
+        launcher.release()
+    assert states(run) == idle  # the lock files are still there
+    assert list(status_lines(run))[-1] == "late             not started"
+
+
+def test_a_lock_that_cannot_be_read_is_no_error(run: Path) -> None:
+    (run / "real/.lock").mkdir()
+    assert dict(states(run))["real"] == "not finished"

@@ -275,12 +275,12 @@ def test_status_and_list_read_the_run_folder(tmp_path: Path) -> None:
     )
     done = dromos("status", str(run))
     assert [line.split() for line in done.stdout.splitlines()] == [
-        ["masked", "started", "step", "20/20", "loss", "0.0500"],
-        ["tuned", "waiting"],
+        ["masked", "not", "finished", "step", "20/20", "loss", "0.0500"],
+        ["tuned", "not", "started"],
     ]
     (run / "masked" / "checkpoints" / "step_00000020" / "COMPLETE").write_text("")
     assert "newest checkpoint 20" in dromos("status", str(run)).stdout
     (run / "masked" / "result.json").write_text('{"step": 20}')
-    assert dromos("list", str(tmp_path)).stdout == f"{run}: masked done, tuned waiting\n"
+    assert dromos("list", str(tmp_path)).stdout == f"{run}: masked done, tuned not started\n"
     assert find_runs(tmp_path) == [run]
     assert "small" in dromos("status", str(tmp_path / "runs")).stderr  # names the runs that are there
