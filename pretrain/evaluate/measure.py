@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from data_pipeline.batches.spec import StreamSpec
 from data_pipeline.storage.cache import CacheSettings
@@ -12,7 +12,9 @@ from data_pipeline.transforms.tokenizers import Tokenizer
 from pretrain.distributed.engine import Runtime
 from pretrain.objectives.base import Forward
 from pretrain.recipe.schema import TrainStage
-from pretrain.recipe.sections.evaluation import Evaluation
+from pretrain.recipe.sections.evaluation import Evaluation, TaskKind
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Context:
     cache: CacheSettings | None = None
 
 
-class Measure(Protocol):
-    """One held-out measure. `EVALUATIONS` in suite.py names it."""
+class Measure(Protocol[TaskKind, Result]):
+    """One held-out measure of tasks of one kind. `EVALUATIONS` in suite.py names it."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -45,14 +47,14 @@ class Measure(Protocol):
     def on_request(self) -> bool:
         """True for a measure that runs only when it is asked for (`dromos eval --shuffle`)."""
 
-    def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, Any]:
+    def tasks(self, evaluation: Evaluation, stage: TrainStage) -> Mapping[str, TaskKind]:
         """The tasks in a recipe's `eval` section that apply to a stage, by name."""
 
-    def spec(self, task: Any, stage: TrainStage, batch: int) -> StreamSpec:
+    def spec(self, task: TaskKind, stage: TrainStage, batch: int) -> StreamSpec:
         """The held-out source of a task as a stream."""
 
-    def run(self, context: Context, task: Any) -> Any:
+    def run(self, context: Context, task: TaskKind) -> Result:
         """The result of one task over all ranks, as JSON; collective. Raises UserError."""
 
-    def scalars(self, result: Any) -> dict[str, float]:
+    def scalars(self, result: Result) -> dict[str, float]:
         """The figures of a result that go into metrics.jsonl, by name."""

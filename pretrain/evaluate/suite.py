@@ -24,7 +24,8 @@ from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.sections.evaluation import Evaluation
 
 # Name in the results -> measure. A new measure is a file beside this one and one line here.
-EVALUATIONS: dict[str, Measure] = {
+# Each has its own kind of task and result, which `evaluate` hands from one of its methods to the next.
+EVALUATIONS: dict[str, Measure[Any, Any]] = {
     "zero_shot": ZeroShotMeasure(),
     "perplexity": PerplexityMeasure(),
     "perplexity_shuffled": PerplexityMeasure(shuffle=True),
@@ -32,7 +33,7 @@ EVALUATIONS: dict[str, Measure] = {
 SINGLE_PROCESS = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def measures_of(objective: Objective, on_request: bool = False) -> dict[str, Measure]:
+def measures_of(objective: Objective, on_request: bool = False) -> dict[str, Measure[Any, Any]]:
     """The measures whose needs the objective predicts; with `on_request`, also those that must be asked for."""
     return {
         name: measure
