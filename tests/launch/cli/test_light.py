@@ -19,7 +19,9 @@ ALLOWED = {
     "sweep {model_a}": {"numpy"},
     "merge {model_a}": {"numpy"},
     "run {recipe}": {"numpy", "rich"},
-    "recipe check": {"numpy"},  # for sources that are there, which it opens; those of the demo after `make demo`
+    "recipe check": {
+        "numpy"
+    },  # for sources that are there, which it opens; those of the demo after `make demo`
     "data show {tars}": {"numpy"},
     "data show {indexed}": {"numpy", "pyarrow"},
     "data show {documents}": {"numpy", "pyarrow"},
