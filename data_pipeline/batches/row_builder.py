@@ -21,7 +21,7 @@ from data_pipeline.storage.cache import CacheSettings
 from data_pipeline.transforms.augment import Augmentation, draw_augmentations
 from data_pipeline.transforms.captions import json_member
 from data_pipeline.transforms.decode import decode_image
-from data_pipeline.transforms.text_formats import TextFormat, TextRow, checked_arrays, failure_of
+from data_pipeline.transforms.text_formats import RowCheck, TextFormat, TextRow, failure_of
 from data_pipeline.transforms.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class RowBuilder:
             raise
         except Exception as error:  # a format may be anybody's code
             raise UserError(failure_of(text_format, error)) from error
-        return replace(row, arrays=checked_arrays(text_format, row.arrays))
+        arrays = self._check.arrays(row.arrays)
+        return row if arrays is row.arrays else replace(row, arrays=arrays)
 
     def expect(self, source: str, shards: np.ndarray, indices: np.ndarray) -> None:
         """Announce the next samples of a source, in order, so that they can be read ahead."""
@@ -137,13 +138,18 @@ class RowBuilder:
         return self._readers[source].key(shard, index)
 
     @cached_property
-    def _dummy(self) -> Mapping[str, np.ndarray]:
+    def _check(self) -> RowCheck:
+        assert self.spec.text is not None
+        return RowCheck(self.spec.text)
+
+    @cached_property
+    def _dummy(self) -> Mapping[str, np.ndarray | float]:
         """The arrays of a dummy row, without its pixels. Raises UserError."""
         text = self.spec.text
         if text is None:
             return {}
         try:
-            return checked_arrays(text, text.dummy(self.tokenizer))
+            return self._check.arrays(text.dummy(self.tokenizer))
         except Exception as error:
             told = error if isinstance(error, UserError) else failure_of(text, error)
             raise UserError(f"data.{self.spec.name}: a dummy row: {told}") from error

@@ -189,18 +189,42 @@ class PackedFormat(TextFormat):
             yield f"length is {self.length}; it must be at least 1 token"
 
 
-def checked_arrays(text: TextFormat, given: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
-    """What a format gave for a row, as the arrays that it promised. Raises UserError if it is something else.
+class RowCheck:
+    """Compares what a format gives for a row with the arrays that it promised. Made once: a row takes microseconds.
 
     A wrong shape would be repeated by numpy, and a value out of range would become another one, without a word.
     """
-    promised = text.arrays
-    if given.keys() != promised.keys():
-        raise UserError(
-            f"the text format {_name(text)} gave the arrays {', '.join(given) or 'none'}; it says "
-            f"{', '.join(promised) or 'none'}"
-        )
-    return {name: _checked(text, name, given[name], array) for name, array in promised.items()}
+
+    def __init__(self, text: TextFormat) -> None:
+        self._text, self._promised = text, dict(text.arrays)
+        self._exact = {name: (np.dtype(array.dtype), array.shape) for name, array in self._promised.items()}
+        self._ranges = {
+            name: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+            for name, (dtype, shape) in self._exact.items()
+            if dtype.kind in "iu" and shape == ()
+        }
+
+    def arrays(self, given: Mapping[str, np.ndarray | float]) -> Mapping[str, np.ndarray | float]:
+        """The values of a row in the promised types. Raises UserError if they are something else."""
+        if given.keys() != self._promised.keys():
+            raise UserError(
+                f"the text format {_name(self._text)} gave the arrays {', '.join(given) or 'none'}; it says "
+                f"{', '.join(self._promised) or 'none'}"
+            )
+        if all(self._fits(name, value) for name, value in given.items()):
+            return given
+        return {
+            name: _checked(self._text, name, given[name], array) for name, array in self._promised.items()
+        }
+
+    def _fits(self, name: str, value: np.ndarray | float) -> bool:
+        """Whether a value is exactly what was promised, as far as a quick look tells."""
+        if type(value) is np.ndarray:
+            return (value.dtype, value.shape) == self._exact[name]
+        if type(value) is int and name in self._ranges:
+            low, high = self._ranges[name]
+            return low <= value <= high
+        return False
 
 
 def _checked(text: TextFormat, name: str, value: np.ndarray | float, array: RowArray) -> np.ndarray:
@@ -242,11 +266,17 @@ def read_npy(npy: bytes) -> np.ndarray:
         read = (
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
-        shape, _, dtype = read(file)
+        shape, fortran_order, dtype = read(file)
     # numpy evaluates the header as Python, which can fail in any way, MemoryError included.
     except Exception as error:
         raise ValueError(f"invalid header: {type(error).__name__}: {error}") from error
     claimed, available = prod(shape) * dtype.itemsize, len(npy) - file.tell()
-    if claimed > available:  # checked here, because numpy allocates the claimed size before it reads
+    if (
+        claimed > available or min(shape, default=0) < 0
+    ):  # numpy would take a negative size for all that is there
         raise ValueError(f"the header claims {claimed} bytes of {dtype}, the file has {available}")
-    return np.lib.format.read_array(io.BytesIO(npy), allow_pickle=False)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    # Not read_array, which would evaluate the header again: a third of the time of a packed row.
+    array = np.frombuffer(npy, dtype, prod(shape), file.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C")
