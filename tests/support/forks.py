@@ -7,6 +7,7 @@ cannot be forked.
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -28,6 +29,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),  # the server finds its imports in whatever folder the test is
 }
 PRELOAD = ["tests.support.forks_preload"]
+_NUMBERS = itertools.count(os.getpid())
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,16 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A free port below those that the system gives away; each test worker has a range of its own.
+
+    A port of the system's choice was given to another worker between this look and the start of the ranks.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12_000 + worker % 8 * 2_500 + next(_NUMBERS) % 2_500
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("0.0.0.0", port))
+            return port
 
 
 def _call(
