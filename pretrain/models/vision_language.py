@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pretrain.losses.language import next_token_nll, valid_targets
 from pretrain.models.encoders.base import Encoder
-from pretrain.models.language_model import LanguageModel
+from pretrain.models.language_models import LanguageModel
 
 
 class VisionLanguageModel(nn.Module):

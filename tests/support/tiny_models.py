@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.build.language_models import causal_model
+from pretrain.models.language_models import causal_model
 from pretrain.models.clip import Clip, clip_config
-from pretrain.models.connectors import Linear
+from pretrain.models.connectors.projector import Projector
 from pretrain.models.encoders.base import Encoder
 from pretrain.models.vision_language import VisionLanguageModel
 from pretrain.recipe.sections.data import Image
@@ -91,7 +91,7 @@ def multimodal(encoder: Encoder | None = Tokens(16), **config: Any) -> VisionLan
     torch.manual_seed(0)
     specials = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     language_model = causal_model(LLAMA | config, 11, specials)
-    connector = None if encoder is None else Linear(encoder.width, language_model.width, norm=True)
+    connector = None if encoder is None else Projector(encoder.width, language_model.width, norm=True)
     model = VisionLanguageModel(language_model, encoder, connector).double()
     randomise(model)
     return model

@@ -91,7 +91,7 @@ class LinearConnector(ConnectorOptions):
     """A LayerNorm behind the layer, as in SPHINX. Default: false."""
 
 
-# `model.connector.kind` -> class of the section. `CONNECTORS` in pretrain/build/connectors.py builds them.
+# `model.connector.kind` -> class of the section. `CONNECTORS` in pretrain/models/connectors/__init__.py builds them.
 CONNECTOR_KINDS: dict[str, type[ConnectorOptions]] = {"linear": LinearConnector}
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from data_pipeline.errors import UserError
-from pretrain.build.connectors import build_connector
+from pretrain.models.connectors import build_connector
 from pretrain.build.encoders import build_encoder, check_preprocessing
-from pretrain.build.language_models import build_language_model
+from pretrain.models.language_models import build_language_model
 from pretrain.build.module_weights import has_whole, load_whole
 from pretrain.build.objective import build
 from pretrain.build.saved_stage import read_stage

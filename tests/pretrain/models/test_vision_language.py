@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.build.language_models import causal_model
-from pretrain.models.connectors import Linear
+from pretrain.models.language_models import causal_model
+from pretrain.models.connectors.projector import Projector
 from pretrain.models.encoders.open_clip_vit import OpenClipVit
 from pretrain.models.vision_language import VisionLanguageModel, greedy_captions
 from tests.support.tiny_models import LENGTH, LLAMA, ROWS, clip, multimodal, pictures, sentences
@@ -113,10 +113,10 @@ def test_features_take_the_type_of_the_language_model() -> None:
 
 def test_a_linear_connector_ends_with_a_layer_norm_if_it_is_asked_for() -> None:
     torch.manual_seed(3)
-    plain = Linear(16, 24, norm=False).double()
+    plain = Projector(16, 24, norm=False).double()
     expected = visual() @ plain.linear.weight.T + plain.linear.bias
     torch.testing.assert_close(plain(visual()), expected, rtol=1e-12, atol=1e-12)
-    out = Linear(16, 24, norm=True).double()(visual())
+    out = Projector(16, 24, norm=True).double()(visual())
     assert out.shape == (ROWS, 3, 24)
     torch.testing.assert_close(out.mean(-1), torch.zeros(ROWS, 3).double(), rtol=0, atol=1e-9)
     torch.testing.assert_close(out.var(-1, unbiased=False), torch.ones(ROWS, 3).double(), rtol=0, atol=1e-3)

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BeforeValidator, ValidationError
 
 from data_pipeline.errors import UserError
-from pretrain.build.connectors import CONNECTORS
-from pretrain.build.language_models import LANGUAGE_MODELS
+from pretrain.models.connectors import CONNECTORS
+from pretrain.models.language_models import LANGUAGE_MODELS
 from pretrain.build.objective import BUILDERS
 from pretrain.evaluate.suite import EVALUATIONS
 from pretrain.recipe.dump import as_plain

@@ -1,11 +1,11 @@
-"""Connectors: how visual tokens get the width of the language model. `pretrain/build/connectors.py` builds them."""
+"""A linear layer as connector."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 
-class Linear(nn.Module):
+class Projector(nn.Module):
     """A linear layer from the width of the visual tokens to that of the language model, and optionally a LayerNorm.
 
     SPHINX has the norm (llama_ens.py of LLaMA2-Accessory), PaliGemma has none.

@@ -1,7 +1,7 @@
-"""Builds the connector of a vision-language model from `model.connector` of a recipe.
+"""Connectors: how visual tokens get the width of the language model, from `model.connector` of a recipe.
 
-`CONNECTORS` has the keys of `CONNECTOR_KINDS` (pretrain/recipe/sections/model.py); the modules are in
-pretrain/models/connectors.py. A new kind is a class of options there, a module, and a line here.
+`CONNECTORS` has the keys of `CONNECTOR_KINDS` (pretrain/recipe/sections/model.py). A new kind is a class of options
+there, a module beside this file, and a line here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from data_pipeline.errors import UserError
-from pretrain.models.connectors import Linear
+from pretrain.models.connectors.projector import Projector
 from pretrain.recipe.sections.model import ConnectorOptions, LinearConnector
 
 
@@ -28,7 +28,7 @@ def build_connector(options: ConnectorOptions | None, width: int, hidden: int) -
 def linear(options: ConnectorOptions, width: int, hidden: int) -> nn.Module:
     """A linear layer, with a norm if the recipe asks for one."""
     assert isinstance(options, LinearConnector)
-    return Linear(width, hidden, options.norm)
+    return Projector(width, hidden, options.norm)
 
 
 # `model.connector.kind` -> (options, width, hidden) -> module.
