@@ -51,7 +51,12 @@ def build_encoder(
     """
     description = read_description(frozen) if frozen is not None else {}
     if description:
-        return ENCODERS[description["kind"]].rebuild(description), description, False
+        kind = description.get("kind")
+        if kind not in ENCODERS:
+            raise UserError(
+                f"{frozen}: its encoder is of kind {kind!r}; there are encoders for {', '.join(ENCODERS)}"
+            )
+        return ENCODERS[kind].rebuild(description), description, False
     kind = encoder_kind(tower, run_dir)
     encoder, description = ENCODERS[kind].open(tower, run_dir)
     return encoder, {"kind": kind, **description}, ENCODERS[kind].trained

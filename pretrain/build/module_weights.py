@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,21 +217,31 @@ def write_frozen(path: Path, tensors: dict[str, Tensor], description: dict[str, 
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The description that `write_frozen` wrote; empty when the file does not exist."""
+    """The description that `write_frozen` wrote; empty without the file. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         described: dict[str, Any] = json.loads((file.metadata() or {}).get("towers", "{}"))
     return described
 
 
 def read_frozen(path: Path) -> dict[str, Tensor]:
-    """The tensors that `write_frozen` wrote; empty when the file does not exist."""
+    """The tensors that `write_frozen` wrote; empty without the file. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`. What is wrong with it, or with a tensor read from it, is a UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError) as error:  # ValueError: its description is no JSON
+        raise UserError(
+            f"{path} is damaged: {error}; restore it, or delete {path.parent} and train the stage again"
+        ) from None

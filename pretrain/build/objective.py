@@ -17,14 +17,14 @@ from torch import nn
 from data_pipeline.errors import UserError
 from data_pipeline.hashing import key64
 from data_pipeline.transforms.tokenizers import Tokenizer
-from pretrain.models.connectors import build_connector
 from pretrain.build.encoders import build_encoder, check_preprocessing
 from pretrain.build.freezing import apply_freeze
-from pretrain.models.language_models import build_language_model
 from pretrain.build.module_weights import load_into, read_state
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import optional_tokenizer, stage_tokenizer
+from pretrain.models.connectors import build_connector
 from pretrain.models.encoders.base import Encoder
+from pretrain.models.language_models import build_language_model
 from pretrain.models.vision_language import VisionLanguageModel
 from pretrain.objectives.base import Objective
 from pretrain.objectives.contrastive import Contrastive

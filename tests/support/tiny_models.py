@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models.language_models import causal_model
 from pretrain.models.clip import Clip, clip_config
 from pretrain.models.connectors.projector import Projector
 from pretrain.models.encoders.base import Encoder
+from pretrain.models.language_models import causal_model
 from pretrain.models.vision_language import VisionLanguageModel
 from pretrain.recipe.sections.data import Image
 from pretrain.recipe.sections.model import Model

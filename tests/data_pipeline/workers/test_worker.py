@@ -26,6 +26,7 @@ def test_an_error_takes_its_traceback_along(error: Exception, kind: type[Excepti
     try:
         raise error
     except Exception as caught:
+        # Bytes made in this line, as a worker sends its error.
         found: Any = pickle.loads(pickle.dumps(picklable_error(caught)))
     assert (type(found), str(found)) == (kind, text)
     (note,) = found.__notes__

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from data_pipeline.errors import UserError
-from pretrain.models.connectors import build_connector
 from pretrain.build.encoders import build_encoder, check_preprocessing
-from pretrain.models.language_models import build_language_model
-from pretrain.build.module_weights import has_whole, load_whole
+from pretrain.build.module_weights import (
+    has_whole,
+    load_whole,
+    read_description,
+    read_frozen,
+    write_frozen,
+)
 from pretrain.build.objective import build
 from pretrain.build.saved_stage import read_stage
 from pretrain.build.tokenizer import optional_tokenizer, stage_tokenizer, tokenizer_name
+from pretrain.models.connectors import build_connector
 from pretrain.models.encoders.base import Preprocessing
+from pretrain.models.language_models import build_language_model
 from pretrain.recipe import SCHEMA
 from pretrain.recipe.schema import TrainStage
 from pretrain.recipe.sections.data import Image
@@ -158,3 +166,34 @@ def test_an_encoder_comes_from_somewhere(tower: dict[str, Any], words: str) -> N
     with pytest.raises(UserError) as found:
         build_encoder(Vision.model_validate(tower), None, None)
     assert words in str(found.value)
+
+
+@pytest.mark.parametrize("read", [read_frozen, read_description])
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "description"])
+def test_damaged_frozen_tensors_are_named(
+    tmp_path: Path, read: Callable[[Path], object], damage: str
+) -> None:
+    path = tmp_path / "frozen.safetensors"
+    write_frozen(path, {"a": torch.ones(9)}, {"kind": "stage"})
+    assert read(path)
+    if damage == "description":
+        save_file({"a": torch.ones(9)}, path, metadata={"towers": "{"})
+        if read is read_frozen:
+            assert set(read_frozen(path)) == {"a"}  # it does not read the description
+            return
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[:-9], "empty": b"", "header": b"\xff" * 8 + whole[8:]}[damage])
+    with pytest.raises(
+        UserError, match=rf"^{path} is damaged: .*; restore it, or delete {tmp_path} and train"
+    ):
+        read(path)
+
+
+def test_an_encoder_of_a_kind_that_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "frozen.safetensors"
+    write_frozen(path, {}, {"kind": "gone"})
+    with pytest.raises(
+        UserError, match=rf"^{path}: its encoder is of kind 'gone'; there are encoders for stage"
+    ):
+        build_encoder(Vision(init="x"), None, path)

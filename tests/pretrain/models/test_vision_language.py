@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.language_models import causal_model
 from pretrain.models.connectors.projector import Projector
 from pretrain.models.encoders.open_clip_vit import OpenClipVit
+from pretrain.models.language_models import causal_model
 from pretrain.models.vision_language import VisionLanguageModel, greedy_captions
 from tests.support.tiny_models import LENGTH, LLAMA, ROWS, clip, multimodal, pictures, sentences
 

@@ -10,10 +10,10 @@ import yaml
 from pydantic import BeforeValidator, ValidationError
 
 from data_pipeline.errors import UserError
-from pretrain.models.connectors import CONNECTORS
-from pretrain.models.language_models import LANGUAGE_MODELS
 from pretrain.build.objective import BUILDERS
 from pretrain.evaluate.suite import EVALUATIONS
+from pretrain.models.connectors import CONNECTORS
+from pretrain.models.language_models import LANGUAGE_MODELS
 from pretrain.recipe.dump import as_plain
 from pretrain.recipe.kinds import KINDS
 from pretrain.recipe.kinds.base import ObjectiveOptions

@@ -148,7 +148,9 @@ def test_shards_of_several_ranks(tmp_path: Path) -> None:
     folder = dcp(
         tmp_path / "a", {"w1": torch.arange(6.0).reshape(3, 2), "w2": torch.arange(6.0, 10.0).reshape(2, 2)}
     )
-    meta = pickle.loads((folder / ".metadata").read_bytes())
+    meta = pickle.loads(
+        (folder / ".metadata").read_bytes()
+    )  # torch wrote it in this test; it is changed below
     shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
     index = {i.fqn: i for i in meta.storage_data}
     infos = {name: meta.storage_data[i] for name, i in index.items()}
